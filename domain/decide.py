@@ -1,0 +1,510 @@
+"""`decide`: what an input does to a payment. Pure: no database, no Kafka, no clock, same input same decision.
+
+Operations of one payment run one at a time, in the order accepted: what arrives meanwhile waits as `received` and is
+decided as soon as the operation before it has its outcome.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Final, assert_never
+from uuid import UUID
+
+from domain.commands import AnyCommand, Command, OperationKind, Rejection, RejectionReason, UnacceptableCommand
+from domain.events import Event, EventKind, PendingCause, Replay
+from domain.ledger import Account, Transfer
+from domain.money import Money
+from domain.operations import (
+    IN_DOUBT,
+    Declined,
+    DeclineReason,
+    GatewayRequest,
+    NotExecuted,
+    Operation,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+    Unreachable,
+)
+from domain.payment import Payment
+from domain.refusals import amount_of, refusal_of
+from domain.rules import Rules
+
+OPENING: Final = (OperationKind.AUTHORIZE, OperationKind.CHARGE)
+
+SUCCESS_EVENTS: Final = {
+    OperationKind.AUTHORIZE: EventKind.AUTHORIZED,
+    OperationKind.CHARGE: EventKind.CAPTURED,
+    OperationKind.CAPTURE: EventKind.CAPTURED,
+    OperationKind.VOID: EventKind.VOIDED,
+    OperationKind.REFUND: EventKind.REFUNDED,
+}
+
+BOOKINGS: Final = {
+    OperationKind.CHARGE: (Account.GATEWAY_CLEARING, Account.CUSTOMER_SALES),
+    OperationKind.CAPTURE: (Account.GATEWAY_CLEARING, Account.CUSTOMER_SALES),
+    OperationKind.REFUND: (Account.CUSTOMER_REFUNDS, Account.GATEWAY_CLEARING),
+}
+"""Debit and credit of what moves money; a hold and its release move none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A command as it came from the topic, and what is stored under its idempotency key, if anything."""
+
+    command: AnyCommand
+    stored: Operation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one gateway call. `lease_token` proves that the caller still held the operation."""
+
+    payment_id: UUID
+    operation_number: int
+    lease_token: int
+    outcome: Outcome
+
+
+Input = Delivery | Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
+
+    `is_stale` marks an answer whose lease was taken over: it changes nothing.
+    """
+
+    payment: Payment
+    events: Sequence[Event | Replay] = ()
+    operations: Sequence[Operation] = ()
+    requests: Sequence[GatewayRequest] = ()
+    transfers: Sequence[Transfer] = ()
+    is_stale: bool = False
+
+
+def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules) -> Decision:
+    """What this input does to this payment: new state, events, operations, gateway requests, ledger transfers.
+
+    A refusal is a decision too: its event is `command_rejected`. An input that was applied before changes nothing,
+    except that a repeated command is owed its stored result again.
+    """
+    draft = _Draft(payment or Payment(payment_id=_payment_id(given)), now, rules)
+    match given:
+        case Delivery(command, None):
+            draft.accept(command)
+        case Delivery(command, Operation() as stored):
+            draft.repeat(command, stored)
+        case Answer():
+            draft.settle(given)
+        case _:
+            assert_never(given)
+    return draft.decision()
+
+
+def gateway_request(payment: Payment, operation: Operation, command: Command) -> GatewayRequest:
+    """What the gateway is asked to do for `operation`, the same at every attempt but for state, attempts and token."""
+    assert payment.currency is not None and operation.amount_minor is not None, "a dispatched operation has an amount"
+    return GatewayRequest(
+        kind=operation.kind,
+        payment_id=payment.payment_id,
+        operation_number=operation.number,
+        provider_key=operation.provider_key,
+        gateway=operation.gateway or "",
+        amount=Money(operation.amount_minor, payment.currency),
+        gateway_payment_id=None if operation.kind in OPENING else payment.gateway_payment_id,
+        reference=operation.reference,
+        payment_method=command.payment_method,
+        order_id=payment.order_id,
+        customer_id=payment.customer_id,
+        metadata=command.metadata,
+        is_final=payment.capturable_minor == 0,
+        state=operation.state,
+        attempts=operation.attempts,
+        lease_token=operation.lease_token,
+        first_dispatched_at=operation.dispatched_at,
+    )
+
+
+def _payment_id(given: Input) -> UUID:
+    return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A decision in the making."""
+
+    payment: Payment
+    now: datetime
+    rules: Rules
+    events: list[Event | Replay] = field(default_factory=list)
+    changed: dict[int, Operation] = field(default_factory=dict)
+    requests: list[GatewayRequest] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    is_stale: bool = False
+
+    def decision(self) -> Decision:
+        return Decision(
+            self._with_derived(),
+            self.events,
+            tuple(self.changed.values()),
+            self.requests,
+            self.transfers,
+            self.is_stale,
+        )
+
+    def _with_derived(self, *, events: int = 0) -> Payment:
+        payment = self.payment
+        return replace(
+            payment,
+            status=payment.derived_status(),
+            has_indeterminate=any(each.state in IN_DOUBT for each in payment.operations),
+            last_seq=payment.last_seq + events,
+        )
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def accept(self, command: AnyCommand) -> None:
+        """A command whose key was never seen."""
+        if command.idempotency_key is None:
+            assert isinstance(command, UnacceptableCommand), "an acceptable command has a key"
+            self._publish_rejection(command, command.rejection, None)
+            return
+        operation = self._receive(command)
+        if isinstance(command, UnacceptableCommand):
+            self._reject(operation, command, command.rejection)
+        elif self.payment.under_way is not None:
+            self._keep(operation)
+        else:
+            self._begin(operation, command)
+
+    def repeat(self, command: AnyCommand, stored: Operation) -> None:
+        """A command whose key was seen: its stored result again, or a conflict if it asks for something else."""
+        if stored.fingerprint != command.fingerprint:
+            message = "this idempotency key was used for a different command; use a new key for a new command"
+            refused = Rejection(RejectionReason.IDEMPOTENCY_CONFLICT, message, ("idempotency_key",))
+            self._publish_rejection(command, refused, None)
+        elif stored.result is not None:
+            self.events.append(Replay(stored.payment_id, stored.result, command.traceparent))
+        else:
+            self._keep(replace(stored, replays_due=stored.replays_due + 1))
+
+    def _receive(self, command: AnyCommand) -> Operation:
+        number = self.payment.last_operation + 1
+        self.payment = replace(self.payment, last_operation=number)
+        return Operation(
+            payment_id=command.payment_id,
+            number=number,
+            kind=command.kind,
+            idempotency_key=command.idempotency_key,
+            fingerprint=command.fingerprint,
+            content=command.content,
+            state=OperationState.RECEIVED,
+            traceparent=command.traceparent,
+            command=command if isinstance(command, Command) else None,
+        )
+
+    def _begin(self, operation: Operation, command: Command) -> None:
+        """Decide a command whose turn it is: refuse it, or reserve its amount and hand it to the gateway."""
+        refused = refusal_of(command, self.payment, now=self.now, rules=self.rules)
+        if refused is not None:
+            self._reject(operation, command, refused)
+            return
+        amount = amount_of(command, self.payment)
+        gateway = self.payment.gateway if command.kind not in OPENING else command.gateway or self.rules.default_gateway
+        operation = replace(
+            operation,
+            state=OperationState.DISPATCHED,
+            amount_minor=amount,
+            gateway=gateway,
+            attempts=1,
+            lease_token=operation.lease_token + 1,
+            is_leased=True,
+            due_at=self.now + self.rules.retry.lease,
+            dispatched_at=self.now,
+            command=command,
+        )
+        self._reserve(command, amount, gateway)
+        self._keep(operation)
+        self.requests.append(gateway_request(self.payment, operation, command))
+
+    def _reserve(self, command: Command, amount: int, gateway: str | None) -> None:
+        payment = self.payment
+        match command.kind:
+            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+                self.payment = replace(
+                    payment,
+                    order_id=command.order_id,
+                    customer_id=command.customer_id,
+                    gateway=gateway,
+                    currency=command.currency,
+                    amount_minor=amount,
+                )
+            case OperationKind.CAPTURE | OperationKind.VOID:
+                self.payment = replace(payment, reserved_capture_minor=amount)
+            case OperationKind.REFUND:
+                self.payment = replace(payment, reserved_refund_minor=amount)
+            case _:
+                assert_never(command.kind)
+
+    # --- gateway answers --------------------------------------------------------------------------------------------
+
+    def settle(self, answer: Answer) -> None:
+        operation = self.payment.under_way
+        if operation is None or (operation.number, operation.lease_token) != (
+            answer.operation_number,
+            answer.lease_token,
+        ):
+            self.is_stale = True
+            return
+        self._settle_outcome(operation, answer.outcome)
+        self._begin_waiting()
+
+    def _settle_outcome(self, operation: Operation, outcome: Outcome) -> None:
+        match outcome:
+            case Succeeded(amount_minor=moved) if moved is not None and moved != operation.amount_minor:
+                self._review(operation, outcome.reference)
+            case Succeeded():
+                self._succeed(operation, outcome)
+            case Declined():
+                self._decline(operation, outcome)
+            case NotExecuted(message):
+                self._fail(operation, Rejection(RejectionReason.GATEWAY_REFUSED, message))
+            case RequiresAction(reference):
+                self._wait_for_action(operation, outcome, reference)
+            case Pending(reference):
+                self._wait_for_provider(operation, reference)
+            case Unreachable(message) if operation.state is OperationState.DISPATCHED:
+                self._retry_or_give_up(operation, message)
+            case Unreachable() | Unknown():
+                self._doubt(operation)
+            case _:
+                assert_never(outcome)
+
+    def _succeed(self, operation: Operation, outcome: Succeeded) -> None:
+        amount = operation.amount_minor
+        assert amount is not None, "a dispatched operation has an amount"
+        payment = self._without_reservation(operation.kind)
+        match operation.kind:
+            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+                captured = amount if operation.kind is OperationKind.CHARGE else 0
+                payment = replace(
+                    payment,
+                    authorized_minor=amount,
+                    captured_minor=captured,
+                    gateway_payment_id=outcome.reference,
+                    authorization_expires_at=outcome.expires_at,
+                )
+            case OperationKind.CAPTURE:
+                payment = replace(payment, captured_minor=payment.captured_minor + amount)
+                if not self.rules.gateways[payment.gateway or ""].multi_capture:
+                    payment = replace(payment, released_minor=payment.released_minor + payment.capturable_minor)
+            case OperationKind.VOID:
+                payment = replace(payment, released_minor=payment.released_minor + amount)
+            case OperationKind.REFUND:
+                payment = replace(payment, refunded_minor=payment.refunded_minor + amount)
+            case _:
+                assert_never(operation.kind)
+        self.payment = payment
+        self._finish(operation, OperationState.SUCCEEDED, outcome.reference)
+        self._publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference)
+        self._book(operation.kind, amount)
+
+    def _book(self, kind: OperationKind, amount: int) -> None:
+        accounts = BOOKINGS.get(kind)
+        if accounts is not None and self.payment.currency is not None:
+            debit, credit = accounts
+            self.transfers.append(
+                Transfer(
+                    payment_id=self.payment.payment_id,
+                    payment_seq=self.payment.last_seq,
+                    debit=debit,
+                    credit=credit,
+                    amount_minor=amount,
+                    currency=self.payment.currency,
+                )
+            )
+
+    def _decline(self, operation: Operation, outcome: Declined) -> None:
+        self.payment = self._without_reservation(operation.kind)
+        self._finish(operation, OperationState.DECLINED, outcome.reference)
+        self._publish(
+            EventKind.DECLINED,
+            operation,
+            reference=outcome.reference,
+            decline_reason=outcome.reason,
+            decline_code=outcome.code,
+        )
+
+    def _fail(self, operation: Operation, rejection: Rejection) -> None:
+        """End an operation that is proven not to have been executed."""
+        self.payment = self._without_reservation(operation.kind)
+        self._finish(operation, OperationState.NOT_EXECUTED, operation.reference)
+        self._publish(EventKind.COMMAND_REJECTED, operation, rejection=rejection)
+
+    def _wait_for_action(self, operation: Operation, outcome: RequiresAction, reference: str) -> None:
+        is_new = operation.state is not OperationState.REQUIRES_ACTION
+        self._postpone(operation, OperationState.REQUIRES_ACTION, reference)
+        if is_new:
+            self._publish(EventKind.REQUIRES_ACTION, operation, reference=reference, action=outcome)
+
+    def _wait_for_provider(self, operation: Operation, reference: str | None) -> None:
+        is_new = operation.state is not OperationState.PENDING
+        self._postpone(operation, OperationState.PENDING, reference)
+        if is_new:
+            self._publish(
+                EventKind.PENDING, operation, reference=reference, pending_cause=PendingCause.PROVIDER_PENDING
+            )
+
+    def _retry_or_give_up(self, operation: Operation, message: str) -> None:
+        """No attempt of this operation was executed, so here time may end it: nothing moved, and that is proven."""
+        assert operation.dispatched_at is not None, "a dispatched operation has a time"
+        if self.now - operation.dispatched_at > self.rules.retry.give_up_after:
+            self._fail(operation, Rejection(RejectionReason.GATEWAY_UNAVAILABLE, message or "the gateway was away"))
+        else:
+            self._postpone(operation, OperationState.DISPATCHED, operation.reference)
+
+    def _doubt(self, operation: Operation) -> None:
+        """No evidence. Look again later; past the deadline a person should look, too, but nothing is concluded."""
+        if operation.state in (OperationState.PENDING, OperationState.REQUIRES_ACTION):
+            self._postpone(operation, operation.state, operation.reference)
+            return
+        assert operation.dispatched_at is not None, "a dispatched operation has a time"
+        is_late = self.now - operation.dispatched_at > self.rules.retry.review_after
+        if is_late or operation.state is OperationState.NEEDS_REVIEW:
+            self._review(operation, operation.reference)
+            return
+        is_new = operation.state is not OperationState.INDETERMINATE
+        self._postpone(operation, OperationState.INDETERMINATE, operation.reference)
+        if is_new:
+            self._publish(EventKind.PENDING, operation, pending_cause=PendingCause.OUTCOME_UNKNOWN)
+
+    def _review(self, operation: Operation, reference: str | None) -> None:
+        is_new = operation.state is not OperationState.NEEDS_REVIEW
+        self._postpone(operation, OperationState.NEEDS_REVIEW, reference)
+        if is_new:
+            self._publish(EventKind.NEEDS_REVIEW, operation, reference=reference)
+
+    def _begin_waiting(self) -> None:
+        """Decide what waited, until one of it is under way."""
+        for operation in self.payment.operations:
+            if self.payment.under_way is not None:
+                return
+            assert operation.command is not None, "a waiting operation is loaded with its command"
+            self._begin(operation, operation.command)
+
+    # --- shared steps -----------------------------------------------------------------------------------------------
+
+    def _without_reservation(self, kind: OperationKind) -> Payment:
+        if kind in (OperationKind.CAPTURE, OperationKind.VOID):
+            return replace(self.payment, reserved_capture_minor=0)
+        if kind is OperationKind.REFUND:
+            return replace(self.payment, reserved_refund_minor=0)
+        return self.payment
+
+    def _postpone(self, operation: Operation, state: OperationState, reference: str | None) -> None:
+        """Keep it under way, released by its worker, to be looked at again."""
+        if reference is not None and operation.kind in OPENING:
+            self.payment = replace(self.payment, gateway_payment_id=reference)
+        self._keep(
+            replace(
+                operation,
+                state=state,
+                reference=reference,
+                is_leased=False,
+                due_at=self.now + self._delay_in(state, operation),
+            )
+        )
+
+    def _delay_in(self, state: OperationState, operation: Operation) -> timedelta:
+        retry = self.rules.retry
+        match state:
+            case OperationState.NEEDS_REVIEW:
+                return retry.review_poll_interval
+            case OperationState.PENDING | OperationState.REQUIRES_ACTION:
+                return min(retry.poll_interval, retry.delay(operation.attempts, operation.payment_id))
+            case _:
+                return retry.delay(operation.attempts, operation.payment_id)
+
+    def _reject(self, operation: Operation, command: AnyCommand, rejection: Rejection) -> None:
+        operation = replace(operation, state=OperationState.REJECTED)
+        self._keep(operation)
+        self._publish_rejection(command, rejection, operation)
+
+    def _finish(self, operation: Operation, state: OperationState, reference: str | None) -> None:
+        self._keep(
+            replace(operation, state=state, reference=reference or operation.reference, is_leased=False, due_at=None)
+        )
+
+    def _keep(self, operation: Operation) -> None:
+        """Record a new or changed operation, and whether its payment still waits for it."""
+        self.changed[operation.number] = operation
+        others = tuple(each for each in self.payment.operations if each.number != operation.number)
+        is_last = not others or others[-1].number < operation.number
+        if not operation.is_open:
+            operations = others
+        elif is_last:
+            operations = (*others, operation)
+        else:
+            operations = tuple(sorted((*others, operation), key=lambda each: each.number))
+        self.payment = replace(self.payment, operations=operations)
+
+    def _publish(
+        self,
+        kind: EventKind,
+        operation: Operation,
+        *,
+        reference: str | None = None,
+        rejection: Rejection | None = None,
+        decline_reason: DeclineReason | None = None,
+        decline_code: str | None = None,
+        action: RequiresAction | None = None,
+        pending_cause: PendingCause | None = None,
+    ) -> None:
+        self.payment = self._with_derived(events=1)
+        self.events.append(
+            Event(
+                kind=kind,
+                payment_id=self.payment.payment_id,
+                payment_seq=self.payment.last_seq,
+                occurred_at=self.now,
+                command=operation.kind,
+                idempotency_key=operation.idempotency_key,
+                fingerprint=operation.fingerprint,
+                snapshot=self.payment.snapshot(),
+                operation_number=operation.number,
+                amount_minor=operation.amount_minor,
+                reference=reference,
+                rejection=rejection,
+                decline_reason=decline_reason,
+                decline_code=decline_code,
+                action=action,
+                pending_cause=pending_cause,
+                replays_due=operation.replays_due,
+                traceparent=operation.traceparent,
+            )
+        )
+
+    def _publish_rejection(self, command: AnyCommand, rejection: Rejection, operation: Operation | None) -> None:
+        self.payment = self._with_derived(events=1)
+        self.events.append(
+            Event(
+                kind=EventKind.COMMAND_REJECTED,
+                payment_id=self.payment.payment_id,
+                payment_seq=self.payment.last_seq,
+                occurred_at=self.now,
+                command=command.kind,
+                idempotency_key=command.idempotency_key,
+                fingerprint=command.fingerprint,
+                snapshot=self.payment.snapshot(),
+                operation_number=operation.number if operation else None,
+                amount_minor=command.amount_minor if isinstance(command, Command) else None,
+                rejection=rejection,
+                replays_due=operation.replays_due if operation else 0,
+                traceparent=command.traceparent,
+            )
+        )

@@ -1,0 +1,119 @@
+"""What happened to a payment, in the domain's words; `handlers.messages` puts it on the wire."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+from domain.commands import OperationKind, Rejection
+from domain.operations import DeclineReason, RequiresAction
+
+
+class EventKind(StrEnum):
+    """Past tense, as in the message type `payment.<kind>.v1`."""
+
+    AUTHORIZED = "authorized"
+    CAPTURED = "captured"
+    VOIDED = "voided"
+    REFUNDED = "refunded"
+    DECLINED = "declined"
+    REQUIRES_ACTION = "requires_action"
+    PENDING = "pending"
+    NEEDS_REVIEW = "needs_review"
+    COMMAND_REJECTED = "command_rejected"
+
+
+FINAL_EVENTS = frozenset(
+    {
+        EventKind.AUTHORIZED,
+        EventKind.CAPTURED,
+        EventKind.VOIDED,
+        EventKind.REFUNDED,
+        EventKind.DECLINED,
+        EventKind.COMMAND_REJECTED,
+    }
+)
+"""The kinds that end a command; every accepted command gets exactly one (and its replays)."""
+
+
+class PendingCause(StrEnum):
+    """Why there is no result yet."""
+
+    PROVIDER_PENDING = "provider_pending"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+
+
+class PaymentStatus(StrEnum):
+    """A summary derived from a payment's amounts and operations; the amounts are the truth."""
+
+    CREATED = "created"
+    REQUIRES_ACTION = "requires_action"
+    PROCESSING = "processing"
+    AUTHORIZED = "authorized"
+    PARTIALLY_CAPTURED = "partially_captured"
+    CAPTURED = "captured"
+    PARTIALLY_REFUNDED = "partially_refunded"
+    REFUNDED = "refunded"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentSnapshot:
+    """A payment's amounts and status right after an event, so that a subscriber needs no second source."""
+
+    status: PaymentStatus
+    currency: str | None
+    authorized_minor: int
+    captured_minor: int
+    released_minor: int
+    refunded_minor: int
+    disputed_minor: int
+    has_indeterminate: bool
+    gateway: str | None
+    gateway_payment_id: str | None
+    order_id: str | None
+    customer_id: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened to a payment because of one command.
+
+    `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
+    `operation_number` is None for a rejection that left no operation behind.
+    """
+
+    kind: EventKind
+    payment_id: UUID
+    payment_seq: int
+    occurred_at: datetime
+    command: OperationKind
+    idempotency_key: str | None
+    fingerprint: bytes
+    snapshot: PaymentSnapshot
+    operation_number: int | None = None
+    amount_minor: int | None = None
+    reference: str | None = None
+    rejection: Rejection | None = None
+    decline_reason: DeclineReason | None = None
+    decline_code: str | None = None
+    action: RequiresAction | None = None
+    pending_cause: PendingCause | None = None
+    replays_due: int = 0
+    """How many more deliveries of the command are owed this (final) event."""
+    traceparent: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.kind in FINAL_EVENTS
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The stored result of a command, to be published again for one more delivery of it."""
+
+    payment_id: UUID
+    result: str
+    traceparent: str | None = None

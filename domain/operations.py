@@ -1,0 +1,197 @@
+"""One attempt to move money: its states, the outcomes a gateway may report, and the request a gateway receives."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+from domain.commands import NO_METADATA, Command, OperationKind
+from domain.money import Money
+
+
+class OperationState(StrEnum):
+    """Where an operation stands. Only evidence from the provider makes it final once it was dispatched."""
+
+    RECEIVED = "received"
+    """Accepted and waiting for an earlier operation of its payment."""
+    REJECTED = "rejected"
+    DISPATCHED = "dispatched"
+    """Committed for the gateway. Nothing is known of its execution yet, and no attempt is unaccounted for."""
+    REQUIRES_ACTION = "requires_action"
+    PENDING = "pending"
+    INDETERMINATE = "indeterminate"
+    """An attempt was made or may have been made, and its answer is lost. Money may have moved."""
+    NEEDS_REVIEW = "needs_review"
+    """Indeterminate past its deadline: a person should look, evidence still ends it."""
+    SUCCEEDED = "succeeded"
+    DECLINED = "declined"
+    NOT_EXECUTED = "not_executed"
+
+
+UNDER_WAY = frozenset(
+    {
+        OperationState.DISPATCHED,
+        OperationState.REQUIRES_ACTION,
+        OperationState.PENDING,
+        OperationState.INDETERMINATE,
+        OperationState.NEEDS_REVIEW,
+    }
+)
+"""States in which the gateway has, or may have, the operation: it holds its payment and its reservation."""
+
+OPEN = UNDER_WAY | {OperationState.RECEIVED}
+"""States that still owe the sender a final result."""
+
+IN_DOUBT = frozenset({OperationState.INDETERMINATE, OperationState.NEEDS_REVIEW})
+
+
+class DeclineReason(StrEnum):
+    """Why the payer's side said no. Closed; a gateway maps its provider's many codes to these and keeps the code."""
+
+    REFUSED_BY_ISSUER = "refused_by_issuer"
+    INSUFFICIENT_FUNDS = "insufficient_funds"
+    CARD_EXPIRED = "card_expired"
+    INVALID_CARD_DATA = "invalid_card_data"
+    AUTHENTICATION_REQUIRED = "authentication_required"
+    AUTHENTICATION_FAILED = "authentication_failed"
+    SUSPECTED_FRAUD = "suspected_fraud"
+    LIMIT_EXCEEDED = "limit_exceeded"
+    METHOD_NOT_SUPPORTED = "method_not_supported"
+    PROCESSING_ERROR = "processing_error"
+    CANCELED = "canceled"
+    REFUND_FAILED = "refund_failed"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The provider executed it. `amount_minor` is what it says it moved, None where it does not say."""
+
+    reference: str
+    amount_minor: int | None = None
+    expires_at: datetime | None = None
+    """For an authorization: when the provider releases the hold by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The payer's side refused for good; no money moved. `code` is the provider's own word."""
+
+    reason: DeclineReason
+    code: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequiresAction:
+    """The payer must do something first, such as 3-D Secure at `url`."""
+
+    reference: str
+    action_type: str
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """The provider has it and has not decided; also every status that we do not recognise."""
+
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotExecuted:
+    """Proof that the provider did not and will not execute it, such as a refused parameter on the first attempt."""
+
+    message: str
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """This attempt did not reach execution (not connected, rate limited): proof for this attempt, not earlier ones."""
+
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Sent, and no readable answer came back. Money may have moved."""
+
+    message: str = ""
+
+
+Outcome = Succeeded | Declined | RequiresAction | Pending | NotExecuted | Unreachable | Unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted."""
+
+    payment_id: UUID
+    number: int
+    kind: OperationKind
+    idempotency_key: str | None
+    fingerprint: bytes
+    content: str
+    state: OperationState
+    amount_minor: int | None = None
+    gateway: str | None = None
+    reference: str | None = None
+    """The provider's id of this operation."""
+    attempts: int = 0
+    lease_token: int = 0
+    """Raised at every claim: a write that carries an older token matches no row."""
+    is_leased: bool = False
+    """A worker has it and will answer. An expired lease without an answer means doubt."""
+    due_at: datetime | None = None
+    """When the sweep may claim it: at the end of the lease, or for the next attempt. None: nothing is to be done."""
+    dispatched_at: datetime | None = None
+    replays_due: int = 0
+    """Deliveries that came while it was open; each is owed the result once it exists."""
+    result: str | None = None
+    """The wire text of the final event."""
+    traceparent: str | None = None
+    command: Command | None = None
+    """The command itself where it is at hand; `content` is its stored form."""
+
+    @property
+    def provider_key(self) -> str:
+        """The idempotency key sent to the provider, the same at every attempt on any worker."""
+        return f"{self.payment_id}:{self.number}"
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.state in UNDER_WAY
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in OPEN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayRequest:
+    """What a gateway is asked to do, complete in itself: no further reads are needed to execute it.
+
+    `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
+    id of this very operation where an earlier answer told it. `is_final` is True for a capture that leaves nothing to
+    capture. `first_dispatched_at` bounds how long the provider still remembers `provider_key`.
+    """
+
+    kind: OperationKind
+    payment_id: UUID
+    operation_number: int
+    provider_key: str
+    gateway: str
+    amount: Money
+    gateway_payment_id: str | None = None
+    reference: str | None = None
+    payment_method: str | None = None
+    order_id: str | None = None
+    customer_id: str | None = None
+    metadata: Mapping[str, str] = NO_METADATA
+    is_final: bool = True
+    state: OperationState = OperationState.DISPATCHED
+    attempts: int = 1
+    lease_token: int = 1
+    first_dispatched_at: datetime | None = None

@@ -1,0 +1,90 @@
+"""The payment: its amounts, the operations that are open on it, and the status that follows from both."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from domain.events import PaymentSnapshot, PaymentStatus
+from domain.operations import Operation, OperationState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payment:
+    """Amounts in minor units of `currency`; they are the truth, the status is derived from them.
+
+    `operations` holds the open ones in the order accepted. `version` is 0 until the payment was stored.
+    """
+
+    payment_id: UUID
+    order_id: str | None = None
+    customer_id: str | None = None
+    gateway: str | None = None
+    gateway_payment_id: str | None = None
+    currency: str | None = None
+    amount_minor: int = 0
+    """What the last authorization or charge asked for."""
+    authorized_minor: int = 0
+    captured_minor: int = 0
+    released_minor: int = 0
+    refunded_minor: int = 0
+    disputed_minor: int = 0
+    reserved_capture_minor: int = 0
+    reserved_refund_minor: int = 0
+    status: PaymentStatus = PaymentStatus.CREATED
+    has_indeterminate: bool = False
+    last_operation: int = 0
+    last_seq: int = 0
+    version: int = 0
+    authorization_expires_at: datetime | None = None
+    operations: tuple[Operation, ...] = ()
+
+    @property
+    def capturable_minor(self) -> int:
+        """Authorized, and neither captured, released nor reserved."""
+        return self.authorized_minor - self.captured_minor - self.released_minor - self.reserved_capture_minor
+
+    @property
+    def refundable_minor(self) -> int:
+        """Captured, and neither refunded, disputed nor reserved."""
+        return self.captured_minor - self.refunded_minor - self.disputed_minor - self.reserved_refund_minor
+
+    @property
+    def under_way(self) -> Operation | None:
+        """The operation that the gateway has, or may have."""
+        return next((operation for operation in self.operations if operation.is_under_way), None)
+
+    def derived_status(self) -> PaymentStatus:
+        """What the amounts, and the operation under way, add up to."""
+        if self.captured_minor:
+            return self._status_of_captured()
+        if self.authorized_minor:
+            return PaymentStatus.AUTHORIZED if self.authorized_minor > self.released_minor else PaymentStatus.CANCELED
+        current = self.under_way
+        if current is None:
+            return PaymentStatus.FAILED if self.amount_minor else PaymentStatus.CREATED
+        if current.state is OperationState.REQUIRES_ACTION:
+            return PaymentStatus.REQUIRES_ACTION
+        return PaymentStatus.PROCESSING
+
+    def _status_of_captured(self) -> PaymentStatus:
+        if self.refunded_minor:
+            is_all = self.refunded_minor == self.captured_minor
+            return PaymentStatus.REFUNDED if is_all else PaymentStatus.PARTIALLY_REFUNDED
+        is_all = self.captured_minor + self.released_minor == self.authorized_minor
+        return PaymentStatus.CAPTURED if is_all else PaymentStatus.PARTIALLY_CAPTURED
+
+    def snapshot(self) -> PaymentSnapshot:
+        return PaymentSnapshot(
+            self.status,
+            self.currency,
+            self.authorized_minor,
+            self.captured_minor,
+            self.released_minor,
+            self.refunded_minor,
+            self.disputed_minor,
+            self.has_indeterminate,
+            self.gateway,
+            self.gateway_payment_id,
+            self.order_id,
+            self.customer_id,
+        )

@@ -1,0 +1,117 @@
+"""What the use cases need from the outside, as Protocols; `infra` fits them by shape and inherits nothing."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+from uuid import UUID
+
+from domain.capabilities import Capabilities
+from domain.ledger import Transfer
+from domain.operations import GatewayRequest, Operation, Outcome
+from domain.payment import Payment
+
+Clock = Callable[[], datetime]
+"""The current time, timezone-aware UTC."""
+
+
+class Gateway(Protocol):
+    """Our adapter of one provider.
+
+    Each method executes or re-executes one operation at most once per `request.provider_key`, and returns the
+    provider's word on it. No database transaction may be open while it runs.
+
+    Raises:
+        GatewayUnreachable: proof that this attempt was not executed.
+        OutcomeUnknown: sent, but no readable answer; repeat with the same key or ask `status`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def authorize(self, request: GatewayRequest) -> Outcome: ...
+    async def charge(self, request: GatewayRequest) -> Outcome: ...
+    async def capture(self, request: GatewayRequest) -> Outcome: ...
+    async def void(self, request: GatewayRequest) -> Outcome: ...
+    async def refund(self, request: GatewayRequest) -> Outcome: ...
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        """What became of the operation, without causing anything. No trace of it is `Unknown`, not `NotExecuted`."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxRow:
+    """One event on its way to subscribers. `payload` is the exact text of the message."""
+
+    id: UUID
+    payment_id: UUID
+    type: str
+    payload: str
+    payment_seq: int
+    occurred_at: str
+    traceparent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """All that one batch of inputs changed; saved by a handful of set-based statements.
+
+    `new_*` rows must not exist yet, the others must still be as they were read: otherwise `ConcurrentUpdate`.
+    """
+
+    new_payments: Sequence[Payment]
+    payments: Sequence[Payment]
+    new_operations: Sequence[Operation]
+    operations: Sequence[Operation]
+    transfers: Sequence[Transfer]
+    outbox: Sequence[OutboxRow]
+
+
+class WriteTransaction(Protocol):
+    """The one write transaction. Leaving its block commits, raising rolls back."""
+
+    async def lock_payments(self, payment_ids: Iterable[UUID]) -> dict[UUID, Payment]:
+        """The payments that exist, each with its open operations, locked in ascending order of id."""
+        ...
+
+    async def find_operations(self, idempotency_keys: Iterable[str]) -> dict[str, Operation]:
+        """The operations that were accepted under these keys."""
+        ...
+
+    async def save(self, changes: Changes) -> None:
+        """Write it all.
+
+        Raises:
+            ConcurrentUpdate: a new row exists already, or a fenced row moved on.
+            InputRefusedByStore: a constraint refused a row.
+        """
+        ...
+
+
+class PaymentStore(Protocol):
+    """Where payments live. Every method raises StoreUnavailable when Postgres is away."""
+
+    def begin(self) -> AbstractAsyncContextManager[WriteTransaction]: ...
+
+    async def claim_due(self, *, limit: int, lease: timedelta) -> list[tuple[Payment, Operation]]:
+        """Take over operations that are due: raise their lease token and return them with their payments, oldest first.
+
+        An operation whose lease ran out without an answer comes back `indeterminate`.
+        """
+        ...
+
+
+class RecentKeys(Protocol):
+    """A hint which idempotency keys were seen lately; never the truth."""
+
+    async def seen(self, idempotency_keys: Sequence[str]) -> set[str] | None:
+        """The keys that were probably seen before, or None when nobody can tell."""
+        ...
+
+    async def remember(self, idempotency_keys: Sequence[str]) -> None: ...

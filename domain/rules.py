@@ -1,0 +1,52 @@
+"""The facts beyond a payment that a decision needs, read from settings once and passed in as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from uuid import UUID
+
+from domain.capabilities import Capabilities
+
+
+@dataclass(frozen=True, slots=True)
+class AmountLimits:
+    """Inclusive bounds of one authorization or charge, in minor units."""
+
+    minimum_minor: int = 1
+    maximum_minor: int = 10**12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When an operation without a final outcome is looked at again. All times are since its last attempt or dispatch.
+
+    `lease` must be longer than any gateway's own timeout, or two workers will call for one operation (harmless, since
+    both send the same provider key, but wasteful).
+    """
+
+    lease: timedelta = timedelta(seconds=60)
+    first_delay: timedelta = timedelta(seconds=1)
+    delay_max: timedelta = timedelta(minutes=5)
+    poll_interval: timedelta = timedelta(seconds=30)
+    review_after: timedelta = timedelta(hours=1)
+    review_poll_interval: timedelta = timedelta(minutes=15)
+    give_up_after: timedelta = timedelta(minutes=15)
+    """Only for operations of which every attempt is proven not to have been executed."""
+
+    def delay(self, attempts: int, payment_id: UUID) -> timedelta:
+        """Doubles with each attempt up to `delay_max`, spread by up to a half so that a herd does not stay together."""
+        doubled = min(self.delay_max, self.first_delay * 2 ** min(attempts - 1, 20))
+        spread: float = 0.75 + (payment_id.int % 1024) / 2048
+        return doubled * spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What this installation accepts."""
+
+    currencies: frozenset[str]
+    gateways: Mapping[str, Capabilities]
+    default_gateway: str
+    limits: Mapping[tuple[str, str], AmountLimits] = field(default_factory=dict)
+    """By (gateway, currency); a missing pair has the default limits."""
+    retry: RetryPolicy = RetryPolicy()

@@ -1,0 +1,43 @@
+"""The schema's versions: forward and back by Alembic, whose scripts lie in `migrations/`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+import migrations
+
+# Any number that only migrations use: two processes that migrate at once must take turns.
+MIGRATION_LOCK = 7_205_759_403
+
+
+def sync_url(url: str) -> str:
+    """The URL in the form that SQLAlchemy's psycopg driver wants."""
+    return url.replace("postgresql://", "postgresql+psycopg://", 1)
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the database at `url` to `revision`; does nothing when it is there already. Safe to run concurrently."""
+    _run(url, lambda config: command.upgrade(config, revision))
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take the database back to `revision` ("base" is empty). Data of dropped tables is lost."""
+    _run(url, lambda config: command.downgrade(config, revision))
+
+
+def _run(url: str, step: Callable[[Config], None]) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    engine = sa.create_engine(sync_url(url), poolclass=sa.NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_lock(MIGRATION_LOCK)))
+            connection.commit()
+            config.attributes["connection"] = connection
+            step(config)
+            connection.commit()
+    finally:
+        engine.dispose()
