@@ -95,10 +95,11 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
     """
     draft = _Draft(payment or Payment(payment_id=_payment_id(given)), now, rules)
     match given:
-        case Delivery(command, None):
-            draft.accept(command)
-        case Delivery(command, Operation() as stored):
-            draft.repeat(command, stored)
+        case Delivery():
+            if given.stored is None:
+                draft.accept(given.command)
+            else:
+                draft.repeat(given.command, given.stored)
         case Answer():
             draft.settle(given)
         case _:
@@ -108,7 +109,8 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
 
 def gateway_request(payment: Payment, operation: Operation, command: Command) -> GatewayRequest:
     """What the gateway is asked to do for `operation`, the same at every attempt but for state, attempts and token."""
-    assert payment.currency is not None and operation.amount_minor is not None, "a dispatched operation has an amount"
+    assert payment.currency is not None, "a payment with a dispatched operation has a currency"
+    assert operation.amount_minor is not None, "a dispatched operation has an amount"
     return GatewayRequest(
         kind=operation.kind,
         payment_id=payment.payment_id,

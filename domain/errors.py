@@ -30,7 +30,7 @@ class GatewayError(PaymentsError):
 
 
 class GatewayUnreachable(GatewayError):
-    """Proof that this attempt was not executed: not connected, rate limited, or its key is in use by another request."""
+    """Proof that this attempt was not executed: not connected, rate limited, or its key is in use elsewhere."""
 
 
 class OutcomeUnknown(GatewayError):

@@ -1,7 +1,7 @@
 """One attempt to move money: its states, the outcomes a gateway may report, and the request a gateway receives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
@@ -189,7 +189,7 @@ class GatewayRequest:
     payment_method: str | None = None
     order_id: str | None = None
     customer_id: str | None = None
-    metadata: Mapping[str, str] = NO_METADATA
+    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
     is_final: bool = True
     state: OperationState = OperationState.DISPATCHED
     attempts: int = 1

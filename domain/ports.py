@@ -71,6 +71,7 @@ class Changes:
     operations: Sequence[Operation]
     transfers: Sequence[Transfer]
     outbox: Sequence[OutboxRow]
+    decided_at: datetime
 
 
 class WriteTransaction(Protocol):
@@ -99,6 +100,10 @@ class PaymentStore(Protocol):
 
     def begin(self) -> AbstractAsyncContextManager[WriteTransaction]: ...
 
+    def in_transaction(self) -> bool:
+        """Whether the current task has a write transaction open."""
+        ...
+
     async def claim_due(self, *, limit: int, lease: timedelta) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due: raise their lease token and return them with their payments, oldest first.
 
@@ -115,3 +120,25 @@ class RecentKeys(Protocol):
         ...
 
     async def remember(self, idempotency_keys: Sequence[str]) -> None: ...
+
+
+class DeadLetters(Protocol):
+    """Where messages go that cannot be processed: kept whole, with the reason."""
+
+    async def park(self, letters: Sequence["DeadLetter"]) -> None:
+        """Return only when the broker has acknowledged all of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """An original message, byte for byte, and why it was parked."""
+
+    value: bytes | None
+    key: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+    detail: str

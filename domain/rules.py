@@ -35,9 +35,8 @@ class RetryPolicy:
 
     def delay(self, attempts: int, payment_id: UUID) -> timedelta:
         """Doubles with each attempt up to `delay_max`, spread by up to a half so that a herd does not stay together."""
-        doubled = min(self.delay_max, self.first_delay * 2 ** min(attempts - 1, 20))
-        spread: float = 0.75 + (payment_id.int % 1024) / 2048
-        return doubled * spread
+        doubled = min(self.delay_max, self.first_delay * 2.0 ** min(max(attempts - 1, 0), 20))
+        return doubled * (0.75 + (payment_id.int % 1024) / 2048)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

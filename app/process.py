@@ -1,0 +1,43 @@
+"""How a process of this service lives: its event loop, its signals, its own health and metrics port, its exit code."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+log = structlog.get_logger(__name__)
+
+Main = Callable[[asyncio.Event], Awaitable[None]]
+"""Runs until the event is set."""
+
+
+def run(main: Main, *, app: ASGIApp, host: str, port: int) -> None:
+    """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_live(main, app, host, port))
+
+
+async def _live(main: Main, app: ASGIApp, host: str, port: int) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with asyncio.TaskGroup() as group:
+        server = _Server(uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False))
+        group.create_task(server.serve())
+        try:
+            await main(stop)
+        finally:
+            server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its own signal handlers: the process has one owner of signals."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()

@@ -1,0 +1,84 @@
+"""All settings, read once from the environment (`PAYMENTS_…`); nothing below `app` reads the environment."""
+
+from datetime import timedelta
+from functools import cached_property
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from domain.money import MINOR_UNITS
+from domain.rules import AmountLimits, RetryPolicy
+
+
+class Settings(BaseSettings):
+    """Each field is an environment variable with the prefix `PAYMENTS_`; lists and maps are JSON."""
+
+    model_config = SettingsConfigDict(env_prefix="PAYMENTS_", env_nested_delimiter="__", extra="ignore")
+
+    postgres_url: str = Field("postgresql://postgres@127.0.0.1:5432/payments", description="one Postgres database")
+    kafka_bootstrap: str = "127.0.0.1:9092"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+
+    commands_topic: str = "payments.commands"
+    events_topic: str = "payments.events"
+    dead_letter_topic: str = "payments.commands.dlq"
+    topic_partitions: int = 8
+    consumer_group: str = "payments"
+
+    gateways: list[str] = ["stripe"]
+    default_gateway: str = "stripe"
+    gateway_concurrency: dict[str, int] = {}
+    gateway_concurrency_default: int = 64
+    instant_gateway_latency_ms: float = 0.0
+    stripe_api_key: SecretStr = SecretStr("")
+    stripe_api_base: str | None = None
+    stripe_timeout_seconds: float = 20.0
+    stripe_return_url: str = "https://example.invalid/return"
+
+    currencies: list[str] = sorted(MINOR_UNITS)
+    amount_limits: dict[str, dict[str, AmountLimits]] = {}
+    """gateway → currency → {"minimum_minor": …, "maximum_minor": …}"""
+
+    lease_seconds: float = 60.0
+    retry_first_delay_seconds: float = 1.0
+    retry_delay_max_seconds: float = 300.0
+    poll_interval_seconds: float = 30.0
+    review_after_seconds: float = 3600.0
+    review_poll_interval_seconds: float = 900.0
+    give_up_after_seconds: float = 900.0
+    sweep_interval_seconds: float = 1.0
+    backlog_capacity: int = 20_000
+    store_connections: int = 6
+
+    http_host: str = "127.0.0.1"
+    http_port: int = 8080
+    worker_port: int = 8081
+    relay_port: int = 8082
+    metrics_peers: dict[str, str] = {}
+    """name → base URL of the worker's and relay's own HTTP, whose metrics the HTTP process shows, too"""
+
+    relay_slot: str = "payments_relay"
+    outbox_retention_days: int = 14
+    outbox_days_ahead: int = 7
+    maintenance_interval_seconds: float = 3600.0
+    log_json: bool = True
+
+    @cached_property
+    def retry(self) -> RetryPolicy:
+        return RetryPolicy(
+            lease=timedelta(seconds=self.lease_seconds),
+            first_delay=timedelta(seconds=self.retry_first_delay_seconds),
+            delay_max=timedelta(seconds=self.retry_delay_max_seconds),
+            poll_interval=timedelta(seconds=self.poll_interval_seconds),
+            review_after=timedelta(seconds=self.review_after_seconds),
+            review_poll_interval=timedelta(seconds=self.review_poll_interval_seconds),
+            give_up_after=timedelta(seconds=self.give_up_after_seconds),
+        )
+
+    @property
+    def topics(self) -> dict[str, int]:
+        """Every topic and its number of partitions; commands and events of a payment share a partition number."""
+        return dict.fromkeys((self.commands_topic, self.events_topic, self.dead_letter_topic), self.topic_partitions)
+
+    def concurrency_of(self, gateway: str) -> int:
+        return self.gateway_concurrency.get(gateway, self.gateway_concurrency_default)

@@ -1,0 +1,63 @@
+"""The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`."""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from infra.gateways.instant import InstantGateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
+from uuid_utils.compat import uuid7
+
+from app.settings import Settings
+from domain.ports import Gateway
+from domain.rules import AmountLimits, Rules
+
+GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
+    "stripe": lambda settings: StripeGateway(
+        StripeConfig(
+            api_key=settings.stripe_api_key,
+            api_base=settings.stripe_api_base,
+            timeout_seconds=settings.stripe_timeout_seconds,
+            max_connections=settings.concurrency_of("stripe"),
+            return_url=settings.stripe_return_url,
+        )
+    ),
+    "instant": lambda settings: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
+}
+
+new_id = uuid7
+
+
+def now() -> datetime:
+    """The wall clock, timezone-aware UTC."""
+    return datetime.now(UTC)
+
+
+def create_gateways(settings: Settings) -> dict[str, Gateway]:
+    """The gateways that this installation uses, by name.
+
+    Raises:
+        ValueError: a configured name is unknown.
+    """
+    unknown = set(settings.gateways) - set(GATEWAYS)
+    if unknown:
+        raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
+    return {name: GATEWAYS[name](settings) for name in settings.gateways}
+
+
+def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:
+    """What `decide` may accept here."""
+    return Rules(
+        currencies=frozenset(settings.currencies),
+        gateways={name: gateway.capabilities for name, gateway in gateways.items()},
+        default_gateway=settings.default_gateway,
+        limits=_limits(settings),
+        retry=settings.retry,
+    )
+
+
+def _limits(settings: Settings) -> dict[tuple[str, str], AmountLimits]:
+    return {
+        (gateway, currency): limits
+        for gateway, by_currency in settings.amount_limits.items()
+        for currency, limits in by_currency.items()
+    }

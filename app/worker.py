@@ -1,0 +1,120 @@
+"""The worker process: reads commands, calls gateways, saves outcomes. Any number of it may run at once."""
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from faststream.kafka import KafkaBroker
+from redis.asyncio import Redis
+
+from app import wiring
+from app.settings import Settings
+from handlers import metrics
+from handlers.backlog import Backlog
+from handlers.consumer import CommandConsumer
+from handlers.dispatch import Dispatcher
+from handlers.settle import Settler
+from handlers.sweep import Sweep
+from handlers.write_path import WritePath
+from infra.kafka.dead_letters import KafkaDeadLetters
+from infra.postgres.store import PostgresStore, create_pool
+from infra.redis.recent_keys import ValkeyRecentKeys
+
+log = structlog.get_logger(__name__)
+
+DRAIN_SECONDS = 25.0
+"""On SIGTERM, how long running gateway calls may take to end. What is left is taken over after its lease."""
+
+
+class Worker:
+    """Everything that one worker process runs, built from settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, then finish what is under way and leave.
+
+        Raises:
+            StoreUnavailable, KafkaError: a server that is needed to start is away.
+        """
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            log.info("worker ready", group=self._settings.consumer_group, topic=self._settings.commands_topic)
+            stopping = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait([stopping, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            log.info("worker stopping", waiting=self._waiting())
+            await self._shut_down()
+            for task in done - {stopping}:
+                task.result()
+        log.info("worker stopped")
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        gateways = wiring.create_gateways(settings)
+        for gateway in gateways.values():
+            stack.push_async_callback(gateway.close)
+        pool = await create_pool(settings.postgres_url, size=settings.store_connections)
+        stack.push_async_callback(pool.close)
+        store = PostgresStore(pool)
+        redis = Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
+        stack.push_async_callback(redis.aclose)
+        rules = wiring.create_rules(settings, gateways)
+        write_path = WritePath(
+            store=store,
+            rules=rules,
+            clock=wiring.now,
+            new_id=wiring.new_id,
+            recent=ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc),
+        )
+        self._dispatcher = Dispatcher(
+            gateways=gateways,
+            limits={name: settings.concurrency_of(name) for name in gateways},
+            store=store,
+            clock=wiring.now,
+        )
+        self._settler = Settler(write_path=write_path, submit=self._dispatcher.submit)
+        self._dispatcher.on_answer = self._settler.add
+        self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
+        self._sweep = Sweep(
+            store=store,
+            submit=self._dispatcher.submit,
+            room=lambda: self._backlog.room,
+            lease=rules.retry.lease,
+            interval_seconds=settings.sweep_interval_seconds,
+        )
+        producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
+        await producer.start()
+        stack.push_async_callback(producer.stop)
+        self._consumer = CommandConsumer(
+            write_path=write_path,
+            dispatcher=self._dispatcher,
+            dead_letters=KafkaDeadLetters(producer, topic=settings.dead_letter_topic),
+            backlog=self._backlog,
+        )
+        self._broker = KafkaBroker(settings.kafka_bootstrap, logger=None)
+        self._consumer.subscribe(self._broker, topic=settings.commands_topic, group_id=settings.consumer_group)
+        self._spawn(self._settler.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run())
+        await self._broker.start()
+
+    def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    def _waiting(self) -> int:
+        return self._dispatcher.waiting + self._settler.waiting
+
+    async def _shut_down(self) -> None:
+        """Take nothing new, let running calls end, save their outcomes, say how far we came."""
+        settler, sweep, backlog, offsets = self._tasks
+        for task in (sweep, backlog, offsets):
+            task.cancel()
+        await self._consumer.close()
+        await self._broker.stop()
+        await self._dispatcher.drain(DRAIN_SECONDS)
+        settler.cancel()
+        await self._settler.drain(DRAIN_SECONDS)

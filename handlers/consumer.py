@@ -1,0 +1,226 @@
+"""The edge where commands come in: a FastStream batch subscriber; Postgres owns a batch before Kafka may forget it.
+
+Messages are read one by one, so an unreadable one goes to the dead-letter topic and its neighbours go on. One failure
+policy: Postgres away means rewind and back off; anything else was already pinned down to single messages.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from aiokafka import ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker, KafkaMessage
+from tenacity import wait_random_exponential
+from tenacity.wait import wait_base
+
+from domain.decide import Delivery
+from domain.errors import MessageUnreadable, StoreUnavailable
+from domain.ports import DeadLetter, DeadLetters
+from handlers import metrics
+from handlers.backlog import Backlog
+from handlers.dispatch import Dispatcher
+from handlers.messages.commands import read_command, read_traceparent
+from handlers.write_path import WritePath
+
+log = structlog.get_logger(__name__)
+
+Record = Any
+"""An `aiokafka.ConsumerRecord` with bytes for key and value; aiokafka ships no types."""
+
+BATCH_MAX = 500
+IDLE_POLL_MS = 5
+CYCLE_SECONDS = 0.004
+"""Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
+COMMIT_INTERVAL_SECONDS = 0.05
+
+
+class CommandConsumer:
+    """Accepts batches of commands through the write path and passes what they start to the dispatcher."""
+
+    def __init__(
+        self, *, write_path: WritePath, dispatcher: Dispatcher, dead_letters: DeadLetters, backlog: Backlog
+    ) -> None:
+        self.offsets = Offsets()
+        self._write_path = write_path
+        self._dispatcher = dispatcher
+        self._dead_letters = dead_letters
+        self._backlog = backlog
+        self._retry = Backoff(wait_random_exponential(multiplier=0.1, max=5))
+        self._last_started = 0.0
+        self._accepting = asyncio.Lock()
+        self._is_closed = False
+
+    def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> None:
+        """Register the batch subscriber. It is absent from the AsyncAPI document, which shows single messages."""
+        subscriber = broker.subscriber(
+            topic,
+            batch=True,
+            max_records=BATCH_MAX,
+            batch_timeout_ms=IDLE_POLL_MS,
+            group_id=group_id,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.MANUAL,
+            decoder=_undecoded,
+            listener=_Rebalance(self.offsets, self._backlog),
+            include_in_schema=False,
+        )
+        subscriber(self.on_batch)
+
+    async def on_batch(self, message: KafkaMessage) -> None:
+        """Accept one batch: afterwards Postgres owns it and its offsets may be committed."""
+        async with self._accepting:
+            if self._is_closed:
+                await message.nack()
+                await asyncio.sleep(IDLE_POLL_MS / 1000)
+            else:
+                await self._pace()
+                await self._on_batch(message)
+
+    async def close(self) -> None:
+        """Accept nothing more, and commit the offsets of what was accepted."""
+        self._is_closed = True
+        async with self._accepting:
+            await self.offsets.commit()
+
+    async def _on_batch(self, message: KafkaMessage) -> None:
+        records: Sequence[Record] = message.raw_message
+        consumer: Any = message.consumer
+        try:
+            await self._accept(records)
+        except (StoreUnavailable, KafkaError) as error:
+            metrics.STORE_UNAVAILABLE.labels("command").inc()
+            log.warning("batch postponed", records=len(records), error=str(error))
+            await asyncio.sleep(self._retry.next_seconds())
+            await message.nack()
+            return
+        self._retry.reset()
+        self.offsets.accepted(consumer, records)
+        self._backlog.pause_if_full(consumer)
+
+    async def _pace(self) -> None:
+        rest = CYCLE_SECONDS - (time.monotonic() - self._last_started)
+        if rest > 0:
+            await asyncio.sleep(rest)
+        self._last_started = time.monotonic()
+
+    async def _accept(self, records: Sequence[Record]) -> None:
+        metrics.COMMANDS.inc(len(records))
+        deliveries, letters = _read(records)
+        with metrics.BATCH_SECONDS.labels("command").time():
+            applied = await self._write_path.apply([delivery for delivery, _ in deliveries])
+        self._dispatcher.submit(applied.requests)
+        for refused in applied.refused:
+            record = next(record for delivery, record in deliveries if delivery is refused.given)
+            log.error("command cannot be processed", offset=record.offset, error=str(refused.error))
+            letters.append(_letter(record, "cannot_be_processed", type(refused.error).__name__))
+        await self._park(letters)
+
+    async def _park(self, letters: list[DeadLetter]) -> None:
+        if not letters:
+            return
+        await self._dead_letters.park(letters)
+        for letter in letters:
+            metrics.DEAD_LETTERS.labels(letter.reason).inc()
+            log.warning("message parked", reason=letter.reason, partition=letter.partition, offset=letter.offset)
+
+
+async def _undecoded(message: Any) -> Any:
+    """Keep the batch as it came: decoded by FastStream, one bad body would fail all of it (its default is JSON)."""
+    return message.body
+
+
+def _read(records: Sequence[Record]) -> tuple[list[tuple[Delivery, Record]], list[DeadLetter]]:
+    deliveries: list[tuple[Delivery, Record]] = []
+    letters: list[DeadLetter] = []
+    for record in records:
+        try:
+            command = read_command(record.value, read_traceparent(record.headers))
+        except MessageUnreadable as error:
+            letters.append(_letter(record, error.reason, error.detail))
+        else:
+            deliveries.append((Delivery(command), record))
+    return deliveries, letters
+
+
+def _letter(record: Record, reason: str, detail: str) -> DeadLetter:
+    return DeadLetter(
+        value=record.value,
+        key=record.key,
+        headers=record.headers,
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        reason=reason,
+        detail=detail,
+    )
+
+
+class Offsets:
+    """Commits, in the background, the offsets of batches that Postgres owns. Late or lost commits only repeat work."""
+
+    def __init__(self) -> None:
+        self._consumer: Any = None
+        self._next: dict[TopicPartition, int] = {}
+
+    def accepted(self, consumer: Any, records: Sequence[Record]) -> None:
+        """Everything up to these records is in Postgres."""
+        self._consumer = consumer
+        for record in records:
+            self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+
+    async def run(self) -> None:
+        """Commit every `COMMIT_INTERVAL_SECONDS` until cancelled."""
+        while True:
+            await asyncio.sleep(COMMIT_INTERVAL_SECONDS)
+            await self.commit()
+
+    async def commit(self) -> None:
+        """Commit what was accepted since the last time. A refusal means that others will see the batch again."""
+        due, self._next = self._next, {}
+        if not due:
+            return
+        try:
+            await self._consumer.commit(due)
+        except (CommitFailedError, IllegalStateError) as error:
+            log.info("offsets not committed, partitions moved", error=str(error))
+        except KafkaError as error:
+            self._next = due | self._next
+            log.warning("offsets not committed yet", error=str(error))
+
+
+class Backoff:
+    """Waits that grow while the same trouble lasts."""
+
+    def __init__(self, wait: wait_base) -> None:
+        self._wait = wait
+        self._failures = 0
+
+    def next_seconds(self) -> float:
+        self._failures += 1
+        return self._wait(_Failures(self._failures))  # type: ignore[arg-type]  # the wait reads no more than the count
+
+    def reset(self) -> None:
+        self._failures = 0
+
+
+class _Failures:
+    def __init__(self, attempt_number: int) -> None:
+        self.attempt_number = attempt_number
+
+
+class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
+    """Commits before partitions leave, so that the next owner starts where we stopped."""
+
+    def __init__(self, offsets: Offsets, backlog: Backlog) -> None:
+        self._offsets = offsets
+        self._backlog = backlog
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        await self._offsets.commit()
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._backlog.forget_pause()

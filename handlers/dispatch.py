@@ -1,0 +1,137 @@
+"""Sends committed operations to their gateways, in parallel up to a limit each, and turns every end into an answer.
+
+No transaction is open here. An exception never loses an operation: what is not proof is `Unknown`.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import assert_never
+
+import structlog
+
+from domain.commands import OperationKind
+from domain.decide import Answer
+from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
+from domain.operations import GatewayRequest, OperationState, Outcome, Unknown, Unreachable
+from domain.ports import Clock, Gateway, PaymentStore
+from handlers import metrics
+
+log = structlog.get_logger(__name__)
+
+ASK_ONLY = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
+"""The provider has these and told us so: sending them again is pointless."""
+
+
+class Dispatcher:
+    """Runs gateway calls. `on_answer`, to be set before the first call, receives every answer."""
+
+    def __init__(
+        self,
+        *,
+        gateways: Mapping[str, Gateway],
+        limits: Mapping[str, int],
+        store: PaymentStore,
+        clock: Clock,
+    ) -> None:
+        self.on_answer: Callable[[Answer], None]
+        self._lanes = {name: _Lane(gateway, limits[name], self._run) for name, gateway in gateways.items()}
+        self._store = store
+        self._clock = clock
+
+    @property
+    def waiting(self) -> int:
+        """Requests accepted and not yet answered."""
+        return sum(lane.load for lane in self._lanes.values())
+
+    def submit(self, requests: Iterable[GatewayRequest]) -> None:
+        """Call the gateways for these, as soon as each one's limit allows."""
+        for request in requests:
+            self._lanes[request.gateway].add(request)
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Wait until all is answered, or the time is up; what is left is taken over by a sweep after its lease."""
+        tasks = [task for lane in self._lanes.values() for task in lane.tasks]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_seconds)
+
+    async def _run(self, gateway: Gateway, request: GatewayRequest) -> None:
+        outcome = await self._outcome(gateway, request)
+        metrics.CALLS.labels(request.gateway, request.kind.value, type(outcome).__name__).inc()
+        self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
+
+    async def _outcome(self, gateway: Gateway, request: GatewayRequest) -> Outcome:
+        assert not self._store.in_transaction(), "a gateway is never called inside a transaction"
+        started = time.perf_counter()
+        try:
+            return await self._call(gateway, request)
+        except GatewayUnreachable as error:
+            return Unreachable(error.message)
+        except GatewayContractBroken as error:
+            log.error(
+                "gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error)
+            )
+            return Unknown(error.message)
+        except OutcomeUnknown as error:
+            return Unknown(error.message)
+        except Exception:
+            # A defect of an adapter: whether money moved is unknown, and must stay so.
+            log.exception("gateway call failed unexpectedly", gateway=request.gateway, key=request.provider_key)
+            return Unknown("the gateway adapter failed")
+        finally:
+            metrics.CALL_SECONDS.labels(request.gateway).observe(time.perf_counter() - started)
+
+    def _call(self, gateway: Gateway, request: GatewayRequest) -> Awaitable[Outcome]:
+        if request.state in ASK_ONLY or self._is_key_forgotten(gateway, request):
+            return gateway.status(request)
+        match request.kind:
+            case OperationKind.AUTHORIZE:
+                return gateway.authorize(request)
+            case OperationKind.CHARGE:
+                return gateway.charge(request)
+            case OperationKind.CAPTURE:
+                return gateway.capture(request)
+            case OperationKind.VOID:
+                return gateway.void(request)
+            case OperationKind.REFUND:
+                return gateway.refund(request)
+            case _:
+                assert_never(request.kind)
+
+    def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
+        """Whether the provider may have dropped the key: repeating the call could then move money again."""
+        sent = request.first_dispatched_at
+        return (
+            request.attempts > 1
+            and sent is not None
+            and self._clock() - sent > gateway.capabilities.idempotency_retention - timedelta(minutes=5)
+        )
+
+
+class _Lane:
+    """The calls of one gateway: at most `limit` at a time, the others in order of arrival."""
+
+    def __init__(self, gateway: Gateway, limit: int, run: Callable[[Gateway, GatewayRequest], Awaitable[None]]) -> None:
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._gateway = gateway
+        self._limit = limit
+        self._run = run
+        self._queue: deque[GatewayRequest] = deque()
+
+    @property
+    def load(self) -> int:
+        return len(self._queue) + len(self.tasks)
+
+    def add(self, request: GatewayRequest) -> None:
+        self._queue.append(request)
+        if len(self.tasks) < self._limit:
+            task = asyncio.create_task(self._work())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def _work(self) -> None:
+        """Call for one request after the other until none is left; a task serves many."""
+        while self._queue:
+            await self._run(self._gateway, self._queue.popleft())

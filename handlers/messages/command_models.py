@@ -1,0 +1,269 @@
+"""The commands on the wire, version 1, as pydantic models: what an order service may send, field by field.
+
+Promises: strict types (a text is no number, true is no integer), unknown fields are ignored, and a model dumped as it
+stands is canonical: alphabetical fields, sorted metadata, times in UTC. Parser and AsyncAPI document share them.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, ClassVar, Final, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from domain.commands import NO_METADATA, Command, OperationKind
+from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
+
+
+class _CanonicalUuid:
+    """A UUID written as 8-4-4-4-12 hexadecimal digits: of the forms that Rust parses, the only one of 36 characters."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(min_length=36, max_length=36, strict=True)
+        return core_schema.chain_schema([text, core_schema.uuid_schema(strict=False)])
+
+
+class _Rfc3339:
+    """A point in time with its offset, as RFC 3339 writes it; finer than microseconds is cut off."""
+
+    PATTERN: Final = (
+        r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
+    )
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(pattern=self.PATTERN, max_length=40, strict=True)
+        return core_schema.chain_schema([text, core_schema.datetime_schema(strict=False, tz_constraint="aware")])
+
+
+class _KnownCurrency:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(sorted(MINOR_UNITS))
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("outside the years 1 to 9999 in UTC") from error
+
+
+def _sorted_or_none(metadata: dict[str, str]) -> dict[str, str] | None:
+    """Empty metadata says the same as none, so it must read the same."""
+    return dict(sorted(metadata.items())) or None
+
+
+Amount = Annotated[
+    int,
+    Field(
+        gt=0, le=AMOUNT_MAX_MINOR, description="Integer minor units: 1250 is USD 12.50 and JPY 1250.", examples=[1250]
+    ),
+]
+AmountOrRest = Annotated[
+    Annotated[int, Field(gt=0, le=AMOUNT_MAX_MINOR)] | None,
+    Field(description="Integer minor units: 1250 is USD 12.50. Left out: all that remains.", examples=[1250]),
+]
+Currency = Annotated[str, _KnownCurrency(), Field(description="ISO 4217, upper case.", examples=["USD"])]
+OptionalCurrency = Annotated[
+    Annotated[str, _KnownCurrency()] | None,
+    Field(
+        description="ISO 4217, upper case. Checked against the payment's currency where it is given.", examples=["USD"]
+    ),
+]
+CustomerId = Annotated[
+    Annotated[str, Field(min_length=1, max_length=255)] | None,
+    Field(description="Whose payment it is, in your words.", examples=["customer-77"]),
+]
+ExpiresAt = Annotated[
+    Annotated[datetime, _Rfc3339(), AfterValidator(_in_utc)] | None,
+    Field(
+        description="RFC 3339 with an offset. Past this time the command is refused, not executed late.",
+        examples=["2030-01-01T12:00:00Z"],
+    ),
+]
+GatewayName = Annotated[
+    Annotated[str, Field(min_length=1, max_length=64)] | None,
+    Field(description="Which gateway to use. Left out: the service's default.", examples=["sandbox"]),
+]
+IdempotencyKey = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=255,
+        description="Names this request: the same key and content again moves nothing and repeats the result.",
+        examples=["order-1001-charge"],
+    ),
+]
+Metadata = Annotated[
+    Annotated[
+        dict[
+            Annotated[str, Field(min_length=1, max_length=40)],
+            Annotated[str, Field(max_length=500)],
+        ],
+        Field(max_length=50),
+        AfterValidator(_sorted_or_none),
+    ]
+    | None,
+    Field(
+        description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider.",
+        examples=[{"channel": "web"}],
+    ),
+]
+OrderId = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=255, description="The order that is paid for, in your words.", examples=["order-1001"]
+    ),
+]
+PaymentId = Annotated[
+    UUID,
+    _CanonicalUuid(),
+    Field(
+        description="Chosen by the sender, one for each payment. Also the Kafka key: it keeps a payment in order.",
+        examples=["0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"],
+    ),
+]
+PaymentMethod = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=255,
+        description="The provider's token for how to pay. A card number is refused.",
+        examples=["pm_card_visa"],
+    ),
+]
+
+
+class _WireCommand(BaseModel):
+    """Fields stand in alphabetical order, `type` last: dumped as they stand they are the canonical content."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    kind: ClassVar[OperationKind]
+
+
+class NewPayment(_WireCommand):
+    amount_minor: Amount
+    currency: Currency
+    customer_id: CustomerId = None
+    expires_at: ExpiresAt = None
+    gateway: GatewayName = None
+    idempotency_key: IdempotencyKey
+    metadata: Metadata = None
+    order_id: OrderId
+    payment_id: PaymentId
+    payment_method: PaymentMethod
+
+    def command(self, content: str, fingerprint: bytes, traceparent: str | None) -> Command:
+        return Command(
+            kind=self.kind,
+            idempotency_key=self.idempotency_key,
+            payment_id=self.payment_id,
+            content=content,
+            fingerprint=fingerprint,
+            amount_minor=self.amount_minor,
+            currency=self.currency,
+            order_id=self.order_id,
+            customer_id=self.customer_id,
+            payment_method=self.payment_method,
+            gateway=self.gateway,
+            expires_at=self.expires_at,
+            metadata=self.metadata or NO_METADATA,
+            traceparent=traceparent,
+        )
+
+
+class PartOfPayment(_WireCommand):
+    amount_minor: AmountOrRest = None
+    currency: OptionalCurrency = None
+    expires_at: ExpiresAt = None
+    idempotency_key: IdempotencyKey
+    metadata: Metadata = None
+    payment_id: PaymentId
+
+    def command(self, content: str, fingerprint: bytes, traceparent: str | None) -> Command:
+        return Command(
+            kind=self.kind,
+            idempotency_key=self.idempotency_key,
+            payment_id=self.payment_id,
+            content=content,
+            fingerprint=fingerprint,
+            amount_minor=self.amount_minor,
+            currency=self.currency,
+            expires_at=self.expires_at,
+            metadata=self.metadata or NO_METADATA,
+            traceparent=traceparent,
+        )
+
+
+class ChargePayment(NewPayment):
+    """Authorize and capture in one step. Ends in
+    `payment.captured.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    """
+
+    kind: ClassVar = OperationKind.CHARGE
+    type: Literal["payment.charge.v1"]
+
+
+class AuthorizePayment(NewPayment):
+    """Reserve an amount for a later capture. Ends in
+    `payment.authorized.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    """
+
+    kind: ClassVar = OperationKind.AUTHORIZE
+    type: Literal["payment.authorize.v1"]
+
+
+class CapturePayment(PartOfPayment):
+    """Collect what was authorized, or a part of it. Ends in
+    `payment.captured.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    """
+
+    kind: ClassVar = OperationKind.CAPTURE
+    type: Literal["payment.capture.v1"]
+
+
+class VoidPayment(_WireCommand):
+    """Release what was authorized and not captured. Ends in
+    `payment.voided.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    """
+
+    kind: ClassVar = OperationKind.VOID
+    expires_at: ExpiresAt = None
+    idempotency_key: IdempotencyKey
+    metadata: Metadata = None
+    payment_id: PaymentId
+    type: Literal["payment.void.v1"]
+
+    def command(self, content: str, fingerprint: bytes, traceparent: str | None) -> Command:
+        return Command(
+            kind=self.kind,
+            idempotency_key=self.idempotency_key,
+            payment_id=self.payment_id,
+            content=content,
+            fingerprint=fingerprint,
+            expires_at=self.expires_at,
+            metadata=self.metadata or NO_METADATA,
+            traceparent=traceparent,
+        )
+
+
+class RefundPayment(PartOfPayment):
+    """Return captured money, or a part of it. Ends in
+    `payment.refunded.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    """
+
+    kind: ClassVar = OperationKind.REFUND
+    type: Literal["payment.refund.v1"]
+
+
+WireCommand = ChargePayment | AuthorizePayment | CapturePayment | VoidPayment | RefundPayment
+
+COMMAND_MODELS: Final[Mapping[str, type[WireCommand]]] = {
+    "payment.charge.v1": ChargePayment,
+    "payment.authorize.v1": AuthorizePayment,
+    "payment.capture.v1": CapturePayment,
+    "payment.void.v1": VoidPayment,
+    "payment.refund.v1": RefundPayment,
+}
+"""Every command that this service reads, by its `type`."""

@@ -1,0 +1,123 @@
+"""Reading commands: from the bytes of a Kafka message to a domain command.
+
+Promises: any bytes end in a command, in an unacceptable command (a typed refusal that its sender will hear of), or in
+`MessageUnreadable` (nobody can be told: the dead-letter topic). A good command is read in one pass in Rust; only a
+doubtful one is looked at again in Python, by `refusals`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
+from typing import Annotated, Final
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from domain.commands import AnyCommand, Command, OperationKind, UnacceptableCommand
+from domain.errors import MessageUnreadable
+from handlers.messages.card_numbers import holds_card_number, is_card_number_of_any_brand, may_hold_card_number
+from handlers.messages.command_models import COMMAND_MODELS, NewPayment, WireCommand
+from handlers.messages.refusals import DoubtfulCommand, Problems, UnreadableReason, look_again, misfits, rejection
+
+COMMAND_BYTES_MAX: Final = 262_144
+"""Longer values are not read; the largest sensible command, all metadata escaped, is about as long."""
+
+_READER: Final[TypeAdapter[WireCommand]] = TypeAdapter(Annotated[WireCommand, Field(discriminator="type")])
+_validate: Final[Callable[[bytes | str], WireCommand]] = _READER.validator.validate_json
+_TRACEPARENT: Final = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def command_type(kind: OperationKind) -> str:
+    """`payment.capture.v1` of CAPTURE."""
+    return f"payment.{kind}.v1"
+
+
+def read_command(value: bytes | None, traceparent: str | None) -> AnyCommand:
+    """The command in a Kafka message's value.
+
+    Equal known fields give an equal `content` and `fingerprint`, whatever their order, spacing or unknown neighbours.
+
+    Raises:
+        MessageUnreadable: no known type or no usable payment id; its reason is an `UnreadableReason`.
+    """
+    if value is None:
+        raise MessageUnreadable(UnreadableReason.EMPTY, "the message has no value")
+    if len(value) > COMMAND_BYTES_MAX:
+        raise MessageUnreadable(UnreadableReason.TOO_LARGE, f"{len(value)} bytes; at most {COMMAND_BYTES_MAX} are read")
+    try:
+        message = _validate(value)
+    except ValidationError:
+        return _read_again(value, traceparent)
+    content = message.__pydantic_serializer__.to_json(message, exclude_none=True)
+    if _is_doubtful(value, content, message):
+        return _read_again(value, traceparent)
+    return message.command(content.decode(), sha256(content).digest(), traceparent)
+
+
+def command_from_content(content: str, traceparent: str | None = None) -> Command:
+    """The command again from its stored canonical content, for one that waited or is recovered.
+
+    Raises:
+        pydantic.ValidationError: `read_command` never wrote this as the content of a command.
+    """
+    return _validate(content).command(content, sha256(content.encode()).digest(), traceparent)
+
+
+def read_traceparent(headers: Iterable[tuple[str, bytes | None]]) -> str | None:
+    """The message's W3C trace context, None where there is none that is valid.
+
+    Source: https://www.w3.org/TR/trace-context/, version 00.
+    """
+    for name, value in headers:
+        if name == "traceparent" and value and _TRACEPARENT.fullmatch(value):
+            return value.decode()
+    return None
+
+
+def _read_again(value: bytes, traceparent: str | None) -> AnyCommand:
+    doubtful = look_again(value)
+    try:
+        message = _validate(doubtful.text)
+    except ValidationError as error:
+        return _unacceptable(doubtful, misfits(error) | doubtful.problems, traceparent)
+    if doubtful.problems:
+        return _unacceptable(doubtful, doubtful.problems, traceparent)
+    content = message.__pydantic_serializer__.to_json(message, exclude_none=True)
+    return message.command(content.decode(), sha256(content).digest(), traceparent)
+
+
+def _unacceptable(doubtful: DoubtfulCommand, problems: Problems, traceparent: str | None) -> UnacceptableCommand:
+    return UnacceptableCommand(
+        kind=COMMAND_MODELS[doubtful.type].kind,
+        idempotency_key=doubtful.idempotency_key,
+        payment_id=doubtful.payment_id,
+        content=doubtful.text,
+        fingerprint=sha256(doubtful.text.encode()).digest(),
+        rejection=rejection(problems),
+        traceparent=traceparent,
+    )
+
+
+def _is_doubtful(value: bytes, content: bytes, message: WireCommand) -> bool:
+    """Whether a message that fits its model may still repeat a field, or hold a card number or a character to refuse.
+
+    A message without escapes has one colon after each name and those within its texts. As many as in its content mean
+    that nothing was dropped, so nothing was said twice.
+    """
+    return (
+        value.count(b":") != content.count(b":")
+        or b"\\" in value
+        or (may_hold_card_number(content) and _holds_card_number(message))
+    )
+
+
+def _holds_card_number(message: WireCommand) -> bool:
+    if isinstance(message, NewPayment) and is_card_number_of_any_brand(message.payment_method):
+        return True
+    return any(holds_card_number(text) for text in _texts(message))
+
+
+def _texts(message: WireCommand) -> Iterator[str]:
+    yield from (value for _, value in message if isinstance(value, str))
+    for name, text in (message.metadata or {}).items():
+        yield name
+        yield text

@@ -1,0 +1,295 @@
+"""The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
+
+Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
+say; only a replay has `original_event_id`. The models declare it and read it for clients; `write_event` builds the text
+without them, several times faster, and a test holds the two together.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json, to_json
+
+from domain.commands import RejectionReason
+from domain.errors import MessageUnreadable
+from domain.events import Event, EventKind, PaymentSnapshot, PaymentStatus, PendingCause
+from domain.operations import DeclineReason
+from handlers.messages.commands import command_type
+from handlers.messages.refusals import UnreadableReason
+
+_Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class PaymentState(_Wire):
+    """The payment right after the event. The amounts are the truth, `status` sums them up."""
+
+    status: PaymentStatus
+    currency: str | None
+    authorized_minor: _Minor
+    captured_minor: _Minor
+    released_minor: _Minor
+    refunded_minor: _Minor
+    disputed_minor: _Minor
+    has_indeterminate: Annotated[bool, Field(description="An operation's outcome is unknown: money may have moved.")]
+    gateway: str | None
+    gateway_payment_id: str | None
+    order_id: str | None
+    customer_id: str | None
+
+
+class Action(_Wire):
+    """What the payer must do first, such as 3-D Secure at `url`."""
+
+    type: str
+    url: str | None
+
+
+class _WireEvent(_Wire):
+    type: str
+    event_id: Annotated[UUID, Field(description="Unique for each event, replays included: drop what you have seen.")]
+    occurred_at: Annotated[AwareDatetime, Field(description="RFC 3339 in UTC, with microseconds.")]
+    payment_id: UUID
+    payment_seq: Annotated[
+        int,
+        Field(ge=1, description="1, 2, 3 … for each payment: shows gaps and order. A replay repeats its original's."),
+    ]
+    command_id: Annotated[
+        UUID, Field(description="Derived from the command's content, the same for each delivery of it.")
+    ]
+    command_type: str
+    idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
+    operation_number: Annotated[
+        int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
+    ]
+    amount_minor: Annotated[int | None, Field(description="What the operation moved or asked to move, in minor units.")]
+    currency: Annotated[str | None, Field(description="ISO 4217.")]
+    provider_reference: Annotated[str | None, Field(description="The provider's id of the operation.")]
+    replayed: Annotated[
+        bool, Field(description="True: this repeats an earlier result for one more delivery of its command.")
+    ]
+    payment: PaymentState
+    original_event_id: Annotated[UUID | None, Field(description="Only in a replay: the event that it repeats.")] = None
+
+
+class PaymentAuthorized(_WireEvent):
+    """The amount is held for a later capture. Final for an authorize command."""
+
+    type: Literal["payment.authorized.v1"]
+
+
+class PaymentCaptured(_WireEvent):
+    """The money was collected. Final for a charge or capture command."""
+
+    type: Literal["payment.captured.v1"]
+
+
+class PaymentVoided(_WireEvent):
+    """The hold was released. Final for a void command."""
+
+    type: Literal["payment.voided.v1"]
+
+
+class PaymentRefunded(_WireEvent):
+    """The money was returned. Final for a refund command."""
+
+    type: Literal["payment.refunded.v1"]
+
+
+class PaymentDeclined(_WireEvent):
+    """The payer's side, or the provider, said no, and no money moved. Final."""
+
+    type: Literal["payment.declined.v1"]
+    decline_reason: DeclineReason
+    decline_code: Annotated[str | None, Field(description="The provider's own word.")]
+
+
+class PaymentRequiresAction(_WireEvent):
+    """The payer must act first. Not final: the result follows."""
+
+    type: Literal["payment.requires_action.v1"]
+    action: Action
+
+
+class PaymentPending(_WireEvent):
+    """There is no result yet. Not final: the result follows. Money may have moved."""
+
+    type: Literal["payment.pending.v1"]
+    cause: PendingCause
+
+
+class PaymentNeedsReview(_WireEvent):
+    """The outcome stayed unknown past the deadline; a person should look. Not final: the provider is still asked."""
+
+    type: Literal["payment.needs_review.v1"]
+
+
+class PaymentCommandRejected(_WireEvent):
+    """The command was refused and moved no money. Final."""
+
+    type: Literal["payment.command_rejected.v1"]
+    reason: RejectionReason
+    message: Annotated[str, Field(description="For people: what is wrong and what to do. Do not switch over it.")]
+    fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
+
+
+WireEvent = (
+    PaymentAuthorized
+    | PaymentCaptured
+    | PaymentVoided
+    | PaymentRefunded
+    | PaymentDeclined
+    | PaymentRequiresAction
+    | PaymentPending
+    | PaymentNeedsReview
+    | PaymentCommandRejected
+)
+
+EVENT_MODELS: Final[Mapping[str, type[WireEvent]]] = {
+    "payment.authorized.v1": PaymentAuthorized,
+    "payment.captured.v1": PaymentCaptured,
+    "payment.voided.v1": PaymentVoided,
+    "payment.refunded.v1": PaymentRefunded,
+    "payment.declined.v1": PaymentDeclined,
+    "payment.requires_action.v1": PaymentRequiresAction,
+    "payment.pending.v1": PaymentPending,
+    "payment.needs_review.v1": PaymentNeedsReview,
+    "payment.command_rejected.v1": PaymentCommandRejected,
+}
+"""Every event that this service writes, by its `type`."""
+
+_HEAD: Final = re.compile(
+    r'\{"type":"(?P<type>[^"]+)","event_id":"(?P<event_id>[^"]+)","occurred_at":"(?P<occurred_at>[^"]+)",'
+    r'"payment_id":"[^"]+","payment_seq":(?P<payment_seq>[0-9]+),'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenReplay:
+    """A replay's text, with what its row in the outbox repeats."""
+
+    type: str
+    text: str
+    payment_seq: int
+    occurred_at: str
+
+
+def event_type(kind: EventKind) -> str:
+    """`payment.captured.v1` of CAPTURED."""
+    return f"payment.{kind}.v1"
+
+
+def write_time(moment: datetime) -> str:
+    """RFC 3339 in UTC with six decimals: `2026-01-31T12:00:00.000000Z`."""
+    in_utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    return in_utc.isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def write_event(event: Event, event_id: UUID) -> str:
+    """The event as JSON text, the exact body of its message."""
+    # Enumerations are turned into plain texts here: the JSON writer needs ten times as long for them.
+    snapshot = event.snapshot
+    body: dict[str, Any] = {
+        "type": event_type(event.kind),
+        "event_id": event_id,
+        "occurred_at": write_time(event.occurred_at),
+        "payment_id": event.payment_id,
+        "payment_seq": event.payment_seq,
+        "command_id": _command_id(event.fingerprint),
+        "command_type": command_type(event.command),
+        "idempotency_key": event.idempotency_key,
+        "operation_number": event.operation_number,
+        "amount_minor": event.amount_minor,
+        "currency": snapshot.currency,
+        "provider_reference": event.reference,
+        "replayed": False,
+        **_particulars(event),
+        "payment": _payment_state(snapshot),
+    }
+    return to_json(body).decode()
+
+
+def write_replay(result: str, event_id: UUID) -> WrittenReplay:
+    """The same result once more: its own id, `replayed`, and the original's id.
+
+    `result` is what `write_event` returned, character for character.
+    """
+    head = _HEAD.match(result)
+    assert head is not None, "a stored result is the text that write_event wrote, and stands in a text column unchanged"
+    original_id = head["event_id"]
+    text = (
+        result[: head.start("event_id")]
+        + str(event_id)
+        + result[head.end("event_id") :].replace('"replayed":false', '"replayed":true', 1)[:-1]
+        + f',"original_event_id":"{original_id}"}}'
+    )
+    return WrittenReplay(head["type"], text, int(head["payment_seq"]), head["occurred_at"])
+
+
+def read_event(value: bytes) -> WireEvent | None:
+    """The event in a message, for clients; None where its type is unknown here, as a later version's may be.
+
+    Raises:
+        MessageUnreadable: it is no JSON object, or does not fit the model of its type.
+    """
+    try:
+        body = from_json(value)
+    except ValueError as error:
+        raise MessageUnreadable(UnreadableReason.NOT_JSON, str(error)) from error
+    if not isinstance(body, dict):
+        raise MessageUnreadable(UnreadableReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
+    model = EVENT_MODELS.get(str(body.get("type")))
+    try:
+        return model.model_validate_json(value) if model else None
+    except ValidationError as error:
+        raise MessageUnreadable(UnreadableReason.UNKNOWN_TYPE, f"does not fit {body['type']}") from error
+
+
+def _command_id(fingerprint: bytes) -> str:
+    """`domain.commands.command_id` as text, without the detour over a UUID object."""
+    digits = fingerprint[:16].hex()
+    variant = "89ab"[fingerprint[8] >> 4 & 3]
+    return f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
+def _particulars(event: Event) -> dict[str, Any]:
+    """The fields that only this type of event has."""
+    match event.kind:
+        case EventKind.DECLINED:
+            return {"decline_reason": str(event.decline_reason), "decline_code": event.decline_code}
+        case EventKind.REQUIRES_ACTION:
+            assert event.action is not None, "an event that asks for an action says which"
+            return {"action": {"type": event.action.action_type, "url": event.action.url}}
+        case EventKind.PENDING:
+            return {"cause": str(event.pending_cause)}
+        case EventKind.COMMAND_REJECTED:
+            assert event.rejection is not None, "an event that refuses a command says why"
+            rejection = event.rejection
+            return {"reason": str(rejection.reason), "message": rejection.message, "fields": rejection.fields}
+        case _:
+            return {}
+
+
+def _payment_state(snapshot: PaymentSnapshot) -> dict[str, Any]:
+    return {
+        "status": str(snapshot.status),
+        "currency": snapshot.currency,
+        "authorized_minor": snapshot.authorized_minor,
+        "captured_minor": snapshot.captured_minor,
+        "released_minor": snapshot.released_minor,
+        "refunded_minor": snapshot.refunded_minor,
+        "disputed_minor": snapshot.disputed_minor,
+        "has_indeterminate": snapshot.has_indeterminate,
+        "gateway": snapshot.gateway,
+        "gateway_payment_id": snapshot.gateway_payment_id,
+        "order_id": snapshot.order_id,
+        "customer_id": snapshot.customer_id,
+    }

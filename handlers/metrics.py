@@ -1,0 +1,47 @@
+"""What the use cases count. Labels come from closed sets; one place names every metric of the worker."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from domain.events import Event
+
+RESULTS = Counter("payments_command_results_total", "Events that answer commands", ["command", "result"])
+COMMANDS = Counter("payments_commands_received_total", "Commands read from the topic, duplicates included")
+DUPLICATES = Counter("payments_commands_duplicate_total", "Deliveries whose idempotency key was known")
+DEAD_LETTERS = Counter("payments_commands_dead_lettered_total", "Messages parked in the dead-letter topic", ["reason"])
+RESULT_SECONDS = Histogram(
+    "payments_command_result_seconds",
+    "From dispatch to the provider of a command to its saved result",
+    ["command"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
+)
+BATCH_SECONDS = Histogram(
+    "payments_batch_seconds",
+    "One write transaction with its decisions",
+    ["input"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5),
+)
+CONCURRENT_UPDATES = Counter("payments_concurrent_updates_total", "Batches decided again after a lost race")
+STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers whose lease was taken over: not applied")
+REFUSED_ANSWERS = Counter(
+    "payments_refused_answers_total", "Gateway answers that could not be saved; asked again later"
+)
+STORE_UNAVAILABLE = Counter(
+    "payments_store_unavailable_total", "Batches postponed because Postgres was away", ["input"]
+)
+HINT_UNAVAILABLE = Counter("payments_recent_keys_unavailable_total", "Checks of recent keys that Valkey did not answer")
+BACKLOG = Gauge("payments_backlog", "Operations accepted by this worker and not yet saved with an outcome")
+IN_FLIGHT = Gauge("payments_gateway_in_flight", "Gateway calls under way", ["gateway"])
+CALLS = Counter("payments_gateway_calls_total", "Gateway calls by outcome", ["gateway", "operation", "outcome"])
+CALL_SECONDS = Histogram(
+    "payments_gateway_call_seconds",
+    "One gateway call",
+    ["gateway"],
+    buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
+)
+PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
+CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
+
+
+def count_event(event: Event) -> None:
+    """Count one saved event."""
+    RESULTS.labels(event.command.value, event.kind.value).inc()

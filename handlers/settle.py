@@ -1,0 +1,100 @@
+"""Gathers gateway answers for a moment and saves them together; while Postgres is away they wait in memory.
+
+Losing that memory loses nothing: the lease of each operation runs out, and the sweep asks the provider again with the
+same key.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from domain.decide import Answer
+from domain.errors import StoreUnavailable
+from domain.operations import GatewayRequest
+from handlers import metrics
+from handlers.write_path import Applied, Refused, WritePath
+
+log = structlog.get_logger(__name__)
+
+BATCH_MAX = 500
+GATHER_SECONDS = 0.002
+
+
+class Settler:
+    """Saves answers through the write path, in order of arrival, and passes on what they make possible."""
+
+    def __init__(self, *, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None]) -> None:
+        self._write_path = write_path
+        self._submit = submit
+        self._pending: list[Answer] = []
+        self._arrived = asyncio.Event()
+        self._saving = 0
+
+    @property
+    def waiting(self) -> int:
+        """Answers not yet saved."""
+        return len(self._pending) + self._saving
+
+    def add(self, answer: Answer) -> None:
+        """Take over an answer. Does not block."""
+        self._pending.append(answer)
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Save answers until cancelled."""
+        while True:
+            await self._arrived.wait()
+            if len(self._pending) < BATCH_MAX:
+                await asyncio.sleep(GATHER_SECONDS)
+            await self.settle_some()
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Save what has arrived, with `run` no longer running.
+
+        Raises:
+            TimeoutError: Postgres stayed away; the operations are taken over after their leases.
+        """
+        async with asyncio.timeout(timeout_seconds):
+            while self._pending:
+                await self.settle_some()
+
+    async def settle_some(self) -> None:
+        """Save at most one batch of what has arrived."""
+        batch, self._pending = self._pending[:BATCH_MAX], self._pending[BATCH_MAX:]
+        if not self._pending:
+            self._arrived.clear()
+        self._saving = len(batch)
+        try:
+            applied = await self._apply(batch)
+        except asyncio.CancelledError:
+            self._pending = batch + self._pending
+            raise
+        finally:
+            self._saving = 0
+        self._submit(applied.requests)
+        for refused in applied.refused:
+            _report(refused)
+
+    async def _apply(self, batch: list[Answer]) -> Applied:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(StoreUnavailable), wait=wait_random_exponential(multiplier=0.1, max=5)
+        ):
+            with attempt:
+                return await self._try(batch)
+        raise AssertionError("retries without an end")
+
+    async def _try(self, batch: list[Answer]) -> Applied:
+        try:
+            with metrics.BATCH_SECONDS.labels("answer").time():
+                return await self._write_path.apply(batch)
+        except StoreUnavailable:
+            metrics.STORE_UNAVAILABLE.labels("answer").inc()
+            raise
+
+
+def _report(refused: Refused) -> None:
+    """The answer could not be saved. Its operation stays open: after the lease the provider is asked again."""
+    metrics.REFUSED_ANSWERS.inc()
+    log.error("gateway answer not saved; the sweep will ask again", answer=str(refused.given), error=str(refused.error))

@@ -1,0 +1,67 @@
+"""Takes over operations that are due: leases that ran out after a crash, retries, and polls of what is pending.
+
+Time alone ends nothing here. A due operation is asked about again, and what the provider says decides.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from datetime import timedelta
+
+import structlog
+
+from domain.decide import gateway_request
+from domain.errors import PaymentsError
+from domain.operations import GatewayRequest, Operation
+from domain.payment import Payment
+from domain.ports import PaymentStore
+from handlers import metrics
+from handlers.messages.commands import command_from_content
+
+log = structlog.get_logger(__name__)
+
+CLAIMED_MAX = 500
+
+
+class Sweep:
+    """Claims due operations every `interval_seconds` (with jitter) while there is room for them."""
+
+    def __init__(
+        self,
+        *,
+        store: PaymentStore,
+        submit: Callable[[list[GatewayRequest]], None],
+        room: Callable[[], int],
+        lease: timedelta,
+        interval_seconds: float,
+    ) -> None:
+        self._store = store
+        self._submit = submit
+        self._room = room
+        self._lease = lease
+        self._interval_seconds = interval_seconds
+
+    async def run(self) -> None:
+        """Sweep until cancelled; an unavailable Postgres is tried again at the next turn."""
+        while True:
+            try:
+                while await self.sweep_once() == CLAIMED_MAX:
+                    pass
+            except PaymentsError as error:
+                log.warning("sweep postponed", error=str(error))
+            await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1.25))  # noqa: S311 - spreads load
+
+    async def sweep_once(self) -> int:
+        """Claim one portion and pass it to the gateways; how many there were."""
+        limit = min(CLAIMED_MAX, self._room())
+        if limit <= 0:
+            return 0
+        claimed = await self._store.claim_due(limit=limit, lease=self._lease)
+        metrics.CLAIMED.inc(len(claimed))
+        self._submit([_request(payment, operation) for payment, operation in claimed])
+        return len(claimed)
+
+
+def _request(payment: Payment, operation: Operation) -> GatewayRequest:
+    command = command_from_content(operation.content, operation.traceparent)
+    return gateway_request(payment, operation, command)

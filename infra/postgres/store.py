@@ -1,0 +1,312 @@
+"""The one write path's transaction: the only module that begins, commits and rolls back a write of payments.
+
+Every step is one set-based statement over `unnest` arrays, sent on asyncpg directly: this is the hot path. The plans
+are pinned to the indexes (`PINNED_PLANS`): joined with `unnest`, Postgres guesses row counts, and a plan made while a
+table was small would scan all of it for ever (tests/integration/test_query_plans.py reads the plans).
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any, Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+
+from domain.commands import OperationKind
+from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
+from domain.events import PaymentStatus
+from domain.operations import OPEN, Operation, OperationState
+from domain.payment import Payment
+from domain.ports import Changes, OutboxRow
+
+PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+
+PAYMENT_COLUMNS: Final = (
+    "payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor, authorized_minor,"
+    " captured_minor, released_minor, refunded_minor, disputed_minor, reserved_capture_minor, reserved_refund_minor,"
+    " status, has_indeterminate, last_operation, last_seq, version, authorization_expires_at, open_operations"
+)
+OPERATION_COLUMNS: Final = (
+    "payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway, reference,"
+    " attempts, lease_token, is_leased, due_at, dispatched_at, replays_due, result, traceparent"
+)
+
+# NO KEY: nothing refers to payments by foreign key, and the weaker lock is the one that an UPDATE takes anyway.
+LOCK_PAYMENTS = f"""
+    SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])
+     ORDER BY payment_id FOR NO KEY UPDATE
+"""
+OPEN_OPERATIONS = f"""
+    SELECT {OPERATION_COLUMNS} FROM operations
+     WHERE payment_id = ANY($1::uuid[]) AND state = ANY($2::text[])
+     ORDER BY payment_id, number
+"""
+FIND_OPERATIONS = f"SELECT {OPERATION_COLUMNS} FROM operations WHERE idempotency_key = ANY($1::text[])"
+
+# A row that exists already is another worker's: the count tells, and the batch is decided again.
+INSERT_PAYMENTS = """
+    INSERT INTO payments (payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor,
+                          authorized_minor, captured_minor, released_minor, refunded_minor, disputed_minor,
+                          reserved_capture_minor, reserved_refund_minor, status, has_indeterminate, last_operation,
+                          last_seq, version, authorization_expires_at, open_operations)
+    SELECT x.* FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bigint[],
+                           $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[],
+                           $13::bigint[], $14::bigint[], $15::text[], $16::boolean[], $17::integer[],
+                           $18::integer[], $19::bigint[], $20::timestamptz[], $21::integer[]) AS x
+    ON CONFLICT (payment_id) DO NOTHING
+"""
+UPDATE_PAYMENTS = """
+    UPDATE payments AS p
+       SET order_id = x.order_id, customer_id = x.customer_id, gateway = x.gateway,
+           gateway_payment_id = x.gateway_payment_id, currency = x.currency, amount_minor = x.amount_minor,
+           authorized_minor = x.authorized_minor, captured_minor = x.captured_minor,
+           released_minor = x.released_minor, refunded_minor = x.refunded_minor,
+           disputed_minor = x.disputed_minor, reserved_capture_minor = x.reserved_capture_minor,
+           reserved_refund_minor = x.reserved_refund_minor, status = x.status,
+           has_indeterminate = x.has_indeterminate, last_operation = x.last_operation, last_seq = x.last_seq,
+           version = x.version + 1, authorization_expires_at = x.authorization_expires_at,
+           open_operations = x.open_operations, updated_at = now()
+      FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bigint[],
+                  $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[],
+                  $13::bigint[], $14::bigint[], $15::text[], $16::boolean[], $17::integer[],
+                  $18::integer[], $19::bigint[], $20::timestamptz[], $21::integer[])
+           AS x(payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor,
+                authorized_minor, captured_minor, released_minor, refunded_minor, disputed_minor,
+                reserved_capture_minor, reserved_refund_minor, status, has_indeterminate, last_operation,
+                last_seq, version, authorization_expires_at, open_operations)
+     WHERE p.payment_id = x.payment_id AND p.version = x.version
+"""
+# Due times are written relative to the database's clock ($19 is the time of the decision): leases know one clock.
+INSERT_OPERATIONS = """
+    INSERT INTO operations (payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor,
+                            gateway, reference, attempts, lease_token, is_leased, due_at, dispatched_at, replays_due,
+                            result, traceparent)
+    SELECT payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway, reference,
+           attempts, lease_token, is_leased, now() + (due_at - $19::timestamptz), dispatched_at, replays_due, result,
+           traceparent
+      FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::text[], $8::bigint[],
+                  $9::text[], $10::text[], $11::integer[], $12::bigint[], $13::boolean[], $14::timestamptz[],
+                  $15::timestamptz[], $16::integer[], $17::text[], $18::text[])
+           AS x(payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway,
+                reference, attempts, lease_token, is_leased, due_at, dispatched_at, replays_due, result, traceparent)
+    ON CONFLICT DO NOTHING
+"""
+# The token in the WHERE clause is the fence: a worker whose lease was taken over matches no row. An operation that
+# waits was never leased; its payment's version guards it.
+UPDATE_OPERATIONS = """
+    UPDATE operations AS o
+       SET state = x.state, amount_minor = x.amount_minor, gateway = x.gateway, reference = x.reference,
+           attempts = x.attempts, lease_token = x.lease_token, is_leased = x.is_leased,
+           due_at = now() + (x.due_at - $14::timestamptz), dispatched_at = x.dispatched_at,
+           replays_due = x.replays_due, result = x.result,
+           settled_at = CASE WHEN x.result IS NOT NULL THEN now() END
+      FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::integer[],
+                  $8::bigint[], $9::boolean[], $10::timestamptz[], $11::timestamptz[], $12::integer[], $13::text[])
+           AS x(payment_id, number, state, amount_minor, gateway, reference, attempts, lease_token, is_leased, due_at,
+                dispatched_at, replays_due, result)
+     WHERE o.payment_id = x.payment_id AND o.number = x.number
+       AND (o.lease_token = x.lease_token OR o.state = 'received')
+"""
+INSERT_LEDGER = """
+    INSERT INTO ledger (payment_id, payment_seq, debit, credit, amount_minor, currency)
+    SELECT * FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::bigint[], $6::text[])
+"""
+INSERT_OUTBOX = """
+    INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::text[], $7::text[])
+"""
+# SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
+# called the gateway.
+CLAIM_DUE = f"""
+    UPDATE operations AS o
+       SET state = CASE WHEN o.is_leased AND o.state = 'dispatched' THEN 'indeterminate' ELSE o.state END,
+           lease_token = o.lease_token + 1, attempts = o.attempts + 1, is_leased = true, due_at = now() + $2::interval
+      FROM (SELECT payment_id, number FROM operations
+             WHERE due_at IS NOT NULL AND due_at <= now() ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED) AS due
+     WHERE o.payment_id = due.payment_id AND o.number = due.number
+    RETURNING {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))}
+"""
+PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"
+
+_OPEN_STATES: Final = sorted(OPEN)
+
+_UNAVAILABLE: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+_LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
+_REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
+
+_in_transaction: ContextVar[bool] = ContextVar("in_transaction", default=False)
+
+_Row = TypeVar("_Row")
+_Columns = Callable[[_Row], tuple[Any, ...]]
+
+Connection = Any
+"""An asyncpg connection or the pool's proxy of one, which share no public type."""
+
+
+async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
+    """A pool for the write path, with the plans pinned.
+
+    Raises:
+        StoreUnavailable: Postgres cannot be reached.
+    """
+    with _translated():
+        return await asyncpg.create_pool(
+            url, min_size=1, max_size=size, command_timeout=30, timeout=10, server_settings=dict(PINNED_PLANS)
+        )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Vendor errors become ours, most specific first."""
+    try:
+        yield
+    except _LOST_RACE as error:
+        raise ConcurrentUpdate(str(error)) from error
+    except _REFUSED as error:
+        raise InputRefusedByStore(str(error)) from error
+    except _UNAVAILABLE as error:
+        raise StoreUnavailable(str(error) or type(error).__name__) from error
+
+
+class PostgresStore:
+    """Payments in Postgres. Every method raises StoreUnavailable when Postgres is away."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator["PostgresTransaction"]:
+        """Leaving the block commits, raising rolls back. Nesting is an error."""
+        assert not _in_transaction.get(), "a write transaction does not nest"
+        mark = _in_transaction.set(True)
+        try:
+            with _translated():
+                async with self._pool.acquire() as connection, connection.transaction():
+                    yield PostgresTransaction(connection)
+        finally:
+            _in_transaction.reset(mark)
+
+    def in_transaction(self) -> bool:
+        """Whether the current task is inside `begin`, where no gateway may be called."""
+        return _in_transaction.get()
+
+    async def claim_due(self, *, limit: int, lease: timedelta) -> list[tuple[Payment, Operation]]:
+        """Take over operations that are due, oldest first: each belongs to the caller until `lease` has passed.
+
+        An operation whose lease ran out without an answer comes back `indeterminate`.
+        """
+        with _translated():
+            async with self._pool.acquire() as connection:
+                rows = await connection.fetch(CLAIM_DUE, limit, lease)
+                operations = [_operation(row) for row in rows]
+                found = await connection.fetch(PAYMENTS_OF, [each.payment_id for each in operations])
+        payments = {row["payment_id"]: _payment(row, ()) for row in found}
+        return [(payments[each.payment_id], each) for each in operations]
+
+
+class PostgresTransaction:
+    """One open write transaction; fits `domain.ports.WriteTransaction`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def lock_payments(self, payment_ids: Iterable[UUID]) -> dict[UUID, Payment]:
+        """The payments that exist, each with its open operations, locked in ascending order of id."""
+        rows = await self._connection.fetch(LOCK_PAYMENTS, list(payment_ids))
+        open_operations = await self._open_operations([row["payment_id"] for row in rows if row["open_operations"]])
+        return {row["payment_id"]: _payment(row, tuple(open_operations.get(row["payment_id"], ()))) for row in rows}
+
+    async def _open_operations(self, payment_ids: list[UUID]) -> dict[UUID, list[Operation]]:
+        if not payment_ids:
+            return {}
+        grouped: dict[UUID, list[Operation]] = {}
+        for row in await self._connection.fetch(OPEN_OPERATIONS, payment_ids, _OPEN_STATES):
+            grouped.setdefault(row["payment_id"], []).append(_operation(row))
+        return grouped
+
+    async def find_operations(self, idempotency_keys: Iterable[str]) -> dict[str, Operation]:
+        """The operations that were accepted under these keys."""
+        keys = list(idempotency_keys)
+        if not keys:
+            return {}
+        rows = await self._connection.fetch(FIND_OPERATIONS, keys)
+        return {row["idempotency_key"]: _operation(row) for row in rows}
+
+    async def save(self, changes: Changes) -> None:
+        """Write it all, rows in a fixed order so that two batches never wait for each other in a circle.
+
+        Raises:
+            ConcurrentUpdate: a new row exists already, or a fenced row moved on.
+            InputRefusedByStore: a constraint refused a row.
+        """
+        new_payments = sorted(changes.new_payments, key=attrgetter("payment_id"))
+        new_operations = sorted(changes.new_operations, key=lambda each: each.idempotency_key or "")
+        await self._write(INSERT_PAYMENTS, new_payments, _new_payment_row)
+        await self._write(UPDATE_PAYMENTS, changes.payments, _payment_row)
+        await self._write(INSERT_OPERATIONS, new_operations, _new_operation_row, changes.decided_at)
+        await self._write(UPDATE_OPERATIONS, changes.operations, _operation_row, changes.decided_at)
+        await self._write(INSERT_LEDGER, changes.transfers, _transfer_row)
+        await self._write(INSERT_OUTBOX, changes.outbox, _outbox_row)
+
+    async def _write(self, statement: str, rows: Sequence[_Row], columns: "_Columns[_Row]", *more: Any) -> None:
+        if not rows:
+            return
+        # One array a column; zip turns the rows' tuples around.
+        arrays = zip(*map(columns, rows), strict=True)
+        tag: str = await self._connection.execute(statement, *arrays, *more)
+        if int(tag.rsplit(" ", 1)[1]) != len(rows):
+            raise ConcurrentUpdate(f"{tag} of {len(rows)} rows")
+
+
+_payment_fields = attrgetter(
+    "payment_id", "order_id", "customer_id", "gateway", "gateway_payment_id", "currency", "amount_minor",
+    "authorized_minor", "captured_minor", "released_minor", "refunded_minor", "disputed_minor",
+    "reserved_capture_minor", "reserved_refund_minor", "status", "has_indeterminate", "last_operation", "last_seq",
+    "version", "authorization_expires_at",
+)  # fmt: skip
+_operation_row = attrgetter(
+    "payment_id", "number", "state", "amount_minor", "gateway", "reference", "attempts", "lease_token", "is_leased",
+    "due_at", "dispatched_at", "replays_due", "result",
+)  # fmt: skip
+_new_operation_row = attrgetter(
+    "payment_id", "number", "kind", "idempotency_key", "fingerprint", "content", "state", "amount_minor", "gateway",
+    "reference", "attempts", "lease_token", "is_leased", "due_at", "dispatched_at", "replays_due", "result",
+    "traceparent",
+)  # fmt: skip
+_transfer_row = attrgetter("payment_id", "payment_seq", "debit", "credit", "amount_minor", "currency")
+
+
+def _payment_row(payment: Payment) -> tuple[Any, ...]:
+    return (*_payment_fields(payment), len(payment.operations))
+
+
+def _new_payment_row(payment: Payment) -> tuple[Any, ...]:
+    return _payment_row(replace(payment, version=1))
+
+
+def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
+    return (row.id, str(row.payment_id), row.type, row.payload, row.payment_seq, row.occurred_at, row.traceparent)
+
+
+def _payment(row: asyncpg.Record, operations: tuple[Operation, ...]) -> Payment:
+    fields = dict(row.items())
+    del fields["open_operations"]
+    return Payment(**fields | {"status": PaymentStatus(row["status"]), "operations": operations})
+
+
+def _operation(row: asyncpg.Record) -> Operation:
+    fields = dict(row.items())
+    return Operation(**fields | {"kind": OperationKind(row["kind"]), "state": OperationState(row["state"])})
