@@ -5,8 +5,9 @@ decided as soon as the operation before it has its outcome.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Final, assert_never
 from uuid import UUID
 
@@ -93,7 +94,7 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
     A refusal is a decision too: its event is `command_rejected`. An input that was applied before changes nothing,
     except that a repeated command is owed its stored result again.
     """
-    draft = _Draft(payment or Payment(payment_id=_payment_id(given)), now, rules)
+    draft = _Draft(payment.copy() if payment else Payment(_payment_id(given)), now, rules)
     match given:
         case Delivery():
             if given.stored is None:
@@ -150,23 +151,14 @@ class _Draft:
     is_stale: bool = False
 
     def decision(self) -> Decision:
-        return Decision(
-            self._with_derived(),
-            self.events,
-            tuple(self.changed.values()),
-            self.requests,
-            self.transfers,
-            self.is_stale,
-        )
+        self._derive()
+        changed = tuple(self.changed.values())
+        return Decision(self.payment, self.events, changed, self.requests, self.transfers, self.is_stale)
 
-    def _with_derived(self, *, events: int = 0) -> Payment:
+    def _derive(self) -> None:
         payment = self.payment
-        return replace(
-            payment,
-            status=payment.derived_status(),
-            has_indeterminate=any(each.state in IN_DOUBT for each in payment.operations),
-            last_seq=payment.last_seq + events,
-        )
+        payment.status = payment.derived_status()
+        payment.has_indeterminate = any(each.state in IN_DOUBT for each in payment.operations)
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -193,14 +185,15 @@ class _Draft:
         elif stored.result is not None:
             self.events.append(Replay(stored.payment_id, stored.result, command.traceparent))
         else:
-            self._keep(replace(stored, replays_due=stored.replays_due + 1))
+            operation = stored.copy()
+            operation.replays_due += 1
+            self._keep(operation)
 
     def _receive(self, command: AnyCommand) -> Operation:
-        number = self.payment.last_operation + 1
-        self.payment = replace(self.payment, last_operation=number)
+        self.payment.last_operation += 1
         return Operation(
             payment_id=command.payment_id,
-            number=number,
+            number=self.payment.last_operation,
             kind=command.kind,
             idempotency_key=command.idempotency_key,
             fingerprint=command.fingerprint,
@@ -218,18 +211,15 @@ class _Draft:
             return
         amount = amount_of(command, self.payment)
         gateway = self.payment.gateway if command.kind not in OPENING else command.gateway or self.rules.default_gateway
-        operation = replace(
-            operation,
-            state=OperationState.DISPATCHED,
-            amount_minor=amount,
-            gateway=gateway,
-            attempts=1,
-            lease_token=operation.lease_token + 1,
-            is_leased=True,
-            due_at=self.now + self.rules.retry.lease,
-            dispatched_at=self.now,
-            command=command,
-        )
+        operation = operation.copy()
+        operation.state = OperationState.DISPATCHED
+        operation.amount_minor = amount
+        operation.gateway = gateway
+        operation.attempts = 1
+        operation.lease_token += 1
+        operation.is_leased = True
+        operation.due_at = self.now + self.rules.retry.lease
+        operation.dispatched_at = self.now
         self._reserve(command, amount, gateway)
         self._keep(operation)
         self.requests.append(gateway_request(self.payment, operation, command))
@@ -238,18 +228,15 @@ class _Draft:
         payment = self.payment
         match command.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-                self.payment = replace(
-                    payment,
-                    order_id=command.order_id,
-                    customer_id=command.customer_id,
-                    gateway=gateway,
-                    currency=command.currency,
-                    amount_minor=amount,
-                )
+                payment.order_id = command.order_id
+                payment.customer_id = command.customer_id
+                payment.gateway = gateway
+                payment.currency = command.currency
+                payment.amount_minor = amount
             case OperationKind.CAPTURE | OperationKind.VOID:
-                self.payment = replace(payment, reserved_capture_minor=amount)
+                payment.reserved_capture_minor = amount
             case OperationKind.REFUND:
-                self.payment = replace(payment, reserved_refund_minor=amount)
+                payment.reserved_refund_minor = amount
             case _:
                 assert_never(command.kind)
 
@@ -290,31 +277,30 @@ class _Draft:
     def _succeed(self, operation: Operation, outcome: Succeeded) -> None:
         amount = operation.amount_minor
         assert amount is not None, "a dispatched operation has an amount"
-        payment = self._without_reservation(operation.kind)
-        match operation.kind:
-            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-                captured = amount if operation.kind is OperationKind.CHARGE else 0
-                payment = replace(
-                    payment,
-                    authorized_minor=amount,
-                    captured_minor=captured,
-                    gateway_payment_id=outcome.reference,
-                    authorization_expires_at=outcome.expires_at,
-                )
-            case OperationKind.CAPTURE:
-                payment = replace(payment, captured_minor=payment.captured_minor + amount)
-                if not self.rules.gateways[payment.gateway or ""].multi_capture:
-                    payment = replace(payment, released_minor=payment.released_minor + payment.capturable_minor)
-            case OperationKind.VOID:
-                payment = replace(payment, released_minor=payment.released_minor + amount)
-            case OperationKind.REFUND:
-                payment = replace(payment, refunded_minor=payment.refunded_minor + amount)
-            case _:
-                assert_never(operation.kind)
-        self.payment = payment
+        self._release_reservation(operation.kind)
+        self._move(operation.kind, amount, outcome)
         self._finish(operation, OperationState.SUCCEEDED, outcome.reference)
         self._publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference)
         self._book(operation.kind, amount)
+
+    def _move(self, kind: OperationKind, amount: int, outcome: Succeeded) -> None:
+        payment = self.payment
+        match kind:
+            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+                payment.authorized_minor = amount
+                payment.captured_minor = amount if kind is OperationKind.CHARGE else 0
+                payment.gateway_payment_id = outcome.reference
+                payment.authorization_expires_at = outcome.expires_at
+            case OperationKind.CAPTURE:
+                payment.captured_minor += amount
+                if not self.rules.gateways[payment.gateway or ""].multi_capture:
+                    payment.released_minor += payment.capturable_minor
+            case OperationKind.VOID:
+                payment.released_minor += amount
+            case OperationKind.REFUND:
+                payment.refunded_minor += amount
+            case _:
+                assert_never(kind)
 
     def _book(self, kind: OperationKind, amount: int) -> None:
         accounts = BOOKINGS.get(kind)
@@ -332,7 +318,7 @@ class _Draft:
             )
 
     def _decline(self, operation: Operation, outcome: Declined) -> None:
-        self.payment = self._without_reservation(operation.kind)
+        self._release_reservation(operation.kind)
         self._finish(operation, OperationState.DECLINED, outcome.reference)
         self._publish(
             EventKind.DECLINED,
@@ -344,7 +330,7 @@ class _Draft:
 
     def _fail(self, operation: Operation, rejection: Rejection) -> None:
         """End an operation that is proven not to have been executed."""
-        self.payment = self._without_reservation(operation.kind)
+        self._release_reservation(operation.kind)
         self._finish(operation, OperationState.NOT_EXECUTED, operation.reference)
         self._publish(EventKind.COMMAND_REJECTED, operation, rejection=rejection)
 
@@ -401,26 +387,22 @@ class _Draft:
 
     # --- shared steps -----------------------------------------------------------------------------------------------
 
-    def _without_reservation(self, kind: OperationKind) -> Payment:
+    def _release_reservation(self, kind: OperationKind) -> None:
         if kind in (OperationKind.CAPTURE, OperationKind.VOID):
-            return replace(self.payment, reserved_capture_minor=0)
-        if kind is OperationKind.REFUND:
-            return replace(self.payment, reserved_refund_minor=0)
-        return self.payment
+            self.payment.reserved_capture_minor = 0
+        elif kind is OperationKind.REFUND:
+            self.payment.reserved_refund_minor = 0
 
     def _postpone(self, operation: Operation, state: OperationState, reference: str | None) -> None:
         """Keep it under way, released by its worker, to be looked at again."""
         if reference is not None and operation.kind in OPENING:
-            self.payment = replace(self.payment, gateway_payment_id=reference)
-        self._keep(
-            replace(
-                operation,
-                state=state,
-                reference=reference,
-                is_leased=False,
-                due_at=self.now + self._delay_in(state, operation),
-            )
-        )
+            self.payment.gateway_payment_id = reference
+        operation = operation.copy()
+        operation.state = state
+        operation.reference = reference
+        operation.is_leased = False
+        operation.due_at = self.now + self._delay_in(state, operation)
+        self._keep(operation)
 
     def _delay_in(self, state: OperationState, operation: Operation) -> timedelta:
         retry = self.rules.retry
@@ -433,27 +415,27 @@ class _Draft:
                 return retry.delay(operation.attempts, operation.payment_id)
 
     def _reject(self, operation: Operation, command: AnyCommand, rejection: Rejection) -> None:
-        operation = replace(operation, state=OperationState.REJECTED)
+        operation = operation.copy()
+        operation.state = OperationState.REJECTED
         self._keep(operation)
         self._publish_rejection(command, rejection, operation)
 
     def _finish(self, operation: Operation, state: OperationState, reference: str | None) -> None:
-        self._keep(
-            replace(operation, state=state, reference=reference or operation.reference, is_leased=False, due_at=None)
-        )
+        operation = operation.copy()
+        operation.state = state
+        operation.reference = reference or operation.reference
+        operation.is_leased = False
+        operation.due_at = None
+        self._keep(operation)
 
     def _keep(self, operation: Operation) -> None:
         """Record a new or changed operation, and whether its payment still waits for it."""
         self.changed[operation.number] = operation
-        others = tuple(each for each in self.payment.operations if each.number != operation.number)
-        is_last = not others or others[-1].number < operation.number
-        if not operation.is_open:
-            operations = others
-        elif is_last:
-            operations = (*others, operation)
-        else:
-            operations = tuple(sorted((*others, operation), key=lambda each: each.number))
-        self.payment = replace(self.payment, operations=operations)
+        kept = [each for each in self.payment.operations if each.number != operation.number]
+        if operation.is_open:
+            kept.append(operation)
+            kept.sort(key=attrgetter("number"))
+        self.payment.operations = tuple(kept)
 
     def _publish(
         self,
@@ -467,7 +449,8 @@ class _Draft:
         action: RequiresAction | None = None,
         pending_cause: PendingCause | None = None,
     ) -> None:
-        self.payment = self._with_derived(events=1)
+        self.payment.last_seq += 1
+        self._derive()
         self.events.append(
             Event(
                 kind=kind,
@@ -492,7 +475,8 @@ class _Draft:
         )
 
     def _publish_rejection(self, command: AnyCommand, rejection: Rejection, operation: Operation | None) -> None:
-        self.payment = self._with_derived(events=1)
+        self.payment.last_seq += 1
+        self._derive()
         self.events.append(
             Event(
                 kind=EventKind.COMMAND_REJECTED,

@@ -1,9 +1,10 @@
 """One attempt to move money: its states, the outcomes a gateway may report, and the request a gateway receives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
+from operator import attrgetter
 from uuid import UUID
 
 from domain.commands import NO_METADATA, Command, OperationKind
@@ -124,9 +125,12 @@ class Unknown:
 Outcome = Succeeded | Declined | RequiresAction | Pending | NotExecuted | Unreachable | Unknown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Operation:
-    """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted."""
+    """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted.
+
+    Not frozen, for speed (docs/decisions/0005): `decide` changes only the copies that it makes for itself.
+    """
 
     payment_id: UUID
     number: int
@@ -155,6 +159,9 @@ class Operation:
     command: Command | None = None
     """The command itself where it is at hand; `content` is its stored form."""
 
+    def copy(self) -> "Operation":
+        return Operation(*_values(self))
+
     @property
     def provider_key(self) -> str:
         """The idempotency key sent to the provider, the same at every attempt on any worker."""
@@ -167,6 +174,9 @@ class Operation:
     @property
     def is_open(self) -> bool:
         return self.state in OPEN
+
+
+_values = attrgetter(*(each.name for each in fields(Operation)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,19 @@
 """The payment: its amounts, the operations that are open on it, and the status that follows from both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
+from operator import attrgetter
 from uuid import UUID
 
 from domain.events import PaymentSnapshot, PaymentStatus
 from domain.operations import Operation, OperationState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Payment:
     """Amounts in minor units of `currency`; they are the truth, the status is derived from them.
+
+    Not frozen, for speed (docs/decisions/0005): `decide` changes only the copy that it makes for itself.
 
     `operations` holds the open ones in the order accepted. `version` is 0 until the payment was stored.
     """
@@ -37,6 +40,9 @@ class Payment:
     version: int = 0
     authorization_expires_at: datetime | None = None
     operations: tuple[Operation, ...] = ()
+
+    def copy(self) -> "Payment":
+        return Payment(*_values(self))
 
     @property
     def capturable_minor(self) -> int:
@@ -88,3 +94,6 @@ class Payment:
             self.order_id,
             self.customer_id,
         )
+
+
+_values = attrgetter(*(field.name for field in fields(Payment)))

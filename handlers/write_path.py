@@ -7,7 +7,7 @@ together. Gateway requests are returned to be sent after the commit, never insid
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from domain.decide import Decision, Delivery, Input, decide
@@ -111,25 +111,20 @@ class WritePath:
         # Locked first, read afterwards: what is read about a payment is then true until the commit.
         payments = await transaction.lock_payments({_payment_id(each) for each in inputs})
         stored = await transaction.find_operations(suspects)
-        loaded = {payment_id: _with_commands(payment) for payment_id, payment in payments.items()}
-        return _Batch(self._rules, self._clock, self._new_id, loaded, dict(stored))
+        for payment in payments.values():
+            _read_waiting(payment)
+        return _Batch(self._rules, self._clock, self._new_id, payments, stored)
 
 
 def _payment_id(given: Input) -> UUID:
     return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
 
 
-def _with_commands(payment: Payment) -> Payment:
-    """The payment with the commands of its waiting operations at hand, for their turn may come."""
-    if not any(each.state is OperationState.RECEIVED for each in payment.operations):
-        return payment
-    return replace(payment, operations=tuple(_with_command(each) for each in payment.operations))
-
-
-def _with_command(operation: Operation) -> Operation:
-    if operation.state is not OperationState.RECEIVED:
-        return operation
-    return replace(operation, command=command_from_content(operation.content, operation.traceparent))
+def _read_waiting(payment: Payment) -> None:
+    """Put the commands of waiting operations at hand, for their turn may come."""
+    for operation in payment.operations:
+        if operation.state is OperationState.RECEIVED:
+            operation.command = command_from_content(operation.content, operation.traceparent)
 
 
 class _Batch:
@@ -189,7 +184,8 @@ class _Batch:
             self._touched[payment_id] = None
         final = {number: text for number, text in results if text is not None}
         for operation in decision.operations:
-            self._keep(replace(operation, result=final[operation.number]) if operation.number in final else operation)
+            operation.result = final.get(operation.number, operation.result)
+            self._keep(operation)
         self.requests += decision.requests
         self._transfers += decision.transfers
 

@@ -11,7 +11,7 @@ import shutil
 import socket
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +100,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     def _probe(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
-            return _run_apart(lambda: _write_one_record(self.bootstrap))
+            return write_one_record(self.bootstrap)
         raise NotReady
 
     @property
@@ -190,24 +190,21 @@ def _alone_in(cache_dir: Path) -> Iterator[None]:
         yield
 
 
-def _run_apart(task: Callable[[], Awaitable[None]]) -> None:
-    """Run a coroutine to its end in a thread: the caller's own may have an event loop under way."""
+def write_one_record(bootstrap: str) -> None:
+    """Create a topic and write to it, which proves more than an open port; callable from within an event loop.
 
-    async def run() -> None:
-        await task()
-
+    Raises:
+        NotReady: an answer, or a silence, that tells of a broker still starting.
+    """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        thread.submit(asyncio.run, run()).result()
+        thread.submit(asyncio.run, _write_one_record(bootstrap)).result()
 
 
 async def _write_one_record(bootstrap: str) -> None:
-    """Create a topic and write to it; the idempotent producer also waits for the transaction coordinator.
-
-    Raises NotReady after any answer that tells of a broker still starting.
-    """
     try:
         async with asyncio.timeout(READINESS_TIMEOUT_SECONDS):
             await _ensure_topic(bootstrap)
+            # Idempotent, so that this waits for producer ids too.
             async with AIOKafkaProducer(bootstrap_servers=bootstrap, enable_idempotence=True) as producer:
                 await producer.send_and_wait(READINESS_TOPIC, b"ready")
     except (KafkaError, OSError, TimeoutError) as error:

@@ -8,7 +8,6 @@ table was small would scan all of it for ever (tests/integration/test_query_plan
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, Final, TypeVar
@@ -289,12 +288,18 @@ _new_operation_row = attrgetter(
 _transfer_row = attrgetter("payment_id", "payment_seq", "debit", "credit", "amount_minor", "currency")
 
 
+_STATUS: Final = 14
+_VERSION: Final = 18
+"""Where `version` stands in a payment's row: a new payment is stored as version 1."""
+
+
 def _payment_row(payment: Payment) -> tuple[Any, ...]:
     return (*_payment_fields(payment), len(payment.operations))
 
 
 def _new_payment_row(payment: Payment) -> tuple[Any, ...]:
-    return _payment_row(replace(payment, version=1))
+    row = _payment_row(payment)
+    return (*row[:_VERSION], 1, *row[_VERSION + 1 :])
 
 
 def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
@@ -302,11 +307,13 @@ def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
 
 
 def _payment(row: asyncpg.Record, operations: tuple[Operation, ...]) -> Payment:
-    fields = dict(row.items())
-    del fields["open_operations"]
-    return Payment(**fields | {"status": PaymentStatus(row["status"]), "operations": operations})
+    # The columns are in the order of the fields, then comes the number of open operations.
+    fields: list[Any] = list(row.values())[:-1]
+    fields[_STATUS] = PaymentStatus(fields[_STATUS])
+    return Payment(*fields, operations)
 
 
 def _operation(row: asyncpg.Record) -> Operation:
-    fields = dict(row.items())
-    return Operation(**fields | {"kind": OperationKind(row["kind"]), "state": OperationState(row["state"])})
+    fields: list[Any] = list(row.values())  # in the order of the fields
+    fields[2], fields[6] = OperationKind(fields[2]), OperationState(fields[6])
+    return Operation(*fields)

@@ -1,0 +1,20 @@
+FROM python:3.11-slim
+
+ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /srv/payments
+
+# The libraries first: they change seldom, the code often.
+COPY requirements.txt ./
+RUN pip install --require-hashes -r requirements.txt
+
+COPY pyproject.toml asyncapi.yaml ./
+COPY app app
+COPY domain domain
+COPY handlers handlers
+COPY infra infra
+COPY migrations migrations
+RUN pip install --no-deps --no-build-isolation -e . \
+    && useradd --system --no-create-home payments
+
+USER payments
+ENTRYPOINT ["payments"]

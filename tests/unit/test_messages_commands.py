@@ -1,0 +1,336 @@
+"""Any bytes become a command, a refusal that names its fields, or an unreadable message; equal commands read equal."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.commands import Command, OperationKind, RejectionReason, UnacceptableCommand
+from domain.errors import MessageUnreadable
+from domain.money import AMOUNT_MAX_MINOR
+from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.commands import COMMAND_BYTES_MAX, command_from_content, read_command, read_traceparent
+from handlers.messages.refusals import UnreadableReason
+
+PAYMENT_ID = "0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"
+CHARGE: dict[str, Any] = {
+    "type": "payment.charge.v1",
+    "idempotency_key": "order-1001-charge",
+    "payment_id": PAYMENT_ID,
+    "order_id": "order-1001",
+    "amount_minor": 1250,
+    "currency": "USD",
+    "payment_method": "pm_card_visa",
+}
+CARD = "4242424242424242"
+HUGE = "five thousand digits, which Python itself would refuse to read"
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def read(body: object) -> Command | UnacceptableCommand:
+    return read_command(json.dumps(body).encode(), None)
+
+
+def accepted(body: object) -> Command:
+    command = read(body)
+    assert isinstance(command, Command), command
+    return command
+
+
+def refused(value: bytes) -> UnacceptableCommand:
+    command = read_command(value, None)
+    assert isinstance(command, UnacceptableCommand), command
+    return command
+
+
+def refused_with(**fields: Any) -> UnacceptableCommand:
+    return refused(json.dumps(CHARGE | fields).encode())
+
+
+def unreadable(value: bytes | None) -> str:
+    with pytest.raises(MessageUnreadable) as caught:
+        read_command(value, None)
+    return caught.value.reason
+
+
+def survives(value: bytes) -> None:
+    """The one property that holds for any bytes."""
+    try:
+        command = read_command(value, None)
+    except MessageUnreadable as error:
+        UnreadableReason(error.reason)
+        return
+    assert "\0" not in command.content
+    command.content.encode()
+
+
+def test_a_charge_carries_everything_that_was_sent() -> None:
+    command = accepted(
+        CHARGE
+        | {
+            "customer_id": "customer-77",
+            "gateway": "sandbox",
+            "expires_at": "2030-01-01T13:00:00+01:00",
+            "metadata": {"b": "2", "a": "1"},
+        }
+    )
+    assert command.kind is OperationKind.CHARGE
+    assert command.payment_id == UUID(PAYMENT_ID)
+    assert (command.amount_minor, command.currency, command.order_id) == (1250, "USD", "order-1001")
+    assert (command.customer_id, command.gateway, command.payment_method) == ("customer-77", "sandbox", "pm_card_visa")
+    assert command.expires_at == datetime(2030, 1, 1, 12, tzinfo=UTC)
+    assert command.metadata == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("kind", ["capture", "refund", "void"])
+def test_a_command_without_an_amount_means_all_that_remains(kind: str) -> None:
+    command = accepted({"type": f"payment.{kind}.v1", "idempotency_key": "k", "payment_id": PAYMENT_ID})
+    assert (command.kind, command.amount_minor, command.currency) == (OperationKind(kind), None, None)
+
+
+def test_order_spacing_case_and_unknown_fields_do_not_change_the_fingerprint() -> None:
+    first = accepted(CHARGE)
+    shuffled = dict(reversed(CHARGE.items())) | {
+        "payment_id": PAYMENT_ID.upper(),
+        "note": {"deep": [1]},
+        "gateway": None,
+    }
+    again = read_command(json.dumps(shuffled, indent=3).encode(), None)
+    assert (again.content, again.fingerprint) == (first.content, first.fingerprint)
+
+
+def test_escapes_and_sorted_metadata_do_not_change_the_fingerprint() -> None:
+    plain = json.dumps(CHARGE | {"metadata": {"å": "é", "b": "2"}}, ensure_ascii=False).encode()
+    escaped = json.dumps(CHARGE | {"metadata": {"b": "2", "å": "é"}}).encode()
+    assert read_command(plain, None).fingerprint == read_command(escaped, None).fingerprint
+
+
+def test_every_field_counts_in_the_fingerprint() -> None:
+    changes: list[dict[str, Any]] = [{"amount_minor": 1251}, {"currency": "EUR"}, {"type": "payment.authorize.v1"}, {"customer_id": "c"}]
+    assert len({accepted(CHARGE | change).fingerprint for change in [{}, *changes]}) == 5
+
+
+def test_a_command_comes_back_from_its_content() -> None:
+    command = read_command(
+        json.dumps(CHARGE | {"expires_at": "2030-01-01T12:00:00.5Z", "metadata": {"a": "1"}}).encode(), "t"
+    )
+    assert command_from_content(command.content, "t") == command
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [0, -1, 10.5, 10.0, "10.5", "1250", True, [], AMOUNT_MAX_MINOR + 1, 10**30, 10**4999, float("nan"), float("inf")],
+)
+def test_an_amount_that_is_no_positive_integer_is_refused_as_invalid_amount(amount: object) -> None:
+    body = json.dumps(CHARGE).replace("1250", "9" * 5000 if amount is HUGE else json.dumps(amount))
+    rejection = refused(body.encode()).rejection
+    assert (rejection.reason, rejection.fields) == (RejectionReason.INVALID_AMOUNT, ("amount_minor",))
+    assert "minor units" in rejection.message
+
+
+@pytest.mark.parametrize("currency", ["usd", "XXX", "", 840, None])
+def test_a_currency_that_is_not_known_is_refused(currency: object) -> None:
+    rejection = refused_with(currency=currency).rejection
+    expected = RejectionReason.INVALID_COMMAND if currency is None else RejectionReason.UNKNOWN_CURRENCY
+    assert (rejection.reason, rejection.fields) == (expected, ("currency",))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("order_id", ""),
+        ("order_id", "x" * 256),
+        ("order_id", 7),
+        ("order_id", None),
+        ("order_id", "a\0b"),
+        ("order_id", "\ud800"),
+        ("customer_id", "x" * 256),
+        ("payment_method", None),
+        ("payment_method", "x" * 256),
+        ("gateway", 1),
+        ("expires_at", "2030-01-01T12:00:00"),
+        ("expires_at", "1700000000"),
+        ("expires_at", 1700000000),
+        ("expires_at", "0001-01-01T00:00:00+23:00"),
+        ("metadata", []),
+        ("metadata", {"a": 1}),
+        ("metadata", {"a": None}),
+        ("metadata", {"": "a"}),
+        ("metadata", {"k" * 41: "a"}),
+        ("metadata", {"k": "a" * 501}),
+        ("metadata", {str(n): "a" for n in range(51)}),
+        ("metadata", {"a\0": "b"}),
+    ],
+)
+def test_another_field_that_does_not_fit_is_refused_and_named(field: str, value: object) -> None:
+    command = refused_with(**{field: value})
+    assert (command.rejection.reason, command.rejection.fields) == (RejectionReason.INVALID_COMMAND, (field,))
+    assert f"`{field}` " in command.rejection.message
+    assert command.idempotency_key == "order-1001-charge"
+    assert "\\u0000" not in command.content
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, 7, None, "a\0", CARD])
+def test_an_unusable_idempotency_key_is_not_remembered(key: object) -> None:
+    command = refused_with(idempotency_key=key)
+    assert command.idempotency_key is None
+    assert command.rejection.fields == ("idempotency_key",)
+
+
+def test_several_problems_are_told_at_once() -> None:
+    rejection = refused_with(amount_minor=-1, currency="usd", order_id=7).rejection
+    assert rejection.reason is RejectionReason.INVALID_COMMAND
+    assert rejection.fields == ("amount_minor", "currency", "order_id")
+
+
+@pytest.mark.parametrize(
+    "card", [CARD, "4242 4242 4242 4242", "4242-4242-4242-4242", "378282246310005", "6011111111111117"]
+)
+@pytest.mark.parametrize(
+    "field", ["payment_method", "order_id", "customer_id", "gateway", "idempotency_key", "expires_at"]
+)
+def test_a_card_number_is_refused_and_kept_nowhere(field: str, card: str) -> None:
+    command = refused_with(**{field: card})
+    assert command.rejection.reason is RejectionReason.INVALID_COMMAND
+    assert field in command.rejection.fields
+    assert card not in repr(command)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"metadata": {"note": f"card {CARD} 12/30"}},
+        {"metadata": {CARD: "a"}},
+        {"metadata": [[CARD]]},
+        {"metadata": int(CARD)},
+        {"payment_method": int(CARD)},
+        {"payment_method": f"tok_{CARD}"},
+        {"order_id": float(CARD)},
+        {"amount_minor": int(CARD)},
+        {"amount_minor": CARD},
+        {"currency": CARD},
+    ],
+)
+def test_a_card_number_in_an_odd_place_is_kept_nowhere(value: dict[str, Any]) -> None:
+    assert CARD not in repr(refused_with(**value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "order-1764112345678",
+        "1764112345678",
+        "20261123120955",
+        "4242424242424241",
+        "12345678-4242-4242-4242-424242424242",
+    ],
+)
+def test_other_numbers_are_no_card_numbers(text: str) -> None:
+    assert accepted(CHARGE | {"order_id": text, "idempotency_key": text}).order_id == text
+
+
+def test_a_repeated_field_is_refused_and_never_reads_like_the_good_command() -> None:
+    twice = json.dumps(CHARGE)[:-1] + ', "amount_minor": 1250}'
+    command = refused(twice.encode())
+    assert command.rejection.fields == ("amount_minor",)
+    assert command.fingerprint != accepted(CHARGE).fingerprint
+
+
+def test_a_field_repeated_by_an_escaped_name_or_in_metadata_is_refused() -> None:
+    escaped = json.dumps(CHARGE)[:-1] + ', "amount\\u005fminor": 1}'
+    inside = json.dumps(CHARGE)[:-1] + ', "metadata": {"a": "1", "a": "2"}}'
+    assert refused(escaped.encode()).rejection.fields == ("amount_minor",)
+    assert refused(inside.encode()).rejection.fields == ("metadata",)
+
+
+def test_a_repeated_unknown_field_is_ignored() -> None:
+    assert isinstance(read_command((json.dumps(CHARGE)[:-1] + ', "x": 1, "x": 2}').encode(), None), Command)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, UnreadableReason.EMPTY),
+        (b"", UnreadableReason.NOT_JSON),
+        (b" " * (COMMAND_BYTES_MAX + 1), UnreadableReason.TOO_LARGE),
+        (b"\xff\xfe{}", UnreadableReason.NOT_UTF8),
+        (b"\xef\xbb\xbf{}", UnreadableReason.NOT_JSON),
+        (b"{", UnreadableReason.NOT_JSON),
+        (b"[" * 200_000, UnreadableReason.NOT_JSON),
+        (b"[]", UnreadableReason.NOT_AN_OBJECT),
+        (b"null", UnreadableReason.NOT_AN_OBJECT),
+        (b"{}", UnreadableReason.UNKNOWN_TYPE),
+        (b'{"type": "payment.charge.v2"}', UnreadableReason.UNKNOWN_TYPE),
+        (b'{"type": ["payment.charge.v1"]}', UnreadableReason.UNKNOWN_TYPE),
+        (b'{"type": "payment.charge.v1"}', UnreadableReason.NO_PAYMENT_ID),
+        (b'{"type": "payment.charge.v1", "payment_id": 7}', UnreadableReason.NO_PAYMENT_ID),
+        (
+            b'{"type": "payment.charge.v1", "payment_id": "0190b3a17a3c7e119c531f0a3a8b9c00"}',
+            UnreadableReason.NO_PAYMENT_ID,
+        ),
+        (b'{"type": "payment.void.v1", "type": "payment.refund.v1"}', UnreadableReason.UNKNOWN_TYPE),
+    ],
+)
+def test_a_message_that_nobody_could_answer_is_unreadable(value: bytes | None, reason: UnreadableReason) -> None:
+    assert unreadable(value) == reason
+
+
+def test_deep_nesting_in_any_field_is_survived() -> None:
+    for depth in (10, 100, 300, 900, 5_000, 50_000):
+        for field in ("metadata", "note"):
+            survives((json.dumps(CHARGE)[:-1] + f', "{field}": ' + "[" * depth + "]" * depth + "}").encode())
+
+
+def test_half_a_surrogate_pair_in_an_unknown_field_is_ignored() -> None:
+    assert isinstance(read_command((json.dumps(CHARGE)[:-1] + ', "note": "\\ud800"}').encode(), None), Command)
+
+
+def test_a_refusal_reads_the_same_each_time() -> None:
+    assert refused_with(amount_minor="10.5") == refused_with(amount_minor="10.5")
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([], None),
+        ([("traceparent", TRACEPARENT.encode())], TRACEPARENT),
+        ([("x", b"1"), ("traceparent", None)], None),
+        ([("traceparent", TRACEPARENT.upper().encode())], None),
+        ([("traceparent", b"01" + TRACEPARENT[2:].encode())], None),
+        ([("traceparent", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01")], None),
+        ([("traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-" + b"0" * 16 + b"-01")], None),
+        ([("traceparent", TRACEPARENT.encode() + b"\n")], None),
+        ([("traceparent", b"\xff")], None),
+    ],
+)
+def test_only_a_valid_trace_context_is_taken(headers: list[tuple[str, bytes | None]], expected: str | None) -> None:
+    assert read_traceparent(headers) == expected
+
+
+NAMES = sorted({name for model in COMMAND_MODELS.values() for name in model.model_fields})
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+TYPED = st.fixed_dictionaries(
+    {"type": st.sampled_from(sorted(COMMAND_MODELS)), "payment_id": st.uuids().map(str)},
+    optional={name: VALUES for name in NAMES if name not in ("type", "payment_id")},
+)
+
+
+@given(st.binary() | VALUES.map(lambda value: json.dumps(value).encode()))
+@settings(max_examples=300)
+def test_any_bytes_are_read_or_told_unreadable(value: bytes) -> None:
+    survives(value)
+
+
+@given(TYPED, st.data())
+@settings(max_examples=300)
+def test_any_fields_are_read_or_refused(fields: dict[str, object], data: st.DataObject) -> None:
+    good = {name: value for name, value in CHARGE.items() if data.draw(st.booleans())}
+    value = json.dumps(fields | good).encode()
+    survives(value)
+    at = data.draw(st.integers(0, len(value)))
+    survives(value[:at] + data.draw(st.binary(max_size=2)) + value[at + 1 :])
