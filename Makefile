@@ -31,11 +31,11 @@ bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 up:  ## the servers and the service in Docker containers
-	docker compose up --build --wait
+	docker compose up --build --detach
 
 venv: $(STAMP)  ## the virtual environment alone
 
-lock: $(STAMP)  ## requirements.txt anew from pyproject.toml (needs uv)
+lock:  ## requirements.txt anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra local --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header -q -o requirements.txt
 

@@ -1,10 +1,10 @@
 """What an order service may ask for. A command states a request; whether it is granted is `decide`'s business."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 
@@ -52,8 +52,7 @@ class Rejection:
 NO_METADATA: Final[Mapping[str, str]] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """A readable command. `amount_minor` is None where the sender means "all that remains".
 
     `content` is the canonical JSON text of the command (known fields only, sorted) and `fingerprint` its SHA-256:
@@ -72,7 +71,7 @@ class Command:
     payment_method: str | None = None
     gateway: str | None = None
     expires_at: datetime | None = None
-    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
+    metadata: Mapping[str, str] = NO_METADATA
     traceparent: str | None = None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from operator import attrgetter
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 from uuid import UUID
 
 from domain.commands import AnyCommand, Command, OperationKind, Rejection, RejectionReason, UnacceptableCommand
@@ -52,16 +52,14 @@ BOOKINGS: Final = {
 """Debit and credit of what moves money; a hold and its release move none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """A command as it came from the topic, and what is stored under its idempotency key, if anything."""
 
     command: AnyCommand
     stored: Operation | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came of one gateway call. `lease_token` proves that the caller still held the operation."""
 
     payment_id: UUID
@@ -73,8 +71,7 @@ class Answer:
 Input = Delivery | Answer
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
 
     `is_stale` marks an answer whose lease was taken over: it changes nothing.

@@ -1,8 +1,8 @@
 """What happened to a payment, in the domain's words; `handlers.messages` puts it on the wire."""
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 from uuid import UUID
 
 from domain.commands import OperationKind, Rejection
@@ -59,8 +59,7 @@ class PaymentStatus(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class PaymentSnapshot:
+class PaymentSnapshot(NamedTuple):
     """A payment's amounts and status right after an event, so that a subscriber needs no second source."""
 
     status: PaymentStatus
@@ -77,8 +76,7 @@ class PaymentSnapshot:
     customer_id: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """One thing that happened to a payment because of one command.
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
@@ -110,8 +108,7 @@ class Event:
         return self.kind in FINAL_EVENTS
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
+class Replay(NamedTuple):
     """The stored result of a command, to be published again for one more delivery of it."""
 
     payment_id: UUID

@@ -4,8 +4,8 @@ A transfer debits one account and credits another by the same amount; read as po
 of one currency always sum to zero (docs/decisions/0003).
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 from uuid import UUID
 
 
@@ -17,8 +17,7 @@ class Account(StrEnum):
     CUSTOMER_REFUNDS = "customer_refunds"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
+class Transfer(NamedTuple):
     """`amount_minor` (> 0) of `currency` from `credit` to `debit`, booked by the event `(payment_id, payment_seq)`."""
 
     payment_id: UUID

@@ -1,10 +1,11 @@
 """One attempt to move money: its states, the outcomes a gateway may report, and the request a gateway receives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from operator import attrgetter
+from typing import NamedTuple
 from uuid import UUID
 
 from domain.commands import NO_METADATA, Command, OperationKind
@@ -179,8 +180,7 @@ class Operation:
 _values = attrgetter(*(each.name for each in fields(Operation)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayRequest:
+class GatewayRequest(NamedTuple):
     """What a gateway is asked to do, complete in itself: no further reads are needed to execute it.
 
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
@@ -199,7 +199,7 @@ class GatewayRequest:
     payment_method: str | None = None
     order_id: str | None = None
     customer_id: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
+    metadata: Mapping[str, str] = NO_METADATA
     is_final: bool = True
     state: OperationState = OperationState.DISPATCHED
     attempts: int = 1

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from domain.capabilities import Capabilities
@@ -45,8 +45,7 @@ class Gateway(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutboxRow:
+class OutboxRow(NamedTuple):
     """One event on its way to subscribers. `payload` is the exact text of the message."""
 
     id: UUID
@@ -58,8 +57,7 @@ class OutboxRow:
     traceparent: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """All that one batch of inputs changed; saved by a handful of set-based statements.
 
     `new_*` rows must not exist yet, the others must still be as they were read: otherwise `ConcurrentUpdate`.

@@ -59,7 +59,7 @@ class Dispatcher:
 
     async def _run(self, gateway: Gateway, request: GatewayRequest) -> None:
         outcome = await self._outcome(gateway, request)
-        metrics.CALLS.labels(request.gateway, request.kind.value, type(outcome).__name__).inc()
+        metrics.calls(request.gateway, request.kind, type(outcome).__name__).inc()
         self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
 
     async def _outcome(self, gateway: Gateway, request: GatewayRequest) -> Outcome:
@@ -81,7 +81,7 @@ class Dispatcher:
             log.exception("gateway call failed unexpectedly", gateway=request.gateway, key=request.provider_key)
             return Unknown("the gateway adapter failed")
         finally:
-            metrics.CALL_SECONDS.labels(request.gateway).observe(time.perf_counter() - started)
+            metrics.call_seconds(request.gateway).observe(time.perf_counter() - started)
 
     def _call(self, gateway: Gateway, request: GatewayRequest) -> Awaitable[Outcome]:
         if request.state in ASK_ONLY or self._is_key_forgotten(gateway, request):

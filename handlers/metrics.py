@@ -1,8 +1,11 @@
 """What the use cases count. Labels come from closed sets; one place names every metric of the worker."""
 
+from functools import cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
-from domain.events import Event
+from domain.commands import OperationKind
+from domain.events import EventKind
 
 RESULTS = Counter("payments_command_results_total", "Events that answer commands", ["command", "result"])
 COMMANDS = Counter("payments_commands_received_total", "Commands read from the topic, duplicates included")
@@ -42,6 +45,19 @@ PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bou
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
 
 
-def count_event(event: Event) -> None:
-    """Count one saved event."""
-    RESULTS.labels(event.command.value, event.kind.value).inc()
+@cache
+def results(command: OperationKind, result: EventKind) -> Counter:
+    """The counter of these labels, found once: a look-up at every event would cost more than the counting."""
+    return RESULTS.labels(command.value, result.value)
+
+
+@cache
+def calls(gateway: str, operation: OperationKind, outcome: str) -> Counter:
+    """The counter of these labels, found once."""
+    return CALLS.labels(gateway, operation.value, outcome)
+
+
+@cache
+def call_seconds(gateway: str) -> Histogram:
+    """The histogram of this gateway, found once."""
+    return CALL_SECONDS.labels(gateway)

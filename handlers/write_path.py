@@ -246,7 +246,7 @@ class _Batch:
         metrics.DUPLICATES.inc(self._duplicates)
         metrics.STALE_ANSWERS.inc(self._stale)
         for event in self._events:
-            metrics.count_event(event)
+            metrics.results(event.command, event.kind).inc()
 
 
 def _outbox_row(event: Event, event_id: UUID) -> OutboxRow:

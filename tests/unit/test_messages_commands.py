@@ -110,7 +110,12 @@ def test_escapes_and_sorted_metadata_do_not_change_the_fingerprint() -> None:
 
 
 def test_every_field_counts_in_the_fingerprint() -> None:
-    changes: list[dict[str, Any]] = [{"amount_minor": 1251}, {"currency": "EUR"}, {"type": "payment.authorize.v1"}, {"customer_id": "c"}]
+    changes: list[dict[str, Any]] = [
+        {"amount_minor": 1251},
+        {"currency": "EUR"},
+        {"type": "payment.authorize.v1"},
+        {"customer_id": "c"},
+    ]
     assert len({accepted(CHARGE | change).fingerprint for change in [{}, *changes]}) == 5
 
 
@@ -123,7 +128,7 @@ def test_a_command_comes_back_from_its_content() -> None:
 
 @pytest.mark.parametrize(
     "amount",
-    [0, -1, 10.5, 10.0, "10.5", "1250", True, [], AMOUNT_MAX_MINOR + 1, 10**30, 10**4999, float("nan"), float("inf")],
+    [0, -1, 10.5, 10.0, "10.5", "1250", True, [], AMOUNT_MAX_MINOR + 1, 10**30, HUGE, float("nan"), float("inf")],
 )
 def test_an_amount_that_is_no_positive_integer_is_refused_as_invalid_amount(amount: object) -> None:
     body = json.dumps(CHARGE).replace("1250", "9" * 5000 if amount is HUGE else json.dumps(amount))

@@ -1,0 +1,136 @@
+"""What each process serves over HTTP: health and metrics, and in the HTTP process the AsyncAPI document as well.
+
+Promises: liveness depends on nothing but the event loop; readiness names the part that is not ready; the page of the
+document fetches nothing from other hosts.
+"""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Final
+
+import yaml
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from app.health import Checks, troubles
+from app.metrics_page import MetricsPage, Peers
+from handlers.messages.asyncapi import build_document
+
+STATIC_DIR: Final = Path(__file__).parent / "static"
+CONTENT_SECURITY_POLICY: Final = (
+    "default-src 'none'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""No other host, whatever the bundle tries. Its JSON schema validator compiles schemas, hence `unsafe-eval`."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_http_app(*, checks: Checks, peers: Peers) -> Starlette:
+    """The HTTP process: health, all processes' metrics, and the AsyncAPI document with its page.
+
+    `peers` maps the name of another process to the base URL of its own HTTP.
+    """
+    page = MetricsPage(peers)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await page.close()
+
+    async def metrics(_: Request) -> Response:
+        return Response(await page.text(), media_type=CONTENT_TYPE_LATEST)
+
+    routes = [
+        Route("/", _index),
+        *_health_routes(checks),
+        Route("/metrics", metrics),
+        Route("/asyncapi", _asyncapi_page),
+        Route("/asyncapi.yaml", _asyncapi_yaml),
+        Route("/asyncapi.json", _asyncapi_json),
+        Mount("/static", StaticFiles(directory=STATIC_DIR)),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def create_process_app(*, checks: Checks) -> Starlette:
+    """The worker's or the relay's own health and metrics."""
+    return Starlette(routes=[*_health_routes(checks), Route("/metrics", _own_metrics)])
+
+
+def _health_routes(checks: Checks) -> list[Route]:
+    async def ready(_: Request) -> Response:
+        found = await troubles(checks)
+        parts = {name: found.get(name, "ready") for name in checks}
+        return JSONResponse({"ready": not found, "parts": parts}, status_code=503 if found else 200)
+
+    return [Route("/health/live", _live), Route("/health/ready", ready)]
+
+
+async def _live(_: Request) -> Response:
+    return JSONResponse({"live": True})
+
+
+async def _own_metrics(_: Request) -> Response:
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+@cache
+def _document() -> str:
+    return build_document()
+
+
+async def _asyncapi_yaml(_: Request) -> Response:
+    return PlainTextResponse(_document(), media_type="application/yaml")
+
+
+async def _asyncapi_json(_: Request) -> Response:
+    return JSONResponse(yaml.safe_load(_document()))
+
+
+async def _asyncapi_page(_: Request) -> Response:
+    return HTMLResponse(_asyncapi_html(), headers={"content-security-policy": CONTENT_SECURITY_POLICY})
+
+
+async def _index(_: Request) -> Response:
+    rows = "".join(f'<li><a href="{escape(path)}">{path}</a> {escape(text)}</li>' for path, text in _INDEX.items())
+    return HTMLResponse(f"{_HEAD}<title>Payments</title>{_STYLE}<body><main><h1>Payments</h1><ul>{rows}</ul></main>")
+
+
+_INDEX: Final = {
+    "/asyncapi": "the messages: what to send, what comes back",
+    "/asyncapi.yaml": "the same as an AsyncAPI document",
+    "/asyncapi.json": "the same as JSON",
+    "/health/live": "whether this process runs",
+    "/health/ready": "whether it can work, and what keeps it from it",
+    "/metrics": "the metrics of all processes, for Prometheus",
+}
+_HEAD: Final = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+)
+_STYLE: Final = (
+    "<style>body{font:16px/1.5 system-ui,sans-serif;margin:0;color:#1a202c}main{max-width:44rem;margin:3rem auto;"
+    "padding:0 1rem}li{margin:.4rem 0}a{color:#0b61c4}</style>"
+)
+_FONT: Final = "<style>html{font-family:system-ui,sans-serif;line-height:1.5}body{margin:0}</style>"
+
+
+@cache
+def _asyncapi_html() -> str:
+    """The page, with the document embedded so that it asks for nothing but its own script and style."""
+    # A "</script>" within the document would end the element that it is embedded in.
+    embedded = json.dumps({"schema": _document(), "config": {"show": {"sidebar": True}}}).replace("</", "<\\/")
+    return (
+        f'{_HEAD}<title>Payments: messages</title><link rel="icon" href="data:,">{_FONT}'
+        '<link rel="stylesheet" href="/static/asyncapi/asyncapi-react.css">'
+        f'<body><div id="asyncapi"></div><script id="document" type="application/json">{embedded}</script>'
+        '<script src="/static/asyncapi/asyncapi-react.js"></script><script src="/static/asyncapi/page.js"></script>'
+    )

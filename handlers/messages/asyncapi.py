@@ -1,0 +1,196 @@
+"""The AsyncAPI 3 document of this service: `python -m handlers.messages.asyncapi > asyncapi.yaml`.
+
+Promises: every message that is read or written is in it, each by itself, with the very models that read and write it.
+FastStream generates it from a declaration for each message (the running subscriber takes batches, which would show as
+arrays). It gives each declaration a channel of its own; here they are gathered by topic, and what FastStream has no
+words for is added: headers, keys and examples.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import yaml
+from faststream.kafka import KafkaBroker
+from faststream.specification import AsyncAPI
+from pydantic import BaseModel
+
+from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.events import EVENT_MODELS, write_event
+from handlers.messages.examples import COMMAND_EXAMPLES, EVENT_EXAMPLES, EVENT_ID, PAYMENT_ID
+from handlers.messages.refusals import UnreadableReason
+
+COMMANDS_TOPIC: Final = "payments.commands"
+EVENTS_TOPIC: Final = "payments.events"
+DEAD_LETTERS_TOPIC: Final = "payments.commands.dlq"
+DEAD_LETTER: Final = "dead_letter"
+
+JsonObject = dict[str, Any]
+
+_DESCRIPTION: Final = """\
+Payment **commands** come in on a Kafka topic, **events** go out on another; money moves at most once for each command.
+
+- Send a command with a `payment_id` of your choice (a UUID), which is also the message key, and an `idempotency_key`.
+  Sending it again is safe: nothing moves twice, and the result is published again with `replayed: true`.
+- Every readable command ends in exactly one final event that names it (`idempotency_key`, `command_id`), whatever comes
+  in between (`requires_action`, `pending`, `needs_review`).
+- Events come at least once and in order for each payment: `payment_seq` has no gaps.
+- Amounts are integers in minor units beside an ISO 4217 currency. Unknown fields are ignored; ignore them, too.
+"""
+
+_CHANNELS: Final[Mapping[str, str]] = {
+    COMMANDS_TOPIC: "What an order service asks for. Keyed by `payment_id`: a payment's commands stay in order.",
+    EVENTS_TOPIC: "What happened to payments, in order for each payment. Keyed by `payment_id`.",
+    DEAD_LETTERS_TOPIC: "Messages that could not be read, or that Postgres refused, byte for byte, with the reason.",
+}
+_OPERATIONS: Final[Mapping[str, tuple[str, str, str]]] = {
+    "receiveCommands": ("receive", COMMANDS_TOPIC, "The service reads commands."),
+    "sendEvents": ("send", EVENTS_TOPIC, "The service publishes events."),
+    "sendDeadLetters": ("send", DEAD_LETTERS_TOPIC, "The service parks what it cannot process, and goes on."),
+}
+
+
+def _text(description: str, *examples: str) -> JsonObject:
+    return {"type": "string", "description": description, "examples": list(examples)}
+
+
+_TRACEPARENT: Final = _text(
+    "W3C trace context; empty or absent where there is none.", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+) | {"type": ["string", "null"]}
+_HEADERS: Final[Mapping[str, JsonObject]] = {
+    COMMANDS_TOPIC: {"type": "object", "properties": {"traceparent": _TRACEPARENT}},
+    EVENTS_TOPIC: {
+        "type": "object",
+        "required": ["id", "ce_id", "ce_type", "ce_source", "ce_time", "ce_specversion", "payment_seq"],
+        "properties": {
+            "id": _text("As `event_id` in the body.", str(EVENT_ID)),
+            "ce_id": _text("CloudEvents: as `event_id` in the body.", str(EVENT_ID)),
+            "ce_type": _text("CloudEvents: as `type` in the body.", "payment.captured.v1"),
+            "ce_source": _text("CloudEvents: which service wrote it.", "/payments"),
+            "ce_time": _text("CloudEvents: as `occurred_at` in the body.", "2026-01-31T12:00:00.250000Z"),
+            "ce_specversion": _text("CloudEvents.", "1.0"),
+            "payment_seq": _text("As `payment_seq` in the body, in decimal digits.", "1"),
+            "traceparent": _TRACEPARENT,
+        },
+    },
+    DEAD_LETTERS_TOPIC: {
+        "type": "object",
+        "description": "These, and the headers that the message came with.",
+        "required": ["dlq_reason", "dlq_detail", "dlq_topic", "dlq_partition", "dlq_offset"],
+        "properties": {
+            "dlq_reason": _text("A word from a closed list.", *UnreadableReason),
+            "dlq_detail": _text("For people: what was wrong."),
+            "dlq_topic": _text("Where the message stood.", COMMANDS_TOPIC),
+            "dlq_partition": _text("Where the message stood, in decimal digits.", "3"),
+            "dlq_offset": _text("Where the message stood, in decimal digits.", "1042"),
+        },
+    },
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as a block, to be read and compared by people."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def build_document() -> str:
+    """The whole document as YAML text, the same at every call."""
+    # The detour over JSON leaves plain values, none of them shared: YAML would write shared ones as anchors.
+    plain = json.loads(json.dumps(build_specification()))
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def build_specification() -> JsonObject:
+    """The whole document as JSON values."""
+    generated = AsyncAPI(
+        _declared(), title="Payments", version="1.0.0", description=_DESCRIPTION, schema_version="3.0.0"
+    ).to_specification()
+    document: JsonObject = generated.to_jsonable()
+    schemas = document["components"]["schemas"]
+    payloads = {name: document["components"]["messages"][f"{name}:Message"]["payload"] for name in _messages()}
+    return {
+        "asyncapi": document["asyncapi"],
+        "info": document["info"],
+        "defaultContentType": document["defaultContentType"],
+        "servers": document["servers"],
+        "channels": {topic: _channel(topic, document) for topic in _CHANNELS},
+        "operations": {name: _operation(*told) for name, told in _OPERATIONS.items()},
+        "components": {
+            "messages": {name: _message(name, payload) for name, payload in payloads.items()},
+            "schemas": {name: schemas[name] for name in sorted(schemas)},
+        },
+    }
+
+
+def _messages() -> dict[str, str]:
+    """Every message's name, with its topic."""
+    commands, events = dict.fromkeys(COMMAND_MODELS, COMMANDS_TOPIC), dict.fromkeys(EVENT_MODELS, EVENTS_TOPIC)
+    return {**commands, **events, DEAD_LETTER: DEAD_LETTERS_TOPIC}
+
+
+def _declared() -> KafkaBroker:
+    """A broker that is never started and declares every message by itself."""
+    broker = KafkaBroker("localhost:9092", description="Plain Kafka; any version since 2.4 will do.")
+    models: dict[str, Any] = {**COMMAND_MODELS, **EVENT_MODELS, DEAD_LETTER: bytes}
+    for name, topic in _messages().items():
+        # A publisher also for what the service reads: it needs no handler, and the schema is the same.
+        broker.publisher(topic, title=name, schema=models[name])
+    return broker
+
+
+def _channel(topic: str, generated: JsonObject) -> JsonObject:
+    names = [name for name, at in _messages().items() if at == topic]
+    return {
+        "address": topic,
+        "description": _CHANNELS[topic],
+        "servers": generated["channels"][names[0]]["servers"],
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in names},
+        "bindings": generated["channels"][names[0]]["bindings"],
+    }
+
+
+def _operation(action: str, topic: str, summary: str) -> JsonObject:
+    return {"action": action, "channel": {"$ref": f"#/channels/{topic}"}, "summary": summary}
+
+
+def _message(name: str, payload: JsonObject) -> JsonObject:
+    topic = _messages()[name]
+    message = {
+        "name": name,
+        "title": name,
+        "contentType": "application/json",
+        "headers": _HEADERS[topic],
+        "payload": payload,
+        "bindings": {"kafka": {"key": _text("The payment's id.", PAYMENT_ID), "bindingVersion": "0.5.0"}},
+    }
+    if topic == DEAD_LETTERS_TOPIC:
+        return message | {
+            "summary": "A message's value as it was, whatever that is.",
+            "contentType": "application/octet-stream",
+        }
+    return message | {
+        "summary": _summary({**COMMAND_MODELS, **EVENT_MODELS}[name]),
+        "correlationId": {"location": "$message.payload#/idempotency_key"},
+        "examples": [{"name": "example", "payload": _example(name)}],
+    }
+
+
+def _summary(model: type[BaseModel]) -> str:
+    return " ".join((inspect.getdoc(model) or "").split())
+
+
+def _example(name: str) -> JsonObject:
+    example = (
+        COMMAND_EXAMPLES[name] if name in COMMAND_EXAMPLES else json.loads(write_event(EVENT_EXAMPLES[name], EVENT_ID))
+    )
+    return dict(example)
+
+
+if __name__ == "__main__":
+    print(build_document(), end="")

@@ -1,0 +1,101 @@
+"""The AsyncAPI document in the repository is generated, complete, valid and true to the parser."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from domain.commands import Command
+from handlers.messages.asyncapi import (
+    COMMANDS_TOPIC,
+    DEAD_LETTER,
+    DEAD_LETTERS_TOPIC,
+    EVENTS_TOPIC,
+    build_document,
+)
+from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.commands import read_command
+from handlers.messages.events import EVENT_MODELS, read_event
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / ".cache" / "asyncapi"
+PARSER = "@asyncapi/parser@3"
+CHECK = """
+import { Parser } from "@asyncapi/parser";
+import { readFileSync } from "node:fs";
+const { document, diagnostics } = await new Parser().parse(readFileSync(process.argv[2], "utf8"));
+const errors = diagnostics.filter((each) => each.severity < 2).map((each) => each.path.join(".") + ": " + each.message);
+console.log(JSON.stringify({ parsed: document !== undefined, errors }));
+"""
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return build_document()
+
+
+@pytest.fixture(scope="module")
+def document(text: str) -> dict[str, Any]:
+    loaded = yaml.safe_load(text)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_the_file_in_the_repository_is_up_to_date(text: str) -> None:
+    """If this fails: python -m handlers.messages.asyncapi > asyncapi.yaml"""
+    assert (ROOT / "asyncapi.yaml").read_text(encoding="utf-8") == text
+
+
+def test_the_documents_messages_are_those_that_are_read_and_written(document: dict[str, Any]) -> None:
+    channels = {topic: set(channel["messages"]) for topic, channel in document["channels"].items()}
+    assert channels == {
+        COMMANDS_TOPIC: set(COMMAND_MODELS),
+        EVENTS_TOPIC: set(EVENT_MODELS),
+        DEAD_LETTERS_TOPIC: {DEAD_LETTER},
+    }
+
+
+@pytest.mark.parametrize("type_", [*COMMAND_MODELS, *EVENT_MODELS])
+def test_a_message_is_one_object_of_its_own_type(document: dict[str, Any], type_: str) -> None:
+    reference = document["components"]["messages"][type_]["payload"]["$ref"]
+    schema = document["components"]["schemas"][reference.rsplit("/", 1)[1]]
+    assert (schema["type"], schema["properties"]["type"]["const"]) == ("object", type_)
+
+
+def test_every_example_of_a_command_is_accepted(document: dict[str, Any]) -> None:
+    for type_ in COMMAND_MODELS:
+        for example in document["components"]["messages"][type_]["examples"]:
+            assert isinstance(read_command(json.dumps(example["payload"]).encode(), None), Command)
+
+
+def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None:
+    for type_, model in EVENT_MODELS.items():
+        for example in document["components"]["messages"][type_]["examples"]:
+            assert isinstance(read_event(json.dumps(example["payload"]).encode()), model)
+
+
+@pytest.fixture(scope="module")
+def official_parser() -> Path:
+    """The script that runs the official parser, installed once into the cache that git ignores."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not here: the document was not checked by @asyncapi/parser")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not (CACHE / "node_modules" / "@asyncapi" / "parser").is_dir():
+        command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(CACHE), PARSER]
+        installed = subprocess.run(command, capture_output=True, timeout=150, check=False, cwd=CACHE)
+        if installed.returncode:
+            pytest.skip("npm could not install @asyncapi/parser: the document was not checked by it")
+    script = CACHE / "check.mjs"
+    script.write_text(CHECK, encoding="utf-8")
+    return script
+
+
+def test_the_official_parser_accepts_the_document(official_parser: Path) -> None:
+    command = ["node", str(official_parser), str(ROOT / "asyncapi.yaml")]
+    answer = subprocess.run(command, capture_output=True, timeout=120, check=True, cwd=CACHE)
+    assert json.loads(answer.stdout) == {"parsed": True, "errors": []}

@@ -1,0 +1,49 @@
+"""Frozen at release: what was once sent must still be read, and what is written must stay as it was, byte for byte.
+
+A version only gains optional fields. A failure here is a broken contract: write a v2 instead of changing a golden.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from domain.commands import Command
+from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.commands import command_from_content, read_command
+from handlers.messages.events import EVENT_MODELS, read_event, write_event
+from handlers.messages.examples import EVENT_EXAMPLES, EVENT_ID
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def golden(name: str) -> str:
+    return (GOLDENS / f"{name}.json").read_text(encoding="utf-8").rstrip("\n")
+
+
+def test_every_message_has_a_golden() -> None:
+    content = {f"{type_}.content" for type_ in COMMAND_MODELS}
+    assert {path.stem for path in GOLDENS.glob("*.json")} == COMMAND_MODELS.keys() | EVENT_MODELS.keys() | content
+
+
+@pytest.mark.parametrize("type_", COMMAND_MODELS)
+def test_a_released_command_is_still_read_to_the_same_content(type_: str) -> None:
+    """The content decides the fingerprint: if it changed, every key in use would turn into a conflict."""
+    command = read_command(golden(type_).encode(), None)
+    assert isinstance(command, Command)
+    assert command.content == golden(f"{type_}.content")
+
+
+@pytest.mark.parametrize("type_", COMMAND_MODELS)
+def test_a_stored_command_is_still_read(type_: str) -> None:
+    assert command_from_content(golden(f"{type_}.content")) == read_command(golden(type_).encode(), None)
+
+
+@pytest.mark.parametrize("type_", EVENT_MODELS)
+def test_a_released_event_is_still_written_byte_for_byte(type_: str) -> None:
+    assert write_event(EVENT_EXAMPLES[type_], EVENT_ID) == golden(type_)
+
+
+@pytest.mark.parametrize("type_", EVENT_MODELS)
+def test_a_released_event_is_still_read(type_: str) -> None:
+    event = read_event(golden(type_).encode())
+    assert isinstance(event, EVENT_MODELS[type_])
