@@ -30,8 +30,8 @@ check: lint test  ## what CI runs: lint, then all tests
 bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
-up:  ## the servers and the service in Docker containers
-	docker compose up --build --detach
+up: $(STAMP)  ## everything on this machine, until Ctrl-C (in containers: docker compose up --build)
+	$(BIN)/payments up
 
 venv: $(STAMP)  ## the virtual environment alone
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 from collections.abc import Awaitable, Callable
 
@@ -18,6 +19,8 @@ Main = Callable[[asyncio.Event], Awaitable[None]]
 
 def run(main: Main, *, app: ASGIApp, host: str, port: int) -> None:
     """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process."""
+    # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a third of the CPU.
+    gc.set_threshold(100_000, 50, 100)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_live(main, app, host, port))
 

@@ -16,6 +16,7 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import Dispatcher
+from handlers.leases import Leases
 from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import WritePath
@@ -72,13 +73,15 @@ class Worker:
             new_id=wiring.new_id,
             recent=ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc),
         )
+        leases = Leases(store=store, lease=rules.retry.lease)
         self._dispatcher = Dispatcher(
             gateways=gateways,
             limits={name: settings.concurrency_of(name) for name in gateways},
             store=store,
             clock=wiring.now,
+            leases=leases,
         )
-        self._settler = Settler(write_path=write_path, submit=self._dispatcher.submit)
+        self._settler = Settler(write_path=write_path, submit=self._dispatcher.submit, leases=leases)
         self._dispatcher.on_answer = self._settler.add
         self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
         self._sweep = Sweep(
@@ -99,7 +102,9 @@ class Worker:
         )
         self._broker = KafkaBroker(settings.kafka_bootstrap, logger=None)
         self._consumer.subscribe(self._broker, topic=settings.commands_topic, group_id=settings.consumer_group)
-        self._spawn(self._settler.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run())
+        self._spawn(
+            self._settler.run(), leases.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run()
+        )
         await self._broker.start()
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
@@ -110,11 +115,12 @@ class Worker:
 
     async def _shut_down(self) -> None:
         """Take nothing new, let running calls end, save their outcomes, say how far we came."""
-        settler, sweep, backlog, offsets = self._tasks
-        for task in (sweep, backlog, offsets):
+        settler, leases, *others = self._tasks
+        for task in others:
             task.cancel()
         await self._consumer.close()
         await self._broker.stop()
         await self._dispatcher.drain(DRAIN_SECONDS)
         settler.cancel()
+        leases.cancel()
         await self._settler.drain(DRAIN_SECONDS)

@@ -109,6 +109,18 @@ class PaymentStore(Protocol):
         """
         ...
 
+    async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> None:
+        """Start these leases anew, except those that were taken over."""
+        ...
+
+
+class HeldLease(NamedTuple):
+    """An operation that a worker holds, and the token by which it does."""
+
+    payment_id: UUID
+    operation_number: int
+    lease_token: int
+
 
 class RecentKeys(Protocol):
     """A hint which idempotency keys were seen lately; never the truth."""

@@ -6,7 +6,7 @@ No transaction is open here. An exception never loses an operation: what is not 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import assert_never
 
@@ -18,6 +18,7 @@ from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnkn
 from domain.operations import GatewayRequest, OperationState, Outcome, Unknown, Unreachable
 from domain.ports import Clock, Gateway, PaymentStore
 from handlers import metrics
+from handlers.leases import Leases
 
 log = structlog.get_logger(__name__)
 
@@ -35,19 +36,22 @@ class Dispatcher:
         limits: Mapping[str, int],
         store: PaymentStore,
         clock: Clock,
+        leases: Leases,
     ) -> None:
         self.on_answer: Callable[[Answer], None]
         self._lanes = {name: _Lane(gateway, limits[name], self._run) for name, gateway in gateways.items()}
         self._store = store
         self._clock = clock
+        self._leases = leases
 
     @property
     def waiting(self) -> int:
         """Requests accepted and not yet answered."""
         return sum(lane.load for lane in self._lanes.values())
 
-    def submit(self, requests: Iterable[GatewayRequest]) -> None:
+    def submit(self, requests: Sequence[GatewayRequest]) -> None:
         """Call the gateways for these, as soon as each one's limit allows."""
+        self._leases.hold(requests)
         for request in requests:
             self._lanes[request.gateway].add(request)
 

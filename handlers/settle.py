@@ -14,6 +14,7 @@ from domain.decide import Answer
 from domain.errors import StoreUnavailable
 from domain.operations import GatewayRequest
 from handlers import metrics
+from handlers.leases import Leases
 from handlers.write_path import Applied, Refused, WritePath
 
 log = structlog.get_logger(__name__)
@@ -25,9 +26,12 @@ GATHER_SECONDS = 0.002
 class Settler:
     """Saves answers through the write path, in order of arrival, and passes on what they make possible."""
 
-    def __init__(self, *, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None]) -> None:
+    def __init__(
+        self, *, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None], leases: Leases
+    ) -> None:
         self._write_path = write_path
         self._submit = submit
+        self._leases = leases
         self._pending: list[Answer] = []
         self._arrived = asyncio.Event()
         self._saving = 0
@@ -73,6 +77,7 @@ class Settler:
             raise
         finally:
             self._saving = 0
+        self._leases.release(batch)
         self._submit(applied.requests)
         for refused in applied.refused:
             _report(refused)

@@ -20,7 +20,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
-from domain.ports import Changes, OutboxRow
+from domain.ports import Changes, HeldLease, OutboxRow
 
 PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 
@@ -129,6 +129,11 @@ CLAIM_DUE = f"""
      WHERE o.payment_id = due.payment_id AND o.number = due.number
     RETURNING {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))}
 """
+RENEW_LEASES = """
+    UPDATE operations AS o SET due_at = now() + $4::interval
+      FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS x(payment_id, number, lease_token)
+     WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
+"""
 PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"
 
 _OPEN_STATES: Final = sorted(OPEN)
@@ -214,6 +219,12 @@ class PostgresStore:
                 found = await connection.fetch(PAYMENTS_OF, [each.payment_id for each in operations])
         payments = {row["payment_id"]: _payment(row, ()) for row in found}
         return [(payments[each.payment_id], each) for each in operations]
+
+    async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
+        """Start these leases anew, except those that were taken over."""
+        with _translated():
+            async with self._pool.acquire() as connection:
+                await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
 
 
 class PostgresTransaction:

@@ -1,0 +1,60 @@
+"""Answers that break the connection, for simulators behind uvicorn.
+
+ASGI knows no way to close a connection without an answer, so the protocol class keeps the transport of each connection.
+"""
+
+import asyncio
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_open: dict[tuple[Any, Any], asyncio.Transport] = {}
+"""The open connections by (client, server) address."""
+
+
+class KnownConnection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol, whose transport an answer can find."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        _open[self.client, self.server] = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _open.pop((self.client, self.server), None)
+        super().connection_lost(exc)
+
+
+class NoAnswer(Response):
+    """Closes the connection at once without a byte; with `is_hanging` leaves it open until the client gives up."""
+
+    def __init__(self, *, is_hanging: bool = False) -> None:
+        super().__init__()
+        self._is_hanging = is_hanging
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._is_hanging:
+            _transport(scope).abort()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+class HalfAnswer(Response):
+    """Announces the whole body, sends half of it, and closes."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.body, response.status_code, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        half = bytes(self.body)[: len(self.body) // 2]
+        await send({"type": "http.response.body", "body": half, "more_body": True})
+        _transport(scope).close()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def _transport(scope: Scope) -> asyncio.Transport:
+    client, server = scope["client"], scope["server"]
+    return _open[tuple(client), tuple(server)]

@@ -1,0 +1,108 @@
+"""Faults that a simulator injects: by rule, or by a payment method's name, so that a demo needs no rules."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+
+class Action(StrEnum):
+    """What goes wrong. `before` means that nothing is executed, `after` that everything is."""
+
+    DECLINE = "decline"
+    CONFLICT = "409"
+    RATE_LIMIT = "429"
+    UNAVAILABLE = "503"
+    """Before execution, and not remembered under the key: a proxy in front of the provider."""
+    ERROR_BEFORE = "500_before"
+    """Remembered under the key, like every result of an execution that began."""
+    ERROR_AFTER = "500_after"
+    SLOW = "slow"
+    CUT_BEFORE = "cut_before"
+    CUT_AFTER = "cut_after"
+    TRUNCATED = "truncated"
+    GARBAGE = "garbage"
+    """Executed, but the answer is a proxy's HTML page."""
+    HANG = "hang"
+    """Executed, and never answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request as rules see it. `operation` is create, confirm, capture, cancel, refund or read."""
+
+    operation: str
+    path: str
+    key: str | None = None
+    payment_method: str | None = None
+    payment_id: str | None = None
+
+
+@dataclass(slots=True)
+class Fault:
+    """A rule: what it matches (None matches all), how often it strikes, and what it does."""
+
+    action: Action
+    operation: str | None = None
+    path: str | None = None
+    payment_method: str | None = None
+    payment_id: str | None = None
+    key_prefix: str | None = None
+    rate: float = 1.0
+    times: int | None = None
+    seconds: float = 2.0
+    code: str = "generic_decline"
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "Fault":
+        """Raises ValueError or TypeError for what is no rule."""
+        return cls(**{**given, "action": Action(str(given.get("action")))})
+
+    def matches(self, call: Call) -> bool:
+        wanted = (
+            (self.operation, call.operation),
+            (self.payment_method, call.payment_method),
+            (self.payment_id, call.payment_id),
+        )
+        return (
+            all(want is None or want == got for want, got in wanted)
+            and (self.path is None or call.path.startswith(self.path))
+            and (self.key_prefix is None or (call.key or "").startswith(self.key_prefix))
+        )
+
+
+FIRST_ATTEMPT: Final = {
+    "pm_sandbox_slow": Fault(Action.SLOW),
+    "pm_sandbox_lost_answer": Fault(Action.CUT_AFTER),
+    "pm_sandbox_lost_request": Fault(Action.CUT_BEFORE),
+    "pm_sandbox_500": Fault(Action.ERROR_AFTER),
+    "pm_sandbox_429": Fault(Action.RATE_LIMIT),
+}
+"""Payment methods whose authorization or charge fails in this way at the first attempt of each key."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """The rules in force, in the order given: the first that matches strikes."""
+
+    rules: list[Fault] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    """Keys of first attempts that were struck because of their payment method."""
+
+    def pick(self, call: Call) -> Fault | None:
+        """The fault for this call, if any; it counts as used."""
+        for rule in self.rules:
+            if rule.times != 0 and rule.matches(call) and (rule.rate >= 1 or random.random() < rule.rate):  # noqa: S311
+                if rule.times is not None:
+                    rule.times -= 1
+                return rule
+        return self._by_payment_method(call)
+
+    def _by_payment_method(self, call: Call) -> Fault | None:
+        fault = FIRST_ATTEMPT.get(call.payment_method or "")
+        if fault is None or call.operation not in ("create", "confirm") or call.key in self.seen:
+            return None
+        if call.key is not None:
+            self.seen.add(call.key)
+        return fault

@@ -1,0 +1,45 @@
+"""A simulator's memory across restarts: one JSON line per change, the last line of an id wins."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class Journal:
+    """Appends to a file, or to nothing where `path` is None. A line is in the system's hands when `append` returns."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """What was written before, in order; a line cut short by a crash ends it."""
+        if self._path is None or not self._path.exists():
+            return
+        with self._path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.endswith("\n"):
+                    return
+                yield json.loads(line)
+
+    def rewrite(self, lines: Iterator[dict[str, Any]]) -> None:
+        """Replace all that was written by `lines` and continue after them."""
+        if self._path is None:
+            return
+        self.close()
+        draft = self._path.with_suffix(self._path.suffix + ".new")
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        draft.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
