@@ -11,6 +11,7 @@ from faststream.kafka import KafkaBroker
 from redis.asyncio import Redis
 
 from app import wiring
+from app.health import Checks
 from app.settings import Settings
 from handlers import metrics
 from handlers.backlog import Backlog
@@ -55,14 +56,30 @@ class Worker:
                 task.result()
         log.info("worker stopped")
 
+    def checks(self) -> Checks:
+        """What the worker's own health page asks."""
+        return {"worker": self._check_loops, "postgres": self._check_postgres, "kafka": self._check_kafka}
+
+    async def _check_loops(self) -> str | None:
+        if not self._tasks:
+            return "starting"
+        return "a loop has ended" if any(task.done() for task in self._tasks) else None
+
+    async def _check_postgres(self) -> str | None:
+        await self._pool.fetchval("SELECT 1")
+        return None
+
+    async def _check_kafka(self) -> str | None:
+        return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
+
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
         gateways = wiring.create_gateways(settings)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
-        pool = await create_pool(settings.postgres_url, size=settings.store_connections)
-        stack.push_async_callback(pool.close)
-        store = PostgresStore(pool)
+        self._pool = await create_pool(settings.postgres_url, size=settings.store_connections)
+        stack.push_async_callback(self._pool.close)
+        store = PostgresStore(self._pool)
         redis = Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
         stack.push_async_callback(redis.aclose)
         rules = wiring.create_rules(settings, gateways)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -56,7 +56,10 @@ class Load:
         self._events = events_topic
         self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks=1, linger_ms=2, max_batch_size=131_072)
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap, enable_auto_commit=False, fetch_max_wait_ms=100, max_partition_fetch_bytes=4 << 20
+            bootstrap_servers=bootstrap,
+            enable_auto_commit=False,
+            fetch_max_wait_ms=100,
+            max_partition_fetch_bytes=4 << 20,
         )
 
     async def start(self) -> None:
@@ -123,9 +126,7 @@ class Load:
             if ahead > 0:
                 await asyncio.sleep(ahead)
             sent[message.idempotency_key] = time.perf_counter()
-            await self._producer.send(
-                self._commands, message.value, key=message.key, partition=message.partition
-            )
+            await self._producer.send(self._commands, message.value, key=message.key, partition=message.partition)
         return await reader
 
     async def _time(self, sent: dict[bytes, float], expected: int) -> list[float]:
@@ -144,7 +145,7 @@ def _key_of(value: bytes) -> bytes:
     return value[start : value.index(b'"', start)]
 
 
-def _chunks(messages: list[Message], size: int) -> Iterable[list[Message]]:  # an iterator: `next` is called on it
+def _chunks(messages: list[Message], size: int) -> Iterator[list[Message]]:
     return iter([messages[start : start + size] for start in range(0, len(messages), size)])
 
 

@@ -1,7 +1,7 @@
 """What most teams would write first, for comparison: correct on a good day, one message at a time.
 
 FastStream hands over one command; a SQLAlchemy ORM session looks for its idempotency key, the gateway is called inside
-the handler (and inside the transaction), the ORM flushes payment, operation and outbox row, and a loop polls the outbox.
+the handler (and inside the transaction), the ORM flushes payment, operation and outbox row, a loop polls the outbox.
 Run by `python -m benchmarks.naive`; the environment names the servers and topics as for the real service.
 """
 

@@ -1,4 +1,4 @@
-"""Keeps the leases of operations that this worker holds, while it lives: a long queue or a slow provider is no crash."""
+"""Keeps the leases of the operations that this worker holds: a long queue or a slow provider is no crash."""
 
 import asyncio
 import time

@@ -118,7 +118,7 @@ def build_specification() -> JsonObject:
         "asyncapi": document["asyncapi"],
         "info": document["info"],
         "defaultContentType": document["defaultContentType"],
-        "servers": document["servers"],
+        "servers": {name: _without_pathname(server) for name, server in document["servers"].items()},
         "channels": {topic: _channel(topic, document) for topic in _CHANNELS},
         "operations": {name: _operation(*told) for name, told in _OPERATIONS.items()},
         "components": {
@@ -126,6 +126,11 @@ def build_specification() -> JsonObject:
             "schemas": {name: schemas[name] for name in sorted(schemas)},
         },
     }
+
+
+def _without_pathname(server: JsonObject) -> JsonObject:
+    """FastStream writes an empty path, which readers show as a slash; a Kafka server has none."""
+    return {name: value for name, value in server.items() if name != "pathname"}
 
 
 def _messages() -> dict[str, str]:

@@ -31,7 +31,9 @@ def may_hold_card_number(text: bytes) -> bool:
 
 def holds_card_number(text: str) -> bool:
     """Whether this text is a card number, or has one in it that stands by itself."""
-    return any(_BRAND.fullmatch(digits) and _passes_luhn(digits) for digits in _candidates(text))
+    return may_hold_card_number(text.encode(errors="replace")) and any(
+        _BRAND.fullmatch(digits) and _passes_luhn(digits) for digits in _candidates(text)
+    )
 
 
 def is_card_number_of_any_brand(text: str) -> bool:

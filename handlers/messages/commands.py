@@ -16,13 +16,23 @@ from domain.commands import AnyCommand, Command, OperationKind, UnacceptableComm
 from domain.errors import MessageUnreadable
 from handlers.messages.card_numbers import holds_card_number, is_card_number_of_any_brand, may_hold_card_number
 from handlers.messages.command_models import COMMAND_MODELS, NewPayment, WireCommand
-from handlers.messages.refusals import DoubtfulCommand, Problems, UnreadableReason, look_again, misfits, rejection
+from handlers.messages.refusals import (
+    DoubtfulCommand,
+    Problems,
+    UnreadableReason,
+    has_repetitions,
+    look_again,
+    misfits,
+    rejection,
+)
 
 COMMAND_BYTES_MAX: Final = 262_144
 """Longer values are not read; the largest sensible command, all metadata escaped, is about as long."""
 
 _READER: Final[TypeAdapter[WireCommand]] = TypeAdapter(Annotated[WireCommand, Field(discriminator="type")])
 _validate: Final[Callable[[bytes | str], WireCommand]] = _READER.validator.validate_json
+_NUL: Final = b"\\u0000"
+"""A NUL in a JSON text; also what a backslash before "u0000" looks like, which the second look tells apart."""
 _TRACEPARENT: Final = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -103,11 +113,9 @@ def _is_doubtful(value: bytes, content: bytes, message: WireCommand) -> bool:
     A message without escapes has one colon after each name and those within its texts. As many as in its content mean
     that nothing was dropped, so nothing was said twice.
     """
-    return (
-        value.count(b":") != content.count(b":")
-        or b"\\" in value
-        or (may_hold_card_number(content) and _holds_card_number(message))
-    )
+    if (value.count(b":") != content.count(b":") or b"\\" in value) and (has_repetitions(value) or _NUL in content):
+        return True
+    return may_hold_card_number(content) and _holds_card_number(message)
 
 
 def _holds_card_number(message: WireCommand) -> bool:

@@ -121,6 +121,11 @@ def look_again(value: bytes) -> DoubtfulCommand:
     )
 
 
+def has_repetitions(value: bytes) -> bool:
+    """Whether any name is given more than once, in the outermost object of this valid JSON or in its metadata."""
+    return bool(_repeated(_parse(value)))
+
+
 def misfits(error: ValidationError) -> Problems:
     """The fields that do not fit their model."""
     details = error.errors(include_url=False, include_context=False, include_input=False)

@@ -318,10 +318,10 @@ def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
 
 
 def _payment(row: asyncpg.Record, operations: tuple[Operation, ...]) -> Payment:
-    # The columns are in the order of the fields, then comes the number of open operations.
-    fields: list[Any] = list(row.values())[:-1]
-    fields[_STATUS] = PaymentStatus(fields[_STATUS])
-    return Payment(*fields, operations)
+    # In the order of the fields; the last column only counts what the last field holds.
+    fields: list[Any] = list(row.values())
+    fields[_STATUS], fields[-1] = PaymentStatus(fields[_STATUS]), operations
+    return Payment(*fields)
 
 
 def _operation(row: asyncpg.Record) -> Operation:

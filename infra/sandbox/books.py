@@ -17,17 +17,22 @@ from infra.sandbox.forms import Params
 
 StripeObject = dict[str, Any]
 
-CREATE_PARAMS: Final = frozenset(
-    ["amount", "currency", "capture_method", "confirm", "payment_method", "allowed_payment_method_types", "automatic_payment_methods", "return_url", "metadata", "customer", "description", "off_session", "payment_method_options", "error_on_requires_action", "receipt_email", "statement_descriptor_suffix", "setup_future_usage", "expand"]
+_CREATE_PARAMS = (
+    "amount currency capture_method confirm payment_method allowed_payment_method_types automatic_payment_methods"
+    " return_url metadata customer description off_session payment_method_options error_on_requires_action"
+    " receipt_email statement_descriptor_suffix setup_future_usage expand"
 )
+CREATE_PARAMS: Final = frozenset(_CREATE_PARAMS.split())
 CONFIRM_PARAMS: Final = frozenset(("payment_method", "return_url", "off_session", "error_on_requires_action", "expand"))
 CAPTURE_PARAMS: Final = frozenset(("amount_to_capture", "final_capture", "metadata", "expand"))
 CANCEL_PARAMS: Final = frozenset(("cancellation_reason", "expand"))
 REFUND_PARAMS: Final = frozenset(("payment_intent", "charge", "amount", "reason", "metadata", "expand"))
 
-CURRENCIES: Final = frozenset(
-    ["aed", "aud", "bgn", "bhd", "bif", "brl", "cad", "chf", "clp", "cny", "czk", "djf", "dkk", "eur", "gbp", "gnf", "hkd", "huf", "idr", "ils", "inr", "isk", "jod", "jpy", "kmf", "krw", "kwd", "mga", "mxn", "myr", "nok", "nzd", "omr", "php", "pln", "pyg", "ron", "rwf", "sar", "sek", "sgd", "thb", "tnd", "try", "twd", "uah", "ugx", "usd", "vnd", "vuv", "xaf", "xof", "xpf", "zar"]
+_CURRENCIES = (
+    "aed aud bgn bhd bif brl cad chf clp cny czk djf dkk eur gbp gnf hkd huf idr ils inr isk jod jpy kmf krw kwd mga"
+    " mxn myr nok nzd omr php pln pyg ron rwf sar sek sgd thb tnd try twd uah ugx usd vnd vuv xaf xof xpf zar"
 )
+CURRENCIES: Final = frozenset(_CURRENCIES.split())
 MULTIPLES: Final = {**dict.fromkeys(("isk", "ugx"), 100), **dict.fromkeys(("bhd", "jod", "kwd", "omr", "tnd"), 10)}
 MINIMUM: Final = {"usd": 50, "eur": 50, "gbp": 30, "jpy": 50, "huf": 17500, "czk": 1500, "sek": 300, "nok": 300}
 CANCELABLE: Final = frozenset(
@@ -70,7 +75,7 @@ class Books:
         intent = _new_intent(params)
         is_confirmed = forms.boolean(params, "confirm", default=False)
         if is_confirmed and intent["payment_method"] is None:
-            raise invalid("You cannot confirm this PaymentIntent because it's missing a payment method.", param="confirm")
+            raise invalid("You cannot confirm this PaymentIntent: it's missing a payment method.", param="confirm")
         self.keep(intent)
         return self._attempt(intent, params) if is_confirmed else intent
 
@@ -133,7 +138,7 @@ class Books:
 
     def _decline(self, intent: StripeObject, code: str, decline_code: str | None) -> StripeObject:
         charge = _new_charge(intent, cards.Card(), is_held=True)
-        charge.update(status="failed", paid=False, failure_code=code, payment_method_details={"type": "card", "card": {}})
+        charge.update(status="failed", paid=False, failure_code=code)
         self.keep(charge)
         details = {"code": code, "decline_code": decline_code, "charge": charge["id"]}
         message = "Your card was declined."
@@ -220,9 +225,9 @@ class Books:
         intent = self._refunded_intent(params)
         left = intent["amount_received"] - self._refunded(intent["id"])
         if left <= 0:
-            is_uncaptured = intent["amount_received"] == 0
-            message = "This PaymentIntent has no captured charge." if is_uncaptured else "Charge has already been refunded."
-            raise Refused(400, message, code=None if is_uncaptured else "charge_already_refunded")
+            if intent["amount_received"] == 0:
+                raise Refused(400, "This PaymentIntent does not have a captured charge to refund.")
+            raise Refused(400, "Charge has already been refunded.", code="charge_already_refunded")
         amount = forms.integer(params, "amount", default=left)
         if amount > left:
             message = f"Refund amount ({amount}) is greater than unrefunded amount on charge ({left})"

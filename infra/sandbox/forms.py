@@ -1,4 +1,4 @@
-"""Form bodies and query strings with nested names, as Stripe's clients send them: `metadata[order]=7`, `expand[0]=x`."""
+"""Form bodies and queries with nested names, as Stripe's clients send them: `metadata[order]=7`, `expand[0]=x`."""
 
 import re
 from collections.abc import Iterable

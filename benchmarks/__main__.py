@@ -1,0 +1,287 @@
+"""`make bench`: throughput, latency, memory and CPU of the whole service on this one machine, beside a naive one.
+
+Everything is real: Kafka, Postgres with `fsync` and `synchronous_commit` on, Valkey, worker, relay, load generator.
+Results go to `.bench/results.json`; `--quick` ends within a minute.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import Load, make_charges, percentile
+from benchmarks.machine import Machine
+from benchmarks.preload import preload_payments
+from infra.kafka.topics import ensure_topics
+from infra.local import LocalStack
+from infra.local.postgres import create_database, drop_database
+from infra.local.server import free_port
+from infra.postgres.migrate import upgrade
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTITIONS = 8
+console = Console()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of each measurement."""
+
+    commands: int
+    slow_commands: int
+    naive_commands: int
+    latency_seconds: int
+    stripe_commands: int
+    backlog: int
+    stored_payments: int
+
+
+QUICK = Plan(20_000, 20_000, 1_000, 4, 1_500, 40_000, 0)
+FULL = Plan(150_000, 100_000, 5_000, 20, 10_000, 500_000, 1_000_000)
+
+
+class Bench:
+    """One run over one set of servers."""
+
+    def __init__(self, stack: LocalStack, plan: Plan) -> None:
+        self.plan = plan
+        self.results: dict[str, Any] = {"throughput": [], "latency": []}
+        self._stack = stack
+        self._urls = stack.urls
+        run = uuid4().hex[:8]
+        self._postgres_url = create_database(self._urls.postgres_url, f"bench_{run}")
+        self._topics = {
+            "PAYMENTS_COMMANDS_TOPIC": f"bench.{run}.commands",
+            "PAYMENTS_EVENTS_TOPIC": f"bench.{run}.events",
+            "PAYMENTS_DEAD_LETTER_TOPIC": f"bench.{run}.dlq",
+        }
+        self._ports = {name: str(free_port()) for name in ("PAYMENTS_WORKER_PORT", "PAYMENTS_RELAY_PORT")}
+        self._sandbox_port = free_port()
+        environment = self._urls.as_environment() | self._topics | self._ports
+        environment |= {
+            "PAYMENTS_POSTGRES_URL": self._postgres_url,
+            "PAYMENTS_RELAY_SLOT": f"bench_{run}",
+            "PAYMENTS_GATEWAYS": '["instant"]',
+            "PAYMENTS_DEFAULT_GATEWAY": "instant",
+            "PAYMENTS_GATEWAY_CONCURRENCY": '{"instant": 8000, "stripe": 64}',
+            "PAYMENTS_CONSUMER_GROUP": f"bench-{run}",
+            "PAYMENTS_STRIPE_API_BASE": f"http://127.0.0.1:{self._sandbox_port}",
+            "PAYMENTS_STRIPE_API_KEY": "sk_test_bench",
+        }
+        self.machine = Machine(ROOT / ".local" / "bench-logs", environment)
+
+    async def prepare(self) -> None:
+        """Migrate and create topics."""
+        upgrade(self._postgres_url)
+        await ensure_topics(self._urls.kafka_bootstrap, dict.fromkeys(self._topics.values(), PARTITIONS))
+
+    def erase(self) -> None:
+        """Leave no database behind."""
+        drop_database(self._postgres_url)
+
+    async def start_service(self, **environment: str) -> None:
+        """Worker and relay, ready."""
+        self.machine.start("relay", "app.cli", "relay", **environment)
+        self.machine.start("worker", "app.cli", "worker", **environment)
+        await self._ready("PAYMENTS_WORKER_PORT")
+        await self._ready("PAYMENTS_RELAY_PORT")
+
+    async def _ready(self, port: str) -> None:
+        url = f"http://127.0.0.1:{self._ports[port]}/health/ready"
+        for _ in range(600):
+            self.machine.check()
+            try:
+                with await asyncio.to_thread(urllib.request.urlopen, url, timeout=1):
+                    return
+            except OSError:
+                await asyncio.sleep(0.05)
+        raise TimeoutError(f"{url} is not ready")
+
+    async def load(self) -> Load:
+        """A started generator."""
+        load = Load(
+            self._urls.kafka_bootstrap, self._topics["PAYMENTS_COMMANDS_TOPIC"], self._topics["PAYMENTS_EVENTS_TOPIC"]
+        )
+        await load.start()
+        return load
+
+    async def throughput(self, gateway_ms: int, commands: int) -> None:
+        """Commands a second from the first command sent to the last result on the topic."""
+        await self.start_service(PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(gateway_ms))
+        load = await self.load()
+        await self._warm_up(load)
+        messages = make_charges(commands, PARTITIONS, gateway="instant")
+        before = self._cpu()
+        started = time.perf_counter()
+        sending = asyncio.create_task(load.send_all(messages))
+        ended = await load.count_results(commands)
+        await sending
+        after = self._cpu()
+        await load.stop()
+        self.machine.stop()
+        rate = commands / (ended - started)
+        row = {
+            "gateway_ms": gateway_ms,
+            "commands": commands,
+            "commands_per_second": round(rate),
+            "worker_processes": 1,
+        }
+        self.results["throughput"].append(row)
+        if gateway_ms == 0:
+            self.results["cpu"] = {
+                name: round((after[name] - before[name]) / commands * 1000, 4) for name in after if name in before
+            }
+        console.print(row)
+
+    async def _warm_up(self, load: Load, commands: int = 1000) -> None:
+        """Plans are prepared, topics are known, code is warm."""
+        await load.send_all(make_charges(commands, PARTITIONS, gateway="instant"))
+        await load.count_results(commands)
+
+    def _cpu(self) -> dict[str, float]:
+        servers = {"postgres": self._stack.postgres, "kafka": self._stack.kafka, "valkey": self._stack.valkey}
+        pids = {name: server.pid for name, server in servers.items() if server is not None and server.pid is not None}
+        own = time.process_time()
+        return self.machine.cpu_seconds(**pids) | {"generator": own}
+
+    async def latency(self, rate: int, key: str = "latency") -> None:
+        """Percentiles from command to result at a steady rate."""
+        await self.start_service()
+        load = await self.load()
+        await self._warm_up(load)
+        messages = make_charges(rate * self.plan.latency_seconds, PARTITIONS, gateway="instant")
+        taken = await load.time_results(messages, rate)
+        await load.stop()
+        self.machine.stop()
+        # The first second is start-up, not the service.
+        steady = taken[rate:]
+        shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
+        row = {"rate": rate} | {name: round(percentile(steady, share) * 1000, 1) for name, share in shares.items()}
+        self.results.setdefault(key, []).append(row)
+        console.print(key, row)
+
+    async def stripe_http(self) -> None:
+        """Through the official SDK over HTTP, against the simulator in its own process."""
+        self.machine.start("sandbox", "app.cli", "sandbox", "--port", str(self._sandbox_port))
+        settings = {"PAYMENTS_GATEWAYS": '["stripe"]', "PAYMENTS_DEFAULT_GATEWAY": "stripe"}
+        await self.start_service(**settings)
+        load = await self.load()
+        messages = make_charges(self.plan.stripe_commands, PARTITIONS, gateway="stripe")
+        started = time.perf_counter()
+        await load.send_all(messages)
+        ended = await load.count_results(len(messages))
+        await load.stop()
+        self.machine.stop()
+        self.results["stripe_http"] = {"commands_per_second": round(len(messages) / (ended - started))}
+        console.print("stripe_http", self.results["stripe_http"])
+
+    async def memory(self) -> None:
+        """The largest memory of worker and relay while a backlog waits on the topic and is worked off."""
+        load = await self.load()
+        await load.send_all(make_charges(self.plan.backlog, PARTITIONS, gateway="instant"))
+        await self.start_service()
+        counting = asyncio.create_task(load.count_results(self.plan.backlog))
+        largest = {"worker": 0.0, "relay": 0.0}
+        while not counting.done():
+            largest = {name: max(size, self.machine.rss_mb(name)) for name, size in largest.items()}
+            await asyncio.sleep(0.2)
+        await counting
+        await load.stop()
+        self.machine.stop()
+        sizes = {f"{name}_rss_mb": round(size) for name, size in largest.items()}
+        self.results["memory"] = sizes | {"backlog": self.plan.backlog}
+        console.print("memory", self.results["memory"])
+
+    async def naive(self) -> None:
+        """The same load on the naive service."""
+        self.machine.start("naive", "benchmarks.naive")
+        load = await self.load()
+        messages = make_charges(self.plan.naive_commands, PARTITIONS, gateway="instant")
+        await load.send_all(messages[:100])
+        await load.count_results(100)
+        started = time.perf_counter()
+        await load.send_all(messages[100:])
+        ended = await load.count_results(len(messages) - 100)
+        await load.stop()
+        self.machine.stop()
+        self.results["naive"] = {"commands_per_second": round((len(messages) - 100) / (ended - started))}
+        console.print("naive", self.results["naive"])
+
+    async def with_full_tables(self) -> None:
+        """Throughput and latency again with many stored payments."""
+        await preload_payments(self._postgres_url, self.plan.stored_payments)
+        await self.throughput(0, self.plan.commands)
+        full = self.results["throughput"].pop()
+        await self.latency(2000, key="latency_after_preload")
+        latency = self.results.pop("latency_after_preload")
+        self.results["full_tables"] = {
+            "stored_payments": self.plan.stored_payments,
+            "throughput": full,
+            "latency": latency,
+        }
+
+
+async def run(stack: LocalStack, plan: Plan) -> dict[str, Any]:
+    """All measurements, one after the other."""
+    bench = Bench(stack, plan)
+    await bench.prepare()
+    try:
+        await bench.throughput(0, plan.commands)
+        await bench.naive()
+        for gateway_ms in (100, 200):
+            await bench.throughput(gateway_ms, plan.slow_commands)
+        for rate in (500, 2000):
+            await bench.latency(rate)
+        await bench.stripe_http()
+        await bench.memory()
+        if plan.stored_payments:
+            await bench.with_full_tables()
+    finally:
+        bench.machine.stop()
+        bench.erase()
+    return bench.results
+
+
+def report(results: dict[str, Any]) -> None:
+    """The table that a person reads."""
+    table = Table("measurement", "result", title="payments benchmark")
+    ratio = results["throughput"][0]["commands_per_second"] / results["naive"]["commands_per_second"]
+    for row in results["throughput"]:
+        table.add_row(f"throughput, gateway {row['gateway_ms']} ms", f"{row['commands_per_second']:,} commands/s")
+    table.add_row("naive service", f"{results['naive']['commands_per_second']:,} commands/s ({ratio:.0f}x)")
+    for row in results["latency"]:
+        figures = f"p50 {row['p50_ms']} · p95 {row['p95_ms']} · p99 {row['p99_ms']} ms"
+        table.add_row(f"latency at {row['rate']:,}/s", figures)
+    table.add_row("Stripe SDK over HTTP", f"{results['stripe_http']['commands_per_second']:,} commands/s")
+    table.add_row("memory", str(results["memory"]))
+    table.add_row("CPU seconds per 1,000 commands", str(results["cpu"]))
+    if "full_tables" in results:
+        table.add_row("with full tables", str(results["full_tables"]))
+    console.print(table)
+
+
+def main() -> int:
+    """Run, print, and write `.bench/results.json`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small loads: ends within a minute")
+    plan = QUICK if parser.parse_args().quick else FULL
+    with LocalStack(ROOT / ".local" / "bench", on_progress=console.print) as stack:
+        results = asyncio.run(run(stack, plan))
+    report(results)
+    target = ROOT / ".bench" / "results.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

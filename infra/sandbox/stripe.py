@@ -1,0 +1,542 @@
+"""A Stripe that runs here: the real paths, forms, fields, errors and idempotency, books of its own, faults on demand.
+
+It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
+any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: webhooks, customers, fees.
+
+Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `faults`, `latency`, `reset`.
+"""
+
+import asyncio
+import html
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from infra.sandbox import forms
+from infra.sandbox.books import Books, StripeObject, newest
+from infra.sandbox.connections import HalfAnswer, KnownConnection, NoAnswer
+from infra.sandbox.errors import Refused, invalid
+from infra.sandbox.faults import Action, Call, Fault, Faults
+from infra.sandbox.forms import Params
+from infra.sandbox.journal import Journal
+
+Execution = Callable[[Books, Request, Params], StripeObject]
+
+SHOULD_RETRY: Final = {409: "true", 503: "true", 500: "false"}
+
+
+@dataclass(slots=True)
+class Stored:
+    """What an idempotency key stands for; `body` is None while its first request is running."""
+
+    fingerprint: str
+    status: int = 0
+    body: bytes | None = None
+    request_id: str = ""
+
+
+@dataclass(slots=True)
+class SandboxState:
+    """All that a simulator remembers. `latency_seconds` is added to every request."""
+
+    state_file: Path | None = None
+    latency_seconds: float = 0.0
+    books: Books = field(default_factory=Books)
+    faults: Faults = field(default_factory=Faults)
+    answers: dict[str, Stored] = field(default_factory=dict)
+    requests: Iterator[int] = field(default_factory=lambda: count(1))
+    journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.state_file)
+
+    def load(self) -> None:
+        """Take up what an earlier run wrote, and compact it."""
+        for line in self.journal.read():
+            for stored in line.get("objects", ()):
+                self.books.keep(stored)
+            if "key" in line:
+                body = line["body"].encode()
+                self.answers[line["key"]] = Stored(line["fingerprint"], line["status"], body, line["request_id"])
+        self.journal.rewrite(self._lines())
+
+    def save(self, key: str | None) -> None:
+        """Write what the request under `key` changed, and its answer if it is remembered."""
+        line: dict[str, Any] = {"objects": list(self.books.touched.values())}
+        self.books.touched.clear()
+        if key is not None:
+            line |= _line_of(key, self.answers[key])
+        self.journal.append(line)
+
+    def reset(self) -> None:
+        """Forget everything but the latency."""
+        self.books, self.faults, self.answers = Books(), Faults(), {}
+        self.journal.rewrite(self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        books = self.books
+        for table in (books.payment_intents, books.charges, books.refunds):
+            for stored in table.values():
+                yield {"objects": [stored]}
+        for key, answer in self.answers.items():
+            yield _line_of(key, answer)
+        books.touched.clear()
+
+
+def _line_of(key: str, answer: Stored) -> dict[str, Any]:
+    assert answer.body is not None, "only finished requests are written down"
+    return {
+        "key": key,
+        "fingerprint": answer.fingerprint,
+        "status": answer.status,
+        "body": answer.body.decode(),
+        "request_id": answer.request_id,
+    }
+
+
+# --- requests that change something ---------------------------------------------------------------------------------
+
+
+def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
+    """An endpoint for POST: authentication, faults, idempotency, execution, in Stripe's order."""
+
+    async def endpoint(request: Request) -> Response:
+        state: SandboxState = request.app.state.sandbox
+        if state.latency_seconds:
+            await asyncio.sleep(state.latency_seconds)
+        text = (await request.body()).decode()
+        try:
+            _authenticate(request)
+            params = forms.parse(text)
+        except Refused as refused:
+            return _error(state, refused)
+        fault = state.faults.pick(_call(state.books, request, operation, params))
+        response = _before(state, fault)
+        if response is None:
+            response = await _once(state, request, text, fault, lambda: execute(state.books, request, params), params)
+        return _after(fault, response)
+
+    return endpoint
+
+
+async def _once(
+    state: SandboxState,
+    request: Request,
+    text: str,
+    fault: Fault | None,
+    execute: Callable[[], StripeObject],
+    params: Params,
+) -> Response:
+    """Execute, or answer as before if the key was used before."""
+    key, fingerprint = request.headers.get("idempotency-key"), f"{request.url.path}?{text}"
+    known = state.answers.get(key) if key is not None else None
+    if known is not None:
+        return _replay(state, known, fingerprint)
+    if key is not None:
+        state.answers[key] = Stored(fingerprint)
+    if fault is not None and fault.action is Action.SLOW:
+        await asyncio.sleep(fault.seconds)
+    request_id, is_stored = _request_id(state), True
+    try:
+        status, body = 200, _body(_execute(state, fault, execute, params), params, state.books)
+    except Refused as refused:
+        status, body, is_stored = refused.status, _dump({"error": refused.error}), refused.is_stored
+    if fault is not None and fault.action is Action.ERROR_AFTER:
+        status, body, is_stored = 500, _dump({"error": _internal_error().error}), True
+    _remember(state, key if is_stored else None, Stored(fingerprint, status, body, request_id))
+    if key is not None and not is_stored:
+        del state.answers[key]
+    return _respond(body, status, request_id)
+
+
+def _execute(
+    state: SandboxState, fault: Fault | None, execute: Callable[[], StripeObject], params: Params
+) -> StripeObject:
+    if fault is not None and fault.action is Action.ERROR_BEFORE:
+        raise _internal_error()
+    if fault is not None and fault.action is Action.DECLINE:
+        return state.books.decline(params, fault.code)
+    return execute()
+
+
+def _remember(state: SandboxState, key: str | None, answer: Stored) -> None:
+    if key is not None:
+        state.answers[key] = answer
+    if key is not None or state.books.touched:
+        state.save(key)
+
+
+def _replay(state: SandboxState, known: Stored, fingerprint: str) -> Response:
+    if known.fingerprint != fingerprint:
+        message = "Keys for idempotent requests can only be used with the same parameters they were first used with."
+        return _error(state, Refused(400, message, type="idempotency_error"))
+    if known.body is None:
+        message = "There is currently another in-progress request using this idempotency key."
+        return _error(state, Refused(409, message, code="idempotency_key_in_use"))
+    response = _respond(known.body, known.status, _request_id(state))
+    response.headers["Idempotent-Replayed"] = "true"
+    response.headers["Original-Request"] = known.request_id
+    return response
+
+
+def _call(books: Books, request: Request, operation: str, params: Params) -> Call:
+    """The request as fault rules see it; of a later operation, the payment's own method and metadata count."""
+    intent = books.payment_intents.get(request.path_params.get("intent", params.get("payment_intent", "")))
+    metadata = intent["metadata"] if intent else params.get("metadata")
+    payment_method = params.get("payment_method") or (intent["payment_method"] if intent else None)
+    payment_id = metadata.get("payment_id") if isinstance(metadata, dict) else None
+    return Call(operation, request.url.path, request.headers.get("idempotency-key"), payment_method, payment_id)
+
+
+def _before(state: SandboxState, fault: Fault | None) -> Response | None:
+    match fault.action if fault else None:
+        case Action.CUT_BEFORE:
+            return NoAnswer()
+        case Action.RATE_LIMIT:
+            return _error(state, Refused(429, "Too many requests.", code="rate_limit"))
+        case Action.CONFLICT:
+            message = "There is currently another in-progress request using this idempotency key."
+            return _error(state, Refused(409, message, code="idempotency_key_in_use"))
+        case Action.UNAVAILABLE:
+            return Response("<html>503 Service Unavailable</html>", 503, media_type="text/html")
+        case _:
+            return None
+
+
+def _after(fault: Fault | None, response: Response) -> Response:
+    match fault.action if fault else None:
+        case Action.CUT_AFTER:
+            return NoAnswer()
+        case Action.HANG:
+            return NoAnswer(is_hanging=True)
+        case Action.TRUNCATED:
+            return HalfAnswer(response)
+        case Action.GARBAGE:
+            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
+        case _:
+            return response
+
+
+def _internal_error() -> Refused:
+    return Refused(500, "An unknown error occurred.", type="api_error")
+
+
+def _authenticate(request: Request) -> None:
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    is_known = scheme == "Basic" or (scheme == "Bearer" and credentials.startswith(("sk_", "rk_")))
+    if not is_known:
+        raise Refused(401, "Invalid API Key provided.", is_stored=False)
+
+
+# --- requests that only read ----------------------------------------------------------------------------------------
+
+
+def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request], Any]:
+    """An endpoint for GET. Keys are ignored, faults are not."""
+
+    async def endpoint(request: Request) -> Response:
+        state: SandboxState = request.app.state.sandbox
+        if state.latency_seconds:
+            await asyncio.sleep(state.latency_seconds)
+        try:
+            _authenticate(request)
+            params = forms.parse(request.url.query)
+            fault = state.faults.pick(_call(state.books, request, "read", params))
+            response = _before(state, fault)
+            if response is None:
+                body = _body(read(state.books, request, params), params, state.books)
+                response = _respond(body, 200, _request_id(state))
+        except Refused as refused:
+            return _error(state, refused)
+        return _after(fault, response)
+
+    return endpoint
+
+
+def _list_payment_intents(books: Books, request: Request, params: Params) -> StripeObject:
+    forms.allow(params, ("created", "customer", "limit", "starting_after", "expand"))
+    customer = params.get("customer")
+    is_wanted = _created_filter(params)
+    found = newest(
+        books.payment_intents.values(), lambda each: is_wanted(each) and customer in (None, each["customer"])
+    )
+    return _page(found, params, "/v1/payment_intents")
+
+
+def _list_refunds(books: Books, request: Request, params: Params) -> StripeObject:
+    forms.allow(params, ("payment_intent", "charge", "created", "limit", "starting_after", "expand"))
+    reference = params.get("payment_intent")
+    if "charge" in params:
+        reference = books.charge(params["charge"])["payment_intent"]
+    refunds = books.refunds.values() if reference is None else books.refunds_of(reference)
+    return _page(newest(refunds, _created_filter(params)), params, "/v1/refunds")
+
+
+def _search(books: Books, request: Request, params: Params) -> StripeObject:
+    """Only `metadata['name']:'value'`, joined by AND, and at once: the real one lags by a minute."""
+    wanted = dict(re.findall(r"""metadata\[["'](\w+)["']\]:["']([^"']*)["']""", params.get("query", "")))
+    if not wanted:
+        raise invalid("We were unable to parse your search query.", param="query")
+    candidates = books.intents_of(wanted["payment_id"]) if "payment_id" in wanted else books.payment_intents.values()
+    found = newest(candidates, lambda each: wanted.items() <= each["metadata"].items())
+    return {**_page(found, params, "/v1/payment_intents/search"), "object": "search_result"}
+
+
+def _created_filter(params: Params) -> Callable[[StripeObject], bool]:
+    created = params.get("created", {})
+    if not isinstance(created, dict):
+        created = {"gte": created, "lte": created}
+    at_least, at_most = forms.integer(created, "gte", default=0), forms.integer(created, "lte", default=2**62)
+    return lambda each: at_least <= each["created"] <= at_most
+
+
+def _page(found: Iterable[StripeObject], params: Params, url: str) -> StripeObject:
+    limit, after = forms.integer(params, "limit", default=10), params.get("starting_after")
+    listed = list(found)
+    if after is not None:
+        ids = [each["id"] for each in listed]
+        if after not in ids:
+            raise invalid(f"No such object: '{after}'", param="starting_after", code="resource_missing")
+        listed = listed[ids.index(after) + 1 :]
+    return {"object": "list", "url": url, "has_more": len(listed) > limit, "data": listed[: min(limit, 100)]}
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def _body(answer: StripeObject, params: Params, books: Books) -> bytes:
+    expanded = forms.values(params, "expand")
+    if "latest_charge" in expanded:
+        answer = _expand(answer, books)
+    elif "data.latest_charge" in expanded:
+        answer = {**answer, "data": [_expand(each, books) for each in answer["data"]]}
+    return _dump(answer)
+
+
+def _expand(intent: StripeObject, books: Books) -> StripeObject:
+    return {**intent, "latest_charge": books.charges.get(intent["latest_charge"] or "")}
+
+
+def _dump(answer: Any) -> bytes:
+    return json.dumps(answer, separators=(",", ":")).encode()
+
+
+def _request_id(state: SandboxState) -> str:
+    return f"req_sandbox{next(state.requests):09d}"
+
+
+def _respond(body: bytes, status: int, request_id: str) -> Response:
+    headers = {"Request-Id": request_id}
+    if status in SHOULD_RETRY:
+        headers["Stripe-Should-Retry"] = SHOULD_RETRY[status]
+    return Response(body, status, headers=headers, media_type="application/json")
+
+
+def _error(state: SandboxState, refused: Refused) -> Response:
+    return _respond(_dump({"error": refused.error}), refused.status, _request_id(state))
+
+
+# --- the simulator's own pages --------------------------------------------------------------------------------------
+
+
+async def _books(request: Request) -> Response:
+    """Sums per currency, executed charges per payment id, and every PaymentIntent unless `?details=false`."""
+    books: Books = request.app.state.sandbox.books
+    answer: dict[str, Any] = {"currencies": books.totals(), "executed_charges": books.executed_charges()}
+    if request.query_params.get("details") != "false":
+        answer["payment_intents"] = books.details(books.payment_intents.values())
+    return JSONResponse(answer)
+
+
+async def _find(request: Request) -> Response:
+    """PaymentIntents whose metadata has all of `?metadata[name]=value`."""
+    books: Books = request.app.state.sandbox.books
+    wanted = forms.parse(request.url.query).get("metadata", {})
+    candidates = books.intents_of(wanted["payment_id"]) if "payment_id" in wanted else books.payment_intents.values()
+    return JSONResponse({"data": books.details(i for i in candidates if wanted.items() <= i["metadata"].items())})
+
+
+async def _add_fault(request: Request) -> Response:
+    try:
+        fault = Fault.from_json(await request.json())
+    except (TypeError, ValueError, AttributeError) as error:
+        return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
+    request.app.state.sandbox.faults.rules.append(fault)
+    return JSONResponse({"faults": len(request.app.state.sandbox.faults.rules)})
+
+
+async def _clear_faults(request: Request) -> Response:
+    request.app.state.sandbox.faults.rules.clear()
+    return JSONResponse({"faults": 0})
+
+
+async def _set_latency(request: Request) -> Response:
+    milliseconds = float((await request.json())["latency_ms"])
+    request.app.state.sandbox.latency_seconds = milliseconds / 1000
+    return JSONResponse({"latency_ms": milliseconds})
+
+
+async def _reset(request: Request) -> Response:
+    request.app.state.sandbox.reset()
+    return JSONResponse({"reset": True})
+
+
+def _own(change: Callable[[Books, Request], StripeObject]) -> Callable[[Request], Any]:
+    """An endpoint that changes the books as the outside world would."""
+
+    async def endpoint(request: Request) -> Response:
+        state: SandboxState = request.app.state.sandbox
+        try:
+            changed = change(state.books, request)
+        except Refused as refused:
+            return _error(state, refused)
+        state.save(None)
+        return JSONResponse(changed)
+
+    return endpoint
+
+
+async def _authentication_page(request: Request) -> Response:
+    """Where a demo's payer passes or fails 3-D Secure."""
+    reference = html.escape(request.path_params["intent"])
+    buttons = "".join(
+        f'<form method="post" action="?success={value}&amp;redirect=true"><button>{label}</button></form>'
+        for value, label in (("true", "Authenticate"), ("false", "Fail"))
+    )
+    return HTMLResponse(f"<!doctype html><title>3-D Secure sandbox</title><h1>{reference}</h1>{buttons}")
+
+
+async def _authenticate_payer(request: Request) -> Response:
+    state: SandboxState = request.app.state.sandbox
+    reference, is_successful = request.path_params["intent"], request.query_params.get("success") == "true"
+    try:
+        action = state.books.payment_intent(reference)["next_action"] or {}
+        intent = state.books.authenticate(reference, is_successful=is_successful)
+    except Refused as refused:
+        return _error(state, refused)
+    state.save(None)
+    return_url = action.get("redirect_to_url", {}).get("return_url")
+    if request.query_params.get("redirect") == "true" and return_url:
+        return RedirectResponse(f"{return_url}?payment_intent={reference}", 303)
+    return JSONResponse(intent)
+
+
+def _created(books: Books, request: Request, params: Params) -> StripeObject:
+    """A new PaymentIntent, its 3-D Secure page under the address that this request came to."""
+    return _with_address(books.create(params), request)
+
+
+def _with_address(intent: StripeObject, request: Request) -> StripeObject:
+    redirect = (intent["next_action"] or {}).get("redirect_to_url")
+    if redirect is not None and redirect["url"].startswith("/"):
+        redirect["url"] = str(request.base_url).rstrip("/") + redirect["url"]
+    return intent
+
+
+ROUTES: Final = [
+    Route("/v1/payment_intents", _mutation("create", _created), methods=["POST"]),
+    Route("/v1/payment_intents", _reading(_list_payment_intents), methods=["GET"]),
+    Route("/v1/payment_intents/search", _reading(_search), methods=["GET"]),
+    Route(
+        "/v1/payment_intents/{intent}",
+        _reading(lambda books, request, _: books.payment_intent(request.path_params["intent"])),
+        methods=["GET"],
+    ),
+    Route(
+        "/v1/payment_intents/{intent}/confirm",
+        _mutation(
+            "confirm",
+            lambda books, request, params: _with_address(books.confirm(request.path_params["intent"], params), request),
+        ),
+        methods=["POST"],
+    ),
+    Route(
+        "/v1/payment_intents/{intent}/capture",
+        _mutation("capture", lambda books, request, params: books.capture(request.path_params["intent"], params)),
+        methods=["POST"],
+    ),
+    Route(
+        "/v1/payment_intents/{intent}/cancel",
+        _mutation("cancel", lambda books, request, params: books.cancel(request.path_params["intent"], params)),
+        methods=["POST"],
+    ),
+    Route("/v1/refunds", _mutation("refund", lambda books, _, params: books.refund(params)), methods=["POST"]),
+    Route("/v1/refunds", _reading(_list_refunds), methods=["GET"]),
+    Route(
+        "/v1/refunds/{refund}",
+        _reading(lambda books, request, _: books.find_refund(request.path_params["refund"])),
+        methods=["GET"],
+    ),
+    Route(
+        "/v1/charges/{charge}",
+        _reading(lambda books, request, _: books.charge(request.path_params["charge"])),
+        methods=["GET"],
+    ),
+    Route("/_sandbox/books", _books, methods=["GET"]),
+    Route("/_sandbox/payment_intents", _find, methods=["GET"]),
+    Route("/_sandbox/payment_intents/{intent}/authenticate", _authentication_page, methods=["GET"]),
+    Route("/_sandbox/payment_intents/{intent}/authenticate", _authenticate_payer, methods=["POST"]),
+    Route(
+        "/_sandbox/payment_intents/{intent}/expire",
+        _own(lambda books, request: books.expire(request.path_params["intent"])),
+        methods=["POST"],
+    ),
+    Route(
+        "/_sandbox/refunds/{refund}/settle",
+        _own(
+            lambda books, request: books.settle_refund(
+                request.path_params["refund"], request.query_params.get("status", "succeeded")
+            )
+        ),
+        methods=["POST"],
+    ),
+    Route("/_sandbox/faults", _add_fault, methods=["POST"]),
+    Route("/_sandbox/faults", _clear_faults, methods=["DELETE"]),
+    Route("/_sandbox/latency", _set_latency, methods=["POST"]),
+    Route("/_sandbox/reset", _reset, methods=["POST"]),
+]
+
+
+def create_app(state: SandboxState) -> Starlette:
+    """The simulator around `state`, which is loaded at start-up and closed at shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        state.load()
+        yield
+        state.journal.close()
+
+    app = Starlette(routes=ROUTES, lifespan=lifespan)
+    app.state.sandbox = state
+    return app
+
+
+def create_server(host: str, port: int, state: SandboxState) -> uvicorn.Server:
+    """A server for the simulator, not yet started. Its protocol class is what makes cut connections possible."""
+    config = uvicorn.Config(
+        create_app(state),
+        host=host,
+        port=port,
+        http=KnownConnection,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
+
+
+def serve(host: str, port: int, *, state_file: Path | None) -> None:
+    """Run the simulator in this process until it is told to stop. With a state file it continues where it stopped."""
+    create_server(host, port, SandboxState(state_file=state_file)).run()
