@@ -127,7 +127,9 @@ _FONT: Final = "<style>html{font-family:system-ui,sans-serif;line-height:1.5}bod
 def _asyncapi_html() -> str:
     """The page, with the document embedded so that it asks for nothing but its own script and style."""
     # A "</script>" within the document would end the element that it is embedded in.
-    embedded = json.dumps({"schema": _document(), "config": {"show": {"sidebar": True}}}).replace("</", "<\\/")
+    embedded = json.dumps(
+        {"schema": _document(), "config": {"show": {"sidebar": True}, "expand": {"messageExamples": True}}}
+    ).replace("</", "<\\/")
     return (
         f'{_HEAD}<title>Payments: messages</title><link rel="icon" href="data:,">{_FONT}'
         '<link rel="stylesheet" href="/static/asyncapi/asyncapi-react.css">'

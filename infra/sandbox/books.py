@@ -90,7 +90,7 @@ class Books:
         return self._attempt(intent, params)
 
     def _attempt(self, intent: StripeObject, params: Params) -> StripeObject:
-        card = cards.find(intent["payment_method"]) or cards.Card()
+        card = _card_of(intent)
         intent["last_payment_error"] = None
         if not card.requires_action:
             return self._charge(intent)
@@ -115,7 +115,7 @@ class Books:
         return intent
 
     def _charge(self, intent: StripeObject) -> StripeObject:
-        card = cards.find(intent["payment_method"]) or cards.Card()
+        card = _card_of(intent)
         if card.declined_as is not None:
             return self._decline(intent, *card.declined_as)
         is_held = intent["capture_method"] == "manual"
@@ -254,7 +254,7 @@ class Books:
         refund = self.refunds.get(reference)
         if refund is None:
             raise missing("refund", reference, param="refund")
-        refund.update(status=status, _ends_as=None)
+        refund["status"] = status
         if status == "failed":
             refund["failure_reason"] = "expired_or_canceled_card"
         self.keep(refund)
@@ -262,9 +262,10 @@ class Books:
         return refund
 
     def _settle_in_time(self, refund: StripeObject) -> None:
+        ends_as = _card_of(self.payment_intents[refund["payment_intent"]]).refund_ends_as
         is_due = time.time() >= refund["created"] + self.refund_settles_after_seconds
-        if refund["_ends_as"] is not None and is_due:
-            self.settle_refund(refund["id"], refund["_ends_as"])
+        if is_due and ends_as not in (None, refund["status"]) and refund["status"] not in GONE:
+            self.settle_refund(refund["id"], str(ends_as))
 
     def _refunded_intent(self, params: Params) -> StripeObject:
         reference = params.get("payment_intent")
@@ -277,7 +278,6 @@ class Books:
         return self.payment_intents[reference]
 
     def _new_refund(self, intent: StripeObject, amount: int, reason: str | None, marks: dict[str, str]) -> StripeObject:
-        card = cards.find(intent["payment_method"] or "") or cards.Card()
         return {
             "id": f"re_{token_hex(12)}",
             "object": "refund",
@@ -288,8 +288,7 @@ class Books:
             "metadata": marks,
             "payment_intent": intent["id"],
             "reason": reason,
-            "status": card.refund_starts_as,
-            "_ends_as": card.refund_ends_as,
+            "status": _card_of(intent).refund_starts_as,
         }
 
     def _refunded(self, intent_id: str) -> int:
@@ -356,6 +355,10 @@ def _payment_method(params: Params) -> str | None:
     if name is not None and cards.find(name) is None:
         raise missing("PaymentMethod", name, param="payment_method", status=400)
     return name
+
+
+def _card_of(intent: StripeObject) -> cards.Card:
+    return cards.find(intent["payment_method"] or "") or cards.Card()
 
 
 def _new_intent(params: Params) -> StripeObject:

@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -124,19 +125,15 @@ def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
         fault = state.faults.pick(_call(state.books, request, operation, params))
         response = _before(state, fault)
         if response is None:
-            response = await _once(state, request, text, fault, lambda: execute(state.books, request, params), params)
+            executed = partial(_executed, state, request, params, fault=fault, execute=execute)
+            response = await _once(state, request, text, fault, executed)
         return _after(fault, response)
 
     return endpoint
 
 
 async def _once(
-    state: SandboxState,
-    request: Request,
-    text: str,
-    fault: Fault | None,
-    execute: Callable[[], StripeObject],
-    params: Params,
+    state: SandboxState, request: Request, text: str, fault: Fault | None, executed: Callable[[], bytes]
 ) -> Response:
     """Execute, or answer as before if the key was used before."""
     key, fingerprint = request.headers.get("idempotency-key"), f"{request.url.path}?{text}"
@@ -149,25 +146,30 @@ async def _once(
         await asyncio.sleep(fault.seconds)
     request_id, is_stored = _request_id(state), True
     try:
-        status, body = 200, _body(_execute(state, fault, execute, params), params, state.books)
+        status, body = 200, executed()
     except Refused as refused:
         status, body, is_stored = refused.status, _dump({"error": refused.error}), refused.is_stored
-    if fault is not None and fault.action is Action.ERROR_AFTER:
-        status, body, is_stored = 500, _dump({"error": _internal_error().error}), True
-    _remember(state, key if is_stored else None, Stored(fingerprint, status, body, request_id))
     if key is not None and not is_stored:
         del state.answers[key]
+    _remember(state, key if is_stored else None, Stored(fingerprint, status, body, request_id))
     return _respond(body, status, request_id)
 
 
-def _execute(
-    state: SandboxState, fault: Fault | None, execute: Callable[[], StripeObject], params: Params
-) -> StripeObject:
-    if fault is not None and fault.action is Action.ERROR_BEFORE:
-        raise _internal_error()
-    if fault is not None and fault.action is Action.DECLINE:
-        return state.books.decline(params, fault.code)
-    return execute()
+def _executed(
+    state: SandboxState, request: Request, params: Params, *, fault: Fault | None, execute: Execution
+) -> bytes:
+    """The body of a success. Every refusal, asked for by a fault or not, is raised."""
+    match fault.action if fault else None:
+        case Action.ERROR_BEFORE:
+            raise _internal_error()
+        case Action.ERROR_AFTER:
+            execute(state.books, request, params)
+            raise _internal_error()
+        case Action.DECLINE:
+            assert fault is not None, "the action is the fault's"
+            return _dump(state.books.decline(params, fault.code))
+        case _:
+            return _body(execute(state.books, request, params), params, state.books)
 
 
 def _remember(state: SandboxState, key: str | None, answer: Stored) -> None:
@@ -192,7 +194,7 @@ def _replay(state: SandboxState, known: Stored, fingerprint: str) -> Response:
 
 def _call(books: Books, request: Request, operation: str, params: Params) -> Call:
     """The request as fault rules see it; of a later operation, the payment's own method and metadata count."""
-    intent = books.payment_intents.get(request.path_params.get("intent", params.get("payment_intent", "")))
+    intent = books.payment_intents.get(str(request.path_params.get("intent", params.get("payment_intent"))))
     metadata = intent["metadata"] if intent else params.get("metadata")
     payment_method = params.get("payment_method") or (intent["payment_method"] if intent else None)
     payment_id = metadata.get("payment_id") if isinstance(metadata, dict) else None

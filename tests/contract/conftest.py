@@ -1,0 +1,125 @@
+"""The simulators, each in a process of its own on a free loopback port, and the gateways that talk to them."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from domain.ports import Gateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
+
+CHECKOUT = Path(__file__).parents[2]
+SERVE = (
+    "import sys, pathlib; from infra.sandbox.stripe import serve; serve('127.0.0.1', int(sys.argv[1]), state_file={})"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_open(port: int, process: subprocess.Popen[bytes], timeout_seconds: float = 20) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended at once"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
+@dataclass
+class Simulator:
+    """A running simulator: its address, its books, and how to make it misbehave."""
+
+    url: str
+    http: httpx.Client
+
+    def fault(self, action: str, **rule: Any) -> None:
+        self.http.post("/_sandbox/faults", json={"action": action, **rule}).raise_for_status()
+
+    def books(self) -> dict[str, Any]:
+        return dict(self.http.get("/_sandbox/books").raise_for_status().json())
+
+    def intents_of(self, payment_id: object) -> list[dict[str, Any]]:
+        answer = self.http.get("/_sandbox/payment_intents", params={"metadata[payment_id]": str(payment_id)})
+        return list(answer.raise_for_status().json()["data"])
+
+    def executed_charges(self, payment_id: object) -> int:
+        return int(self.books()["executed_charges"].get(str(payment_id), 0))
+
+    def post(self, path: str) -> dict[str, Any]:
+        return dict(self.http.post(f"/_sandbox/{path}").raise_for_status().json())
+
+
+def start_stripe(port: int, state_file: Path | None = None) -> subprocess.Popen[bytes]:
+    path = "None" if state_file is None else f"pathlib.Path({str(state_file)!r})"
+    process = subprocess.Popen([sys.executable, "-c", SERVE.format(path), str(port)], cwd=CHECKOUT)
+    wait_until_open(port, process)
+    return process
+
+
+@pytest.fixture(scope="session")
+def stripe_url() -> Iterator[str]:
+    port = free_port()
+    process = start_stripe(port)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.fixture
+def stripe_simulator(stripe_url: str) -> Iterator[Simulator]:
+    with httpx.Client(base_url=stripe_url) as http:
+        http.post("/_sandbox/reset").raise_for_status()
+        yield Simulator(stripe_url, http)
+
+
+def stripe_gateway(url: str, *, timeout_seconds: float = 10, **settings: Any) -> StripeGateway:
+    config = StripeConfig(
+        api_key=SecretStr("sk_test_contract"), api_base=url, timeout_seconds=timeout_seconds, **settings
+    )
+    return StripeGateway(config)
+
+
+GATEWAYS: dict[str, tuple[str, Callable[..., Gateway]]] = {"stripe": ("stripe_simulator", stripe_gateway)}
+"""Every gateway of the composition root that has a simulator: the fixture of its simulator, and how to build it."""
+
+
+@pytest.fixture(params=sorted(GATEWAYS))
+def simulator(request: pytest.FixtureRequest) -> Simulator:
+    fixture, _ = GATEWAYS[request.param]
+    found = request.getfixturevalue(fixture)
+    assert isinstance(found, Simulator)
+    return found
+
+
+@pytest.fixture
+async def connect(request: pytest.FixtureRequest, simulator: Simulator) -> AsyncIterator[Callable[..., Gateway]]:
+    """Build gateways like the one under test, with other settings; all are closed afterwards."""
+    _, build = GATEWAYS[request.node.callspec.params["simulator"]]
+    built: list[Gateway] = []
+
+    def connect_to(url: str = simulator.url, **settings: Any) -> Gateway:
+        built.append(build(url, **settings))
+        return built[-1]
+
+    yield connect_to
+    for gateway in built:
+        await gateway.close()
+
+
+@pytest.fixture
+def gateway(connect: Callable[..., Gateway]) -> Gateway:
+    return connect()

@@ -1,0 +1,355 @@
+"""What every gateway owes the service, whatever the provider: one effect per key, and no success or failure without
+evidence. Runs over every gateway that has a simulator, over real HTTP, with every fault that a network can cause."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from domain.commands import OperationKind
+from domain.money import Money
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    NotExecuted,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+    Unreachable,
+)
+from domain.ports import Gateway
+from tests.contract.conftest import Simulator, free_port
+from tests.contract.gateway_requests import GatewayRequest, a_request, follow_up, in_doubt, opened, run
+
+KINDS = list(OperationKind)
+OPERATIONS = {
+    OperationKind.AUTHORIZE: "create",
+    OperationKind.CHARGE: "create",
+    OperationKind.CAPTURE: "capture",
+    OperationKind.VOID: "cancel",
+    OperationKind.REFUND: "refund",
+}
+EFFECTS = {
+    OperationKind.AUTHORIZE: (1250, 0, 0),
+    OperationKind.CHARGE: (0, 1250, 0),
+    OperationKind.CAPTURE: (0, 1250, 0),
+    OperationKind.VOID: (0, 0, 0),
+    OperationKind.REFUND: (0, 1250, 1250),
+}
+"""What is held, captured and refunded after one execution of the operation."""
+
+BEFORE = {"cut_before": Unknown, "429": Unreachable, "503": Unknown, "409": Unknown}
+AFTER = ["cut_after", "truncated", "garbage", "500_after"]
+
+
+async def prepared(gateway: Gateway, kind: OperationKind) -> GatewayRequest:
+    """A request of this kind that can succeed."""
+    match kind:
+        case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+            return a_request(kind)
+        case OperationKind.CAPTURE | OperationKind.VOID:
+            return follow_up(*await opened(gateway), kind)
+        case OperationKind.REFUND:
+            return follow_up(*await opened(gateway, OperationKind.CHARGE), kind)
+
+
+def effect(simulator: Simulator, request: GatewayRequest) -> tuple[int, int, int]:
+    """What this payment amounts to in the simulator's own books, over all that was executed for it."""
+    intents = simulator.intents_of(request.payment_id)
+    names = ("amount_capturable", "amount_received", "refunded")
+    held, captured, refunded = (sum(intent[name] for intent in intents) for name in names)
+    return held, captured, refunded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_operation_succeeds_and_its_replay_has_no_second_effect(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+
+    first, second = await run(gateway, request), await run(gateway, in_doubt(request))
+
+    assert isinstance(first, Succeeded)
+    assert first == second
+    assert first.amount_minor in (None, 1250)
+    assert effect(simulator, request) == EFFECTS[kind]
+    assert simulator.executed_charges(request.payment_id) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", AFTER)
+async def test_an_answer_lost_after_execution_is_unknown_and_the_same_key_finds_the_effect(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind, fault: str
+) -> None:
+    request = await prepared(gateway, kind)
+    simulator.fault(fault, operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
+
+    lost, found = await run(gateway, request), await run(gateway, in_doubt(request))
+
+    assert isinstance(lost, Unknown)
+    assert isinstance(found, Succeeded)
+    assert effect(simulator, request) == EFFECTS[kind]
+    assert simulator.executed_charges(request.payment_id) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", sorted(BEFORE))
+async def test_a_request_lost_before_execution_moves_nothing_until_it_is_repeated(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind, fault: str
+) -> None:
+    request = await prepared(gateway, kind)
+    before = effect(simulator, request)
+    simulator.fault(fault, operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
+
+    lost = await run(gateway, request)
+    between = effect(simulator, request)
+    repeated = await run(gateway, in_doubt(request))
+
+    assert isinstance(lost, BEFORE[fault])
+    assert between == before
+    assert isinstance(repeated, Succeeded)
+    assert effect(simulator, request) == EFFECTS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_answer_that_never_comes_is_unknown_when_the_time_is_up(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+    simulator.fault("hang", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
+
+    assert isinstance(await run(connect(timeout_seconds=0.3), request), Unknown)
+    assert isinstance(await run(gateway, in_doubt(request)), Succeeded)
+    assert effect(simulator, request) == EFFECTS[kind]
+
+
+@pytest.mark.parametrize("kind", [OperationKind.CAPTURE, OperationKind.VOID, OperationKind.REFUND])
+async def test_a_remembered_server_error_before_execution_stays_unknown(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+    before = effect(simulator, request)
+    simulator.fault("500_before", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
+
+    outcomes = [await run(gateway, request), await run(gateway, in_doubt(request))]
+
+    assert all(not isinstance(outcome, NotExecuted | Declined) for outcome in outcomes)
+    assert kind is OperationKind.VOID or effect(simulator, request) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_provider_that_is_away_is_unreachable(
+    connect: Callable[..., Gateway], gateway: Gateway, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+
+    assert isinstance(await run(connect(f"http://127.0.0.1:{free_port()}"), request), Unreachable)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_parallel_attempts_with_one_key_have_one_effect(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+    simulator.fault("slow", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1, seconds=0.2)
+
+    outcomes = await asyncio.gather(*(run(gateway, in_doubt(request)) for _ in range(5)))
+
+    assert any(isinstance(outcome, Succeeded) for outcome in outcomes)
+    assert all(isinstance(outcome, Succeeded | Unknown) for outcome in outcomes)
+    assert effect(simulator, request) == EFFECTS[kind]
+    assert simulator.executed_charges(request.payment_id) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_status_finds_what_was_executed_without_a_reference(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+    simulator.fault("cut_after", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
+    await run(gateway, request)
+
+    assert isinstance(await gateway.status(in_doubt(request)), Succeeded)
+    assert effect(simulator, request) == EFFECTS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_status_without_a_trace_is_unknown_and_causes_nothing(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await prepared(gateway, kind)
+    before = effect(simulator, request)
+
+    assert isinstance(await gateway.status(in_doubt(request)), Unknown)
+    assert effect(simulator, request) == before
+
+
+async def test_cancelling_the_caller_is_passed_on(gateway: Gateway, simulator: Simulator) -> None:
+    request = a_request()
+    simulator.fault("slow", payment_id=str(request.payment_id), seconds=5)
+    task = asyncio.create_task(gateway.charge(request))
+    await asyncio.sleep(0.05)
+
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(
+    ("payment_method", "reason"),
+    [
+        ("pm_card_visa_chargeDeclined", DeclineReason.REFUSED_BY_ISSUER),
+        ("pm_card_visa_chargeDeclinedInsufficientFunds", DeclineReason.INSUFFICIENT_FUNDS),
+        ("pm_card_visa_chargeDeclinedStolenCard", DeclineReason.SUSPECTED_FRAUD),
+        ("pm_card_chargeDeclinedExpiredCard", DeclineReason.CARD_EXPIRED),
+        ("pm_card_chargeDeclinedIncorrectCvc", DeclineReason.INVALID_CARD_DATA),
+        ("pm_card_chargeDeclinedProcessingError", DeclineReason.PROCESSING_ERROR),
+        ("pm_card_visa_chargeDeclinedVelocityLimitExceeded", DeclineReason.LIMIT_EXCEEDED),
+    ],
+)
+@pytest.mark.parametrize("kind", [OperationKind.AUTHORIZE, OperationKind.CHARGE])
+async def test_a_refusal_is_a_value_and_repeating_it_charges_nothing(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind, payment_method: str, reason: DeclineReason
+) -> None:
+    request = a_request(kind, payment_method=payment_method)
+
+    first, second = await run(gateway, request), await run(gateway, in_doubt(request))
+
+    assert isinstance(first, Declined)
+    assert first == second
+    assert first.reason is reason
+    assert first.reference is not None
+    assert simulator.executed_charges(request.payment_id) == 0
+
+
+@pytest.mark.parametrize("kind", [OperationKind.AUTHORIZE, OperationKind.CHARGE])
+@pytest.mark.parametrize(("is_successful", "expected"), [("true", Succeeded), ("false", Declined)])
+async def test_a_payer_who_must_authenticate_is_asked_and_status_tells_the_end(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind, is_successful: str, expected: type[Outcome]
+) -> None:
+    request = a_request(kind, payment_method="pm_card_threeDSecure2Required")
+
+    asked = await run(gateway, request)
+    assert isinstance(asked, RequiresAction)
+    assert asked.url is not None
+    assert asked.url.startswith(simulator.url)
+    known = in_doubt(request, reference=asked.reference)
+    assert await gateway.status(known) == asked
+    simulator.post(f"payment_intents/{asked.reference}/authenticate?success={is_successful}")
+
+    assert isinstance(await gateway.status(known), expected)
+    assert simulator.executed_charges(request.payment_id) == (1 if is_successful == "true" else 0)
+
+
+@pytest.mark.parametrize(("status", "expected"), [("succeeded", Succeeded), ("failed", Declined), ("new", Pending)])
+async def test_a_pending_refund_ends_as_the_provider_says(
+    gateway: Gateway, simulator: Simulator, status: str, expected: type[Outcome]
+) -> None:
+    charged = await opened(gateway, OperationKind.CHARGE, payment_method="pm_card_pendingRefund")
+    request = follow_up(*charged, OperationKind.REFUND)
+
+    pending = await run(gateway, request)
+    assert isinstance(pending, Pending)
+    simulator.post(f"refunds/{pending.reference}/settle?status={status}")
+
+    assert isinstance(await gateway.status(in_doubt(request, reference=pending.reference)), expected)
+
+
+async def test_captures_of_one_hold_are_told_apart(gateway: Gateway, simulator: Simulator) -> None:
+    hold = await opened(gateway)
+    first = follow_up(*hold, OperationKind.CAPTURE, amount=Money(400, "USD"), is_final=False)
+    last = follow_up(*hold, OperationKind.CAPTURE, number=3, amount=Money(850, "USD"))
+
+    assert isinstance(await run(gateway, first), Succeeded)
+    assert isinstance(await gateway.status(in_doubt(last)), Unknown)
+    simulator.fault("cut_after", operation="capture", times=1)
+    assert isinstance(await run(gateway, last), Unknown)
+
+    assert isinstance(await gateway.status(in_doubt(last)), Succeeded)
+    assert effect(simulator, last) == (0, 1250, 0)
+
+
+@pytest.mark.parametrize("fault", [None, *AFTER])
+async def test_what_is_left_after_a_partial_capture_can_be_released(
+    gateway: Gateway, simulator: Simulator, fault: str | None
+) -> None:
+    hold = await opened(gateway)
+    await run(gateway, follow_up(*hold, OperationKind.CAPTURE, amount=Money(400, "USD"), is_final=False))
+    request = follow_up(*hold, OperationKind.VOID, number=3, amount=Money(850, "USD"))
+    if fault is not None:
+        simulator.fault(fault, operation="capture", times=1)
+
+    outcomes = [await run(gateway, request), await run(gateway, in_doubt(request))]
+
+    assert isinstance(outcomes[-1], Succeeded)
+    assert isinstance(outcomes[0], Unknown if fault else Succeeded)
+    assert effect(simulator, request) == (0, 400, 0)
+
+
+async def test_a_hold_that_expired_cannot_be_captured_and_counts_as_released(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    hold = await opened(gateway)
+    simulator.post(f"payment_intents/{hold[1]}/expire")
+
+    assert isinstance(await run(gateway, follow_up(*hold, OperationKind.CAPTURE)), NotExecuted)
+    assert isinstance(await run(gateway, in_doubt(follow_up(*hold, OperationKind.CAPTURE, number=3))), NotExecuted)
+    assert isinstance(await run(gateway, follow_up(*hold, OperationKind.VOID, number=4)), Succeeded)
+
+
+async def test_a_refused_parameter_is_proof_on_the_first_attempt_only(gateway: Gateway) -> None:
+    request = a_request(payment_method="pm_unknown")
+
+    assert isinstance(await run(gateway, request), NotExecuted)
+    assert isinstance(await run(gateway, in_doubt(request)), Unknown)
+
+
+async def test_money_beyond_the_hold_or_the_captures_does_not_move(gateway: Gateway, simulator: Simulator) -> None:
+    hold, charge = await opened(gateway), await opened(gateway, OperationKind.CHARGE)
+    too_much = Money(1251, "USD")
+
+    assert isinstance(await run(gateway, follow_up(*hold, OperationKind.CAPTURE, amount=too_much)), NotExecuted)
+    assert isinstance(await run(gateway, follow_up(*charge, OperationKind.REFUND, amount=too_much)), NotExecuted)
+    assert effect(simulator, hold[0]) == (1250, 0, 0)
+    assert effect(simulator, charge[0]) == (0, 1250, 0)
+
+
+async def test_several_refunds_add_up_and_a_lost_one_is_found(gateway: Gateway, simulator: Simulator) -> None:
+    charge = await opened(gateway, OperationKind.CHARGE)
+    requests = [
+        follow_up(*charge, OperationKind.REFUND, number=number, amount=Money(amount, "USD"))
+        for number, amount in ((2, 300), (3, 950))
+    ]
+    simulator.fault("cut_after", operation="refund", key_prefix=requests[1].provider_key, times=1)
+
+    outcomes = [await run(gateway, request) for request in requests]
+
+    assert isinstance(outcomes[0], Succeeded)
+    assert isinstance(outcomes[1], Unknown)
+    found = await gateway.status(in_doubt(requests[1]))
+    assert isinstance(found, Succeeded)
+    assert (found.amount_minor, found.reference != outcomes[0].reference) == (950, True)
+    assert effect(simulator, charge[0]) == (0, 1250, 1250)
+
+
+@pytest.mark.parametrize(
+    ("payment_method", "first"),
+    [
+        ("pm_sandbox_slow", Succeeded),
+        ("pm_sandbox_lost_answer", Unknown),
+        ("pm_sandbox_lost_request", Unknown),
+        ("pm_sandbox_500", Unknown),
+        ("pm_sandbox_429", Unreachable),
+    ],
+)
+async def test_payment_methods_that_misbehave_end_with_one_charge(
+    gateway: Gateway, simulator: Simulator, payment_method: str, first: type[Outcome]
+) -> None:
+    request = a_request(payment_method=payment_method)
+
+    assert isinstance(await run(gateway, request), first)
+    assert isinstance(await run(gateway, in_doubt(request)), Succeeded)
+    assert simulator.executed_charges(request.payment_id) == 1
