@@ -41,7 +41,7 @@ def follow_up(
     opened: GatewayRequest, reference: str, kind: OperationKind, *, number: int = 2, **fields: Any
 ) -> GatewayRequest:
     """A later operation on the payment that `opened` created as `reference`."""
-    given = {
+    given: dict[str, Any] = {
         "kind": kind,
         "operation_number": number,
         "provider_key": f"{opened.payment_id}:{number}",

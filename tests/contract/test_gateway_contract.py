@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from domain.commands import OperationKind
+from domain.errors import GatewayError
 from domain.money import Money
 from domain.operations import (
     Declined,
     DeclineReason,
+    GatewayRequest,
     NotExecuted,
     Outcome,
     Pending,
@@ -21,7 +23,7 @@ from domain.operations import (
 )
 from domain.ports import Gateway
 from tests.contract.conftest import Simulator, free_port
-from tests.contract.gateway_requests import GatewayRequest, a_request, follow_up, in_doubt, opened, run
+from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
 
 KINDS = list(OperationKind)
 OPERATIONS = {
@@ -353,3 +355,29 @@ async def test_payment_methods_that_misbehave_end_with_one_charge(
     assert isinstance(await run(gateway, request), first)
     assert isinstance(await run(gateway, in_doubt(request)), Succeeded)
     assert simulator.executed_charges(request.payment_id) == 1
+
+
+async def test_a_release_that_sends_other_parameters_finds_the_effect_of_the_old_one(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request = a_request()
+    simulator.fault("cut_after", payment_id=str(request.payment_id), times=1)
+    await run(gateway, request)
+
+    outcome = await run(connect(return_url="https://example.invalid/elsewhere"), in_doubt(request))
+
+    assert isinstance(outcome, Succeeded)
+    assert simulator.executed_charges(request.payment_id) == 1
+
+
+@pytest.mark.parametrize("fault", ["429", "cut_before", "503", "truncated", "garbage"])
+async def test_a_question_without_an_answer_is_never_an_outcome(
+    gateway: Gateway, simulator: Simulator, fault: str
+) -> None:
+    request, reference = await opened(gateway, OperationKind.CHARGE)
+    simulator.fault(fault, operation="read")
+
+    with pytest.raises(GatewayError):
+        await gateway.status(in_doubt(request, reference=reference))
+    voided = await run(gateway, follow_up(request, reference, OperationKind.VOID))
+    assert isinstance(voided, Unreachable)

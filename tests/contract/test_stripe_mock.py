@@ -44,7 +44,9 @@ def built_mock() -> str:
 @pytest.fixture(scope="module")
 def mock_url() -> Iterator[str]:
     port = free_port()
-    process = subprocess.Popen([built_mock(), "-http-addr", f"127.0.0.1:{port}"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [built_mock(), "-http-addr", f"127.0.0.1:{port}", "-https-addr", "127.0.0.1:0"], stdout=subprocess.DEVNULL
+    )
     wait_until_open(port, process)
     yield f"http://127.0.0.1:{port}"
     process.terminate()
