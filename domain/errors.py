@@ -30,7 +30,7 @@ class GatewayError(PaymentsError):
 
 
 class GatewayUnreachable(GatewayError):
-    """Proof that this attempt was not executed: not connected, rate limited, or its key is in use elsewhere."""
+    """Proof that this attempt was not executed: not connected, rate limited, and so on."""
 
 
 class OutcomeUnknown(GatewayError):
