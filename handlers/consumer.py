@@ -64,14 +64,14 @@ class CommandConsumer:
             group_id=group_id,
             auto_offset_reset="earliest",
             ack_policy=AckPolicy.MANUAL,
-            decoder=_undecoded,
+            decoder=_itself,
             listener=_Rebalance(self.offsets, self._backlog),
             include_in_schema=False,
         )
         subscriber(self.on_batch)
 
-    async def on_batch(self, message: KafkaMessage) -> None:
-        """Accept one batch: afterwards Postgres owns it and its offsets may be committed."""
+    async def on_batch(self, message: Any) -> None:
+        """Accept one batch (a `KafkaMessage`): afterwards Postgres owns it and its offsets may be committed."""
         async with self._accepting:
             if self._is_closed:
                 await message.nack()
@@ -128,9 +128,12 @@ class CommandConsumer:
             log.warning("message parked", reason=letter.reason, partition=letter.partition, offset=letter.offset)
 
 
-async def _undecoded(message: Any) -> Any:
-    """Keep the batch as it came: decoded by FastStream, one bad body would fail all of it (its default is JSON)."""
-    return message.body
+async def _itself(message: Any) -> Any:
+    """Hand the handler the whole message, undecoded: by default one body that is no JSON would fail the whole batch.
+
+    Asked for by its type instead, it would come out of a dependency that FastStream resolves on another thread.
+    """
+    return message
 
 
 def _read(records: Sequence[Record]) -> tuple[list[tuple[Delivery, Record]], list[DeadLetter]]:
