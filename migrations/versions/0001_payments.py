@@ -133,8 +133,34 @@ CREATE TABLE relay_slots (
 );
 """
 
-INDEXES = (
-    "CREATE INDEX payments_order_id ON payments (order_id)",
+# What the write path sends: one array of rows a statement, instead of one array a column.
+ROWS = """
+CREATE TYPE payment_row AS (
+    payment_id uuid, order_id text, customer_id text, gateway text, gateway_payment_id text, currency text,
+    amount_minor bigint, authorized_minor bigint, captured_minor bigint, released_minor bigint, refunded_minor bigint,
+    disputed_minor bigint, reserved_capture_minor bigint, reserved_refund_minor bigint, status text,
+    has_indeterminate boolean, last_operation integer, last_seq integer, version bigint,
+    authorization_expires_at timestamptz, open_operations integer
+);
+CREATE TYPE operation_row AS (
+    payment_id uuid, number integer, kind text, idempotency_key text, fingerprint bytea, content text, state text,
+    amount_minor bigint, gateway text, reference text, attempts integer, lease_token bigint, is_leased boolean,
+    due_at timestamptz, dispatched_at timestamptz, replays_due integer, result text, traceparent text
+);
+CREATE TYPE operation_change AS (
+    payment_id uuid, number integer, state text, amount_minor bigint, gateway text, reference text, attempts integer,
+    lease_token bigint, is_leased boolean, due_at timestamptz, dispatched_at timestamptz, replays_due integer,
+    result text
+);
+CREATE TYPE transfer_row AS (
+    payment_id uuid, payment_seq integer, debit text, credit text, amount_minor bigint, currency text
+);
+CREATE TYPE outbox_row AS (
+    id uuid, aggregateid text, type text, payload text, payment_seq integer, occurred_at text, traceparent text
+);
+"""
+
+INDEXES = (    "CREATE INDEX payments_order_id ON payments (order_id)",
     "CREATE INDEX payments_customer_id ON payments (customer_id, id)",
     "CREATE INDEX payments_status ON payments (status, id)",
     "CREATE UNIQUE INDEX payments_gateway_payment_id ON payments (gateway_payment_id, gateway)"
@@ -146,7 +172,7 @@ INDEXES = (
 
 
 def upgrade() -> None:
-    for statement in (PAYMENTS, OPERATIONS, LEDGER, OUTBOX, *INDEXES):
+    for statement in (PAYMENTS, OPERATIONS, LEDGER, OUTBOX, ROWS, *INDEXES):
         op.execute(statement)
 
 
@@ -154,4 +180,5 @@ def downgrade() -> None:
     op.execute("DROP PUBLICATION payments_outbox")
     op.execute("DROP VIEW ledger_postings")
     op.execute("DROP TABLE relay_slots, outbox, ledger, operations, payments")
+    op.execute("DROP TYPE payment_row, operation_row, operation_change, transfer_row, outbox_row")
     op.execute("DROP FUNCTION ledger_is_append_only")

@@ -1,0 +1,93 @@
+"""What each process of the service runs, and the one-time work before them: schema, topics, partitions."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+from app.settings import Settings
+from infra.observability.logs import configure_logs
+
+
+def run_worker(settings: Settings) -> None:
+    """Commands in, gateway calls, results out, until SIGTERM."""
+    from app.http import create_process_app
+    from app.process import run
+    from app.worker import Worker
+
+    configure_logs("worker", as_json=settings.log_json)
+    worker = Worker(settings)
+    app = create_process_app(checks=worker.checks())
+    run(worker.run, app=app, host=settings.http_host, port=settings.worker_port)
+
+
+def run_relay(settings: Settings) -> None:
+    """The outbox to Kafka, until SIGTERM."""
+    from app.http import create_process_app
+    from app.process import run
+    from infra.relay import Relay, RelayConfig
+
+    configure_logs("relay", as_json=settings.log_json)
+    relay = Relay(
+        RelayConfig(
+            postgres_url=settings.postgres_url,
+            kafka_bootstrap=settings.kafka_bootstrap,
+            topic=settings.events_topic,
+            slot=settings.relay_slot,
+        )
+    )
+
+    async def check() -> str | None:
+        return relay.trouble
+
+    app = create_process_app(checks={"relay": check})
+    run(relay.run, app=app, host=settings.http_host, port=settings.relay_port)
+
+
+def run_http(settings: Settings) -> None:
+    """Health, all processes' metrics, the AsyncAPI page, and the outbox's partitions, until SIGTERM."""
+    from app.http import create_http_app
+    from app.maintenance import Maintenance
+    from app.process import run
+
+    configure_logs("http", as_json=settings.log_json)
+    maintenance = Maintenance(settings)
+    app = create_http_app(checks=maintenance.checks(), peers=settings.metrics_peers)
+    run(maintenance.run, app=app, host=settings.http_host, port=settings.http_port)
+
+
+def run_sandbox(host: str, port: int, *, state_file: Path | None) -> None:
+    """The provider simulator, until SIGTERM."""
+    from infra.sandbox.stripe import serve
+
+    configure_logs("sandbox", as_json=True)
+    serve(host, port, state_file=state_file)
+
+
+async def prepare(settings: Settings) -> None:
+    """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
+
+    Raises:
+        SQLAlchemyError, KafkaError: a server is away or refuses.
+    """
+    from app.maintenance import maintain_once
+    from infra.kafka.topics import ensure_topics
+    from infra.postgres.migrate import upgrade
+
+    topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics))
+    try:
+        await asyncio.to_thread(upgrade, settings.postgres_url)
+        await maintain_once(settings)
+    finally:
+        await topics
+
+
+def preload() -> None:
+    """Have, in the background, the libraries read that `prepare` will need: half a second less to wait for."""
+
+    def load() -> None:
+        import alembic.command
+        import app.maintenance
+        import infra.kafka.topics
+        import infra.postgres.migrate  # noqa: F401 - read for their effect
+
+    threading.Thread(target=load, name="preload", daemon=True).start()
