@@ -129,7 +129,9 @@ class RecentKeys(Protocol):
         """The keys that were probably seen before, or None when nobody can tell."""
         ...
 
-    async def remember(self, idempotency_keys: Sequence[str]) -> None: ...
+    def remember(self, idempotency_keys: Sequence[str]) -> None:
+        """Note these keys. Does not wait."""
+        ...
 
 
 class DeadLetters(Protocol):

@@ -88,7 +88,7 @@ class WritePath:
             else:
                 batch.count()
                 if known:
-                    await self._recent.remember(known)
+                    self._recent.remember(known)
                 return batch.requests
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 

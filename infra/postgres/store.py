@@ -1,17 +1,17 @@
 """The one write path's transaction: the only module that begins, commits and rolls back a write of payments.
 
-Every step is one set-based statement over `unnest`, sent on asyncpg directly: this is the hot path. Rows travel as one
+Reads and writes are set-based statements, sent on asyncpg directly: this is the hot path. Rows travel as one
 array of a composite type, which asyncpg encodes in a third of the time that one array a column takes. The plans are
 pinned to the indexes (`PINNED_PLANS`): joined with `unnest`, Postgres guesses row counts, and a plan made while a table
 was small would scan all of it for ever (tests/integration/test_query_plans.py reads the plans).
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from operator import attrgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
@@ -49,7 +49,7 @@ FIND_OPERATIONS = f"SELECT {OPERATION_COLUMNS} FROM operations WHERE idempotency
 
 # A row that exists already is another worker's: the count tells, and the batch is decided again.
 INSERT_PAYMENTS = f"""
-    INSERT INTO payments ({PAYMENT_COLUMNS}) SELECT {PAYMENT_COLUMNS} FROM unnest($1::payment_row[])
+    INSERT INTO payments ({PAYMENT_COLUMNS}) SELECT {PAYMENT_COLUMNS} FROM unnest($2::payment_row[])
     ON CONFLICT (payment_id) DO NOTHING
 """
 UPDATE_PAYMENTS = """
@@ -63,14 +63,14 @@ UPDATE_PAYMENTS = """
            has_indeterminate = x.has_indeterminate, last_operation = x.last_operation, last_seq = x.last_seq,
            version = x.version + 1, authorization_expires_at = x.authorization_expires_at,
            open_operations = x.open_operations, updated_at = now()
-      FROM unnest($1::payment_row[]) AS x
+      FROM unnest($3::payment_row[]) AS x
      WHERE p.payment_id = x.payment_id AND p.version = x.version
 """
-# Due times are written relative to the database's clock ($2 is the time of the decision): leases know one clock.
+# Due times are written relative to the database's clock ($1 is the time of the decision): leases know one clock.
 INSERT_OPERATIONS = f"""
     INSERT INTO operations ({OPERATION_COLUMNS})
-    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $2::timestamptz)", 1)}
-      FROM unnest($1::operation_row[])
+    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)}
+      FROM unnest($4::operation_row[])
     ON CONFLICT DO NOTHING
 """
 # The token in the WHERE clause is the fence: a worker whose lease was taken over matches no row. An operation that
@@ -79,20 +79,32 @@ UPDATE_OPERATIONS = """
     UPDATE operations AS o
        SET state = x.state, amount_minor = x.amount_minor, gateway = x.gateway, reference = x.reference,
            attempts = x.attempts, lease_token = x.lease_token, is_leased = x.is_leased,
-           due_at = now() + (x.due_at - $2::timestamptz), dispatched_at = x.dispatched_at,
+           due_at = now() + (x.due_at - $1::timestamptz), dispatched_at = x.dispatched_at,
            replays_due = x.replays_due, result = x.result,
            settled_at = CASE WHEN x.result IS NOT NULL THEN now() END
-      FROM unnest($1::operation_change[]) AS x
+      FROM unnest($5::operation_change[]) AS x
      WHERE o.payment_id = x.payment_id AND o.number = x.number
        AND (o.lease_token = x.lease_token OR o.state = 'received')
 """
 INSERT_LEDGER = """
     INSERT INTO ledger (payment_id, payment_seq, debit, credit, amount_minor, currency)
-    SELECT * FROM unnest($1::transfer_row[])
+    SELECT * FROM unnest($6::transfer_row[])
 """
 INSERT_OUTBOX = """
     INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
-    SELECT * FROM unnest($1::outbox_row[])
+    SELECT * FROM unnest($7::outbox_row[])
+"""
+# One round trip for all of it. The parts touch different tables, so that they share a snapshot does not matter; each
+# tells how many rows it wrote.
+SAVE = f"""
+    WITH new_payments AS ({INSERT_PAYMENTS} RETURNING 1),
+         changed_payments AS ({UPDATE_PAYMENTS} RETURNING 1),
+         new_operations AS ({INSERT_OPERATIONS} RETURNING 1),
+         changed_operations AS ({UPDATE_OPERATIONS} RETURNING 1),
+         booked AS ({INSERT_LEDGER}),
+         published AS ({INSERT_OUTBOX})
+    SELECT (SELECT count(*) FROM new_payments), (SELECT count(*) FROM changed_payments),
+           (SELECT count(*) FROM new_operations), (SELECT count(*) FROM changed_operations)
 """
 # SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
 # called the gateway.
@@ -128,9 +140,6 @@ _LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, 
 _REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 
 _in_transaction: ContextVar[bool] = ContextVar("in_transaction", default=False)
-
-_Row = TypeVar("_Row")
-_Columns = Callable[[_Row], tuple[Any, ...]]
 
 Connection = Any
 """An asyncpg connection or the pool's proxy of one, which share no public type."""
@@ -250,19 +259,19 @@ class PostgresTransaction:
         """
         new_payments = sorted(changes.new_payments, key=attrgetter("payment_id"))
         new_operations = sorted(changes.new_operations, key=lambda each: each.idempotency_key or "")
-        await self._write(INSERT_PAYMENTS, new_payments, _new_payment_row)
-        await self._write(UPDATE_PAYMENTS, changes.payments, _payment_row)
-        await self._write(INSERT_OPERATIONS, new_operations, _new_operation_row, changes.decided_at)
-        await self._write(UPDATE_OPERATIONS, changes.operations, _operation_row, changes.decided_at)
-        await self._write(INSERT_LEDGER, changes.transfers, _transfer_row)
-        await self._write(INSERT_OUTBOX, changes.outbox, _outbox_row)
-
-    async def _write(self, statement: str, rows: Sequence[_Row], columns: "_Columns[_Row]", *more: Any) -> None:
-        if not rows:
-            return
-        tag: str = await self._connection.execute(statement, [columns(row) for row in rows], *more)
-        if int(tag.rsplit(" ", 1)[1]) != len(rows):
-            raise ConcurrentUpdate(f"{tag} of {len(rows)} rows")
+        written = await self._connection.fetchrow(
+            SAVE,
+            changes.decided_at,
+            [_new_payment_row(each) for each in new_payments],
+            [_payment_row(each) for each in changes.payments],
+            [_new_operation_row(each) for each in new_operations],
+            [_operation_row(each) for each in changes.operations],
+            [_transfer_row(each) for each in changes.transfers],
+            [_outbox_row(each) for each in changes.outbox],
+        )
+        expected = (len(new_payments), len(changes.payments), len(new_operations), len(changes.operations))
+        if tuple(written) != expected:
+            raise ConcurrentUpdate(f"wrote {tuple(written)} of {expected} rows")
 
 
 _payment_fields = attrgetter(

@@ -3,6 +3,7 @@
 A key that is not there is *probably* new, so Postgres need not be asked beforehand: its unique key catches the rest.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ class ValkeyRecentKeys:
         self._redis = redis
         self._on_unavailable = on_unavailable
         self._away_until = 0.0
+        self._unsent: list[str] = []
+        self._sending: asyncio.Task[None] | None = None
 
     async def seen(self, idempotency_keys: Sequence[str]) -> set[str] | None:
         """The keys that were seen within the last one to two windows, or None when nobody can tell."""
@@ -32,10 +35,17 @@ class ValkeyRecentKeys:
             return None
         return {key for key, new, old in zip(keys, *answers, strict=True) if new or old}
 
-    async def remember(self, idempotency_keys: Sequence[str]) -> None:
-        """Note these keys, if Valkey is there."""
-        now, _ = _windows()
-        await self._ask(("SADD", now, *idempotency_keys), ("EXPIRE", now, 2 * WINDOW_SECONDS))
+    def remember(self, idempotency_keys: Sequence[str]) -> None:
+        """Note these keys soon, if Valkey is there; nobody waits for it."""
+        self._unsent += idempotency_keys
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        while self._unsent:
+            keys, self._unsent = self._unsent, []
+            now, _ = _windows()
+            await self._ask(("SADD", now, *keys), ("EXPIRE", now, 2 * WINDOW_SECONDS))
 
     async def _ask(self, *commands: tuple[str | int, ...]) -> list[Any] | None:
         if time.monotonic() < self._away_until:
