@@ -1,5 +1,7 @@
 """What each process of the service runs, and the one-time work before them: schema, topics, partitions."""
 
+# ruff: noqa: PLC0415 - each process imports what it runs and nothing else: start-up is part of every recovery
+
 import asyncio
 import threading
 from pathlib import Path

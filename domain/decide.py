@@ -123,6 +123,7 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         customer_id=payment.customer_id,
         metadata=command.metadata,
         is_final=payment.capturable_minor == 0,
+        captured_minor=payment.captured_minor,
         state=operation.state,
         attempts=operation.attempts,
         lease_token=operation.lease_token,

