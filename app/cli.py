@@ -1,17 +1,459 @@
-import sys, asyncio
-from app.settings import Settings
-from infra.observability.logs import configure_logs
-from app.http import create_process_app
-from app.process import run
-what=sys.argv[1]; s=Settings(); configure_logs(what,as_json=True)
-if what=="worker":
-    from app.worker import Worker
-    w=Worker(s); run(w.run, app=create_process_app(checks=w.checks()), host="127.0.0.1", port=s.worker_port)
-elif what=="relay":
-    from infra.relay import Relay, RelayConfig
-    r=Relay(RelayConfig(postgres_url=s.postgres_url,kafka_bootstrap=s.kafka_bootstrap,topic=s.events_topic,slot=s.relay_slot))
-    async def c(): return r.trouble
-    run(r.run, app=create_process_app(checks={"relay":c}), host="127.0.0.1", port=s.relay_port)
-elif what=="sandbox":
-    from infra.sandbox.stripe import serve
-    serve("127.0.0.1", int(sys.argv[3]), state_file=None)
+"""The command line, `payments`: run the processes, run everything at once, send a payment, look at one, see the demo.
+
+Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejected, 3 no result in time.
+"""
+
+# ruff: noqa: PLC0415 - each command imports what it needs: `payments --help` answers at once
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+REFUSED: Final = 2
+NO_RESULT: Final = 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A payment service that moves money exactly once: commands in on Kafka, results out.\n\n"
+    "First steps: `payments demo` shows everything; `payments up` starts everything on this machine; "
+    "`payments send charge --amount 12.50 --currency USD` pays.",
+    epilog="Settings are environment variables (PAYMENTS_…, see app/settings.py). "
+    "Exit codes: 0 done, 1 trouble, 2 declined or rejected, 3 no result in time.",
+)
+send = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Send one command and wait for its result.\n\n"
+    "Finds the servers by the environment or, without, those of a running `payments up`.",
+)
+app.add_typer(send, name="send")
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(envvar="PAYMENTS_DATA_DIR", help="Where data and logs are kept.", show_default=".local"),
+]
+PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
+KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]
+NewPayment = Annotated[str | None, typer.Option("--payment-id", help="A UUID of yours.", show_default="a new one")]
+Amount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
+AmountMinor = Annotated[int | None, typer.Option(help="In minor units instead: 1250 is USD 12.50.")]
+Currency = Annotated[str, typer.Option(help="ISO 4217.")]
+OptionalCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
+PaymentMethod = Annotated[
+    str, typer.Option(help="The provider's token. Try pm_card_visa_chargeDeclined, pm_sandbox_lost_answer.")
+]
+OrderId = Annotated[str | None, typer.Option(help="Your order.", show_default="made from the payment id")]
+CustomerId = Annotated[str | None, typer.Option(help="Your customer.")]
+Gateway = Annotated[str | None, typer.Option(help="Which gateway.", show_default="the service's default")]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(help="Names this request: again with the same key moves nothing.", show_default="a new one")
+]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
+Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
+
+
+# --- run it on this machine -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def up(data_dir: DataDir = None) -> None:
+    """Start everything on this machine, until Ctrl-C.
+
+    Kafka, Postgres, Valkey, a provider simulator, worker, relay and HTTP, each a process of its own.
+
+    A URL in the environment (PAYMENTS_POSTGRES_URL, PAYMENTS_KAFKA_BOOTSTRAP, PAYMENTS_REDIS_URL,
+    PAYMENTS_STRIPE_API_BASE) takes the place of that part. While it runs, stack.json in the data folder says where
+    everything is.
+    """
+    from app.up_command import up_here
+
+    raise typer.Exit(up_here(data_dir or _default_data_dir()))
+
+
+@app.command()
+def demo(
+    orders: Annotated[int, typer.Option(min=1, help="How many orders to send.")] = 400,
+    seed: Annotated[int | None, typer.Option(help="Repeats a stream of orders.", show_default="random")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Leave everything running at the end, until Ctrl-C.")] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="PAYMENTS_DATA_DIR", help="For this demo's data, emptied first.", show_default=".local"),
+    ] = None,
+) -> None:
+    """See it work: orders, faults, a crash, equal books.
+
+    Real orders through real servers; at the end our books against the provider simulator's own.
+
+    Exits with 0 only if every command has its one result and the books agree to the last cent.
+    """
+    from app.demo.run import run_demo
+
+    folder = (data_dir or _default_data_dir()) / "demo"
+    raise typer.Exit(run_demo(folder, orders=orders, seed=seed, stay=stay))
+
+
+# --- use it -----------------------------------------------------------------------------------------------------------
+
+
+@send.command("charge")
+def send_charge(
+    amount: Amount = None,
+    amount_minor: AmountMinor = None,
+    currency: Currency = "USD",
+    payment_method: PaymentMethod = "pm_card_visa",
+    payment_id: NewPayment = None,
+    order_id: OrderId = None,
+    customer_id: CustomerId = None,
+    gateway: Gateway = None,
+    idempotency_key: IdempotencyKey = None,
+    wait: Wait = True,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Take money now.
+
+    Example: payments send charge --amount 12.50 --currency USD
+    """
+    fields = {
+        "amount_minor": _required_amount(amount, amount_minor, currency),
+        "currency": currency,
+        "payment_method": payment_method,
+        "order_id": order_id,
+        "customer_id": customer_id,
+        "gateway": gateway,
+    }
+    _send("charge", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
+
+
+@send.command("authorize")
+def send_authorize(
+    amount: Amount = None,
+    amount_minor: AmountMinor = None,
+    currency: Currency = "USD",
+    payment_method: PaymentMethod = "pm_card_visa",
+    payment_id: NewPayment = None,
+    order_id: OrderId = None,
+    customer_id: CustomerId = None,
+    gateway: Gateway = None,
+    idempotency_key: IdempotencyKey = None,
+    wait: Wait = True,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Reserve money, to be captured or voided later.
+
+    Example: payments send authorize --amount 80 --currency EUR
+    """
+    fields = {
+        "amount_minor": _required_amount(amount, amount_minor, currency),
+        "currency": currency,
+        "payment_method": payment_method,
+        "order_id": order_id,
+        "customer_id": customer_id,
+        "gateway": gateway,
+    }
+    _send(
+        "authorize", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir
+    )
+
+
+@send.command("capture")
+def send_capture(
+    payment_id: KnownPayment,
+    amount: Amount = None,
+    amount_minor: AmountMinor = None,
+    currency: OptionalCurrency = None,
+    idempotency_key: IdempotencyKey = None,
+    wait: Wait = True,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Collect what was authorized; without an amount all of it.
+
+    Example: payments send capture --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 --amount 30 --currency EUR
+    """
+    fields = {"amount_minor": _amount(amount, amount_minor, currency), "currency": currency}
+    _send(
+        "capture", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir
+    )
+
+
+@send.command("void")
+def send_void(
+    payment_id: KnownPayment,
+    idempotency_key: IdempotencyKey = None,
+    wait: Wait = True,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Release what was authorized and not captured.
+
+    Example: payments send void --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69
+    """
+    _send("void", payment_id, idempotency_key, {}, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
+
+
+@send.command("refund")
+def send_refund(
+    payment_id: KnownPayment,
+    amount: Amount = None,
+    amount_minor: AmountMinor = None,
+    currency: OptionalCurrency = None,
+    idempotency_key: IdempotencyKey = None,
+    wait: Wait = True,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Return captured money; without an amount all of it.
+
+    Example: payments send refund --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 --amount 2.50 --currency USD
+    """
+    fields = {"amount_minor": _amount(amount, amount_minor, currency), "currency": currency}
+    _send("refund", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
+
+
+@app.command()
+def show(
+    payment_id: PaymentArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """One payment: state, amounts, operations, events."""
+    from app.show import show_payment
+
+    settings = _settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    with _readable_errors():
+        raise typer.Exit(show_payment(settings, _uuid(payment_id), as_json=as_json))
+
+
+# --- its processes ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def worker() -> None:
+    """Read commands, call gateways, save outcomes.
+
+    Any number of it may run."""
+    from app.processes import run_worker
+    from app.settings import Settings
+
+    run_worker(Settings())
+
+
+@app.command()
+def relay() -> None:
+    """Publish committed events.
+
+    Of several, one is active and the others stand by."""
+    from app.processes import run_relay
+    from app.settings import Settings
+
+    run_relay(Settings())
+
+
+@app.command()
+def http(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="PAYMENTS_HTTP_HOST")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="PAYMENTS_HTTP_PORT")] = None,
+) -> None:
+    """Health, metrics, the AsyncAPI page.
+
+    The metrics are those of all processes. It also keeps the outbox's partitions."""
+    from app.processes import run_http
+    from app.settings import Settings
+
+    settings = Settings()
+    given = {"http_host": host, "http_port": port}
+    run_http(settings.model_copy(update={name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
+    state_file: Annotated[Path | None, typer.Option(help="Keeps its books across restarts.")] = None,
+) -> None:
+    """The provider simulator alone.
+
+    Point PAYMENTS_STRIPE_API_BASE at it; any key that begins with sk_ opens it."""
+    from app.processes import run_sandbox
+
+    run_sandbox(host, port, state_file=state_file)
+
+
+@app.command()
+def migrate(
+    to: Annotated[str, typer.Option(metavar="REVISION", help="To this revision of the schema.")] = "head",
+    down: Annotated[bool, typer.Option("--down", help="Back to --to; dropped tables lose their data.")] = False,
+) -> None:
+    """Prepare the schema, the topics, the partitions.
+
+    Does nothing where they are what this version needs.
+
+    Example, back one step: payments migrate --down --to 0001
+    """
+    import asyncio
+
+    from app import processes
+    from app.settings import Settings
+    from infra.postgres import migrate as schema
+
+    settings = Settings()
+    if down and to == "head":
+        _fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
+    with _readable_errors():
+        if down:
+            schema.downgrade(settings.postgres_url, to)
+            typer.echo(f"The schema is at {to}.")
+            return
+        asyncio.run(processes.prepare(settings, revision=to))
+    typer.echo(f"The schema is at {to}; topics and partitions are there.")
+
+
+@app.command()
+def maintain() -> None:
+    """Make coming and drop old outbox partitions, once.
+
+    `payments http` does it every hour."""
+    import asyncio
+
+    from app.maintenance import maintain_once
+    from app.settings import Settings
+
+    with _readable_errors():
+        asyncio.run(maintain_once(Settings()))
+    typer.echo("The outbox's partitions are up to date.")
+
+
+@app.command()
+def asyncapi() -> None:
+    """Print the AsyncAPI document.
+
+    Every message that the service reads and writes, with examples."""
+    from handlers.messages.asyncapi import build_document
+
+    typer.echo(build_document(), nl=False)
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _send(
+    kind: str,
+    payment_id: str | None,
+    idempotency_key: str | None,
+    fields: dict[str, Any],
+    *,
+    wait: bool,
+    timeout: float,
+    as_json: bool,
+    data_dir: Path | None,
+) -> None:
+    import uuid
+
+    from app.client import outgoing
+    from app.send import send_and_report
+    from domain.commands import OperationKind
+
+    settings = _settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
+    payment = _uuid(payment_id) if payment_id else uuid.uuid4()
+    if kind in ("charge", "authorize"):
+        fields["order_id"] = fields["order_id"] or f"order-{str(payment)[:8]}"
+    key = idempotency_key or f"{kind}-{uuid.uuid4()}"
+    command = outgoing(OperationKind(kind), payment, key, fields)
+    with _readable_errors():
+        code = send_and_report(settings, kind, command, wait=wait, timeout_seconds=timeout, as_json=as_json)
+    raise typer.Exit(code)
+
+
+def _settings(data_dir: Path | None, *, needs: str) -> "Settings":
+    """Settings by the environment, completed by a running `payments up` or `payments demo --stay`."""
+    import os
+
+    from app.settings import Settings
+    from app.stack_file import adopt_environment
+
+    folder = data_dir or _default_data_dir()
+    if needs not in os.environ and adopt_environment([folder, folder / "demo"]) is None:
+        _fail(
+            "nothing is running here: no `payments up` was found, and "
+            f"{needs} is not set.\nStart everything with `payments up` in another terminal, or set {needs}."
+        )
+    return Settings()
+
+
+def _default_data_dir() -> Path:
+    return Path(__file__).resolve().parents[1] / ".local"
+
+
+def _required_amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int:
+    found = _amount(amount, amount_minor, currency)
+    if found is None:
+        _fail("how much? Give --amount 12.50 (with --currency) or --amount-minor 1250")
+    return found
+
+
+def _amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int | None:
+    from app.client import AmountUnusable, read_amount
+
+    try:
+        return read_amount(amount, amount_minor, currency)
+    except AmountUnusable as error:
+        _fail(str(error))
+
+
+def _uuid(text: str) -> Any:
+    from uuid import UUID
+
+    try:
+        return UUID(text)
+    except ValueError:
+        _fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """A server that is away is a message, not a stack trace."""
+    import asyncpg
+    from aiokafka.errors import KafkaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except KafkaError as error:
+        _fail(f"Kafka cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_KAFKA_BOOTSTRAP right?")
+    except (OSError, asyncpg.PostgresError, SQLAlchemyError) as error:
+        _fail(f"a server cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_POSTGRES_URL right?")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"payments: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point."""
+    # 2 is taken: it says that a payment was refused.
+    typer.BadParameter.exit_code = 1
+    app(prog_name="payments")
+
+
+if __name__ == "__main__":
+    main()

@@ -65,7 +65,7 @@ def run_sandbox(host: str, port: int, *, state_file: Path | None) -> None:
     serve(host, port, state_file=state_file)
 
 
-async def prepare(settings: Settings) -> None:
+async def prepare(settings: Settings, *, revision: str = "head") -> None:
     """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
 
     Raises:
@@ -77,7 +77,7 @@ async def prepare(settings: Settings) -> None:
 
     topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics))
     try:
-        await asyncio.to_thread(upgrade, settings.postgres_url)
+        await asyncio.to_thread(upgrade, settings.postgres_url, revision)
         await maintain_once(settings)
     finally:
         await topics

@@ -76,11 +76,8 @@ class Installation:
     @property
     def urls(self) -> dict[str, str]:
         """Where everything is, by name; complete once started."""
-        found = {name: self._url_of(name) for name in SERVICE}
-        if self._simulates:
-            found["simulator"] = self._environment[STRIPE_BASE]
         servers = self._servers.urls
-        return found | {
+        return {name: self._url_of(name) for name in self.children} | {
             "postgres": servers.postgres_url,
             "kafka": servers.kafka_bootstrap,
             "valkey": servers.redis_url,
@@ -145,7 +142,7 @@ class Installation:
     async def _start_child(self, name: str) -> None:
         arguments = self._simulator_arguments() if name == "simulator" else [name]
         page = "/_sandbox/books?details=false" if name == "simulator" else "/health/ready"
-        child = Child(name, arguments, health_url=self.urls[name] + page, log_dir=self.data_dir / "logs")
+        child = Child(name, arguments, health_url=self._url_of(name) + page, log_dir=self.data_dir / "logs")
         self.children[name] = child
         await child.start()
 
@@ -158,6 +155,8 @@ class Installation:
         return self.data_dir / "simulator.jsonl"
 
     def _url_of(self, name: str) -> str:
+        if name == "simulator":
+            return self._environment[STRIPE_BASE]
         return f"http://{HOST}:{self._environment[_port_variable(name)]}"
 
     async def _wait_until_ready(self) -> None:

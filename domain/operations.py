@@ -185,7 +185,7 @@ class GatewayRequest(NamedTuple):
 
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
     id of this very operation where an earlier answer told it. `is_final` is True for a capture that leaves nothing to
-    capture. `captured_minor` was captured before this. `first_dispatched_at` bounds how long the provider still remembers
+    capture. `captured_minor` was captured before this. `first_dispatched_at` bounds how long the provider still knows
     `provider_key`.
     """
 

@@ -1,0 +1,188 @@
+"""A client of the service: commands out, results in, as an order service would do it.
+
+Promises: it stands at the end of the results before it sends anything, so it misses none of its own; a result is known
+by the id of the command, which is derived from the command's content and so the same for each delivery of it.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Final, Self
+from uuid import UUID
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from domain.commands import OperationKind, command_id
+from domain.events import FINAL_EVENTS
+from domain.money import MINOR_UNITS
+from handlers.messages.commands import command_type, read_command
+from handlers.messages.events import event_type
+
+FINAL_TYPES: Final = frozenset(event_type(kind) for kind in FINAL_EVENTS)
+REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1"))
+POLL_MS: Final = 200
+
+WireEvent = dict[str, Any]
+
+
+class AmountUnusable(ValueError):
+    """This is no amount of that currency; the message says why."""
+
+
+class NoResultYet(Exception):
+    """The wait was over before the result came; `last` is the newest event about the command, if any."""
+
+    def __init__(self, last: WireEvent | None) -> None:
+        self.last = last
+        super().__init__("no result yet")
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingCommand:
+    """A command as it goes on the wire."""
+
+    payment_id: UUID
+    idempotency_key: str
+    value: bytes
+    command_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """An event, and when (`time.monotonic`) it was read."""
+
+    event: WireEvent
+    at: float
+
+
+def minor_units(amount: str, currency: str) -> int:
+    """`12.50` and `USD` are 1250, exactly.
+
+    Raises:
+        AmountUnusable: unknown currency, no number, or more decimals than the currency has.
+    """
+    decimals = MINOR_UNITS.get(currency)
+    if decimals is None:
+        raise AmountUnusable(f"{currency} is not one of the currencies known here: {', '.join(sorted(MINOR_UNITS))}")
+    try:
+        number = Decimal(amount)
+    except InvalidOperation as error:
+        raise AmountUnusable(f"{amount!r} is no amount; write it like 12.50") from error
+    scaled = number.scaleb(decimals) if number.is_finite() else Decimal("NaN")
+    if not scaled.is_finite() or scaled <= 0:
+        raise AmountUnusable(f"{amount} is no amount: it must be more than zero")
+    if scaled != scaled.to_integral_value():
+        raise AmountUnusable(f"{currency} has {_decimals(decimals)}: {amount} cannot be paid")
+    return int(scaled)
+
+
+def outgoing(kind: OperationKind, payment_id: UUID, idempotency_key: str, fields: Mapping[str, Any]) -> OutgoingCommand:
+    """The message for a command; `fields` that are None are left out."""
+    body: dict[str, Any] = {
+        "type": command_type(kind),
+        "idempotency_key": idempotency_key,
+        "payment_id": str(payment_id),
+        **{name: value for name, value in fields.items() if value is not None},
+    }
+    value = json.dumps(body).encode()
+    return OutgoingCommand(payment_id, idempotency_key, value, command_id(read_command(value, None).fingerprint))
+
+
+class PaymentsClient:
+    """An async context manager: sends commands and hears every event published since it was entered."""
+
+    def __init__(self, bootstrap: str, *, commands_topic: str, events_topic: str) -> None:
+        self._commands, self._events = commands_topic, events_topic
+        self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", enable_idempotence=True)
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, fetch_max_wait_ms=50)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._producer.start()
+            await self._consumer.start()
+            await self._stand_at_the_end()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._producer.stop()
+        await self._consumer.stop()
+
+    async def send(self, value: bytes, payment_id: UUID) -> None:
+        """Have Kafka acknowledge one message."""
+        await self._producer.send_and_wait(self._commands, value, key=str(payment_id).encode())
+
+    async def post(self, value: bytes, payment_id: UUID) -> None:
+        """Hand over one message to be sent with others; in order per payment."""
+        await self._producer.send(self._commands, value, key=str(payment_id).encode())
+
+    async def flush(self) -> None:
+        """Have Kafka acknowledge all that was posted."""
+        await self._producer.flush()
+
+    async def heard(self) -> AsyncIterator[Heard]:
+        """Every event from now on, in order per payment; ends never."""
+        while True:
+            batches = await self._consumer.getmany(timeout_ms=POLL_MS)
+            now = time.monotonic()
+            for records in batches.values():
+                for record in records:
+                    yield Heard(json.loads(record.value), now)
+
+    async def result_of(self, command: OutgoingCommand, *, timeout_seconds: float) -> AsyncIterator[Heard]:
+        """The events about one command, up to and with its final one.
+
+        Raises:
+            NoResultYet: it did not come in time. The command may still succeed.
+        """
+        last = None
+        deadline = time.monotonic() + timeout_seconds
+        events = self.heard()
+        while True:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    heard = await anext(events)
+            except TimeoutError as error:
+                raise NoResultYet(last) from error
+            if heard.event["command_id"] == str(command.command_id):
+                last = heard.event
+                yield heard
+                if last["type"] in FINAL_TYPES:
+                    return
+
+    async def _stand_at_the_end(self) -> None:
+        numbers = await self._producer.partitions_for(self._events)
+        partitions = [TopicPartition(self._events, number) for number in numbers]
+        self._consumer.assign(partitions)
+        await self._consumer.seek_to_end(*partitions)
+        for partition in partitions:
+            await self._consumer.position(partition)
+
+
+def is_final(event: WireEvent) -> bool:
+    """Whether this event ends its command."""
+    return event["type"] in FINAL_TYPES
+
+
+def _decimals(count: int) -> str:
+    return {0: "no decimals", 1: "one decimal"}.get(count, f"{count} decimals")
+
+
+def read_amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int | None:
+    """The amount that a person gave in one of two ways; None where in neither.
+
+    Raises:
+        AmountUnusable: given twice, or in a way that cannot be read.
+    """
+    if amount is None:
+        return amount_minor
+    if amount_minor is not None:
+        raise AmountUnusable("give --amount or --amount-minor, not both")
+    if currency is None:
+        raise AmountUnusable("--amount needs --currency, to know its decimals; or use --amount-minor")
+    return minor_units(amount, currency)

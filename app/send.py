@@ -1,0 +1,99 @@
+"""`payments send`, as a person sees it: what was sent, what came back, and the exit code that sums it up."""
+
+import asyncio
+import json
+import time
+
+from rich.console import Console
+
+from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_final
+from app.settings import Settings
+from domain.money import Money
+
+DONE, REFUSED, NO_RESULT = 0, 2, 3
+
+
+def send_and_report(
+    settings: Settings, kind: str, command: OutgoingCommand, *, wait: bool, timeout_seconds: float, as_json: bool
+) -> int:
+    """Send the command, say what becomes of it, and return the exit code."""
+    console, aside = Console(), Console(stderr=True)
+    if not as_json:
+        console.print(f"{kind}  payment [bold]{command.payment_id}[/]", highlight=False, soft_wrap=True)
+        console.print(f"  idempotency key  {command.idempotency_key}", highlight=False, soft_wrap=True)
+    try:
+        return asyncio.run(_exchange(settings, command, console, wait, timeout_seconds, as_json))
+    except NoResultYet as late:
+        aside.print(_advice(late, command, timeout_seconds), highlight=False, soft_wrap=True)
+        return NO_RESULT
+
+
+async def _exchange(
+    settings: Settings, command: OutgoingCommand, console: Console, wait: bool, timeout_seconds: float, as_json: bool
+) -> int:
+    topics = {"commands_topic": settings.commands_topic, "events_topic": settings.events_topic}
+    async with PaymentsClient(settings.kafka_bootstrap, **topics) as client:
+        sent_at = time.monotonic()
+        await client.send(command.value, command.payment_id)
+        if not wait:
+            return _sent(console, command, as_json)
+        async for heard in client.result_of(command, timeout_seconds=timeout_seconds):
+            event = heard.event
+            if is_final(event) and as_json:
+                console.print_json(json.dumps(event))
+            elif not as_json:
+                _print_event(console, event, heard.at - sent_at)
+        return REFUSED if event["type"] in REFUSALS else DONE
+
+
+def _sent(console: Console, command: OutgoingCommand, as_json: bool) -> int:
+    if as_json:
+        console.print_json(
+            json.dumps({"payment_id": str(command.payment_id), "idempotency_key": command.idempotency_key})
+        )
+    else:
+        console.print(f"  sent; look later with: payments show {command.payment_id}", highlight=False, soft_wrap=True)
+    return DONE
+
+
+def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
+    colour = "red" if event["type"] in REFUSALS else "green" if is_final(event) else "yellow"
+    word = event["type"].split(".")[1].replace("command_", "").replace("_", " ")
+    facts = [_amount(event), _why(event), "replayed: nothing moved" if event["replayed"] else ""]
+    text = "  ".join(fact for fact in facts if fact)
+    console.print(
+        f"  [bold {colour}]{word}[/]  {text}  [dim]payment is {event['payment']['status']}, {seconds * 1000:.0f} ms[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _amount(event: WireEvent) -> str:
+    minor, currency = event["amount_minor"], event["currency"]
+    return "" if minor is None or currency is None else str(Money(minor, currency))
+
+
+def _why(event: WireEvent) -> str:
+    match event["type"]:
+        case "payment.declined.v1":
+            code = f" ({event['decline_code']})" if event["decline_code"] else ""
+            return f"{event['decline_reason']}{code}"
+        case "payment.command_rejected.v1":
+            return f"{event['reason']}: {event['message']}"
+        case "payment.requires_action.v1":
+            return f"the payer must act: {event['action']['url'] or event['action']['type']}"
+        case "payment.pending.v1":
+            return f"{event['cause']}; waiting"
+        case _:
+            return ""
+
+
+def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float) -> str:
+    state = f"its last event is {late.last['type']}" if late.last else "nothing was heard of it"
+    return (
+        f"[yellow]No result after {timeout_seconds:g} s: {state}.[/] The command is not lost and may still succeed.\n"
+        f"  Look:        payments show {command.payment_id}\n"
+        f"  Ask again:   the same command with --payment-id {command.payment_id} --idempotency-key "
+        f"{command.idempotency_key}; nothing moves twice\n"
+        "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs."
+    )
