@@ -96,13 +96,13 @@ class Child:
         await self._process.wait()
 
     async def stop(self) -> bool:
-        """SIGTERM, and SIGKILL when that is not obeyed; whether it ended by itself, with exit code 0."""
+        """SIGTERM, and SIGKILL when that is not obeyed; whether that was obeyed in time."""
         if self._process is None or self.pid is None:
             return True
         self._process.terminate()
         try:
             async with asyncio.timeout(STOP_SECONDS):
-                return await self._process.wait() == 0
+                return await self._process.wait() in (0, -signal.SIGTERM)
         except TimeoutError:
             self.kill()
             await self._process.wait()

@@ -450,8 +450,10 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """The entry point."""
-    # 2 is taken: it says that a payment was refused.
-    typer.BadParameter.exit_code = 1
+    # Typer's own code for wrong usage is 2, which here says that a payment was refused.
+    usage_error = typer.BadParameter.__base__
+    assert usage_error is not None, "BadParameter is one kind of UsageError"
+    usage_error.exit_code = 1  # type: ignore[attr-defined]
     app(prog_name="payments")
 
 

@@ -123,14 +123,10 @@ class HeldLease(NamedTuple):
 
 
 class RecentKeys(Protocol):
-    """A hint which idempotency keys were seen lately; never the truth."""
+    """A hint whether idempotency keys are new; never the truth."""
 
-    async def seen(self, idempotency_keys: Sequence[str]) -> set[str] | None:
-        """The keys that were probably seen before, or None when nobody can tell."""
-        ...
-
-    def remember(self, idempotency_keys: Sequence[str]) -> None:
-        """Note these keys. Does not wait."""
+    async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
+        """Note the keys; True if all of them seem to be new, False otherwise and when nobody can tell."""
         ...
 
 

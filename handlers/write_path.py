@@ -87,17 +87,12 @@ class WritePath:
                 await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
             else:
                 batch.count()
-                if known:
-                    self._recent.remember(known)
                 return batch.requests
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
     async def _suspects(self, keys: list[str]) -> Iterable[str]:
         """The keys that Postgres must be asked about beforehand; the others are caught by its unique key."""
-        if not keys:
-            return keys
-        seen = await self._recent.seen(keys)
-        return keys if seen is None else seen
+        return [] if keys and await self._recent.are_new(keys) else keys
 
     async def _apply_once(self, inputs: Sequence[Input], suspects: Iterable[str]) -> "_Batch":
         async with self._store.begin() as transaction:

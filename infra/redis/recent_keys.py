@@ -1,12 +1,11 @@
-"""A hint which idempotency keys were seen lately, in two sets of Valkey that take turns. Never the truth.
+"""A hint whether idempotency keys are new, from a set in Valkey per hour. Never the truth.
 
-A key that is not there is *probably* new, so Postgres need not be asked beforehand: its unique key catches the rest.
+One round trip a batch, with one number for an answer: asked key by key, Valkey would cost more than the look-up in
+Postgres that it saves (docs/decisions/0006).
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -23,46 +22,20 @@ class ValkeyRecentKeys:
         self._redis = redis
         self._on_unavailable = on_unavailable
         self._away_until = 0.0
-        self._unsent: list[str] = []
-        self._sending: asyncio.Task[None] | None = None
 
-    async def seen(self, idempotency_keys: Sequence[str]) -> set[str] | None:
-        """The keys that were seen within the last one to two windows, or None when nobody can tell."""
-        now, before = _windows()
-        keys = list(idempotency_keys)
-        answers = await self._ask(("SMISMEMBER", now, *keys), ("SMISMEMBER", before, *keys))
-        if answers is None:
-            return None
-        return {key for key, new, old in zip(keys, *answers, strict=True) if new or old}
-
-    def remember(self, idempotency_keys: Sequence[str]) -> None:
-        """Note these keys soon, if Valkey is there; nobody waits for it."""
-        self._unsent += idempotency_keys
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send())
-
-    async def _send(self) -> None:
-        while self._unsent:
-            keys, self._unsent = self._unsent, []
-            now, _ = _windows()
-            await self._ask(("SADD", now, *keys), ("EXPIRE", now, 2 * WINDOW_SECONDS))
-
-    async def _ask(self, *commands: tuple[str | int, ...]) -> list[Any] | None:
+    async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
+        """Note the keys; whether all of them are new within the hour. False also when nobody can tell."""
         if time.monotonic() < self._away_until:
             self._on_unavailable()
-            return None
+            return False
+        window = f"payments:recent:{int(time.time()) // WINDOW_SECONDS}"
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
-                for command in commands:
-                    pipe.execute_command(*command)
-                answers: list[Any] = await pipe.execute()
-                return answers
+                pipe.execute_command("SADD", window, *idempotency_keys)
+                pipe.execute_command("EXPIRE", window, WINDOW_SECONDS)
+                added, _ = await pipe.execute()
         except (RedisError, OSError, TimeoutError):
             self._away_until = time.monotonic() + PAUSE_SECONDS
             self._on_unavailable()
-            return None
-
-
-def _windows() -> tuple[str, str]:
-    window = int(time.time()) // WINDOW_SECONDS
-    return f"payments:recent:{window}", f"payments:recent:{window - 1}"
+            return False
+        return bool(added == len(idempotency_keys))

@@ -1,0 +1,213 @@
+"""The demo's orders: a seeded, realistic stream of commands, each with the result that it must have.
+
+The seed decides what is ordered; payment ids and keys are new in every run, so that two runs never meet.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from app.client import outgoing
+from domain.commands import OperationKind
+
+ORDERS_PER_SECOND: Final = 45.0
+FOLLOW_UP_SECONDS: Final = 0.4
+
+CURRENCIES: Final = {"USD": 45, "EUR": 30, "GBP": 10, "JPY": 10, "KWD": 5}
+"""How often each. Stripe's units of these are ISO's minor units, so both sides' sums can be compared as they are."""
+SMALLEST: Final = {"KWD": 10}
+"""Stripe takes three-decimal currencies in steps of ten."""
+DECLINING_CARDS: Final = (
+    "pm_card_visa_chargeDeclined",
+    "pm_card_visa_chargeDeclinedInsufficientFunds",
+    "pm_card_chargeDeclinedExpiredCard",
+    "pm_card_chargeDeclinedIncorrectCvc",
+    "pm_card_radarBlock",
+)
+UNREADABLE: Final = (b"\xff\xfe not text", b'{"type": "payment.charge.v1"', b'{"type": "payment.gift.v1"}', b"[]")
+
+
+@dataclass(slots=True, eq=False)
+class Planned:
+    """One command: how often it is delivered, and which results are right for it."""
+
+    command_id: UUID
+    kind: OperationKind
+    payment_id: UUID
+    story: str
+    expected: str
+    deliveries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """One message at its time (seconds from the start). `planned` is None for what is no command."""
+
+    at: float
+    payment_id: UUID
+    value: bytes
+    planned: Planned | None
+
+
+@dataclass(slots=True)
+class Order:
+    """One customer's order: a payment and the messages about it."""
+
+    random: random.Random
+    at: float
+    story: str
+    payment_id: UUID = field(default_factory=uuid4)
+    sendings: list[Sending] = field(default_factory=list)
+    currency: str = ""
+    amount: int = 0
+
+    def __post_init__(self) -> None:
+        self.currency = self.random.choices(list(CURRENCIES), list(CURRENCIES.values()))[0]
+        step = SMALLEST.get(self.currency, 1)
+        self.amount = step * round(self.random.lognormvariate(8.2, 0.8) / step + 500 / step)
+
+    def part(self) -> int:
+        """An amount between a fifth and half of the whole."""
+        step = SMALLEST.get(self.currency, 1)
+        return step * int(self.amount * self.random.uniform(0.2, 0.5) / step)
+
+    def open(self, kind: OperationKind, expected: str, payment_method: str = "pm_card_visa") -> Planned:
+        """A charge or an authorization."""
+        fields = {
+            "amount_minor": self.amount,
+            "currency": self.currency,
+            "order_id": f"order-{str(self.payment_id)[:8]}",
+            "customer_id": f"customer-{self.random.randrange(200)}",
+            "payment_method": payment_method,
+        }
+        return self.send(kind, expected, fields)
+
+    def send(
+        self, kind: OperationKind, expected: str, fields: dict[str, Any] | None = None, *, key: str | None = None
+    ) -> Planned:
+        command = outgoing(kind, self.payment_id, key or f"{kind}-{uuid4()}", fields or {})
+        planned = Planned(command.command_id, kind, self.payment_id, self.story, expected)
+        self.deliver(planned, command.value)
+        return planned
+
+    def deliver(self, planned: Planned | None, value: bytes) -> None:
+        """Send a message a little after the one before."""
+        if planned is not None:
+            planned.deliveries += 1
+        self.sendings.append(Sending(self.at, self.payment_id, value, planned))
+        self.at += self.random.uniform(0.0, FOLLOW_UP_SECONDS)
+
+
+def charge(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "captured")
+
+
+def charge_and_refund_parts(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "captured")
+    for _ in range(order.random.choice((1, 1, 2))):
+        order.send(OperationKind.REFUND, "refunded", {"amount_minor": order.part(), "currency": order.currency})
+
+
+def charge_and_refund_all(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "captured")
+    order.send(OperationKind.REFUND, "refunded")
+
+
+def authorize_and_capture_twice(order: Order) -> None:
+    order.open(OperationKind.AUTHORIZE, "authorized")
+    order.send(OperationKind.CAPTURE, "captured", {"amount_minor": order.part(), "currency": order.currency})
+    rest = None if order.random.random() < 0.5 else order.part()
+    order.send(OperationKind.CAPTURE, "captured", {"amount_minor": rest})
+
+
+def authorize_and_void(order: Order) -> None:
+    order.open(OperationKind.AUTHORIZE, "authorized")
+    order.send(OperationKind.VOID, "voided")
+
+
+def declined_card(order: Order) -> None:
+    kind = order.random.choice((OperationKind.CHARGE, OperationKind.AUTHORIZE))
+    order.open(kind, "declined", order.random.choice(DECLINING_CARDS))
+
+
+def refund_too_much(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "captured")
+    order.send(OperationKind.REFUND, "command_rejected", {"amount_minor": order.amount * 2, "currency": order.currency})
+
+
+def delivered_again(order: Order) -> None:
+    planned = order.open(OperationKind.CHARGE, "captured")
+    for _ in range(order.random.choice((1, 1, 2))):
+        order.deliver(planned, order.sendings[0].value)
+
+
+def same_key_other_content(order: Order) -> None:
+    key = f"charge-{uuid4()}"
+    fields = {
+        "amount_minor": order.amount,
+        "currency": order.currency,
+        "order_id": f"order-{str(order.payment_id)[:8]}",
+        "payment_method": "pm_card_visa",
+    }
+    order.send(OperationKind.CHARGE, "captured", fields, key=key)
+    order.send(OperationKind.CHARGE, "command_rejected", fields | {"amount_minor": order.amount + 100}, key=key)
+
+
+def unreadable(order: Order) -> None:
+    order.deliver(None, order.random.choice(UNREADABLE))
+
+
+def with_method(payment_method: str) -> Callable[[Order], None]:
+    """A charge with one of the simulator's payment methods that stand for a fault."""
+
+    def tell(order: Order) -> None:
+        order.open(OperationKind.CHARGE, "captured", payment_method)
+
+    return tell
+
+
+Story = Callable[[Order], None]
+
+STORIES: Final[dict[str, tuple[int, Story]]] = {
+    "charged": (36, charge),
+    "charged, then refunded in parts": (13, charge_and_refund_parts),
+    "charged, then refunded": (4, charge_and_refund_all),
+    "authorized, captured in two parts": (13, authorize_and_capture_twice),
+    "authorized, then voided": (6, authorize_and_void),
+    "card declined": (8, declined_card),
+    "refund of more than was paid": (2, refund_too_much),
+    "command delivered two or three times": (6, delivered_again),
+    "same key, other content": (2, same_key_other_content),
+    "answer lost after the provider charged": (3, with_method("pm_sandbox_lost_answer")),
+    "request lost before the provider": (2, with_method("pm_sandbox_lost_request")),
+    "provider fails (500) after charging": (1, with_method("pm_sandbox_500")),
+    "provider busy (429)": (1, with_method("pm_sandbox_429")),
+    "provider slow (2 s)": (2, with_method("pm_sandbox_slow")),
+    "unreadable message": (1, unreadable),
+}
+"""What can happen to an order, and its weight."""
+
+TROUBLED: Final = tuple(STORIES)[6:]
+"""The stories in which somebody misbehaves."""
+DELAYED: Final = frozenset(tuple(STORIES)[9:14])
+"""The stories that take long because of a fault that we asked for."""
+
+
+def stream(count: int, seed: int) -> list[Sending]:
+    """All messages of `count` orders in the order of their times; each story occurs at least once in 15 orders."""
+    source = random.Random(seed)  # noqa: S311 - a repeatable stream, no secret
+    sendings = [sending for order in _orders(count, source) for sending in order.sendings]
+    return sorted(sendings, key=lambda sending: sending.at)
+
+
+def _orders(count: int, source: random.Random) -> Iterator[Order]:
+    names = list(STORIES)
+    weights = [weight for weight, _ in STORIES.values()]
+    chosen = [*names, *source.choices(names, weights, k=max(0, count - len(names)))][:count]
+    source.shuffle(chosen)
+    for number, name in enumerate(chosen):
+        order = Order(source, number / ORDERS_PER_SECOND, name)
+        STORIES[name][1](order)
+        yield order
