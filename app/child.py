@@ -38,6 +38,7 @@ class Child:
         self.health_url = health_url
         self.log_path = log_dir / f"{name}.log"
         self.started_at = 0.0
+        self.is_ready = False
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0
@@ -69,6 +70,7 @@ class Child:
                 start_new_session=True,
             )
         self.started_at = time.monotonic()
+        self.is_ready = False
 
     async def wait_until_ready(self, client: httpx.AsyncClient) -> float:
         """Wait for its health page to say yes; the seconds since its start.
@@ -83,6 +85,7 @@ class Child:
             try:
                 response = await client.get(self.health_url)
                 if response.is_success:
+                    self.is_ready = True
                     return self.age_seconds
                 answer = response.text
             except httpx.HTTPError as error:
@@ -110,6 +113,7 @@ class Child:
 
     def kill(self) -> None:
         """End it with SIGKILL, as a crash would."""
+        self.is_ready = False
         if self._process is not None and self.pid is not None:
             self._process.kill()
 

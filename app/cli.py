@@ -57,7 +57,8 @@ OrderId = Annotated[str | None, typer.Option(help="Your order.", show_default="m
 CustomerId = Annotated[str | None, typer.Option(help="Your customer.")]
 Gateway = Annotated[str | None, typer.Option(help="Which gateway.", show_default="the service's default")]
 IdempotencyKey = Annotated[
-    str | None, typer.Option(help="Names this request: again with the same key moves nothing.", show_default="a new one")
+    str | None,
+    typer.Option(help="Names this request: again with the same key moves nothing.", show_default="a new one"),
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
 Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
+from app.settings import Settings
 from domain.commands import OperationKind, command_id
 from domain.events import FINAL_EVENTS
 from domain.money import MINOR_UNITS
@@ -91,19 +92,46 @@ def outgoing(kind: OperationKind, payment_id: UUID, idempotency_key: str, fields
     return OutgoingCommand(payment_id, idempotency_key, value, command_id(read_command(value, None).fingerprint))
 
 
+class Tail:
+    """Reads what is written to a topic from `start` on, partition by partition in order."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self._topic = topic
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, fetch_max_wait_ms=50)
+
+    async def start(self, producer: AIOKafkaProducer) -> None:
+        """Stand at the end of every partition; the producer knows how many there are."""
+        await self._consumer.start()
+        partitions = [TopicPartition(self._topic, number) for number in await producer.partitions_for(self._topic)]
+        self._consumer.assign(partitions)
+        await self._consumer.seek_to_end(*partitions)
+        for partition in partitions:
+            await self._consumer.position(partition)
+
+    async def stop(self) -> None:
+        await self._consumer.stop()
+
+    async def read(self) -> list[Any]:
+        """The next records, none where none came for a moment."""
+        batches = await self._consumer.getmany(timeout_ms=POLL_MS)
+        return [record for records in batches.values() for record in records]
+
+
 class PaymentsClient:
     """An async context manager: sends commands and hears every event published since it was entered."""
 
-    def __init__(self, bootstrap: str, *, commands_topic: str, events_topic: str) -> None:
-        self._commands, self._events = commands_topic, events_topic
-        self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", enable_idempotence=True)
-        self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, fetch_max_wait_ms=50)
+    def __init__(self, settings: Settings) -> None:
+        self._commands = settings.commands_topic
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True
+        )
+        self._events = Tail(settings.kafka_bootstrap, settings.events_topic)
+        self.dead_letters = Tail(settings.kafka_bootstrap, settings.dead_letter_topic)
 
     async def __aenter__(self) -> Self:
         try:
             await self._producer.start()
-            await self._consumer.start()
-            await self._stand_at_the_end()
+            await asyncio.gather(self._events.start(self._producer), self.dead_letters.start(self._producer))
         except BaseException:
             await self.__aexit__()
             raise
@@ -111,7 +139,8 @@ class PaymentsClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self._producer.stop()
-        await self._consumer.stop()
+        await self._events.stop()
+        await self.dead_letters.stop()
 
     async def send(self, value: bytes, payment_id: UUID) -> None:
         """Have Kafka acknowledge one message."""
@@ -128,11 +157,10 @@ class PaymentsClient:
     async def heard(self) -> AsyncIterator[Heard]:
         """Every event from now on, in order per payment; ends never."""
         while True:
-            batches = await self._consumer.getmany(timeout_ms=POLL_MS)
+            records = await self._events.read()
             now = time.monotonic()
-            for records in batches.values():
-                for record in records:
-                    yield Heard(json.loads(record.value), now)
+            for record in records:
+                yield Heard(json.loads(record.value), now)
 
     async def result_of(self, command: OutgoingCommand, *, timeout_seconds: float) -> AsyncIterator[Heard]:
         """The events about one command, up to and with its final one.
@@ -152,16 +180,8 @@ class PaymentsClient:
             if heard.event["command_id"] == str(command.command_id):
                 last = heard.event
                 yield heard
-                if last["type"] in FINAL_TYPES:
+                if is_final(last):
                     return
-
-    async def _stand_at_the_end(self) -> None:
-        numbers = await self._producer.partitions_for(self._events)
-        partitions = [TopicPartition(self._events, number) for number in numbers]
-        self._consumer.assign(partitions)
-        await self._consumer.seek_to_end(*partitions)
-        for partition in partitions:
-            await self._consumer.position(partition)
 
 
 def is_final(event: WireEvent) -> bool:

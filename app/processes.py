@@ -87,8 +87,7 @@ def preload() -> None:
     """Have, in the background, the libraries read that `prepare` will need: half a second less to wait for."""
 
     def load() -> None:
-        import alembic.command
-        import app.maintenance
+
         import infra.kafka.topics
         import infra.postgres.migrate  # noqa: F401 - read for their effect
 

@@ -31,8 +31,7 @@ def send_and_report(
 async def _exchange(
     settings: Settings, command: OutgoingCommand, console: Console, wait: bool, timeout_seconds: float, as_json: bool
 ) -> int:
-    topics = {"commands_topic": settings.commands_topic, "events_topic": settings.events_topic}
-    async with PaymentsClient(settings.kafka_bootstrap, **topics) as client:
+    async with PaymentsClient(settings) as client:
         sent_at = time.monotonic()
         await client.send(command.value, command.payment_id)
         if not wait:

@@ -123,6 +123,7 @@ class _Lane:
         self._limit = limit
         self._run = run
         self._queue: deque[GatewayRequest] = deque()
+        metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
 
     @property
     def load(self) -> int:

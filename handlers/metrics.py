@@ -13,7 +13,7 @@ DUPLICATES = Counter("payments_commands_duplicate_total", "Deliveries whose idem
 DEAD_LETTERS = Counter("payments_commands_dead_lettered_total", "Messages parked in the dead-letter topic", ["reason"])
 RESULT_SECONDS = Histogram(
     "payments_command_result_seconds",
-    "From dispatch to the provider of a command to its saved result",
+    "From a command's dispatch to its saved result",
     ["command"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
 )
@@ -55,6 +55,12 @@ def results(command: OperationKind, result: EventKind) -> Counter:
 def calls(gateway: str, operation: OperationKind, outcome: str) -> Counter:
     """The counter of these labels, found once."""
     return CALLS.labels(gateway, operation.value, outcome)
+
+
+@cache
+def result_seconds(command: OperationKind) -> Histogram:
+    """The histogram of this kind of command, found once."""
+    return RESULT_SECONDS.labels(command.value)
 
 
 @cache

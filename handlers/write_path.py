@@ -242,6 +242,10 @@ class _Batch:
         metrics.STALE_ANSWERS.inc(self._stale)
         for event in self._events:
             metrics.results(event.command, event.kind).inc()
+        for operation in self._operations.values():
+            if operation.result is not None and operation.dispatched_at is not None:
+                seconds = (self._now - operation.dispatched_at).total_seconds()
+                metrics.result_seconds(operation.kind).observe(seconds)
 
 
 def _outbox_row(event: Event, event_id: UUID) -> OutboxRow:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from uuid import UUID
 
 from app.client import Heard, WireEvent, is_final
@@ -85,6 +86,18 @@ class Tally:
         if is_final(event):
             self._note_final(answer, event, heard.at)
 
+    @property
+    def is_recovering(self) -> bool:
+        """After a crash, until results come again."""
+        return self.crash is not None and self.crash[1] == inf
+
+    def note_crash(self, at: float) -> None:
+        self.crash = (at, inf)
+
+    def note_recovered(self, at: float) -> None:
+        assert self.crash is not None, "a recovery follows a crash"
+        self.crash = (self.crash[0], at)
+
     def _note_final(self, answer: Answer, event: WireEvent, at: float) -> None:
         self.answered += answer.answers < answer.planned.deliveries
         if event["replayed"]:
@@ -139,7 +152,9 @@ class Tally:
     def _check_one_result(self) -> Check:
         accepted = [each for each in self.answers.values() if any(map(_is_accepted, each.results))]
         wrong = [each for each in accepted if len(each.results) != 1]
-        found = f"{len(accepted):,} accepted, {len(wrong)} with more than one" if wrong else f"{len(accepted):,} of them"
+        found = (
+            f"{len(accepted):,} accepted, {len(wrong)} with more than one" if wrong else f"{len(accepted):,} of them"
+        )
         return Check("every accepted command has exactly one final result", not wrong and not self.missing, found)
 
     def _check_answers(self) -> Check:

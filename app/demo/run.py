@@ -1,0 +1,258 @@
+"""The demo from start to end: start everything, send, crash, wait, compare; 0 only if every promise held."""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import httpx
+from rich.console import Console
+
+from app.child import ChildFailed
+from app.client import PaymentsClient
+from app.demo.books import Books, compare, database_time
+from app.demo.orders import Sending, stream
+from app.demo.screen import Screen
+from app.demo.tally import Check, Tally
+from app.reporter import ConsoleReporter
+from app.settings import Settings
+from app.stack_file import AlreadyRunning, StackFile
+from app.up import Installation, stop_on_signals
+from app.up_command import already_running, show_addresses
+from infra.local import LocalServerError
+
+CRASH_AT: Final = 0.45
+"""When the worker is killed: after this share of the messages."""
+RESULTS_SECONDS_MAX: Final = 60.0
+"""How long after the last message a result may take."""
+LETTERS_SECONDS_MAX: Final = 5.0
+PROVIDER_LATENCY_MS: Final = 60
+MISSING_SHOWN: Final = 10
+HASTE: Final = {
+    "PAYMENTS_LEASE_SECONDS": "3",
+    "PAYMENTS_RETRY_FIRST_DELAY_SECONDS": "0.3",
+    "PAYMENTS_SWEEP_INTERVAL_SECONDS": "0.3",
+    "PAYMENTS_POLL_INTERVAL_SECONDS": "1",
+    "PAYMENTS_STRIPE_TIMEOUT_SECONDS": "6",
+}
+"""Settings that let a crash heal within seconds, so that nobody has to wait. The defaults are for production."""
+
+
+class Interrupted(Exception):
+    """Somebody pressed Ctrl-C before the end."""
+
+
+def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> int:
+    """Run it; the exit code."""
+    console = Console()
+    reporter = ConsoleReporter(console)
+    chosen = random.randrange(10_000) if seed is None else seed  # noqa: S311 - no secret
+    try:
+        with StackFile(data_dir) as stack_file:
+            installation = Installation(data_dir, stack_file, reporter, defaults=HASTE, always_simulate=True)
+            demo = Demo(installation, reporter, Screen(console), stream(orders, chosen))
+            demo.introduce(orders, chosen)
+            return asyncio.run(demo.run(stay=stay))
+    except AlreadyRunning as error:
+        console.print(already_running(error), highlight=False)
+    except ChildFailed as failure:
+        reporter.child_failed(failure)
+    except LocalServerError as error:
+        console.print(f"[bold red]✗[/] {error}", highlight=False)
+    except Interrupted:
+        console.print("Interrupted; everything is stopped.")
+    finally:
+        reporter.rest()
+    return 1
+
+
+class Demo:
+    """One run."""
+
+    def __init__(
+        self, installation: Installation, reporter: ConsoleReporter, screen: Screen, sendings: list[Sending]
+    ) -> None:
+        self._installation = installation
+        self._reporter = reporter
+        self._screen = screen
+        self._sendings = sendings
+        self._tally = Tally(sendings)
+        self._letters: set[tuple[bytes, bytes]] = set()
+
+    def introduce(self, orders: int, seed: int) -> None:
+        say = self._screen.say
+        say("[bold]Payments, each exactly once: a demonstration[/]")
+        say(
+            f"{orders:,} orders ({len(self._sendings):,} messages, seed {seed}) go through real Kafka, Postgres and "
+            "Valkey to a simulated card provider that loses answers;\nmessages come twice, and the worker is killed "
+            "on the way. At the end our books are compared with the provider's."
+        )
+        haste = ", ".join(f"{name.removeprefix('PAYMENTS_').lower()} {value}" for name, value in HASTE.items())
+        say(f"[dim]In a hurry: {haste}. Everything else is as in production. Data: {self._installation.data_dir}[/]")
+
+    async def run(self, *, stay: bool) -> int:
+        """Everything, in order; whatever happens, all that was started is stopped."""
+        stop = stop_on_signals(self._installation.kill_all)
+        try:
+            code = await _unless(stop, self._perform())
+            if stay:
+                self._show_addresses()
+                await stop.wait()
+            return code
+        finally:
+            await self._installation.stop()
+            self._reporter.rest()
+
+    async def _perform(self) -> int:
+        self._screen.heading("Starting")
+        await self._installation.erase()
+        await self._installation.start()
+        self._reporter.rest()
+        await self._set_latency()
+        self._screen.heading("Orders come in")
+        since = await database_time(self._installation.urls["postgres"])
+        async with PaymentsClient(Settings()) as client:
+            await self._exchange(client)
+            await self._read_dead_letters(client)
+        return await self._conclude(since)
+
+    async def _set_latency(self) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            url = f"{self._installation.urls['simulator']}/_sandbox/latency"
+            (await client.post(url, json={"latency_ms": PROVIDER_LATENCY_MS})).raise_for_status()
+
+    # --- the exchange -----------------------------------------------------------------------------------------------
+
+    async def _exchange(self, client: PaymentsClient) -> None:
+        """Send everything, crash in the middle, and listen until every delivery is answered or time is up."""
+        listening = asyncio.create_task(self._listen(client))
+        with _running(self._screen.follow(self._tally, len(self._sendings))):
+            await self._send(client)
+            self._screen.tell("all messages are sent")
+            try:
+                async with asyncio.timeout(RESULTS_SECONDS_MAX):
+                    await listening
+                self._screen.tell(f"[green]every delivery is answered[/]: {self._tally.answered:,}")
+            except TimeoutError:
+                self._screen.tell(f"[red]{len(self._tally.missing):,} commands have no answer[/]")
+
+    async def _send(self, client: PaymentsClient) -> None:
+        crash_at = int(len(self._sendings) * CRASH_AT)
+        started = time.monotonic()
+        for number, sending in enumerate(self._sendings):
+            if number == crash_at:
+                self._crash()
+            await asyncio.sleep(max(0.0, started + sending.at - time.monotonic()))
+            self._tally.note_sent(sending, time.monotonic())
+            await client.post(sending.value, sending.payment_id)
+        await client.flush()
+
+    async def _listen(self, client: PaymentsClient) -> None:
+        async for heard in client.heard():
+            self._tally.note_heard(heard)
+            if self._tally.is_recovering and self._installation.children["worker"].is_ready:
+                self._tally.note_recovered(heard.at)
+                start, end = self._tally.crash or (0.0, 0.0)
+                self._screen.tell(f"results come again, {end - start:.1f} s after the crash")
+            if self._tally.sent == len(self._sendings) and not self._tally.missing:
+                return
+
+    def _crash(self) -> None:
+        self._tally.note_crash(time.monotonic())
+        self._screen.tell(
+            f"[bold red]the worker is killed (SIGKILL)[/] with {self._tally.in_flight} commands on their way; "
+            "orders keep coming"
+        )
+        self._installation.children["worker"].kill()
+
+    async def _read_dead_letters(self, client: PaymentsClient) -> None:
+        """What was parked, each message once, however often it was parked."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LETTERS_SECONDS_MAX):
+                while len(self._letters) < self._unreadable:
+                    for record in await client.dead_letters.read():
+                        headers = dict(record.headers)
+                        self._letters.add((headers["dlq_partition"], headers["dlq_offset"]))
+
+    @property
+    def _unreadable(self) -> int:
+        return sum(1 for sending in self._sendings if sending.planned is None)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    async def _conclude(self, since: datetime) -> int:
+        screen, tally, urls = self._screen, self._tally, self._installation.urls
+        books = await compare(urls["postgres"], urls["simulator"], since)
+        screen.heading("What happened")
+        screen.show_commands(tally)
+        screen.show_troubles(tally, self._unreadable, len(self._letters))
+        screen.show_latency(tally)
+        screen.show_books(books)
+        checks = [*tally.checks(), self._check_letters(), *_check_books(books)]
+        screen.heading("What was promised")
+        screen.show_checks(checks)
+        self._name_missing()
+        held = all(check.held for check in checks)
+        screen.say(
+            "\n[bold green]Every order was paid exactly once, and the books agree to the last cent.[/]"
+            if held
+            else "\n[bold red]A promise did not hold; see ✗ above.[/]"
+        )
+        return 0 if held else 1
+
+    def _check_letters(self) -> Check:
+        parked = len(self._letters)
+        found = f"{parked} of {self._unreadable} are in the dead-letter topic"
+        return Check("unreadable messages are kept, not lost", parked == self._unreadable, found)
+
+    def _name_missing(self) -> None:
+        missing = self._tally.missing
+        for answer in missing[:MISSING_SHOWN]:
+            planned = answer.planned
+            self._screen.say(f"    missing: {planned.kind} of payment {planned.payment_id} ({planned.story})")
+        if len(missing) > MISSING_SHOWN:
+            self._screen.say(f"    and {len(missing) - MISSING_SHOWN} more; logs: {self._installation.data_dir}/logs")
+
+    def _show_addresses(self) -> None:
+        payment = next(iter(self._tally.answers.values())).planned.payment_id
+        self._screen.heading("Everything keeps running; Ctrl-C stops it")
+        show_addresses(self._screen.console, self._installation.urls)
+        self._screen.say(f"  {'look at a payment':<22}payments show {payment}")
+
+
+def _check_books(books: Books) -> Iterator[Check]:
+    twice = books.charged_twice
+    yield Check("no payment was charged twice at the provider", not twice, ", ".join(map(str, twice)) or "none was")
+    unequal = [each.currency for each in books.currencies if not each.is_equal]
+    found = f"difference 0 in {len(books.currencies)} currencies" if not unequal else f"not in {', '.join(unequal)}"
+    yield Check("our ledger and the provider's books agree", not unequal, found)
+
+
+async def _unless(stop: asyncio.Event, work: Awaitable[int]) -> int:
+    """The result of `work`.
+
+    Raises:
+        Interrupted: `stop` was set before it was done.
+    """
+    working, stopping = asyncio.ensure_future(work), asyncio.create_task(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    raise Interrupted
+
+
+@contextlib.contextmanager
+def _running(work: Awaitable[None]) -> Iterator[None]:
+    """Have something go on beside the block, and end it with the block."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield
+    finally:
+        task.cancel()
