@@ -31,7 +31,7 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """`payments <arguments>` in a process of its own, with our environment; the kernel ends it when we die (on Linux)."""
+    """`payments <arguments>` as a process with our environment; on Linux the kernel ends it when we die."""
 
     def __init__(self, name: str, arguments: list[str], *, health_url: str, log_dir: Path) -> None:
         self.name = name

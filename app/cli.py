@@ -3,7 +3,8 @@
 Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejected, 3 no result in time.
 """
 
-# ruff: noqa: PLC0415 - each command imports what it needs: `payments --help` answers at once
+# ruff: noqa: PLC0415 - each command imports what it needs: `payments --help` answers at once; Typer passes
+# by name
 
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ CustomerId = Annotated[str | None, typer.Option(help="Your customer.")]
 Gateway = Annotated[str | None, typer.Option(help="Which gateway.", show_default="the service's default")]
 IdempotencyKey = Annotated[
     str | None,
-    typer.Option(help="Names this request: again with the same key moves nothing.", show_default="a new one"),
+    typer.Option(help="Names this request: the same again moves nothing.", show_default="a new one"),
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
 Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]
@@ -244,6 +245,46 @@ def show(
         raise typer.Exit(show_payment(settings, _uuid(payment_id), as_json=as_json))
 
 
+@app.command("list")
+def list_(
+    status: Annotated[str | None, typer.Option(help="Like captured, authorized, failed, processing.")] = None,
+    gateway: Annotated[str | None, typer.Option(help="Like stripe.")] = None,
+    currency: OptionalCurrency = None,
+    amount_min: Annotated[str | None, typer.Option("--min", help="At least this amount; needs --currency.")] = None,
+    amount_max: Annotated[str | None, typer.Option("--max", help="At most this amount; needs --currency.")] = None,
+    since: Annotated[str | None, typer.Option(help="Created since 2026-01-31, 2026-01-31T12:00:00Z, 2h ago.")] = None,
+    until: Annotated[str | None, typer.Option(help="Created before, written in the same way.")] = None,
+    customer: Annotated[str | None, typer.Option(help="Of this customer; stands alone.")] = None,
+    order: Annotated[str | None, typer.Option(help="For this order; stands alone.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Payments, newest first.
+
+    Example: payments list --status captured --currency USD --min 100 --since 2h
+    """
+    from app.show import Wanted, list_payments
+
+    wanted = Wanted(
+        status=status,
+        gateway=gateway,
+        currency=currency,
+        amount_min=amount_min,
+        amount_max=amount_max,
+        since=since,
+        until=until,
+        customer=customer,
+        order=order,
+        limit=limit,
+        cursor=cursor,
+    )
+    settings = _settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    with _readable_errors():
+        raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
+
+
 # --- its processes ----------------------------------------------------------------------------------------------------
 
 
@@ -339,8 +380,10 @@ def maintain() -> None:
     from app.settings import Settings
 
     with _readable_errors():
-        asyncio.run(maintain_once(Settings()))
-    typer.echo("The outbox's partitions are up to date.")
+        report = asyncio.run(maintain_once(Settings()))
+    typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
+    for reason in report.kept_because:
+        typer.echo(f"Old partitions are kept: {reason}.")
 
 
 @app.command()
@@ -436,11 +479,15 @@ def _readable_errors() -> Iterator[None]:
     from aiokafka.errors import KafkaError
     from sqlalchemy.exc import SQLAlchemyError
 
+    from domain.errors import StoreUnavailable
+
     try:
         yield
+    except ValueError as error:
+        _fail(str(error))
     except KafkaError as error:
         _fail(f"Kafka cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_KAFKA_BOOTSTRAP right?")
-    except (OSError, asyncpg.PostgresError, SQLAlchemyError) as error:
+    except (OSError, asyncpg.PostgresError, SQLAlchemyError, StoreUnavailable) as error:
         _fail(f"a server cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_POSTGRES_URL right?")
 
 

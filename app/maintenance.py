@@ -12,12 +12,25 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from app.health import Checks
 from app.settings import Settings
+from infra.postgres.maintenance import MaintenanceReport, maintain
 
 log = structlog.get_logger(__name__)
 
 
-async def maintain_once(settings: Settings) -> None:
-    """Make the partitions of the coming days and drop those past retention."""
+async def maintain_once(settings: Settings) -> MaintenanceReport:
+    """Make the partitions of the coming days and drop those past retention.
+
+    Raises:
+        OSError, asyncpg.PostgresError: as `infra.postgres.maintenance.maintain`.
+    """
+    report = await maintain(
+        settings.postgres_url,
+        days_ahead=settings.outbox_days_ahead,
+        retention_days=settings.outbox_retention_days,
+    )
+    if report.kept_because:
+        log.warning("old outbox partitions kept", reasons=report.kept_because)
+    return report
 
 
 class Maintenance:

@@ -26,7 +26,7 @@ class ConsoleReporter:
         self._console.print(f"  [green]✓[/] {what:<26}[dim]{detail}", highlight=False)
 
     def note(self, text: str) -> None:
-        self._console.print(f"  [yellow]![/] {text}", highlight=False)
+        self._console.print(f"  [yellow]![/] {text}", highlight=False, soft_wrap=True)
 
     def rest(self) -> None:
         """End the spinner: nothing is being waited for."""

@@ -22,19 +22,19 @@ def send_and_report(
         console.print(f"{kind}  payment [bold]{command.payment_id}[/]", highlight=False, soft_wrap=True)
         console.print(f"  idempotency key  {command.idempotency_key}", highlight=False, soft_wrap=True)
     try:
-        return asyncio.run(_exchange(settings, command, console, wait, timeout_seconds, as_json))
+        return asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
     except NoResultYet as late:
         aside.print(_advice(late, command, timeout_seconds), highlight=False, soft_wrap=True)
         return NO_RESULT
 
 
 async def _exchange(
-    settings: Settings, command: OutgoingCommand, console: Console, wait: bool, timeout_seconds: float, as_json: bool
+    settings: Settings, command: OutgoingCommand, console: Console, timeout_seconds: float | None, as_json: bool
 ) -> int:
     async with PaymentsClient(settings) as client:
         sent_at = time.monotonic()
         await client.send(command.value, command.payment_id)
-        if not wait:
+        if timeout_seconds is None:
             return _sent(console, command, as_json)
         async for heard in client.result_of(command, timeout_seconds=timeout_seconds):
             event = heard.event

@@ -7,6 +7,7 @@ the order in which nobody misses anybody: worker, relay, HTTP, simulator, server
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -120,9 +121,10 @@ class Installation:
             await asyncio.to_thread(self._servers.stop)
 
     async def erase(self) -> None:
-        """Delete the servers' data and the simulator's books. Only before `start` or after `stop`."""
+        """Delete the servers' data, the simulator's books and the logs. Only before `start` or after `stop`."""
         await asyncio.to_thread(self._servers.erase)
         self._books_path.unlink(missing_ok=True)
+        await asyncio.to_thread(shutil.rmtree, self.data_dir / "logs", ignore_errors=True)
 
     def kill_all(self) -> None:
         """For the impatient: our processes end at once. The servers still stop in good order."""

@@ -17,7 +17,9 @@ def up_here(data_dir: Path) -> int:
     """Run everything until told to stop; the exit code."""
     console = Console()
     reporter = ConsoleReporter(console)
-    console.print(f"[bold]payments[/] starts everything on this machine [dim](data and logs in {data_dir})[/]")
+    console.print(
+        f"[bold]payments[/] starts everything on this machine [dim](data and logs in {data_dir})[/]", soft_wrap=True
+    )
     try:
         with StackFile(data_dir) as stack_file:
             asyncio.run(_up(Installation(data_dir, stack_file, reporter), console, reporter))

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from infra.gateways.instant import InstantGateway
-from infra.gateways.stripe import StripeConfig, StripeGateway
 from uuid_utils.compat import uuid7
 
 from app.settings import Settings
 from domain.ports import Gateway
 from domain.rules import AmountLimits, Rules
+from infra.gateways.instant import InstantGateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
 
 GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
     "stripe": lambda settings: StripeGateway(

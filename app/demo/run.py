@@ -49,12 +49,13 @@ class Interrupted(Exception):
 def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> int:
     """Run it; the exit code."""
     console = Console()
-    reporter = ConsoleReporter(console)
+    screen = Screen(console)
+    reporter = Teller(console, screen)
     chosen = random.randrange(10_000) if seed is None else seed  # noqa: S311 - no secret
     try:
         with StackFile(data_dir) as stack_file:
             installation = Installation(data_dir, stack_file, reporter, defaults=HASTE, always_simulate=True)
-            demo = Demo(installation, reporter, Screen(console), stream(orders, chosen))
+            demo = Demo(installation, reporter, screen, stream(orders, chosen))
             demo.introduce(orders, chosen)
             return asyncio.run(demo.run(stay=stay))
     except AlreadyRunning as error:
@@ -70,12 +71,25 @@ def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> in
     return 1
 
 
+class Teller(ConsoleReporter):
+    """Once everything runs, what is noted is a part of the story."""
+
+    def __init__(self, console: Console, screen: Screen) -> None:
+        super().__init__(console)
+        self._screen = screen
+        self.has_started = False
+
+    def note(self, text: str) -> None:
+        if self.has_started:
+            self._screen.tell(f"[yellow]{text}[/]")
+        else:
+            super().note(text)
+
+
 class Demo:
     """One run."""
 
-    def __init__(
-        self, installation: Installation, reporter: ConsoleReporter, screen: Screen, sendings: list[Sending]
-    ) -> None:
+    def __init__(self, installation: Installation, reporter: "Teller", screen: Screen, sendings: list[Sending]) -> None:
         self._installation = installation
         self._reporter = reporter
         self._screen = screen
@@ -111,6 +125,7 @@ class Demo:
         self._screen.heading("Starting")
         await self._installation.erase()
         await self._installation.start()
+        self._reporter.has_started = True
         self._reporter.rest()
         await self._set_latency()
         self._screen.heading("Orders come in")
@@ -154,10 +169,8 @@ class Demo:
     async def _listen(self, client: PaymentsClient) -> None:
         async for heard in client.heard():
             self._tally.note_heard(heard)
-            if self._tally.is_recovering and self._installation.children["worker"].is_ready:
-                self._tally.note_recovered(heard.at)
-                start, end = self._tally.crash or (0.0, 0.0)
-                self._screen.tell(f"results come again, {end - start:.1f} s after the crash")
+            if self._installation.children["worker"].is_ready and self._tally.has_recovered(heard.at):
+                self._screen.tell("the backlog of the crash is worked off")
             if self._tally.sent == len(self._sendings) and not self._tally.missing:
                 return
 

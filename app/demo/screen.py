@@ -37,10 +37,11 @@ class Screen:
     def tell(self, text: str) -> None:
         """One line of the story, with its time."""
         seconds = time.monotonic() - self._started
-        self.console.print(f"[dim]{seconds:5.1f} s[/]  {text}", highlight=False)
+        self.say(f"[dim]{seconds:5.1f} s[/]  {text}")
 
-    def say(self, text: str = "") -> None:
-        self.console.print(text, highlight=False)
+    def say(self, text: str) -> None:
+        # In a file or a pipe a line stays a line.
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def heading(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/]", highlight=False)
@@ -146,7 +147,7 @@ def _counts(tally: Tally) -> str:
 
 
 def _outcome(story: str, counts: dict[str, int]) -> str:
-    again = f"; {counts['again']} more deliveries answered from memory" if counts["again"] else ""
+    again = f"; {counts['again']} repeats absorbed" if counts["again"] else ""
     words = [f"{count} {_plain(word)}" for word, count in counts.items() if word not in ("commands", "again") and count]
     once = " once" if set(counts) == {"commands", "again", "captured"} else ""
     assert story in STORIES, "only stories that were told have counts"

@@ -56,7 +56,8 @@ class Tally:
         self.results: Counter[str] = Counter()
         self.sequences: dict[str, list[int]] = defaultdict(list)
         self.crash: tuple[float, float] | None = None
-        """From the crash until results came again."""
+        """From the crash until its backlog was worked off."""
+        self._usual = 0
         self._seen: set[str] = set()
 
     @property
@@ -88,15 +89,18 @@ class Tally:
 
     @property
     def is_recovering(self) -> bool:
-        """After a crash, until results come again."""
+        """After a crash, until no more commands are on their way than were when it happened."""
         return self.crash is not None and self.crash[1] == inf
 
     def note_crash(self, at: float) -> None:
-        self.crash = (at, inf)
+        self.crash, self._usual = (at, inf), max(self.in_flight, 1)
 
-    def note_recovered(self, at: float) -> None:
-        assert self.crash is not None, "a recovery follows a crash"
+    def has_recovered(self, at: float) -> bool:
+        """Whether the backlog of the crash was worked off just now."""
+        if self.crash is None or not self.is_recovering or self.in_flight > self._usual:
+            return False
         self.crash = (self.crash[0], at)
+        return True
 
     def _note_final(self, answer: Answer, event: WireEvent, at: float) -> None:
         self.answered += answer.answers < answer.planned.deliveries

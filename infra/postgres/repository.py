@@ -281,8 +281,8 @@ class PaymentRepository:
 
     async def _all(self, wanted: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
         async with self._read() as connection:
-            result = await connection.execute(wanted)
-            return result.all()
+            rows: Sequence[sa.Row[Any]] = (await connection.execute(wanted)).all()
+            return rows
 
     @asynccontextmanager
     async def _read(self) -> AsyncIterator[AsyncConnection]:

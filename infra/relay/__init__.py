@@ -1,4 +1,5 @@
-"""Publishes the outbox from Postgres' write-ahead log (docs/decisions/0002)."""
+"""The relay: every committed outbox row to Kafka, at least once, in order per payment."""
 
+from infra.relay.config import RelayConfig as RelayConfig
+from infra.relay.health import RelayHealth as RelayHealth
 from infra.relay.relay import Relay as Relay
-from infra.relay.relay import RelayConfig as RelayConfig

@@ -1,4 +1,12 @@
-"""What can stop a relay's session. All of it ends in a new session, from the slot's confirmed position."""
+"""What can end a relay's session. All of it ends in a new session, from the slot's confirmed position.
+
+RelayError
+├── PostgresAway      no connection, or it was lost        RECONNECT, with backoff
+├── SlotBusy          another relay streams from the slot  STAND BY
+├── SlotMissing       the slot does not exist              RECONNECT: a new slot, and a scan of the table
+├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
+└── KafkaAway         the producer is beyond repair        RECONNECT with a new one
+"""
 
 
 class RelayError(Exception):
@@ -15,6 +23,14 @@ class SlotBusy(RelayError):
 
 class SlotMissing(RelayError):
     """The slot does not exist."""
+
+
+class SlotOfAnother(RelayError):
+    """The name belongs to a slot that is not this database's outbox; slots share one namespace per server."""
+
+    def __init__(self, slot: str, owner: str) -> None:
+        self.slot, self.owner = slot, owner
+        super().__init__(f"slot {slot!r} belongs to {owner}: give this relay another slot name")
 
 
 class KafkaAway(RelayError):

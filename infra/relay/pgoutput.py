@@ -4,15 +4,18 @@ Source: https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.h
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 from struct import Struct
 from typing import NamedTuple
 
 INSERT, BEGIN, COMMIT, RELATION = b"IBCR"
 
+_BEGIN = Struct(">xqq")
 _COMMIT = Struct(">xBqqq")
 _LENGTH = Struct(">i")
 _RELATION_HEAD = Struct(">xI")
 _INSERT_HEAD = Struct(">xIcH")
+_TEXT = ord("t")
 
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
@@ -33,55 +36,51 @@ class OutboxEvent(NamedTuple):
     traceparent: bytes | None
 
 
-class Commit(NamedTuple):
-    """The end of a transaction: where to resume after it, and when it was committed (µs since 2000-01-01 UTC)."""
+def read_begin(message: bytes) -> int:
+    """When the transaction of a Begin message was committed, in µs since 2000-01-01 UTC."""
+    _, committed_at_us = _BEGIN.unpack_from(message)
+    assert isinstance(committed_at_us, int)
+    return committed_at_us
 
-    end_lsn: int
-    committed_at_us: int
 
-
-def read_commit(message: memoryview) -> Commit:
-    """A Commit message."""
-    _, _, end_lsn, committed_at_us = _COMMIT.unpack_from(message)
-    return Commit(end_lsn, committed_at_us)
+def read_commit(message: bytes) -> int:
+    """The position after the transaction that a Commit message ends: where to resume."""
+    _, _, end_lsn, _ = _COMMIT.unpack_from(message)
+    assert isinstance(end_lsn, int)
+    return end_lsn
 
 
 class RowReader:
     """Reads inserts, by the column order that the server announced last for each table."""
 
     def __init__(self) -> None:
-        self._picks: dict[int, Callable[[list[bytes | None]], OutboxEvent]] = {}
+        self._picks: dict[int, Callable[[list[bytes | None]], tuple[bytes | None, ...]]] = {}
 
-    def learn(self, message: memoryview) -> None:
+    def learn(self, message: bytes) -> None:
         """Take in a Relation message.
 
         Raises:
             ValueError: a column that events need is not there.
         """
-        relation = _RELATION_HEAD.unpack_from(message)[0]
-        names = _column_names(bytes(message))
-        places = [names.index(name) for name in OUTBOX_COLUMNS]
+        names = _column_names(message)
+        self._picks[_RELATION_HEAD.unpack_from(message)[0]] = itemgetter(*map(names.index, OUTBOX_COLUMNS))
 
-        def pick(values: list[bytes | None]) -> OutboxEvent:
-            return OutboxEvent._make([values[place] for place in places])
-
-        self._picks[relation] = pick
-
-    def read(self, message: memoryview) -> OutboxEvent:
+    def read(self, message: bytes) -> OutboxEvent:
         """An Insert message."""
         relation, _, count = _INSERT_HEAD.unpack_from(message)
         values: list[bytes | None] = []
+        append, length_at = values.append, _LENGTH.unpack_from
         position = _INSERT_HEAD.size
         for _ in range(count):
-            # 116 is "t": text follows. "n" is NULL; "u" (unchanged TOAST) cannot be in an insert.
-            if message[position] == 116:
+            # Text follows, or it is NULL: an insert has no unchanged TOAST, and binary was not asked for.
+            if message[position] == _TEXT:
                 start = position + 5
-                position = start + _LENGTH.unpack_from(message, position + 1)[0]
-                values.append(bytes(message[start:position]))
+                position = start + length_at(message, position + 1)[0]
+                append(message[start:position])
             else:
-                values.append(None)
+                append(None)
                 position += 1
-        return self._picks[relation](values)
+        return tuple.__new__(OutboxEvent, self._picks[relation](values))
 
 
 def _column_names(message: bytes) -> list[str]:

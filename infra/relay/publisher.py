@@ -1,160 +1,287 @@
-"""Publishes outbox events to Kafka, in order per partition, and knows how far all of them are acknowledged.
+"""Publishes outbox events to Kafka, in order per partition, and tells each event's transaction of the acknowledgement.
 
-Each partition has one sender. While its batch is on its way, the next events gather: small batches when there is little
-to do, large ones under load, and no timer in between.
+Each partition is a lane with at most one batch on its way. Meanwhile the next events gather: small batches when there
+is little to do, large ones under load, and no timer in between.
 """
 
 import asyncio
+import time
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Self
 
+import structlog
 from aiokafka import AIOKafkaProducer
-from aiokafka.partitioner import murmur2
+from aiokafka.errors import (
+    InvalidTopicError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
 
+from infra.relay import metrics
+from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
-from infra.relay.pgoutput import Commit, OutboxEvent
+from infra.relay.partitions import partition_of
+from infra.relay.pgoutput import OutboxEvent
+from infra.relay.prefix import Group
 
+log = structlog.get_logger(__name__)
 
-class Group:
-    """Events up to a commit (None: amid a transaction), and how many of them are not acknowledged."""
-
-    __slots__ = ("commit", "missing")
-
-    def __init__(self) -> None:
-        self.missing = 0
-        self.commit: Commit | None = None
-
-
-class Prefix:
-    """The acknowledged prefix: the slot may move only past groups before which nothing is missing."""
-
-    def __init__(self) -> None:
-        self._groups: deque[Group] = deque()
-        self.lsn = 0
-
-    def append(self, group: Group) -> None:
-        """Groups come in the order of the log."""
-        self._groups.append(group)
-
-    def advance(self) -> int:
-        """Move past what is complete; the position up to which everything is acknowledged."""
-        while self._groups and not self._groups[0].missing:
-            commit = self._groups.popleft().commit
-            if commit is not None:
-                self.lsn = commit.end_lsn
-        return self.lsn
-
-    @property
-    def oldest(self) -> Group | None:
-        """The first group with something missing."""
-        return self._groups[0] if self._groups else None
+BATCH_BYTES_MAX = 262_144
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+REFUSALS = (*TOO_LARGE, InvalidTopicError, TopicAuthorizationFailedError)
+"""Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
 
 
 class _Pending(NamedTuple):
-    key: bytes
-    value: bytes
-    headers: list[tuple[str, bytes | None]]
+    event: OutboxEvent
     group: Group
 
 
+class _Lane:
+    """One partition: what waits, and what is on its way."""
+
+    __slots__ = ("batch_bytes_max", "held_event_id", "in_flight", "is_held", "number", "pending", "producer")
+
+    def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
+        self.number = number
+        self.producer: AIOKafkaProducer | None = producer
+        self.batch_bytes_max = BATCH_BYTES_MAX
+        self.pending: deque[_Pending] = deque()
+        self.in_flight: list[_Pending] = []
+        self.is_held = False
+        self.held_event_id: str | None = None
+
+
 class Publisher:
-    """One producer's life. After an error it is useless: make another and begin at the acknowledged prefix."""
+    """Producers for one session. After an error it is useless: make another and begin at the slot's position.
 
-    def __init__(self, producer: AIOKafkaProducer, topic: str, partitions: int) -> None:
+    `on_progress` is called whenever `flush` has something to do again, or when an error is there.
+    """
+
+    def __init__(
+        self, config: RelayConfig, producer: AIOKafkaProducer, partitions: int, on_progress: Callable[[], None]
+    ) -> None:
         self.unacknowledged = 0
-        self.published = 0
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.progress = asyncio.Event()
-        self._producer = producer
-        self._senders = [_Sender(self, producer, topic, number) for number in range(partitions)]
-
-    def publish(self, event: OutboxEvent, group: Group) -> None:
-        """Hand an event over; its group counts it until it is acknowledged."""
-        group.missing += 1
-        self.unacknowledged += 1
-        key = event.aggregateid
-        sender = self._senders[(murmur2(key) & 0x7FFFFFFF) % len(self._senders)]
-        sender.add(_Pending(key, event.payload, headers_of(event), group))
-
-    def acknowledged(self, batch: list[_Pending]) -> None:
-        """These are on the topic for good."""
-        for pending in batch:
-            pending.group.missing -= 1
-        self.unacknowledged -= len(batch)
-        self.published += len(batch)
-        self.progress.set()
-
-    def fail(self, error: BaseException) -> None:
-        """The first failure ends the session."""
-        if not self.failed.done():
-            self.failed.set_exception(KafkaAway(f"{type(error).__name__}: {error}"))
-        self.progress.set()
-
-    async def close(self) -> None:
-        """Stop sending; what is not acknowledged is sent again by the next session."""
-        for sender in self._senders:
-            sender.close()
-        if self.failed.done():
-            self.failed.exception()
-        await self._producer.stop()
-
-
-class _Sender:
-    """The events of one partition, in order."""
-
-    def __init__(self, publisher: Publisher, producer: AIOKafkaProducer, topic: str, partition: int) -> None:
-        self._publisher = publisher
-        self._producer = producer
-        self._topic = topic
-        self._partition = partition
-        self._pending: deque[_Pending] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self.unacknowledged_bytes = 0
+        self._config = config
+        self._producers = {producer}
+        self._lanes = [_Lane(number, producer) for number in range(partitions)]
+        self._due: set[_Lane] = set()
+        self._on_progress = on_progress
+        self._error: BaseException | None = None
+        self._progress_at = time.monotonic()
         self._is_closed = False
 
-    def add(self, pending: _Pending) -> None:
-        self._pending.append(pending)
-        if self._task is None and not self._is_closed:
-            self._task = asyncio.create_task(self._send())
+    @classmethod
+    async def connect(cls, config: RelayConfig, on_progress: Callable[[], None]) -> Self:
+        """A publisher to the topic's partitions as they are now.
 
-    def close(self) -> None:
-        self._is_closed = True
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _send(self) -> None:
+        Raises:
+            KafkaError: the brokers cannot be reached, or the topic does not exist.
+        """
+        producer = await _start_producer(config, BATCH_BYTES_MAX)
         try:
-            while self._pending:
-                batch, gathered = self._gather()
-                await (await self._producer.send_batch(batch, self._topic, partition=self._partition))
-                self._publisher.acknowledged(gathered)
-        except Exception as error:
-            # Nothing may overtake what was not sent: this sender is done, and the session with it.
-            self._is_closed = True
-            self._publisher.fail(error)
-        finally:
-            self._task = None
+            partitions = len(await producer.partitions_for(config.topic))
+        except BaseException:
+            await _abandon(producer)
+            raise
+        return cls(config, producer, partitions, on_progress)
 
-    def _gather(self) -> tuple[Any, list[_Pending]]:
-        batch = self._producer.create_batch()
-        gathered: list[_Pending] = []
-        while self._pending:
-            key, value, headers, _ = self._pending[0]
-            # None: the batch is full. The first message always fits; whether the broker takes it is its own decision.
-            if batch.append(timestamp=None, key=key, value=value, headers=headers) is None:
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be read until something is acknowledged."""
+        config = self._config
+        return (
+            self.unacknowledged >= config.unacknowledged_max
+            or self.unacknowledged_bytes >= config.unacknowledged_bytes_max
+        )
+
+    def publish(self, event: OutboxEvent, group: Group) -> None:
+        """Take an event over, to be sent by the next `flush`; its group counts it until it is acknowledged."""
+        if not self.unacknowledged:
+            self._progress_at = time.monotonic()
+        group.missing += 1
+        self.unacknowledged += 1
+        self.unacknowledged_bytes += len(event.payload)
+        lane = self._lanes[partition_of(event.aggregateid, len(self._lanes))]
+        if not (lane.pending or lane.in_flight or lane.is_held):
+            self._due.add(lane)
+        lane.pending.append(_Pending(event, group))
+
+    async def flush(self) -> None:
+        """Send what waits in lanes with nothing on its way.
+
+        Raises:
+            KafkaAway: events could not be published; the session must end.
+        """
+        self.check()
+        while self._due:
+            await self._send(self._due.pop())
+
+    def check(self) -> None:
+        """Raises KafkaAway if this publisher is useless."""
+        if self._error is not None:
+            raise KafkaAway(f"{type(self._error).__name__}: {self._error}") from self._error
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps events from being published, if anything does."""
+        held = [lane.held_event_id for lane in self._lanes if lane.held_event_id is not None]
+        if held:
+            return f"Kafka refuses outbox event {held[0]}" + (f" and {len(held) - 1} more" if held[1:] else "")
+        if self.unacknowledged and time.monotonic() - self._progress_at > self._config.stalled_seconds:
+            return "Kafka acknowledges nothing"
+        return None
+
+    async def close(self) -> None:
+        """Stop sending at once; what is not acknowledged is published again by the next session."""
+        self._is_closed = True
+        metrics.HELD.set(0)
+        await asyncio.gather(*map(_abandon, self._producers))
+
+    async def _send(self, lane: _Lane) -> None:
+        if lane.producer is None:
+            lane.producer = await _start_producer(self._config, lane.batch_bytes_max)
+            self._producers.add(lane.producer)
+        batch = self._gather(lane, lane.producer)
+        if not lane.in_flight:
+            self._hold(lane, MessageSizeTooLargeError(f"above our own limit of {self._config.message_bytes_max} bytes"))
+            return
+        sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+        sent.add_done_callback(partial(self._sent, lane))
+
+    def _gather(self, lane: _Lane, producer: AIOKafkaProducer) -> Any:
+        """Move events from waiting to on their way; none if the first is larger than we send."""
+        batch = producer.create_batch()
+        pending, in_flight, size_max = lane.pending, lane.in_flight, self._config.message_bytes_max
+        now_ms = int(time.time() * 1000)
+        while pending:
+            event = pending[0].event
+            if len(event.payload) > size_max:
                 break
-            gathered.append(self._pending.popleft())
-        return batch, gathered
+            # None: the batch is full. The first event always fits; whether the broker takes it is its own decision.
+            added = batch.append(
+                timestamp=now_ms, key=event.aggregateid, value=event.payload, headers=headers_of(event)
+            )
+            if added is None:
+                break
+            in_flight.append(pending.popleft())
+        return batch
+
+    def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
+        if sent.cancelled() or self._is_closed:
+            return
+        error = sent.exception()
+        batch, lane.in_flight = lane.in_flight, []
+        if error is None:
+            self._acknowledge(lane, batch)
+        else:
+            lane.pending.extendleft(reversed(batch))
+            if isinstance(error, REFUSALS):
+                self._refused(lane, batch, error)
+            else:
+                # Nothing may overtake what was not sent: the session ends here.
+                self._error = error
+        if lane.pending and not lane.is_held:
+            self._due.add(lane)
+        self._on_progress()
+
+    def _acknowledge(self, lane: _Lane, batch: list[_Pending]) -> None:
+        """These are on the topic for good."""
+        for event, group in batch:
+            group.missing -= 1
+            self.unacknowledged_bytes -= len(event.payload)
+        self.unacknowledged -= len(batch)
+        self._progress_at = time.monotonic()
+        metrics.EVENTS.inc(len(batch))
+        if lane.held_event_id is not None:
+            lane.held_event_id = None
+            self._count_held()
+
+    def _refused(self, lane: _Lane, batch: list[_Pending], error: BaseException) -> None:
+        """Try smaller batches, down to the one event that is refused; that one is held."""
+        # The producer has counted the refused batch, the broker has not: in this partition they would never agree again.
+        lane.producer = None
+        if len(batch) > 1 and isinstance(error, TOO_LARGE):
+            lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2
+        else:
+            self._hold(lane, error)
+
+    def _hold(self, lane: _Lane, error: BaseException) -> None:
+        """Kafka refuses the first event of this lane for good: keep the lane's order and try again much later.
+
+        This is where an event would be quarantined instead.
+        """
+        event = lane.pending[0].event
+        lane.is_held, lane.held_event_id = True, event.id.decode()
+        metrics.REFUSED.inc()
+        self._count_held()
+        log.error(
+            "Kafka refuses an outbox event; its partition waits behind it",
+            outbox_id=lane.held_event_id,
+            type=event.type.decode(),
+            payload_bytes=len(event.payload),
+            partition=lane.number,
+            error=f"{type(error).__name__}: {error}",
+            retry_seconds=self._config.refused_retry_seconds,
+        )
+        asyncio.get_running_loop().call_later(self._config.refused_retry_seconds, self._release, lane)
+
+    def _release(self, lane: _Lane) -> None:
+        if not self._is_closed:
+            lane.is_held = False
+            self._due.add(lane)
+            self._on_progress()
+
+    def _count_held(self) -> None:
+        metrics.HELD.set(sum(lane.held_event_id is not None for lane in self._lanes))
+
+
+async def _start_producer(config: RelayConfig, batch_bytes_max: int) -> AIOKafkaProducer:
+    """A started producer whose retries neither reorder nor repeat; it never gives up a batch by itself."""
+    producer = AIOKafkaProducer(
+        bootstrap_servers=config.kafka_bootstrap,
+        acks="all",
+        enable_idempotence=True,
+        max_batch_size=batch_bytes_max,
+        max_request_size=2 * config.message_bytes_max,
+        request_timeout_ms=15_000,
+    )
+    try:
+        await producer.start()
+    except BaseException:
+        await _abandon(producer)
+        raise
+    return producer
+
+
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    """Close a producer without waiting for what it has not sent; its own `stop` waits for Kafka to come back."""
+    producer._closed = True  # Nothing warns of a producer that was not stopped then.
+    sending = producer._sender.sender_task
+    if sending is not None:
+        sending.cancel()
+    # Ends requests under way, on which a cancelled sender waits.
+    await producer.client.close()
+    for _ in range(2):
+        if sending is not None and not sending.done():
+            await asyncio.wait([sending], timeout=1)
+            sending.cancel()
 
 
 def headers_of(event: OutboxEvent) -> list[tuple[str, bytes | None]]:
-    """The headers in the order that Debezium's outbox event router gives them (docs/decisions/0002)."""
+    """The headers in the order that Debezium's outbox event router gives them (docs/decisions/0002-relay.md)."""
+    event_id, _, event_type, _, payment_seq, source, specversion, occurred_at, traceparent = event
     return [
-        ("id", event.id),
-        ("ce_id", event.id),
-        ("ce_type", event.type),
-        ("ce_source", event.source),
-        ("ce_time", event.occurred_at),
-        ("ce_specversion", event.specversion),
-        ("payment_seq", event.payment_seq),
-        ("traceparent", event.traceparent),
+        ("id", event_id),
+        ("ce_id", event_id),
+        ("ce_type", event_type),
+        ("ce_source", source),
+        ("ce_time", occurred_at),
+        ("ce_specversion", specversion),
+        ("payment_seq", payment_seq),
+        ("traceparent", traceparent),
     ]

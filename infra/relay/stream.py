@@ -6,78 +6,81 @@ Source: https://www.postgresql.org/docs/17/protocol-replication.html
 
 import asyncio
 import time
+from collections.abc import Callable
 from struct import Struct
-from typing import NamedTuple, Self
+from typing import Any, Self
 
-from psycopg import pq
-from psycopg.conninfo import make_conninfo
-from psycopg.pq.abc import PGconn, PGresult
+import psycopg
+from psycopg import errors, generators, pq
 
 from infra.relay.errors import PostgresAway, SlotBusy, SlotMissing
 
 _XLOG_DATA = Struct(">cqqq")
 _KEEPALIVE = Struct(">cqqB")
 _FEEDBACK = Struct(">cqqqqB")
+_LOG_DATA = ord("w")
 _EPOCH_2000 = 946_684_800
 
-OBJECT_IN_USE, UNDEFINED_OBJECT = "55006", "42704"
-
-
-class NewSlot(NamedTuple):
-    """A slot that was just created, and the snapshot of everything that was committed before it."""
-
-    snapshot: str
+CONNECTION: dict[str, Any] = {
+    "autocommit": True,
+    "connect_timeout": 5,
+    # A server that vanished without a word is noticed in about ten seconds.
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 class ReplicationStream:
     """A connection in replication mode. Not for concurrent use; any error ends it."""
 
-    def __init__(self, connection: PGconn) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection) -> None:
         self._connection = connection
-        self._readable = asyncio.Event()
+        self._pgconn = connection.pgconn
         self._loop = asyncio.get_running_loop()
+        self._is_watched = False
         self.wal_end = 0
-        self.reply_wanted = False
+        self.is_reply_wanted = False
 
     @classmethod
     async def connect(cls, url: str) -> Self:
         """Open the connection.
 
         Raises:
-            PostgresAway: it cannot be reached.
+            psycopg.OperationalError: it cannot be reached.
         """
-        # wal_sender_timeout: a relay that vanished without a word frees its slot soon.
+        # wal_sender_timeout: the slot of a relay that vanished without a word is free again soon.
         options = "-c wal_sender_timeout=10s"
-        info = make_conninfo(url, replication="database", connect_timeout=5, options=options, application_name="relay")
-        connection = await asyncio.to_thread(pq.PGconn.connect, info.encode())
-        if connection.status != pq.ConnStatus.OK:
-            raise PostgresAway(connection.get_error_message())
-        return cls(connection)
+        connect = psycopg.AsyncConnection.connect
+        return cls(await connect(url, replication="database", options=options, application_name="relay", **CONNECTION))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the connection; the server frees the slot."""
-        self._connection.finish()
+        self.unwatch()
+        await self._connection.close()
 
     async def system_identifier(self) -> str:
         """Which database cluster this is."""
-        result = await self._execute("IDENTIFY_SYSTEM")
-        value = result.get_value(0, 0)
-        assert value is not None, "IDENTIFY_SYSTEM always answers"
-        return value.decode()
+        return str((await self._ask("IDENTIFY_SYSTEM"))[0])
 
-    async def create_slot(self, name: str) -> NewSlot:
-        """Create the slot; its snapshot can be used until the next call on this connection."""
-        result = await self._execute(f"CREATE_REPLICATION_SLOT \"{name}\" LOGICAL pgoutput (SNAPSHOT 'export')")
-        snapshot = result.get_value(0, 2)
-        assert snapshot is not None, "an exported snapshot has a name"
-        return NewSlot(snapshot.decode())
+    async def create_slot(self, name: str) -> str:
+        """Create the slot, and name the snapshot of all that was committed before it.
+
+        The snapshot can be taken until the next call on this connection.
+        """
+        return str((await self._ask(f"CREATE_REPLICATION_SLOT \"{name}\" LOGICAL pgoutput (SNAPSHOT 'export')"))[2])
 
     async def drop_slot(self, name: str) -> None:
-        """Drop the slot; missing already is fine."""
+        """Drop the slot.
+
+        Raises:
+            SlotBusy: another relay streams from it.
+        """
         try:
-            await self._execute(f'DROP_REPLICATION_SLOT "{name}"')
-        except SlotMissing:
-            return
+            await self._connection.execute(f'DROP_REPLICATION_SLOT "{name}"'.encode())
+        except errors.ObjectInUse as error:
+            raise SlotBusy(str(error)) from error
 
     async def start(self, slot: str, publication: str) -> None:
         """Begin to stream from where the slot stands.
@@ -87,53 +90,60 @@ class ReplicationStream:
             SlotMissing: there is no such slot.
         """
         options = f"proto_version '1', publication_names '\"{publication}\"'"
-        await self._execute(f'START_REPLICATION SLOT "{slot}" LOGICAL 0/0 ({options})')
-        self._connection.nonblocking = 1
+        self._pgconn.send_query(f'START_REPLICATION SLOT "{slot}" LOGICAL 0/0 ({options})'.encode())
+        result = (await self._connection.wait(generators.execute(self._pgconn)))[0]
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            raise _error(result)
 
-    async def _execute(self, statement: str) -> PGresult:
-        result = await asyncio.to_thread(self._connection.exec_, statement.encode())
-        if result.status in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_BOTH):
-            return result
-        raise _error(result)
+    async def _ask(self, statement: str) -> tuple[Any, ...]:
+        row = await (await self._connection.execute(statement.encode())).fetchone()
+        assert row is not None, "replication commands that are asked for a row give one"
+        return row
 
-    async def wait(self, timeout_seconds: float) -> None:
-        """Return when there may be something to read, or after the timeout.
+    def watch(self, on_readable: Callable[[], None]) -> None:
+        """Call `on_readable` while there are bytes on the socket, until `unwatch`."""
+        if not self._is_watched:
+            self._loop.add_reader(self._pgconn.socket, on_readable)
+            self._is_watched = True
 
-        Only here bytes are taken off the socket: who does not wait lets the server wait.
-        """
-        socket = self._connection.socket
-        self._readable.clear()
-        self._loop.add_reader(socket, self._readable.set)
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._readable.wait()
-        except TimeoutError:
-            return
-        finally:
-            self._loop.remove_reader(socket)
-        try:
-            self._connection.consume_input()
-        except Exception as error:
-            raise PostgresAway(str(error)) from error
+    def unwatch(self) -> None:
+        """Let the bytes lie: the server waits for who does not read."""
+        if self._is_watched:
+            self._loop.remove_reader(self._pgconn.socket)
+            self._is_watched = False
 
-    def receive(self) -> memoryview | None:
-        """The next pgoutput message that has arrived, or None. Keepalives only change `wal_end` and `reply_wanted`.
+    def receive(self) -> bytes | None:
+        """The next pgoutput message that has arrived, or None. Keepalives change `wal_end` and `is_reply_wanted`.
 
         Raises:
             PostgresAway: the stream has ended.
         """
+        was_read = False
         while True:
-            size, data = self._connection.get_copy_data(1)
-            if size == 0:
+            size, data = self._pgconn.get_copy_data(1)
+            if size > 0:
+                if data[0] == _LOG_DATA:
+                    return bytes(data[_XLOG_DATA.size :])
+                self._note_keepalive(data)
+            elif size < 0:
+                raise PostgresAway(self._pgconn.get_error_message())
+            elif was_read:
                 return None
-            if size < 0:
-                raise PostgresAway(self._connection.get_error_message())
-            if data[0] == 119:  # "w": log data
-                self.wal_end = max(self.wal_end, _XLOG_DATA.unpack_from(data)[2])
-                return data[_XLOG_DATA.size :]
-            _, wal_end, _, reply = _KEEPALIVE.unpack_from(data)
-            self.wal_end = max(self.wal_end, wal_end)
-            self.reply_wanted = self.reply_wanted or bool(reply)
+            else:
+                # libpq buffers some 16 KB: going back to the event loop for each would make small Kafka batches.
+                self._read_socket()
+                was_read = True
+
+    def _note_keepalive(self, data: memoryview) -> None:
+        _, wal_end, _, reply = _KEEPALIVE.unpack_from(data)
+        self.wal_end = max(self.wal_end, wal_end)
+        self.is_reply_wanted = self.is_reply_wanted or bool(reply)
+
+    def _read_socket(self) -> None:
+        try:
+            self._pgconn.consume_input()
+        except psycopg.Error as error:
+            raise PostgresAway(str(error)) from error
 
     def confirm(self, lsn: int) -> None:
         """Everything before `lsn` is safe elsewhere: the slot may forget it.
@@ -141,20 +151,37 @@ class ReplicationStream:
         Raises:
             PostgresAway: the connection is gone.
         """
-        now = int((time.time() - _EPOCH_2000) * 1_000_000)
+        now_us = int((time.time() - _EPOCH_2000) * 1_000_000)
         try:
-            self._connection.put_copy_data(_FEEDBACK.pack(b"r", lsn, lsn, lsn, now, 0))
-            self._connection.flush()
-        except Exception as error:
+            self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", lsn, lsn, lsn, now_us, 0))
+            self._pgconn.flush()
+        except psycopg.Error as error:
             raise PostgresAway(str(error)) from error
-        self.reply_wanted = False
+        self.is_reply_wanted = False
+
+    async def finish(self) -> None:
+        """End the stream in good order: on return the server has taken the last confirmation to heart."""
+        self.unwatch()
+        self._pgconn.put_copy_end()
+        readable = asyncio.Event()
+        self.watch(readable.set)
+        while True:
+            self._pgconn.flush()
+            size, _ = self._pgconn.get_copy_data(1)
+            if size < 0:
+                return
+            if size == 0:
+                readable.clear()
+                await readable.wait()
+                self._read_socket()
 
 
-def _error(result: PGresult) -> Exception:
-    state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+def _error(result: pq.abc.PGresult) -> Exception:
     message = result.get_error_message()
-    if state == OBJECT_IN_USE:
-        return SlotBusy(message)
-    if state == UNDEFINED_OBJECT:
-        return SlotMissing(message)
-    return PostgresAway(message)
+    match result.error_field(pq.DiagnosticField.SQLSTATE):
+        case b"55006":
+            return SlotBusy(message)
+        case b"42704":
+            return SlotMissing(message)
+        case _:
+            return PostgresAway(message)

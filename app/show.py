@@ -1,0 +1,234 @@
+"""`payments show` and `payments list`: what the store knows of payments, as a person or a program reads it."""
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+from uuid import UUID
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from app.client import minor_units
+from app.settings import Settings
+from domain.events import PaymentStatus
+from domain.money import Money
+from domain.operations import Operation
+from domain.payment import Payment
+from domain.ports import OutboxRow
+from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository, create_engine
+
+UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
+T = TypeVar("T")
+AMOUNTS: Final = ("authorized", "captured", "released", "refunded", "disputed")
+
+
+class FilterUnusable(ValueError):
+    """What was asked for cannot be looked up; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The options of `payments list`, as they were typed."""
+
+    status: str | None
+    gateway: str | None
+    currency: str | None
+    amount_min: str | None
+    amount_max: str | None
+    since: str | None
+    until: str | None
+    customer: str | None
+    order: str | None
+    limit: int
+    cursor: str | None
+
+
+def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
+    """Print one payment; the exit code, 1 where it is not known."""
+
+    async def read(repository: PaymentRepository) -> tuple[PaymentRecord | None, tuple[Operation, ...], Any]:
+        record = await repository.find_by_payment_id(payment_id)
+        return record, await repository.operations_of(payment_id), await repository.events_of(payment_id)
+
+    record, operations, events = asyncio.run(_with_repository(settings, read))
+    if record is None:
+        Console(stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
+        return 1
+    if as_json:
+        facts = _facts(record) | {"operations": list(map(_operation_facts, operations))}
+        print(json.dumps(facts | {"events": [json.loads(event.payload) for event in events]}, indent=2))
+    else:
+        _print_payment(Console(), record, operations, events)
+    return 0
+
+
+def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
+    """Print a page of payments, newest first; the exit code.
+
+    Raises:
+        FilterUnusable, AmountUnusable, ValueError: an option cannot be read, or cannot go with another one.
+    """
+    find = _finder(wanted)
+    page = asyncio.run(_with_repository(settings, find))
+    if as_json:
+        print(json.dumps({"payments": list(map(_facts, page.items)), "next_cursor": page.next_cursor}, indent=2))
+    else:
+        _print_page(Console(), page)
+    return 0
+
+
+def _finder(wanted: Wanted) -> Callable[[PaymentRepository], Awaitable[Page]]:
+    filters = PaymentFilters(
+        status=_status(wanted.status),
+        gateway=wanted.gateway,
+        currency=wanted.currency,
+        amount_min=_bound(wanted.amount_min, wanted.currency),
+        amount_max=_bound(wanted.amount_max, wanted.currency),
+        created_since=_moment(wanted.since),
+        created_until=_moment(wanted.until),
+    )
+    if wanted.customer is None and wanted.order is None:
+        return lambda repository: repository.find_by_filters(filters, limit=wanted.limit, cursor=wanted.cursor)
+    if filters != PaymentFilters() or None not in (wanted.customer, wanted.order):
+        raise FilterUnusable("--customer and --order stand alone: they cannot go with each other or another filter")
+    if wanted.customer is not None:
+        customer = wanted.customer
+        return lambda repository: repository.find_by_customer_id(customer, limit=wanted.limit, cursor=wanted.cursor)
+    order = wanted.order or ""
+    return lambda repository: repository.find_by_order_id(order, limit=wanted.limit, cursor=wanted.cursor)
+
+
+def _status(text: str | None) -> PaymentStatus | None:
+    try:
+        return PaymentStatus(text) if text is not None else None
+    except ValueError as error:
+        raise FilterUnusable(f"{text!r} is no status; there are: {', '.join(PaymentStatus)}") from error
+
+
+def _bound(amount: str | None, currency: str | None) -> int | None:
+    if amount is None:
+        return None
+    if currency is None:
+        raise FilterUnusable("--min and --max need --currency, to know its decimals")
+    return minor_units(amount, currency)
+
+
+def _moment(text: str | None) -> datetime | None:
+    """`2026-01-31`, `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`."""
+    if text is None:
+        return None
+    if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
+        return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except ValueError as error:
+        raise FilterUnusable(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)") from error
+
+
+async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
+    engine = create_engine(settings.postgres_url, size=1)
+    try:
+        return await read(PaymentRepository(engine))
+    finally:
+        await engine.dispose()
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def _facts(record: PaymentRecord) -> dict[str, Any]:
+    payment = record.payment
+    names = ("status", "currency", "gateway", "gateway_payment_id", "order_id", "customer_id", "has_indeterminate")
+    amounts = {f"{name}_minor": getattr(payment, f"{name}_minor") for name in AMOUNTS}
+    return {
+        "payment_id": str(payment.payment_id),
+        **{name: getattr(payment, name) for name in names},
+        "amount_minor": payment.amount_minor,
+        **amounts,
+        "created_at": record.created_at.isoformat(),
+        "updated_at": record.updated_at.isoformat(),
+    }
+
+
+def _operation_facts(operation: Operation) -> dict[str, Any]:
+    names = ("number", "kind", "state", "amount_minor", "idempotency_key", "reference", "attempts")
+    return {name: getattr(operation, name) for name in names}
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def _print_payment(
+    console: Console, record: PaymentRecord, operations: tuple[Operation, ...], events: tuple[OutboxRow, ...]
+) -> None:
+    payment = record.payment
+    console.print(f"payment [bold]{payment.payment_id}[/]  [bold]{payment.status}[/]", highlight=False, soft_wrap=True)
+    for name, value in _lines(record).items():
+        console.print(f"  {name:<12}{value}", highlight=False, soft_wrap=True)
+    console.print(_operations_table(payment, operations))
+    console.print(_events_table(events))
+
+
+def _lines(record: PaymentRecord) -> dict[str, str]:
+    payment = record.payment
+    amounts = {name: getattr(payment, f"{name}_minor") for name in AMOUNTS}
+    moved = ", ".join(f"{name} {_money(minor, payment)}" for name, minor in amounts.items() if minor)
+    lines = {
+        "amounts": moved or f"nothing moved of {_money(payment.amount_minor, payment)}",
+        "in doubt": "yes: an outcome is unknown, money may have moved" if payment.has_indeterminate else "",
+        "gateway": " ".join(filter(None, (payment.gateway, payment.gateway_payment_id))),
+        "order": payment.order_id or "",
+        "customer": payment.customer_id or "",
+        "created": _time(record.created_at),
+    }
+    return {name: value for name, value in lines.items() if value}
+
+
+def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Table:
+    table = _table("#", "operation", "amount", "state", "provider's id", "idempotency key")
+    for each in operations:
+        amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
+        table.add_row(str(each.number), each.kind, amount, each.state, each.reference or "", each.idempotency_key or "")
+    return table
+
+
+def _events_table(events: tuple[OutboxRow, ...]) -> Table:
+    table = _table("seq", "event", "time", "")
+    for event in events:
+        body = json.loads(event.payload)
+        note = "replayed" if body["replayed"] else body.get("decline_reason") or body.get("reason") or body.get("cause")
+        table.add_row(str(event.payment_seq), event.type, event.occurred_at, note or "")
+    return table
+
+
+def _print_page(console: Console, page: Page) -> None:
+    table = _table("payment", "status", "amount", "captured", "refunded", "gateway", "order", "created")
+    for record in page.items:
+        payment = record.payment
+        amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
+        cells = (_money(minor, payment) if minor else "" for minor in amounts)
+        names = (payment.gateway or "", payment.order_id or "", _time(record.created_at))
+        table.add_row(str(payment.payment_id), payment.status, *cells, *names)
+    console.print(table if page.items else "No payment matches.")
+    if page.next_cursor:
+        console.print(f"More: the same command with --cursor {page.next_cursor}", highlight=False)
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _money(minor: int, payment: Payment) -> str:
+    return str(Money(minor, payment.currency)) if payment.currency else str(minor)
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,21 @@
+"""A bare relay, configured by the environment, for tests that kill it; people run `payments relay`."""
+
+import asyncio
+import json
+import os
+import signal
+
+from infra.relay import Relay, RelayConfig
+
+
+async def main() -> None:
+    """Relay until SIGTERM. `RELAY_CONFIG` holds the fields of `RelayConfig` as a JSON object."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Relay(RelayConfig(**json.loads(os.environ["RELAY_CONFIG"]))).run(stop)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,33 @@
+"""What a relay needs to know."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """Settings of one relay; several relays with the same `slot` are one active and its standbys.
+
+    Beyond `unacknowledged_max` events or `unacknowledged_bytes_max` bytes of payload the log is not read on. A payload
+    above `message_bytes_max` is not sent at all: its partition is held, as with one that Kafka refuses for good.
+    """
+
+    postgres_url: str
+    kafka_bootstrap: str
+    topic: str
+    slot: str = "payments_relay"
+    publication: str = "payments_outbox"
+    unacknowledged_max: int = 20_000
+    unacknowledged_bytes_max: int = 64 * 1024 * 1024
+    message_bytes_max: int = 4 * 1024 * 1024
+    feedback_seconds: float = 1.0
+    """How often the slot is told of progress: what a crash makes the next relay repeat."""
+    standby_seconds: float = 0.5
+    """How often a standby looks whether it must take over."""
+    retry_seconds_max: float = 5.0
+    """The longest pause between two sessions."""
+    refused_retry_seconds: float = 30.0
+    """How often an event that Kafka refused for good is tried again."""
+    stalled_seconds: float = 15.0
+    """How long Kafka may acknowledge nothing before the relay calls itself not ready."""
+    stop_seconds: float = 10.0
+    """How long a stop waits for Kafka; what is unacknowledged by then is published again by the next relay."""

@@ -1,0 +1,49 @@
+"""Which state a relay is in, for its HTTP health and its metrics."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+from infra.relay import metrics
+
+
+class State(StrEnum):
+    """Every state that a relay can be in."""
+
+    STARTING = "starting"
+    STANDBY = "standby"
+    CATCHING_UP = "catching_up"
+    ACTIVE = "active"
+    RECONNECTING = "reconnecting"
+    STOPPED = "stopped"
+
+
+class RelayHealth(NamedTuple):
+    """`ready`: it publishes, or would take over; `detail` says what it does, or what keeps it from it."""
+
+    ready: bool
+    detail: str
+
+
+class Status:
+    """The state, told by the session and read by whoever asks."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self._detail = ""
+        self.trouble: str | None = None
+        """What keeps an active relay from publishing; kept up to date by its session."""
+        self.enter(State.STARTING)
+
+    def enter(self, state: State, detail: str = "") -> None:
+        """Change to `state`; an earlier trouble is over."""
+        self.state, self._detail, self.trouble = state, detail, None
+        for each in State:
+            metrics.STATE.labels(each.value).set(each is state)
+
+    @property
+    def health(self) -> RelayHealth:
+        """What a health check says now."""
+        if self.trouble is not None:
+            return RelayHealth(ready=False, detail=f"{self.state}: {self.trouble}")
+        detail = f"{self.state}: {self._detail}" if self._detail else str(self.state)
+        return RelayHealth(ready=self.state in (State.ACTIVE, State.STANDBY), detail=detail)

@@ -1,0 +1,49 @@
+"""The acknowledged prefix of the log: how far the slot may move without losing an event."""
+
+from collections import deque
+
+
+class Group:
+    """One transaction's events: how many are not acknowledged, and, once its COMMIT was read, where to resume after it."""
+
+    __slots__ = ("committed_at_us", "end_lsn", "missing")
+
+    def __init__(self, committed_at_us: int = 0) -> None:
+        self.committed_at_us = committed_at_us
+        self.missing = 0
+        self.end_lsn: int | None = None
+
+
+class Prefix:
+    """Transactions in the order of the log.
+
+    Acknowledgements arrive out of order across partitions, so the position moves only past transactions before which
+    nothing is missing, and only to a COMMIT's end: resuming within a transaction would lose its first events.
+    """
+
+    def __init__(self) -> None:
+        self._groups: deque[Group] = deque()
+        self._lsn = 0
+
+    def begin(self, committed_at_us: int) -> Group:
+        """The next transaction of the log; it blocks the position until `end_lsn` is known and nothing is missing."""
+        group = Group(committed_at_us)
+        self._groups.append(group)
+        return group
+
+    def advance(self, wal_end: int) -> int:
+        """The position up to which everything is acknowledged; never moves back.
+
+        With nothing of ours under way that is `wal_end`, which is as far as the server has read: so an idle slot holds
+        no log of other tables.
+        """
+        while self._groups and self._groups[0].end_lsn is not None and not self._groups[0].missing:
+            self._lsn = max(self._lsn, self._groups.popleft().end_lsn or 0)
+        if not self._groups:
+            self._lsn = max(self._lsn, wal_end)
+        return self._lsn
+
+    @property
+    def oldest_commit_us(self) -> int | None:
+        """When the first transaction with something missing was committed, in µs since 2000-01-01 UTC."""
+        return self._groups[0].committed_at_us if self._groups else None

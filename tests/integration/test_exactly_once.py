@@ -1,0 +1,226 @@
+"""Exactly once, on a real Postgres: many deliveries, several workers, lost answers, taken-over leases, poison."""
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from domain.commands import OperationKind
+from domain.decide import Answer, Delivery
+from domain.errors import ConcurrentUpdate
+from domain.operations import Succeeded
+from infra.postgres.store import PostgresStore, create_pool
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import (
+    QUICK_RETRY,
+    NoHint,
+    WrongHint,
+    delivery,
+    events_of,
+    new_payment_id,
+    rules,
+    running_worker,
+    until_settled,
+    value,
+)
+
+
+@pytest.mark.parametrize("hint", [NoHint(), WrongHint()], ids=["valkey away", "valkey wrong"])
+@pytest.mark.parametrize("count", [10, 100])
+async def test_concurrent_deliveries_of_one_key_over_two_workers_charge_once_and_are_all_answered(
+    postgres_url: str, count: int, hint: object
+) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    same = delivery("charge", payment_id, "one-key")
+    async with (
+        running_worker(postgres_url, gateway, hint=hint) as first,
+        running_worker(postgres_url, gateway, hint=hint) as second,
+    ):
+        workers = [first, second]
+        await asyncio.gather(*(workers[number % 2].accept(same) for number in range(count)))
+        await asyncio.gather(first.idle(), second.idle())
+    assert gateway.moved == {OperationKind.CHARGE: 1}
+    assert sum(gateway.calls.values()) == 1
+    assert await value(postgres_url, "SELECT count(*) FROM operations") == 1
+    events = await events_of(postgres_url, payment_id)
+    assert [event["type"] for event in events] == ["payment.captured.v1"] * count
+    assert sorted(event["replayed"] for event in events) == [False] + [True] * (count - 1)
+    assert len({event["event_id"] for event in events}) == count
+
+
+async def test_of_a_hundred_concurrent_refunds_of_60_of_100_dollars_one_succeeds(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as first, running_worker(postgres_url, gateway) as second:
+        await first.accept(delivery("charge", payment_id, "charge"))
+        await first.idle()
+        workers = [first, second]
+        refunds = [delivery("refund", payment_id, f"refund-{number}", amount_minor=6_000) for number in range(100)]
+        await asyncio.gather(*(workers[number % 2].accept(refund) for number, refund in enumerate(refunds)))
+        await asyncio.gather(first.idle(), second.idle())
+        await until_settled(postgres_url)
+    assert gateway.moved_minor[OperationKind.REFUND] == 6_000
+    results = [
+        event for event in await events_of(postgres_url, payment_id) if event["command_type"] == "payment.refund.v1"
+    ]
+    assert [event["type"] for event in results].count("payment.refunded.v1") == 1
+    rejected = [event for event in results if event["type"] == "payment.command_rejected.v1"]
+    assert [event["reason"] for event in rejected] == ["amount_exceeds_refundable"] * 99
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 6_000
+
+
+async def test_authorize_capture_and_refund_in_one_batch_all_succeed_in_order(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(
+            delivery("authorize", payment_id, "a"),
+            delivery("capture", payment_id, "b", amount_minor=4_000),
+            delivery("capture", payment_id, "c"),
+            delivery("refund", payment_id, "d", amount_minor=1_000),
+        )
+        await worker.idle()
+    events = await events_of(postgres_url, payment_id)
+    kinds = ["authorized", "captured", "captured", "refunded"]
+    assert [event["type"] for event in events] == [f"payment.{kind}.v1" for kind in kinds]
+    assert [event["payment_seq"] for event in events] == [1, 2, 3, 4]
+    assert [event["amount_minor"] for event in events] == [10_000, 4_000, 6_000, 1_000]
+    fold = "SELECT sum(amount_minor) FILTER (WHERE account = 'gateway_clearing') FROM ledger_postings"
+    assert await value(postgres_url, fold) == 9_000
+
+
+async def test_a_lost_answer_is_pending_and_then_resolved_with_the_same_provider_key(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    gateway.lose_answer = lambda request: request.attempts == 1
+    async with running_worker(postgres_url, gateway, sweeping=True) as worker:
+        await worker.accept(delivery("charge", payment_id, "lost"))
+        await until_settled(postgres_url)
+    assert gateway.moved == {OperationKind.CHARGE: 1}
+    assert gateway.calls == {f"{payment_id}:1": 2}
+    events = await events_of(postgres_url, payment_id)
+    assert [event["type"] for event in events] == ["payment.pending.v1", "payment.captured.v1"]
+    assert events[0]["cause"] == "outcome_unknown"
+
+
+async def test_doubt_past_its_deadline_becomes_needs_review_and_never_failed(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    gateway.lose_answer = lambda request: True
+    retry = replace(
+        QUICK_RETRY, review_after=timedelta(milliseconds=200), review_poll_interval=timedelta(milliseconds=50)
+    )
+    given = rules(retry)
+    async with running_worker(postgres_url, gateway, sweeping=True, given=given) as worker:
+        await worker.accept(delivery("charge", payment_id, "doubt"))
+        async with asyncio.timeout(20):
+            while await value(postgres_url, "SELECT state FROM operations") != "needs_review":
+                await asyncio.sleep(0.02)
+        gateway.lose_answer = lambda request: False
+        await until_settled(postgres_url)
+    kinds = [event["type"] for event in await events_of(postgres_url, payment_id)]
+    assert kinds == ["payment.pending.v1", "payment.needs_review.v1", "payment.captured.v1"]
+    assert gateway.moved == {OperationKind.CHARGE: 1}
+
+
+async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_nothing(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        applied = await worker.write_path.apply([delivery("charge", payment_id, "late")])
+        (request,) = applied.requests
+        # The first worker falls asleep here. Its lease runs out, and another takes over.
+        pool = await create_pool(postgres_url, size=1)
+        await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
+        ((_, operation),) = await PostgresStore(pool).claim_due(limit=10, lease=timedelta(seconds=60))
+        await pool.close()
+        assert (operation.state, operation.lease_token) == ("indeterminate", request.lease_token + 1)
+        late = Answer(payment_id, request.operation_number, request.lease_token, Succeeded("late"))
+        await worker.write_path.apply([late])
+    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 0
+    assert await events_of(postgres_url, payment_id) == []
+
+
+async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    pool = await create_pool(postgres_url, size=2)
+    store = PostgresStore(pool)
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.write_path.apply([delivery("charge", payment_id, "race")])
+        await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
+        transaction_store = _ClaimedBeforeSave(store)
+        worker.write_path._store = transaction_store  # type: ignore[assignment]
+        await worker.write_path.apply([Answer(payment_id, 1, 1, Succeeded("x", 10_000))])
+        assert transaction_store.lost == 1
+    await pool.close()
+    assert await value(postgres_url, "SELECT state FROM operations") == "indeterminate"
+
+
+class _ClaimedBeforeSave:
+    """A store in which another worker claims the operation after it was read and before it is written, once."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        self._store = store
+        self.lost = 0
+
+    def begin(self) -> "_ClaimingBlock":
+        return _ClaimingBlock(self, self._store)
+
+
+class _ClaimingBlock:
+    def __init__(self, owner: _ClaimedBeforeSave, store: PostgresStore) -> None:
+        self._owner, self._store, self._block = owner, store, store.begin()
+
+    async def __aenter__(self) -> "_ClaimingBlock":
+        self._transaction = await self._block.__aenter__()
+        self.lock_payments = self._transaction.lock_payments
+        self.find_operations = self._transaction.find_operations
+        return self
+
+    async def save(self, changes: object) -> None:
+        if not self._owner.lost:
+            await self._store.claim_due(limit=10, lease=timedelta(seconds=60))
+        try:
+            await self._transaction.save(changes)  # type: ignore[arg-type]
+        except ConcurrentUpdate:
+            self._owner.lost += 1
+            raise
+
+    async def __aexit__(self, *exception: object) -> bool | None:
+        return await self._block.__aexit__(*exception)  # type: ignore[arg-type]
+
+
+async def test_one_poison_input_among_500_stands_alone_and_499_are_saved(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    inputs = [delivery("charge", new_payment_id(), f"key-{number}") for number in range(500)]
+    command = inputs[250].command
+    # Postgres refuses NUL in text; the reader of messages would have refused it before.
+    inputs[250] = Delivery(command._replace(order_id="a\x00b"))  # type: ignore[union-attr]
+    async with running_worker(postgres_url, gateway) as worker:
+        applied = await worker.accept(*inputs)
+        await worker.idle()
+    assert [refused.given for refused in applied.refused] == [inputs[250]]
+    assert await value(postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'") == 499
+    assert gateway.moved == {OperationKind.CHARGE: 499}
+
+
+async def test_the_same_key_with_other_content_is_a_conflict_and_moves_nothing(postgres_url: str) -> None:
+    gateway, payment_id, other = BookkeepingGateway(), new_payment_id(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "key"))
+        await worker.idle()
+        await worker.accept(delivery("charge", payment_id, "key", amount_minor=1), delivery("charge", other, "key"))
+        await worker.idle()
+    for each in (payment_id, other):
+        last = (await events_of(postgres_url, each))[-1]
+        assert (last["type"], last["reason"]) == ("payment.command_rejected.v1", "idempotency_conflict")
+    assert gateway.moved == {OperationKind.CHARGE: 1}
+
+
+async def test_a_delivery_while_the_first_is_under_way_is_answered_once_there_is_a_result(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    gateway.gate.clear()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "key"))
+        await worker.accept(delivery("charge", payment_id, "key"))
+        assert await events_of(postgres_url, payment_id) == []
+        gateway.gate.set()
+        await worker.idle()
+    assert [event["replayed"] for event in await events_of(postgres_url, payment_id)] == [False, True]
+    assert sum(gateway.calls.values()) == 1

@@ -1,0 +1,98 @@
+"""The write path's plans over 100,000 payments, made once and kept for ever: none reads a whole table.
+
+A prepared statement's generic plan is made without knowing the arrays' sizes, which is what asyncpg's cached statements
+end up with.
+"""
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import asyncpg
+import pytest
+
+from infra.local import StackUrls, create_database, drop_database
+from infra.postgres import store
+from tests.integration.bulk import fill_now
+
+STATEMENTS = {
+    name: text
+    for name, text in vars(store).items()
+    if name.isupper() and isinstance(text, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)
+}
+INDEXES = {
+    "LOCK_PAYMENTS": {"payments_payment_id_key"},
+    "PAYMENTS_OF": {"payments_payment_id_key"},
+    "OPEN_OPERATIONS": {"operations_pkey"},
+    "FIND_OPERATIONS": {"operations_idempotency_key_key"},
+    "UPDATE_PAYMENTS": {"payments_payment_id_key"},
+    "UPDATE_OPERATIONS": {"operations_pkey"},
+    "CLAIM_DUE": {"operations_due", "operations_pkey"},
+    "RENEW_LEASES": {"operations_pkey"},
+    "SAVE": {"payments_payment_id_key", "operations_pkey"},
+}
+
+
+@pytest.fixture(scope="module")
+def filled_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
+    url = create_database(stack.postgres_url, f"test_{uuid.uuid4().hex[:12]}", template=migrated_template)
+    fill_now(url)
+    yield url
+    drop_database(url)
+
+
+@pytest.fixture
+async def pinned(filled_url: str) -> AsyncIterator[asyncpg.Connection]:
+    settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
+    connection = await asyncpg.connect(filled_url, server_settings=settings)
+    yield connection
+    await connection.close()
+
+
+async def generic_plan(connection: asyncpg.Connection, statement: str) -> str:
+    """The plan for whatever the parameters are; those that the statement leaves out count as text."""
+    used = {int(number) for number in re.findall(r"\$(\d+)", statement)}
+    unused = [f"${number}::text IS NULL" for number in range(1, max(used) + 1) if number not in used]
+    if unused:
+        statement = f"WITH unused AS (SELECT {', '.join(unused)}) {statement.strip()}"
+    await connection.execute(f"PREPARE probe AS {statement}")
+    try:
+        nothing = ", ".join(["NULL"] * max(used))
+        return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN EXECUTE probe({nothing})"))
+    finally:
+        await connection.execute("DEALLOCATE probe")
+
+
+def test_every_statement_is_looked_at() -> None:
+    assert set(STATEMENTS) == set(INDEXES) | {"INSERT_PAYMENTS", "INSERT_OPERATIONS", "INSERT_LEDGER", "INSERT_OUTBOX"}
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+async def test_statement_walks_its_indexes(name: str, pinned: asyncpg.Connection) -> None:
+    plan = await generic_plan(pinned, STATEMENTS[name])
+    assert not re.search(r"Seq Scan on (payments|operations|outbox|ledger)", plan), plan
+    assert "Hash Join" not in plan, plan
+    assert "Merge Join" not in plan, plan
+    for index in INDEXES.get(name, ()):
+        assert f" {index} " in plan, plan
+
+
+async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:
+    """What a worker prepares on its first day is what it runs on its hundredth."""
+    settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
+    connection = await asyncpg.connect(postgres_url, server_settings=settings)
+    await connection.execute("ANALYZE")
+    for name, statement in STATEMENTS.items():
+        plan = await generic_plan(connection, statement)
+        assert not re.search(r"Seq Scan on (payments|operations)", plan), f"{name}\n{plan}"
+        assert "Hash Join" not in plan, plan
+        assert "Merge Join" not in plan, plan
+    await connection.close()
+
+
+async def test_the_write_path_pins_its_plans(postgres_url: str) -> None:
+    pool = await store.create_pool(postgres_url, size=1)
+    async with pool.acquire() as connection:
+        for name in store.PINNED_PLANS:
+            assert await connection.fetchval(f"SHOW {name}") == "off"
+    await pool.close()
