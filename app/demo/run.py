@@ -180,6 +180,7 @@ class Demo:
             f"[bold red]the worker is killed (SIGKILL)[/] with {self._tally.in_flight} commands on their way; "
             "orders keep coming"
         )
+        self._screen.tell("[dim]Kafka hands on what it was reading when its session ends, 10 s from now[/]")
         self._installation.children["worker"].kill()
 
     async def _read_dead_letters(self, client: PaymentsClient) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -21,6 +21,7 @@ from domain.money import Money
 REFRESH_SECONDS: Final = 0.1
 PLAIN_LINE_SECONDS: Final = 2.0
 COLOURS: Final = {"declined": "yellow", "command_rejected": "yellow", "missing": "red"}
+LIVE_WIDTH: Final = 98
 KINDS: Final = ("charge", "authorize", "capture", "void", "refund")
 GOOD: Final = ("captured", "authorized", "voided", "refunded")
 
@@ -59,13 +60,14 @@ class Screen:
     def _live(self) -> Panel:
         assert self._tally is not None, "followed from now on"
         tally = self._tally
-        grid = Table.grid(padding=(0, 2))
+        grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_row("sent", ProgressBar(total=self._total, completed=tally.sent, width=40), self._of(tally.sent))
         grid.add_row(
             "answered", ProgressBar(total=tally.deliveries, completed=tally.answered, width=40), self._answered(tally)
         )
-        grid.add_row("results", Text.from_markup(_counts(tally)), "")
-        return Panel(grid, title=f"{tally.in_flight} in flight", title_align="left", box=box.ROUNDED, expand=False)
+        results = Text.from_markup(f"results   {_counts(tally)}")
+        title = f"{tally.in_flight} in flight"
+        return Panel(Group(grid, results), title=title, title_align="left", box=box.ROUNDED, width=LIVE_WIDTH)
 
     def _of(self, sent: int) -> str:
         return f"{sent:,} of {self._total:,} messages"

@@ -1,8 +1,8 @@
 """The outbox's partitions, one a UTC day: made ahead of time, filled from the default one, dropped after retention.
 
-On a busy table: a partition is made aside and attached, which locks out no insert into another partition. Dropping
-one locks the whole outbox for a moment, so it gives up after `LOCK_TIMEOUT` and tries again: a waiting lock would make
-every payment behind it wait as well.
+On a busy table: making and dropping a partition each lock the outbox for some milliseconds (longer where rows must
+move). A lock that waits makes every payment behind it wait as well, so it is given up after `LOCK_TIMEOUT` and asked
+for again after a pause.
 """
 
 import asyncio
@@ -85,8 +85,9 @@ async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
     """
     name, (start, end) = _name(day), _bounds(day)
     async with connection.transaction():
-        # Nothing may land in the default partition between the move and the attachment.
-        await connection.execute("LOCK TABLE outbox_default IN ACCESS EXCLUSIVE MODE")
+        # Inserts must wait at the door: one that had chosen the default partition and waited there would fail, since
+        # by then that partition refuses the day. Readers are not locked out until the attachment.
+        await connection.execute("LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE")
         await connection.execute(
             f"CREATE TABLE {name} (LIKE outbox INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)"
         )

@@ -1,7 +1,7 @@
 """Makes sure that the slot exists and that every row committed before it was published.
 
-A slot knows only what was committed after it was created. So a row in `relay_slots` says that the table was published up
-to the slot's beginning; without it, or with another server's mark in it, the slot is made anew and the table is read.
+A slot knows only what was committed after it was created. So a row in `relay_slots` says that the table was published
+up to the slot's beginning; without it, or with another server's mark in it, the slot is made anew and the table is read.
 Rows are then published again, and none is left out.
 """
 
@@ -59,6 +59,7 @@ async def catch_up(
     leader: psycopg.AsyncConnection,
     stream: ReplicationStream,
     config: RelayConfig,
+    *,
     system: str,
     publish: Callable[[OutboxEvent], Awaitable[None]],
     drained: Callable[[], Awaitable[None]],

@@ -4,7 +4,7 @@ from collections import deque
 
 
 class Group:
-    """One transaction's events: how many are not acknowledged, and, once its COMMIT was read, where to resume after it."""
+    """One transaction: how many of its events are not acknowledged, and, once its COMMIT was read, where it ends."""
 
     __slots__ = ("committed_at_us", "end_lsn", "missing")
 

@@ -203,7 +203,7 @@ class Publisher:
 
     def _refused(self, lane: _Lane, batch: list[_Pending], error: BaseException) -> None:
         """Try smaller batches, down to the one event that is refused; that one is held."""
-        # The producer has counted the refused batch, the broker has not: in this partition they would never agree again.
+        # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
         lane.producer = None
         if len(batch) > 1 and isinstance(error, TOO_LARGE):
             lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2

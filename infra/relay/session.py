@@ -64,6 +64,8 @@ class Session:
                 return
             lag = asyncio.create_task(self._watch_lag(leader))
             stack.callback(lag.cancel)
+            ticks = asyncio.create_task(self._tick())
+            stack.callback(ticks.cancel)
             await self._publish(stream, publisher, lag)
 
     def _watch_stop(self) -> asyncio.Task[None]:
@@ -122,7 +124,7 @@ class Session:
             while publisher.unacknowledged:
                 await self._progress(publisher)
 
-        await catch_up(leader, stream, self._config, system, publish, drained)
+        await catch_up(leader, stream, self._config, system=system, publish=publish, drained=drained)
 
     async def _progress(self, publisher: Publisher) -> None:
         """Wait for Kafka while nothing is read."""
@@ -137,7 +139,6 @@ class Session:
     # --- the stream -------------------------------------------------------------------------------------------------
 
     async def _publish(self, stream: ReplicationStream, publisher: Publisher, lag: asyncio.Task[None]) -> None:
-        self._tick()
         while not self._stop.is_set():
             self._wake.clear()
             is_more = not publisher.is_full and self._read(stream, publisher)
@@ -159,10 +160,11 @@ class Session:
             stream.watch(self._wake.set)
         await self._wake.wait()
 
-    def _tick(self) -> None:
-        self._is_feedback_due = True
-        self._wake.set()
-        asyncio.get_running_loop().call_later(self._config.feedback_seconds, self._tick)
+    async def _tick(self) -> None:
+        while True:
+            self._is_feedback_due = True
+            self._wake.set()
+            await asyncio.sleep(self._config.feedback_seconds)
 
     def _read(self, stream: ReplicationStream, publisher: Publisher) -> bool:
         """Take what has arrived, up to a portion; whether there may be more."""

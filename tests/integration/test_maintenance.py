@@ -134,7 +134,7 @@ def third_column(message: bytes) -> str:
 
 
 async def test_payments_go_on_while_rows_move(postgres_url: str, connection: asyncpg.Connection) -> None:
-    """No insert fails, and none is lost or doubled."""
+    """No insert fails, and none is lost or doubled. One that failed would be taken for a bad command and parked."""
     total = 400
 
     async def write(part: int) -> None:
@@ -161,7 +161,7 @@ async def test_two_may_maintain_at_once(postgres_url: str, connection: asyncpg.C
 async def test_a_busy_table_is_tried_again(postgres_url: str, connection: asyncpg.Connection) -> None:
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("LOCK TABLE outbox_default IN ACCESS SHARE MODE")
+    await connection.execute("LOCK TABLE outbox_default IN ACCESS SHARE MODE")  # as a reader does
     task = asyncio.create_task(maintain(postgres_url, days_ahead=0, retention_days=14))
     await asyncio.sleep(2.6)
     assert not task.done()
@@ -174,7 +174,7 @@ async def test_it_gives_up_on_a_table_that_stays_busy(
 ) -> None:
     monkeypatch.setattr(maintenance, "LOCK_TIMEOUT", "50ms")
     async with connection.transaction():
-        await connection.execute("LOCK TABLE outbox_default IN ACCESS SHARE MODE")
+        await connection.execute("LOCK TABLE outbox IN ROW EXCLUSIVE MODE")
         with pytest.raises(asyncpg.LockNotAvailableError):
             await maintain(postgres_url, days_ahead=0, retention_days=14)
     assert await partitions(connection) == ["outbox_default"]

@@ -1,0 +1,291 @@
+"""The command line against a real `payments up`: what a person types, and what comes back."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from app.client import AmountUnusable, minor_units
+
+PAYMENTS = [sys.executable, "-m", "app.cli"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A running `payments up`."""
+
+    process: subprocess.Popen[str]
+    data_dir: Path
+
+    @property
+    def stack(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.data_dir / "stack.json").read_text())
+        return found
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return run(*arguments, data_dir=self.data_dir)
+
+    def send(self, *arguments: str) -> tuple[int, dict[str, Any]]:
+        """Exit code and result of `payments send … --json`."""
+        done = self.run("send", *arguments, "--json")
+        assert done.stdout.startswith("{"), done.stderr
+        return done.returncode, json.loads(done.stdout)
+
+
+def environment(data_dir: Path, **settings: str) -> dict[str, str]:
+    # A width at which no line of what is looked for is broken.
+    return os.environ | {"PAYMENTS_DATA_DIR": str(data_dir), "COLUMNS": "200"} | settings
+
+
+def run(*arguments: str, data_dir: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PAYMENTS, *arguments],
+        cwd=ROOT,
+        env=environment(data_dir, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@contextlib.contextmanager
+def started(data_dir: Path, **settings: str) -> Iterator[Up]:
+    """`payments up` from when it says that it is ready; killed with all that it started if a test left it running."""
+    log = (data_dir / "up.out").open("w+")
+    process = subprocess.Popen(
+        [*PAYMENTS, "up"], cwd=ROOT, env=environment(data_dir, **settings), stdout=log, text=True
+    )
+    try:
+        wait_until(lambda: (data_dir / "stack.json").exists() or process.poll() is not None)
+        assert process.poll() is None, (data_dir / "up.out").read_text()
+        yield Up(process, data_dir)
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def up(data_dir: Path) -> Iterator[Up]:
+    folder = data_dir / "cli"
+    folder.mkdir()
+    with started(folder) as running:
+        yield running
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.05)
+
+
+def new_charge(*more: str) -> list[str]:
+    return ["charge", "--amount", "12.50", "--currency", "USD", *more]
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "minor"),
+    [("12.50", "USD", 1250), ("12.5", "USD", 1250), ("1250", "JPY", 1250), ("0.001", "KWD", 1), ("0.07", "EUR", 7)],
+)
+def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor: int) -> None:
+    assert minor_units(amount, currency) == minor
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "why"),
+    [
+        ("12.505", "USD", "USD has 2 decimals"),
+        ("1.5", "JPY", "JPY has no decimals"),
+        ("0", "USD", "more than zero"),
+        ("-3", "USD", "more than zero"),
+        ("NaN", "USD", "more than zero"),
+        ("twelve", "USD", "no amount"),
+        ("1", "XXX", "not one of the currencies"),
+    ],
+)
+def test_an_amount_that_cannot_be_paid_says_why(amount: str, currency: str, why: str) -> None:
+    with pytest.raises(AmountUnusable, match=why):
+        minor_units(amount, currency)
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    started_at = time.monotonic()
+    done = subprocess.run([*PAYMENTS, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.monotonic() - started_at < 2
+    for command in [
+        "up",
+        "demo",
+        "send",
+        "show",
+        "list",
+        "worker",
+        "relay",
+        "http",
+        "sandbox",
+        "migrate",
+        "maintain",
+        "asyncapi",
+    ]:
+        assert f"  {command} " in done.stdout
+
+
+def test_wrong_usage_is_not_mistaken_for_a_refused_payment(tmp_path: Path) -> None:
+    assert run("send", "charge", "--amont", "3", data_dir=tmp_path).returncode == 1
+
+
+def test_without_servers_send_says_how_to_start_them(tmp_path: Path) -> None:
+    if "PAYMENTS_KAFKA_BOOTSTRAP" in os.environ:
+        pytest.skip("the environment names servers")
+    done = run("send", *new_charge(), data_dir=tmp_path)
+    assert done.returncode == 1
+    assert "payments up" in done.stderr
+
+
+def test_a_charge_is_captured(up: Up) -> None:
+    code, event = up.send(*new_charge())
+    assert (code, event["type"]) == (0, "payment.captured.v1")
+    assert event["payment"]["captured_minor"] == 1250
+
+
+def test_the_result_is_a_line_for_a_person(up: Up) -> None:
+    done = up.run("send", *new_charge())
+    assert done.returncode == 0
+    assert "captured  USD 12.50" in done.stdout
+
+
+def test_a_command_sent_again_is_replayed(up: Up) -> None:
+    same = new_charge("--payment-id", str(uuid.uuid4()), "--idempotency-key", f"k-{uuid.uuid4()}")
+    _, first = up.send(*same)
+    code, second = up.send(*same)
+    assert (code, second["replayed"]) == (0, True)
+    assert second["original_event_id"] == first["event_id"]
+
+
+def test_a_key_with_other_content_is_rejected(up: Up) -> None:
+    key = ["--payment-id", str(uuid.uuid4()), "--idempotency-key", f"k-{uuid.uuid4()}"]
+    up.send(*new_charge(*key))
+    code, event = up.send("charge", "--amount", "99", *key)
+    assert (code, event["reason"]) == (2, "idempotency_conflict")
+
+
+def test_a_declined_card_has_its_own_exit_code(up: Up) -> None:
+    code, event = up.send(*new_charge("--payment-method", "pm_card_visa_chargeDeclinedInsufficientFunds"))
+    assert (code, event["decline_reason"]) == (2, "insufficient_funds")
+
+
+def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
+    done = up.run("send", *new_charge("--timeout", "0.001"))
+    assert done.returncode == 3
+    assert "payments show" in done.stderr
+
+
+def test_too_many_decimals_send_nothing(up: Up) -> None:
+    done = up.run("send", "charge", "--amount", "12.505", "--currency", "USD")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "USD has 2 decimals" in done.stderr
+
+
+def test_a_payment_can_be_followed_from_authorization_to_refund(up: Up) -> None:
+    _, authorized = up.send("authorize", "--amount", "80", "--currency", "EUR", "--customer-id", "customer-cli")
+    payment = ["--payment-id", authorized["payment_id"]]
+    up.send("capture", *payment, "--amount", "30", "--currency", "EUR")
+    up.send("capture", *payment)
+    code, event = up.send("refund", *payment, "--amount-minor", "500")
+    assert (code, event["payment"]["status"]) == (0, "partially_refunded")
+
+    shown = json.loads(up.run("show", authorized["payment_id"], "--json").stdout)
+    assert [each["state"] for each in shown["operations"]] == ["succeeded"] * 4
+    assert [each["payment_seq"] for each in shown["events"]] == [1, 2, 3, 4]
+    assert (shown["captured_minor"], shown["refunded_minor"]) == (8000, 500)
+    assert "refunded EUR 5.00" in up.run("show", authorized["payment_id"]).stdout
+
+    listed = json.loads(up.run("list", "--customer", "customer-cli", "--json").stdout)
+    assert [each["payment_id"] for each in listed["payments"]] == [authorized["payment_id"]]
+
+
+def test_payments_are_listed_by_filters(up: Up) -> None:
+    _, event = up.send("charge", "--amount", "7777.77", "--currency", "GBP")
+    filters = ["--status", "captured", "--currency", "GBP", "--min", "7777.77", "--max", "7777.77", "--since", "1h"]
+    listed = json.loads(up.run("list", *filters, "--json").stdout)
+    assert [each["payment_id"] for each in listed["payments"]] == [event["payment_id"]]
+
+
+@pytest.mark.parametrize(
+    ("filters", "advice"),
+    [
+        (["--status", "paid"], "there are: created"),
+        (["--min", "3"], "need --currency"),
+        (["--since", "yesterday"], "2h"),
+        (["--order", "a", "--status", "captured"], "stand alone"),
+        (["--cursor", "!"], "cursor"),
+    ],
+)
+def test_a_filter_that_cannot_be_read_says_what_to_write(up: Up, filters: list[str], advice: str) -> None:
+    done = up.run("list", *filters)
+    assert done.returncode == 1
+    assert advice in done.stderr
+
+
+def test_an_unknown_payment_is_told(up: Up) -> None:
+    assert up.run("show", str(uuid.uuid4())).returncode == 1
+
+
+def test_a_second_up_refuses_and_says_where_the_first_is(up: Up) -> None:
+    done = up.run("up")
+    assert done.returncode == 1
+    assert str(up.process.pid) in done.stdout
+    assert up.process.poll() is None
+
+
+def test_the_http_process_shows_all_processes(up: Up) -> None:
+    metrics = httpx.get(f"{up.stack['urls']['http']}/metrics", trust_env=False).text
+    for name in ("http", "worker", "relay"):
+        assert f'payments_process_up{{process="{name}"}} 1.0' in metrics
+
+
+def test_a_crashed_worker_is_started_again(up: Up) -> None:
+    killed = up.stack["pids"]["worker"]
+    os.kill(killed, signal.SIGKILL)
+    code, _ = up.send(*new_charge())
+    assert code == 0
+    assert up.stack["pids"]["worker"] != killed
+
+
+def test_migrating_what_is_migrated_does_nothing(up: Up) -> None:
+    settings = up.stack["environment"]
+    for command in (["migrate"], ["maintain"]):
+        done = run(*command, data_dir=up.data_dir, **settings)
+        assert done.returncode == 0, done.stderr
+
+
+def test_up_ends_cleanly_and_leaves_nothing_behind(up: Up) -> None:
+    """The last of those that use `up`."""
+    family = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(family) >= 4
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(60) == 0
+    assert not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    assert not (up.data_dir / "stack.json").exists()
+
+
+def test_a_process_that_cannot_start_is_named_with_the_end_of_its_log(tmp_data_dir: Path) -> None:
+    done = run("up", data_dir=tmp_data_dir, PAYMENTS_GATEWAYS='["nonsense"]')
+    assert done.returncode == 1
+    assert "worker ended while starting" in done.stdout
+    assert "PAYMENTS_GATEWAYS names ['nonsense']" in done.stdout
+    assert not (tmp_data_dir / "stack.json").exists()

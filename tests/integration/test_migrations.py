@@ -1,0 +1,207 @@
+"""The schema: forward and back, and what it refuses whoever writes."""
+
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import asyncpg
+import pytest
+import sqlalchemy as sa
+
+from infra.postgres import migrate
+from infra.postgres.tables import metadata
+
+# Everything that the schema consists of, in words.
+SCHEMA = """
+    SELECT 'column', table_name || '.' || column_name,
+           concat_ws(' ', data_type, is_nullable, column_default, is_identity, ordinal_position)
+      FROM information_schema.columns WHERE table_schema = 'public'
+    UNION ALL
+    SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
+      FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+    UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT 'trigger', tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT 'view', viewname, definition FROM pg_views WHERE schemaname = 'public'
+    UNION ALL SELECT 'function', proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT 'type', t.typname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnum
+      FROM pg_type t JOIN pg_class c ON c.oid = t.typrelid JOIN pg_attribute a ON a.attrelid = c.oid
+     WHERE c.relkind = 'c' AND t.typnamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT 'partition', inhrelid::regclass::text, inhparent::regclass::text
+      FROM pg_inherits WHERE inhrelid::regclass::text NOT LIKE '%idx'
+    UNION ALL
+    SELECT 'options', relname, coalesce(array_to_string(reloptions, ','), '')
+      FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'i')
+    UNION ALL
+    SELECT 'publication', pubname, concat_ws(' ', pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot)
+      FROM pg_publication
+    UNION ALL SELECT 'published', pubname, tablename FROM pg_publication_tables
+    ORDER BY 1, 2, 3
+"""
+
+
+@pytest.fixture
+async def connection(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(postgres_url)
+    yield connection
+    await connection.close()
+
+
+def schema_of(url: str) -> list[tuple[Any, ...]]:
+    engine = sa.create_engine(migrate.sync_url(url), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(sa.text(SCHEMA))]
+
+
+def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
+    migrate.upgrade(empty_postgres_url)
+    first = schema_of(empty_postgres_url)
+    migrate.downgrade(empty_postgres_url, "base")
+    left = {name for kind, name, _ in schema_of(empty_postgres_url) if kind != "options"}
+    assert {name.split(".")[0] for name in left} <= {"alembic_version", "alembic_version_pkc"}
+    migrate.upgrade(empty_postgres_url)
+    assert schema_of(empty_postgres_url) == first
+    assert {"column", "constraint", "index", "trigger", "view", "function", "type", "partition", "publication"} <= {
+        kind for kind, _, _ in first
+    }
+
+
+def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(migrate.upgrade, empty_postgres_url) for _ in range(4)]:
+            future.result()
+    assert schema_of(empty_postgres_url) == schema_of(postgres_url)
+
+
+def test_a_second_upgrade_changes_nothing(postgres_url: str) -> None:
+    before = schema_of(postgres_url)
+    migrate.upgrade(postgres_url)
+    assert schema_of(postgres_url) == before
+
+
+def test_the_tables_in_code_are_those_of_the_schema(postgres_url: str) -> None:
+    engine = sa.create_engine(migrate.sync_url(postgres_url), poolclass=sa.NullPool)
+    found = sa.MetaData()
+    found.reflect(engine, only=list(metadata.tables))
+    for name, table in metadata.tables.items():
+        ours = {c.name: (str(c.type.compile(engine.dialect)), c.nullable, c.primary_key) for c in table.columns}
+        theirs = {
+            c.name: (str(c.type.compile(engine.dialect)), c.nullable, c.primary_key) for c in found.tables[name].columns
+        }
+        assert ours == theirs, name
+
+
+# --- what the schema refuses ---------------------------------------------------------------------------------------
+
+GOOD = {
+    "payment_id": uuid.UUID(int=1), "status": "captured", "currency": "EUR", "amount_minor": 10,
+    "authorized_minor": 10, "captured_minor": 6, "released_minor": 3, "reserved_capture_minor": 1,
+    "refunded_minor": 4, "reserved_refund_minor": 2, "disputed_minor": 0, "open_operations": 0,
+}  # fmt: skip
+
+
+async def insert(connection: asyncpg.Connection, table: str, row: dict[str, Any]) -> None:
+    places = ", ".join(f"${number}" for number in range(1, len(row) + 1))
+    await connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})", *row.values())
+
+
+async def test_amounts_may_go_to_their_limits(connection: asyncpg.Connection) -> None:
+    await insert(connection, "payments", GOOD)
+    await insert(connection, "payments", {"payment_id": uuid.uuid4(), "status": "created"})
+
+
+@pytest.mark.parametrize(
+    ("constraint", "bad"),
+    [
+        *(("payments_amounts_not_negative", {name: -1}) for name in GOOD if name.endswith("_minor")),
+        ("payments_amounts_not_negative", {"open_operations": -1}),
+        ("payments_captured_within_authorized", {"captured_minor": 7}),
+        ("payments_captured_within_authorized", {"released_minor": 4}),
+        ("payments_captured_within_authorized", {"reserved_capture_minor": 2}),
+        ("payments_captured_within_authorized", {"authorized_minor": 9}),
+        ("payments_refunded_within_captured", {"refunded_minor": 5}),
+        ("payments_refunded_within_captured", {"reserved_refund_minor": 3}),
+        ("payments_amounts_have_currency", {"currency": None}),
+        ("payments_status_known", {"status": "fine"}),
+    ],
+)
+async def test_impossible_amounts_are_refused(
+    connection: asyncpg.Connection, constraint: str, bad: dict[str, Any]
+) -> None:
+    with pytest.raises(asyncpg.CheckViolationError) as refused:
+        await insert(connection, "payments", GOOD | bad)
+    assert refused.value.constraint_name == constraint
+    await insert(connection, "payments", GOOD)
+    column, value = next(iter(bad.items()))
+    with pytest.raises(asyncpg.CheckViolationError, match=constraint):
+        await connection.execute(f"UPDATE payments SET {column} = $1", value)
+
+
+OPERATION = {
+    "payment_id": uuid.UUID(int=1), "number": 1, "kind": "charge", "fingerprint": b"", "content": "{}",
+    "state": "dispatched", "idempotency_key": "key", "due_at": None, "result": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["rejected", "succeeded", "declined", "not_executed"])
+async def test_a_final_operation_has_a_result(connection: asyncpg.Connection, state: str) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match="operations_final_has_result"):
+        await insert(connection, "operations", OPERATION | {"state": state})
+    await insert(connection, "operations", OPERATION | {"state": state, "result": "{}"})
+    with pytest.raises(asyncpg.CheckViolationError, match="operations_final_has_result"):
+        await connection.execute("UPDATE operations SET due_at = now()")
+
+
+@pytest.mark.parametrize("bad", [{"state": "done"}, {"kind": "give"}], ids=["state", "kind"])
+async def test_unknown_words_are_refused(connection: asyncpg.Connection, bad: dict[str, Any]) -> None:
+    with pytest.raises(asyncpg.CheckViolationError):
+        await insert(connection, "operations", OPERATION | bad)
+
+
+async def test_a_key_is_accepted_once(connection: asyncpg.Connection) -> None:
+    await insert(connection, "operations", OPERATION)
+    with pytest.raises(asyncpg.UniqueViolationError, match="operations_idempotency_key_key"):
+        await insert(connection, "operations", OPERATION | {"payment_id": uuid.UUID(int=2)})
+    with pytest.raises(asyncpg.UniqueViolationError, match="operations_pkey"):
+        await insert(connection, "operations", OPERATION | {"idempotency_key": "other"})
+
+
+TRANSFER = {
+    "payment_id": uuid.UUID(int=1), "payment_seq": 1, "debit": "a", "credit": "b", "amount_minor": 5, "currency": "EUR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", ["UPDATE ledger SET amount_minor = 6", "DELETE FROM ledger", "TRUNCATE ledger"])
+async def test_the_ledger_is_append_only(connection: asyncpg.Connection, statement: str) -> None:
+    await insert(connection, "ledger", TRANSFER)
+    with pytest.raises(asyncpg.RestrictViolationError, match="append-only"):
+        await connection.execute(statement)
+    assert await connection.fetchval("SELECT sum(amount_minor) FROM ledger") == 5
+
+
+@pytest.mark.parametrize("bad", [{"amount_minor": 0}, {"amount_minor": -5}, {"credit": "a"}])
+async def test_a_transfer_moves_something_somewhere(connection: asyncpg.Connection, bad: dict[str, Any]) -> None:
+    with pytest.raises(asyncpg.CheckViolationError):
+        await insert(connection, "ledger", TRANSFER | bad)
+
+
+async def test_a_payments_event_books_once(connection: asyncpg.Connection) -> None:
+    await insert(connection, "ledger", TRANSFER)
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await insert(connection, "ledger", TRANSFER | {"amount_minor": 6})
+
+
+async def test_postings_sum_to_zero(connection: asyncpg.Connection) -> None:
+    for number in range(1, 8):
+        debit, credit = ("a", "b") if number % 3 else ("b", "c")
+        await insert(
+            connection,
+            "ledger",
+            TRANSFER | {"payment_seq": number, "debit": debit, "credit": credit, "amount_minor": number},
+        )
+    totals = await connection.fetch("SELECT account, sum(amount_minor)::int FROM ledger_postings GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in totals] == [("a", 19), ("b", -10), ("c", -9)]
+    assert await connection.fetchval("SELECT sum(amount_minor) FROM ledger_postings") == 0
+    assert await connection.fetchval("SELECT count(*) FROM ledger_postings") == 14

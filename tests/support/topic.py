@@ -1,0 +1,56 @@
+"""Sending commands and reading topics in tests, from the beginning and until a condition holds."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+PARTITIONS = 8
+
+
+async def send(bootstrap: str, topic: str, *messages: tuple[bytes | None, bytes | None]) -> None:
+    """Send (key, value) pairs in order and have them acknowledged."""
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
+        for acknowledgement in [await producer.send(topic, value, key=key) for key, value in messages]:
+            await acknowledgement
+
+
+async def read_until(
+    bootstrap: str, topic: str, is_enough: Callable[[list[Any]], bool], *, timeout_seconds: float = 60
+) -> list[Any]:
+    """All records of the topic, read until they are enough, each partition in its order."""
+    records: list[Any] = []
+    async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
+        partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+        consumer.assign(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        async with asyncio.timeout(timeout_seconds):
+            while not is_enough(records):
+                for batch in (await consumer.getmany(timeout_ms=100)).values():
+                    records += batch
+    return records
+
+
+def bodies(records: list[Any]) -> list[dict[str, Any]]:
+    """The JSON of each record."""
+    return [json.loads(record.value) for record in records]
+
+
+def finals(records: list[Any]) -> set[str]:
+    """The idempotency keys that have their result."""
+    interim = ("payment.pending.v1", "payment.requires_action.v1", "payment.needs_review.v1")
+    return {event["idempotency_key"] for event in bodies(records) if event["type"] not in interim}
+
+
+def assert_first_deliveries_are_gap_free(records: list[Any]) -> None:
+    """Per payment, events seen for the first time come in the order 1, 2, 3, … and none is missing."""
+    seen: dict[str, list[int]] = {}
+    ids: set[str] = set()
+    for event in bodies(records):
+        if event["event_id"] not in ids and not event["replayed"]:
+            ids.add(event["event_id"])
+            seen.setdefault(event["payment_id"], []).append(event["payment_seq"])
+    for payment_id, sequence in seen.items():
+        assert sequence == list(range(1, len(sequence) + 1)), payment_id
