@@ -10,15 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from app.settings import Settings
-
-REFUSED: Final = 2
-NO_RESULT: Final = 3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -474,21 +471,31 @@ def _uuid(text: str) -> Any:
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """A server that is away is a message, not a stack trace."""
+    """A server that is away, or an option that cannot be read, is a message and not a stack trace."""
+    try:
+        yield
+    except ValueError as error:
+        _fail(str(error))
+    except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
+        advice = _advice(error)
+        if advice is None:
+            raise
+        _fail(f"{type(error).__name__}: {error}\n{advice}")
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about an error of a server; None for what is none."""
     import asyncpg
     from aiokafka.errors import KafkaError
     from sqlalchemy.exc import SQLAlchemyError
 
     from domain.errors import StoreUnavailable
 
-    try:
-        yield
-    except ValueError as error:
-        _fail(str(error))
-    except KafkaError as error:
-        _fail(f"Kafka cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_KAFKA_BOOTSTRAP right?")
-    except (OSError, asyncpg.PostgresError, SQLAlchemyError, StoreUnavailable) as error:
-        _fail(f"a server cannot be used: {type(error).__name__}: {error}\nIs PAYMENTS_POSTGRES_URL right?")
+    if isinstance(error, KafkaError):
+        return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
+    if isinstance(error, (OSError, asyncpg.PostgresError, SQLAlchemyError, StoreUnavailable)):
+        return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
+    return None
 
 
 def _fail(message: str) -> NoReturn:

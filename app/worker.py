@@ -140,4 +140,6 @@ class Worker:
         await self._dispatcher.drain(DRAIN_SECONDS)
         settler.cancel()
         leases.cancel()
+        # A save that was cut short gives its answers back; only then are they there to be drained.
+        await asyncio.gather(settler, leases, return_exceptions=True)
         await self._settler.drain(DRAIN_SECONDS)

@@ -92,14 +92,22 @@ class CommandConsumer:
         try:
             await self._accept(records)
         except (StoreUnavailable, KafkaError) as error:
-            metrics.STORE_UNAVAILABLE.labels("command").inc()
             log.warning("batch postponed", records=len(records), error=str(error))
-            await asyncio.sleep(self._retry.next_seconds())
-            await message.nack()
+            await self._postpone(message)
+            return
+        except Exception:
+            # A defect. FastStream would go on with the next batch, whose offsets would say that this one is done, too.
+            log.exception("batch postponed", records=len(records))
+            await self._postpone(message)
             return
         self._retry.reset()
         self.offsets.accepted(consumer, records)
         self._backlog.pause_if_full(consumer)
+
+    async def _postpone(self, message: KafkaMessage) -> None:
+        metrics.STORE_UNAVAILABLE.labels("command").inc()
+        await asyncio.sleep(self._retry.next_seconds())
+        await message.nack()
 
     async def _pace(self) -> None:
         rest = CYCLE_SECONDS - (time.monotonic() - self._last_started)

@@ -53,7 +53,16 @@ class Dispatcher:
         """Call the gateways for these, as soon as each one's limit allows."""
         self._leases.hold(requests)
         for request in requests:
-            self._lanes[request.gateway].add(request)
+            lane = self._lanes.get(request.gateway)
+            if lane is None:
+                self._refuse(request)
+            else:
+                lane.add(request)
+
+    def _refuse(self, request: GatewayRequest) -> None:
+        """An operation of a gateway that was configured once: nothing is sent, the others go on."""
+        log.error("gateway is not configured", gateway=request.gateway, key=request.provider_key)
+        self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
     async def drain(self, timeout_seconds: float) -> None:
         """Wait until all is answered, or the time is up; what is left is taken over by a sweep after its lease."""
@@ -64,13 +73,18 @@ class Dispatcher:
     async def _run(self, gateway: Gateway, request: GatewayRequest) -> None:
         outcome = await self._outcome(gateway, request)
         metrics.calls(request.gateway, request.kind, type(outcome).__name__).inc()
+        self._answer(request, outcome)
+
+    def _answer(self, request: GatewayRequest, outcome: Outcome) -> None:
         self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
 
     async def _outcome(self, gateway: Gateway, request: GatewayRequest) -> Outcome:
         assert not self._store.in_transaction(), "a gateway is never called inside a transaction"
         started = time.perf_counter()
         try:
-            return await self._call(gateway, request)
+            # A gateway has its own, shorter timeouts; one that hangs all the same must not hold its place for ever.
+            async with asyncio.timeout(self._leases.lease.total_seconds()):
+                return await self._call(gateway, request)
         except GatewayUnreachable as error:
             return Unreachable(error.message)
         except GatewayContractBroken as error:
@@ -80,6 +94,11 @@ class Dispatcher:
             return Unknown(error.message)
         except OutcomeUnknown as error:
             return Unknown(error.message)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            log.error("gateway call cancelled itself", gateway=request.gateway, key=request.provider_key)
+            return Unknown("the gateway adapter was cancelled")
         except Exception:
             # A defect of an adapter: whether money moved is unknown, and must stay so.
             log.exception("gateway call failed unexpectedly", gateway=request.gateway, key=request.provider_key)
@@ -105,13 +124,20 @@ class Dispatcher:
                 assert_never(request.kind)
 
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
-        """Whether the provider may have dropped the key: repeating the call could then move money again."""
+        """Whether the provider may have dropped the key: repeating the call could then move money again.
+
+        This goes for a first attempt, too: a worker that slept for so long does not know what others did meanwhile.
+        """
         sent = request.first_dispatched_at
-        return (
-            request.attempts > 1
-            and sent is not None
-            and self._clock() - sent > gateway.capabilities.idempotency_retention - timedelta(minutes=5)
+        return sent is not None and self._clock() - sent > gateway.capabilities.idempotency_retention - timedelta(
+            minutes=5
         )
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this very task; otherwise a library leaked a cancellation of its own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Lane:

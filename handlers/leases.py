@@ -8,7 +8,7 @@ from datetime import timedelta
 import structlog
 
 from domain.decide import Answer
-from domain.errors import StoreUnavailable
+from domain.errors import PaymentsError
 from domain.operations import GatewayRequest
 from domain.ports import HeldLease, PaymentStore
 
@@ -22,7 +22,7 @@ class Leases:
 
     def __init__(self, *, store: PaymentStore, lease: timedelta) -> None:
         self._store = store
-        self._lease = lease
+        self.lease = lease
         self._held: dict[HeldLease, float] = {}
 
     def hold(self, requests: Iterable[GatewayRequest]) -> None:
@@ -39,18 +39,18 @@ class Leases:
     async def run(self) -> None:
         """Renew what has run for a third of its time, until cancelled."""
         while True:
-            await asyncio.sleep(self._lease.total_seconds() / 6)
+            await asyncio.sleep(self.lease.total_seconds() / 6)
             try:
                 await self.renew()
-            except StoreUnavailable as error:
+            except PaymentsError as error:
                 log.warning("leases not renewed", held=len(self._held), error=str(error))
 
     async def renew(self) -> None:
         """Renew old leases. One that was taken over meanwhile stays lost: its answer will be stale."""
         now = time.monotonic()
-        oldest = now - self._lease.total_seconds() / 3
+        oldest = now - self.lease.total_seconds() / 3
         due = [held for held, since in self._held.items() if since < oldest]
         for start in range(0, len(due), RENEWED_MAX):
             part = due[start : start + RENEWED_MAX]
-            await self._store.renew(part, lease=self._lease)
+            await self._store.renew(part, lease=self.lease)
             self._held.update((held, now) for held in part if held in self._held)

@@ -58,10 +58,15 @@ class Sweep:
             return 0
         claimed = await self._store.claim_due(limit=limit, lease=self._lease)
         metrics.CLAIMED.inc(len(claimed))
-        self._submit([_request(payment, operation) for payment, operation in claimed])
+        self._submit([request for each in claimed if (request := _request(*each))])
         return len(claimed)
 
 
-def _request(payment: Payment, operation: Operation) -> GatewayRequest:
-    command = command_from_content(operation.content, operation.traceparent)
-    return gateway_request(payment, operation, command)
+def _request(payment: Payment, operation: Operation) -> GatewayRequest | None:
+    """None for one that this release cannot read: it stays due, and stops none of its neighbours."""
+    try:
+        command = command_from_content(operation.content, operation.traceparent)
+        return gateway_request(payment, operation, command)
+    except (ValueError, AssertionError):
+        log.exception("claimed operation cannot be read", key=operation.provider_key)
+        return None

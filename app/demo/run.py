@@ -29,6 +29,7 @@ CRASH_AT: Final = 0.45
 """When the worker is killed: after this share of the messages."""
 RESULTS_SECONDS_MAX: Final = 60.0
 """How long after the last message a result may take."""
+SURPLUS_SECONDS: Final = 1.0
 LETTERS_SECONDS_MAX: Final = 5.0
 PROVIDER_LATENCY_MS: Final = 60
 MISSING_SHOWN: Final = 10
@@ -95,6 +96,7 @@ class Demo:
         self._screen = screen
         self._sendings = sendings
         self._tally = Tally(sendings)
+        self._answered = asyncio.Event()
         self._letters: set[tuple[bytes, bytes]] = set()
 
     def introduce(self, orders: int, seed: int) -> None:
@@ -144,16 +146,23 @@ class Demo:
 
     async def _exchange(self, client: PaymentsClient) -> None:
         """Send everything, crash in the middle, and listen until every delivery is answered or time is up."""
-        listening = asyncio.create_task(self._listen(client))
-        with _running(self._screen.follow(self._tally, len(self._sendings))):
-            await self._send(client)
-            self._screen.tell("all messages are sent")
-            try:
-                async with asyncio.timeout(RESULTS_SECONDS_MAX):
-                    await listening
-                self._screen.tell(f"[green]every delivery is answered[/]: {self._tally.answered:,}")
-            except TimeoutError:
-                self._screen.tell(f"[red]{len(self._tally.missing):,} commands have no answer[/]")
+        async with asyncio.TaskGroup() as group:
+            listening = group.create_task(self._listen(client))
+            with _running(self._screen.follow(self._tally, len(self._sendings))):
+                await self._send(client)
+                self._screen.tell("all messages are sent")
+                await self._wait_for_answers()
+                # A moment longer, for what should not come: a second result, say.
+                await asyncio.sleep(SURPLUS_SECONDS)
+            listening.cancel()
+
+    async def _wait_for_answers(self) -> None:
+        try:
+            async with asyncio.timeout(RESULTS_SECONDS_MAX):
+                await self._answered.wait()
+            self._screen.tell(f"[green]every delivery is answered[/]: {self._tally.answered:,}")
+        except TimeoutError:
+            self._screen.tell(f"[red]{len(self._tally.missing):,} commands have no answer[/]")
 
     async def _send(self, client: PaymentsClient) -> None:
         crash_at = int(len(self._sendings) * CRASH_AT)
@@ -172,7 +181,7 @@ class Demo:
             if self._installation.children["worker"].is_ready and self._tally.has_recovered(heard.at):
                 self._screen.tell("the backlog of the crash is worked off")
             if self._tally.sent == len(self._sendings) and not self._tally.missing:
-                return
+                self._answered.set()
 
     def _crash(self) -> None:
         self._tally.note_crash(time.monotonic())

@@ -131,10 +131,6 @@ class Tally:
             table[answer.planned.story][_word(answer.results[0]) if answer.results else "missing"] += 1
         return table
 
-    def absorbed(self) -> int:
-        """Deliveries beyond the first that moved nothing."""
-        return sum(each.replays for each in self.answers.values())
-
     def seconds(self, *, undisturbed: bool) -> list[float]:
         """Sorted times from command to result; undisturbed ones had no fault of their own and met no crash."""
         answered = [each for each in self.answers.values() if each.answered_at is not None]
@@ -162,7 +158,9 @@ class Tally:
         return Check("every accepted command has exactly one final result", not wrong and not self.missing, found)
 
     def _check_answers(self) -> Check:
-        found = f"{self.deliveries:,} deliveries, {sum(each.answers for each in self.answers.values()):,} answers"
+        answers = sum(each.answers for each in self.answers.values())
+        again = f", {answers - self.deliveries} of what Kafka delivered again" if answers > self.deliveries else ""
+        found = f"{self.deliveries:,} deliveries, {answers:,} answers{again}"
         return Check("every delivery of a command is answered", not self.missing, found)
 
     def _check_expected(self) -> Check:

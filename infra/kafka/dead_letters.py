@@ -1,14 +1,23 @@
 """The dead-letter topic: originals kept byte for byte, with where they came from and why they are here."""
 
+from asyncio import Future
 from collections.abc import Sequence
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from domain.ports import DeadLetter
 
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+
 
 class KafkaDeadLetters:
-    """Parks messages in `topic`; fits `domain.ports.DeadLetters`."""
+    """Parks messages in `topic`; fits `domain.ports.DeadLetters`.
+
+    A message that the topic does not take with our headers on top is parked without its value (`dlq_value_left_out`
+    tells its size; the original stands at `dlq_offset` of `dlq_topic`): it must not hold up its partition for ever.
+    """
 
     def __init__(self, producer: AIOKafkaProducer, *, topic: str) -> None:
         self._producer = producer
@@ -20,15 +29,29 @@ class KafkaDeadLetters:
         Raises:
             KafkaError: not all of them are surely parked; park them again.
         """
-        sent = [
-            await self._producer.send(self._topic, value=each.value, key=each.key, headers=_headers(each))
-            for each in letters
-        ]
-        for acknowledgement in sent:
-            await acknowledgement
+        sent = [(each, await self._send_whole(each)) for each in letters]
+        for letter, acknowledgement in sent:
+            try:
+                await acknowledgement
+            except TOO_LARGE:
+                await (await self._send_stub(letter))
+
+    async def _send_whole(self, letter: DeadLetter) -> "Future[Any]":
+        try:
+            return await self._send(letter.value, letter.key, [*letter.headers, *_facts(letter)])
+        except TOO_LARGE:
+            return await self._send_stub(letter)
+
+    async def _send_stub(self, letter: DeadLetter) -> "Future[Any]":
+        size = str(len(letter.value or b"")).encode()
+        return await self._send(None, letter.key, [*_facts(letter), ("dlq_value_left_out", size)])
+
+    async def _send(self, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]]) -> "Future[Any]":
+        acknowledgement: Future[Any] = await self._producer.send(self._topic, value=value, key=key, headers=headers)
+        return acknowledgement
 
 
-def _headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
+def _facts(letter: DeadLetter) -> list[tuple[str, bytes]]:
     facts = {
         "dlq_reason": letter.reason,
         "dlq_detail": letter.detail,
@@ -36,4 +59,4 @@ def _headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
         "dlq_partition": str(letter.partition),
         "dlq_offset": str(letter.offset),
     }
-    return [*letter.headers, *((name, text.encode()) for name, text in facts.items())]
+    return [(name, text.encode()) for name, text in facts.items()]

@@ -23,6 +23,9 @@ from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import Changes, HeldLease, OutboxRow
 
+IDLE_IN_TRANSACTION_MS: Final = 10_000
+"""A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
+
 PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 
 PAYMENT_COLUMNS: Final = (
@@ -135,6 +138,12 @@ _UNAVAILABLE: Final = (
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
+    # Nothing of these is an input's fault: a schema of another release, a missing privilege, a session that was ended.
+    asyncpg.SyntaxOrAccessError,
+    asyncpg.FeatureNotSupportedError,
+    asyncpg.InvalidTransactionStateError,
+    asyncpg.InternalServerError,
+    asyncpg.InternalClientError,
 )
 _LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
 _REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
@@ -158,7 +167,7 @@ async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
             max_size=size,
             command_timeout=30,
             timeout=10,
-            server_settings=dict(PINNED_PLANS),
+            server_settings=PINNED_PLANS | {"idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS)},
             reset=_keep_session,
         )
 

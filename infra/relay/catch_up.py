@@ -1,7 +1,7 @@
 """Makes sure that the slot exists and that every row committed before it was published.
 
 A slot knows only what was committed after it was created. So a row in `relay_slots` says that the table was published
-up to the slot's beginning; without it, or with another server's mark in it, the slot is made anew and the table is read.
+up to where the slot begins; without it, or with another server's mark in it, the slot is made anew and the table read.
 Rows are then published again, and none is left out.
 """
 
@@ -30,8 +30,11 @@ FIND_SLOT = """
 
 SCAN = f"""
     -- created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock:
-    -- only payment_seq has a payment's order. The index on both streams the rows without a sort.
-    SELECT {", ".join(f"{name}::text" for name in OUTBOX_COLUMNS)} FROM outbox ORDER BY aggregateid, payment_seq
+    -- only payment_seq has a payment's order. The index on both streams the rows without a sort. Unqualified names
+    -- would mean the text columns of the result, where 10 comes before 2.
+    SELECT {", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)}
+      FROM outbox AS o
+     ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constant
 
 

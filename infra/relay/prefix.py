@@ -2,6 +2,9 @@
 
 from collections import deque
 
+TIDY_ABOVE = 10_000
+"""Transactions kept at least before complete ones are looked for."""
+
 
 class Group:
     """One transaction: how many of its events are not acknowledged, and, once its COMMIT was read, where it ends."""
@@ -24,6 +27,7 @@ class Prefix:
     def __init__(self) -> None:
         self._groups: deque[Group] = deque()
         self._lsn = 0
+        self._tidy_above = TIDY_ABOVE
 
     def begin(self, committed_at_us: int) -> Group:
         """The next transaction of the log; it blocks the position until `end_lsn` is known and nothing is missing."""
@@ -41,7 +45,15 @@ class Prefix:
             self._lsn = max(self._lsn, self._groups.popleft().end_lsn or 0)
         if not self._groups:
             self._lsn = max(self._lsn, wal_end)
+        elif len(self._groups) > self._tidy_above:
+            self._forget_complete()
         return self._lsn
+
+    def _forget_complete(self) -> None:
+        """Behind a transaction that waits for long, complete ones would pile up; only the last one's end matters."""
+        last = self._groups[-1]
+        self._groups = deque(each for each in self._groups if each.missing or each.end_lsn is None or each is last)
+        self._tidy_above = TIDY_ABOVE + 2 * len(self._groups)
 
     @property
     def oldest_commit_us(self) -> int | None:

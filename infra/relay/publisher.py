@@ -30,6 +30,8 @@ from infra.relay.prefix import Group
 log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX = 262_144
+SEND_SECONDS = 5.0
+"""How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError, TopicAuthorizationFailedError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
@@ -43,11 +45,21 @@ class _Pending(NamedTuple):
 class _Lane:
     """One partition: what waits, and what is on its way."""
 
-    __slots__ = ("batch_bytes_max", "held_event_id", "in_flight", "is_held", "number", "pending", "producer")
+    __slots__ = (
+        "batch_bytes_max",
+        "held_event_id",
+        "in_flight",
+        "is_held",
+        "is_producer_spent",
+        "number",
+        "pending",
+        "producer",
+    )
 
     def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
         self.number = number
-        self.producer: AIOKafkaProducer | None = producer
+        self.producer = producer
+        self.is_producer_spent = False
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[_Pending] = deque()
         self.in_flight: list[_Pending] = []
@@ -119,7 +131,12 @@ class Publisher:
         """
         self.check()
         while self._due:
-            await self._send(self._due.pop())
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self._send(self._due.pop())
+            except TimeoutError as error:
+                raise KafkaAway("the producer takes no batch") from error
+            self.check()
 
     def check(self) -> None:
         """Raises KafkaAway if this publisher is useless."""
@@ -143,15 +160,23 @@ class Publisher:
         await asyncio.gather(*map(_abandon, self._producers))
 
     async def _send(self, lane: _Lane) -> None:
-        if lane.producer is None:
-            lane.producer = await _start_producer(self._config, lane.batch_bytes_max)
-            self._producers.add(lane.producer)
+        if lane.is_producer_spent:
+            await self._renew_producer(lane)
         batch = self._gather(lane, lane.producer)
         if not lane.in_flight:
             self._hold(lane, MessageSizeTooLargeError(f"above our own limit of {self._config.message_bytes_max} bytes"))
             return
         sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
         sent.add_done_callback(partial(self._sent, lane))
+
+    async def _renew_producer(self, lane: _Lane) -> None:
+        spent = lane.producer
+        lane.producer = await _start_producer(self._config, lane.batch_bytes_max)
+        lane.is_producer_spent = False
+        self._producers.add(lane.producer)
+        if all(each.producer is not spent for each in self._lanes):
+            self._producers.remove(spent)
+            await _abandon(spent)
 
     def _gather(self, lane: _Lane, producer: AIOKafkaProducer) -> Any:
         """Move events from waiting to on their way; none if the first is larger than we send."""
@@ -172,9 +197,9 @@ class Publisher:
         return batch
 
     def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
-        if sent.cancelled() or self._is_closed:
+        if self._is_closed:
             return
-        error = sent.exception()
+        error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
         batch, lane.in_flight = lane.in_flight, []
         if error is None:
             self._acknowledge(lane, batch)
@@ -204,7 +229,7 @@ class Publisher:
     def _refused(self, lane: _Lane, batch: list[_Pending], error: BaseException) -> None:
         """Try smaller batches, down to the one event that is refused; that one is held."""
         # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
-        lane.producer = None
+        lane.is_producer_spent = True
         if len(batch) > 1 and isinstance(error, TOO_LARGE):
             lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2
         else:

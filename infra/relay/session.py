@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import time
 import zlib
+from collections.abc import Coroutine
+from typing import Any
 
 import psycopg
 import structlog
@@ -11,12 +13,11 @@ import structlog
 from infra.relay import metrics
 from infra.relay.catch_up import catch_up, reason_to_scan
 from infra.relay.config import RelayConfig
-from infra.relay.errors import PostgresAway
 from infra.relay.health import State, Status
 from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, OutboxEvent, RowReader, read_begin, read_commit
 from infra.relay.prefix import Group, Prefix
 from infra.relay.publisher import Publisher
-from infra.relay.stream import CONNECTION, ReplicationStream
+from infra.relay.stream import ReplicationStream, with_settings
 
 log = structlog.get_logger(__name__)
 
@@ -24,11 +25,12 @@ PORTION = 1000
 """Messages of the log that are taken in one go, before the loop turns to Kafka."""
 LEADERSHIP = 8146
 """First half of the advisory lock's key: any number that only relays use. The second half is the slot's name."""
+LEADER_SETTINGS = "-c idle_session_timeout=10s"
+"""A leader that is frozen, not gone, loses its lock, as it loses its stream."""
+WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
-
-class Stopped(Exception):
-    """The relay was told to stop before it was streaming."""
+LAG = "SELECT pg_current_wal_flush_lsn() - confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s"
 
 
 class Session:
@@ -44,6 +46,7 @@ class Session:
         self._group = Group()
         self._confirmed = 0
         self._is_feedback_due = True
+        self._leadership: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Publish until told to stop.
@@ -52,28 +55,36 @@ class Session:
             RelayError, psycopg.Error, KafkaError, OSError: the session is over.
         """
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self._watch_stop().cancel)
+            stack.callback(_forget_lag)
+            preparation = asyncio.timeout(None)
+            self._run_beside(stack, self._watch_stop(preparation))
             try:
-                leader = await self._lead(stack)
-                stream = await ReplicationStream.connect(self._config.postgres_url)
-                stack.push_async_callback(stream.close)
-                publisher = await Publisher.connect(self._config, self._wake.set)
-                stack.push_async_callback(publisher.close)
-                await self._prepare(leader, stream, publisher)
-            except Stopped:
-                return
-            lag = asyncio.create_task(self._watch_lag(leader))
-            stack.callback(lag.cancel)
-            ticks = asyncio.create_task(self._tick())
-            stack.callback(ticks.cancel)
-            await self._publish(stream, publisher, lag)
+                async with preparation:
+                    leader = await self._lead(stack)
+                    self._leadership = self._run_beside(stack, self._watch_leadership(leader))
+                    stream = await ReplicationStream.connect(self._config.postgres_url)
+                    stack.push_async_callback(stream.close)
+                    publisher = await Publisher.connect(self._config, self._wake.set)
+                    stack.push_async_callback(publisher.close)
+                    await self._prepare(leader, stream, publisher)
+            except TimeoutError:
+                if preparation.expired():
+                    return
+                raise
+            self._run_beside(stack, self._tick())
+            await self._publish(stream, publisher)
 
-    def _watch_stop(self) -> asyncio.Task[None]:
-        async def watch() -> None:
-            await self._stop.wait()
-            self._wake.set()
+    def _run_beside(self, stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        stack.callback(task.cancel)
+        return task
 
-        return asyncio.create_task(watch())
+    async def _watch_stop(self, preparation: asyncio.Timeout) -> None:
+        """A stream is ended in good order; what comes before it may wait for others for long, and is cut short."""
+        await self._stop.wait()
+        self._wake.set()
+        with contextlib.suppress(RuntimeError):  # The preparation is over.
+            preparation.reschedule(0)
 
     # --- before the stream ------------------------------------------------------------------------------------------
 
@@ -82,19 +93,18 @@ class Session:
 
         It asks again and again, since a query that waits for the lock would keep VACUUM from removing anything.
         """
-        connection = await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION)
+        options = with_settings(LEADER_SETTINGS)
+        connection = await psycopg.AsyncConnection.connect(self._config.postgres_url, **options)
         await stack.enter_async_context(connection)
         key = [LEADERSHIP, zlib.crc32(self._config.slot.encode()) - 2**31]
-        while not self._stop.is_set():
+        while True:
             row = await (await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key)).fetchone()
             if row is not None and row[0]:
                 return connection
             if self._status.state is not State.STANDBY:
                 self._status.enter(State.STANDBY)
                 log.info("relay stands by", slot=self._config.slot)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), self._config.standby_seconds)
-        raise Stopped
+            await asyncio.sleep(self._config.standby_seconds)
 
     async def _prepare(self, leader: psycopg.AsyncConnection, stream: ReplicationStream, publisher: Publisher) -> None:
         system = await stream.system_identifier()
@@ -132,20 +142,18 @@ class Session:
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._config.feedback_seconds)
-        if self._stop.is_set():
-            raise Stopped
+        self._check_leadership()
         await publisher.flush()
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    async def _publish(self, stream: ReplicationStream, publisher: Publisher, lag: asyncio.Task[None]) -> None:
+    async def _publish(self, stream: ReplicationStream, publisher: Publisher) -> None:
         while not self._stop.is_set():
             self._wake.clear()
             is_more = not publisher.is_full and self._read(stream, publisher)
             await publisher.flush()
             self._confirm(stream, publisher)
-            if lag.done():
-                lag.result()
+            self._check_leadership()
             if is_more:
                 await asyncio.sleep(0)
             else:
@@ -202,18 +210,19 @@ class Session:
             metrics.UNACKNOWLEDGED.set(publisher.unacknowledged)
             metrics.LAG_SECONDS.set(_age(self._prefix.oldest_commit_us))
 
-    async def _watch_lag(self, leader: psycopg.AsyncConnection) -> None:
-        """Measure the lag, and notice when the connection that makes us the leader is gone.
+    async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
+        """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it.
 
         The stream itself does not say how long the log is: its messages carry only how far the server has read.
         """
         while True:
-            cursor = await leader.execute("SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
-            row = await cursor.fetchone()
-            if row is None:
-                raise PostgresAway("the server does not say where its log ends")
-            metrics.LAG_BYTES.set(max(0, int(row[0]) - self._confirmed))
-            await asyncio.sleep(self._config.feedback_seconds)
+            row = await (await leader.execute(LAG, [self._config.slot])).fetchone()
+            metrics.LAG_BYTES.set(max(0, int(row[0])) if row is not None and row[0] is not None else 0)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _check_leadership(self) -> None:
+        if self._leadership is not None and self._leadership.done():
+            self._leadership.result()
 
     async def _finish(self, stream: ReplicationStream, publisher: Publisher) -> None:
         """Have what was read acknowledged, and say so, that the next relay repeats nothing."""
@@ -230,6 +239,12 @@ class Session:
         async with asyncio.timeout(2):
             await stream.finish()
         log.info("relay stopped", confirmed_lsn=self._confirmed, unacknowledged=publisher.unacknowledged)
+
+
+def _forget_lag() -> None:
+    """Who does not stream has no lag; a former leader must not go on showing its last one."""
+    for gauge in (metrics.LAG_SECONDS, metrics.LAG_BYTES, metrics.UNACKNOWLEDGED):
+        gauge.set(0)
 
 
 def _age(commit_us: int | None) -> float:

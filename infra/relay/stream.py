@@ -29,7 +29,14 @@ CONNECTION: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
+    # And a client of ours that did, by the server, within the same time: a vanished leader must not keep its lock.
+    "options": "-c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3",
 }
+
+
+def with_settings(settings: str) -> dict[str, Any]:
+    """CONNECTION with further settings of the server's side."""
+    return CONNECTION | {"options": f"{CONNECTION['options']} {settings}"}
 
 
 class ReplicationStream:
@@ -51,9 +58,9 @@ class ReplicationStream:
             psycopg.OperationalError: it cannot be reached.
         """
         # wal_sender_timeout: the slot of a relay that vanished without a word is free again soon.
-        options = "-c wal_sender_timeout=10s"
+        options = with_settings("-c wal_sender_timeout=10s")
         connect = psycopg.AsyncConnection.connect
-        return cls(await connect(url, replication="database", options=options, application_name="relay", **CONNECTION))
+        return cls(await connect(url, replication="database", application_name="relay", **options))
 
     async def close(self) -> None:
         """End the connection; the server frees the slot."""

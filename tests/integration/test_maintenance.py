@@ -252,11 +252,11 @@ async def test_nothing_is_dropped_while_a_slot_lags(
 ) -> None:
     assert maintenance.MAX_LAG_BYTES == 64 * 1024 * 1024
     monkeypatch.setattr(maintenance, "MAX_LAG_BYTES", 1_000_000)
-    await aged.connection.execute("SELECT pg_logical_emit_message(false, 'filler', repeat('x', 1100000))")
+    await aged.connection.execute("SELECT pg_logical_emit_message(false, 'filler', repeat('x', 3000000))")
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
     (reason,) = report.kept_because
-    assert reason.startswith("slot probe lags 11")
+    assert reason.startswith("slot probe lags ")
 
 
 async def test_slots_of_others_do_not_matter(aged: Aged, subscriber: Any) -> None:

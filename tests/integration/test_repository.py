@@ -52,7 +52,7 @@ async def empty(postgres_url: str) -> AsyncIterator[PaymentRepository]:
 
 
 class Plans:
-    """The plans of everything that an engine executes on payments, operations or outbox."""
+    """The plans of all queries of an engine, for the values at hand."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.texts: list[str] = []
@@ -106,6 +106,12 @@ async def test_finder_walks_its_index(name: str, engine: AsyncEngine, full: Paym
     assert any(f" {index}" in text for text in plans.texts), plans.texts
     for text in plans.texts:
         assert "Seq Scan" not in text, text
+
+
+async def test_plans_are_made_for_the_values_at_hand(engine: AsyncEngine) -> None:
+    """A plan for whatever status would walk the primary key: to the other end of the table, where a status is rare."""
+    async with engine.connect() as connection:
+        assert await connection.scalar(sa.text("SHOW plan_cache_mode")) == "force_custom_plan"
 
 
 async def test_events_are_found_by_the_index_of_each_partition(postgres_url: str) -> None:

@@ -1,0 +1,465 @@
+"""The relay, Postgres or Kafka dies amid a load: every committed row still arrives, in order per payment."""
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+
+import psutil
+import psycopg
+import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.structs import ConsumerRecord
+
+from infra.local import EmbeddedKafka, EmbeddedPostgres
+from infra.relay import Relay, RelayConfig
+from infra.relay.catch_up import SCAN
+from tests.conftest import PARTITIONS, Topics
+
+PAYMENTS = [f"pay_{number}" for number in range(20)]
+LATENCY_OF_TAKEOVER_SECONDS = 5.0
+
+
+TIMEOUT_SECONDS = 40.0
+INSERT = """
+    INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at)
+    SELECT gen_random_uuid(), x.key, 'payment.captured.v1', %s, x.seq, '2026-01-02T03:04:05.000000Z'
+      FROM unnest(%s::text[], %s::int[]) AS x(key, seq)
+"""
+
+Records = list[ConsumerRecord[bytes, bytes]]
+
+
+def write(url: str, rows: Iterable[tuple[str, int]], payload: str = "{}") -> None:
+    """All rows, given as payment and seq, in one transaction."""
+    keys, seqs = zip(*rows, strict=True)
+    with psycopg.connect(url) as connection:
+        connection.execute(INSERT, [payload, list(keys), list(seqs)])
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until `condition` holds."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        await asyncio.sleep(0.01)
+
+
+class Subscriber:
+    """Everything on a topic from its beginning."""
+
+    def __init__(self, consumer: AIOKafkaConsumer) -> None:
+        self._consumer = consumer
+        self.records: Records = []
+
+    async def read_until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"never happened: {what}"
+            for records in (await self._consumer.getmany(timeout_ms=50)).values():
+                self.records += records
+
+    async def read_all_of(self, url: str) -> None:
+        """Every row of the outbox, at least once."""
+        with psycopg.connect(url) as connection:
+            wanted = {str(found[0]) for found in connection.execute("SELECT id FROM outbox")}
+        await self.read_until(lambda: {header(each, "id") for each in self.records} >= wanted, "every row on the topic")
+
+
+@contextlib.asynccontextmanager
+async def subscribed(bootstrap: str, topic: str) -> AsyncIterator[Subscriber]:
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        yield Subscriber(consumer)
+    finally:
+        await consumer.stop()
+
+
+def header(record: ConsumerRecord[bytes, bytes], name: str) -> str:
+    return dict(record.headers)[name].decode()
+
+
+def assert_first_deliveries_are_in_order(records: Records) -> None:
+    """Per payment, what is new to a subscriber that remembers ids comes as 1, 2, 3 …"""
+    seen: set[str] = set()
+    last: dict[bytes | None, int] = {}
+    for record in sorted(records, key=lambda record: (record.partition, record.offset)):
+        if header(record, "id") not in seen:
+            seen.add(header(record, "id"))
+            seq = int(header(record, "payment_seq"))
+            assert seq == last.get(record.key, 0) + 1, f"{record.key!r}: {seq} after {last.get(record.key, 0)}"
+            last[record.key] = seq
+
+
+@contextlib.asynccontextmanager
+async def running(config: RelayConfig, state: str = "active") -> AsyncIterator[Relay]:
+    """A relay in this process; leaving stops it in good order."""
+    relay, stop = Relay(config), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    try:
+        await until(lambda: relay.health.detail.startswith(state) or task.done(), f"relay {state}")
+        yield relay
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, TIMEOUT_SECONDS)
+
+
+def slot_position(url: str, slot: str) -> int:
+    with psycopg.connect(url) as connection:
+        found = connection.execute(
+            "SELECT confirmed_flush_lsn - '0/0'::pg_lsn FROM pg_replication_slots WHERE slot_name = %s", [slot]
+        ).fetchone()
+    assert found
+    return int(found[0])
+
+
+@contextlib.asynccontextmanager
+async def administering(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
+async def make_topic(bootstrap: str, name: str) -> None:
+    async with administering(bootstrap) as admin:
+        await admin.create_topics([NewTopic(name, PARTITIONS, 1)])
+
+
+@pytest.fixture
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> RelayConfig:
+    return RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topics.events,
+        slot=f"relay_{uuid.uuid4().hex[:12]}",
+        feedback_seconds=0.1,
+        retry_seconds_max=0.5,
+    )
+
+
+@pytest.fixture
+async def subscriber(config: RelayConfig) -> AsyncIterator[Subscriber]:
+    async with subscribed(config.kafka_bootstrap, config.topic) as found:
+        yield found
+
+
+class RelayProcess:
+    """A relay in a process of its own, to be killed."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self._config = config
+        environment = os.environ | {"RELAY_CONFIG": json.dumps(asdict(config))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "infra.relay"], env=environment, stdout=subprocess.DEVNULL
+        )
+
+    async def active(self) -> None:
+        await until(self._is_active, "the relay streams")
+
+    def _is_active(self) -> bool:
+        assert self._process.poll() is None, "the relay has ended"
+        with psycopg.connect(self._config.postgres_url) as connection:
+            query = "SELECT active FROM pg_replication_slots JOIN relay_slots USING (slot_name) WHERE slot_name = %s"
+            found = connection.execute(query, [self._config.slot]).fetchone()
+        return found is not None and bool(found[0])
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> int:
+        self._process.terminate()
+        return self._process.wait(20)
+
+
+@contextlib.contextmanager
+def relay_process(config: RelayConfig) -> Iterator[RelayProcess]:
+    process = RelayProcess(config)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+class Load:
+    """Writes the next event of every payment in one transaction, again and again, until told to stop.
+
+    Where Postgres goes away amid a commit, the next number is asked of the table: the commit may have happened.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.seq = 0
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    async def more(self, rounds: int = 30) -> None:
+        """Wait for this many further transactions."""
+        wanted = self.seq + rounds
+        await until(lambda: self.seq >= wanted, "the load goes on")
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                write(self._url, [(payment, self.seq + 1) for payment in PAYMENTS])
+                self.seq += 1
+            except psycopg.Error:
+                self._stop.wait(0.05)
+                with contextlib.suppress(psycopg.Error):
+                    self.seq = self._committed()
+
+    def _committed(self) -> int:
+        with psycopg.connect(self._url) as connection:
+            found = connection.execute("SELECT coalesce(max(payment_seq), 0) FROM outbox").fetchone()
+        assert found
+        return int(found[0])
+
+
+async def test_a_relay_killed_again_and_again_under_load_skips_nothing(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    with Load(config.postgres_url) as load:
+        for rounds in (1, 7, 20, 3):
+            with relay_process(config) as relay:
+                await relay.active()
+                await load.more(rounds)
+    with relay_process(config) as relay:
+        await subscriber.read_all_of(config.postgres_url)
+        assert relay.terminate() == 0
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+async def test_a_relay_killed_while_it_catches_up_begins_the_scan_again(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    for seq in range(1, 301):
+        write(config.postgres_url, [(payment, seq) for payment in PAYMENTS])
+    with relay_process(replace(config, unacknowledged_max=5)):
+        await subscriber.read_until(lambda: len(subscriber.records) > 0, "the scan has begun")
+    with psycopg.connect(config.postgres_url) as connection:
+        assert connection.execute("SELECT count(*) FROM relay_slots").fetchone() == (0,)
+    with relay_process(config):
+        await subscriber.read_all_of(config.postgres_url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+async def test_events_killed_after_kafkas_acknowledgement_and_before_the_slots_are_repeated_with_the_same_bytes(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    with relay_process(replace(config, feedback_seconds=3600)) as relay:
+        await relay.active()
+        write(config.postgres_url, [("a", seq) for seq in range(1, 51)])
+        await subscriber.read_all_of(config.postgres_url)
+    with relay_process(config):
+        await subscriber.read_until(lambda: len(subscriber.records) == 100, "all of them once more")
+    messages = [(record.key, record.value, record.headers, record.partition) for record in subscriber.records]
+    assert messages[:50] == messages[50:]
+
+
+async def test_the_slot_does_not_move_past_events_that_kafka_has_not_acknowledged(
+    postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig
+) -> None:
+    config = replace(config, kafka_bootstrap=own_kafka.bootstrap)
+    await make_topic(config.kafka_bootstrap, config.topic)
+    broker = psutil.Process(own_kafka.pid)
+    async with subscribed(config.kafka_bootstrap, config.topic) as subscriber:
+        with relay_process(config) as relay:
+            await relay.active()
+            broker.suspend()
+            before = wal_position(postgres_url)
+            write(postgres_url, [(payment, 1) for payment in PAYMENTS])
+            committed = wal_position(postgres_url)
+            await confirmations(postgres_url, config.slot, count=5)
+            position = slot_position(postgres_url, config.slot)
+            assert position <= before < committed
+        broker.resume()
+        with relay_process(config):
+            await subscriber.read_all_of(postgres_url)
+        assert_first_deliveries_are_in_order(subscriber.records)
+
+
+def wal_position(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn").fetchone()
+    assert found
+    return int(found[0])
+
+
+async def confirmations(url: str, slot: str, *, count: int) -> None:
+    """Wait until the relay has told the server this many times how far it is."""
+    seen: set[object] = set()
+
+    def is_enough() -> bool:
+        with psycopg.connect(url) as connection:
+            query = (
+                "SELECT reply_time FROM pg_stat_replication AS r JOIN pg_replication_slots AS s ON s.active_pid = r.pid"
+                " WHERE slot_name = %s"
+            )
+            seen.add(connection.execute(query, [slot]).fetchone())
+        return len(seen) > count
+
+    await until(is_enough, "the relay reports")
+
+
+async def test_a_standby_takes_over_at_once_when_the_active_relay_is_killed(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    with relay_process(config) as relay, Load(config.postgres_url) as load:
+        await relay.active()
+        async with running(config, state="standby") as second:
+            await load.more(10)
+            relay.kill()
+            killed_at = time.monotonic()
+            await until(lambda: second.health == (True, "active"), "the standby takes over")
+            assert time.monotonic() - killed_at < LATENCY_OF_TAKEOVER_SECONDS
+            await load.more(10)
+            load.stop()
+            await subscriber.read_all_of(config.postgres_url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+async def test_nothing_is_missing_after_postgres_is_killed_under_load(
+    own_postgres: EmbeddedPostgres, config: RelayConfig, subscriber: Subscriber
+) -> None:
+    config = replace(config, postgres_url=own_postgres.url)
+    async with running(config) as relay:
+        with Load(own_postgres.url) as load:
+            for _ in range(2):
+                await load.more()
+                await asyncio.to_thread(own_postgres.kill)
+                await until(lambda: not relay.health.ready, "the relay notices")
+                await asyncio.to_thread(own_postgres.restart)
+            await load.more()
+        await subscriber.read_all_of(own_postgres.url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+async def test_nothing_is_missing_after_kafka_is_killed_under_load(
+    postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig
+) -> None:
+    config = replace(config, kafka_bootstrap=own_kafka.bootstrap, stalled_seconds=0.5, unacknowledged_max=200)
+    await make_topic(config.kafka_bootstrap, config.topic)
+    async with running(config) as relay:
+        with Load(postgres_url) as load:
+            await load.more()
+            await asyncio.to_thread(own_kafka.kill)
+            await load.more()
+            await until(lambda: "Kafka acknowledges nothing" in relay.health.detail, "health tells")
+            await asyncio.to_thread(own_kafka.restart)
+            await load.more()
+        async with subscribed(config.kafka_bootstrap, config.topic) as subscriber:
+            await subscriber.read_all_of(postgres_url)
+        await until(lambda: relay.health.ready, "the relay is ready again")
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+@pytest.mark.parametrize("is_streaming", [True, False])
+async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
+    postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig, *, is_streaming: bool
+) -> None:
+    config = replace(config, kafka_bootstrap=own_kafka.bootstrap, stop_seconds=0.5)
+    await make_topic(config.kafka_bootstrap, config.topic)
+    if not is_streaming:
+        await asyncio.to_thread(own_kafka.kill)
+    with relay_process(config) as relay:
+        if is_streaming:
+            await relay.active()
+            await asyncio.to_thread(own_kafka.kill)
+            write(postgres_url, [("a", 1)])
+        else:
+            await until(lambda: leaders(postgres_url) > 0, "the relay has begun")
+        begun = time.monotonic()
+        assert relay.terminate() == 0
+        assert time.monotonic() - begun < 10
+
+
+def leaders(url: str) -> int:
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted").fetchone()
+    assert found
+    return int(found[0])
+
+
+# --- what a slot or a topic does to it --------------------------------------------------------------------------------
+
+DAMAGES = {
+    "the slot was dropped": "SELECT pg_drop_replication_slot(slot_name) FROM relay_slots",
+    "the mark is gone": "DELETE FROM relay_slots",
+    "another server": "UPDATE relay_slots SET system_identifier = '1'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+async def test_a_slot_that_cannot_be_trusted_is_made_anew_and_no_row_is_left_out(
+    config: RelayConfig, subscriber: Subscriber, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config):
+        write(config.postgres_url, [("a", 1), ("a", 2)])
+        await subscriber.read_all_of(config.postgres_url)
+    with psycopg.connect(config.postgres_url) as connection:
+        connection.execute(damage.encode())
+    write(config.postgres_url, [("a", 3), ("b", 1)])
+    capsys.readouterr()
+    async with running(config):
+        await subscriber.read_all_of(config.postgres_url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+    assert "every retained event was published again" in capsys.readouterr().out
+
+
+async def test_the_scan_takes_payment_seq_as_a_number_wherever_transactions_began(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    with psycopg.connect(config.postgres_url) as early:
+        early.execute("SELECT 1")  # Its now(), and so its created_at, is before that of the rows that come first.
+        write(config.postgres_url, [("a", seq) for seq in range(1, 121)])
+        early.execute(INSERT, ["{}", ["a"], [121]])
+    async with running(config):
+        await subscriber.read_all_of(config.postgres_url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+def test_the_scan_streams_from_the_index_without_a_sort(postgres_url: str) -> None:
+    write(postgres_url, [(f"pay_{number}", 1) for number in range(5000)])
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("ANALYZE outbox")
+        plan = connection.execute(f"EXPLAIN DECLARE scan CURSOR FOR {SCAN}".encode()).fetchall()
+    assert "outbox_default_aggregateid_payment_seq_idx" in str(plan)
+    assert "Sort" not in str(plan)
+
+
+async def test_batches_too_large_for_the_topic_are_halved_until_they_fit(
+    config: RelayConfig, subscriber: Subscriber
+) -> None:
+    limit = ConfigResource(ConfigResourceType.TOPIC, config.topic, configs={"max.message.bytes": "10000"})
+    async with administering(config.kafka_bootstrap) as admin:
+        await admin.alter_configs([limit])
+    async with running(config) as relay:
+        write(config.postgres_url, [("a", seq) for seq in range(1, 301)], payload=json.dumps("y" * 1000))
+        await subscriber.read_all_of(config.postgres_url)
+        assert relay.health.ready
+    assert len(subscriber.records) == 300
+    assert_first_deliveries_are_in_order(subscriber.records)

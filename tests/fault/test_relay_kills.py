@@ -1,0 +1,140 @@
+"""Relay processes killed or frozen under load: nothing is skipped, a standby takes over, first deliveries are in order.
+
+`test_relay_faults.py` has the faults of Postgres and Kafka.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from infra.local.postgres import drop_database
+from infra.relay import RelayConfig
+from tests.conftest import Topics
+from tests.support.outbox import Row, assert_first_deliveries_in_order, complete, ids, insert, until
+from tests.support.relay_process import RelayProcess
+from tests.support.topic import read_until
+
+PAYMENTS = [f"pay_{number}" for number in range(20)]
+TAKEOVER_SECONDS = 2.0
+
+StartRelay = Callable[[], RelayProcess]
+
+
+@pytest.fixture
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[RelayConfig]:
+    yield RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topics.events,
+        slot=f"kills_{uuid4().hex[:12]}",
+    )
+    drop_database(postgres_url)
+
+
+@pytest.fixture
+def start_relay(config: RelayConfig, tmp_path: Path) -> Iterator[StartRelay]:
+    """Starts relays; all are ended after the test."""
+    started: list[RelayProcess] = []
+
+    def start() -> RelayProcess:
+        started.append(RelayProcess(config, tmp_path / f"relay-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+@contextlib.asynccontextmanager
+async def load(config: RelayConfig) -> AsyncIterator[list[Row]]:
+    """The next event of every payment in one transaction, again and again; the rows that are committed."""
+    committed: list[Row] = []
+
+    async def write() -> None:
+        async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+            for seq in itertools.count(1):
+                rows = [Row(uuid4(), key, seq) for key in PAYMENTS]
+                await insert(connection, rows)
+                committed.extend(rows)
+                await asyncio.sleep(0.005)
+
+    writing = asyncio.create_task(write())
+    try:
+        yield committed
+    finally:
+        writing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await writing
+
+
+async def more(rows: list[Row], count: int) -> None:
+    wanted = len(rows) + count
+    await until(lambda: len(rows) >= wanted)
+
+
+async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
+    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows))
+    known = {row.id for row in rows}
+    # A commit whose answer was cut off with the load is on the topic, and not among `rows`.
+    cut_off = set(ids(records)) - known
+    assert len(cut_off) <= len(PAYMENTS)
+    assert_first_deliveries_in_order([record for record in records if ids([record])[0] in known], rows)
+
+
+async def test_five_kills_at_random_moments_under_load(config: RelayConfig, start_relay: StartRelay) -> None:
+    moments = random.Random(20260102)
+    async with load(config) as rows:
+        for _ in range(5):
+            relay = start_relay()
+            if moments.random() < 0.8:
+                await relay.streams()
+            await more(rows, moments.randint(1, 1_500))
+            relay.kill()
+        last = start_relay()
+        await last.streams()
+    await assert_all_arrived(config, rows)
+    assert last.terminate() == 0
+
+
+async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
+    config: RelayConfig, start_relay: StartRelay
+) -> None:
+    active = start_relay()
+    await active.streams()
+    standby = start_relay()
+    await standby.stands_by()
+    async with load(config) as rows:
+        await more(rows, 1_000)
+        active.kill()
+        killed_at = time.monotonic()
+        await standby.streams()
+        took = time.monotonic() - killed_at
+        await more(rows, 1_000)
+    await assert_all_arrived(config, rows)
+    assert took < TAKEOVER_SECONDS
+
+
+async def test_a_frozen_relay_loses_its_place_and_does_no_harm_when_it_wakes(
+    config: RelayConfig, start_relay: StartRelay
+) -> None:
+    active = start_relay()
+    await active.streams()
+    standby = start_relay()
+    await standby.stands_by()
+    async with load(config) as rows:
+        await more(rows, 1_000)
+        active.freeze()
+        await standby.streams()
+        await more(rows, 1_000)
+        active.thaw()
+        await active.stands_by()
+        await more(rows, 1_000)
+    await assert_all_arrived(config, rows)

@@ -1,0 +1,289 @@
+"""The whole worker in this process, on a real Kafka, Postgres and Valkey, with the instant gateway."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from prometheus_client import REGISTRY
+
+from app.settings import Settings
+from app.worker import Worker
+from infra.local import EmbeddedValkey
+from infra.postgres.store import PostgresTransaction
+from tests.conftest import PARTITIONS, Topics
+from tests.support.service import body, events_of, value
+from tests.support.topic import read_until, send
+
+UNREADABLE = b"\xff{ not json"
+
+
+@pytest.fixture
+def settings(postgres_url: str, kafka_bootstrap: str, redis_url: str, topics: Topics) -> Settings:
+    return Settings(
+        postgres_url=postgres_url,
+        kafka_bootstrap=kafka_bootstrap,
+        redis_url=redis_url,
+        commands_topic=topics.commands,
+        events_topic=topics.events,
+        dead_letter_topic=topics.dlq,
+        consumer_group=topics.commands,
+        gateways=["instant"],
+        default_gateway="instant",
+        lease_seconds=2,
+        retry_first_delay_seconds=0.2,
+        sweep_interval_seconds=0.2,
+    )
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Worker]:
+    """A worker; leaving the block stops it cleanly and raises what went wrong in it."""
+    stop, worker = asyncio.Event(), Worker(settings)
+    task = asyncio.create_task(worker.run(stop))
+    try:
+        yield worker
+    finally:
+        stop.set()
+        async with asyncio.timeout(40):
+            await task
+
+
+async def until(condition: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
+    async with asyncio.timeout(timeout_seconds):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def until_captured(settings: Settings, count: int) -> None:
+    async def is_done() -> bool:
+        return bool(await captured(settings) >= count)
+
+    await until(is_done)
+
+
+async def captured(settings: Settings) -> int:
+    return int(await value(settings.postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'"))
+
+
+async def committed(settings: Settings) -> int:
+    """The sum of the group's committed offsets: how many commands Kafka may forget for it."""
+    async with AIOKafkaConsumer(
+        bootstrap_servers=settings.kafka_bootstrap, group_id=settings.consumer_group, enable_auto_commit=False
+    ) as reader:
+        offsets = [
+            await reader.committed(TopicPartition(settings.commands_topic, number)) for number in range(PARTITIONS)
+        ]
+    return sum(each or 0 for each in offsets)
+
+
+def charges(payments: list[UUID]) -> list[tuple[bytes | None, bytes | None]]:
+    return [(str(each).encode(), body("charge", each, f"charge-{each}")) for each in payments]
+
+
+def counted(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_one_unreadable_message_among_500_is_parked_whole_and_499_are_processed(settings: Settings) -> None:
+    payments = [uuid4() for _ in range(499)]
+    headers = [("traceparent", b"not one"), ("h", b"\x00\xff"), ("h", b"twice"), ("empty", b"")]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments[:250]))
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        sent = await producer.send_and_wait(
+            settings.commands_topic, UNREADABLE, key=b"\xfe\x00", headers=headers, partition=3
+        )
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments[250:]))
+    async with running(settings):
+        await until_captured(settings, 499)
+        (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
+    assert (letter.value, letter.key) == (UNREADABLE, b"\xfe\x00")
+    assert list(letter.headers[:4]) == headers
+    facts = dict(letter.headers[4:])
+    assert facts["dlq_topic"].decode() == settings.commands_topic
+    assert (facts["dlq_partition"], facts["dlq_offset"]) == (b"3", str(sent.offset).encode())
+    assert facts["dlq_reason"]
+    assert facts["dlq_detail"]
+    assert await committed(settings) == 500
+    assert await captured(settings) == 499
+
+
+async def test_a_command_that_postgres_refuses_is_parked_alone(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payments = [uuid4() for _ in range(20)]
+    poisoned = payments[7]
+    original = PostgresTransaction.save
+
+    async def save(self: PostgresTransaction, changes: Any) -> None:
+        for each in changes.new_payments:
+            if each.payment_id == poisoned:
+                each.order_id = "nul\x00"
+        await original(self, changes)
+
+    monkeypatch.setattr(PostgresTransaction, "save", save)
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    async with running(settings):
+        await until_captured(settings, 19)
+        (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
+    assert letter.value == body("charge", poisoned, f"charge-{poisoned}")
+    assert dict(letter.headers)["dlq_reason"] == b"cannot_be_processed"
+    assert await committed(settings) == 20
+
+
+async def test_offsets_are_committed_only_after_postgres_has_the_batch(settings: Settings) -> None:
+    payments = [uuid4() for _ in range(30)]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    connection = await asyncpg.connect(settings.postgres_url)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("LOCK TABLE payments IN ACCESS EXCLUSIVE MODE")
+    try:
+        async with running(settings):
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%payments%'"
+
+            async def is_waiting() -> bool:
+                return bool(await value(settings.postgres_url, waiting))
+
+            await until(is_waiting)
+            # Twenty commit intervals, had the offsets been due.
+            for _ in range(10):
+                assert await committed(settings) == 0
+                await asyncio.sleep(0.1)
+            await transaction.rollback()
+            await until_captured(settings, 30)
+
+            async def is_committed() -> bool:
+                return await committed(settings) == 30
+
+            await until(is_committed)
+    finally:
+        await connection.close()
+
+
+async def test_a_redelivery_is_answered_by_a_replay_and_charges_nothing(settings: Settings) -> None:
+    payment_id = uuid4()
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges([payment_id]))
+    async with running(settings):
+        await until_captured(settings, 1)
+        await send(settings.kafka_bootstrap, settings.commands_topic, *charges([payment_id, payment_id]))
+
+        async def is_answered() -> bool:
+            return len(await events_of(settings.postgres_url, payment_id)) == 3
+
+        await until(is_answered)
+    events = await events_of(settings.postgres_url, payment_id)
+    assert [(event["type"], event["replayed"]) for event in events] == [
+        ("payment.captured.v1", False),
+        ("payment.captured.v1", True),
+        ("payment.captured.v1", True),
+    ]
+    assert await value(settings.postgres_url, "SELECT count(*) FROM ledger") == 1
+
+
+async def test_a_second_worker_that_reads_it_all_again_changes_nothing(settings: Settings) -> None:
+    payments = [uuid4() for _ in range(100)]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    async with running(settings):
+        await until_captured(settings, 100)
+    again = settings.model_copy(update={"consumer_group": settings.consumer_group + "-again"})
+    async with running(again):
+
+        async def is_answered() -> bool:
+            return bool(await value(settings.postgres_url, "SELECT count(*) FROM outbox") >= 200)
+
+        await until(is_answered)
+    assert await value(settings.postgres_url, "SELECT count(*) FROM outbox") == 200
+    assert await value(settings.postgres_url, "SELECT count(*) FROM ledger") == 100
+
+
+@pytest.mark.parametrize("is_killed_midway", [False, True], ids=["never there", "killed midway"])
+async def test_without_valkey_the_results_are_the_same_and_its_absence_is_counted(
+    settings: Settings, own_valkey: EmbeddedValkey, is_killed_midway: bool
+) -> None:
+    away = settings.model_copy(update={"redis_url": own_valkey.url})
+    if not is_killed_midway:
+        await asyncio.to_thread(own_valkey.kill)
+    name = "payments_recent_keys_unavailable_total"
+    before = counted(name)
+    payments = [uuid4() for _ in range(60)]
+    async with running(away):
+        await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments[:30]))
+        await until_captured(settings, 30)
+        if is_killed_midway:
+            assert counted(name) == before
+            await asyncio.to_thread(own_valkey.kill)
+        await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+
+        async def is_answered() -> bool:
+            return bool(await value(settings.postgres_url, "SELECT count(*) FROM outbox") >= 90)
+
+        await until(is_answered)
+    assert counted(name) > before
+    assert await captured(settings) == 60
+    assert await value(settings.postgres_url, "SELECT count(*) FROM operations") == 60
+    replayed = "SELECT count(*) FROM outbox WHERE (payload::jsonb ->> 'replayed')::boolean"
+    assert await value(settings.postgres_url, replayed) == 30
+
+
+async def test_a_full_backlog_pauses_its_partitions_and_resumes_when_half_is_done(settings: Settings) -> None:
+    bounded = settings.model_copy(
+        update={"backlog_capacity": 40, "instant_gateway_latency_ms": 40.0, "gateway_concurrency_default": 4}
+    )
+    payments = [uuid4() for _ in range(700)]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    seen_paused: list[float] = []
+    async with running(bounded):
+
+        async def is_paused() -> bool:
+            return counted("payments_consumer_paused") == 1
+
+        await until(is_paused)
+        accepted = await value(settings.postgres_url, "SELECT count(*) FROM payments")
+        seen_paused.append(accepted)
+        assert accepted < 700, "the rest stays in Kafka"
+        await until_captured(settings, 700)
+
+        async def is_resumed() -> bool:
+            return counted("payments_consumer_paused") == 0
+
+        await until(is_resumed)
+    assert await committed(settings) == 700
+
+
+async def test_a_clean_stop_saves_what_is_under_way_and_commits_its_offsets(settings: Settings) -> None:
+    slow = settings.model_copy(update={"instant_gateway_latency_ms": 500.0})
+    payments = [uuid4() for _ in range(50)]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    async with running(slow):
+
+        async def is_accepted() -> bool:
+            return bool(await value(settings.postgres_url, "SELECT count(*) FROM operations"))
+
+        await until(is_accepted)
+        assert await captured(settings) == 0
+    accepted = await value(settings.postgres_url, "SELECT count(*) FROM operations")
+    assert accepted > 0
+    assert await captured(settings) == accepted, "what was accepted has its outcome"
+    assert await committed(settings) == accepted
+
+
+@pytest.mark.parametrize("header", [b"\x00\xff", None], ids=["not utf-8", "null"])
+async def test_a_header_that_is_no_text_costs_no_command_of_its_batch(settings: Settings, header: bytes | None) -> None:
+    payments = [uuid4() for _ in range(30)]
+    first, *rest = charges(payments)
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        key, text = first
+        await producer.send_and_wait(settings.commands_topic, text, key=key, headers=[("trace", header)], partition=0)
+        for key, text in rest[:20]:
+            await producer.send_and_wait(settings.commands_topic, text, key=key, partition=0)
+        async with running(settings):
+            await asyncio.sleep(0)
+            for key, text in rest[20:]:
+                await producer.send_and_wait(settings.commands_topic, text, key=key, partition=0)
+            await until_captured(settings, 30)
+    assert await committed(settings) == 30

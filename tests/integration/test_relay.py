@@ -1,0 +1,391 @@
+"""The relay on a real Postgres and a real Kafka: what a subscriber gets, and what the slot does."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+import psutil
+import psycopg
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from infra.kafka.topics import ensure_topics
+from infra.local import EmbeddedKafka
+from infra.local.postgres import drop_database
+from infra.relay import Relay, RelayConfig, metrics
+from tests.conftest import Topics
+from tests.support.outbox import (
+    Row,
+    assert_first_deliveries_in_order,
+    commit,
+    complete,
+    fetch_value,
+    ids,
+    insert,
+    rows_of,
+    until,
+)
+from tests.support.topic import read_until
+
+GOLDEN = [
+    # key, its partition among eight, type, payload as stored, the value's bytes on the topic
+    (
+        "pay_0001",
+        1,
+        "payment.captured.v1",
+        '{ "z" : [1, 2,3] ,\n\t"a":{"y":null,"b":{}}, "e":[] }',
+        "7b20227a22203a205b312c20322c335d202c0a092261223a7b2279223a6e756c6c2c2262223a7b7d7d2c202265223a5b5d207d",
+    ),
+    (
+        "pay_Đ4",
+        2,
+        "thanh_toán.tạo",
+        '{"u":"\\u0111","s":"a\\/b"}',
+        "7b2275223a225c7530313131222c2273223a22615c2f62227d",
+    ),
+    (
+        "pay_0005",
+        4,
+        "payment.captured.v1",
+        '{"amount":9007199254740993,"dec":10.50,"exp":1e3}',
+        b'{"amount":9007199254740993,"dec":10.50,"exp":1e3}'.hex(),
+    ),
+    ("pay_0006", 3, "payment.captured.v1", '"scalar"', b'"scalar"'.hex()),
+    ("pay_0007", 2, "payment.captured.v1", '[1,"a"]', b'[1,"a"]'.hex()),
+    ("pay_0008", 0, "payment.captured.v1", '{"big":18446744073709551616,"dup":1,"dup":2}', None),
+    ("pay_0013", 7, "payment.captured.v1", "null", b"null".hex()),
+    ("pay_0002", 5, "payment.captured.v1", '{"text":"giấy 📄 \\u0000"}', None),
+]
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[RelayConfig]:
+    """A relay of this test's own; its slot ends with the test."""
+    yield RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topics.events,
+        slot=f"test_{uuid4().hex[:12]}",
+        feedback_seconds=0.1,
+        standby_seconds=0.1,
+    )
+    drop_database(postgres_url)
+
+
+@contextlib.asynccontextmanager
+async def running(config: RelayConfig) -> AsyncIterator[Relay]:
+    """A relay that streams; stopped in good order at the end."""
+    relay, stop = Relay(config), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    try:
+        await until(lambda: task.done() or relay.health.detail == "active")
+        yield relay
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 30)
+
+
+async def published(config: RelayConfig, *rows: Row) -> list[Any]:
+    """What is on the topic once these rows are."""
+    return await read_until(config.kafka_bootstrap, config.topic, complete(rows))
+
+
+async def slot(config: RelayConfig, column: str) -> Any:
+    return await fetch_value(
+        config.postgres_url, f"SELECT {column} FROM pg_replication_slots WHERE slot_name = %s", config.slot
+    )
+
+
+async def is_confirmed(config: RelayConfig, lsn: str) -> bool:
+    return bool(await slot(config, f"confirmed_flush_lsn >= '{lsn}'::pg_lsn"))
+
+
+# --- what a subscriber gets -------------------------------------------------------------------------------------------
+
+
+async def test_golden_messages(config: RelayConfig) -> None:
+    rows = [
+        Row(uuid4(), key, number, payload, kind, traceparent=TRACEPARENT if number % 2 else None)
+        for number, (key, _, kind, payload, _) in enumerate(GOLDEN, 1)
+    ]
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        records = {record.key.decode(): record for record in await published(config, *rows)}
+    for row, (key, partition, kind, payload, value_hex) in zip(rows, GOLDEN, strict=True):
+        record = records[key]
+        assert record.key == key.encode()
+        assert record.partition == partition
+        assert record.value == payload.encode()
+        assert value_hex is None or record.value.hex() == value_hex
+        assert record.headers == (
+            ("id", str(row.id).encode()),
+            ("ce_id", str(row.id).encode()),
+            ("ce_type", kind.encode()),
+            ("ce_source", b"/payments"),
+            ("ce_time", b"2026-01-02T03:04:05.000006Z"),
+            ("ce_specversion", b"1.0"),
+            ("payment_seq", str(row.seq).encode()),
+            ("traceparent", TRACEPARENT.encode() if row.seq % 2 else None),
+        )
+
+
+async def test_the_catch_up_scan_writes_the_same_bytes_as_the_stream(config: RelayConfig) -> None:
+    rows = [Row(uuid4(), key, 1, payload, kind) for key, _, kind, payload, _ in GOLDEN]
+    await commit(config.postgres_url, rows)
+    async with running(config):
+        scanned = await published(config, *rows)
+        again = [row._replace(id=UUID(int=row.id.int ^ 1)) for row in rows]
+        await commit(config.postgres_url, again)
+        both = await published(config, *rows, *again)
+    streamed = [record for record in both if record.key and ids([record])[0] in {row.id for row in again}]
+    parts = [
+        {record.key: (record.partition, record.value, record.headers[2:]) for record in records}
+        for records in (scanned, streamed)
+    ]
+    assert parts[0] == parts[1]
+
+
+async def test_events_of_a_payment_keep_the_order_of_their_commits(config: RelayConfig) -> None:
+    payments = [f"pay_{number}" for number in range(20)]
+    rows = {key: rows_of(key, 25) for key in payments}
+    async with running(config):
+        await asyncio.gather(*(commit(config.postgres_url, *([row] for row in rows[key])) for key in payments))
+        records = await published(config, *(row for each in rows.values() for row in each))
+    for key, own in rows.items():
+        assert ids(record for record in records if record.key == key.encode()) == [row.id for row in own]
+
+
+async def test_what_was_rolled_back_is_not_published(config: RelayConfig) -> None:
+    committed, rolled_back, released = rows_of("pay_a", 1), rows_of("pay_a", 1), rows_of("pay_a", 2, first=2)
+    async with running(config):
+        async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
+            await insert(connection, rolled_back)
+            await connection.rollback()
+            await insert(connection, committed)
+            with contextlib.suppress(psycopg.errors.CheckViolation):
+                async with connection.transaction():
+                    await insert(connection, [released[0]._replace(payload="not json")])
+            await insert(connection, released)
+        records = await published(config, *committed, *released)
+    assert ids(records) == [row.id for row in committed + released]
+
+
+async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
+    rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 100, payload='{"n":1}')]
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        records = await published(config, *rows)
+    assert len(records) == len(rows)
+    assert_first_deliveries_in_order(records, rows)
+
+
+# --- the slot ---------------------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_slot_moves_on_while_other_tables_are_written(config: RelayConfig) -> None:
+    async with running(config), await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
+        await connection.execute("CREATE TABLE other (content text)")
+        await connection.execute("INSERT INTO other SELECT repeat('x', 100) FROM generate_series(1, 10000)")
+        await connection.commit()
+        end = await fetch_value(config.postgres_url, "SELECT pg_current_wal_lsn()")
+        await until(lambda: is_confirmed(config, end))
+
+
+async def test_the_slot_waits_while_a_transaction_is_open_and_then_it_is_published(config: RelayConfig) -> None:
+    early, late = rows_of("pay_early", 1), rows_of("pay_late", 3)
+    async with running(config), await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
+        await insert(connection, early)
+        await commit(config.postgres_url, *([row] for row in late))
+        await published(config, *late)
+        await until(lambda: is_confirmed(config, "0/1"))
+        await connection.commit()
+        await published(config, *early, *late)
+
+
+async def test_rows_from_before_the_slot_are_published_when_the_relay_first_starts(config: RelayConfig) -> None:
+    before = [row for number in range(30) for row in rows_of(f"pay_{number}", 100)]
+    # Committed in the wrong order: only payment_seq tells the right one.
+    await commit(config.postgres_url, before[1500:], before[:1500])
+    async with running(config):
+        after = rows_of("pay_0", 5, first=101)
+        await commit(config.postgres_url, after)
+        records = await published(config, *before, *after)
+    assert len(records) == len(before) + len(after)
+    assert_first_deliveries_in_order(records, before + after)
+
+
+async def test_rows_from_while_the_slot_was_gone_are_published(config: RelayConfig) -> None:
+    before, meanwhile, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    async with running(config):
+        await commit(config.postgres_url, before)
+        await published(config, *before)
+    await fetch_value(config.postgres_url, "SELECT pg_drop_replication_slot(%s)", config.slot)
+    await commit(config.postgres_url, meanwhile)
+    async with running(config):
+        await commit(config.postgres_url, after)
+        records = await published(config, *before, *meanwhile, *after)
+    assert_first_deliveries_in_order(records, before + meanwhile + after)
+
+
+async def test_a_scan_that_did_not_end_begins_again(config: RelayConfig) -> None:
+    """As a kill leaves it: the slot exists, no row says that the table was published."""
+    rows = rows_of("pay_a", 5)
+    await commit(config.postgres_url, rows)
+    await fetch_value(config.postgres_url, "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", config.slot)
+    async with running(config):
+        records = await published(config, *rows)
+    assert ids(records) == [row.id for row in rows]
+
+
+async def test_a_restart_after_a_stop_in_good_order_repeats_nothing(config: RelayConfig) -> None:
+    first, second = rows_of("pay_a", 300), rows_of("pay_a", 300, first=301)
+    async with running(config):
+        await commit(config.postgres_url, *(first[at : at + 10] for at in range(0, 300, 10)))
+        await published(config, *first)
+    async with running(config):
+        await commit(config.postgres_url, *([row] for row in second))
+        records = await published(config, *first, *second)
+    assert ids(records) == [row.id for row in first + second]
+
+
+async def test_a_slot_of_another_database_is_left_alone(config: RelayConfig, empty_postgres_url: str) -> None:
+    create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+    await fetch_value(empty_postgres_url, create, config.slot)
+    relay, stop = Relay(config), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    await until(lambda: "SlotOfAnother" in (relay.trouble or ""))
+    stop.set()
+    await task
+    assert await slot(config, "database") != await fetch_value(config.postgres_url, "SELECT current_database()")
+
+
+async def test_a_stop_does_not_wait_for_a_slot_that_waits_for_a_transaction(config: RelayConfig) -> None:
+    async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
+        await insert(connection, rows_of("pay_a", 1))
+        relay, stop = Relay(config), asyncio.Event()
+        task = asyncio.create_task(relay.run(stop))
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'CREATE_REPLICATION_SLOT%%' AND wait_event_type = 'Lock'"
+        )
+        await until(lambda: fetch_value(config.postgres_url, waiting))
+        stop.set()
+        await asyncio.wait_for(task, 5)
+    assert await slot(config, "slot_name") is None
+
+
+# --- Kafka slow, away or unwilling ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """A process that is there and does nothing."""
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_connection(
+    postgres_url: str, own_kafka: EmbeddedKafka
+) -> None:
+    config = RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=own_kafka.bootstrap,
+        topic="slow.events",
+        slot=f"test_{uuid4().hex[:12]}",
+        unacknowledged_max=500,
+        feedback_seconds=0.1,
+        stalled_seconds=1,
+    )
+    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    rows = [row for number in range(100) for row in rows_of(f"pay_{number}", 100, payload=f'"{"x" * 2000}"')]
+    walsender = "SELECT pid FROM pg_stat_replication WHERE application_name = 'relay' AND usename IS NOT NULL"
+    replied = f"SELECT reply_time > %s::timestamptz + interval '11 seconds' FROM ({walsender.replace('pid', '*')}) AS r"
+    async with running(config) as relay:
+        with frozen(own_kafka.pid):
+            pid = await fetch_value(postgres_url, walsender)
+            began = await fetch_value(postgres_url, "SELECT now()")
+            await commit(postgres_url, rows)
+            await until(lambda: relay.trouble == "active: Kafka acknowledges nothing")
+            # Longer than the server waits for a silent relay: not reading must not mean being silent.
+            await until(lambda: fetch_value(postgres_url, replied, began))
+            assert metrics.UNACKNOWLEDGED._value.get() == 500
+            assert await fetch_value(postgres_url, walsender) == pid
+        records = await published(config, *rows)
+        await until(lambda: relay.trouble is None)
+    assert len(records) == len(rows)
+    assert_first_deliveries_in_order(records, rows)
+    drop_database(postgres_url)
+
+
+async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
+    highest = 0
+    rows = rows_of("pay_a", 200, payload=f'"{"x" * 100_000}"')
+    async with running(replace(config, unacknowledged_bytes_max=300_000, feedback_seconds=0.001)):
+        await commit(config.postgres_url, *([row] for row in rows))
+
+        def is_done() -> bool:
+            nonlocal highest
+            highest = max(highest, int(metrics.UNACKNOWLEDGED._value.get()))
+            return False
+
+        with contextlib.suppress(TimeoutError):
+            await until(is_done, timeout_seconds=0.5)
+        await published(config, *rows)
+    assert highest <= 3
+
+
+async def set_topic_limit(config: RelayConfig, limit: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka_bootstrap)
+    await admin.start()
+    resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
+    await admin.alter_configs([resource])
+    await admin.close()
+
+
+async def test_what_kafka_refuses_holds_its_partition_and_is_never_dropped(config: RelayConfig) -> None:
+    config = replace(config, refused_retry_seconds=0.02)
+    poisoned = rows_of("pay_0001", 3)
+    poisoned[1] = poisoned[1]._replace(payload=f'"{"x" * 2_000_000}"')
+    others = rows_of("pay_0002", 50, payload=f'"{"x" * 1_000}"')
+    port = int(config.kafka_bootstrap.rsplit(":", 1)[1])
+    async with running(config) as relay:
+        await commit(config.postgres_url, poisoned, *([row] for row in others))
+        records = await published(config, poisoned[0], *others)
+        assert not {row.id for row in poisoned[1:]} & set(ids(records))
+        refused = metrics.REFUSED._value.get()
+        await until(lambda: metrics.REFUSED._value.get() > refused + 15)
+        assert str(poisoned[1].id) in (relay.trouble or "")
+        own = [each for each in psutil.Process().net_connections() if each.raddr and each.raddr.port == port]
+        assert len(own) < 10, "each attempt may cost a producer, but not for good"
+        await set_topic_limit(config, 5_000_000)
+        records = await published(config, *poisoned, *others)
+        await until(lambda: relay.trouble is None)
+    assert_first_deliveries_in_order(records, poisoned + others)
+
+
+async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:
+    first, second = rows_of("pay_a", 50), rows_of("pay_a", 50, first=51)
+    standby, stop = Relay(config), asyncio.Event()
+    async with running(config):
+        task = asyncio.create_task(standby.run(stop))
+        await until(lambda: standby.health.detail == "standby")
+        assert standby.health.ready
+        await commit(config.postgres_url, first)
+        await published(config, *first)
+    began = time.monotonic()
+    await until(lambda: standby.health.detail == "active")
+    assert time.monotonic() - began < 2
+    await commit(config.postgres_url, second)
+    records = await published(config, *first, *second)
+    stop.set()
+    await task
+    assert ids(records) == [row.id for row in first + second]

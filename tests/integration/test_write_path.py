@@ -1,0 +1,172 @@
+"""The write path's own promises on a real Postgres; what they add up to is in test_exactly_once."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from uuid_utils.compat import uuid7
+
+from domain.commands import OperationKind
+from domain.decide import Answer
+from domain.errors import ConcurrentUpdate, StoreUnavailable
+from domain.operations import Declined, DeclineReason, Succeeded
+from handlers.write_path import ATTEMPTS_MAX, WritePath
+from infra.postgres.store import PostgresStore, create_pool
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import (
+    NoHint,
+    WrongHint,
+    delivery,
+    events_of,
+    new_payment_id,
+    rules,
+    running_worker,
+    until_settled,
+    value,
+)
+
+
+class Hint:
+    """Says what it is told to."""
+
+    def __init__(self, are_new: bool) -> None:
+        self._are_new = are_new
+
+    async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
+        return self._are_new
+
+
+@pytest.mark.parametrize("are_new", [True, False], ids=["old keys seem new", "new keys seem old"])
+async def test_a_wrong_hint_changes_no_result(postgres_url: str, are_new: bool) -> None:
+    gateway, payment_id, other = BookkeepingGateway(), new_payment_id(), new_payment_id()
+    async with running_worker(postgres_url, gateway, hint=Hint(are_new)) as worker:
+        for _ in range(2):
+            await worker.accept(delivery("charge", payment_id, "key"), delivery("charge", other, "other"))
+            await worker.idle()
+        await worker.accept(delivery("charge", payment_id, "key", amount_minor=1))
+        await worker.accept(delivery("refund", payment_id, "refund"), delivery("charge", other, "other"))
+        await worker.idle()
+    kinds = [(event["type"].split(".")[1], event["replayed"]) for event in await events_of(postgres_url, payment_id)]
+    assert sorted(kinds) == [
+        ("captured", False),
+        ("captured", True),
+        ("command_rejected", False),
+        ("refunded", False),
+    ]
+    assert gateway.moved == {OperationKind.CHARGE: 2, OperationKind.REFUND: 1}
+    assert len(await events_of(postgres_url, other)) == 3
+
+
+async def test_one_key_for_two_payments_at_the_same_time_lets_one_win_and_tells_the_other(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    pairs = [(new_payment_id(), new_payment_id()) for _ in range(20)]
+    async with (
+        running_worker(postgres_url, gateway, hint=WrongHint()) as first,
+        running_worker(postgres_url, gateway, hint=NoHint()) as second,
+    ):
+        await asyncio.gather(
+            *(first.accept(delivery("charge", mine, f"key-{number}")) for number, (mine, _) in enumerate(pairs)),
+            *(second.accept(delivery("charge", yours, f"key-{number}")) for number, (_, yours) in enumerate(pairs)),
+        )
+        await asyncio.gather(first.idle(), second.idle())
+    assert gateway.moved == {OperationKind.CHARGE: len(pairs)}
+    for pair in pairs:
+        results = [event for each in pair for event in await events_of(postgres_url, each)]
+        assert sorted(event["type"] for event in results) == [
+            "payment.captured.v1",
+            "payment.command_rejected.v1",
+        ]
+        assert {event.get("reason") for event in results} == {None, "idempotency_conflict"}
+
+
+async def test_a_gateway_called_inside_a_transaction_stops_before_any_money_moves(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    async with running_worker(postgres_url, gateway) as worker:
+        applied = await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
+        store = worker.dispatcher._store
+        async with store.begin():
+            with pytest.raises(AssertionError, match="never called inside a transaction"):
+                await worker.dispatcher._outcome(gateway, applied.requests[0])
+    assert gateway.calls == {}
+
+
+async def test_transactions_do_not_nest(postgres_url: str) -> None:
+    pool = await create_pool(postgres_url, size=2)
+    store = PostgresStore(pool)
+    async with store.begin():
+        with pytest.raises(AssertionError, match="does not nest"):
+            async with store.begin():
+                pass
+    assert not store.in_transaction()
+    await pool.close()
+
+
+async def test_a_poison_answer_among_good_ones_stands_alone_and_its_operation_stays_open(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    payments = [new_payment_id() for _ in range(50)]
+    async with running_worker(postgres_url, gateway) as worker:
+        applied = await worker.write_path.apply([delivery("charge", each, f"key-{each}") for each in payments])
+        answers = [
+            Answer(each.payment_id, each.operation_number, each.lease_token, Succeeded(each.provider_key, 10_000))
+            for each in applied.requests
+        ]
+        answers[17] = answers[17]._replace(outcome=Succeeded("nul\x00", 10_000))
+        settled = await worker.write_path.apply(answers)
+        assert [refused.given for refused in settled.refused] == [answers[17]]
+        assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'dispatched'") == 1
+        assert await value(postgres_url, "SELECT sum(captured_minor) FROM payments") == 490_000
+        await value(postgres_url, "UPDATE operations SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
+        assert await worker.sweep.sweep_once() == 1
+        await worker.idle()
+    assert await value(postgres_url, "SELECT sum(captured_minor) FROM payments") == 500_000
+
+
+async def test_answers_and_commands_of_one_payment_at_the_same_time_lose_nothing(postgres_url: str) -> None:
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    gateway.outcome = lambda request: (
+        Declined(DeclineReason.OTHER) if request.kind == "refund" and request.operation_number % 2 else None
+    )
+    async with running_worker(postgres_url, gateway) as first, running_worker(postgres_url, gateway) as second:
+        workers = [first, second]
+        await first.accept(delivery("charge", payment_id, "charge"))
+        refunds = [delivery("refund", payment_id, f"r{number}", amount_minor=10) for number in range(60)]
+        await asyncio.gather(*(workers[number % 2].accept(refund) for number, refund in enumerate(refunds)))
+        await until_settled(postgres_url)
+        await asyncio.gather(first.idle(), second.idle())
+    events = await events_of(postgres_url, payment_id)
+    assert [event["payment_seq"] for event in events] == list(range(1, 62))
+    kinds = [event["type"].split(".")[1] for event in events]
+    assert kinds[0] == "captured"
+    assert sorted(kinds[1:]) == ["declined"] * 30 + ["refunded"] * 30
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 300
+    assert gateway.moved_minor[OperationKind.REFUND] == 300
+
+
+class _AlwaysLosing:
+    """A store in which somebody else always wins."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+
+    def begin(self) -> Any:
+        self.attempts += 1
+        raise ConcurrentUpdate("somebody else won")
+
+
+async def test_a_batch_that_always_loses_is_handed_back_as_if_postgres_were_away() -> None:
+    store: Any = _AlwaysLosing()
+    write_path = WritePath(
+        store=store, rules=rules(), clock=lambda: datetime.now(UTC), new_id=uuid7, recent=WrongHint()
+    )
+    with pytest.raises(StoreUnavailable):
+        await write_path.apply([delivery("charge", new_payment_id(), "key")])
+    assert store.attempts == ATTEMPTS_MAX
+
+
+async def test_postgres_away_is_raised_and_not_taken_for_a_poison_input(postgres_url: str) -> None:
+    async with running_worker(postgres_url, BookkeepingGateway()) as worker:
+        worker.write_path._store._pool.terminate()  # type: ignore[attr-defined]
+        with pytest.raises(StoreUnavailable):
+            await worker.write_path.apply([delivery("charge", new_payment_id(), f"key-{each}") for each in range(10)])

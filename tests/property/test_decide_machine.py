@@ -1,0 +1,19 @@
+"""No sequence of deliveries, answers, crashes and clocks breaks a promise of `decide`."""
+
+from hypothesis import HealthCheck, settings
+
+from tests.property.machine import PaymentMachine, Shell
+from tests.support.memory import MemoryShell
+
+
+class DecideMachine(PaymentMachine):
+    """`decide` alone."""
+
+    def new_shell(self) -> Shell:
+        return MemoryShell()
+
+
+TestDecideMachine = DecideMachine.TestCase
+TestDecideMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

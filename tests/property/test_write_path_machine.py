@@ -1,0 +1,148 @@
+"""No sequence of deliveries, answers, crashes and clocks breaks a promise of the write path on a real Postgres."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any, ClassVar
+from uuid import UUID
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from uuid_utils.compat import uuid7
+
+from domain.decide import Input
+from domain.events import FINAL_EVENTS
+from domain.ledger import Account, Transfer
+from domain.operations import GatewayRequest, Operation
+from domain.payment import Payment
+from domain.rules import RetryPolicy
+from handlers.sweep import _request
+from handlers.write_path import WritePath
+from infra.postgres.store import OPERATION_COLUMNS, PAYMENT_COLUMNS, PostgresStore, _operation, _payment, create_pool
+from tests.property.machine import PaymentMachine, Shell
+from tests.support.memory import START, Told
+from tests.support.service import NoHint, WrongHint, rules
+
+FINAL = {f"payment.{kind}.v1" for kind in FINAL_EVENTS}
+
+
+class PostgresShell:
+    """The write path on the database of one test, emptied for each example."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Any, observer: asyncpg.Connection) -> None:
+        self._loop = loop
+        self._store = PostgresStore(pool)
+        self._observer = observer
+        self._now = START
+        self._is_forgetful = True
+        self._paths = [self._path(WrongHint()), self._path(NoHint())]
+        self._run(observer.execute("SET session_replication_role = replica"))
+        self._run(observer.execute("TRUNCATE payments, operations, outbox, ledger"))
+
+    def apply(self, inputs: list[Input]) -> list[GatewayRequest]:
+        """By turns with a hint that all keys are new, and without one."""
+        self._paths.reverse()
+        applied = self._run(self._paths[0].apply(inputs))
+        assert not applied.refused, applied.refused
+        return list(applied.requests)
+
+    def claim(self, payment_id: UUID, number: int) -> list[GatewayRequest]:
+        """Make it due, and sweep."""
+        due = "UPDATE operations SET due_at = now() - interval '1 s' WHERE payment_id = $1 AND number = $2"
+        not_due = "UPDATE operations SET due_at = now() + interval '1 h' WHERE due_at IS NOT NULL"
+        self._run(self._observer.execute(not_due))
+        self._run(self._observer.execute(due, payment_id, number))
+        claimed = self._run(self._store.claim_due(limit=5, lease=timedelta(seconds=60)))
+        assert [(operation.payment_id, operation.number) for _, operation in claimed] == [(payment_id, number)]
+        return [request for each in claimed if (request := _request(*each))]
+
+    def pass_time(self, duration: timedelta) -> None:
+        """Let the worker's clock go on."""
+        self._now += duration
+
+    def operations(self) -> list[Operation]:
+        """All operations ever."""
+        rows = self._fetch(f"SELECT {OPERATION_COLUMNS} FROM operations ORDER BY payment_id, number")
+        return [_operation(row) for row in rows]
+
+    def told(self) -> list[Told]:
+        """The outbox in the order of the table."""
+        return [_told(row["payload"]) for row in self._fetch("SELECT payload FROM outbox ORDER BY id")]
+
+    def transfers(self) -> list[Transfer]:
+        """The ledger."""
+        rows = self._fetch("SELECT payment_id, payment_seq, debit, credit, amount_minor, currency FROM ledger")
+        return [Transfer(*row[:2], Account(row[2]), Account(row[3]), *row[4:]) for row in rows]
+
+    def found_payments(self) -> dict[UUID, Payment]:
+        """All payments with their open operations."""
+        still_open = [each for each in self.operations() if each.is_open]
+        rows = self._fetch(f"SELECT {PAYMENT_COLUMNS} FROM payments")
+        payments = {}
+        for row in rows:
+            own = tuple(each for each in still_open if each.payment_id == row["payment_id"])
+            assert row["open_operations"] == len(own)
+            payments[row["payment_id"]] = _payment(row, own)
+        return payments
+
+    def _clock(self) -> datetime:
+        return self._now
+
+    def _path(self, hint: Any) -> WritePath:
+        return WritePath(store=self._store, rules=rules(RetryPolicy()), clock=self._clock, new_id=uuid7, recent=hint)
+
+    def _fetch(self, query: str) -> list[Any]:
+        return list(self._run(self._observer.fetch(query)))
+
+    def _run(self, coroutine: Any) -> Any:
+        return self._loop.run_until_complete(coroutine)
+
+
+def _told(payload: str) -> Told:
+    event = json.loads(payload)
+    return Told(
+        UUID(event["payment_id"]),
+        event["payment_seq"],
+        event["type"].split(".")[1],
+        event["idempotency_key"],
+        event["operation_number"],
+        event["replayed"],
+        event["type"] in FINAL,
+    )
+
+
+@pytest.fixture
+def shells(postgres_url: str) -> Iterator[type[PaymentMachine]]:
+    """The machine over this test's database."""
+    loop = asyncio.new_event_loop()
+    pool = loop.run_until_complete(create_pool(postgres_url, size=2))
+    observer = loop.run_until_complete(asyncpg.connect(postgres_url))
+
+    class WritePathMachine(PaymentMachine):
+        """The write path and Postgres."""
+
+        around: ClassVar[tuple[Any, ...]] = (loop, pool, observer)
+
+        def new_shell(self) -> Shell:
+            return PostgresShell(*self.around)
+
+    yield WritePathMachine
+    loop.run_until_complete(observer.close())
+    loop.run_until_complete(pool.close())
+    loop.close()
+
+
+def test_no_sequence_breaks_a_promise_of_the_write_path(shells: type[PaymentMachine]) -> None:
+    run_state_machine_as_test(
+        shells,
+        settings=settings(
+            max_examples=20,
+            stateful_step_count=25,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

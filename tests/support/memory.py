@@ -1,0 +1,144 @@
+"""`decide` with nothing around it but dictionaries: what the write path does, without Postgres, one input at a time."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+
+from domain.decide import Delivery, Input, decide, gateway_request
+from domain.events import Event, Replay
+from domain.ledger import Transfer
+from domain.operations import GatewayRequest, Operation, OperationState
+from domain.payment import Payment
+from domain.rules import RetryPolicy, Rules
+from handlers.messages.commands import command_from_content
+from tests.support.service import rules
+
+START = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+class Told(NamedTuple):
+    """One message to subscribers, as far as these tests look at it."""
+
+    payment_id: UUID
+    payment_seq: int
+    kind: str
+    idempotency_key: str | None
+    operation_number: int | None
+    replayed: bool
+    is_final: bool
+
+
+class MemoryShell:
+    """Payments, operations, events and ledger in memory. Checks with every input that `decide` is pure."""
+
+    def __init__(self, given: Rules | None = None) -> None:
+        self.rules = given or rules(RetryPolicy())
+        self.now = START
+        self.payments: dict[UUID, Payment] = {}
+        self.all_operations: dict[tuple[UUID, int], Operation] = {}
+        self.events: list[Event | Replay] = []
+        self.all_told: list[Told] = []
+        self.booked: list[Transfer] = []
+        self._by_key: dict[str, tuple[UUID, int]] = {}
+
+    # --- what the state machine drives ------------------------------------------------------------------------------
+
+    def apply(self, inputs: list[Input]) -> list[GatewayRequest]:
+        """Apply them in order; what the gateways are to be asked."""
+        return [request for given in inputs for request in self._apply(given)]
+
+    def claim(self, payment_id: UUID, number: int) -> list[GatewayRequest]:
+        """What a sweep does with an operation that is due."""
+        payment, operation = self.payments[payment_id], self.all_operations[payment_id, number].copy()
+        if operation.is_leased and operation.state is OperationState.DISPATCHED:
+            operation.state = OperationState.INDETERMINATE
+        operation.lease_token += 1
+        operation.attempts += 1
+        operation.is_leased = True
+        self._keep(operation)
+        payment.operations = tuple(operation if each.number == number else each for each in payment.operations)
+        return [gateway_request(payment, operation, command_from_content(operation.content))]
+
+    def pass_time(self, duration: timedelta) -> None:
+        """Let the clock go on."""
+        self.now += duration
+
+    def operations(self) -> list[Operation]:
+        """All operations ever."""
+        return list(self.all_operations.values())
+
+    def told(self) -> list[Told]:
+        """All messages to subscribers, in order."""
+        return self.all_told
+
+    def transfers(self) -> list[Transfer]:
+        """The ledger."""
+        return self.booked
+
+    def found_payments(self) -> dict[UUID, Payment]:
+        """All payments with their open operations."""
+        return self.payments
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _apply(self, given: Input) -> list[GatewayRequest]:
+        payment_id = given.command.payment_id if isinstance(given, Delivery) else given.payment_id
+        payment = self.payments.get(payment_id)
+        if isinstance(given, Delivery):
+            place = self._by_key.get(given.command.idempotency_key or "")
+            given = Delivery(given.command, self.all_operations[place] if place else None)
+        before = _copies(payment, given)
+        decision = decide(payment, given, now=self.now, rules=self.rules)
+        assert _copies(payment, given) == before, "decide changed what it was given"
+        if decision.is_stale:
+            assert not any((decision.events, decision.operations, decision.requests, decision.transfers))
+            return []
+        self.payments[payment_id] = replace(decision.payment, version=1)
+        results = {}
+        for event in decision.events:
+            number, result = self._tell(event)
+            results[number] = result
+        for operation in decision.operations:
+            operation.result = results.get(operation.number) or operation.result
+            self._keep(operation)
+        self.booked += decision.transfers
+        return list(decision.requests)
+
+    def _tell(self, event: Event | Replay) -> tuple[int | None, str | None]:
+        self.events.append(event)
+        if isinstance(event, Replay):
+            self._replay(event.payment_id, event.result)
+            return None, None
+        told = Told(
+            event.payment_id,
+            event.payment_seq,
+            str(event.kind),
+            event.idempotency_key,
+            event.operation_number,
+            replayed=False,
+            is_final=event.is_final,
+        )
+        self.all_told.append(told)
+        if not event.is_final or event.operation_number is None:
+            return None, None
+        result = json.dumps(told[1:])
+        for _ in range(event.replays_due):
+            self._replay(event.payment_id, result)
+        return event.operation_number, result
+
+    def _replay(self, payment_id: UUID, result: str) -> None:
+        self.all_told.append(Told(payment_id, *json.loads(result))._replace(replayed=True))
+
+    def _keep(self, operation: Operation) -> None:
+        place = (operation.payment_id, operation.number)
+        self.all_operations[place] = operation
+        if operation.idempotency_key is not None:
+            self._by_key[operation.idempotency_key] = place
+
+
+def _copies(payment: Payment | None, given: Input) -> tuple[object, ...]:
+    stored = given.stored if isinstance(given, Delivery) else None
+    operations = payment.operations if payment else ()
+    return payment and payment.copy(), [each.copy() for each in operations], stored and stored.copy()

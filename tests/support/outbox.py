@@ -1,0 +1,85 @@
+"""Outbox rows for the relay's tests, and what must hold for the records that they become."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+import psycopg
+
+INSERT = """
+    INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
+    SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::int[], %s::text[], %s::text[])
+"""
+
+
+class Row(NamedTuple):
+    """What a test chooses of one outbox row."""
+
+    id: UUID
+    key: str
+    seq: int
+    payload: str = "{}"
+    type: str = "payment.captured.v1"
+    occurred_at: str = "2026-01-02T03:04:05.000006Z"
+    traceparent: str | None = None
+
+
+def rows_of(key: str, count: int, *, first: int = 1, payload: str = "{}") -> list[Row]:
+    """Events `first`, `first + 1`, … of one payment."""
+    return [Row(uuid4(), key, seq, payload) for seq in range(first, first + count)]
+
+
+async def insert(connection: psycopg.AsyncConnection, rows: Iterable[Row]) -> None:
+    """Insert within whatever transaction the connection is in."""
+    columns = [(str(row.id), row.key, row.type, row.payload, row.seq, row.occurred_at, row.traceparent) for row in rows]
+    await connection.execute(INSERT, [list(column) for column in zip(*columns, strict=True)])
+
+
+async def commit(url: str, *transactions: Iterable[Row]) -> None:
+    """Commit each argument as a transaction of its own, in this order."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        for rows in transactions:
+            await insert(connection, rows)
+
+
+async def fetch_value(url: str, query: str, *parameters: object) -> Any:
+    """The first value of the first row, or None."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        row = await (await connection.execute(query.encode(), parameters)).fetchone()
+        return None if row is None else row[0]
+
+
+async def until(condition: Callable[[], Awaitable[Any]] | Callable[[], Any], *, timeout_seconds: float = 30) -> Any:
+    """Wait for a condition to give something true, and return that."""
+    async with asyncio.timeout(timeout_seconds):
+        while True:
+            result = condition()
+            if isinstance(result, Awaitable):
+                result = await result
+            if result:
+                return result
+            await asyncio.sleep(0.01)
+
+
+def ids(records: Iterable[Any]) -> list[UUID]:
+    """The outbox ids, in the order of the records."""
+    return [UUID(dict(record.headers)["id"].decode()) for record in records]
+
+
+def complete(rows: Iterable[Row]) -> Callable[[list[Any]], bool]:
+    """For `read_until`: every row has been seen at least once."""
+    wanted = {row.id for row in rows}
+    return lambda records: len(records) >= len(wanted) and wanted <= set(ids(records))
+
+
+def assert_first_deliveries_in_order(records: Iterable[Any], rows: Iterable[Row]) -> None:
+    """Every row is there, nothing else is, and first deliveries of a payment come in the order of `payment_seq`."""
+    known = {row.id: row for row in rows}
+    first: dict[str, list[int]] = {}
+    for event_id in dict.fromkeys(ids(records)):
+        row = known.pop(event_id)
+        first.setdefault(row.key, []).append(row.seq)
+    assert not known, f"{len(known)} rows are missing, such as {next(iter(known.values()))}"
+    for key, sequence in first.items():
+        assert sequence == sorted(sequence), key

@@ -1,0 +1,71 @@
+"""Relays as processes, to be killed and frozen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from infra.relay import RelayConfig
+from tests.support.outbox import fetch_value, until
+
+
+class RelayProcess:
+    """One `python -m infra.relay`; what it says goes to a file."""
+
+    def __init__(self, config: RelayConfig, log_path: Path) -> None:
+        self._config = config
+        self._log_path = log_path
+        with log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "infra.relay"],
+                env=os.environ | {"RELAY_CONFIG": json.dumps(asdict(config))},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def says(self, words: str) -> None:
+        """Wait until its output has these words."""
+
+        def is_said() -> bool:
+            output = self._log_path.read_text()
+            assert self._process.poll() is None, f"it has ended:\n{output}"
+            return words in output
+
+        await until(is_said)
+
+    async def stands_by(self) -> None:
+        """Wait until it waits for the leader."""
+        await self.says("relay stands by")
+
+    async def streams(self) -> None:
+        """Wait until it is the one that publishes."""
+        await self.says("relay active")
+
+    async def holds_the_slot(self) -> bool:
+        """Whether anybody streams from the slot."""
+        query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
+        return bool(await fetch_value(self._config.postgres_url, query, self._config.slot))
+
+    def freeze(self) -> None:
+        """It is there and does nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def terminate(self) -> int:
+        """Stop in good order; its exit status."""
+        self._process.terminate()
+        return self._process.wait(30)
+
+    def kill(self) -> None:
+        """SIGKILL, also if it has ended or is frozen."""
+        self._process.kill()
+        self._process.wait(10)

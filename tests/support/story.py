@@ -1,0 +1,145 @@
+"""One payment told as a story over `decide`: what the write path does, without a database."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from domain.decide import Answer, Decision, Delivery, Input, decide, gateway_request
+from domain.events import Event, Replay
+from domain.ledger import Transfer
+from domain.operations import GatewayRequest, Operation, OperationState, Outcome, Succeeded
+from domain.payment import Payment
+from domain.rules import Rules
+from handlers.messages.commands import command_from_content
+from tests.support.service import delivery, rules
+
+PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
+START = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+class Story:
+    """Keeps what `decide` returns, as the store does, and checks at every step what must always hold."""
+
+    def __init__(self, given: Rules | None = None, payment_id: UUID = PAYMENT_ID) -> None:
+        self.rules = given or rules()
+        self.payment_id = payment_id
+        self.now = START
+        self.payment: Payment | None = None
+        self.operations: dict[int, Operation] = {}
+        self.events: list[Event] = []
+        self.replays: list[Replay] = []
+        self.requests: list[GatewayRequest] = []
+        self.transfers: list[Transfer] = []
+
+    def send(self, kind: str, key: str | None = None, **fields: Any) -> Decision:
+        """Deliver a command."""
+        return self.give(delivery(kind, self.payment_id, key or kind, **fields))
+
+    def deliver(self, given: Delivery) -> Decision:
+        """Deliver this, with what is stored under its key."""
+        return self.give(given)
+
+    def answer(self, outcome: Outcome | None = None, *, token: int | None = None) -> Decision:
+        """Answer the operation under way; without an outcome it succeeds."""
+        request = self.requests[-1]
+        outcome = outcome or Succeeded(f"ref_{request.operation_number}", request.amount.minor)
+        return self.give(Answer(self.payment_id, request.operation_number, token or request.lease_token, outcome))
+
+    def does(self, kind: str, key: str | None = None, **fields: Any) -> Decision:
+        """Deliver a command that the provider executes."""
+        self.send(kind, key, **fields)
+        return self.answer()
+
+    def wait(self, **time: float) -> None:
+        self.now += timedelta(**time)
+
+    def claim(self) -> GatewayRequest:
+        """What the sweep does to the operation under way once it is due (CLAIM_DUE)."""
+        assert self.payment is not None
+        operation = self.payment.under_way
+        assert operation is not None
+        assert operation.due_at is not None
+        self.now = max(self.now, operation.due_at)
+        claimed = operation.copy()
+        if claimed.is_leased and claimed.state is OperationState.DISPATCHED:
+            claimed.state = OperationState.INDETERMINATE
+        claimed.lease_token += 1
+        claimed.attempts += 1
+        claimed.is_leased = True
+        claimed.due_at = self.now + self.rules.retry.lease
+        self.operations[claimed.number] = claimed
+        self.payment = self.payment.copy()
+        self.payment.operations = tuple(
+            claimed if each.number == claimed.number else each for each in self.payment.operations
+        )
+        self.requests.append(gateway_request(self.payment, claimed, command_from_content(claimed.content)))
+        return self.requests[-1]
+
+    def give(self, given: Input) -> Decision:
+        """One step, with the checks."""
+        if isinstance(given, Delivery):
+            key = given.command.idempotency_key
+            stored = [each for each in self.operations.values() if key is not None and each.idempotency_key == key]
+            given = Delivery(given.command, *stored)
+        before = self.payment.copy() if self.payment else None
+        decision = decide(self.payment, given, now=self.now, rules=self.rules)
+        assert self.payment == before, "decide changed its argument"
+        self._check_sequence(decision)
+        self._keep(decision)
+        self._check_amounts(decision.payment)
+        return decision
+
+    def _check_sequence(self, decision: Decision) -> None:
+        first = self.payment.last_seq + 1 if self.payment else 1
+        sequence = [event.payment_seq for event in decision.events if isinstance(event, Event)]
+        assert sequence == list(range(first, first + len(sequence))), "payment_seq has a gap"
+        assert decision.payment.last_seq == first + len(sequence) - 1
+
+    def _keep(self, decision: Decision) -> None:
+        if decision.is_stale:
+            return
+        results = {event.operation_number: event for event in decision.events if isinstance(event, Event)}
+        for event in decision.events:
+            (self.events if isinstance(event, Event) else self.replays).append(event)  # type: ignore[attr-defined]
+        for operation in decision.operations:
+            final = results.get(operation.number)
+            if final is not None and final.is_final:
+                assert operation.result is None, "a command has one final result"
+                operation.result = final.kind.value
+                self.replays += [Replay(self.payment_id, final.kind.value)] * final.replays_due
+            self.operations[operation.number] = operation
+        self.payment = decision.payment
+        self.requests += decision.requests
+        self.transfers += decision.transfers
+
+    def _check_amounts(self, payment: Payment) -> None:
+        assert min(payment.capturable_minor, payment.refundable_minor) >= 0
+        assert min(payment.reserved_capture_minor, payment.reserved_refund_minor) >= 0
+        clearing = sum(
+            transfer.amount_minor * ((transfer.debit == "gateway_clearing") - (transfer.credit == "gateway_clearing"))
+            for transfer in self.transfers
+        )
+        assert clearing == payment.captured_minor - payment.refunded_minor, "the ledger tells another story"
+        assert sum(operation.is_under_way for operation in payment.operations) <= 1
+        open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
+        assert payment.operations == open_operations
+
+    # --- what tests ask ---------------------------------------------------------------------------------------------
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        return [event.kind.value for event in self.events]
+
+    @property
+    def last(self) -> Event:
+        return self.events[-1]
+
+    def amounts(self) -> tuple[int, int, int, int]:
+        """Authorized, captured, released, refunded."""
+        assert self.payment is not None
+        payment = self.payment
+        return payment.authorized_minor, payment.captured_minor, payment.released_minor, payment.refunded_minor
+
+    def state(self, number: int) -> str:
+        return self.operations[number].state.value

@@ -1,0 +1,168 @@
+"""The dispatcher: its limit holds, and no end of a gateway call loses an operation."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+
+from domain.commands import OperationKind
+from domain.decide import Answer
+from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
+from domain.money import Money
+from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded, Unknown, Unreachable
+from handlers.dispatch import Dispatcher
+from handlers.leases import Leases
+from tests.support.provider import BookkeepingGateway
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+LEASE = timedelta(seconds=60)
+
+
+class NoStore:
+    """The dispatcher asks a store for one thing only."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+    def in_transaction(self) -> bool:
+        return self.is_open
+
+
+class ScriptedGateway(BookkeepingGateway):
+    """Each call runs `behave`; `most` is the greatest number of calls at once, `asked` counts status queries."""
+
+    def __init__(self, behave: Callable[[GatewayRequest], Awaitable[Outcome]]) -> None:
+        super().__init__()
+        self._behave = behave
+        self._running = 0
+        self.most = 0
+        self.asked = 0
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        self.asked += 1
+        return Unknown("no trace of it")
+
+    async def _execute(self, request: GatewayRequest) -> Outcome:
+        self.calls[request.provider_key] += 1
+        self._running += 1
+        self.most = max(self.most, self._running)
+        try:
+            return await self._behave(request)
+        finally:
+            self._running -= 1
+
+
+class Bench:
+    """A dispatcher with one gateway, and the answers that came."""
+
+    def __init__(self, gateway: BookkeepingGateway, *, limit: int = 50, lease: timedelta = LEASE) -> None:
+        self.store = NoStore()
+        self.answers: list[Answer] = []
+        self.dispatcher = Dispatcher(
+            gateways={"books": gateway},
+            limits={"books": limit},
+            store=self.store,  # type: ignore[arg-type]
+            clock=lambda: NOW,
+            leases=Leases(store=self.store, lease=lease),  # type: ignore[arg-type]
+        )
+        self.dispatcher.on_answer = self.answers.append
+
+    async def outcomes(self, *requests: GatewayRequest) -> list[Outcome]:
+        """Send these and wait for as many answers."""
+        self.dispatcher.submit(requests)
+        async with asyncio.timeout(10):
+            while len(self.answers) < len(requests):
+                await asyncio.sleep(0.001)
+        return [answer.outcome for answer in self.answers]
+
+
+def request(gateway: str = "books", **more: object) -> GatewayRequest:
+    payment_id = uuid4()
+    plain = GatewayRequest(
+        OperationKind.CHARGE, payment_id, 1, f"{payment_id}:1", gateway, Money(100, "USD"), first_dispatched_at=NOW
+    )
+    return plain._replace(**more)  # type: ignore[arg-type]
+
+
+def raising(error: BaseException) -> Callable[[GatewayRequest], Awaitable[Outcome]]:
+    async def behave(_: GatewayRequest) -> Outcome:
+        raise error
+
+    return behave
+
+
+async def test_at_most_so_many_calls_run_at_once_and_all_are_answered() -> None:
+    async def behave(_: GatewayRequest) -> Outcome:
+        await asyncio.sleep(0)
+        return Succeeded("x")
+
+    gateway = ScriptedGateway(behave)
+    bench = Bench(gateway, limit=3)
+    outcomes = await bench.outcomes(*(request() for _ in range(50)))
+    assert outcomes == [Succeeded("x")] * 50
+    assert gateway.most == 3
+    assert bench.dispatcher.waiting == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (GatewayUnreachable("books", "not connected"), Unreachable),
+        (OutcomeUnknown("books", "timeout"), Unknown),
+        (GatewayContractBroken("books", "not JSON"), Unknown),
+        (ZeroDivisionError("a defect"), Unknown),
+        (asyncio.CancelledError("leaked by a library"), Unknown),
+        (TimeoutError("a bare one"), Unknown),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+async def test_an_exception_of_a_gateway_is_unknown_unless_it_is_proof(
+    error: BaseException, expected: type[Outcome]
+) -> None:
+    bench = Bench(ScriptedGateway(raising(error)), limit=1)
+    outcomes = await bench.outcomes(request(), request())
+    assert [type(outcome) for outcome in outcomes] == [expected, expected]
+    assert bench.dispatcher.waiting == 0
+
+
+async def test_a_call_that_hangs_longer_than_a_lease_is_unknown_and_frees_its_place() -> None:
+    async def behave(request: GatewayRequest) -> Outcome:
+        await asyncio.Event().wait()
+        raise AssertionError("never")
+
+    bench = Bench(ScriptedGateway(behave), limit=1, lease=timedelta(milliseconds=50))
+    outcomes = await bench.outcomes(request(), request())
+    assert [type(outcome) for outcome in outcomes] == [Unknown, Unknown]
+
+
+async def test_a_request_for_a_gateway_that_is_gone_is_unreachable_and_stops_no_other() -> None:
+    bench = Bench(BookkeepingGateway())
+    gone, here = request("removed"), request()
+    await bench.outcomes(gone, here)
+    by_payment = {answer.payment_id: answer.outcome for answer in bench.answers}
+    assert isinstance(by_payment[gone.payment_id], Unreachable)
+    assert isinstance(by_payment[here.payment_id], Succeeded)
+
+
+async def test_a_gateway_is_never_called_inside_a_transaction() -> None:
+    bench = Bench(BookkeepingGateway())
+    bench.store.is_open = True
+    with pytest.raises(AssertionError, match="inside a transaction"):
+        await bench.dispatcher._outcome(BookkeepingGateway(), request())
+
+
+@pytest.mark.parametrize("state", [OperationState.PENDING, OperationState.REQUIRES_ACTION])
+async def test_what_the_provider_is_known_to_have_is_asked_about_and_not_sent_again(state: OperationState) -> None:
+    gateway = ScriptedGateway(raising(AssertionError("sent again")))
+    await Bench(gateway).outcomes(request(state=state, attempts=3))
+    assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
+
+
+@pytest.mark.parametrize("attempts", [1, 2], ids=["a first attempt that slept", "a repeated attempt"])
+async def test_after_the_provider_may_have_forgotten_the_key_it_is_only_asked(attempts: int) -> None:
+    gateway = ScriptedGateway(raising(AssertionError("sent again")))
+    long_ago = NOW - gateway.capabilities.idempotency_retention
+    await Bench(gateway).outcomes(request(attempts=attempts, first_dispatched_at=long_ago))
+    assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
