@@ -153,7 +153,12 @@ class EmbeddedKafka(EmbeddedServer):
         self._write_settings()
         cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         tool = self._java(
-            QUICK_TOOL, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", str(self._settings_path)
+            QUICK_TOOL,
+            "kafka.tools.StorageTool",
+            "format",
+            f"--cluster-id={cluster_id}",
+            "-c",
+            str(self._settings_path),
         )
         done = run_quietly(tool)
         if done.returncode != 0:
