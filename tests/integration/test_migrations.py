@@ -1,8 +1,9 @@
 """The schema: forward and back, and what it refuses whoever writes."""
 
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import asyncpg
@@ -69,9 +70,10 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
 
 
 def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
-    with ThreadPoolExecutor(4) as threads:
-        for future in [threads.submit(migrate.upgrade, empty_postgres_url) for _ in range(4)]:
-            future.result()
+    # Processes: Alembic's own state is one for all threads of a process.
+    upgrade = [sys.executable, "-c", "import sys; from infra.postgres.migrate import upgrade; upgrade(sys.argv[1])"]
+    running = [subprocess.Popen([*upgrade, empty_postgres_url]) for _ in range(4)]
+    assert [each.wait(timeout=60) for each in running] == [0, 0, 0, 0]
     assert schema_of(empty_postgres_url) == schema_of(postgres_url)
 
 

@@ -1,13 +1,18 @@
 """The relay's parts without servers: the acknowledged prefix, the log's messages, headers, partitions."""
 
+import asyncio
 import struct
+from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaConnectionError
 
+from infra.relay.config import RelayConfig
+from infra.relay.errors import KafkaAway
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
-from infra.relay.prefix import TIDY_ABOVE, Prefix
-from infra.relay.publisher import headers_of
+from infra.relay.prefix import TIDY_ABOVE, Group, Prefix
+from infra.relay.publisher import Publisher, headers_of
 
 RELATION_ID = 16_400
 EVENT = OutboxEvent(
@@ -136,6 +141,92 @@ def test_headers_stand_in_the_order_of_the_contract_with_null_where_the_column_i
         ("payment_seq", b"12"),
         ("traceparent", None),
     ]
+
+
+class FakeProducer:
+    """Notes what was sent, as payload lists; the test answers."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
+
+    def create_batch(self) -> "FakeBatch":
+        return FakeBatch()
+
+    async def send_batch(self, batch: "FakeBatch", topic: str, *, partition: int) -> asyncio.Future[None]:
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.sent.append((partition, list(batch.values), answer))
+        return answer
+
+    @property
+    def values(self) -> list[list[bytes]]:
+        return [values for _, values, _ in self.sent]
+
+
+class FakeBatch:
+    def __init__(self) -> None:
+        self.values: list[bytes] = []
+
+    def append(self, *, value: bytes, **_: Any) -> object:
+        self.values.append(value)
+        return object()
+
+
+class TestPublisher:
+    """With one partition, so that every event waits for those before it."""
+
+    def setup_method(self) -> None:
+        self.producer = FakeProducer()
+        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events")
+        self.publisher = Publisher(config, self.producer, 1, lambda: None)
+        self.groups: list[Group] = []
+
+    async def publish(self, *values: bytes) -> None:
+        for value in values:
+            self.groups.append(Group())
+            self.publisher.publish(EVENT._replace(payload=value), self.groups[-1])
+        await self.publisher.flush()
+
+    async def answer(self, number: int, error: Exception | None = None) -> None:
+        answer = self.producer.sent[number][2]
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+        await asyncio.sleep(0)
+
+    @property
+    def missing(self) -> list[int]:
+        return [group.missing for group in self.groups]
+
+    async def test_one_batch_of_a_partition_is_on_its_way_and_only_it_is_acknowledged(self) -> None:
+        await self.publish(b"1")
+        await self.publish(b"2")
+        await self.publish(b"3")
+        assert self.producer.values == [[b"1"]]
+        await self.answer(0)
+        assert self.missing == [0, 1, 1]
+        await self.publisher.flush()
+        assert self.producer.values == [[b"1"], [b"2", b"3"]]
+        await self.answer(1)
+        assert self.missing == [0, 0, 0]
+        assert self.publisher.unacknowledged == self.publisher.unacknowledged_bytes == 0
+
+    async def test_nothing_is_sent_after_a_batch_that_failed(self) -> None:
+        await self.publish(b"1")
+        await self.publish(b"2")
+        await self.answer(0, KafkaConnectionError())
+        with pytest.raises(KafkaAway):
+            await self.publish(b"3")
+        assert self.producer.values == [[b"1"]]
+        assert self.missing == [1, 1, 1]
+
+    async def test_a_batch_that_the_producer_gave_up_is_not_forgotten(self) -> None:
+        await self.publish(b"1")
+        self.producer.sent[0][2].cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(KafkaAway):
+            await self.publisher.flush()
+        assert self.missing == [1]
 
 
 @pytest.mark.parametrize(
