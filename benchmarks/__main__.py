@@ -6,10 +6,12 @@ Results go to `.bench/results.json`; `--quick` ends within a minute.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
 import urllib.request
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ class Plan:
     stored_payments: int
 
 
-QUICK = Plan(20_000, 20_000, 1_000, 4, 1_500, 40_000, 0)
+QUICK = Plan(8_000, 5_000, 500, 3, 250, 8_000, 0)
 FULL = Plan(150_000, 100_000, 5_000, 20, 10_000, 500_000, 1_000_000)
 
 
@@ -88,6 +90,16 @@ class Bench:
         """Leave no database behind."""
         drop_database(self._postgres_url)
 
+    @contextlib.asynccontextmanager
+    async def service(self, gateway_ms: int = 0) -> AsyncIterator[Load]:
+        """Worker and relay with a warm load generator, for the measurements in the block."""
+        await self.start_service(PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(gateway_ms))
+        load = await self.load()
+        await self._warm_up(load)
+        yield load
+        await load.stop()
+        self.machine.stop()
+
     async def start_service(self, **environment: str) -> None:
         """Worker and relay, ready."""
         self.machine.start("relay", "app.cli", "relay", **environment)
@@ -114,11 +126,8 @@ class Bench:
         await load.start()
         return load
 
-    async def throughput(self, gateway_ms: int, commands: int) -> None:
+    async def throughput(self, load: Load, gateway_ms: int, commands: int) -> None:
         """Commands a second from the first command sent to the last result on the topic."""
-        await self.start_service(PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(gateway_ms))
-        load = await self.load()
-        await self._warm_up(load)
         messages = make_charges(commands, PARTITIONS, gateway="instant")
         before = self._cpu()
         started = time.perf_counter()
@@ -126,8 +135,6 @@ class Bench:
         ended = await load.count_results(commands)
         await sending
         after = self._cpu()
-        await load.stop()
-        self.machine.stop()
         rate = commands / (ended - started)
         row = {
             "gateway_ms": gateway_ms,
@@ -153,15 +160,10 @@ class Bench:
         own = time.process_time()
         return self.machine.cpu_seconds(**pids) | {"generator": own}
 
-    async def latency(self, rate: int, key: str = "latency") -> None:
+    async def latency(self, load: Load, rate: int, key: str = "latency") -> None:
         """Percentiles from command to result at a steady rate."""
-        await self.start_service()
-        load = await self.load()
-        await self._warm_up(load)
         messages = make_charges(rate * self.plan.latency_seconds, PARTITIONS, gateway="instant")
         taken = await load.time_results(messages, rate)
-        await load.stop()
-        self.machine.stop()
         # The first second is start-up, not the service.
         steady = taken[rate:]
         shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
@@ -219,9 +221,10 @@ class Bench:
     async def with_full_tables(self) -> None:
         """Throughput and latency again with many stored payments."""
         await preload_payments(self._postgres_url, self.plan.stored_payments)
-        await self.throughput(0, self.plan.commands)
-        full = self.results["throughput"].pop()
-        await self.latency(2000, key="latency_after_preload")
+        async with self.service() as load:
+            await self.throughput(load, 0, self.plan.commands)
+            full = self.results["throughput"].pop()
+            await self.latency(load, 2000, key="latency_after_preload")
         latency = self.results.pop("latency_after_preload")
         self.results["full_tables"] = {
             "stored_payments": self.plan.stored_payments,
@@ -235,12 +238,14 @@ async def run(stack: LocalStack, plan: Plan) -> dict[str, Any]:
     bench = Bench(stack, plan)
     await bench.prepare()
     try:
-        await bench.throughput(0, plan.commands)
+        async with bench.service() as load:
+            await bench.throughput(load, 0, plan.commands)
+            for rate in (500, 2000):
+                await bench.latency(load, rate)
         await bench.naive()
         for gateway_ms in (100, 200):
-            await bench.throughput(gateway_ms, plan.slow_commands)
-        for rate in (500, 2000):
-            await bench.latency(rate)
+            async with bench.service(gateway_ms) as load:
+                await bench.throughput(load, gateway_ms, plan.slow_commands)
         await bench.stripe_http()
         await bench.memory()
         if plan.stored_payments:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, LiteralString
 
 import asyncpg
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -70,11 +72,25 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
 
 
 def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
+    """Both are made to wait at the same door before either has begun."""
     # Processes: Alembic's own state is one for all threads of a process.
     upgrade = [sys.executable, "-c", "import sys; from infra.postgres.migrate import upgrade; upgrade(sys.argv[1])"]
-    running = [subprocess.Popen([*upgrade, empty_postgres_url]) for _ in range(4)]
-    assert [each.wait(timeout=60) for each in running] == [0, 0, 0, 0]
+    queue = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted AND database = %s"
+    with psycopg.connect(empty_postgres_url, autocommit=True) as door:
+        door.execute("SELECT pg_advisory_lock(%s)", [migrate.MIGRATION_LOCK])
+        database = one_value(door, "SELECT oid FROM pg_database WHERE datname = current_database()")
+        running = [subprocess.Popen([*upgrade, empty_postgres_url]) for _ in range(2)]
+        while one_value(door, queue, [migrate.MIGRATION_LOCK % 2**32, database]) < len(running):
+            assert [each.poll() for each in running] == [None, None], "one went past the lock"
+            time.sleep(0.05)
+    assert [each.wait(timeout=120) for each in running] == [0, 0]
     assert schema_of(empty_postgres_url) == schema_of(postgres_url)
+
+
+def one_value(connection: psycopg.Connection[Any], query: LiteralString, values: Sequence[object] = ()) -> Any:
+    row = connection.execute(query, values).fetchone()
+    assert row is not None
+    return row[0]
 
 
 def test_a_second_upgrade_changes_nothing(postgres_url: str) -> None:

@@ -1,6 +1,6 @@
 """No sequence of deliveries, answers, crashes and clocks breaks a promise of `decide`."""
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.property.machine import PaymentMachine, Shell
 from tests.support.memory import MemoryShell
@@ -15,5 +15,9 @@ class DecideMachine(PaymentMachine):
 
 TestDecideMachine = DecideMachine.TestCase
 TestDecideMachine.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )

@@ -71,7 +71,7 @@ class MemoryShell:
 
     def told(self) -> list[Told]:
         """All messages to subscribers, in order."""
-        return self.all_told
+        return list(self.all_told)
 
     def transfers(self) -> list[Transfer]:
         """The ledger."""
