@@ -6,7 +6,8 @@ policy: Postgres away means rewind and back off; anything else was already pinne
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -64,6 +65,7 @@ class CommandConsumer:
             group_id=group_id,
             auto_offset_reset="earliest",
             ack_policy=AckPolicy.MANUAL,
+            parser=_whole,
             decoder=_itself,
             listener=_Rebalance(self.offsets, self._backlog),
             include_in_schema=False,
@@ -134,6 +136,16 @@ class CommandConsumer:
         for letter in letters:
             metrics.DEAD_LETTERS.labels(letter.reason).inc()
             log.warning("message parked", reason=letter.reason, partition=letter.partition, offset=letter.offset)
+
+
+async def _whole(records: tuple[Record, ...], parse: Callable[[tuple[Record, ...]], Awaitable[Any]]) -> Any:
+    """Parse a batch without its headers: FastStream reads each as UTF-8, and drops the whole batch if one is not.
+
+    It would not even be an error: the offsets of the next batch would say that this one is done, too.
+    """
+    message = await parse((replace(records[0], headers=()), replace(records[-1], headers=())))
+    message.raw_message = records
+    return message
 
 
 async def _itself(message: Any) -> Any:
