@@ -139,7 +139,7 @@ def test_no_sequence_breaks_a_promise_of_the_write_path(shells: type[PaymentMach
     run_state_machine_as_test(
         shells,
         settings=settings(
-            max_examples=20,
+            max_examples=15,
             stateful_step_count=25,
             deadline=None,
             phases=[Phase.explicit, Phase.generate],
