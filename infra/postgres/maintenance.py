@@ -1,8 +1,11 @@
 """The outbox's partitions, one a UTC day: made ahead of time, filled from the default one, dropped after retention.
 
-On a busy table: making and dropping a partition each lock the outbox for some milliseconds (longer where rows must
-move). A lock that waits makes every payment behind it wait as well, so it is given up after `LOCK_TIMEOUT` and asked
-for again after a pause.
+On a busy table: a partition of a coming day is attached without a lock that inserts would notice. One of today or of
+the past, and a dropped one, lock inserts out for some milliseconds. A lock that waits makes every payment behind it
+wait as well, so it is given up after `LOCK_TIMEOUT` and asked for again after a pause, over some 20 seconds: a
+transaction that is stopped in its middle is ended by the server before that (infra/postgres/store.py).
+
+DETACH CONCURRENTLY is no way to drop: Postgres refuses it on a table that has a default partition.
 """
 
 import asyncio
@@ -15,9 +18,10 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-LOCK_TIMEOUT: Final = "2s"
-ATTEMPTS: Final = 4
-MAX_LAG_BYTES: Final = 64 * 1024 * 1024
+LOCK_TIMEOUT: Final = "200ms"
+PAUSES_SECONDS: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
+PASS_SECONDS: Final = 10.0
+"""How long a publisher may take to come past what was committed when its partition is about to go."""
 # Any number that only this uses: processes that maintain at once take turns.
 MAINTENANCE_LOCK: Final = 7_205_759_404
 
@@ -28,7 +32,7 @@ PARTITIONS: Final = """
 TODAY: Final = "SELECT (now() AT TIME ZONE 'UTC')::date"
 DEFAULT_DAYS: Final = "SELECT DISTINCT (created_at AT TIME ZONE 'UTC')::date FROM outbox_default"
 SLOTS: Final = """
-    SELECT slot_name, active, pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::bigint AS lag
+    SELECT slot_name, active, coalesce(confirmed_flush_lsn >= $1, false) AS is_past
       FROM pg_replication_slots
      WHERE slot_type = 'logical' AND plugin = 'pgoutput' AND database = current_database() ORDER BY slot_name
 """
@@ -81,31 +85,38 @@ async def _make(connection: "asyncpg.Connection[Any]", wanted: set[date]) -> tup
 async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
     """Make the partition of `day` with the rows that the default one has of it; the number of rows.
 
-    The rows go in before it is attached: then it is no part of the publication yet, and none is published again.
+    The rows go in before it is attached: then it is no part of the publication yet, and none is published again. Most
+    of them go while inserts continue; the attachment scans what is left of the default partition.
     """
     name, (start, end) = _name(day), _bounds(day)
     async with connection.transaction():
-        # Inserts must wait at the door: one that had chosen the default partition and waited there would fail, since
-        # by then that partition refuses the day. Readers are not locked out until the attachment.
-        await connection.execute("LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE")
         await connection.execute(
             f"CREATE TABLE {name} (LIKE outbox INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)"
         )
-        moved = await connection.execute(  # the name is made of a date
-            "WITH moved AS (DELETE FROM outbox_default WHERE created_at >= $1 AND created_at < $2 RETURNING *)"  # noqa: S608
-            f" INSERT INTO {name} SELECT * FROM moved",
-            start,
-            end,
-        )
+        moved = await _move(connection, day)
+        if moved or day <= await connection.fetchval(TODAY) + timedelta(days=1):
+            # Inserts must wait at the door: one that had chosen the default partition and waited there would fail,
+            # since by then that partition refuses the day. Readers are not locked out until the attachment.
+            await connection.execute("LOCK TABLE ONLY outbox IN SHARE ROW EXCLUSIVE MODE")
+            moved += await _move(connection, day)
         await connection.execute(f"ALTER TABLE outbox ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')")
-    return int(moved.split()[-1])
+    return moved
+
+
+async def _move(connection: "asyncpg.Connection[Any]", day: date) -> int:
+    done = await connection.execute(  # the name is made of a date
+        "WITH moved AS (DELETE FROM outbox_default WHERE created_at >= $1 AND created_at < $2 RETURNING *)"  # noqa: S608
+        f" INSERT INTO {_name(day)} SELECT * FROM moved",
+        *_bounds(day),
+    )
+    return int(done.split()[-1])
 
 
 async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tuple[date, ...], tuple[str, ...]]:
     past = [day for day in await _days(connection) if day < oldest]
     if not past:
         return (), ()
-    reasons = await _reasons_to_keep(connection)
+    reasons = await _reasons_to_keep(connection, await _patiently(partial(_end_of, connection, past)))
     if reasons:
         return (), reasons
     for day in past:
@@ -113,20 +124,38 @@ async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tu
     return tuple(past), ()
 
 
-async def _reasons_to_keep(connection: "asyncpg.Connection[Any]") -> tuple[str, ...]:
-    """Why old rows may be unpublished yet; empty when every publisher is at work and close behind."""
-    slots = await connection.fetch(SLOTS)
-    if not slots:
-        return ("there is no replication slot: nobody publishes the outbox",)
-    return tuple(reason for slot in slots if (reason := _reason(slot)) is not None)
+async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> int:
+    """A position of the log that is behind everything committed to the partitions of `days`.
+
+    The lock waits for those who are writing to them (nobody, after midnight) and for nobody else. What is committed is
+    flushed: a position further on might be reached by no publisher while nothing happens.
+    """
+    async with connection.transaction():
+        await connection.execute(f"LOCK TABLE {', '.join(map(_name, days))} IN SHARE MODE")
+        return int(await connection.fetchval("SELECT pg_current_wal_flush_lsn()"))
 
 
-def _reason(slot: asyncpg.Record) -> str | None:
+async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int) -> tuple[str, ...]:
+    """Why rows before `end` may be unpublished yet; empty when every publisher is at work and has confirmed them.
+
+    An idle slot says nothing: whoever makes one anew has to publish the table first, and streams only afterwards.
+    """
+    deadline = asyncio.get_running_loop().time() + PASS_SECONDS
+    while True:
+        slots = await connection.fetch(SLOTS, end)
+        if not slots:
+            return ("there is no replication slot: nobody publishes the outbox",)
+        reasons = tuple(reason for slot in slots if (reason := _reason(slot, end)) is not None)
+        is_final = not reasons or not all(slot["active"] for slot in slots)
+        if is_final or asyncio.get_running_loop().time() > deadline:
+            return reasons
+        await asyncio.sleep(0.1)
+
+
+def _reason(slot: asyncpg.Record, end: int) -> str | None:
     if not slot["active"]:
         return f"slot {slot['slot_name']} is inactive"
-    if slot["lag"] is None or slot["lag"] > MAX_LAG_BYTES:
-        return f"slot {slot['slot_name']} lags {slot['lag']} bytes"
-    return None
+    return None if slot["is_past"] else f"slot {slot['slot_name']} has not confirmed {end >> 32:X}/{end & 0xFFFFFFFF:X}"
 
 
 async def _days(connection: "asyncpg.Connection[Any]") -> list[date]:
@@ -136,11 +165,11 @@ async def _days(connection: "asyncpg.Connection[Any]") -> list[date]:
 
 async def _patiently(step: Callable[[], Awaitable[T]]) -> T:
     """Do `step`, again after a pause while others hold the lock."""
-    for attempt in range(1, ATTEMPTS):
+    for pause in PAUSES_SECONDS:
         try:
             return await step()
         except _CONTENDED:
-            await asyncio.sleep(0.2 * 2**attempt)
+            await asyncio.sleep(pause)
     return await step()
 
 

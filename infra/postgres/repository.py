@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from domain.commands import OperationKind
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, PaymentsError, StoreUnavailable
 from domain.events import PaymentStatus
-from domain.operations import IN_DOUBT, OPEN, Operation, OperationState
+from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
 from infra.postgres.tables import operations, outbox, payments
@@ -33,12 +33,7 @@ _OPERATION_FIELDS: Final = tuple(field.name for field in fields(Operation) if fi
 _OPERATION_COLUMNS: Final = tuple(operations.c[name] for name in _OPERATION_FIELDS)
 _OPEN_STATES: Final = sorted(OPEN)
 
-_LOST_RACE: Final = (
-    asyncpg.UniqueViolationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.SerializationError,
-    asyncpg.LockNotAvailableError,
-)
+_LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
 _REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 _UNAVAILABLE: Final = (
     OSError,
@@ -51,6 +46,46 @@ _UNAVAILABLE: Final = (
     asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
 )
+
+
+class PaymentExists(ConcurrentUpdate):
+    """Somebody else stored this payment first: read it, and decide again."""
+
+
+class GatewayPaymentTaken(InputRefusedByStore):
+    """Another payment has this id at the gateway; trying again changes nothing."""
+
+
+class StatusUnknown(InputRefusedByStore):
+    """A status that the schema does not have."""
+
+
+class AmountNegative(InputRefusedByStore):
+    """An amount, or the count of open operations, below zero."""
+
+
+class CapturedBeyondAuthorized(InputRefusedByStore):
+    """Captured, released and reserved for capture together exceed what was authorized."""
+
+
+class RefundedBeyondCaptured(InputRefusedByStore):
+    """Refunded and reserved for refund together exceed what was captured."""
+
+
+class CurrencyMissing(InputRefusedByStore):
+    """Money was authorized in no currency."""
+
+
+ERROR_OF_CONSTRAINT: Final[dict[str, type[PaymentsError]]] = {
+    "payments_payment_id_key": PaymentExists,
+    "payments_gateway_payment_id": GatewayPaymentTaken,
+    "payments_status_known": StatusUnknown,
+    "payments_amounts_not_negative": AmountNegative,
+    "payments_captured_within_authorized": CapturedBeyondAuthorized,
+    "payments_refunded_within_captured": RefundedBeyondCaptured,
+    "payments_amounts_have_currency": CurrencyMissing,
+}
+"""What each constraint of `payments` means to a caller; a test holds it complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +142,7 @@ class PaymentRepository:
     """The payments in Postgres.
 
     Every method raises StoreUnavailable when Postgres is away. The writing ones raise ConcurrentUpdate when somebody
-    else was first, and InputRefusedByStore when a constraint says no.
+    else was first, and InputRefusedByStore when a constraint says no: the subclass in ERROR_OF_CONSTRAINT.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -121,7 +156,8 @@ class PaymentRepository:
         """Store a new payment as version 1.
 
         Raises:
-            ConcurrentUpdate: the payment, or another with this id at its gateway, exists already.
+            PaymentExists: it is stored already.
+            GatewayPaymentTaken: another payment has this id at its gateway.
             ValueError: it has operations, which only the write path stores.
         """
         if payment.operations:
@@ -136,6 +172,7 @@ class PaymentRepository:
 
         Raises:
             ConcurrentUpdate: the stored version is another, or there is no such payment.
+            GatewayPaymentTaken: another payment has this id at its gateway.
         """
         return await self._change(payment.payment_id, payment.version, _values(payment))
 
@@ -247,22 +284,19 @@ class PaymentRepository:
     ) -> tuple[PaymentRecord, ...]:
         """Payments that wait for something that should have happened `older_than` ago or earlier, longest first.
 
-        Either nobody took up an operation that was due then, or the outcome of one dispatched then is still unknown.
+        Either nobody took up an operation that was due then, or one that the gateway was given then is still under
+        way; one that needs review counts however young it is. Reads the index of all operations under way.
         """
         size = _page_size(limit)
-        horizon = sa.func.now() - sa.literal(older_than, sa.Interval)
-        stuck = sa.union_all(
-            *(
-                sa.select(operations.c.payment_id, since.label("since"))
-                .where(*conditions, since <= horizon)
-                .order_by(since)
-                .limit(size)
-                .subquery()
-                .select()
-                for since, conditions in ((operations.c.due_at, ()), (operations.c.dispatched_at, (_IN_DOUBT,)))
-            )
-        ).subquery()
-        oldest = sa.select(stuck.c.payment_id, sa.func.min(stuck.c.since).label("since")).group_by(stuck.c.payment_id)
+        o, horizon = operations.c, sa.func.now() - sa.literal(older_than, sa.Interval)
+        # Whatever is under way is due sometime, so that the index of what is due has it.
+        kinds: tuple[tuple[sa.Column[datetime], sa.ColumnElement[bool]], ...] = (
+            (o.due_at, o.due_at <= horizon),
+            (o.dispatched_at, sa.and_(o.due_at.is_not(None), o.dispatched_at <= horizon)),
+            (o.dispatched_at, _NEEDS_REVIEW),
+        )
+        found = sa.union_all(*(_longest(since, condition, size) for since, condition in kinds)).subquery()
+        oldest = sa.select(found.c.payment_id, sa.func.min(found.c.since).label("since")).group_by(found.c.payment_id)
         waits = oldest.subquery()
         wanted = sa.select(payments).join(waits, waits.c.payment_id == payments.c.payment_id)
         return await self._records(wanted.order_by(waits.c.since, payments.c.id).limit(size))
@@ -304,10 +338,14 @@ class PaymentRepository:
                 yield connection
 
 
-# Literal, and word for word what the index says, so that the planner sees that the index covers it.
-_IN_DOUBT: Final = sa.literal_column(
-    f"operations.state IN ({', '.join(repr(state.value) for state in sorted(IN_DOUBT))})", sa.Boolean
-)
+# Literal: a bound value would not tell the planner that the partial index has it.
+_NEEDS_REVIEW: Final = sa.literal_column(f"operations.state = '{OperationState.NEEDS_REVIEW.value}'", sa.Boolean)
+
+
+def _longest(since: sa.Column[datetime], condition: sa.ColumnElement[bool], size: int) -> sa.Select[Any]:
+    """The payments of the `size` operations that meet `condition` and have done so longest."""
+    wanted = sa.select(operations.c.payment_id, since.label("since")).where(condition)
+    return wanted.order_by(since).limit(size).subquery().select()
 
 
 async def _with_operations(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> tuple[PaymentRecord, ...]:
@@ -389,6 +427,9 @@ def _translated() -> Iterator[None]:
 def _ours(cause: BaseException | None, error: Exception) -> Exception:
     """Our error for `cause`, most specific first; `error` itself for a mistake of ours, such as a wrong column."""
     message = str(cause or error) or type(cause or error).__name__
+    named = ERROR_OF_CONSTRAINT.get(getattr(cause, "constraint_name", None) or "")
+    if named is not None:
+        return named(message)
     kinds: tuple[tuple[type[PaymentsError], tuple[type[BaseException], ...]], ...] = (
         (ConcurrentUpdate, _LOST_RACE),
         (InputRefusedByStore, _REFUSED),

@@ -5,13 +5,16 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, LiteralString
 
 import asyncpg
 import psycopg
 import pytest
 import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 
+import migrations
 from infra.postgres import migrate
 from infra.postgres.tables import metadata
 
@@ -91,6 +94,12 @@ def one_value(connection: psycopg.Connection[Any], query: LiteralString, values:
     row = connection.execute(query, values).fetchone()
     assert row is not None
     return row[0]
+
+
+def test_versions_form_one_line() -> None:
+    """With two heads nobody could say what the newest schema is."""
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert len(scripts.get_heads()) == len(scripts.get_bases()) == 1
 
 
 def test_a_second_upgrade_changes_nothing(postgres_url: str) -> None:
@@ -221,5 +230,12 @@ async def test_postings_sum_to_zero(connection: asyncpg.Connection) -> None:
         )
     totals = await connection.fetch("SELECT account, sum(amount_minor)::int FROM ledger_postings GROUP BY 1 ORDER BY 1")
     assert [tuple(row) for row in totals] == [("a", 19), ("b", -10), ("c", -9)]
-    assert await connection.fetchval("SELECT sum(amount_minor) FROM ledger_postings") == 0
     assert await connection.fetchval("SELECT count(*) FROM ledger_postings") == 14
+
+
+async def test_postings_sum_to_zero_per_payment_and_currency(connection: asyncpg.Connection) -> None:
+    for number in range(1, 25):
+        row = {"payment_id": uuid.UUID(int=number % 4), "currency": ("EUR", "USD", "JPY")[number % 3]}
+        await insert(connection, "ledger", TRANSFER | row | {"payment_seq": number, "amount_minor": number})
+    sums = "SELECT sum(amount_minor)::int FROM ledger_postings GROUP BY payment_id, currency"
+    assert [row[0] for row in await connection.fetch(sums)] == [0] * 12

@@ -17,6 +17,7 @@ from domain.events import PaymentStatus
 from domain.operations import OperationState
 from domain.payment import Payment
 from infra.local import StackUrls, create_database, drop_database
+from infra.postgres import repository as module
 from infra.postgres.repository import PaymentFilters, PaymentRepository, create_engine
 from tests.integration.bulk import PAYMENTS, fill_now, payment_id
 
@@ -84,6 +85,16 @@ FINDERS: dict[str, tuple[str, Any]] = {
     "filters_status": (
         "payments_status",
         lambda r: r.find_by_filters(PaymentFilters(status=PaymentStatus.FAILED, gateway="other", currency="EUR")),
+    ),
+    "filters_created": (
+        "payments_created_at",
+        lambda r: r.find_by_filters(
+            PaymentFilters(
+                gateway="other",
+                created_since=datetime.now(UTC) - timedelta(days=60, hours=1),
+                created_until=datetime.now(UTC) - timedelta(days=60),
+            )
+        ),
     ),
     "filters_amount": ("payments_pkey", lambda r: r.find_by_filters(PaymentFilters(amount_min=200, amount_max=300))),
     "count_status": ("payments_status", lambda r: r.count_by_filters(PaymentFilters(status=PaymentStatus.AUTHORIZED))),
@@ -193,6 +204,30 @@ async def test_new_payments_do_not_shift_the_pages(empty: PaymentRepository) -> 
     assert [each.id for each in first.items + second.items] == [each.id for each in reversed(old)]
 
 
+async def test_pages_have_no_gap_and_no_repeat_while_payments_come_in(empty: PaymentRepository) -> None:
+    old = {(await empty.create(Payment(uuid.uuid4(), customer_id="c"))).id for _ in range(30)}
+    is_done = asyncio.Event()
+
+    async def come_in() -> int:
+        count = 0
+        while not is_done.is_set():
+            await empty.create(Payment(uuid.uuid4(), customer_id="c"))
+            count += 1
+        return count
+
+    coming = [asyncio.create_task(come_in()) for _ in range(3)]
+    seen: list[int] = []
+    cursor = None
+    while cursor is not None or not seen:
+        page = await empty.find_by_customer_id("c", limit=3, cursor=cursor)
+        seen += [each.id for each in page.items]
+        cursor = page.next_cursor
+    is_done.set()
+    assert sum(await asyncio.gather(*coming)) > 0
+    assert len(seen) == len(set(seen))
+    assert old <= set(seen)
+
+
 @pytest.mark.parametrize("limit", [0, -1, 201])
 async def test_a_page_has_a_bounded_size(full: PaymentRepository, limit: int) -> None:
     with pytest.raises(ValueError, match="a page has 1 to 200"):
@@ -249,13 +284,32 @@ async def test_a_reserved_capture_is_not_pending(empty: PaymentRepository) -> No
 
 
 async def test_stuck_payments_are_the_late_and_the_doubted(full: PaymentRepository) -> None:
-    # Payment n had something due, or was dispatched, n / 1000 hours ago.
+    # Payment n had something due, or was dispatched, n / 1000 hours ago; each fifth of the open ones needs review.
     found = await full.find_stuck_payments(timedelta(hours=89, minutes=30), limit=200)
-    expected = [payment_id(n * 1000 + 98) for n in range(99, 89, -1)]
+    expected = [payment_id(n * 1000 + 98) for n in range(99, -1, -1) if n >= 90 or n % 5 == 0]
     assert [each.payment.payment_id for each in found] == expected
     assert {each.payment.operations[0].state for each in found} == {OperationState.PENDING, OperationState.NEEDS_REVIEW}
     assert len(await full.find_stuck_payments(timedelta(0), limit=7)) == 7
-    assert await full.find_stuck_payments(timedelta(days=30)) == ()
+
+
+async def test_one_that_needs_review_is_stuck_however_young(full: PaymentRepository) -> None:
+    found = await full.find_stuck_payments(timedelta(days=30), limit=200)
+    assert [each.payment.payment_id for each in found] == [payment_id(n * 1000 + 98) for n in range(95, -1, -5)]
+
+
+async def test_one_that_is_asked_about_again_and_again_is_stuck(empty: PaymentRepository, postgres_url: str) -> None:
+    """Its next attempt always lies ahead; what counts is when the gateway was given it."""
+    polled, fresh, done = [(await empty.create(Payment(uuid.uuid4()))).payment.payment_id for _ in range(3)]
+    connection = await asyncpg.connect(postgres_url)
+    insert = """INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, due_at, dispatched_at,
+                    result) VALUES ($1, 1, 'charge', '', '', $2, now() + $3::interval, now() - $4::interval, $5)"""
+    soon, day, minute = timedelta(seconds=30), timedelta(days=1), timedelta(minutes=1)
+    await connection.execute(insert, polled, "pending", soon, day, None)
+    await connection.execute(insert, fresh, "pending", soon, minute, None)
+    await connection.execute(insert, done, "succeeded", None, day, "{}")
+    await connection.close()
+    assert [each.payment.payment_id for each in await empty.find_stuck_payments(timedelta(hours=1))] == [polled]
+    assert {each.payment.payment_id for each in await empty.find_stuck_payments(timedelta(0))} == {polled, fresh}
 
 
 async def test_create_stores_every_field(empty: PaymentRepository) -> None:
@@ -271,10 +325,32 @@ async def test_create_stores_every_field(empty: PaymentRepository) -> None:
 async def test_a_payment_is_created_once(empty: PaymentRepository) -> None:
     payment = Payment(uuid.uuid4(), gateway="stripe", gateway_payment_id="pi_1")
     await empty.create(payment)
-    with pytest.raises(ConcurrentUpdate, match="payments_payment_id_key"):
+    with pytest.raises(module.PaymentExists, match="payments_payment_id_key"):
         await empty.create(Payment(payment.payment_id))
-    with pytest.raises(ConcurrentUpdate, match="payments_gateway_payment_id"):
+    with pytest.raises(module.GatewayPaymentTaken, match="payments_gateway_payment_id"):
         await empty.create(replace(payment, payment_id=uuid.uuid4()))
+
+
+def test_errors_say_whether_to_try_again() -> None:
+    """The same answer as the write path gives for the same constraint."""
+    again = {name for name, error in module.ERROR_OF_CONSTRAINT.items() if issubclass(error, ConcurrentUpdate)}
+    assert again == {"payments_payment_id_key"}
+    assert all(issubclass(error, ConcurrentUpdate | InputRefusedByStore) for error in ERRORS)
+
+
+ERRORS = set(module.ERROR_OF_CONSTRAINT.values())
+
+
+async def test_each_constraint_has_an_error_of_its_own(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    rows = await connection.fetch(
+        """SELECT conname AS name FROM pg_constraint WHERE conrelid = 'payments'::regclass AND contype IN ('c', 'u')
+           UNION SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'payments'::regclass AND indisunique
+           EXCEPT SELECT 'payments_pkey'"""  # the store numbers payments itself
+    )
+    await connection.close()
+    assert {row["name"] for row in rows} == set(module.ERROR_OF_CONSTRAINT)
+    assert len(ERRORS) == len(module.ERROR_OF_CONSTRAINT)
 
 
 async def test_create_leaves_operations_to_the_write_path(full: PaymentRepository, empty: PaymentRepository) -> None:
@@ -324,19 +400,26 @@ async def test_an_update_keeps_the_count_of_open_operations(empty: PaymentReposi
     await connection.close()
 
 
+PAID = {"authorized_minor": 5, "captured_minor": 5, "currency": "EUR"}
+
+
 @pytest.mark.parametrize(
-    "bad",
+    ("error", "bad"),
     [
-        {"amount_minor": -1},
-        {"authorized_minor": 5},
-        {"authorized_minor": 5, "captured_minor": 6, "currency": "EUR"},
-        {"amount_minor": 2**63},
-        {"order_id": "nul\0"},
+        (module.AmountNegative, {"amount_minor": -1}),
+        (module.CurrencyMissing, {"authorized_minor": 5}),
+        (module.CapturedBeyondAuthorized, PAID | {"captured_minor": 6}),
+        (module.RefundedBeyondCaptured, PAID | {"refunded_minor": 4, "reserved_refund_minor": 2}),
+        (InputRefusedByStore, {"amount_minor": 2**63}),
+        (InputRefusedByStore, {"order_id": "nul\0"}),
     ],
 )
-async def test_a_refused_payment_is_refused_for_good(empty: PaymentRepository, bad: dict[str, Any]) -> None:
-    with pytest.raises(InputRefusedByStore):
+async def test_a_refused_payment_is_refused_for_good(
+    empty: PaymentRepository, error: type[Exception], bad: dict[str, Any]
+) -> None:
+    with pytest.raises(InputRefusedByStore) as refused:
         await empty.create(Payment(uuid.uuid4(), **bad))
+    assert type(refused.value) is error
 
 
 async def test_no_server_is_store_unavailable() -> None:
