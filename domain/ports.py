@@ -98,6 +98,15 @@ class PaymentStore(Protocol):
 
     def begin(self) -> AbstractAsyncContextManager[WriteTransaction]: ...
 
+    async def save(self, changes: Changes) -> None:
+        """Write changes that were decided without a look at the stored rows: all of them, or nothing.
+
+        Raises:
+            ConcurrentUpdate: a row is not as the changes assume.
+            InputRefusedByStore: a constraint refused a row.
+        """
+        ...
+
     def in_transaction(self) -> bool:
         """Whether the current task has a write transaction open."""
         ...

@@ -6,7 +6,7 @@ together. Gateway requests are returned to be sent after the commit, never insid
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from domain.payment import Payment
 from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
 from domain.rules import Rules
 from handlers import metrics
+from handlers.at_hand import AtHand
 from handlers.messages.commands import command_from_content
 from handlers.messages.events import event_type, write_event, write_replay, write_time
 
@@ -53,6 +54,7 @@ class WritePath:
         self._clock = clock
         self._new_id = new_id
         self._recent = recent
+        self._at_hand = AtHand()
 
     async def apply(self, inputs: Sequence[Input]) -> Applied:
         """Apply all inputs; one that cannot be applied is found by bisection and does not stop its neighbours.
@@ -77,38 +79,53 @@ class WritePath:
         keys = [each.command.idempotency_key for each in inputs if isinstance(each, Delivery)]
         known = [key for key in keys if key is not None]
         suspects = await self._suspects(known)
+        assumed = None if suspects else self._at_hand.assume(inputs)
         for attempt in range(ATTEMPTS_MAX):
             try:
-                batch = await self._apply_once(inputs, suspects)
+                batch = await self._apply_once(inputs, suspects, assumed)
             except ConcurrentUpdate:
+                assumed = None
                 metrics.CONCURRENT_UPDATES.inc()
                 # The hint was wrong or another worker was first: look at every key, and let the others finish.
                 suspects = known
                 await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
             else:
+                self._at_hand.note({_payment_id(each) for each in inputs}, batch.committed())
                 batch.count()
                 return batch.requests
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
-    async def _suspects(self, keys: list[str]) -> Iterable[str]:
+    async def _suspects(self, keys: list[str]) -> Sequence[str]:
         """The keys that Postgres must be asked about beforehand; the others are caught by its unique key."""
-        return [] if keys and await self._recent.are_new(keys) else keys
+        return [] if not keys or await self._recent.are_new(keys) else keys
 
-    async def _apply_once(self, inputs: Sequence[Input], suspects: Iterable[str]) -> "_Batch":
+    async def _apply_once(
+        self, inputs: Sequence[Input], suspects: Sequence[str], assumed: dict[UUID, Payment] | None
+    ) -> "_Batch":
+        if assumed is not None:
+            batch = self._decide(inputs, assumed, {})
+            await self._store.save(batch.changes())
+            return batch
         async with self._store.begin() as transaction:
-            batch = await self._load(transaction, inputs, suspects)
-            for given in inputs:
-                batch.apply(given)
+            batch = self._decide(inputs, *await self._load(transaction, inputs, suspects))
             await transaction.save(batch.changes())
         return batch
 
-    async def _load(self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Iterable[str]) -> "_Batch":
+    def _decide(self, inputs: Sequence[Input], payments: dict[UUID, Payment], stored: dict[str, Operation]) -> "_Batch":
+        batch = _Batch(self._rules, self._clock, self._new_id, payments, stored)
+        for given in inputs:
+            batch.apply(given)
+        return batch
+
+    async def _load(
+        self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Sequence[str]
+    ) -> tuple[dict[UUID, Payment], dict[str, Operation]]:
         # Locked first, read afterwards: what is read about a payment is then true until the commit.
         payments = await transaction.lock_payments({_payment_id(each) for each in inputs})
         stored = await transaction.find_operations(suspects)
         for payment in payments.values():
             _read_waiting(payment)
-        return _Batch(self._rules, self._clock, self._new_id, payments, stored)
+        return payments, stored
 
 
 def _payment_id(given: Input) -> UUID:
@@ -231,6 +248,13 @@ class _Batch:
             outbox=self._outbox,
             decided_at=self._now,
         )
+
+    def committed(self) -> list[Payment]:
+        """The payments as they are stored now; to be called once, when the batch is committed."""
+        touched = [self._payments[payment_id] for payment_id in self._touched]
+        for payment in touched:
+            payment.version += 1
+        return touched
 
     def _is_new(self, operation: Operation) -> bool:
         loaded = self._loaded.get(operation.payment_id)

@@ -30,6 +30,7 @@ LOGGING_BACKEND = "org.slf4j:slf4j-simple:1.7.36"
 JVM_OPTIONS = (
     "-Xmx512m",
     "-XX:+UseSerialGC",
+    "-XX:+UseTransparentHugePages",
     "-XX:TieredStopAtLevel=1",
     "-Djava.awt.headless=true",
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -49,6 +50,9 @@ SETTINGS = {
     "default.replication.factor": "1",
     "offsets.topic.replication.factor": "1",
     "offsets.topic.num.partitions": "5",
+    # One client or two: fewer threads wake each other less.
+    "num.network.threads": "1",
+    "num.io.threads": "2",
     "transaction.state.log.replication.factor": "1",
     "transaction.state.log.min.isr": "1",
     "transaction.state.log.num.partitions": "5",

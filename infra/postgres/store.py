@@ -97,8 +97,8 @@ INSERT_OUTBOX = """
     INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
     SELECT * FROM unnest($7::outbox_row[])
 """
-# One round trip for all of it. The parts touch different tables, so that they share a snapshot does not matter; each
-# tells how many rows it wrote.
+# One round trip for all of it and, outside a transaction, one by itself. The parts touch different tables, so that they
+# share a snapshot does not matter. If a part wrote fewer rows than it was given, all of it is undone.
 SAVE = f"""
     WITH new_payments AS ({INSERT_PAYMENTS} RETURNING 1),
          changed_payments AS ({UPDATE_PAYMENTS} RETURNING 1),
@@ -106,8 +106,10 @@ SAVE = f"""
          changed_operations AS ({UPDATE_OPERATIONS} RETURNING 1),
          booked AS ({INSERT_LEDGER}),
          published AS ({INSERT_OUTBOX})
-    SELECT (SELECT count(*) FROM new_payments), (SELECT count(*) FROM changed_payments),
-           (SELECT count(*) FROM new_operations), (SELECT count(*) FROM changed_operations)
+    SELECT require_rows(
+        ARRAY[(SELECT count(*) FROM new_payments), (SELECT count(*) FROM changed_payments),
+              (SELECT count(*) FROM new_operations), (SELECT count(*) FROM changed_operations)],
+        ARRAY[cardinality($2), cardinality($3), cardinality($4), cardinality($5)])
 """
 # SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
 # called the gateway.
@@ -207,6 +209,17 @@ class PostgresStore:
         finally:
             _in_transaction.reset(mark)
 
+    async def save(self, changes: Changes) -> None:
+        """Write changes that were decided without a look at the stored rows: all of them, or nothing.
+
+        Raises:
+            ConcurrentUpdate: a row is not as the changes assume.
+            InputRefusedByStore: a constraint refused a row.
+        """
+        with _translated():
+            async with self._pool.acquire() as connection:
+                await _save(connection, changes)
+
     def in_transaction(self) -> bool:
         """Whether the current task is inside `begin`, where no gateway may be called."""
         return _in_transaction.get()
@@ -260,27 +273,34 @@ class PostgresTransaction:
         return {row["idempotency_key"]: _operation(row) for row in rows}
 
     async def save(self, changes: Changes) -> None:
-        """Write it all, rows in a fixed order so that two batches never wait for each other in a circle.
+        """Write it all.
 
         Raises:
             ConcurrentUpdate: a new row exists already, or a fenced row moved on.
             InputRefusedByStore: a constraint refused a row.
         """
-        new_payments = sorted(changes.new_payments, key=attrgetter("payment_id"))
-        new_operations = sorted(changes.new_operations, key=lambda each: each.idempotency_key or "")
-        written = await self._connection.fetchrow(
-            SAVE,
-            changes.decided_at,
-            [_new_payment_row(each) for each in new_payments],
-            [_payment_row(each) for each in changes.payments],
-            [_new_operation_row(each) for each in new_operations],
-            [_operation_row(each) for each in changes.operations],
-            [_transfer_row(each) for each in changes.transfers],
-            [_outbox_row(each) for each in changes.outbox],
-        )
-        expected = (len(new_payments), len(changes.payments), len(new_operations), len(changes.operations))
-        if tuple(written) != expected:
-            raise ConcurrentUpdate(f"wrote {tuple(written)} of {expected} rows")
+        await _save(self._connection, changes)
+
+
+async def _save(connection: Connection, changes: Changes) -> None:
+    """Write it all or nothing, rows in a fixed order so that two batches never wait for each other in a circle."""
+    await connection.fetchval(
+        SAVE,
+        changes.decided_at,
+        [_new_payment_row(each) for each in sorted(changes.new_payments, key=_lock_order)],
+        [_payment_row(each) for each in sorted(changes.payments, key=_lock_order)],
+        [_new_operation_row(each) for each in sorted(changes.new_operations, key=_key_order)],
+        [_operation_row(each) for each in changes.operations],
+        [_transfer_row(each) for each in changes.transfers],
+        [_outbox_row(each) for each in changes.outbox],
+    )
+
+
+_lock_order = attrgetter("payment_id.int")
+
+
+def _key_order(operation: Operation) -> str:
+    return operation.idempotency_key or ""
 
 
 _payment_fields = attrgetter(

@@ -154,6 +154,8 @@ class _AlwaysLosing:
         self.attempts += 1
         raise ConcurrentUpdate("somebody else won")
 
+    save = begin
+
 
 async def test_a_batch_that_always_loses_is_handed_back_as_if_postgres_were_away() -> None:
     store: Any = _AlwaysLosing()

@@ -1,0 +1,62 @@
+"""Payments whose state this process knows without asking Postgres, so that most batches are one statement.
+
+Only a guess: what is decided on it is saved under the condition that it was right (docs/decisions/0007), and decided
+again on locked rows otherwise.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+from uuid import UUID
+
+from domain.decide import OPENING, Answer, Delivery, Input
+from domain.payment import Payment
+
+CAPACITY: Final = 50_000
+"""Payments kept; more than the backlog's capacity, so that only what leaked is ever dropped."""
+
+
+class AtHand:
+    """The payments with one operation, which this process sent to its gateway, as they were committed."""
+
+    def __init__(self) -> None:
+        self._payments: dict[UUID, Payment] = {}
+
+    def note(self, payment_ids: Iterable[UUID], committed: Iterable[Payment]) -> None:
+        """A batch was committed: `payment_ids` may have changed, the `committed` ones to what they are now."""
+        for payment_id in payment_ids:
+            self._payments.pop(payment_id, None)
+        if len(self._payments) > CAPACITY:
+            self._payments.clear()
+        for payment in committed:
+            if len(payment.operations) == 1 and payment.operations[0].is_leased:
+                self._payments[payment.payment_id] = payment
+
+    def assume(self, inputs: Sequence[Input]) -> dict[UUID, Payment] | None:
+        """The payments that exist among those of `inputs`, or None if that is not known of each.
+
+        Who opens a payment means a new one. An answer to what this process sent finds the payment as it was then.
+        """
+        assumed: dict[UUID, Payment | None] = {}
+        for given in inputs:
+            if isinstance(given, Delivery):
+                if not self._opens(given, assumed):
+                    return None
+                assumed[given.command.payment_id] = None
+            else:
+                payment = self._payments.get(given.payment_id)
+                if payment is None or given.payment_id in assumed or not _is_of(given, payment):
+                    return None
+                assumed[given.payment_id] = payment
+        return {payment_id: payment for payment_id, payment in assumed.items() if payment is not None}
+
+    def _opens(self, given: Delivery, assumed: dict[UUID, Payment | None]) -> bool:
+        payment_id = given.command.payment_id
+        if payment_id in assumed:
+            return assumed[payment_id] is None
+        return given.command.kind in OPENING and payment_id not in self._payments
+
+
+def _is_of(answer: Answer, payment: Payment) -> bool:
+    """Whether it is the attempt that is known here; after another one was made, the store knows more."""
+    operation = payment.operations[0]
+    return (operation.number, operation.lease_token) == (answer.operation_number, answer.lease_token)
