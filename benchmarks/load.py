@@ -5,10 +5,11 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.partitioner import murmur2
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 CHUNK = 500
 KEY_MARK = b'"idempotency_key":"'
@@ -49,57 +50,46 @@ def _charge(number: int, partitions: int, gateway: str) -> Message:
 
 
 class Load:
-    """Sends commands and reads results; results from before `start` are not seen."""
+    """Sends commands and reads results; results from before `start` are not seen.
+
+    On librdkafka, whose work is not Python's: the generator shares the machine with what it measures.
+    """
 
     def __init__(self, bootstrap: str, commands_topic: str, events_topic: str) -> None:
         self._commands = commands_topic
         self._events = events_topic
-        self._producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks=1, linger_ms=2, max_batch_size=131_072)
-        self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap,
-            enable_auto_commit=False,
-            fetch_max_wait_ms=100,
-            max_partition_fetch_bytes=4 << 20,
+        servers = {"bootstrap.servers": bootstrap}
+        self._producer = Producer(servers | {"acks": 1, "linger.ms": 2, "queue.buffering.max.messages": 1_000_000})
+        self._consumer = Consumer(
+            servers | {"group.id": "benchmark", "enable.auto.commit": False, "fetch.wait.max.ms": 100}
         )
 
     async def start(self) -> None:
         """Connect, and stand at the end of the results."""
-        await self._producer.start()
-        await self._consumer.start()
-        found = await self._consumer._client.fetch_all_metadata()
-        partitions = [TopicPartition(self._events, each) for each in found.partitions_for_topic(self._events)]
+        await asyncio.to_thread(self._start)
+
+    def _start(self) -> None:
+        found = self._consumer.list_topics(self._events, timeout=10).topics[self._events].partitions
+        partitions = [TopicPartition(self._events, number) for number in found]
+        for each in partitions:
+            _, each.offset = self._consumer.get_watermark_offsets(each, timeout=10)
         self._consumer.assign(partitions)
-        await self._consumer.seek_to_end(*partitions)
-        for partition in partitions:
-            await self._consumer.position(partition)
 
     async def stop(self) -> None:
-        await self._producer.stop()
-        await self._consumer.stop()
+        await asyncio.to_thread(self._producer.flush)
+        await asyncio.to_thread(self._consumer.close)
 
     async def send_all(self, messages: list[Message]) -> None:
-        """Send as fast as the broker takes it, in large batches of one partition each."""
-        by_partition: dict[int, list[Message]] = {}
-        for message in messages:
-            by_partition.setdefault(message.partition, []).append(message)
-        streams = [_chunks(each, CHUNK) for each in by_partition.values()]
-        while streams:
-            for stream in list(streams):
-                chunk = next(stream, None)
-                if chunk is None:
-                    streams.remove(stream)
-                else:
-                    await self._send_chunk(chunk)
-        await self._producer.flush()
+        """Send as fast as the broker takes it."""
+        for chunk in _chunks(messages, CHUNK):
+            for message in chunk:
+                self._send(message)
+            self._producer.poll(0)
+            await asyncio.sleep(0)
+        await asyncio.to_thread(self._producer.flush)
 
-    async def _send_chunk(self, chunk: list[Message]) -> None:
-        batch = self._producer.create_batch()
-        for message in chunk:
-            if batch.append(key=message.key, value=message.value, timestamp=None) is None:
-                await self._producer.send_batch(batch, self._commands, partition=message.partition)
-                batch = self._producer.create_batch()
-                batch.append(key=message.key, value=message.value, timestamp=None)
-        await self._producer.send_batch(batch, self._commands, partition=chunk[0].partition)
+    def _send(self, message: Message) -> None:
+        self._producer.produce(self._commands, message.value, message.key, message.partition)
 
     async def count_results(self, expected: int, *, stall_seconds: float = 60) -> float:
         """Read until `expected` results came; the time of the last one (`perf_counter`).
@@ -107,37 +97,34 @@ class Load:
         Raises:
             TimeoutError: no further result for `stall_seconds`.
         """
-        seen = 0
-        while seen < expected:
-            async with asyncio.timeout(stall_seconds):
-                got = 0
-                while not got:
-                    got = sum(map(len, (await self._consumer.getmany(timeout_ms=100)).values()))
-            seen += got
-        return time.perf_counter()
+        return await asyncio.to_thread(lambda: [now for now, _ in self._results(expected, stall_seconds)][-1])
 
     async def time_results(self, messages: list[Message], rate: int) -> list[float]:
         """Send at a steady `rate` per second; the seconds from each command to its result, in order of arrival."""
         sent: dict[bytes, float] = {}
-        reader = asyncio.create_task(self._time(sent, len(messages)))
+        reader = asyncio.create_task(asyncio.to_thread(self._time, sent, len(messages)))
         started = time.perf_counter()
         for number, message in enumerate(messages):
             ahead = started + number / rate - time.perf_counter()
             if ahead > 0:
                 await asyncio.sleep(ahead)
             sent[message.idempotency_key] = time.perf_counter()
-            await self._producer.send(self._commands, message.value, key=message.key, partition=message.partition)
+            self._send(message)
         return await reader
 
-    async def _time(self, sent: dict[bytes, float], expected: int) -> list[float]:
-        taken: list[float] = []
-        while len(taken) < expected:
-            async with asyncio.timeout(60):
-                records = await self._consumer.getmany(timeout_ms=100)
-            now = time.perf_counter()
-            for batch in records.values():
-                taken += [now - sent[_key_of(record.value)] for record in batch]
-        return taken
+    def _time(self, sent: dict[bytes, float], expected: int) -> list[float]:
+        return [now - sent[_key_of(each.value())] for now, batch in self._results(expected, 60) for each in batch]
+
+    def _results(self, expected: int, stall_seconds: float) -> Iterator[tuple[float, list[Any]]]:
+        seen = 0
+        while seen < expected:
+            # It waits for the whole number of messages, so the first one is waited for alone.
+            batch = self._consumer.consume(1, stall_seconds)
+            if not batch:
+                raise TimeoutError(f"{seen} of {expected} results, and none for {stall_seconds} s")
+            batch += self._consumer.consume(CHUNK, 0)
+            yield time.perf_counter(), batch
+            seen += len(batch)
 
 
 def _key_of(value: bytes) -> bytes:

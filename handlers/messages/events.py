@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
@@ -187,6 +188,7 @@ def event_type(kind: EventKind) -> str:
     return f"payment.{kind}.v1"
 
 
+@lru_cache(maxsize=64)  # All events of a batch have the time of its decision.
 def write_time(moment: datetime) -> str:
     """RFC 3339 in UTC with six decimals: `2026-01-31T12:00:00.000000Z`."""
     in_utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)

@@ -279,7 +279,8 @@ class PostgresTransaction:
             ConcurrentUpdate: a new row exists already, or a fenced row moved on.
             InputRefusedByStore: a constraint refused a row.
         """
-        await _save(self._connection, changes)
+        with _translated():
+            await _save(self._connection, changes)
 
 
 async def _save(connection: Connection, changes: Changes) -> None:

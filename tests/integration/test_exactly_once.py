@@ -10,6 +10,7 @@ from domain.commands import OperationKind
 from domain.decide import Answer, Delivery
 from domain.errors import ConcurrentUpdate
 from domain.operations import Succeeded
+from domain.ports import Changes
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import (
@@ -137,12 +138,17 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
     assert await events_of(postgres_url, payment_id) == []
 
 
-async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(postgres_url: str) -> None:
+@pytest.mark.parametrize("is_at_hand", [True, False])
+async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(
+    postgres_url: str, is_at_hand: bool
+) -> None:
     gateway, payment_id = BookkeepingGateway(), new_payment_id()
     pool = await create_pool(postgres_url, size=2)
     store = PostgresStore(pool)
     async with running_worker(postgres_url, gateway) as worker:
         await worker.write_path.apply([delivery("charge", payment_id, "race")])
+        if not is_at_hand:
+            worker.write_path._at_hand.note([payment_id], [])
         await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
         transaction_store = _ClaimedBeforeSave(store)
         worker.write_path._store = transaction_store  # type: ignore[assignment]
@@ -162,6 +168,14 @@ class _ClaimedBeforeSave:
     def begin(self) -> "_ClaimingBlock":
         return _ClaimingBlock(self, self._store)
 
+    async def save(self, changes: Changes) -> None:
+        await self._store.claim_due(limit=10, lease=timedelta(seconds=60))
+        try:
+            await self._store.save(changes)
+        except ConcurrentUpdate:
+            self.lost += 1
+            raise
+
 
 class _ClaimingBlock:
     def __init__(self, owner: _ClaimedBeforeSave, store: PostgresStore) -> None:
@@ -173,11 +187,11 @@ class _ClaimingBlock:
         self.find_operations = self._transaction.find_operations
         return self
 
-    async def save(self, changes: object) -> None:
+    async def save(self, changes: Changes) -> None:
         if not self._owner.lost:
             await self._store.claim_due(limit=10, lease=timedelta(seconds=60))
         try:
-            await self._transaction.save(changes)  # type: ignore[arg-type]
+            await self._transaction.save(changes)
         except ConcurrentUpdate:
             self._owner.lost += 1
             raise

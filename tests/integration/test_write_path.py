@@ -12,6 +12,7 @@ from domain.commands import OperationKind
 from domain.decide import Answer
 from domain.errors import ConcurrentUpdate, StoreUnavailable
 from domain.operations import Declined, DeclineReason, Succeeded
+from domain.ports import Changes
 from handlers.write_path import ATTEMPTS_MAX, WritePath
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
@@ -154,7 +155,8 @@ class _AlwaysLosing:
         self.attempts += 1
         raise ConcurrentUpdate("somebody else won")
 
-    save = begin
+    async def save(self, changes: Changes) -> None:
+        self.begin()
 
 
 async def test_a_batch_that_always_loses_is_handed_back_as_if_postgres_were_away() -> None:
@@ -172,3 +174,26 @@ async def test_postgres_away_is_raised_and_not_taken_for_a_poison_input(postgres
         worker.write_path._store._pool.terminate()  # type: ignore[attr-defined]
         with pytest.raises(StoreUnavailable):
             await worker.write_path.apply([delivery("charge", new_payment_id(), f"key-{each}") for each in range(10)])
+
+
+async def test_a_charge_and_its_answer_are_one_statement_each(postgres_url: str) -> None:
+    async with running_worker(postgres_url, BookkeepingGateway(), hint=WrongHint()) as worker:
+        worker.write_path._store.begin = None  # type: ignore[assignment,method-assign]
+        await worker.accept(*(delivery("charge", new_payment_id(), f"key-{number}") for number in range(20)))
+        await worker.idle()
+    assert await value(postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'") == 20
+
+
+async def test_a_batch_with_one_wrong_guess_is_undone_as_a_whole_and_decided_again(postgres_url: str) -> None:
+    """The second charge of a payment was taken for its first: nothing of that attempt may stay."""
+    gateway, known = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway, hint=WrongHint()) as worker:
+        await worker.accept(delivery("charge", known, "first"))
+        await worker.idle()
+        batch = [delivery("charge", new_payment_id(), f"key-{number}") for number in range(5)]
+        await worker.accept(*batch, delivery("charge", known, "second"))
+        await worker.idle()
+    assert gateway.moved == {OperationKind.CHARGE: 6}
+    events = await events_of(postgres_url, known)
+    assert [event["type"] for event in events] == ["payment.captured.v1", "payment.command_rejected.v1"]
+    assert await value(postgres_url, "SELECT count(*) FROM outbox") == 7

@@ -97,7 +97,7 @@ async def running_worker(
     store, chosen = PostgresStore(pool), given or rules()
     leases = Leases(store=store, lease=chosen.retry.lease)
     write_path = WritePath(
-        store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or NoHint()
+        store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or WrongHint()
     )
     dispatcher = Dispatcher(
         gateways={"books": gateway},
