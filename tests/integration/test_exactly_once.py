@@ -11,6 +11,7 @@ from domain.decide import Answer, Delivery
 from domain.errors import ConcurrentUpdate
 from domain.operations import Succeeded
 from domain.ports import Changes
+from domain.rules import RetryPolicy
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import (
@@ -206,7 +207,7 @@ async def test_one_poison_input_among_500_stands_alone_and_499_are_saved(postgre
     command = inputs[250].command
     # Postgres refuses NUL in text; the reader of messages would have refused it before.
     inputs[250] = Delivery(command._replace(order_id="a\x00b"))  # type: ignore[union-attr]
-    async with running_worker(postgres_url, gateway) as worker:
+    async with running_worker(postgres_url, gateway, given=rules(RetryPolicy())) as worker:
         applied = await worker.accept(*inputs)
         await worker.idle()
     assert [refused.given for refused in applied.refused] == [inputs[250]]
