@@ -94,4 +94,6 @@ outbox: Final = sa.Table(
     sa.Column("occurred_at", sa.Text, nullable=False),
     sa.Column("traceparent", sa.Text),
     sa.Column("created_at", _Time, nullable=False, server_default=sa.func.now()),
+    sa.Column("position", sa.BigInteger),
+    sa.Column("xact", sa.BigInteger),
 )

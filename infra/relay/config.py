@@ -1,6 +1,7 @@
 """What a relay needs to know."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8,7 +9,7 @@ class RelayConfig:
     """Settings of one relay; several relays with the same `slot` are one active and its standbys.
 
     Beyond `unacknowledged_max` events or `unacknowledged_bytes_max` bytes of payload the log is not read on. A payload
-    above `message_bytes_max` is not sent at all: its partition is held, as with one that Kafka refuses for good.
+    above `message_bytes_max` is not sent at all: its payment goes to quarantine, as if Kafka had refused it for good.
     """
 
     postgres_url: str
@@ -16,6 +17,7 @@ class RelayConfig:
     topic: str
     slot: str = "payments_relay"
     publication: str = "payments_outbox"
+    source: Literal["wal", "poll"] = "wal"
     unacknowledged_max: int = 20_000
     unacknowledged_bytes_max: int = 64 * 1024 * 1024
     message_bytes_max: int = 4 * 1024 * 1024
@@ -25,8 +27,8 @@ class RelayConfig:
     """How often a standby looks whether it must take over."""
     retry_seconds_max: float = 5.0
     """The longest pause between two sessions."""
-    refused_retry_seconds: float = 30.0
-    """How often an event that Kafka refused for good is tried again."""
+    gap_seconds: float = 2.0
+    """How often a relay that stands before a gap looks whether somebody decided what to do."""
     stalled_seconds: float = 15.0
     """How long Kafka may acknowledge nothing before the relay calls itself not ready."""
     stop_seconds: float = 10.0

@@ -3,10 +3,13 @@
 RelayError
 ├── PostgresAway      no connection, or it was lost        RECONNECT, with backoff
 ├── SlotBusy          another relay streams from the slot  STAND BY
-├── SlotMissing       the slot does not exist              RECONNECT: a new slot, and a scan of the table
+├── SlotMissing       the slot does not exist              RECONNECT, and find that there is a gap
+├── GapFound          events may be missing                STOP, say which, wait for `payments relay repair`
 ├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
 """
+
+from datetime import datetime
 
 
 class RelayError(Exception):
@@ -23,6 +26,18 @@ class SlotBusy(RelayError):
 
 class SlotMissing(RelayError):
     """The slot does not exist."""
+
+
+class GapFound(RelayError):
+    """Events may never have been published; nothing goes on before somebody decides (docs/operations/relay.md)."""
+
+    def __init__(self, reason: str, events: int, first: datetime | None, last: datetime | None) -> None:
+        self.reason, self.events = reason, events
+        span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
+        super().__init__(
+            f"{reason}: {events} retained events have no proof of publication{span}."
+            " `payments relay repair` publishes them"
+        )
 
 
 class SlotOfAnother(RelayError):

@@ -14,6 +14,7 @@ class State(StrEnum):
     CATCHING_UP = "catching_up"
     ACTIVE = "active"
     RECONNECTING = "reconnecting"
+    GAP = "gap"
     STOPPED = "stopped"
 
 
@@ -39,6 +40,7 @@ class Status:
         self.state, self._detail, self.trouble = state, detail, None
         for each in State:
             metrics.STATE.labels(each.value).set(each is state)
+        metrics.GAP.set(state is State.GAP)
 
     @property
     def health(self) -> RelayHealth:

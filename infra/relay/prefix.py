@@ -56,6 +56,11 @@ class Prefix:
         self._tidy_above = TIDY_ABOVE + 2 * len(self._groups)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing that was read is under way."""
+        return not self._groups
+
+    @property
     def oldest_commit_us(self) -> int | None:
         """When the first transaction with something missing was committed, in µs since 2000-01-01 UTC."""
         return self._groups[0].committed_at_us if self._groups else None

@@ -7,7 +7,7 @@ is little to do, large ones under load, and no timer in between.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +17,6 @@ from aiokafka.errors import (
     InvalidTopicError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
-    TopicAuthorizationFailedError,
 )
 
 from infra.relay import metrics
@@ -33,7 +32,7 @@ BATCH_BYTES_MAX = 262_144
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
-REFUSALS = (*TOO_LARGE, InvalidTopicError, TopicAuthorizationFailedError)
+REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
 
 
@@ -42,14 +41,20 @@ class _Pending(NamedTuple):
     group: Group
 
 
+class Diverted(NamedTuple):
+    """An event that is not for Kafka now: refused for `reason`, or, without one, waiting behind one that is."""
+
+    event: OutboxEvent
+    group: Group
+    reason: str | None
+
+
 class _Lane:
     """One partition: what waits, and what is on its way."""
 
     __slots__ = (
         "batch_bytes_max",
-        "held_event_id",
         "in_flight",
-        "is_held",
         "is_producer_spent",
         "number",
         "pending",
@@ -63,8 +68,6 @@ class _Lane:
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[_Pending] = deque()
         self.in_flight: list[_Pending] = []
-        self.is_held = False
-        self.held_event_id: str | None = None
 
 
 class Publisher:
@@ -78,6 +81,9 @@ class Publisher:
     ) -> None:
         self.unacknowledged = 0
         self.unacknowledged_bytes = 0
+        self.blocked: set[bytes] = set()
+        """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
+        self._diverted: list[Diverted] = []
         self._config = config
         self._producers = {producer}
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
@@ -118,8 +124,11 @@ class Publisher:
         group.missing += 1
         self.unacknowledged += 1
         self.unacknowledged_bytes += len(event.payload)
+        if event.aggregateid in self.blocked:
+            self._diverted.append(Diverted(event, group, None))
+            return
         lane = self._lanes[partition_of(event.aggregateid, len(self._lanes))]
-        if not (lane.pending or lane.in_flight or lane.is_held):
+        if not (lane.pending or lane.in_flight):
             self._due.add(lane)
         lane.pending.append(_Pending(event, group))
 
@@ -146,9 +155,6 @@ class Publisher:
     @property
     def trouble(self) -> str | None:
         """What keeps events from being published, if anything does."""
-        held = [lane.held_event_id for lane in self._lanes if lane.held_event_id is not None]
-        if held:
-            return f"Kafka refuses outbox event {held[0]}" + (f" and {len(held) - 1} more" if held[1:] else "")
         if self.unacknowledged and time.monotonic() - self._progress_at > self._config.stalled_seconds:
             return "Kafka acknowledges nothing"
         return None
@@ -156,7 +162,6 @@ class Publisher:
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""
         self._is_closed = True
-        metrics.HELD.set(0)
         await asyncio.gather(*map(_abandon, self._producers))
 
     async def _send(self, lane: _Lane) -> None:
@@ -164,7 +169,7 @@ class Publisher:
             await self._renew_producer(lane)
         batch = self._gather(lane, lane.producer)
         if not lane.in_flight:
-            self._hold(lane, MessageSizeTooLargeError(f"above our own limit of {self._config.message_bytes_max} bytes"))
+            self._refuse(lane, f"above our own limit of {self._config.message_bytes_max} bytes")
             return
         sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
         sent.add_done_callback(partial(self._sent, lane))
@@ -210,59 +215,61 @@ class Publisher:
             else:
                 # Nothing may overtake what was not sent: the session ends here.
                 self._error = error
-        if lane.pending and not lane.is_held:
+        if lane.pending:
             self._due.add(lane)
         self._on_progress()
 
     def _acknowledge(self, lane: _Lane, batch: list[_Pending]) -> None:
         """These are on the topic for good."""
         for event, group in batch:
-            group.missing -= 1
-            self.unacknowledged_bytes -= len(event.payload)
-        self.unacknowledged -= len(batch)
-        self._progress_at = time.monotonic()
+            self._settle(event, group)
         metrics.EVENTS.inc(len(batch))
-        if lane.held_event_id is not None:
-            lane.held_event_id = None
-            self._count_held()
+
+    def acknowledge_diverted(self, diverted: Iterable[Diverted]) -> None:
+        """These are in quarantine for good."""
+        for event, group, _ in diverted:
+            self._settle(event, group)
+
+    def _settle(self, event: OutboxEvent, group: Group) -> None:
+        group.missing -= 1
+        self.unacknowledged -= 1
+        self.unacknowledged_bytes -= len(event.payload)
+        self._progress_at = time.monotonic()
+
+    def take_diverted(self) -> list[Diverted]:
+        """What is to be put into quarantine, in order."""
+        diverted, self._diverted = self._diverted, []
+        return diverted
 
     def _refused(self, lane: _Lane, batch: list[_Pending], error: BaseException) -> None:
-        """Try smaller batches, down to the one event that is refused; that one is held."""
+        """Try smaller batches, down to the one event that is refused."""
         # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
         lane.is_producer_spent = True
         if len(batch) > 1 and isinstance(error, TOO_LARGE):
             lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2
         else:
-            self._hold(lane, error)
+            self._refuse(lane, f"{type(error).__name__}: {error}")
 
-    def _hold(self, lane: _Lane, error: BaseException) -> None:
-        """Kafka refuses the first event of this lane for good: keep the lane's order and try again much later.
-
-        This is where an event would be quarantined instead.
-        """
-        event = lane.pending[0].event
-        lane.is_held, lane.held_event_id = True, event.id.decode()
+    def _refuse(self, lane: _Lane, reason: str) -> None:
+        """Divert the first event of this lane, and those of its payment that wait behind it; the others go on."""
+        key = lane.pending[0].event.aggregateid
+        self.blocked.add(key)
+        refused, *waiting = [each for each in lane.pending if each.event.aggregateid == key]
+        lane.pending = deque(each for each in lane.pending if each.event.aggregateid != key)
+        self._diverted += [Diverted(*refused, reason), *(Diverted(*each, None) for each in waiting)]
         metrics.REFUSED.inc()
-        self._count_held()
         log.error(
-            "Kafka refuses an outbox event; its partition waits behind it",
-            outbox_id=lane.held_event_id,
-            type=event.type.decode(),
-            payload_bytes=len(event.payload),
+            "Kafka refuses an outbox event; its payment goes to quarantine",
+            outbox_id=refused.event.id.decode(),
+            payment_id=key.decode(),
+            type=refused.event.type.decode(),
+            payload_bytes=len(refused.event.payload),
             partition=lane.number,
-            error=f"{type(error).__name__}: {error}",
-            retry_seconds=self._config.refused_retry_seconds,
+            error=reason,
         )
-        asyncio.get_running_loop().call_later(self._config.refused_retry_seconds, self._release, lane)
-
-    def _release(self, lane: _Lane) -> None:
-        if not self._is_closed:
-            lane.is_held = False
+        if lane.pending:
             self._due.add(lane)
-            self._on_progress()
-
-    def _count_held(self) -> None:
-        metrics.HELD.set(sum(lane.held_event_id is not None for lane in self._lanes))
+        self._on_progress()
 
 
 async def _start_producer(config: RelayConfig, batch_bytes_max: int) -> AIOKafkaProducer:

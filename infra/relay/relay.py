@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway, RelayError, SlotBusy
+from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
 from infra.relay.session import Session
 
@@ -52,6 +52,10 @@ class Relay:
             except SlotBusy:
                 self._status.enter(State.STANDBY)
                 await self._pause(stop, self._config.standby_seconds)
+            except GapFound as error:
+                self._status.enter(State.GAP, str(error))
+                log.error("the relay stands still: events may be missing", slot=self._config.slot, error=str(error))
+                await self._pause(stop, self._config.gap_seconds)
             except (RelayError, KafkaError, psycopg.Error, OSError) as error:
                 self._failures = 0 if time.monotonic() - started > LONG_SECONDS else self._failures + 1
                 await self._reconnect(stop, error)

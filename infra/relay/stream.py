@@ -19,6 +19,7 @@ _XLOG_DATA = Struct(">cqqq")
 _KEEPALIVE = Struct(">cqqB")
 _FEEDBACK = Struct(">cqqqqB")
 _LOG_DATA = ord("w")
+FAILOVER_SLOTS_SINCE = 170_000
 _EPOCH_2000 = 946_684_800
 
 CONNECTION: dict[str, Any] = {
@@ -76,7 +77,10 @@ class ReplicationStream:
 
         The snapshot can be taken until the next call on this connection.
         """
-        return str((await self._ask(f"CREATE_REPLICATION_SLOT \"{name}\" LOGICAL pgoutput (SNAPSHOT 'export')"))[2])
+        # A slot that standbys keep up to date survives a fail-over (docs/operations/relay.md).
+        failover = ", FAILOVER" if self._pgconn.server_version >= FAILOVER_SLOTS_SINCE else ""
+        options = f"(SNAPSHOT 'export'{failover})"
+        return str((await self._ask(f'CREATE_REPLICATION_SLOT "{name}" LOGICAL pgoutput {options}'))[2])
 
     async def drop_slot(self, name: str) -> None:
         """Drop the slot.

@@ -22,7 +22,7 @@ from aiokafka.structs import ConsumerRecord
 
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
-from infra.relay.catch_up import SCAN
+from infra.relay.scan import SCAN
 from tests.conftest import PARTITIONS, Topics
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]

@@ -64,14 +64,24 @@ GOLDEN = [
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
+wal_only = pytest.mark.parametrize("source", ["wal"], indirect=True)
+
+
+@pytest.fixture(params=["wal", "poll"])
+def source(request: pytest.FixtureRequest) -> Any:
+    """Every test holds for both, but for those about the slot."""
+    return request.param
+
+
 @pytest.fixture
-def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[RelayConfig]:
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> Iterator[RelayConfig]:
     """A relay of this test's own; its slot ends with the test."""
     yield RelayConfig(
         postgres_url=postgres_url,
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"test_{uuid4().hex[:12]}",
+        source=source,
         feedback_seconds=0.1,
         standby_seconds=0.1,
     )
@@ -188,6 +198,7 @@ async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
 # --- the slot ---------------------------------------------------------------------------------------------------------
 
 
+@wal_only
 async def test_an_idle_slot_moves_on_while_other_tables_are_written(config: RelayConfig) -> None:
     async with running(config), await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
         await connection.execute("CREATE TABLE other (content text)")
@@ -197,6 +208,7 @@ async def test_an_idle_slot_moves_on_while_other_tables_are_written(config: Rela
         await until(lambda: is_confirmed(config, end))
 
 
+@wal_only
 async def test_the_slot_waits_while_a_transaction_is_open_and_then_it_is_published(config: RelayConfig) -> None:
     early, late = rows_of("pay_early", 1), rows_of("pay_late", 3)
     async with running(config), await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
@@ -220,6 +232,7 @@ async def test_rows_from_before_the_slot_are_published_when_the_relay_first_star
     assert_first_deliveries_in_order(records, before + after)
 
 
+@wal_only
 async def test_rows_from_while_the_slot_was_gone_are_published(config: RelayConfig) -> None:
     before, meanwhile, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
     async with running(config):
@@ -254,6 +267,7 @@ async def test_a_restart_after_a_stop_in_good_order_repeats_nothing(config: Rela
     assert ids(records) == [row.id for row in first + second]
 
 
+@wal_only
 async def test_a_slot_of_another_database_is_left_alone(config: RelayConfig, empty_postgres_url: str) -> None:
     create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
     await fetch_value(empty_postgres_url, create, config.slot)
@@ -265,6 +279,7 @@ async def test_a_slot_of_another_database_is_left_alone(config: RelayConfig, emp
     assert await slot(config, "database") != await fetch_value(config.postgres_url, "SELECT current_database()")
 
 
+@wal_only
 async def test_a_stop_does_not_wait_for_a_slot_that_waits_for_a_transaction(config: RelayConfig) -> None:
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
         await insert(connection, rows_of("pay_a", 1))

@@ -1,0 +1,120 @@
+"""A relay's own record of how far it came, one row of `relay_slots`, and what it proves when something looks wrong.
+
+`confirmed_lsn`: the slot is never told more. `published_below`: every event of a transaction below is on the topic.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import psycopg
+
+from infra.relay.errors import GapFound
+
+Repair = Literal["unproven", "everything", "adopt"]
+
+FIND: Final = """
+    SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below, window_end,
+           window_position, repair
+      FROM relay_slots WHERE slot_name = %s
+"""
+# Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
+NOW: Final = """
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
+"""
+START: Final = """
+    INSERT INTO relay_slots (slot_name, system_identifier, source, confirmed_lsn, published_below, repaired_events)
+    VALUES (%(slot)s, %(system)s, %(source)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(events)s)
+    ON CONFLICT (slot_name) DO UPDATE
+       SET system_identifier = excluded.system_identifier, source = excluded.source,
+           confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below, window_end = NULL,
+           window_position = 0, gap = NULL, repair = NULL, repaired_events = excluded.repaired_events,
+           caught_up_at = now(), updated_at = now()
+"""
+SAVE_LSN: Final = """
+    UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s, updated_at = now()
+     WHERE slot_name = %(slot)s
+"""
+SAVE_WINDOW: Final = """
+    UPDATE relay_slots SET published_below = %(below)s, window_end = %(end)s, window_position = %(position)s,
+                           updated_at = now()
+     WHERE slot_name = %(slot)s
+"""
+NOTIFIES: Final = """
+    SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
+"""
+UNPROVEN: Final = """
+    SELECT count(*), min(created_at), max(created_at) FROM outbox WHERE coalesce(xact, 0) >= %s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a relay wrote down last."""
+
+    system_identifier: str
+    source: str
+    confirmed_lsn: int | None
+    published_below: int
+    window_end: int | None
+    window_position: int
+    repair: Repair | None
+
+
+async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
+    """The record of the relay of this name; None before its first catch-up."""
+    row = await (await leader.execute(FIND.encode(), [slot])).fetchone()
+    if row is None:
+        return None
+    system, source, lsn, *others = row
+    return Mark(system, source, None if lsn is None else int(lsn), *others)
+
+
+async def start_mark(
+    leader: psycopg.AsyncConnection, slot: str, *, system: str, source: str, lsn: int, below: int, events: int = 0
+) -> None:
+    """All retained events below `below` are published, and nothing is known to be amiss."""
+    values: dict[str, Any] = {
+        "slot": slot,
+        "system": system,
+        "source": source,
+        "lsn": lsn,
+        "below": below,
+        "events": events,
+    }
+    await leader.execute(START.encode(), values)
+
+
+async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, mark: Mark, reason: str, *, since: int) -> None:
+    """Write the gap down, for who asks.
+
+    Raises:
+        GapFound: always; it says which events may be missing.
+    """
+    await leader.execute("UPDATE relay_slots SET gap = %s WHERE slot_name = %s", [reason, slot])
+    row = await (await leader.execute(UNPROVEN.encode(), [since])).fetchone()
+    assert row is not None, "an aggregate always gives a row"
+    raise GapFound(reason, *row)
+
+
+async def forget_gap(leader: psycopg.AsyncConnection, slot: str) -> None:
+    """Everything is as it was left."""
+    await leader.execute("UPDATE relay_slots SET gap = NULL WHERE slot_name = %s AND gap IS NOT NULL", [slot])
+
+
+async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> None:
+    """Whether every insert into the outbox wakes a poller."""
+    row = await (await leader.execute(NOTIFIES)).fetchone()
+    if row is not None and row[0] != is_on:
+        async with leader.transaction():
+            # The lock waits for those who write, and lets others wait: not for long.
+            await leader.execute("SET LOCAL lock_timeout = '1s'")
+            await leader.execute(
+                f"ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
+            )
+
+
+async def horizon(connection: psycopg.AsyncConnection) -> tuple[int, int]:
+    """A transaction id below which all have ended, and a position of the log that is behind all of these."""
+    row = await (await connection.execute(NOW.encode())).fetchone()
+    assert row is not None, "the query always gives a row"
+    return row[0], row[1]

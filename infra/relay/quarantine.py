@@ -1,0 +1,106 @@
+"""Events that Kafka refused for good, and those of their payments that wait behind them, in order.
+
+What lies here counts as delivered to the log's reader, so other payments go on and the slot moves. `retry` publishes a
+payment's events in their order; `drop` gives one up for ever, with the reason that somebody gave.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import psycopg
+
+from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.publisher import Diverted
+
+_NAMES: Final = ", ".join(OUTBOX_COLUMNS)
+_VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
+
+# Whatever arrives again is here already. One that was dropped stays so.
+PUT: Final = f"""
+    INSERT INTO relay_quarantine (slot_name, {_NAMES}, state, reason)
+    VALUES (%(slot)s, {_VALUES}, %(state)s, %(reason)s)
+    ON CONFLICT (slot_name, id) DO UPDATE SET state = excluded.state, reason = excluded.reason
+     WHERE relay_quarantine.state <> 'dropped'
+"""  # noqa: S608 - names from our own constant
+KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
+DUE: Final = f"""
+    SELECT {", ".join(f"{name}::text" for name in OUTBOX_COLUMNS)} FROM relay_quarantine
+     WHERE slot_name = %s AND state <> 'dropped'
+       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state = 'retry')
+     ORDER BY number
+"""  # noqa: S608 - names from our own constant
+DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state = 'retry' AND aggregateid = ANY(%s)"
+MARK_DUE: Final = """
+    UPDATE relay_quarantine SET state = 'retry' WHERE slot_name = %s AND state <> 'dropped' AND aggregateid = ANY(%s)
+"""
+COUNT: Final = "SELECT count(*) FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
+
+LIST: Final = """
+    SELECT id::text, aggregateid, payment_seq, type, state, coalesce(reason, ''), octet_length(payload),
+           quarantined_at, coalesce(dropped_because, '')
+      FROM relay_quarantine WHERE slot_name = %s AND (state <> 'dropped' OR %s) ORDER BY number LIMIT %s
+"""
+SHOW: Final = (
+    "SELECT * FROM relay_quarantine WHERE slot_name = %s AND (id::text = %s OR aggregateid = %s) ORDER BY number"
+)
+RETRY: Final = """
+    UPDATE relay_quarantine SET state = 'retry'
+     WHERE slot_name = %(slot)s AND state IN ('refused', 'waiting')
+       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
+                            WHERE slot_name = %(slot)s AND state <> 'dropped'
+                              AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
+"""
+DROP: Final = """
+    WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
+                      WHERE slot_name = %(slot)s AND state <> 'dropped' AND id::text = ANY(%(names)s)
+                      RETURNING id, aggregateid)
+    UPDATE relay_quarantine SET state = 'retry'
+      FROM (SELECT DISTINCT aggregateid FROM dropped) AS freed
+     WHERE relay_quarantine.aggregateid = freed.aggregateid AND slot_name = %(slot)s
+       AND relay_quarantine.state IN ('refused', 'waiting') AND id NOT IN (SELECT id FROM dropped)
+"""
+COUNT_DROPPED: Final = """
+    SELECT count(*) FROM relay_quarantine WHERE slot_name = %s AND state = 'dropped' AND id::text = ANY(%s)
+"""
+
+
+class Quarantine:
+    """The relay's side: puts events in, and takes out what somebody has asked to be tried again."""
+
+    def __init__(self, leader: psycopg.AsyncConnection, slot: str) -> None:
+        self._leader = leader
+        self._slot = slot
+
+    async def keys(self) -> set[bytes]:
+        """The payments whose events wait here."""
+        rows = await (await self._leader.execute(KEYS, [self._slot])).fetchall()
+        return {row[0].encode() for row in rows}
+
+    async def put(self, diverted: Sequence[Diverted]) -> None:
+        """Keep these events, in this order; on return they are on disk."""
+        async with self._leader.transaction(), self._leader.cursor() as cursor:
+            await cursor.executemany(PUT.encode(), [self._row(each) for each in diverted])
+
+    def _row(self, diverted: Diverted) -> dict[str, Any]:
+        event, _, reason = diverted
+        texts = {name: value and value.decode() for name, value in event._asdict().items()}
+        state = "waiting" if reason is None else "refused"
+        return {**texts, "payment_seq": int(event.payment_seq), "slot": self._slot, "state": state, "reason": reason}
+
+    async def due(self) -> list[OutboxEvent]:
+        """The events of payments that are to be tried again, each payment's in order."""
+        rows = await (await self._leader.execute(DUE.encode(), [self._slot, self._slot])).fetchall()
+        return [OutboxEvent._make(None if value is None else value.encode() for value in row) for row in rows]
+
+    async def mark_due(self, keys: Sequence[bytes]) -> None:
+        """All that is here of these payments is being tried; what Kafka refuses again is put in anew."""
+        await self._leader.execute(MARK_DUE, [self._slot, [key.decode() for key in keys]])
+
+    async def done(self, keys: Sequence[bytes]) -> None:
+        """What was tried of these payments, and was not put in anew, is on the topic."""
+        await self._leader.execute(DONE, [self._slot, [key.decode() for key in keys]])
+
+    async def count(self) -> int:
+        """How many events are here."""
+        row = await (await self._leader.execute(COUNT, [self._slot])).fetchone()
+        return int(row[0]) if row is not None else 0

@@ -1,0 +1,54 @@
+"""Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import psycopg
+
+from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.stream import CONNECTION
+
+ROWS_AT_ONCE: Final = 500
+COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
+
+# created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock: only
+# payment_seq has a payment's order. The index on both streams the rows without a sort. Unqualified names would mean
+# the text columns of the result, where 10 comes before 2.
+SCAN: Final = f"""
+    SELECT {COLUMNS} FROM outbox AS o ORDER BY o.aggregateid, o.payment_seq
+"""  # noqa: S608 - names from our own constant
+SCAN_SINCE: Final = f"""
+    SELECT {COLUMNS} FROM outbox AS o WHERE o.xact >= {{since}} ORDER BY o.aggregateid, o.payment_seq
+"""  # noqa: S608 - names from our own constant
+
+
+async def scan(
+    url: str, snapshot: str, publish: Callable[[OutboxEvent], Awaitable[None]], *, since: int
+) -> tuple[int, int]:
+    """Publish what `snapshot` shows of transactions from `since` on; how many, and below which all are seen now."""
+    async with await psycopg.AsyncConnection.connect(url, **(CONNECTION | {"autocommit": False})) as connection:
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        await connection.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'".encode())
+        row = await (
+            await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
+        ).fetchone()
+        assert row is not None, "the query always gives a row"
+        return await _publish_all(connection, publish, since), row[0]
+
+
+async def _publish_all(
+    connection: psycopg.AsyncConnection, publish: Callable[[OutboxEvent], Awaitable[None]], since: int
+) -> int:
+    count = 0
+    async with connection.cursor("outbox_scan") as cursor:
+        cursor.itersize = ROWS_AT_ONCE
+        await cursor.execute((SCAN_SINCE.format(since=since) if since else SCAN).encode())
+        async for row in cursor:
+            await publish(event_of(row))
+            count += 1
+    return count
+
+
+def event_of(row: tuple[str | None, ...]) -> OutboxEvent:
+    """The event of a row of `COLUMNS`, in the same bytes as the log has it."""
+    return OutboxEvent._make(None if value is None else value.encode() for value in row)

@@ -1,0 +1,62 @@
+"""What a source of events is to a session; `wal_source.py` and `poll_source.py` are the two there are."""
+
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, Protocol
+
+from infra.relay.pgoutput import OutboxEvent
+from infra.relay.prefix import Group
+
+Take = Callable[[OutboxEvent, Group], bool]
+"""Takes an event over and counts it in its group; False if no more should be read for now."""
+
+
+class Desk(NamedTuple):
+    """How a source hands over events before it streams: each may wait for room, `drained` until all is acknowledged."""
+
+    publish: Callable[[OutboxEvent], Awaitable[None]]
+    drained: Callable[[], Awaitable[None]]
+
+
+class Source(Protocol):
+    """Committed events in an order that has each payment's, and the position up to which all is acknowledged."""
+
+    async def open(self, desk: Desk) -> None:
+        """Find the position to begin at, having published what lies before it.
+
+        Raises:
+            GapFound: events may be missing, and no one has said what to do about it.
+        """
+        ...
+
+    async def read(self, take: Take) -> bool:
+        """Hand over what has arrived, up to a portion; whether there may be more."""
+        ...
+
+    def watch(self, on_ready: Callable[[], None]) -> None:
+        """Call `on_ready` when there may be something to read, until `unwatch`."""
+        ...
+
+    def unwatch(self) -> None:
+        """Leave it lying."""
+        ...
+
+    async def save(self) -> None:
+        """Write down how far all is acknowledged; called every second or so, and at the end."""
+        ...
+
+    def answer(self) -> None:
+        """Answer the server, if it wants to know how far we are."""
+        ...
+
+    @property
+    def oldest_commit_us(self) -> int | None:
+        """When the first event that is not acknowledged was committed, in µs since 2000-01-01 UTC."""
+        ...
+
+    async def finish(self) -> None:
+        """End in good order, after the last `save`."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections at once."""
+        ...

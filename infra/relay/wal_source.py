@@ -1,0 +1,196 @@
+"""Events from the write-ahead log, by logical replication: the order of commits, with nothing to reconstruct.
+
+A slot knows only what was committed after it was created, so what was committed before is read from the table first.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import psycopg
+import structlog
+
+from infra.relay import metrics
+from infra.relay.config import RelayConfig
+from infra.relay.errors import SlotOfAnother
+from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, RowReader, read_begin, read_commit
+from infra.relay.prefix import Group, Prefix
+from infra.relay.progress import SAVE_LSN, Mark, find_mark, forget_gap, horizon, refuse_gap, set_notify, start_mark
+from infra.relay.scan import scan
+from infra.relay.source import Desk, Take
+from infra.relay.stream import ReplicationStream
+
+log = structlog.get_logger(__name__)
+
+PORTION: Final = 1000
+"""Messages of the log that are taken in one go, before the loop turns to Kafka."""
+IDLE_BYTES: Final = 1024 * 1024
+"""How far the slot may stay behind a log in which nothing is ours: writing the position down is itself log."""
+
+PROOFS_MAX: Final = 1000
+
+FIND_SLOT: Final = """
+    SELECT database, database IS DISTINCT FROM current_database(), plugin, wal_status,
+           (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint
+      FROM pg_replication_slots WHERE slot_name = %s
+"""
+
+
+class WalSource:
+    """One slot and its stream; fits `infra.relay.source.Source`."""
+
+    def __init__(self, config: RelayConfig, leader: psycopg.AsyncConnection) -> None:
+        self._config = config
+        self._leader = leader
+        self._stream: ReplicationStream
+        self._prefix = Prefix()
+        self._rows = RowReader()
+        self._group = Group()
+        self._saved = 0
+        self._below = 0
+        self._proofs: deque[tuple[int, int]] = deque()
+        self._has_news = False
+
+    async def open(self, desk: Desk) -> None:
+        self._stream = await ReplicationStream.connect(self._config.postgres_url)
+        await set_notify(self._leader, is_on=False)
+        system = await self._stream.system_identifier()
+        mark = await find_mark(self._leader, self._config.slot)
+        await self._prepare(desk, system, mark)
+        await self._stream.start(self._config.slot, self._config.publication)
+
+    async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
+        row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
+        if row is not None and (row[1] or row[2] != "pgoutput"):
+            raise SlotOfAnother(self._config.slot, f"database {row[0]!r}, plugin {row[2]!r}")
+        wal_status, position = row[3:] if row is not None else ("missing", 0)
+        if mark is None:
+            await self._catch_up(desk, system, "first start", since=0)
+        elif mark.repair == "everything" or (mark.repair == "unproven" and mark.system_identifier != system):
+            await self._catch_up(desk, system, "repair", since=0)
+        elif mark.repair == "unproven" or (mark.source == "poll" and mark.system_identifier == system):
+            await self._catch_up(desk, system, mark.repair or "another source before", since=mark.published_below)
+        elif mark.repair == "adopt" and wal_status not in ("missing", "lost"):
+            await self._adopt(mark, system, position)
+        else:
+            await self._trust(mark, system, wal_status, position)
+
+    async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
+        """Go on where the slot stands, if that is where we left it."""
+        reason = _reason_for_doubt(mark, system, wal_status, position)
+        if reason is not None:
+            since = mark.published_below if mark.system_identifier == system else 0
+            await refuse_gap(self._leader, self._config.slot, mark, reason, since=since)
+        await forget_gap(self._leader, self._config.slot)
+        self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
+        self._below = mark.published_below
+
+    async def _adopt(self, mark: Mark, system: str, position: int) -> None:
+        """Somebody else published up to where the slot stands: an operator said so."""
+        log.warning("slot adopted where it stands", slot=self._config.slot)
+        self._saved, self._below = position, mark.published_below
+        await self._start_mark(system, lsn=self._saved, below=self._below)
+
+    async def _catch_up(self, desk: Desk, system: str, reason: str, *, since: int) -> None:
+        """Make the slot anew and publish every row from `since` on that was committed before it.
+
+        Only when all of it is acknowledged this is written down; ended before, it begins again.
+        """
+        log.warning("slot made anew: publishing from the table", slot=self._config.slot, reason=reason, since=since)
+        if await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone() is not None:
+            await self._stream.drop_slot(self._config.slot)
+        snapshot = await self._stream.create_slot(self._config.slot)
+        count, self._below = await scan(self._config.postgres_url, snapshot, desk.publish, since=since)
+        await desk.drained()
+        metrics.RESCANNED.inc(count)
+        row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
+        assert row is not None, "the slot was just made"
+        self._saved = row[4]
+        await self._start_mark(system, lsn=self._saved, below=self._below, events=count)
+        if count:
+            log.warning("retained events were published from the table", slot=self._config.slot, events=count)
+
+    async def _start_mark(self, system: str, **values: Any) -> None:
+        await start_mark(self._leader, self._config.slot, system=system, source="wal", **values)
+
+    # --- the stream -------------------------------------------------------------------------------------------------
+
+    async def read(self, take: Take) -> bool:
+        receive, read = self._stream.receive, self._rows.read
+        for _ in range(PORTION):
+            message = receive()
+            if message is None:
+                return False
+            if message[0] == INSERT:
+                if not take(read(message), self._group):
+                    return True
+            else:
+                self._take(message)
+        return True
+
+    def _take(self, message: bytes) -> None:
+        match message[0]:
+            case kind if kind == BEGIN:
+                self._group = self._prefix.begin(read_begin(message))
+            case kind if kind == COMMIT:
+                self._group.end_lsn = read_commit(message)
+                self._has_news = True
+            case kind if kind == RELATION:
+                self._rows.learn(message)
+            case kind:
+                log.warning("unexpected message in the log stream", kind=chr(kind))
+
+    def watch(self, on_ready: Callable[[], None]) -> None:
+        self._stream.watch(on_ready)
+
+    def unwatch(self) -> None:
+        self._stream.unwatch()
+
+    # --- how far --------------------------------------------------------------------------------------------------
+
+    async def save(self) -> None:
+        """First to the table, then to the slot: so a slot that is further on was moved by somebody else."""
+        lsn = self._prefix.advance(self._stream.wal_end)
+        if self._has_news and len(self._proofs) < PROOFS_MAX:
+            xact, position = await horizon(self._leader)
+            self._proofs.append((position, xact))
+        if lsn - self._saved > (0 if self._has_news else IDLE_BYTES):
+            below = self._proven(lsn)
+            await self._leader.execute(SAVE_LSN.encode(), {"slot": self._config.slot, "lsn": lsn, "below": below})
+            self._saved, self._below = lsn, below
+            self._has_news = not self._prefix.is_empty or bool(self._proofs)
+        self._stream.confirm(self._saved)
+
+    def _proven(self, lsn: int) -> int:
+        """Below which transaction all is published, if the log is up to `lsn`."""
+        below = self._below
+        while self._proofs and self._proofs[0][0] <= lsn:
+            below = max(below, self._proofs.popleft()[1])
+        return below
+
+    def answer(self) -> None:
+        if self._stream.is_reply_wanted:
+            self._stream.confirm(self._saved)
+
+    @property
+    def oldest_commit_us(self) -> int | None:
+        return self._prefix.oldest_commit_us
+
+    async def finish(self) -> None:
+        await self._stream.finish()
+
+    async def close(self) -> None:
+        if hasattr(self, "_stream"):
+            await self._stream.close()
+
+
+def _reason_for_doubt(mark: Mark, system: str, wal_status: str, position: int) -> str | None:
+    if mark.system_identifier != system:
+        return "this is another Postgres server than before"
+    if wal_status == "missing":
+        return "the slot has disappeared"
+    if wal_status == "lost":
+        return "the server has removed log that the slot needed"
+    if mark.confirmed_lsn is not None and position > mark.confirmed_lsn:
+        return "the slot stands further on than this relay ever confirmed"
+    return None
