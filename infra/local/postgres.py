@@ -32,8 +32,10 @@ SETTINGS = {
     "max_replication_slots": "16",
     "max_wal_senders": "16",
     "max_connections": "200",
-    "shared_buffers": "256MB",
     "max_wal_size": "4GB",
+    "shared_buffers": "1GB",
+    "wal_compression": "lz4",
+    "checkpoint_timeout": "15min",
     "max_slot_wal_keep_size": "8GB",
     "log_min_messages": "warning",
 }
