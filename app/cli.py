@@ -6,16 +6,16 @@ Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejec
 # ruff: noqa: PLC0415 - each command imports what it needs: `payments --help` answers at once; Typer passes
 # by name
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from app.command_line import AsJson, DataDir, default_data_dir, fail, find_settings, readable_errors
+from app.relay_commands import relay
+
 if TYPE_CHECKING:
-    from app.settings import Settings
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,11 +36,8 @@ send = typer.Typer(
     "Finds the servers by the environment or, without, those of a running `payments up`.",
 )
 app.add_typer(send, name="send")
+app.add_typer(relay, name="relay")
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option(envvar="PAYMENTS_DATA_DIR", help="Where data and logs are kept.", show_default=".local"),
-]
 PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
 KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]
 NewPayment = Annotated[str | None, typer.Option("--payment-id", help="A UUID of yours.", show_default="a new one")]
@@ -60,7 +57,6 @@ IdempotencyKey = Annotated[
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
 Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
 
 
 # --- run it on this machine -------------------------------------------------------------------------------------------
@@ -78,7 +74,7 @@ def up(data_dir: DataDir = None) -> None:
     """
     from app.up_command import up_here
 
-    raise typer.Exit(up_here(data_dir or _default_data_dir()))
+    raise typer.Exit(up_here(data_dir or default_data_dir()))
 
 
 @app.command()
@@ -99,7 +95,7 @@ def demo(
     """
     from app.demo.run import run_demo
 
-    folder = (data_dir or _default_data_dir()) / "demo"
+    folder = (data_dir or default_data_dir()) / "demo"
     raise typer.Exit(run_demo(folder, orders=orders, seed=seed, stay=stay))
 
 
@@ -237,8 +233,8 @@ def show(
     """One payment: state, amounts, operations, events."""
     from app.show import show_payment
 
-    settings = _settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
-    with _readable_errors():
+    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    with readable_errors():
         raise typer.Exit(show_payment(settings, _uuid(payment_id), as_json=as_json))
 
 
@@ -277,8 +273,8 @@ def list_(
         limit=limit,
         cursor=cursor,
     )
-    settings = _settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
-    with _readable_errors():
+    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    with readable_errors():
         raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
 
 
@@ -294,17 +290,6 @@ def worker() -> None:
     from app.settings import Settings
 
     run_worker(Settings())
-
-
-@app.command()
-def relay() -> None:
-    """Publish committed events.
-
-    Of several, one is active and the others stand by."""
-    from app.processes import run_relay
-    from app.settings import Settings
-
-    run_relay(Settings())
 
 
 @app.command()
@@ -356,8 +341,8 @@ def migrate(
 
     settings = Settings()
     if down and to == "head":
-        _fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
-    with _readable_errors():
+        fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
+    with readable_errors():
         if down:
             schema.downgrade(settings.postgres_url, to)
             typer.echo(f"The schema is at {to}.")
@@ -376,7 +361,7 @@ def maintain() -> None:
     from app.maintenance import maintain_once
     from app.settings import Settings
 
-    with _readable_errors():
+    with readable_errors():
         report = asyncio.run(maintain_once(Settings()))
     typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
     for reason in report.kept_because:
@@ -413,41 +398,21 @@ def _send(
     from app.send import send_and_report
     from domain.commands import OperationKind
 
-    settings = _settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
+    settings = find_settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
     payment = _uuid(payment_id) if payment_id else uuid.uuid4()
     if kind in ("charge", "authorize"):
         fields["order_id"] = fields["order_id"] or f"order-{str(payment)[:8]}"
     key = idempotency_key or f"{kind}-{uuid.uuid4()}"
     command = outgoing(OperationKind(kind), payment, key, fields)
-    with _readable_errors():
+    with readable_errors():
         code = send_and_report(settings, kind, command, wait=wait, timeout_seconds=timeout, as_json=as_json)
     raise typer.Exit(code)
-
-
-def _settings(data_dir: Path | None, *, needs: str) -> "Settings":
-    """Settings by the environment, completed by a running `payments up` or `payments demo --stay`."""
-    import os
-
-    from app.settings import Settings
-    from app.stack_file import adopt_environment
-
-    folder = data_dir or _default_data_dir()
-    if needs not in os.environ and adopt_environment([folder, folder / "demo"]) is None:
-        _fail(
-            "nothing is running here: no `payments up` was found, and "
-            f"{needs} is not set.\nStart everything with `payments up` in another terminal, or set {needs}."
-        )
-    return Settings()
-
-
-def _default_data_dir() -> Path:
-    return Path(__file__).resolve().parents[1] / ".local"
 
 
 def _required_amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int:
     found = _amount(amount, amount_minor, currency)
     if found is None:
-        _fail("how much? Give --amount 12.50 (with --currency) or --amount-minor 1250")
+        fail("how much? Give --amount 12.50 (with --currency) or --amount-minor 1250")
     return found
 
 
@@ -457,7 +422,7 @@ def _amount(amount: str | None, amount_minor: int | None, currency: str | None) 
     try:
         return read_amount(amount, amount_minor, currency)
     except AmountUnusable as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _uuid(text: str) -> Any:
@@ -466,41 +431,7 @@ def _uuid(text: str) -> Any:
     try:
         return UUID(text)
     except ValueError:
-        _fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """A server that is away, or an option that cannot be read, is a message and not a stack trace."""
-    try:
-        yield
-    except ValueError as error:
-        _fail(str(error))
-    except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
-        advice = _advice(error)
-        if advice is None:
-            raise
-        _fail(f"{type(error).__name__}: {error}\n{advice}")
-
-
-def _advice(error: Exception) -> str | None:
-    """What to do about an error of a server; None for what is none."""
-    import asyncpg
-    from aiokafka.errors import KafkaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from domain.errors import StoreUnavailable
-
-    if isinstance(error, KafkaError):
-        return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
-    if isinstance(error, (OSError, asyncpg.PostgresError, SQLAlchemyError, StoreUnavailable)):
-        return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
-    return None
-
-
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"payments: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
-    raise typer.Exit(1)
+        fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
 
 
 def main() -> None:

@@ -5,9 +5,13 @@
 import asyncio
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.settings import Settings
 from infra.observability.logs import configure_logs
+
+if TYPE_CHECKING:
+    from infra.relay import RelayConfig
 
 
 def run_worker(settings: Settings) -> None:
@@ -26,23 +30,29 @@ def run_relay(settings: Settings) -> None:
     """The outbox to Kafka, until SIGTERM."""
     from app.http import create_process_app
     from app.process import run
-    from infra.relay import Relay, RelayConfig
+    from infra.relay import Relay
 
     configure_logs("relay", as_json=settings.log_json)
-    relay = Relay(
-        RelayConfig(
-            postgres_url=settings.postgres_url,
-            kafka_bootstrap=settings.kafka_bootstrap,
-            topic=settings.events_topic,
-            slot=settings.relay_slot,
-        )
-    )
+    relay = Relay(relay_config(settings))
 
     async def check() -> str | None:
         return relay.trouble
 
     app = create_process_app(checks={"relay": check})
     run(relay.run, app=app, host=settings.http_host, port=settings.relay_port)
+
+
+def relay_config(settings: Settings) -> "RelayConfig":
+    """What a relay of this installation needs to know."""
+    from infra.relay import RelayConfig
+
+    return RelayConfig(
+        postgres_url=settings.postgres_url,
+        kafka_bootstrap=settings.kafka_bootstrap,
+        topic=settings.events_topic,
+        slot=settings.relay_slot,
+        source=settings.relay_source,
+    )
 
 
 def run_http(settings: Settings) -> None:

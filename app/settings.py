@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from functools import cached_property
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -58,6 +59,7 @@ class Settings(BaseSettings):
     """name → base URL of the worker's and relay's own HTTP, whose metrics the HTTP process shows, too"""
 
     relay_slot: str = "payments_relay"
+    relay_source: Literal["wal", "poll"] = "wal"
     outbox_retention_days: int = 14
     outbox_days_ahead: int = 7
     maintenance_interval_seconds: float = 3600.0

@@ -89,8 +89,8 @@ def _finder(wanted: Wanted) -> Callable[[PaymentRepository], Awaitable[Page]]:
         currency=wanted.currency,
         amount_min=_bound(wanted.amount_min, wanted.currency),
         amount_max=_bound(wanted.amount_max, wanted.currency),
-        created_since=_moment(wanted.since),
-        created_until=_moment(wanted.until),
+        created_since=moment(wanted.since),
+        created_until=moment(wanted.until),
     )
     if wanted.customer is None and wanted.order is None:
         return lambda repository: repository.find_by_filters(filters, limit=wanted.limit, cursor=wanted.cursor)
@@ -118,7 +118,7 @@ def _bound(amount: str | None, currency: str | None) -> int | None:
     return minor_units(amount, currency)
 
 
-def _moment(text: str | None) -> datetime | None:
+def moment(text: str | None) -> datetime | None:
     """`2026-01-31`, `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`."""
     if text is None:
         return None

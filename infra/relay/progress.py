@@ -42,6 +42,12 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
+REPAIR: Final = """
+    UPDATE relay_slots AS r SET repair = %s
+     WHERE slot_name = %s AND (
+           gap IS NOT NULL
+           OR NOT EXISTS (SELECT FROM pg_replication_slots AS s WHERE s.slot_name::text = r.slot_name AND s.active))
+"""
 UNPROVEN: Final = """
     SELECT count(*), min(created_at), max(created_at) FROM outbox WHERE coalesce(xact, 0) >= %s
 """
@@ -118,3 +124,23 @@ async def horizon(connection: psycopg.AsyncConnection) -> tuple[int, int]:
     row = await (await connection.execute(NOW.encode())).fetchone()
     assert row is not None, "the query always gives a row"
     return row[0], row[1]
+
+
+async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
+    """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend."""
+    return (await connection.execute(REPAIR, [repair, slot])).rowcount == 1
+
+
+async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:
+    """The gap that the relay stands before, what it was told to do, and how many events its last repair published."""
+    query = "SELECT gap, repair, repaired_events FROM relay_slots WHERE slot_name = %s"
+    row = await (await connection.execute(query, [slot])).fetchone()
+    return row if row is not None else (None, None, 0)
+
+
+async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
+    """How many retained events have no proof of publication, and when the first and the last were written."""
+    mark = await find_mark(connection, slot)
+    row = await (await connection.execute(UNPROVEN.encode(), [mark.published_below if mark else 0])).fetchone()
+    assert row is not None, "an aggregate always gives a row"
+    return row

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import psycopg
+from psycopg.rows import dict_row
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.publisher import Diverted
@@ -103,4 +104,33 @@ class Quarantine:
     async def count(self) -> int:
         """How many events are here."""
         row = await (await self._leader.execute(COUNT, [self._slot])).fetchone()
+        return int(row[0]) if row is not None else 0
+
+
+class QuarantineDesk:
+    """The operator's side, on a connection of its own."""
+
+    def __init__(self, connection: psycopg.AsyncConnection, slot: str) -> None:
+        self._connection = connection
+        self._slot = slot
+
+    async def entries(self, *, with_dropped: bool, limit: int) -> list[tuple[Any, ...]]:
+        """id, payment, seq, type, state, reason, bytes, since when, why dropped; in order of arrival."""
+        return await (await self._connection.execute(LIST, [self._slot, with_dropped, limit])).fetchall()
+
+    async def show(self, name: str) -> list[dict[str, Any]]:
+        """All columns of the event, or of all events of the payment, of this id."""
+        async with self._connection.cursor(row_factory=dict_row) as cursor:
+            return await (await cursor.execute(SHOW, [self._slot, name, name])).fetchall()
+
+    async def retry(self, names: Sequence[str], *, everything: bool = False) -> int:
+        """Have the relay try all events of the payments that these events or payments name; how many events."""
+        values = {"slot": self._slot, "names": list(names), "all": everything}
+        return (await self._connection.execute(RETRY.encode(), values)).rowcount
+
+    async def drop(self, names: Sequence[str], *, why: str) -> int:
+        """Give these events up for ever; what waited behind them is tried. How many are dropped now."""
+        values = {"slot": self._slot, "names": list(names), "why": why}
+        await self._connection.execute(DROP.encode(), values)
+        row = await (await self._connection.execute(COUNT_DROPPED, [self._slot, list(names)])).fetchone()
         return int(row[0]) if row is not None else 0

@@ -407,9 +407,7 @@ def leaders(url: str) -> int:
 # --- what a slot or a topic does to it --------------------------------------------------------------------------------
 
 DAMAGES = {
-    "the slot was dropped": "SELECT pg_drop_replication_slot(slot_name) FROM relay_slots",
     "the mark is gone": "DELETE FROM relay_slots",
-    "another server": "UPDATE relay_slots SET system_identifier = '1'",
 }
 
 
@@ -427,7 +425,7 @@ async def test_a_slot_that_cannot_be_trusted_is_made_anew_and_no_row_is_left_out
     async with running(config):
         await subscriber.read_all_of(config.postgres_url)
     assert_first_deliveries_are_in_order(subscriber.records)
-    assert "every retained event was published again" in capsys.readouterr().out
+    assert "retained events were published from the table" in capsys.readouterr().out
 
 
 async def test_the_scan_takes_payment_seq_as_a_number_wherever_transactions_began(

@@ -232,20 +232,6 @@ async def test_rows_from_before_the_slot_are_published_when_the_relay_first_star
     assert_first_deliveries_in_order(records, before + after)
 
 
-@wal_only
-async def test_rows_from_while_the_slot_was_gone_are_published(config: RelayConfig) -> None:
-    before, meanwhile, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
-    async with running(config):
-        await commit(config.postgres_url, before)
-        await published(config, *before)
-    await fetch_value(config.postgres_url, "SELECT pg_drop_replication_slot(%s)", config.slot)
-    await commit(config.postgres_url, meanwhile)
-    async with running(config):
-        await commit(config.postgres_url, after)
-        records = await published(config, *before, *meanwhile, *after)
-    assert_first_deliveries_in_order(records, before + meanwhile + after)
-
-
 async def test_a_scan_that_did_not_end_begins_again(config: RelayConfig) -> None:
     """As a kill leaves it: the slot exists, no row says that the table was published."""
     rows = rows_of("pay_a", 5)
@@ -364,27 +350,6 @@ async def set_topic_limit(config: RelayConfig, limit: int) -> None:
     resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
     await admin.alter_configs([resource])
     await admin.close()
-
-
-async def test_what_kafka_refuses_holds_its_partition_and_is_never_dropped(config: RelayConfig) -> None:
-    config = replace(config, refused_retry_seconds=0.02)
-    poisoned = rows_of("pay_0001", 3)
-    poisoned[1] = poisoned[1]._replace(payload=f'"{"x" * 2_000_000}"')
-    others = rows_of("pay_0002", 50, payload=f'"{"x" * 1_000}"')
-    port = int(config.kafka_bootstrap.rsplit(":", 1)[1])
-    async with running(config) as relay:
-        await commit(config.postgres_url, poisoned, *([row] for row in others))
-        records = await published(config, poisoned[0], *others)
-        assert not {row.id for row in poisoned[1:]} & set(ids(records))
-        refused = metrics.REFUSED._value.get()
-        await until(lambda: metrics.REFUSED._value.get() > refused + 15)
-        assert str(poisoned[1].id) in (relay.trouble or "")
-        own = [each for each in psutil.Process().net_connections() if each.raddr and each.raddr.port == port]
-        assert len(own) < 10, "each attempt may cost a producer, but not for good"
-        await set_topic_limit(config, 5_000_000)
-        records = await published(config, *poisoned, *others)
-        await until(lambda: relay.trouble is None)
-    assert_first_deliveries_in_order(records, poisoned + others)
 
 
 async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:

@@ -1,0 +1,163 @@
+"""`payments relay`: run one, ask how they are, and what an operator does when something is wrong."""
+
+# ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.command_line import AsJson, DataDir, fail, find_settings, readable_errors
+
+if TYPE_CHECKING:
+    from app.relay_desk import RelayDesk
+
+relay = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Publish committed events.\n\n"
+    "Without a command it runs: of several, one is active and the others stand by. PAYMENTS_RELAY_SOURCE says from "
+    "where: `wal` (logical replication), or `poll` where that cannot be had.\n\n"
+    "The commands look after relays that run elsewhere.",
+)
+quarantine = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Events that Kafka refused for good.\n\n"
+    "An event too large for its topic, for example. Later events of its payment wait behind it, other payments go on. "
+    "Mend the cause and `retry`, or give the event up with `drop`.",
+)
+relay.add_typer(quarantine, name="quarantine")
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[EVENT_ID|PAYMENT_ID]...", help="As `list` shows them.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+@relay.callback()
+def run(context: typer.Context) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from app.processes import run_relay
+    from app.settings import Settings
+
+    run_relay(Settings())
+
+
+@relay.command()
+def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """How the relays are: source, slot, lag, quarantine, standbys.
+
+    Exits with 1 if something needs a person: a gap, a quarantine, no active relay, log held for nobody.
+    """
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).status(as_json=as_json))
+
+
+@relay.command()
+def repair(
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Publish every retained event, not only those without proof.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be published.")] = False,
+    timeout: Annotated[float, typer.Option(help="How many seconds to wait for the relay.")] = 300.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Close a gap: publish what has no proof of publication.
+
+    For a relay that stands still since its slot is gone, was moved, or belongs to another server. The slot is made
+    anew; events may repeat, and none is left out. The relay does it; if none runs, it does so when it starts.
+    """
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).repair(everything=everything, dry_run=dry_run, timeout_seconds=timeout))
+
+
+@relay.command()
+def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
+    """Go on where somebody else has moved the slot.
+
+    For the way back from Debezium on the same slot: up to where the slot stands, Debezium has published.
+    """
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).adopt(timeout_seconds=timeout))
+
+
+@relay.command()
+def replay(  # noqa: PLR0917 - Typer passes by name
+    payment: Annotated[str | None, typer.Option(help="Events of this payment.")] = None,
+    since: Annotated[str | None, typer.Option(help="Written since: 2026-01-31T12:00:00Z, or 2h (ago).")] = None,
+    until: Annotated[str | None, typer.Option(help="Written before.")] = None,
+    type_: Annotated[str | None, typer.Option("--type", help="Like payment.captured.v1.")] = None,
+    to: Annotated[str | None, typer.Option(help="Another topic.", show_default="PAYMENTS_EVENTS_TOPIC")] = None,
+    rate: Annotated[int, typer.Option(min=1, help="Events a second at most.")] = 500,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Publish retained events once more.
+
+    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out.
+
+    Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
+    """
+    if payment is None and since is None and until is None and type_ is None:
+        fail("say which events: --payment, --since, --until or --type; they can be combined")
+    with readable_errors():
+        desk = _desk(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
+        wanted = {"payment": payment, "type": type_, "since": since, "until": until}
+        raise typer.Exit(desk.replay(wanted, topic=to, rate=rate, dry_run=dry_run))
+
+
+@quarantine.command("list")
+def list_quarantine(
+    with_dropped: Annotated[bool, typer.Option("--all", help="Also those that were dropped.")] = False,
+    limit: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """What is in quarantine, in order of arrival."""
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).list_quarantine(with_dropped=with_dropped, limit=limit, as_json=as_json))
+
+
+@quarantine.command("show")
+def show_quarantine(
+    name: Annotated[str, typer.Argument(metavar="EVENT_ID|PAYMENT_ID")], data_dir: DataDir = None
+) -> None:
+    """One event, or all of one payment, with every byte, as JSON."""
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).show_quarantine(name))
+
+
+@quarantine.command("retry")
+def retry_quarantine(
+    names: Names = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    timeout: Annotated[float, typer.Option(help="How many seconds to wait for the relay.")] = 30.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Publish the events of these payments, in order. What Kafka refuses again comes back."""
+    if bool(names) == everything:
+        fail("name events or payments, or say --all")
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).retry(names or [], everything=everything, timeout_seconds=timeout))
+
+
+@quarantine.command("drop")
+def drop_quarantine(
+    names: Annotated[list[str], typer.Argument(metavar="EVENT_ID...")],
+    why: Annotated[str, typer.Option(help="Kept with the event.")],
+    yes: Yes = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Give events up for ever: subscribers will never see them. What waited behind them is published.
+
+    The events stay in the table, with the reason.
+    """
+    if not yes:
+        typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).drop(names, why=why))
+
+
+def _desk(data_dir: Any, *, needs: str = "PAYMENTS_POSTGRES_URL") -> "RelayDesk":
+    from app.relay_desk import RelayDesk
+
+    return RelayDesk(find_settings(data_dir, needs=needs))

@@ -1,0 +1,235 @@
+"""What the commands of `payments relay` do and print; the relay itself acts on what they write into its tables."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TypeVar
+
+import psycopg
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from app.processes import relay_config
+from app.settings import Settings
+from app.show import moment
+from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.quarantine import QuarantineDesk
+from infra.relay.replay import Replay, Selection
+from infra.relay.status import Overview, RelayStatus, read_status
+
+T = TypeVar("T")
+
+HELD_FOR_NOBODY = 64 * 1024 * 1024
+"""Bytes of log that an inactive slot may keep before it is worth a person's look."""
+
+
+class RelayDesk:
+    """One database's relays, seen by an operator. Each method prints, and returns the exit code."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._slot = settings.relay_slot
+        self._out = Console()
+
+    # --- status -------------------------------------------------------------------------------------------------------
+
+    def status(self, *, as_json: bool) -> int:
+        overview = asyncio.run(read_status(self._settings.postgres_url))
+        troubles = troubles_of(overview)
+        if as_json:
+            print(json.dumps(asdict(overview) | {"troubles": troubles}, indent=2, default=str))
+        else:
+            self._print_status(overview, troubles)
+        return 1 if troubles else 0
+
+    def _print_status(self, overview: Overview, troubles: list[str]) -> None:
+        for relay in overview.relays:
+            self._out.print(_relay_table(relay))
+        if not overview.relays:
+            self._out.print("No relay has ever run on this database.")
+        for stranger in overview.strangers:
+            kept = _bytes(stranger.retained_bytes)
+            self._out.print(
+                f"other slot: {stranger.slot}, {'active' if stranger.is_active else 'inactive'}, keeps {kept}"
+            )
+        self._out.print(f"newest event written: {overview.last_event_at or 'none'}")
+        for trouble in troubles:
+            self._out.print(f"[bold red]![/] {trouble}")
+
+    # --- repair and adopt ---------------------------------------------------------------------------------------------
+
+    def repair(self, *, everything: bool, dry_run: bool, timeout_seconds: float) -> int:
+        events, first, last = self._ask(lambda connection: count_unproven(connection, self._slot))
+        self._out.print(
+            f"{events} retained events have no proof of publication" + (f", from {first} to {last}" if events else "")
+        )
+        if dry_run:
+            return 0
+        return self._decide("everything" if everything else "unproven", timeout_seconds)
+
+    def adopt(self, *, timeout_seconds: float) -> int:
+        return self._decide("adopt", timeout_seconds)
+
+    def _decide(self, repair: Repair, timeout_seconds: float) -> int:
+        if not self._ask(lambda connection: request_repair(connection, self._slot, repair)):
+            self._out.print(
+                f"Nothing to do: relay {self._slot!r} is active, or has never run here. (`payments relay status` says"
+                " which. To publish events once more beside an active relay: `payments relay replay`.)"
+            )
+            return 1
+        return asyncio.run(self._wait_for_repair(timeout_seconds))
+
+    async def _wait_for_repair(self, timeout_seconds: float) -> int:
+        deadline = time.monotonic() + timeout_seconds
+        async with await self._connect() as connection:
+            with self._out.status("asked the relay; waiting for it …"):
+                while time.monotonic() < deadline:
+                    _, repair, events = await find_repair(connection, self._slot)
+                    if repair is None:
+                        self._out.print(f"done: {events} events published; the relay goes on")
+                        return 0
+                    await asyncio.sleep(0.2)
+        self._out.print(
+            "asked, and not done yet: an active relay acts on it at its next start, one that stands still at once"
+        )
+        return 1
+
+    # --- quarantine ---------------------------------------------------------------------------------------------------
+
+    def list_quarantine(self, *, with_dropped: bool, limit: int, as_json: bool) -> int:
+        names = ("event", "payment", "seq", "type", "state", "reason", "bytes", "since", "dropped because")
+        rows = self._at_quarantine(lambda desk: desk.entries(with_dropped=with_dropped, limit=limit))
+        if as_json:
+            print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
+            return 0
+        table = Table(*names, box=box.SIMPLE)
+        for row in rows:
+            table.add_row(*(f"{each:%Y-%m-%d %H:%M:%S}" if hasattr(each, "hour") else str(each) for each in row))
+        self._out.print(table if rows else "Nothing is in quarantine.")
+        return 0
+
+    def show_quarantine(self, name: str) -> int:
+        rows = self._at_quarantine(lambda desk: desk.show(name))
+        print(json.dumps(rows, indent=2, default=str))
+        return 0 if rows else 1
+
+    def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
+        asked = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
+        if not asked:
+            self._out.print("Nothing of that is in quarantine.")
+            return 1
+        return self._wait_for_quarantine(f"asked for {asked} events", timeout_seconds)
+
+    def _wait_for_quarantine(self, asked: str, timeout_seconds: float) -> int:
+        deadline = time.monotonic() + timeout_seconds
+        with self._out.status(f"{asked}; waiting for the relay …"):
+            while time.monotonic() < deadline:
+                states = [
+                    row[4] for row in self._at_quarantine(lambda desk: desk.entries(with_dropped=False, limit=10_000))
+                ]
+                if "retry" not in states:
+                    self._out.print(
+                        f"{asked}: " + (f"{len(states)} are (still) in quarantine" if states else "all published")
+                    )
+                    return 1 if states else 0
+                time.sleep(0.3)
+        self._out.print(f"{asked}; no relay has taken them up yet. One does when it runs.")
+        return 1
+
+    def drop(self, names: list[str], *, why: str) -> int:
+        dropped = self._at_quarantine(lambda desk: desk.drop(names, why=why))
+        self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
+        return 0 if dropped == len(names) else 1
+
+    # --- replay -------------------------------------------------------------------------------------------------------
+
+    def replay(self, wanted: dict[str, str | None], *, topic: str | None, rate: int, dry_run: bool) -> int:
+        selection = Selection(
+            payment=wanted["payment"],
+            type=wanted["type"],
+            since=moment(wanted["since"]),
+            until=moment(wanted["until"]),
+        )
+        target = topic or self._settings.events_topic
+        replay = Replay(relay_config(self._settings), selection, topic=target, rate=rate)
+        count = asyncio.run(replay.count())
+        if dry_run or not count:
+            self._out.print(f"{count} events would be published to {target}")
+            return 0
+        with Progress(console=self._out) as progress:
+            task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
+            done = asyncio.run(replay.run(lambda published: progress.update(task, completed=published)))
+        self._out.print(f"{done} events published again to {target}")
+        return 0
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    async def _connect(self) -> psycopg.AsyncConnection:
+        return await psycopg.AsyncConnection.connect(self._settings.postgres_url, autocommit=True, connect_timeout=5)
+
+    def _ask(self, ask: Callable[[psycopg.AsyncConnection], Awaitable[T]]) -> T:
+        async def connected() -> T:
+            async with await self._connect() as connection:
+                return await ask(connection)
+
+        return asyncio.run(connected())
+
+    def _at_quarantine(self, ask: Callable[[QuarantineDesk], Awaitable[T]]) -> T:
+        return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
+
+
+def troubles_of(overview: Overview) -> list[str]:
+    """What a person should look at, each with what to do."""
+    troubles = []
+    for relay in overview.relays:
+        troubles += _troubles_of(relay)
+    for stranger in overview.strangers:
+        if not stranger.is_active and (stranger.retained_bytes or 0) > HELD_FOR_NOBODY:
+            kept = _bytes(stranger.retained_bytes)
+            troubles.append(
+                f"slot {stranger.slot} keeps {kept} of log and nobody reads it: if its reader is off for good,"
+                f" SELECT pg_drop_replication_slot('{stranger.slot}')"
+            )
+    return troubles
+
+
+def _troubles_of(relay: RelayStatus) -> list[str]:
+    found = []
+    if relay.gap is not None:
+        found.append(f"{relay.slot}: {relay.gap}; events may be missing: `payments relay repair`")
+    if not relay.is_running:
+        kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
+        found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
+        found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
+    return found
+
+
+def _relay_table(relay: RelayStatus) -> Table:
+    table = Table(show_header=False, box=box.SIMPLE, title=f"relay {relay.slot}", title_justify="left")
+    lag = "" if relay.lag_bytes is None else f"{_bytes(relay.lag_bytes)}, "
+    quarantine = ", ".join(f"{count} {name}" for name, count in relay.quarantine.items() if count) or "empty"
+    rows = {
+        "source": relay.source,
+        "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
+        "slot": f"{relay.slot_state}" + (f", keeps {_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
+        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {relay.saved_at:%H:%M:%S}, when it was last written down)",
+        "quarantine": quarantine,
+        "gap": relay.gap or "none",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def _bytes(count: int | None) -> str:
+    size = float(count or 0)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,143 @@
+"""What Postgres knows of relays, for `payments relay status`: any process can ask, none needs to run."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import psycopg
+from psycopg.rows import dict_row
+
+from infra.relay.session import leadership_key
+
+MARKS: Final = """
+    SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
+           pg_current_wal_flush_lsn() - s.confirmed_flush_lsn AS lag_bytes,
+           pg_current_wal_lsn() - s.restart_lsn AS retained_bytes,
+           coalesce(extract(epoch FROM now() - (
+               SELECT min(created_at) FROM outbox
+                WHERE xact >= r.published_below AND r.updated_at < created_at)), 0)::float AS lag_seconds
+      FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
+     ORDER BY r.slot_name
+"""
+STRANGERS: Final = """
+    SELECT slot_name::text, active, wal_status, pg_current_wal_lsn() - restart_lsn AS retained_bytes
+      FROM pg_replication_slots
+     WHERE database = current_database() AND NOT temporary
+       AND slot_name::text NOT IN (SELECT slot_name FROM relay_slots)
+"""
+RELAYS: Final = """
+    SELECT count(*) AS relays,
+           count(*) FILTER (WHERE EXISTS (
+               SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' AND l.granted
+                  AND l.objid = %(half)s::bigint & 4294967295)) AS leaders
+      FROM pg_stat_activity AS a WHERE a.application_name = %(name)s AND a.datname = current_database()
+"""
+QUARANTINE: Final = """
+    SELECT count(*) FILTER (WHERE state = 'refused') AS refused, count(*) FILTER (WHERE state = 'waiting') AS waiting,
+           count(*) FILTER (WHERE state = 'retry') AS retrying, count(*) FILTER (WHERE state = 'dropped') AS dropped,
+           count(DISTINCT aggregateid) FILTER (WHERE state <> 'dropped') AS payments
+      FROM relay_quarantine WHERE slot_name = %s
+"""
+LAST_EVENT: Final = "SELECT created_at FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayStatus:
+    """One relay by its slot's name. Bytes are of the write-ahead log, None without a slot."""
+
+    slot: str
+    source: str
+    is_running: bool
+    standbys: int
+    slot_state: str
+    lag_bytes: int | None
+    lag_seconds: float
+    retained_bytes: int | None
+    saved_at: datetime
+    gap: str | None
+    repair: str | None
+    quarantine: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranger:
+    """A slot that holds log, and that no relay here ever used."""
+
+    slot: str
+    is_active: bool
+    wal_status: str | None
+    retained_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """All relays of this database, other slots that hold its log, and when the newest event was written."""
+
+    relays: list[RelayStatus]
+    strangers: list[Stranger]
+    last_event_at: datetime | None
+
+
+async def read_status(postgres_url: str) -> Overview:
+    """How the relays of this database are.
+
+    Raises:
+        psycopg.Error: Postgres is away.
+    """
+    async with await psycopg.AsyncConnection.connect(
+        postgres_url, autocommit=True, row_factory=dict_row, connect_timeout=5
+    ) as connection:
+        marks = await _rows(connection, MARKS)
+        last = await _rows(connection, LAST_EVENT)
+        return Overview(
+            relays=[await _relay(connection, mark) for mark in marks],
+            strangers=[_stranger(row) for row in await _rows(connection, STRANGERS)],
+            last_event_at=last[0]["created_at"] if last else None,
+        )
+
+
+async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
+    name = mark["slot_name"]
+    values = {"name": f"relay {name}", "half": leadership_key(name)[1]}
+    (running,) = await _rows(connection, RELAYS, values)
+    (quarantine,) = await _rows(connection, QUARANTINE, [name])
+    return RelayStatus(
+        slot=name,
+        source=mark["source"],
+        is_running=running["leaders"] > 0,
+        standbys=running["relays"] - running["leaders"],
+        slot_state=_slot_state(mark),
+        lag_bytes=_integer(mark["lag_bytes"]),
+        lag_seconds=round(mark["lag_seconds"], 3),
+        retained_bytes=_integer(mark["retained_bytes"]),
+        saved_at=mark["updated_at"],
+        gap=mark["gap"],
+        repair=mark["repair"],
+        quarantine=quarantine,
+    )
+
+
+def _slot_state(mark: dict[str, Any]) -> str:
+    if mark["wal_status"] is None:
+        return "none"
+    words = ["active" if mark["active"] else "inactive", mark["wal_status"]]
+    return ", ".join(words + (["fail-over"] if mark["failover"] else []))
+
+
+def _stranger(row: dict[str, Any]) -> Stranger:
+    return Stranger(
+        slot=row["slot_name"],
+        is_active=row["active"],
+        wal_status=row["wal_status"],
+        retained_bytes=_integer(row["retained_bytes"]),
+    )
+
+
+def _integer(value: Any) -> int | None:
+    return None if value is None else max(0, int(value))
+
+
+async def _rows(
+    connection: "psycopg.AsyncConnection[dict[str, Any]]", query: str, values: Any = None
+) -> list[dict[str, Any]]:
+    return await (await connection.execute(query.encode(), values)).fetchall()

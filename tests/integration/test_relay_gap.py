@@ -1,0 +1,160 @@
+"""No gap is passed silently: the relay stands still, says which events may be missing, and a repair publishes them."""
+
+import asyncio
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from tests.integration.test_relay import config, published, running, source, wal_only
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, rows_of, until
+
+__all__ = ["config", "source"]
+
+DROP = "SELECT pg_drop_replication_slot(%s)"
+CREATE = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+ADVANCE = "SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())"
+
+
+class StandingStill:
+    """A relay that is expected to stand still before a gap."""
+
+    def __init__(self, config: RelayConfig) -> None:
+        self.config = replace(config, gap_seconds=0.1)
+        self.relay = Relay(self.config)
+        self._stop = asyncio.Event()
+
+    async def __aenter__(self) -> "StandingStill":
+        self._task = asyncio.create_task(self.relay.run(self._stop))
+        await until(lambda: self._task.done() or self.relay.health.detail.startswith("gap"))
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._stop.set()
+        await asyncio.wait_for(self._task, 30)
+
+    async def decide(self, repair: Repair) -> int:
+        """As `payments relay repair` does; how many events it published."""
+        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
+            assert await request_repair(connection, self.config.slot, repair)
+            await until(lambda: self.relay.health.detail == "active")
+            return (await find_repair(connection, self.config.slot))[2]
+
+    async def unproven(self) -> int:
+        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
+            return (await count_unproven(connection, self.config.slot))[0]
+
+
+async def before_the_gap(config: RelayConfig, rows: list[Row]) -> None:
+    """These were published, and it is proven that they were."""
+    async with running(config):
+        await commit(config.postgres_url, *([row] for row in rows))
+        await published(config, *rows)
+        await asyncio.sleep(3 * config.feedback_seconds)
+
+
+async def write_unread(config: RelayConfig, rows: list[Row], *damages: str) -> None:
+    """Written while no relay runs; then the slot is damaged."""
+    await commit(config.postgres_url, *([row] for row in rows))
+    for damage in damages:
+        await fetch_value(config.postgres_url, damage, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize(
+    ("damages", "reason"),
+    [
+        ([DROP], "the slot has disappeared"),
+        ([DROP, CREATE], "the slot stands further on than this relay ever confirmed"),
+        ([ADVANCE], "the slot stands further on than this relay ever confirmed"),
+    ],
+    ids=["dropped", "recreated", "advanced"],
+)
+async def test_a_damaged_slot_is_noticed_and_a_repair_publishes_what_was_missed(
+    config: RelayConfig, damages: list[str], reason: str
+) -> None:
+    before, missed, after = (rows_of("pay_a", 20, first=first) for first in (1, 21, 41))
+    await before_the_gap(config, before)
+    await write_unread(config, missed, *damages)
+    async with StandingStill(config) as standing:
+        health = standing.relay.health
+        assert not health.ready
+        assert reason in health.detail
+        assert metrics.GAP._value.get() == 1
+        assert 20 <= await standing.unproven() <= 25, "all that was missed, and hardly anything that was not"
+        await commit(config.postgres_url, after)
+        assert 20 <= await standing.decide("unproven") <= 45
+        records = await published(config, *before, *missed, *after)
+    assert_first_deliveries_in_order(records, before + missed + after)
+    async with running(config):
+        assert metrics.GAP._value.get() == 0
+
+
+async def test_another_server_is_noticed_and_everything_retained_is_published(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 10)
+    await before_the_gap(config, rows)
+    await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
+    async with StandingStill(config) as standing:
+        assert "another Postgres server" in standing.relay.health.detail
+        assert "10 retained events" in standing.relay.health.detail
+        await standing.decide("unproven")
+        await until(lambda: standing.relay.health.detail == "active")
+        records = await published(config, *rows, *rows)
+        while len(records) < 20:
+            records = await published(config, *rows)
+    assert sorted(ids(records)) == sorted([row.id for row in rows] * 2)
+
+
+@wal_only
+async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed(config: RelayConfig) -> None:
+    before, theirs, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    await before_the_gap(config, before)
+    await write_unread(config, theirs, ADVANCE)
+    async with StandingStill(config) as standing:
+        await standing.decide("adopt")
+        await commit(config.postgres_url, after)
+        records = await published(config, *before, *after)
+    assert ids(records) == [row.id for row in before + after]
+
+
+@wal_only
+async def test_an_active_relay_cannot_be_told_to_adopt_or_repair(config: RelayConfig) -> None:
+    async with (
+        running(config),
+        await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection,
+    ):
+        assert not await request_repair(connection, config.slot, "adopt")
+
+
+@wal_only
+async def test_the_slot_is_never_confirmed_beyond_what_was_written_down(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 300)
+    async with running(config):
+        for row in rows:
+            await commit(config.postgres_url, [row])
+            query = """SELECT s.confirmed_flush_lsn <= r.confirmed_lsn FROM pg_replication_slots AS s
+                         JOIN relay_slots AS r ON r.slot_name = s.slot_name::text WHERE r.slot_name = %s"""
+            assert await fetch_value(config.postgres_url, query, config.slot)
+        await published(config, *rows)
+
+
+async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
+    """From one to the other nothing is missing, and what is new comes in order."""
+    other = replace(config, source="poll" if config.source == "wal" else "wal")
+    first, second, third = (rows_of("pay_a", 20, first=at) for at in (1, 21, 41))
+    await before_the_gap(config, first)
+    await commit(config.postgres_url, second)
+    async with running(other):
+        await published(config, *first, *second)
+        await asyncio.sleep(0.3)
+    if config.source == "wal":  # Its slot would keep log for as long as it is not read.
+        await fetch_value(config.postgres_url, DROP, config.slot)
+    await fetch_value(
+        config.postgres_url, "UPDATE relay_slots SET source = 'poll' WHERE slot_name = %s RETURNING 1", config.slot
+    )
+    await commit(config.postgres_url, third)
+    async with running(config):
+        records = await published(config, *first, *second, *third)
+    assert_first_deliveries_in_order(records, first + second + third)

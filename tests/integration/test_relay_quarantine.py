@@ -1,0 +1,138 @@
+"""An event that Kafka refuses for good: its payment waits in quarantine, in order, and nothing else does."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from infra.relay import RelayConfig, metrics
+from infra.relay.quarantine import QuarantineDesk
+from tests.integration.test_relay import config, published, running, set_topic_limit, source
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
+
+__all__ = ["config", "source"]
+
+HUGE = f'"{"x" * 2_000_000}"'
+
+
+@pytest.fixture
+async def desk(config: RelayConfig) -> AsyncIterator[QuarantineDesk]:
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        yield QuarantineDesk(connection, config.slot)
+
+
+def poisoned_payment() -> list[Row]:
+    """Three events; the second is too large for the topic."""
+    rows = rows_of("pay_0001", 3)
+    rows[1] = rows[1]._replace(payload=HUGE)
+    return rows
+
+
+async def entries(desk: QuarantineDesk) -> list[tuple[str, int, str]]:
+    return [(payment, seq, state) for _, payment, seq, _, state, *_ in await desk.entries(with_dropped=True, limit=99)]
+
+
+async def holds(desk: QuarantineDesk, *expected: tuple[str, int, str]) -> None:
+    """Wait until exactly this is in quarantine."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(20):
+            while await entries(desk) != list(expected):
+                await asyncio.sleep(0.05)
+    assert await entries(desk) == list(expected)
+
+
+async def test_only_the_payment_of_a_refused_event_waits(config: RelayConfig, desk: QuarantineDesk) -> None:
+    poisoned, others = poisoned_payment(), rows_of("pay_0002", 50)
+    same_partition = rows_of("pay_0041", 50)
+    async with running(config) as relay:
+        refused = metrics.REFUSED._value.get()
+        await commit(config.postgres_url, poisoned, *([row] for row in others + same_partition))
+        records = await published(config, poisoned[0], *others, *same_partition)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        assert not {row.id for row in poisoned[1:]} & set(ids(records))
+        assert metrics.REFUSED._value.get() == refused + 1
+        await until(lambda: metrics.QUARANTINED._value.get() == 2)
+        assert relay.trouble is None
+        (event,) = await desk.show(str(poisoned[1].id))
+        assert event["payload"] == HUGE
+        assert "MessageSizeTooLarge" in event["reason"]
+
+
+async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, desk: QuarantineDesk) -> None:
+    poisoned = poisoned_payment()
+    more = rows_of("pay_0001", 200, first=4)
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await desk.retry([str(poisoned[1].id)])
+        await until(lambda: metrics.QUARANTINED._value.get() == 2)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await set_topic_limit(config, 5_000_000)
+        writing = asyncio.create_task(commit(config.postgres_url, *([row] for row in more)))
+        assert await desk.retry(["pay_0001"]) >= 2
+        await writing
+        await asyncio.sleep(1)
+        await desk.retry([], everything=True)
+        records = await published(config, *poisoned, *more)
+        await holds(desk)
+    assert_first_deliveries_in_order(records, poisoned + more)
+
+
+async def test_what_is_in_quarantine_outlives_the_relay(config: RelayConfig, desk: QuarantineDesk) -> None:
+    poisoned, later = poisoned_payment(), rows_of("pay_0001", 5, first=4)
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+    async with running(config):
+        await commit(config.postgres_url, later)
+        waiting = [("pay_0001", row.seq, "waiting") for row in [poisoned[2], *later]]
+        await holds(desk, ("pay_0001", 2, "refused"), *waiting)
+    await set_topic_limit(config, 5_000_000)
+    await desk.retry([], everything=True)
+    async with running(config):
+        records = await published(config, *poisoned, *later)
+        await holds(desk)
+    assert_first_deliveries_in_order(records, poisoned + later)
+
+
+async def test_a_dropped_event_stays_with_its_reason_and_frees_what_waits(
+    config: RelayConfig, desk: QuarantineDesk
+) -> None:
+    poisoned = poisoned_payment()
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        assert await desk.drop([str(poisoned[1].id)], why="agreed with the shop") == 1
+        records = await published(config, poisoned[0], poisoned[2])
+        await holds(desk, ("pay_0001", 2, "dropped"))
+        assert (await desk.show("pay_0001"))[0]["dropped_because"] == "agreed with the shop"
+        assert ids(records) == [poisoned[0].id, poisoned[2].id]
+
+
+async def test_our_own_limit_sends_to_quarantine_too(config: RelayConfig, desk: QuarantineDesk) -> None:
+    config = replace(config, message_bytes_max=1000)
+    async with running(config):
+        await commit(config.postgres_url, poisoned_payment())
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        reason: Any = (await desk.show("pay_0001"))[0]["reason"]
+    assert "above our own limit of 1000 bytes" in reason
+
+
+async def test_a_thousand_payments_with_one_refused_event_each(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """No attempt costs a connection for good, and neither order nor an event is lost on the way."""
+    config = replace(config, message_bytes_max=1000)
+    rows = [Row(row.id, f"pay_{number}", row.seq, row.payload) for number in range(300) for row in rows_of("x", 3)]
+    rows = [row._replace(payload=f'"{"x" * 1001}"') if row.seq == 2 else row for row in rows]
+    async with running(config):
+        await commit(config.postgres_url, *(rows[at : at + 30] for at in range(0, len(rows), 30)))
+        await published(config, *(row for row in rows if row.seq == 1))
+        await until(lambda: metrics.QUARANTINED._value.get() == 600)
+    config = replace(config, message_bytes_max=4_000_000)
+    await desk.retry([], everything=True)
+    async with running(config):
+        records = await published(config, *rows)
+    assert_first_deliveries_in_order(records, rows)
