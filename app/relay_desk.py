@@ -93,9 +93,7 @@ class RelayDesk:
                         self._out.print(f"done: {events} events published; the relay goes on")
                         return 0
                     await asyncio.sleep(0.2)
-        self._out.print(
-            "asked, and not done yet: an active relay acts on it at its next start, one that stands still at once"
-        )
+        self._out.print("asked, and not done yet: a relay does it as soon as it runs")
         return 1
 
     # --- quarantine ---------------------------------------------------------------------------------------------------
@@ -128,14 +126,10 @@ class RelayDesk:
         deadline = time.monotonic() + timeout_seconds
         with self._out.status(f"{asked}; waiting for the relay …"):
             while time.monotonic() < deadline:
-                states = [
-                    row[4] for row in self._at_quarantine(lambda desk: desk.entries(with_dropped=False, limit=10_000))
-                ]
-                if "retry" not in states:
-                    self._out.print(
-                        f"{asked}: " + (f"{len(states)} are (still) in quarantine" if states else "all published")
-                    )
-                    return 1 if states else 0
+                rows = self._at_quarantine(lambda desk: desk.entries(with_dropped=False, limit=10_000))
+                if all(row[4] != "retry" for row in rows):
+                    self._out.print(f"{asked}: " + (f"{len(rows)} are in quarantine now" if rows else "all published"))
+                    return 1 if rows else 0
                 time.sleep(0.3)
         self._out.print(f"{asked}; no relay has taken them up yet. One does when it runs.")
         return 1

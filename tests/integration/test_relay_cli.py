@@ -1,0 +1,170 @@
+"""`payments relay …` against a running relay: what an operator types at night, and what comes back."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.kafka.topics import ensure_topics
+from infra.relay import RelayConfig
+from infra.relay.replay import HEADER
+from tests.conftest import PARTITIONS
+from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
+from tests.integration.test_relay_gap import DROP, StandingStill
+from tests.integration.test_relay_quarantine import poisoned_payment
+from tests.support.outbox import Row, commit, fetch_value, ids, rows_of, until
+from tests.support.topic import read_until
+
+__all__ = ["config", "source"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def payments_relay(config: RelayConfig, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PAYMENTS_POSTGRES_URL": config.postgres_url,
+        "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka_bootstrap,
+        "PAYMENTS_EVENTS_TOPIC": config.topic,
+        "PAYMENTS_RELAY_SLOT": config.slot,
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "app.cli", "relay", *arguments]
+    return await asyncio.to_thread(
+        subprocess.run, command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+async def proven(config: RelayConfig, *rows: Row) -> None:
+    """Wait until it is written down that these are published."""
+    await published(config, *rows)
+    query = "SELECT (SELECT max(xact) FROM outbox) < published_below FROM relay_slots WHERE slot_name = %s"
+    await until(lambda: fetch_value(config.postgres_url, query, config.slot))
+
+
+async def test_status_tells_how_it_is(config: RelayConfig) -> None:
+    never = await payments_relay(config, "status")
+    assert "No relay has ever run" in never.stdout
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+        done = await payments_relay(config, "status", "--json")
+        status: dict[str, Any] = json.loads(done.stdout)
+        assert (done.returncode, status["troubles"]) == (0, [])
+        (relay,) = status["relays"]
+        assert (relay["slot"], relay["source"], relay["is_running"]) == (config.slot, config.source, True)
+        async with running_standby(config):
+            standing = json.loads((await payments_relay(config, "status", "--json")).stdout)
+            assert standing["relays"][0]["standbys"] == 1
+    off = await payments_relay(config, "status")
+    assert off.returncode == 1
+    assert "no relay is active" in off.stdout
+
+
+def running_standby(config: RelayConfig) -> Any:
+    class Standby:
+        async def __aenter__(self) -> None:
+            from infra.relay import Relay
+
+            self.stop = asyncio.Event()
+            relay = Relay(config)
+            self.task = asyncio.create_task(relay.run(self.stop))
+            await until(lambda: relay.health.detail == "standby")
+
+        async def __aexit__(self, *exception: object) -> None:
+            self.stop.set()
+            await self.task
+
+    return Standby()
+
+
+@wal_only
+async def test_status_names_a_slot_that_keeps_log_for_nobody(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(config):
+        create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+        await fetch_value(config.postgres_url, create, f"{config.slot}_old")
+        status = json.loads((await payments_relay(config, "status", "--json")).stdout)
+    assert [each["slot"] for each in status["strangers"]] == [f"{config.slot}_old"]
+    await fetch_value(config.postgres_url, DROP, f"{config.slot}_old")
+
+
+@wal_only
+async def test_repair_says_what_it_would_do_and_does_it(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 5)
+    async with running(config):
+        assert (await payments_relay(config, "repair")).returncode == 1, "there is nothing to mend"
+    await fetch_value(config.postgres_url, DROP, config.slot)
+    await commit(config.postgres_url, rows)
+    async with StandingStill(config):
+        status = await payments_relay(config, "status")
+        assert status.returncode == 1
+        assert "the slot has disappeared" in status.stdout
+        dry = await payments_relay(config, "repair", "--dry-run")
+        assert "5 retained events have no proof" in dry.stdout
+        done = await payments_relay(config, "repair")
+        assert (done.returncode, "done: 5 events published" in done.stdout) == (0, True)
+        assert ids(await published(config, *rows)) == [row.id for row in rows]
+
+
+async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfig) -> None:
+    poisoned = poisoned_payment()
+    other = [row._replace(key="pay_0009") for row in poisoned_payment()]
+    async with running(config):
+        await commit(config.postgres_url, poisoned, other)
+        await published(config, poisoned[0], other[0])
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 4 FROM relay_quarantine"))
+        listed = await payments_relay(config, "quarantine", "list")
+        assert "MessageSizeTooLarge" in listed.stdout
+        assert "2000002" in listed.stdout
+        shown = json.loads((await payments_relay(config, "quarantine", "show", str(poisoned[1].id))).stdout)
+        assert shown[0]["payload"] == poisoned[1].payload
+        again = await payments_relay(config, "quarantine", "retry", "pay_0001")
+        assert (again.returncode, "are in quarantine now" in again.stdout) == (1, True)
+        dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
+        assert (dropped.returncode, "1 of 1 dropped" in dropped.stdout) == (0, True)
+        await published(config, other[2])
+        await set_topic_limit(config, 5_000_000)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 3 FROM relay_quarantine"))
+        retried = await payments_relay(config, "quarantine", "retry", "--all")
+        assert (retried.returncode, "all published" in retried.stdout) == (0, True)
+        records = await published(config, *poisoned, other[0], other[2])
+    assert [each for each in ids(records) if each in {row.id for row in poisoned}] == [row.id for row in poisoned]
+
+
+async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
+    rows, others = rows_of("pay_a", 30), rows_of("pay_b", 5)
+    copies = f"{config.topic}.replay"
+    await ensure_topics(config.kafka_bootstrap, {copies: PARTITIONS})
+    async with running(config):
+        await commit(config.postgres_url, *([row] for row in rows), others)
+        await proven(config, *rows, *others)
+        dry = await payments_relay(config, "replay", "--payment", "pay_a", "--dry-run")
+        assert "30 events would be published" in dry.stdout
+        done = await payments_relay(config, "replay", "--payment", "pay_a", "--to", copies, "--rate", "1000")
+        assert done.returncode == 0, done.stdout + done.stderr
+        records = await read_until(config.kafka_bootstrap, copies, lambda found: len(found) >= 30)
+    assert ids(records) == [row.id for row in rows]
+    assert all(record.headers[-1][0] == HEADER for record in records)
+    first = await published(config, *rows)
+    assert all(HEADER not in dict(record.headers) for record in first)
+    whole = await payments_relay(config, "replay", "--since", "1h", "--type", "payment.captured.v1", "--dry-run")
+    assert "35 events would be published" in whole.stdout
+    none = await payments_relay(config, "replay", "--until", "1h", "--dry-run")
+    assert "0 events would be published" in none.stdout
+    assert (await payments_relay(config, "replay")).returncode == 1
+
+
+async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:
+    rows, later = rows_of("pay_a", 3), rows_of("pay_a", 4, first=4)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    await commit(config.postgres_url, later)
+    done = await payments_relay(replace(config), "replay", "--payment", "pay_a", "--dry-run")
+    assert "3 events would be published" in done.stdout
