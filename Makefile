@@ -1,7 +1,7 @@
 # Everything a newcomer runs. Each target first makes the virtual environment, if it is missing or out of date.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench up venv lock
+.PHONY: help demo test lint check bench parity up venv lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +29,9 @@ check: lint test  ## what CI runs: lint, then all tests
 
 bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+parity: $(STAMP)  ## every message of our relay against the real Debezium's
+	$(BIN)/python -m tests.parity
 
 up: $(STAMP)  ## everything on this machine, until Ctrl-C (in containers: docker compose up --build)
 	$(BIN)/payments up

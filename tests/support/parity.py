@@ -1,0 +1,150 @@
+"""The same rows through the real Debezium and through our relay, and what each message was."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from infra.local.connect import EmbeddedConnect
+from infra.relay import Relay, RelayConfig
+from tests.support.outbox import Row, complete, fetch_value, until
+from tests.support.topic import read_until
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+PAYLOADS = (
+    '{ "z" : [1, 2,3] ,\n\t"a":{"y":null,"b":{}}, "e":[] }',
+    '{"u":"\\u0111","s":"a\\/b"}',
+    '{"amount":9007199254740993,"dec":10.50,"exp":1e3}',
+    '{"big":18446744073709551616,"dup":1,"dup":2}',
+    '"scalar"',
+    '[1,"a"]',
+    "null",
+    "true",
+    "-0.0",
+    '{"text":"giấy 📄 \\u0000", "empty":"", "nested":{"a":{"b":{"c":[[],{},[{}]]}}}}',
+    '{"thanh toán":"được", "🧾":"한국어 \\ud83d\\ude00"}',
+    json.dumps({"long": "ả" * 20_000}, ensure_ascii=False),
+    "  {}  ",
+)
+TYPES = ("payment.captured.v1", "payment.refunded.v1", "thanh_toán.tạo", "x")
+
+
+class Message(NamedTuple):
+    """All that a subscriber can tell of a message, but for its time."""
+
+    partition: int
+    key: str
+    value: str
+    headers: tuple[tuple[str, str | None], ...]
+    timestamp_type: int
+
+    def __str__(self) -> str:
+        headers = "\n".join(
+            f"    {name}: {'null' if value is None else bytes.fromhex(value)!r}" for name, value in self.headers
+        )
+        value = bytes.fromhex(self.value)
+        shown = value if len(value) < 500 else value[:500] + b"..."
+        return f"  partition {self.partition}, key {bytes.fromhex(self.key)!r}, value {shown!r}\n{headers}"
+
+
+def message_of(record: Any) -> Message:
+    """Bytes as hexadecimal digits, so that any of them can stand in a file."""
+    headers = tuple((name, None if value is None else value.hex()) for name, value in record.headers)
+    return Message(record.partition, record.key.hex(), record.value.hex(), headers, record.timestamp_type)
+
+
+def varied_transactions(count: int, seed: int = 1) -> list[list[Row]]:
+    """`count` rows of some 50 payments, in transactions of one to twelve rows; the same for the same seed."""
+    choose = random.Random(seed)
+    keys = [*(f"pay_{number:04}" for number in range(40)), "pay_Đ4", "ключ", "a b/c", "支払い-🧾", "x" * 300]
+    next_seq = dict.fromkeys(keys, 1)
+    transactions: list[list[Row]] = []
+    while count:
+        size = min(count, choose.choice((1, 1, 1, 2, 5, 12)))
+        rows = []
+        for _ in range(size):
+            key = choose.choice(keys)
+            seq, next_seq[key] = next_seq[key], next_seq[key] + choose.choice((1, 1, 1, 2**20))
+            rows.append(_row(choose, key, min(seq, 2**31 - 1)))
+        transactions.append(rows)
+        count -= size
+    return transactions
+
+
+def _row(choose: random.Random, key: str, seq: int) -> Row:
+    return Row(
+        UUID(int=choose.getrandbits(128), version=4),
+        key,
+        seq,
+        choose.choice(PAYLOADS),
+        choose.choice(TYPES),
+        f"2026-01-02T03:04:05.{choose.randrange(10**6):06}Z",
+        choose.choice((None, TRACEPARENT)),
+    )
+
+
+async def create_slot(config: RelayConfig) -> None:
+    """A slot that Debezium finds: whatever is committed from here on is its to publish."""
+    await fetch_value(config.postgres_url, "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", config.slot)
+
+
+@contextlib.asynccontextmanager
+async def debezium(config: RelayConfig, data_dir: Path, *, tuning: str | None = None) -> AsyncIterator[EmbeddedConnect]:
+    """The real Debezium on the slot of `config`, which must exist, publishing to its topic."""
+    connect = EmbeddedConnect(
+        data_dir,
+        postgres_url=config.postgres_url,
+        kafka_bootstrap=config.kafka_bootstrap,
+        topic=config.topic,
+        slot=config.slot,
+        tuning=tuning,
+    )
+    await asyncio.to_thread(connect.start)
+    try:
+        yield connect
+    finally:
+        await asyncio.to_thread(connect.stop)
+
+
+@contextlib.asynccontextmanager
+async def our_relay(config: RelayConfig) -> AsyncIterator[Relay]:
+    """Our relay, active; stopped in good order at the end."""
+    relay, stop = Relay(config), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    try:
+        await until(lambda: task.done() or relay.health.detail == "active")
+        yield relay
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 30)
+
+
+async def messages_on(config: RelayConfig, rows: Iterable[Row]) -> dict[int, list[Message]]:
+    """Once all rows are there: the messages of each partition, in order."""
+    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows), timeout_seconds=90)
+    found: dict[int, list[Message]] = {}
+    for record in records:
+        found.setdefault(record.partition, []).append(message_of(record))
+    return found
+
+
+def first_difference(theirs: dict[int, list[Message]], ours: dict[int, list[Message]]) -> str | None:
+    """Where the topics differ first, for a person to read; None if they are equal."""
+    for partition in sorted(theirs.keys() | ours.keys()):
+        left, right = theirs.get(partition, []), ours.get(partition, [])
+        for number, (a, b) in enumerate(zip(left, right, strict=False)):
+            if a != b:
+                return f"partition {partition}, message {number}:\nDebezium\n{a}\nour relay\n{b}"
+        if len(left) != len(right):
+            return f"partition {partition}: {len(left)} messages of Debezium, {len(right)} of our relay"
+    return None
+
+
+def debeziums(config: RelayConfig, topic: str) -> RelayConfig:
+    """The same database, with another slot and topic."""
+    return replace(config, slot=f"{config.slot}_dbz", topic=topic)
