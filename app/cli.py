@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.command_line import AsJson, DataDir, default_data_dir, fail, find_settings, readable_errors
+from app.dlq_commands import dlq
 from app.relay_commands import relay
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ send = typer.Typer(
 )
 app.add_typer(send, name="send")
 app.add_typer(relay, name="relay")
+app.add_typer(dlq, name="dlq")
 
 PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
 KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]

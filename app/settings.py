@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     review_poll_interval_seconds: float = 900.0
     give_up_after_seconds: float = 900.0
     sweep_interval_seconds: float = 1.0
+    retries_before_parking: int = 5
     backlog_capacity: int = 20_000
     store_connections: int = 6
 

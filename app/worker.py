@@ -116,6 +116,7 @@ class Worker:
             dispatcher=self._dispatcher,
             dead_letters=KafkaDeadLetters(producer, topic=settings.dead_letter_topic),
             backlog=self._backlog,
+            retries_before_parking=settings.retries_before_parking,
         )
         self._broker = KafkaBroker(settings.kafka_bootstrap, logger=None)
         self._consumer.subscribe(self._broker, topic=settings.commands_topic, group_id=settings.consumer_group)

@@ -8,6 +8,7 @@ PaymentsError
 │   └── GatewayContractBroken  we cannot read the answer    treat as unknown, and page
 ├── StoreUnavailable           Postgres is away             NACK: rewind, back off, charge nothing
 ├── InputRefusedByStore        a constraint said no         BISECT, then PARK the one bad input
+│                              (any other error, alone:     RETRY some seconds with backoff, then PARK)
 └── MessageUnreadable          no known version             PARK in the dead-letter topic
 """
 

@@ -25,7 +25,7 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
-from handlers.write_path import WritePath
+from handlers.write_path import Applied, WritePath
 
 log = structlog.get_logger(__name__)
 
@@ -37,19 +37,29 @@ IDLE_POLL_MS = 5
 CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
 COMMIT_INTERVAL_SECONDS = 0.05
+RETRIES_BEFORE_PARKING = 5
+HEALING_WAIT = wait_random_exponential(multiplier=0.1, max=2)
+"""Some four seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
 
 
 class CommandConsumer:
     """Accepts batches of commands through the write path and passes what they start to the dispatcher."""
 
     def __init__(
-        self, *, write_path: WritePath, dispatcher: Dispatcher, dead_letters: DeadLetters, backlog: Backlog
+        self,
+        *,
+        write_path: WritePath,
+        dispatcher: Dispatcher,
+        dead_letters: DeadLetters,
+        backlog: Backlog,
+        retries_before_parking: int = RETRIES_BEFORE_PARKING,
     ) -> None:
         self.offsets = Offsets()
         self._write_path = write_path
         self._dispatcher = dispatcher
         self._dead_letters = dead_letters
         self._backlog = backlog
+        self._retries_before_parking = retries_before_parking
         self._retry = Backoff(wait_random_exponential(multiplier=0.1, max=5))
         self._last_started = 0.0
         self._accepting = asyncio.Lock()
@@ -123,11 +133,28 @@ class CommandConsumer:
         with metrics.BATCH_SECONDS.labels("command").time():
             applied = await self._write_path.apply([delivery for delivery, _ in deliveries])
         self._dispatcher.submit(applied.requests)
+        if applied.may_heal:
+            applied = await self._try_again([delivery for delivery, _ in deliveries], applied)
         for refused in applied.refused:
             record = next(record for delivery, record in deliveries if delivery is refused.given)
             log.error("command cannot be processed", offset=record.offset, error=str(refused.error))
             letters.append(_letter(record, "cannot_be_processed", type(refused.error).__name__))
         await self._park(letters)
+
+    async def _try_again(self, deliveries: list[Delivery], applied: Applied) -> Applied:
+        """What failed alone gets some seconds to heal; its neighbours are done, its payment's later commands wait."""
+        backoff = Backoff(HEALING_WAIT)
+        for _ in range(self._retries_before_parking):
+            await asyncio.sleep(backoff.next_seconds())
+            metrics.COMMAND_RETRIES.inc()
+            applied = await self._write_path.apply_again(deliveries, applied)
+            self._dispatcher.submit(applied.requests)
+            if not applied.may_heal:
+                return applied
+        # The one that failed is given up, so that what waited behind it is decided on what there is.
+        rest = await self._write_path.apply(applied.not_tried)
+        self._dispatcher.submit(rest.requests)
+        return Applied(refused=applied.refused).then(rest)
 
     async def _park(self, letters: list[DeadLetter]) -> None:
         if not letters:

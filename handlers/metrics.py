@@ -32,6 +32,7 @@ STORE_UNAVAILABLE = Counter(
     "payments_store_unavailable_total", "Batches postponed because Postgres was away", ["input"]
 )
 HINT_UNAVAILABLE = Counter("payments_recent_keys_unavailable_total", "Checks of recent keys that Valkey did not answer")
+COMMAND_RETRIES = Counter("payments_command_retries_total", "Tries of commands that had failed alone, before parking")
 BACKLOG = Gauge("payments_backlog", "Operations accepted by this worker and not yet saved with an outcome")
 IN_FLIGHT = Gauge("payments_gateway_in_flight", "Gateway calls under way", ["gateway"])
 CALLS = Counter("payments_gateway_calls_total", "Gateway calls by outcome", ["gateway", "operation", "outcome"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from domain.decide import Decision, Delivery, Input, decide
-from domain.errors import ConcurrentUpdate, StoreUnavailable
+from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.operations import GatewayRequest, Operation, OperationState
@@ -34,13 +34,31 @@ class Refused:
     given: Input
     error: Exception
 
+    @property
+    def may_heal(self) -> bool:
+        """Whether trying again may help: what a constraint refuses once it refuses for ever."""
+        return not isinstance(self.error, InputRefusedByStore)
+
 
 @dataclass(slots=True)
 class Applied:
-    """What a batch led to: requests for the gateways, and the inputs that stood alone in failing."""
+    """What a batch led to: requests for the gateways, the inputs that stood alone in failing, and those not tried.
+
+    Not tried is what comes after one that failed, on the same payment, if that one may yet succeed: order is kept.
+    """
 
     requests: list[GatewayRequest] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    not_tried: list[Input] = field(default_factory=list)
+
+    @property
+    def may_heal(self) -> bool:
+        """Whether trying again may help with any of it."""
+        return bool(self.not_tried) or any(each.may_heal for each in self.refused)
+
+    def then(self, later: "Applied") -> "Applied":
+        """Both, one after the other."""
+        return Applied(self.requests + later.requests, self.refused + later.refused, self.not_tried + later.not_tried)
 
 
 class WritePath:
@@ -72,8 +90,22 @@ class WritePath:
             if len(inputs) == 1:
                 return Applied(refused=[Refused(inputs[0], error)])
         middle = len(inputs) // 2
-        first, second = await self.apply(inputs[:middle]), await self.apply(inputs[middle:])
-        return Applied(first.requests + second.requests, first.refused + second.refused)
+        first = await self.apply(inputs[:middle])
+        held_up = {_payment_id(each.given) for each in first.refused if each.may_heal}
+        held_up |= {_payment_id(each) for each in first.not_tried}
+        second = await self.apply([each for each in inputs[middle:] if _payment_id(each) not in held_up])
+        first.not_tried += [each for each in inputs[middle:] if _payment_id(each) in held_up]
+        return first.then(second)
+
+    async def apply_again(self, inputs: Sequence[Input], earlier: Applied) -> Applied:
+        """Try once more what may heal, in the order of `inputs`; what cannot heal stays refused.
+
+        Raises:
+            StoreUnavailable: as `apply`.
+        """
+        due = {id(each.given) for each in earlier.refused if each.may_heal} | {id(each) for each in earlier.not_tried}
+        lasting = Applied(refused=[each for each in earlier.refused if not each.may_heal])
+        return lasting.then(await self.apply([each for each in inputs if id(each) in due]))
 
     async def _apply_whole(self, inputs: Sequence[Input]) -> list[GatewayRequest]:
         keys = [each.command.idempotency_key for each in inputs if isinstance(each, Delivery)]

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from app.settings import Settings
 from app.worker import Worker
 from infra.local import EmbeddedValkey
-from infra.postgres.store import PostgresTransaction
+from infra.postgres import store
 from tests.conftest import PARTITIONS, Topics
 from tests.support.service import body, events_of, value
 from tests.support.topic import read_until, send
@@ -117,15 +117,15 @@ async def test_a_command_that_postgres_refuses_is_parked_alone(
 ) -> None:
     payments = [uuid4() for _ in range(20)]
     poisoned = payments[7]
-    original = PostgresTransaction.save
+    original = store._save
 
-    async def save(self: PostgresTransaction, changes: Any) -> None:
+    async def save(connection: Any, changes: Any) -> None:
         for each in changes.new_payments:
             if each.payment_id == poisoned:
                 each.order_id = "nul\x00"
-        await original(self, changes)
+        await original(connection, changes)
 
-    monkeypatch.setattr(PostgresTransaction, "save", save)
+    monkeypatch.setattr(store, "_save", save)
     await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
     async with running(settings):
         await until_captured(settings, 19)

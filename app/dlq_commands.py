@@ -1,0 +1,94 @@
+"""`payments dlq`: the messages that could not be processed, and what an operator does about them."""
+
+# ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.command_line import AsJson, DataDir, fail, find_settings, readable_errors
+
+if TYPE_CHECKING:
+    from app.dlq_desk import DeadLetterDesk
+
+dlq = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Commands that could not be processed.\n\n"
+    "Each lies on the dead-letter topic with its bytes, key and headers as they came, and the reason. `retry` "
+    "publishes it again as it came: commands are idempotent, so doing it twice moves no money twice.",
+)
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[LETTER]...", help="PARTITION:OFFSET as `list` shows it.")]
+Everything = Annotated[bool, typer.Option("--all", help="All that are open.")]
+Reason = Annotated[str | None, typer.Option(help="Only those with this reason.")]
+
+
+@dlq.command("list")
+def list_letters(
+    with_decided: Annotated[bool, typer.Option("--all", help="Also those that were retried or dropped.")] = False,
+    reason: Reason = None,
+    limit: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """What is parked, and why."""
+    with readable_errors():
+        raise typer.Exit(
+            _desk(data_dir).list_letters(with_decided=with_decided, reason=reason, limit=limit, as_json=as_json)
+        )
+
+
+@dlq.command("show")
+def show_letter(letter: Annotated[str, typer.Argument(metavar="LETTER")], data_dir: DataDir = None) -> None:
+    """One letter with every byte, as JSON."""
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).show(letter))
+
+
+@dlq.command("retry")
+def retry_letters(
+    letters: Names = None,
+    everything: Everything = False,
+    reason: Reason = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Publish letters to the topic that they came from, as they came.
+
+    Example: payments dlq retry --all --reason cannot_be_processed
+    """
+    _require_choice(letters, everything=everything, reason=reason)
+    with readable_errors():
+        raise typer.Exit(_desk(data_dir).retry(letters or [], reason=reason, dry_run=dry_run))
+
+
+@dlq.command("drop")
+def drop_letters(  # noqa: PLR0917 - Typer passes by name
+    why: Annotated[str, typer.Option(help="Kept with the decision.")],
+    letters: Names = None,
+    everything: Everything = False,
+    reason: Reason = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Decide that nothing will be done. The letters stay on the topic until its retention ends."""
+    _require_choice(letters, everything=everything, reason=reason)
+    with readable_errors():
+        desk = _desk(data_dir)
+        chosen = desk.choose(letters or [], reason=reason)
+        if not yes:
+            typer.confirm(f"Nothing will be done about {len(chosen)} letter(s). Go on?", abort=True)
+        raise typer.Exit(desk.drop(chosen, why=why))
+
+
+def _require_choice(letters: list[str] | None, *, everything: bool, reason: str | None) -> None:
+    if bool(letters) == (everything or reason is not None):
+        fail("name letters, or say --all or --reason")
+
+
+def _desk(data_dir: Any) -> "DeadLetterDesk":
+    from app.dlq_desk import DeadLetterDesk
+
+    find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    return DeadLetterDesk(find_settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP"))
