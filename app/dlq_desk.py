@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Any
 
 from rich import box
@@ -114,12 +115,13 @@ class DeadLetterDesk:
     async def _find(self, *, with_decided: bool, reason: str | None, limit: int | None) -> list[tuple[Letter, str]]:
         decided = await self._decisions.all()
         found: list[tuple[Letter, str]] = []
-        async for letter in self._log.letters():
-            state = decided.get((letter.id.partition, letter.id.offset), "open")
-            if (with_decided or state == "open") and reason in (None, letter.reason):
-                found.append((letter, state))
-                if limit is not None and len(found) >= limit:
-                    break
+        async with aclosing(self._log.letters()) as letters:
+            async for letter in letters:
+                state = decided.get((letter.id.partition, letter.id.offset), "open")
+                if (with_decided or state == "open") and reason in (None, letter.reason):
+                    found.append((letter, state))
+                    if limit is not None and len(found) >= limit:
+                        break
         return found
 
 

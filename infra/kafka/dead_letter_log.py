@@ -1,6 +1,6 @@
 """Reads the dead-letter topic, and publishes letters again as they once came: same bytes, key and headers."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -75,7 +75,7 @@ class DeadLetterLog:
         self._bootstrap = bootstrap
         self._topic = topic
 
-    async def letters(self) -> AsyncIterator[Letter]:
+    async def letters(self) -> AsyncGenerator[Letter, None]:
         """All letters that are there now, oldest first in each partition; one at a time is in memory."""
         async with self._consumer() as consumer:
             partitions = await self._assign_all(consumer)

@@ -129,7 +129,7 @@ async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
 
 async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     await park(
-        settings, (b"k1", UNREADABLE), (None, b'{"type":"payment.unknown.v9"}'), (b"k3", b"\x1b[31m4242424242424242")
+        settings, (b"k1", UNREADABLE), (None, b'{"type":"payment.unknown.v9"}'), (b"k3", b"\x1b[31m 4242424242424242")
     )
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
     rows = [json.loads(line) for line in listed.output.splitlines()]
