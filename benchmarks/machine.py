@@ -46,6 +46,10 @@ class Machine:
                 process.kill()
                 process.wait()
 
+    def process(self, name: str) -> psutil.Process:
+        """The process of this name."""
+        return psutil.Process(self._running[name].pid)
+
     def check(self) -> None:
         """Raise if a process has ended by itself."""
         for name, process in self._running.items():

@@ -1,0 +1,295 @@
+"""`relay` in `make bench`: our relay's two sources beside a tuned Debezium, on the same rows, one after the other.
+
+Drain: rows that are committed already, from the start of reading to the last message on the topic. Latency: commit to
+consumer at a steady rate of transactions.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import psutil
+from confluent_kafka import Consumer, TopicPartition
+
+from benchmarks.load import percentile
+from benchmarks.machine import Machine
+from infra.kafka.topics import ensure_topics
+from infra.local import LocalStack
+from infra.local.connect import EmbeddedConnect
+from infra.local.postgres import create_database, drop_database
+from infra.local.server import free_port
+from infra.postgres.migrate import upgrade
+
+PARTITIONS: Final = 8
+WRITERS: Final = 4
+PAYLOAD: Final = (
+    '{"type":"payment.captured.v1","event_id":"01890000-0000-7000-8000-000000000000","occurred_at":"2026-01-02T03:04:05'
+    '.000006Z","payment_id":"5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69","payment_seq":1,"amount_minor":1250,"currency":"USD",'
+    '"replayed":false,"payment":{"status":"captured","captured_minor":1250,"authorized_minor":1250,"refunded_minor":0}}'
+)
+WRITE: Final = """
+    INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at)
+    SELECT gen_random_uuid(), 'pay_' || ($2::bigint + n), 'payment.captured.v1', $3, 1, '2026-01-02T03:04:05.000006Z'
+      FROM generate_series(1, $1::int) AS n
+"""
+FILL: Final = """
+    DO $$ BEGIN FOR i IN 1..{transactions} LOOP
+        INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at)
+        SELECT gen_random_uuid(), 'pay_' || (i * 1000 + n), 'payment.captured.v1', '{payload}', 1, 'then'
+          FROM generate_series(1, {rows}) AS n;
+        COMMIT;
+    END LOOP; END $$
+"""
+
+
+@dataclass(frozen=True)
+class RelayPlan:
+    """How much of each measurement."""
+
+    drain_rows: int
+    latency_seconds: int
+    rate: int = 1000
+    stored_rows: int = 0
+
+
+class RelayBench:
+    """One database and topic for all sources; each has a slot of its own, made before the rows are written."""
+
+    def __init__(self, stack: LocalStack, plan: RelayPlan, root: Path) -> None:
+        self.results: dict[str, Any] = {"drain": [], "latency": []}
+        self._stack = stack
+        self._plan = plan
+        self._run = uuid.uuid4().hex[:8]
+        self._url = create_database(stack.urls.postgres_url, f"bench_relay_{self._run}")
+        self._folder = root / ".local" / "bench-connect"
+        self._log_folder = root / ".local" / "bench-logs"
+        self._serial = 0
+
+    async def run(self, sources: tuple[str, ...]) -> dict[str, Any]:
+        """All measurements."""
+        upgrade(self._url)
+        try:
+            for rows in (100, 1):
+                await self._drains(sources, rows)
+            for source in sources:
+                await self._latency(source)
+            await self._restart()
+            if self._plan.stored_rows:
+                await self._with_stored_rows()
+        finally:
+            drop_database(self._url)
+        return self.results
+
+    # --- drain ------------------------------------------------------------------------------------------------------
+
+    async def _drains(self, sources: tuple[str, ...], rows: int) -> None:
+        """The rows are written once, and every source publishes them: to its own slot or cursor they are new."""
+        for source in sources:
+            self.results["drain"].append(await self._drain(source, rows))
+            print(self.results["drain"][-1])
+
+    async def _drain(self, source: str, rows: int) -> dict[str, Any]:
+        async with self._reader(source) as reader:
+            # Started once beforehand, so that the slot, the cursor and the offsets are there; and stopped.
+            async with self._publisher(reader):
+                await self._write(100)
+                await asyncio.to_thread(reader.read, 100)
+            await self._fill(self._plan.drain_rows // rows, rows)
+            async with self._publisher(reader, wait=False) as process:
+                first = await asyncio.to_thread(reader.read, 1)
+                cpu = _cpu(process.pid)
+                ended = await asyncio.to_thread(reader.read, self._plan.drain_rows - 1)
+                used, rss = _cpu(process.pid) - cpu, psutil.Process(process.pid).memory_info().rss
+        count = self._plan.drain_rows
+        return {
+            "source": source,
+            "rows_per_transaction": rows,
+            "rows_per_second": round((count - 1) / (ended - first)),
+            "cpu_us_per_row": round(used / count * 1e6, 1),
+            "rss_mb": round(rss / 2**20),
+        }
+
+    async def _fill(self, transactions: int, rows: int) -> None:
+        connection = await asyncpg.connect(self._url)
+        await connection.execute("SET synchronous_commit = off")  # Only while the rows are made.
+        await connection.execute(FILL.format(transactions=transactions, rows=rows, payload=PAYLOAD), timeout=600)
+        await connection.close()
+
+    async def _write(self, count: int) -> None:
+        connection = await asyncpg.connect(self._url)
+        self._serial += count
+        await connection.execute(WRITE, count, self._serial, PAYLOAD)
+        await connection.close()
+
+    # --- latency ----------------------------------------------------------------------------------------------------
+
+    async def _latency(self, source: str, key: str = "latency") -> None:
+        async with self._reader(source) as reader, self._publisher(reader, tuning="latency"):
+            await self._write(2000)
+            await asyncio.to_thread(reader.read, 2000)
+            count = self._plan.rate * self._plan.latency_seconds
+            reading = asyncio.create_task(asyncio.to_thread(reader.times, count))
+            committed = await self._write_steadily(count)
+            arrived = await reading
+        taken = [arrived[name] - at for name, at in committed.items()][self._plan.rate :]
+        row = {"source": source, "rate": self._plan.rate}
+        row |= {f"p{share}_ms": round(percentile(taken, share / 100) * 1000, 1) for share in (50, 99)}
+        self.results.setdefault(key, []).append(row)
+        print(row)
+
+    async def _write_steadily(self, count: int) -> dict[bytes, float]:
+        """One row a transaction; when each commit had returned."""
+        committed: dict[bytes, float] = {}
+        self._serial += count + 1
+        base, started = self._serial, time.perf_counter()
+        pool = await asyncpg.create_pool(self._url, min_size=WRITERS, max_size=WRITERS)
+
+        async def write(writer: int) -> None:
+            async with pool.acquire() as connection:
+                for number in range(writer, count, WRITERS):
+                    ahead = started + number / self._plan.rate - time.perf_counter()
+                    if ahead > 0:
+                        await asyncio.sleep(ahead)
+                    await connection.execute(WRITE, 1, base + number - 1, PAYLOAD)
+                    committed[f"pay_{base + number}".encode()] = time.perf_counter()
+
+        await asyncio.gather(*map(write, range(WRITERS)))
+        await pool.close()
+        self._serial += count
+        return dict(sorted(committed.items(), key=lambda item: item[1]))
+
+    async def _restart(self) -> None:
+        """From the start of the process to the first event of a row that waits."""
+        async with self._reader("wal") as reader:
+            async with self._publisher(reader):
+                await self._write(1)
+                await asyncio.to_thread(reader.read, 1)
+            await self._write(1)
+            started = time.perf_counter()
+            async with self._publisher(reader, wait=False):
+                ended = await asyncio.to_thread(reader.read, 1)
+        self.results["restart_s"] = round(ended - started, 2)
+        print({"restart_s": self.results["restart_s"]})
+
+    async def _with_stored_rows(self) -> None:
+        """The same with a full outbox."""
+        await self._fill(self._plan.stored_rows // 1000, 1000)
+        drain = await self._drain("wal", 100)
+        await self._latency("wal", key="latency_with_stored_rows")
+        self.results["with_stored_rows"] = {
+            "stored_rows": self._plan.stored_rows,
+            "drain": drain,
+            "latency": self.results.pop("latency_with_stored_rows")[0],
+        }
+        print(self.results["with_stored_rows"])
+
+    # --- who publishes, and who reads ---------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _reader(self, source: str) -> AsyncIterator["_Reader"]:
+        self._serial += 1
+        name = f"bench_{self._run}_{self._serial}"
+        await ensure_topics(self._stack.urls.kafka_bootstrap, {name: PARTITIONS})
+        connection = await asyncpg.connect(self._url)
+        if source == "debezium":
+            await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)
+            await connection.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_notify")  # As a relay on `wal` does.
+        else:
+            await connection.execute("TRUNCATE outbox")  # So that a first start has nothing to catch up with.
+        reader = _Reader(self._stack.urls.kafka_bootstrap, source, name)
+        yield reader
+        reader.close()
+        await connection.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1", name
+        )
+        await connection.close()
+
+    @contextlib.asynccontextmanager
+    async def _publisher(
+        self, reader: "_Reader", *, tuning: str = "throughput", wait: bool = True
+    ) -> AsyncIterator[psutil.Process]:
+        if reader.source == "debezium":
+            connect = EmbeddedConnect(
+                self._folder / reader.name,
+                postgres_url=self._url,
+                kafka_bootstrap=self._stack.urls.kafka_bootstrap,
+                topic=reader.name,
+                slot=reader.name,
+                tuning=tuning,
+            )
+            await asyncio.to_thread(connect.start)
+            yield psutil.Process(connect.pid)
+            await asyncio.sleep(1.5)  # It writes its offsets every second.
+            await asyncio.to_thread(connect.stop)
+        else:
+            machine = self._machine(reader)
+            machine.start("relay", "app.cli", "relay")
+            if wait:
+                await self._active(reader)
+            yield machine.process("relay")
+            machine.stop()
+
+    def _machine(self, reader: "_Reader") -> Machine:
+        environment = {
+            "PAYMENTS_POSTGRES_URL": self._url,
+            "PAYMENTS_KAFKA_BOOTSTRAP": self._stack.urls.kafka_bootstrap,
+            "PAYMENTS_EVENTS_TOPIC": reader.name,
+            "PAYMENTS_RELAY_SLOT": reader.name,
+            "PAYMENTS_RELAY_SOURCE": reader.source,
+            "PAYMENTS_RELAY_PORT": str(free_port()),
+        }
+        return Machine(self._log_folder, environment)
+
+    async def _active(self, reader: "_Reader") -> None:
+        connection = await asyncpg.connect(self._url)
+        async with asyncio.timeout(30):
+            while not await connection.fetchval(  # noqa: ASYNC110 - another process does it
+                "SELECT true FROM relay_slots WHERE slot_name = $1", reader.name
+            ):
+                await asyncio.sleep(0.05)
+        await connection.close()
+
+
+class _Reader:
+    """Reads what one source publishes to its topic; blocking, on librdkafka, so that it weighs little."""
+
+    def __init__(self, bootstrap: str, source: str, name: str) -> None:
+        self.source, self.name = source, name
+        settings = {"bootstrap.servers": bootstrap, "group.id": name, "enable.auto.commit": False}
+        self._consumer = Consumer(settings | {"fetch.wait.max.ms": 100, "queued.max.messages.kbytes": 65536})
+        self._consumer.assign([TopicPartition(name, number, 0) for number in range(PARTITIONS)])
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def read(self, count: int) -> float:
+        """Read so many messages; when the last one came."""
+        return [now for now, _ in self._batches(count)][-1]
+
+    def times(self, count: int) -> dict[bytes, float]:
+        """When each key first came."""
+        found: dict[bytes, float] = {}
+        for now, batch in self._batches(count):
+            for message in batch:
+                found.setdefault(message.key() or b"", now)
+        return found
+
+    def _batches(self, count: int) -> Iterator[tuple[float, list[Any]]]:
+        while count:
+            batch = self._consumer.consume(1, 120)
+            if not batch:
+                raise TimeoutError(f"{count} messages are missing on {self.name}")
+            batch += self._consumer.consume(min(1000, count - 1), 0) if count > 1 else []
+            yield time.perf_counter(), batch
+            count -= len(batch)
+
+
+def _cpu(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system

@@ -1,0 +1,108 @@
+"""The traps of reading a table in order: transactions end in another order than they began, and ids are no order."""
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+
+from infra.relay import RelayConfig, poll_source
+from tests.integration.test_relay import config, published, running, slot, wal_only
+from tests.support.outbox import assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
+
+__all__ = ["config"]
+
+NOTIFIES = "SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify'"
+
+
+@pytest.fixture(params=["poll"])
+def source(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+async def open_transaction(config: RelayConfig) -> psycopg.AsyncConnection:
+    """One that has its transaction id already."""
+    connection = await psycopg.AsyncConnection.connect(config.postgres_url)
+    await connection.execute("SELECT pg_current_xact_id()")
+    return connection
+
+
+async def test_a_transaction_that_began_earlier_and_ends_later_is_not_passed_over(config: RelayConfig) -> None:
+    early, late = rows_of("pay_early", 3), rows_of("pay_late", 3)
+    async with running(config):
+        async with await open_transaction(config) as connection:
+            await insert(connection, early)
+            await commit(config.postgres_url, late)
+            await asyncio.sleep(0.5)
+        records = await published(config, *early, *late)
+    assert_first_deliveries_in_order(records, early + late)
+
+
+async def test_a_payments_events_keep_their_order_though_the_second_ones_transaction_is_older(
+    config: RelayConfig,
+) -> None:
+    """The older transaction waited for the payment's lock; it is the later one all the same."""
+    first, second = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    async with running(config):
+        async with await open_transaction(config) as older:
+            await commit(config.postgres_url, first)
+            await insert(older, second)
+        records = await published(config, *first, *second)
+    assert ids(records) == [row.id for row in first + second]
+
+
+async def test_an_open_transaction_holds_up_what_is_newer_and_it_comes_soon_after_its_end(config: RelayConfig) -> None:
+    """This is the price of polling. It may end without writing an event, and so without a notice."""
+    newer = rows_of("pay_a", 5)
+    async with running(replace(config, feedback_seconds=30)):
+        async with await open_transaction(config):
+            await commit(config.postgres_url, newer)
+            await asyncio.sleep(0.3)
+        ended = time.monotonic()
+        await published(config, *newer)
+    assert time.monotonic() - ended < 2
+
+
+async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
+    async with running(replace(config, feedback_seconds=30)):
+        warm, row = rows_of("pay_a", 2)
+        await commit(config.postgres_url, [warm])
+        await published(config, warm)
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        await commit(config.postgres_url, [row])
+        await published(config, warm, row)
+    assert time.monotonic() - began < 2, "a tick would have been 30 s"
+
+
+async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended in the middle, it goes on behind what was acknowledged, not at the beginning of the window."""
+    rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 200)]
+    await commit(config.postgres_url, *(rows[at : at + 500] for at in range(0, len(rows), 500)))
+    async with running(replace(config, unacknowledged_max=500)):
+        query = "SELECT window_position > 2000 FROM relay_slots WHERE slot_name = %s"
+        async with asyncio.timeout(30):
+            while not await fetch_value(config.postgres_url, query, config.slot):
+                await asyncio.sleep(0.01)
+    async with running(config):
+        records = await published(config, *rows)
+    assert_first_deliveries_in_order(records, rows)
+    assert len(records) < len(rows) + poll_source.PORTION, "only what was not written down comes again"
+
+
+async def test_notices_are_on_only_while_a_relay_polls(config: RelayConfig) -> None:
+    assert not await fetch_value(config.postgres_url, NOTIFIES)
+    async with running(config):
+        assert await fetch_value(config.postgres_url, NOTIFIES)
+    async with running(replace(config, source="wal")):
+        assert not await fetch_value(config.postgres_url, NOTIFIES)
+
+
+@wal_only
+async def test_the_slot_of_a_wal_relay_survives_a_fail_over(config: RelayConfig) -> None:
+    async with running(config):
+        assert await slot(config, "failover")
