@@ -41,7 +41,7 @@ from tests.support.parity import (
 )
 from tests.support.topic import read_until
 
-GOLDENS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "goldens" / "debezium.json").read_text())
+GOLDENS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "debezium_goldens.json").read_text())
 
 
 def golden_row(golden: dict[str, Any]) -> Row:

@@ -1,11 +1,13 @@
 """Relay processes killed or frozen under load: nothing is skipped, a standby takes over, first deliveries are in order.
 
-`test_relay_faults.py` has the faults of Postgres and Kafka.
+`test_relay_faults.py` has the faults of Postgres and Kafka. PAYMENTS_TEST_KILLS=200 PAYMENTS_TEST_TAKEOVERS=50 make the
+long run that the promise is measured by.
 """
 
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +26,8 @@ from tests.support.topic import read_until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 TAKEOVER_SECONDS = 2.0
+KILLS = int(os.environ.get("PAYMENTS_TEST_KILLS", "5"))
+TAKEOVERS = int(os.environ.get("PAYMENTS_TEST_TAKEOVERS", "2"))
 
 StartRelay = Callable[[], RelayProcess]
 
@@ -89,10 +93,11 @@ async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
     assert_first_deliveries_in_order([record for record in records if ids([record])[0] in known], rows)
 
 
-async def test_five_kills_at_random_moments_under_load(config: RelayConfig, start_relay: StartRelay) -> None:
+@pytest.mark.timeout(60 + 20 * KILLS)
+async def test_kills_at_random_moments_under_load(config: RelayConfig, start_relay: StartRelay) -> None:
     moments = random.Random(20260102)
     async with load(config) as rows:
-        for _ in range(5):
+        for _ in range(KILLS):
             relay = start_relay()
             if moments.random() < 0.8:
                 await relay.streams()
@@ -104,22 +109,26 @@ async def test_five_kills_at_random_moments_under_load(config: RelayConfig, star
     assert last.terminate() == 0
 
 
+@pytest.mark.timeout(60 + 20 * TAKEOVERS)
 async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
     config: RelayConfig, start_relay: StartRelay
 ) -> None:
-    active = start_relay()
+    active, took = start_relay(), []
     await active.streams()
-    standby = start_relay()
-    await standby.stands_by()
     async with load(config) as rows:
-        await more(rows, 1_000)
-        active.kill()
-        killed_at = time.monotonic()
-        await standby.streams()
-        took = time.monotonic() - killed_at
-        await more(rows, 1_000)
+        for _ in range(TAKEOVERS):
+            standby = start_relay()
+            await standby.stands_by()
+            await more(rows, 200)
+            active.kill()
+            killed_at = time.monotonic()
+            await standby.streams()
+            took.append(time.monotonic() - killed_at)
+            active = standby
+        await more(rows, 200)
     await assert_all_arrived(config, rows)
-    assert took < TAKEOVER_SECONDS
+    print(f"takeovers: median {sorted(took)[len(took) // 2]:.2f} s, slowest of {len(took)}: {max(took):.2f} s")
+    assert max(took) < TAKEOVER_SECONDS
 
 
 async def test_a_frozen_relay_loses_its_place_and_does_no_harm_when_it_wakes(
