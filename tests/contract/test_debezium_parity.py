@@ -41,7 +41,8 @@ from tests.support.parity import (
 )
 from tests.support.topic import read_until
 
-GOLDENS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "debezium_goldens.json").read_text())
+GOLDENS_PATH = Path(__file__).parent / "goldens" / "debezium" / "messages.json"
+GOLDENS: list[dict[str, Any]] = json.loads(GOLDENS_PATH.read_text())
 
 
 def golden_row(golden: dict[str, Any]) -> Row:

@@ -30,7 +30,7 @@ from tests.support.parity import (
     varied_transactions,
 )
 
-GOLDENS = Path(__file__).resolve().parents[1] / "contract" / "debezium_goldens.json"
+GOLDENS = Path(__file__).resolve().parents[1] / "contract" / "goldens" / "debezium" / "messages.json"
 GOLDEN_ROWS = 60
 console = Console()
 
