@@ -28,6 +28,8 @@ from infra.postgres.migrate import upgrade
 
 PARTITIONS: Final = 8
 WRITERS: Final = 4
+OPTIMIZED: Final = ("-Xmx1g", "-XX:+UseParallelGC")
+"""Debezium at its best: the optimizing compiler, and a warm JVM before anything is measured."""
 PAYLOAD: Final = (
     '{"type":"payment.captured.v1","event_id":"01890000-0000-7000-8000-000000000000","occurred_at":"2026-01-02T03:04:05'
     '.000006Z","payment_id":"5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69","payment_seq":1,"amount_minor":1250,"currency":"USD",'
@@ -222,6 +224,7 @@ class RelayBench:
                 topic=reader.name,
                 slot=reader.name,
                 tuning=tuning,
+                jvm_options=OPTIMIZED,
             )
             await asyncio.to_thread(connect.start)
             yield psutil.Process(connect.pid)
