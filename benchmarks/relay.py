@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
+import httpx
 import psutil
 from confluent_kafka import Consumer, TopicPartition
 
@@ -28,6 +29,8 @@ from infra.postgres.migrate import upgrade
 
 PARTITIONS: Final = 8
 WRITERS: Final = 4
+WARM_ROWS: Final = 50_000
+"""What a JVM needs before its compiler has done its work."""
 OPTIMIZED: Final = ("-Xmx1g", "-XX:+UseParallelGC")
 """Debezium at its best: the optimizing compiler, and a warm JVM before anything is measured."""
 PAYLOAD: Final = (
@@ -72,6 +75,7 @@ class RelayBench:
         self._folder = root / ".local" / "bench-connect"
         self._log_folder = root / ".local" / "bench-logs"
         self._serial = 0
+        self._connector_url = ""
 
     async def run(self, sources: tuple[str, ...]) -> dict[str, Any]:
         """All measurements."""
@@ -98,12 +102,8 @@ class RelayBench:
 
     async def _drain(self, source: str, rows: int) -> dict[str, Any]:
         async with self._reader(source) as reader:
-            # Started once beforehand, so that the slot, the cursor and the offsets are there; and stopped.
-            async with self._publisher(reader):
-                await self._write(100)
-                await asyncio.to_thread(reader.read, 100)
-            await self._fill(self._plan.drain_rows // rows, rows)
-            async with self._publisher(reader, wait=False) as process:
+            backlog = self._backlog_of_debezium if source == "debezium" else self._backlog_of_relay
+            async with backlog(reader, rows) as process:
                 first = await asyncio.to_thread(reader.read, 1)
                 cpu = _cpu(process.pid)
                 ended = await asyncio.to_thread(reader.read, self._plan.drain_rows - 1)
@@ -116,6 +116,37 @@ class RelayBench:
             "cpu_us_per_row": round(used / count * 1e6, 1),
             "rss_mb": round(rss / 2**20),
         }
+
+    @contextlib.asynccontextmanager
+    async def _backlog_of_relay(self, reader: "_Reader", rows: int) -> AsyncIterator[psutil.Process]:
+        """Started once, so that its slot or cursor is there; stopped while the rows are written; started for good."""
+        async with self._publisher(reader):
+            await self._write(100)
+            await asyncio.to_thread(reader.read, 100)
+        await self._fill(self._plan.drain_rows // rows, rows)
+        async with self._publisher(reader, wait=False) as process:
+            yield process
+
+    @contextlib.asynccontextmanager
+    async def _backlog_of_debezium(self, reader: "_Reader", rows: int) -> AsyncIterator[psutil.Process]:
+        """Warmed, then told to stop its connector while the rows are written: the same JVM goes on."""
+        async with self._publisher(reader) as process:
+            await self._write(WARM_ROWS)
+            await asyncio.to_thread(reader.read, WARM_ROWS)
+            await asyncio.sleep(1.5)  # It writes its offsets every second.
+            await asyncio.to_thread(httpx.put, f"{self._connector_url}/stop")
+            await self._until_inactive(reader)
+            await self._fill(self._plan.drain_rows // rows, rows)
+            await asyncio.to_thread(httpx.put, f"{self._connector_url}/resume")
+            yield process
+
+    async def _until_inactive(self, reader: "_Reader") -> None:
+        connection = await asyncpg.connect(self._url)
+        query = "SELECT active FROM pg_replication_slots WHERE slot_name = $1"
+        async with asyncio.timeout(60):
+            while await connection.fetchval(query, reader.name):  # noqa: ASYNC110 - a JVM does it
+                await asyncio.sleep(0.05)
+        await connection.close()
 
     async def _fill(self, transactions: int, rows: int) -> None:
         connection = await asyncpg.connect(self._url)
@@ -133,8 +164,8 @@ class RelayBench:
 
     async def _latency(self, source: str, key: str = "latency") -> None:
         async with self._reader(source) as reader, self._publisher(reader, tuning="latency"):
-            await self._write(2000)
-            await asyncio.to_thread(reader.read, 2000)
+            await self._write(WARM_ROWS)
+            await asyncio.to_thread(reader.read, WARM_ROWS)
             count = self._plan.rate * self._plan.latency_seconds
             reading = asyncio.create_task(asyncio.to_thread(reader.times, count))
             committed = await self._write_steadily(count)
@@ -227,6 +258,7 @@ class RelayBench:
                 jvm_options=OPTIMIZED,
             )
             await asyncio.to_thread(connect.start)
+            self._connector_url = connect.connector_url
             yield psutil.Process(connect.pid)
             await asyncio.sleep(1.5)  # It writes its offsets every second.
             await asyncio.to_thread(connect.stop)

@@ -230,6 +230,9 @@ class PollSource:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._listening
+        if self._rest is not None:
+            with contextlib.suppress(psycopg.Error):
+                await self._rest.close()
         for name in ("_reader", "_listener"):
             if hasattr(self, name):
                 await getattr(self, name).close()

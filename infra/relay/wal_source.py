@@ -151,15 +151,19 @@ class WalSource:
     async def save(self) -> None:
         """First to the table, then to the slot: so a slot that is further on was moved by somebody else."""
         lsn = self._prefix.advance(self._stream.wal_end)
+        is_proof_due = bool(self._proofs) and self._proofs[0][0] <= lsn
+        if lsn > self._saved and (self._has_news or is_proof_due or lsn - self._saved > IDLE_BYTES):
+            await self._save(lsn)
+        self._stream.confirm(self._saved)
+
+    async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
             xact, position = await horizon(self._leader)
             self._proofs.append((position, xact))
-        if lsn - self._saved > (0 if self._has_news else IDLE_BYTES):
-            below = self._proven(lsn)
-            await self._leader.execute(SAVE_LSN.encode(), {"slot": self._config.slot, "lsn": lsn, "below": below})
-            self._saved, self._below = lsn, below
-            self._has_news = not self._prefix.is_empty or bool(self._proofs)
-        self._stream.confirm(self._saved)
+        self._has_news = not self._prefix.is_empty
+        below = self._proven(lsn)
+        await self._leader.execute(SAVE_LSN.encode(), {"slot": self._config.slot, "lsn": lsn, "below": below})
+        self._saved, self._below = lsn, below
 
     def _proven(self, lsn: int) -> int:
         """Below which transaction all is published, if the log is up to `lsn`."""

@@ -140,6 +140,20 @@ async def test_the_slot_is_never_confirmed_beyond_what_was_written_down(config: 
         await published(config, *rows)
 
 
+@wal_only
+async def test_an_idle_relay_writes_nothing_down(config: RelayConfig) -> None:
+    """To write a position down is to write log; it would never end."""
+    query = "SELECT updated_at FROM relay_slots WHERE slot_name = %s"
+    async with running(config):
+        rows = rows_of("pay_a", 5)
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        await asyncio.sleep(10 * config.feedback_seconds)
+        written = await fetch_value(config.postgres_url, query, config.slot)
+        await asyncio.sleep(10 * config.feedback_seconds)
+        assert await fetch_value(config.postgres_url, query, config.slot) == written
+
+
 async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
     """From one to the other nothing is missing, and what is new comes in order."""
     other = replace(config, source="poll" if config.source == "wal" else "wal")
