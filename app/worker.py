@@ -1,6 +1,7 @@
 """The worker process: reads commands, calls gateways, saves outcomes. Any number of it may run at once."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -22,6 +23,7 @@ from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import WritePath
 from infra.kafka.dead_letters import KafkaDeadLetters
+from infra.kafka.skipping import SkippingReader
 from infra.postgres.store import PostgresStore, create_pool
 from infra.redis.recent_keys import ValkeyRecentKeys
 
@@ -118,12 +120,15 @@ class Worker:
             backlog=self._backlog,
             retries_before_parking=settings.retries_before_parking,
         )
-        self._broker = KafkaBroker(settings.kafka_bootstrap, logger=None)
-        self._consumer.subscribe(self._broker, topic=settings.commands_topic, group_id=settings.consumer_group)
+        self._broker = KafkaBroker(settings.kafka_bootstrap, logger=logging.getLogger("faststream"))
+        subscriber = self._consumer.subscribe(
+            self._broker, topic=settings.commands_topic, group_id=settings.consumer_group
+        )
         self._spawn(
             self._settler.run(), leases.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run()
         )
         await self._broker.start()
+        SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -65,8 +65,8 @@ class CommandConsumer:
         self._accepting = asyncio.Lock()
         self._is_closed = False
 
-    def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> None:
-        """Register the batch subscriber. It is absent from the AsyncAPI document, which shows single messages."""
+    def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> Any:
+        """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead."""
         subscriber = broker.subscriber(
             topic,
             batch=True,
@@ -81,6 +81,7 @@ class CommandConsumer:
             include_in_schema=False,
         )
         subscriber(self.on_batch)
+        return subscriber
 
     async def on_batch(self, message: Any) -> None:
         """Accept one batch (a `KafkaMessage`): afterwards Postgres owns it and its offsets may be committed."""
@@ -91,6 +92,14 @@ class CommandConsumer:
             else:
                 await self._pace()
                 await self._on_batch(message)
+
+    async def park_undecodable(self, topic: str, partition: int, offset: int, trouble: str) -> None:
+        """Park the place of a record that the Kafka client could not decode; nothing of it is known."""
+        letter = DeadLetter(
+            value=None, key=None, headers=(), topic=topic, partition=partition, offset=offset,
+            reason="record_undecodable", detail=trouble,
+        )  # fmt: skip
+        await self._park([letter])
 
     async def close(self) -> None:
         """Accept nothing more, and commit the offsets of what was accepted."""

@@ -9,14 +9,16 @@ from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from domain.ports import DeadLetter
 
+KEY_BYTES_MAX = 1024
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 class KafkaDeadLetters:
     """Parks messages in `topic`; fits `domain.ports.DeadLetters`.
 
-    A message that the topic does not take with our headers on top is parked without its value (`dlq_value_left_out`
-    tells its size; the original stands at `dlq_offset` of `dlq_topic`): it must not hold up its partition for ever.
+    A message that the topic does not take with our headers on top is parked without its value and its headers, and
+    without a key that is no payment id either (`dlq_value_left_out` and `dlq_key_left_out` tell their sizes; the
+    original stands at `dlq_offset` of `dlq_topic`): it must not hold up its partition for ever.
     """
 
     def __init__(self, producer: AIOKafkaProducer, *, topic: str) -> None:
@@ -43,12 +45,22 @@ class KafkaDeadLetters:
             return await self._send_stub(letter)
 
     async def _send_stub(self, letter: DeadLetter) -> "Future[Any]":
-        size = str(len(letter.value or b"")).encode()
-        return await self._send(None, letter.key, [*_facts(letter), ("dlq_value_left_out", size)])
+        left_out = [("dlq_value_left_out", _size(letter.value))]
+        key = letter.key
+        if key is not None and len(key) > KEY_BYTES_MAX:
+            left_out.append(("dlq_key_left_out", _size(key)))
+            key = None
+        return await self._send(None, key, [*_facts(letter), *left_out])
 
     async def _send(self, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]]) -> "Future[Any]":
+        if value is None and key is None:
+            value = b""  # aiokafka does not send a record that has neither, as others do.
         acknowledgement: Future[Any] = await self._producer.send(self._topic, value=value, key=key, headers=headers)
         return acknowledgement
+
+
+def _size(value: bytes | None) -> bytes:
+    return str(len(value or b"")).encode()
 
 
 def _facts(letter: DeadLetter) -> list[tuple[str, bytes]]:

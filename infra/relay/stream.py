@@ -47,7 +47,7 @@ class ReplicationStream:
         self._connection = connection
         self._pgconn = connection.pgconn
         self._loop = asyncio.get_running_loop()
-        self._is_watched = False
+        self._watched: int | None = None
         self.wal_end = 0
         self.is_reply_wanted = False
 
@@ -65,8 +65,10 @@ class ReplicationStream:
 
     async def close(self) -> None:
         """End the connection; the server frees the slot."""
-        self.unwatch()
-        await self._connection.close()
+        try:
+            self.unwatch()
+        finally:
+            await self._connection.close()
 
     async def system_identifier(self) -> str:
         """Which database cluster this is."""
@@ -113,15 +115,16 @@ class ReplicationStream:
 
     def watch(self, on_readable: Callable[[], None]) -> None:
         """Call `on_readable` while there are bytes on the socket, until `unwatch`."""
-        if not self._is_watched:
-            self._loop.add_reader(self._pgconn.socket, on_readable)
-            self._is_watched = True
+        if self._watched is None:
+            self._watched = self._pgconn.socket
+            self._loop.add_reader(self._watched, on_readable)
 
     def unwatch(self) -> None:
         """Let the bytes lie: the server waits for who does not read."""
-        if self._is_watched:
-            self._loop.remove_reader(self._pgconn.socket)
-            self._is_watched = False
+        if self._watched is not None:
+            # By its number: a connection that is lost no longer tells it, and the next socket may get the same one.
+            self._loop.remove_reader(self._watched)
+            self._watched = None
 
     def receive(self) -> bytes | None:
         """The next pgoutput message that has arrived, or None. Keepalives change `wal_end` and `is_reply_wanted`.

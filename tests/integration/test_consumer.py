@@ -1,6 +1,9 @@
 """The whole worker in this process, on a real Kafka, Postgres and Valkey, with the instant gateway."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from confluent_kafka import Producer
 from prometheus_client import REGISTRY
 
 from app.settings import Settings
@@ -290,3 +294,77 @@ async def test_a_header_that_is_no_text_costs_no_command_of_its_batch(settings: 
                 await producer.send_and_wait(settings.commands_topic, text, key=key, partition=0)
             await until_captured(settings, 30)
     assert await committed(settings) == 30
+
+
+@pytest.mark.parametrize("codec", ["gzip", "lz4", "snappy", "zstd"])
+async def test_a_producer_may_compress(settings: Settings, codec: str) -> None:
+    payment = uuid4()
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, compression_type=codec) as producer:
+        # Large enough for the client to really compress it.
+        value = body("charge", payment, "key", metadata={f"k{number}": "x" * 400 for number in range(20)})
+        await producer.send_and_wait(settings.commands_topic, value, key=str(payment).encode())
+    async with running(settings):
+        await until_captured(settings, 1)
+
+
+async def test_a_huge_key_of_an_unreadable_message_holds_nobody_up(settings: Settings) -> None:
+    payments = [uuid4() for _ in range(5)]
+    key = b"k" * 1_048_400
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, max_request_size=2_000_000) as producer:
+        await producer.send_and_wait(settings.commands_topic, UNREADABLE, key=key)
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))
+    async with running(settings):
+        await until_captured(settings, 5)
+        (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
+    assert (letter.key, letter.value) == (None, b"")
+    assert dict(letter.headers)["dlq_key_left_out"] == str(len(key)).encode()
+    assert await committed(settings) == 6
+
+
+# Nothing but the pure Python client writes such a name, and only by force.
+SEND_UNDECODABLE = """
+import asyncio, sys
+from aiokafka import AIOKafkaProducer
+class Name(str):
+    def encode(self, *_): return b"\\xff\\xfeh"
+    def __len__(self): return 3
+async def main():
+    async with AIOKafkaProducer(bootstrap_servers=sys.argv[1]) as producer:
+        await producer.send_and_wait(sys.argv[2], b"{}", partition=int(sys.argv[3]), headers=[(Name("abc"), b"v")])
+asyncio.run(main())
+"""
+
+
+async def test_a_header_name_that_is_no_text_costs_no_neighbour(settings: Settings) -> None:
+    before, after = [uuid4() for _ in range(40)], [uuid4() for _ in range(40)]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(before))
+    for partition in ("0", "3"):
+        arguments = [
+            sys.executable,
+            "-c",
+            SEND_UNDECODABLE,
+            settings.kafka_bootstrap,
+            settings.commands_topic,
+            partition,
+        ]
+        environment = os.environ | {"AIOKAFKA_NO_EXTENSIONS": "1"}
+        await asyncio.to_thread(subprocess.run, arguments, check=True, env=environment, timeout=60)
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges(after))
+    async with running(settings):
+        await until_captured(settings, 80)
+        letters = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, lambda found: len(found) >= 2)
+    facts = [dict(letter.headers) for letter in letters]
+    assert {each["dlq_reason"] for each in facts} == {b"record_undecodable"}
+    assert {each["dlq_partition"] for each in facts} == {b"0", b"3"}
+
+
+async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings) -> None:
+    payment = uuid4()
+    producer = Producer({"bootstrap.servers": settings.kafka_bootstrap})
+    producer.produce(settings.commands_topic, None, None)
+    await asyncio.to_thread(producer.flush)
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges([payment]))
+    async with running(settings):
+        await until_captured(settings, 1)
+        (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
+    assert dict(letter.headers)["dlq_reason"] == b"empty"

@@ -1,9 +1,12 @@
 """The relay's parts without servers: the acknowledged prefix, the log's messages, headers, partitions."""
 
 import asyncio
+import socket
 import struct
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from aiokafka.errors import KafkaConnectionError
 
@@ -13,6 +16,7 @@ from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
 from infra.relay.prefix import TIDY_ABOVE, Group, Prefix
 from infra.relay.publisher import Publisher, headers_of
+from infra.relay.stream import ReplicationStream
 
 RELATION_ID = 16_400
 EVENT = OutboxEvent(
@@ -259,3 +263,29 @@ def test_murmur2_is_that_of_javas_client() -> None:
     assert {text: murmur2(text.encode()) for text in vectors} == {
         text: value % 2**32 for text, value in vectors.items()
     }
+
+
+class _LostConnection:
+    """libpq after the connection broke: it no longer tells its socket."""
+
+    def __init__(self, number: int) -> None:
+        self.number: int | None = number
+
+    @property
+    def socket(self) -> int:
+        if self.number is None:
+            raise psycopg.OperationalError("the connection is lost")
+        return self.number
+
+
+async def test_a_lost_connection_is_no_longer_watched() -> None:
+    """Otherwise the next socket with the same number, Kafka's perhaps, would never be heard."""
+    ours, theirs = socket.socketpair()
+    connection: Any = SimpleNamespace(pgconn=_LostConnection(ours.fileno()))
+    stream = ReplicationStream(connection)
+    stream.watch(lambda: None)
+    connection.pgconn.number = None
+    stream.unwatch()
+    assert not asyncio.get_running_loop().remove_reader(ours.fileno())
+    ours.close()
+    theirs.close()
