@@ -45,9 +45,12 @@ class SkippingReader:
         return records
 
     async def _forget_what_was_fetched(self) -> None:
-        """Nothing of the failed read was handed out: begin again behind what was."""
+        """Begin again at what is committed: the failed read has passed over good records of other partitions."""
         for partition in self._consumer.assignment():
-            self._consumer.seek(partition, await self._consumer.position(partition))
+            committed = await self._consumer.committed(partition)
+            if committed is None:
+                committed = (await self._consumer.beginning_offsets([partition]))[partition]
+            self._consumer.seek(partition, committed)
 
     async def _read_carefully(self) -> dict[TopicPartition, list[Any]]:
         found: dict[TopicPartition, list[Any]] = {}
