@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from app.health import Checks, troubles
+from app.health import Checks, peer_checks, troubles
 from app.metrics_page import MetricsPage, Peers
 from handlers.messages.asyncapi import build_document
 
@@ -40,6 +40,7 @@ def create_http_app(*, checks: Checks, peers: Peers) -> Starlette:
     `peers` maps the name of another process to the base URL of its own HTTP.
     """
     page = MetricsPage(peers)
+    checks = {**checks, **peer_checks(peers)}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
@@ -29,6 +30,8 @@ from infra.redis.recent_keys import ValkeyRecentKeys
 
 log = structlog.get_logger(__name__)
 
+READING_SECONDS = 30.0
+"""A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
 DRAIN_SECONDS = 25.0
 """On SIGTERM, how long running gateway calls may take to end. What is left is taken over after its lease."""
 
@@ -60,7 +63,12 @@ class Worker:
 
     def checks(self) -> Checks:
         """What the worker's own health page asks."""
-        return {"worker": self._check_loops, "postgres": self._check_postgres, "kafka": self._check_kafka}
+        return {
+            "worker": self._check_loops,
+            "postgres": self._check_postgres,
+            "kafka": self._check_kafka,
+            "commands": self._check_reading,
+        }
 
     async def _check_loops(self) -> str | None:
         if not self._tasks:
@@ -70,6 +78,10 @@ class Worker:
     async def _check_postgres(self) -> str | None:
         await self._pool.fetchval("SELECT 1")
         return None
+
+    async def _check_reading(self) -> str | None:
+        silence = time.monotonic() - self._reader.read_at
+        return f"no command was read or asked for in {silence:.0f} s" if silence > READING_SECONDS else None
 
     async def _check_kafka(self) -> str | None:
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
@@ -128,7 +140,7 @@ class Worker:
             self._settler.run(), leases.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run()
         )
         await self._broker.start()
-        SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)
+        self._reader = SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]

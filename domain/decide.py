@@ -364,7 +364,8 @@ class _Draft:
         if is_late or operation.state is OperationState.NEEDS_REVIEW:
             self._review(operation, operation.reference)
             return
-        is_new = operation.state is not OperationState.INDETERMINATE
+        # A sweep that took it over has put it in doubt without a word; then nobody has been told yet.
+        is_new = operation.state is not OperationState.INDETERMINATE or not self.payment.has_indeterminate
         self._postpone(operation, OperationState.INDETERMINATE, operation.reference)
         if is_new:
             self._publish(EventKind.PENDING, operation, pending_cause=PendingCause.OUTCOME_UNKNOWN)

@@ -113,20 +113,21 @@ class CommandConsumer:
         try:
             await self._accept(records)
         except (StoreUnavailable, KafkaError) as error:
-            log.warning("batch postponed", records=len(records), error=str(error))
-            await self._postpone(message)
+            cause = "postgres" if isinstance(error, StoreUnavailable) else "kafka"
+            log.warning("batch postponed", records=len(records), cause=cause, error=str(error))
+            await self._postpone(message, cause)
             return
         except Exception:
             # A defect. FastStream would go on with the next batch, whose offsets would say that this one is done, too.
             log.exception("batch postponed", records=len(records))
-            await self._postpone(message)
+            await self._postpone(message, "defect")
             return
         self._retry.reset()
         self.offsets.accepted(consumer, records)
         self._backlog.pause_if_full(consumer)
 
-    async def _postpone(self, message: KafkaMessage) -> None:
-        metrics.STORE_UNAVAILABLE.labels("command").inc()
+    async def _postpone(self, message: KafkaMessage, cause: str) -> None:
+        metrics.POSTPONED.labels("command", cause).inc()
         await asyncio.sleep(self._retry.next_seconds())
         await message.nack()
 

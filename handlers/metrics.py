@@ -8,7 +8,7 @@ from domain.commands import OperationKind
 from domain.events import EventKind
 
 RESULTS = Counter("payments_command_results_total", "Events that answer commands", ["command", "result"])
-COMMANDS = Counter("payments_commands_received_total", "Commands read from the topic, duplicates included")
+COMMANDS = Counter("payments_commands_received_total", "Commands read, duplicates and postponed ones included")
 DUPLICATES = Counter("payments_commands_duplicate_total", "Deliveries whose idempotency key was known")
 DEAD_LETTERS = Counter("payments_commands_dead_lettered_total", "Messages parked in the dead-letter topic", ["reason"])
 RESULT_SECONDS = Histogram(
@@ -28,8 +28,10 @@ STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers whose l
 REFUSED_ANSWERS = Counter(
     "payments_refused_answers_total", "Gateway answers that could not be saved; asked again later"
 )
-STORE_UNAVAILABLE = Counter(
-    "payments_store_unavailable_total", "Batches postponed because Postgres was away", ["input"]
+POSTPONED = Counter(
+    "payments_batches_postponed_total",
+    "Batches to be read again: postgres or kafka was away, or a defect",
+    ["input", "cause"],
 )
 HINT_UNAVAILABLE = Counter("payments_recent_keys_unavailable_total", "Checks of recent keys that Valkey did not answer")
 COMMAND_RETRIES = Counter("payments_command_retries_total", "Tries of commands that had failed alone, before parking")

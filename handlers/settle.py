@@ -95,7 +95,7 @@ class Settler:
             with metrics.BATCH_SECONDS.labels("answer").time():
                 return await self._write_path.apply(batch)
         except StoreUnavailable:
-            metrics.STORE_UNAVAILABLE.labels("answer").inc()
+            metrics.POSTPONED.labels("answer", "postgres").inc()
             raise
 
 

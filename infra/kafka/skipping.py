@@ -3,8 +3,9 @@
 A header's *name* must be UTF-8 (KIP-82); the broker does not check it, and aiokafka raises in the middle of a fetch.
 """
 
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -25,14 +26,23 @@ class SkippingReader:
         self._getmany = consumer.getmany
         self._on_skipped = on_skipped
         self._is_careful = False
+        self.read_at = time.monotonic()
+        """When it was last asked, and did not fail."""
 
     @classmethod
-    def install(cls, consumer: AIOKafkaConsumer, on_skipped: OnSkipped) -> None:
+    def install(cls, consumer: AIOKafkaConsumer, on_skipped: OnSkipped) -> Self:
         """Have this consumer skip what it cannot decode, from its next `getmany` on."""
-        consumer.getmany = cls(consumer, on_skipped).getmany
+        reader = cls(consumer, on_skipped)
+        consumer.getmany = reader.getmany
+        return reader
 
     async def getmany(self, *partitions: TopicPartition, **limits: Any) -> dict[TopicPartition, list[Any]]:
         """As the consumer's own."""
+        records = await self._read(*partitions, **limits)
+        self.read_at = time.monotonic()
+        return records
+
+    async def _read(self, *partitions: TopicPartition, **limits: Any) -> dict[TopicPartition, list[Any]]:
         if self._is_careful:
             return await self._read_carefully()
         try:

@@ -158,3 +158,10 @@ async def test_the_document_is_served_as_yaml_and_json() -> None:
     as_yaml, as_json = await get(app, "/asyncapi.yaml"), await get(app, "/asyncapi.json")
     assert yaml.safe_load(as_yaml.text) == as_json.json()
     assert as_json.json()["asyncapi"].startswith("3.")
+
+
+async def test_the_http_process_says_which_other_process_is_not_ready() -> None:
+    peers = {"worker": "http://127.0.0.1:9"}
+    answer = await get(create_http_app(checks={"postgres": ready}, peers=peers), "/health/ready")
+    assert answer.status_code == 503
+    assert answer.json()["parts"] == {"postgres": "ready", "worker": "check failed: ConnectError"}

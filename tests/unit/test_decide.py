@@ -7,11 +7,13 @@ from datetime import timedelta
 import pytest
 
 from domain.commands import NO_METADATA, OperationKind, RejectionReason, UnacceptableCommand
-from domain.decide import Delivery
+from domain.decide import Answer, Delivery, decide
+from domain.events import Event, EventKind
 from domain.operations import (
     Declined,
     DeclineReason,
     NotExecuted,
+    OperationState,
     Outcome,
     Pending,
     RequiresAction,
@@ -21,7 +23,7 @@ from domain.operations import (
 )
 from domain.rules import AmountLimits
 from tests.support.provider import CAPABILITIES
-from tests.support.service import QUICK_RETRY, delivery, rules
+from tests.support.service import QUICK_RETRY, delivery, new_payment_id, rules
 from tests.support.story import START, Story
 
 NO = Declined(DeclineReason.INSUFFICIENT_FUNDS, "insufficient_funds")
@@ -569,3 +571,15 @@ def test_a_request_carries_all_that_a_gateway_needs_and_is_the_same_at_each_atte
     again = story.claim()
     varying = {"state": first.state, "attempts": first.attempts, "lease_token": first.lease_token}
     assert again._replace(**varying) == first
+
+
+def test_a_doubt_that_a_sweep_began_is_announced_when_the_next_answer_is_lost_too() -> None:
+    """The sweep puts an operation whose worker died in doubt without an event; somebody must be told in the end."""
+    payment = decide(None, delivery("charge", new_payment_id(), "key"), now=START, rules=rules()).payment
+    taken_over = payment.operations[0].copy()
+    taken_over.state, taken_over.lease_token = OperationState.INDETERMINATE, 2
+    payment.operations = (taken_over,)
+    lost = Answer(payment.payment_id, 1, 2, Unknown("lost"))
+    first = decide(payment, lost, now=START, rules=rules())
+    assert [event.kind for event in first.events if isinstance(event, Event)] == [EventKind.PENDING]
+    assert decide(first.payment, lost, now=START, rules=rules()).events == []
