@@ -2,9 +2,9 @@
 
 from datetime import timedelta
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.money import MINOR_UNITS
@@ -23,13 +23,13 @@ class Settings(BaseSettings):
     commands_topic: str = "payments.commands"
     events_topic: str = "payments.events"
     dead_letter_topic: str = "payments.commands.dlq"
-    topic_partitions: int = 8
+    topic_partitions: PositiveInt = 8
     consumer_group: str = "payments"
 
     gateways: list[str] = ["stripe"]
     default_gateway: str = "stripe"
     gateway_concurrency: dict[str, int] = {}
-    gateway_concurrency_default: int = 64
+    gateway_concurrency_default: PositiveInt = 64
     instant_gateway_latency_ms: float = 0.0
     stripe_api_key: SecretStr = SecretStr("")
     stripe_api_base: str | None = None
@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     amount_limits: dict[str, dict[str, AmountLimits]] = {}
     """gateway → currency → {"minimum_minor": …, "maximum_minor": …}"""
 
-    lease_seconds: float = 60.0
+    lease_seconds: PositiveFloat = 60.0
     retry_first_delay_seconds: float = 1.0
     retry_delay_max_seconds: float = 300.0
     poll_interval_seconds: float = 30.0
@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     give_up_after_seconds: float = 900.0
     sweep_interval_seconds: float = 1.0
     retries_before_parking: int = 5
-    backlog_capacity: int = 20_000
-    store_connections: int = 6
+    backlog_capacity: PositiveInt = 20_000
+    store_connections: PositiveInt = 6
 
     http_host: str = "127.0.0.1"
     http_port: int = 8080
@@ -65,6 +65,14 @@ class Settings(BaseSettings):
     outbox_days_ahead: int = 7
     maintenance_interval_seconds: float = 3600.0
     log_json: bool = True
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.default_gateway not in self.gateways:
+            raise ValueError(f"default_gateway {self.default_gateway!r} is none of gateways {self.gateways}")
+        if unknown := sorted(set(self.currencies) - set(MINOR_UNITS)):
+            raise ValueError(f"currencies: {', '.join(unknown)} are not known here")
+        return self
 
     @cached_property
     def retry(self) -> RetryPolicy:

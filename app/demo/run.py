@@ -215,7 +215,7 @@ class Demo:
         screen.show_troubles(tally, self._unreadable, len(self._letters))
         screen.show_latency(tally)
         screen.show_books(books)
-        checks = [*tally.checks(), self._check_letters(), *_check_books(books)]
+        checks = [*tally.checks(), self._check_letters(), *_check_books(books), check_told(tally, books)]
         screen.heading("What was promised")
         screen.show_checks(checks)
         self._name_missing()
@@ -253,6 +253,18 @@ def _check_books(books: Books) -> Iterator[Check]:
     unequal = [each.currency for each in books.currencies if not each.is_equal]
     found = f"difference 0 in {len(books.currencies)} currencies" if not unequal else f"not in {', '.join(unequal)}"
     yield Check("our ledger and the provider's books agree", not unequal, found)
+
+
+def check_told(tally: Tally, books: Books) -> Check:
+    """A subscriber who adds up what the results say must come to the same sums as the ledger."""
+    wrong = [
+        f"{each.currency} {word}"
+        for each in books.currencies
+        for word, booked in (("captured", each.ours.captured), ("refunded", each.ours.refunded))
+        if set(tally.told_in(each.currency, word)) != {booked}
+    ]
+    found = "in every currency" if not wrong else f"not for {', '.join(wrong)}"
+    return Check("the amounts in the results add up to the ledger", not wrong, found)
 
 
 async def _unless(stop: asyncio.Event, work: Awaitable[int]) -> int:

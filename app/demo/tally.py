@@ -35,6 +35,10 @@ class Answer:
         return self.answered_at - self.sent_at[0]
 
 
+MOVING = ("captured", "refunded")
+"""The results that move money."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """A promise, whether it held, and what was found."""
@@ -55,6 +59,10 @@ class Tally:
         self.answered = 0
         self.results: Counter[str] = Counter()
         self.sequences: dict[str, list[int]] = defaultdict(list)
+        self.told: Counter[tuple[str, str]] = Counter()
+        """Minor units that the results speak of, by currency and `captured` or `refunded`."""
+        self.states: dict[str, tuple[int, WireEvent]] = {}
+        """By payment: the highest `payment_seq`, and the payment as that event has it."""
         self.crash: tuple[float, float] | None = None
         """From the crash until its backlog was worked off."""
         self._usual = 0
@@ -84,8 +92,21 @@ class Tally:
         self._seen.add(event["event_id"])
         if not event["replayed"]:
             self.sequences[event["payment_id"]].append(event["payment_seq"])
+            self._note_money(event)
         if is_final(event):
             self._note_final(answer, event, heard.at)
+
+    def _note_money(self, event: WireEvent) -> None:
+        if (word := _word(event)) in MOVING:
+            self.told[event["currency"], word] += event["amount_minor"]
+        seq, _ = self.states.get(event["payment_id"], (0, event))
+        if event["payment_seq"] > seq:
+            self.states[event["payment_id"]] = event["payment_seq"], event["payment"]
+
+    def told_in(self, currency: str, word: str) -> tuple[int, int]:
+        """What the results add up to, and what the payments' last states add up to."""
+        states = [state for _, state in self.states.values() if state["currency"] == currency]
+        return self.told[currency, word], sum(state[f"{word}_minor"] for state in states)
 
     @property
     def is_recovering(self) -> bool:

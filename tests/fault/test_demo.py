@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from app.client import Heard
+from app.demo.books import Books, Comparison, Sums
 from app.demo.orders import STORIES, Planned, stream
+from app.demo.run import check_told
 from app.demo.tally import Tally
 from app.stack_file import StackFile
 
@@ -133,6 +136,22 @@ def test_a_wrong_result_is_found() -> None:
     assert broken(tally) == {"the results are the right ones"}
 
 
+@pytest.mark.parametrize(
+    ("lie", "held"),
+    [({}, True), ({"amount_minor": 1001}, False), ({"payment": {"currency": "USD", "captured_minor": 2000}}, False)],
+    ids=["the truth", "a wrong amount", "a wrong state"],
+)
+def test_amounts_that_do_not_add_up_to_the_ledger_are_found(lie: dict[str, object], held: bool) -> None:
+    tally, events = answered()
+    for event in (events[0] | lie, *events[1:]):
+        tally.note_heard(Heard(event, 1.0))
+    sums = Sums(captured=3000)
+    books = Books([Comparison("USD", sums, sums)], [])
+    for _, state in tally.states.values():
+        state.setdefault("refunded_minor", 0)
+    assert check_told(tally, books).held is held
+
+
 def broken(tally: Tally) -> set[str]:
     return {check.promise for check in tally.checks() if not check.held}
 
@@ -155,4 +174,7 @@ def captured(planned: Planned) -> dict[str, object]:
         "payment_seq": 1,
         "operation_number": 1,
         "replayed": False,
+        "currency": "USD",
+        "amount_minor": 1000,
+        "payment": {"currency": "USD", "captured_minor": 1000, "refunded_minor": 0},
     }

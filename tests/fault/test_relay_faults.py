@@ -397,9 +397,15 @@ async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
         assert time.monotonic() - begun < 10
 
 
+LEADERS = """
+    SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database
+     WHERE locktype = 'advisory' AND granted AND datname = current_database()
+"""
+
+
 def leaders(url: str) -> int:
     with psycopg.connect(url) as connection:
-        found = connection.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted").fetchone()
+        found = connection.execute(LEADERS).fetchone()
     assert found
     return int(found[0])
 

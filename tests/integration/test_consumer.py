@@ -23,7 +23,7 @@ from tests.conftest import PARTITIONS, Topics
 from tests.support.service import body, events_of, value
 from tests.support.topic import read_until, send
 
-UNREADABLE = b"\xff{ not json"
+UNREADABLE = b" \xff{ not json \n"
 
 
 @pytest.fixture
