@@ -2,20 +2,26 @@
 
 import asyncio
 import json
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
+from aiokafka import AIOKafkaProducer
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from app.settings import Settings
 from handlers.messages.card_numbers import REMOVED, holds_card_number
-from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, OriginalGone
-from infra.postgres.letters import LetterDecisions
+from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
+from infra.postgres.letters import Decision, LetterDecisions
 
 SHOWN_BYTES = 60
+Chosen = dict[LetterId, Decision | None]
+"""Letters, each with what had been decided about it when it was chosen."""
 
 
 class DeadLetterDesk:
@@ -23,13 +29,14 @@ class DeadLetterDesk:
 
     def __init__(self, settings: Settings) -> None:
         self._log = DeadLetterLog(settings.kafka_bootstrap, settings.dead_letter_topic)
-        self._decisions = LetterDecisions(settings.postgres_url, settings.dead_letter_topic)
+        self._postgres_url = settings.postgres_url
+        self._topic = settings.dead_letter_topic
         self._out = Console()
 
     def list_letters(self, *, with_decided: bool, reason: str | None, limit: int, as_json: bool) -> int:
         """Print letters, oldest first, one a line."""
-        found = asyncio.run(self._find(with_decided=with_decided, reason=reason, limit=limit + 1))
-        rows = [_facts(letter, state) for letter, state in found[:limit]]
+        found = asyncio.run(self._rows(with_decided=with_decided, reason=reason, limit=limit + 1))
+        rows = found[:limit]
         if as_json:
             for row in rows:
                 print(json.dumps(row))
@@ -45,8 +52,8 @@ class DeadLetterDesk:
             return
         table = Table(*rows[0], box=box.SIMPLE)
         for row in rows:
-            table.add_row(*map(str, row.values()))
-        self._out.print(table, markup=False)
+            table.add_row(*(Text(str(fact)) for fact in row.values()))
+        self._out.print(table)
 
     def show(self, name: str) -> int:
         """Print one letter whole; card numbers are masked in the text and left out of the bytes."""
@@ -57,15 +64,15 @@ class DeadLetterDesk:
             "letter": str(letter.id),
             "parked_at": letter.parked_at.isoformat(),
             "key": _safe_text(letter.key or b""),
-            **letter.facts,
-            "headers": {header: _safe_text(each or b"") for header, each in letter.headers},
+            **{name: _safe_text(fact.encode()) for name, fact in letter.facts.items()},
+            "headers": [[_safe_text(header.encode()), _safe_text(each or b"")] for header, each in letter.headers],
             "text": text,
             "hex": None if text == REMOVED else value.hex(),
         }
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
 
-    def choose(self, names: list[str], *, reason: str | None) -> list[Letter]:
+    def choose(self, names: list[str], *, reason: str | None) -> Chosen:
         """The letters of these names; without names all that are open, perhaps of one reason.
 
         Raises:
@@ -73,75 +80,133 @@ class DeadLetterDesk:
         """
         return asyncio.run(self._choose(names, reason))
 
-    async def _choose(self, names: list[str], reason: str | None) -> list[Letter]:
+    async def _choose(self, names: list[str], reason: str | None) -> Chosen:
         if not names:
-            found = await self._find(with_decided=False, reason=reason, limit=None)
-            return [letter for letter, _ in found]
-        return [await self._log.letter(LetterId.parse(name)) for name in names]
+            return {letter.id: None async for letter in self._open(reason)}
+        wanted = [LetterId.parse(name) for name in names]
+        for each in wanted:
+            await self._log.letter(each)
+        async with self._decisions() as decisions:
+            decided = await decisions.all()
+        return {each: decided.get((each.partition, each.offset)) for each in wanted}
+
+    async def _open(self, reason: str | None) -> AsyncGenerator[Letter, None]:
+        async with aclosing(self._find(with_decided=False, reason=reason)) as found:
+            async for letter, _ in found:
+                yield letter
 
     def retry(self, names: list[str], *, reason: str | None, dry_run: bool) -> int:
         """Publish letters again; 1 if one of them could not be."""
         chosen = self.choose(names, reason=reason)
         if dry_run:
-            self._out.print(
-                f"{len(chosen)} letters would be published again: {', '.join(str(each.id) for each in chosen)}"
-            )
+            self._out.print(f"{len(chosen)} letters would be published again: {', '.join(map(str, chosen))}")
             return 0
-        failed = 0
-        for letter in track(chosen, "publishing again", console=self._out, disable=len(chosen) < 2):
-            failed += not asyncio.run(self._retry(letter))
-        self._out.print(
-            f"{len(chosen) - failed} of {len(chosen)} published again; `payments dlq list` shows what comes back"
-        )
-        return 1 if failed else 0
+        return asyncio.run(self._retry_all(chosen, is_named=bool(names)))
 
-    async def _retry(self, letter: Letter) -> bool:
-        """Published first and noted afterwards: a crash in between repeats a command, and loses none."""
+    async def _retry_all(self, chosen: Chosen, *, is_named: bool) -> int:
+        """One after the other, as they lie: a payment's letters keep their order."""
+        outcomes: Counter[str] = Counter()
         try:
-            await self._log.publish(letter)
-        except OriginalGone as error:
-            self._out.print(f"[red]{error}[/]")
-            return False
-        await self._decisions.note([(letter.id.partition, letter.id.offset)], "retried")
-        return True
+            async with self._decisions() as decisions, self._log.publisher() as producer:
+                with Progress(console=self._out, disable=len(chosen) < 2) as progress:
+                    task = progress.add_task("publishing again", total=len(chosen))
+                    async with aclosing(self._read(chosen, is_named=is_named)) as letters:
+                        async for letter in letters:
+                            outcomes[await self._retry(letter, chosen[letter.id], decisions, producer)] += 1
+                            progress.advance(task)
+        finally:
+            self._report(outcomes, len(chosen))
+        return 1 if outcomes["refused"] else 0
 
-    def drop(self, letters: list[Letter], *, why: str) -> int:
-        """Note that nothing will be done about them."""
-        if letters:
-            asyncio.run(self._decisions.note([(each.id.partition, each.id.offset) for each in letters], "dropped", why))
-        self._out.print(f"{len(letters)} dropped")
-        return 0
+    def _report(self, outcomes: Counter[str], total: int) -> None:
+        self._out.print(
+            f"{outcomes['published']} of {total} published again; `payments dlq list` shows what comes back"
+        )
+        if outcomes["decided"]:
+            self._out.print(f"{outcomes['decided']} left alone: somebody else decided about them meanwhile")
 
-    async def _find(self, *, with_decided: bool, reason: str | None, limit: int | None) -> list[tuple[Letter, str]]:
-        decided = await self._decisions.all()
-        found: list[tuple[Letter, str]] = []
+    async def _read(self, chosen: Chosen, *, is_named: bool) -> AsyncGenerator[Letter, None]:
+        """The chosen letters, one in memory at a time; many are found fastest by reading the whole topic once."""
+        if is_named:
+            for each in chosen:
+                yield await self._log.letter(each)
+            return
         async with aclosing(self._log.letters()) as letters:
             async for letter in letters:
-                state = decided.get((letter.id.partition, letter.id.offset), "open")
-                if (with_decided or state == "open") and reason in (None, letter.reason):
-                    found.append((letter, state))
-                    if limit is not None and len(found) >= limit:
-                        break
-        return found
+                if letter.id in chosen:
+                    yield letter
+
+    async def _retry(
+        self, letter: Letter, seen: Decision | None, decisions: LetterDecisions, producer: AIOKafkaProducer
+    ) -> str:
+        """Published before it is noted: a crash in between repeats a command, and loses none."""
+        place = (letter.id.partition, letter.id.offset)
+        try:
+            async with decisions.claim(place, "retried", seen=seen) as is_ours:
+                if not is_ours:
+                    return "decided"
+                await self._log.publish(letter, producer)
+        except NotRetriable as error:
+            self._out.print(str(error), style="red", markup=False)
+            return "refused"
+        return "published"
+
+    def drop(self, chosen: Chosen, *, why: str) -> int:
+        """Note that nothing will be done about them."""
+        dropped = asyncio.run(self._drop(chosen, why))
+        self._out.print(f"{dropped} of {len(chosen)} dropped")
+        return 0
+
+    async def _drop(self, chosen: Chosen, why: str) -> int:
+        dropped = 0
+        async with self._decisions() as decisions:
+            for each, seen in chosen.items():
+                async with decisions.claim((each.partition, each.offset), "dropped", seen=seen, why=why) as is_ours:
+                    dropped += is_ours
+        return dropped
+
+    def _decisions(self) -> AbstractAsyncContextManager[LetterDecisions]:
+        return LetterDecisions.connect(self._postgres_url, self._topic)
+
+    async def _find(self, *, with_decided: bool, reason: str | None) -> AsyncGenerator[tuple[Letter, str], None]:
+        async with self._decisions() as decisions:
+            decided = await decisions.all()
+        async with aclosing(self._log.letters()) as letters:
+            async for letter in letters:
+                decision = decided.get((letter.id.partition, letter.id.offset))
+                if (with_decided or decision is None) and reason in (None, letter.reason):
+                    yield letter, decision.name if decision else "open"
+
+    async def _rows(self, *, with_decided: bool, reason: str | None, limit: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        async with aclosing(self._find(with_decided=with_decided, reason=reason)) as found:
+            async for letter, state in found:
+                rows.append(_facts(letter, state))
+                if len(rows) >= limit:
+                    break
+        return rows
 
 
 def _facts(letter: Letter, state: str) -> dict[str, Any]:
-    topic, partition, offset = letter.source
     return {
         "letter": str(letter.id),
         "parked at": f"{letter.parked_at:%Y-%m-%d %H:%M:%S}",
-        "reason": letter.reason,
-        "key": _safe_text(letter.key or b"")[:SHOWN_BYTES],
-        "from": f"{topic}:{partition}:{offset}",
+        "reason": _safe_text(letter.reason.encode(), SHOWN_BYTES),
+        "key": _safe_text(letter.key or b"", SHOWN_BYTES),
+        "from": _safe_text(":".join(map(str, letter.source or "?")).encode()),
         "bytes": letter.size,
-        "begins": _safe_text((letter.value or b"")[:SHOWN_BYTES]),
+        "begins": _safe_text(letter.value or b"", SHOWN_BYTES),
         "state": state,
     }
 
 
-def _safe_text(value: bytes) -> str:
-    """Readable whatever the bytes are: no control character reaches a terminal, no card number a log."""
+def _safe_text(value: bytes, length: int | None = None) -> str:
+    """Readable whatever the bytes are: no control character reaches a terminal, no card number a log.
+
+    It is the whole value that is searched for card numbers: cut first, one might lose its last digit and pass.
+    """
     text = value.decode(errors="backslashreplace")
     if holds_card_number(text):
         return REMOVED
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    safe = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:length])
+    return "".join(safe)[:length]

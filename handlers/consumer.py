@@ -161,10 +161,18 @@ class CommandConsumer:
             self._dispatcher.submit(applied.requests)
             if not applied.may_heal:
                 return applied
-        # The one that failed is given up, so that what waited behind it is decided on what there is.
-        rest = await self._write_path.apply(applied.not_tried)
-        self._dispatcher.submit(rest.requests)
-        return Applied(refused=applied.refused).then(rest)
+        return await self._give_up(applied)
+
+    async def _give_up(self, applied: Applied) -> Applied:
+        """What failed is left behind, so that what waited for it is decided on what there is.
+
+        That may fail as well, with others waiting behind it: each round leaves fewer, and the last leaves none.
+        """
+        while applied.not_tried:
+            rest = await self._write_path.apply(applied.not_tried)
+            self._dispatcher.submit(rest.requests)
+            applied = Applied(refused=applied.refused).then(rest)
+        return applied
 
     async def _park(self, letters: list[DeadLetter]) -> None:
         if not letters:

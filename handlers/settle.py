@@ -10,12 +10,12 @@ from collections.abc import Callable
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from domain.decide import Answer
+from domain.decide import Answer, Input
 from domain.errors import StoreUnavailable
 from domain.operations import GatewayRequest
 from handlers import metrics
 from handlers.leases import Leases
-from handlers.write_path import Applied, Refused, WritePath
+from handlers.write_path import Applied, WritePath
 
 log = structlog.get_logger(__name__)
 
@@ -80,7 +80,9 @@ class Settler:
         self._leases.release(batch)
         self._submit(applied.requests)
         for refused in applied.refused:
-            _report(refused)
+            _report(refused.given, str(refused.error))
+        for given in applied.not_tried:
+            _report(given, "an earlier answer of its payment could not be saved")
 
     async def _apply(self, batch: list[Answer]) -> Applied:
         async for attempt in AsyncRetrying(
@@ -99,7 +101,7 @@ class Settler:
             raise
 
 
-def _report(refused: Refused) -> None:
-    """The answer could not be saved. Its operation stays open: after the lease the provider is asked again."""
+def _report(given: Input, error: str) -> None:
+    """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
     metrics.REFUSED_ANSWERS.inc()
-    log.error("gateway answer not saved; the sweep will ask again", answer=str(refused.given), error=str(refused.error))
+    log.error("gateway answer not saved; the sweep will ask again", answer=str(given), error=error)

@@ -1,5 +1,6 @@
 """Reads the dead-letter topic, and publishes letters again as they once came: same bytes, key and headers."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -7,18 +8,26 @@ from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    UnknownTopicOrPartitionError,
+)
 
 PREFIX: Final = "dlq_"
 LARGEST_BYTES: Final = 64 * 1024 * 1024
+READ_TIMEOUT_SECONDS: Final = 15
+REQUEST_TIMEOUT_MS: Final = 10_000
+REFUSALS: Final = (MessageSizeTooLargeError, RecordListTooLargeError, UnknownTopicOrPartitionError)
 
 
 class LetterUnknown(ValueError):
     """The topic has no such letter (any more)."""
 
 
-class OriginalGone(Exception):
-    """The letter was parked without its value, and the topic that it came from no longer has the original."""
+class NotRetriable(Exception):
+    """This letter cannot be published again; the message says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +67,33 @@ class Letter:
         return self.facts.get("reason", "unknown")
 
     @property
-    def source(self) -> tuple[str, int, int]:
-        """Topic, partition and offset of the original."""
-        return self.facts["topic"], int(self.facts["partition"]), int(self.facts["offset"])
+    def source(self) -> tuple[str, int, int] | None:
+        """Topic, partition and offset of the original; None for what no worker of ours has parked."""
+        partition, offset = self.facts.get("partition", ""), self.facts.get("offset", "")
+        if "topic" not in self.facts or not (partition.isdecimal() and offset.isdecimal()):
+            return None
+        return self.facts["topic"], int(partition), int(offset)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the value was too large to be parked."""
+        return "value_left_out" in self.facts
 
     @property
     def size(self) -> int:
         """Bytes of the original value."""
-        return int(self.facts["value_left_out"]) if "value_left_out" in self.facts else len(self.value or b"")
+        left_out = self.facts.get("value_left_out", "")
+        return int(left_out) if left_out.isdecimal() else len(self.value or b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A message as it once came."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
 
 
 class DeadLetterLog:
@@ -102,39 +130,57 @@ class DeadLetterLog:
             raise LetterUnknown(f"there is no letter {wanted} on {self._topic}")
         return _letter(record)
 
-    async def original(self, letter: Letter) -> bytes | None:
-        """The value as it came; read from its source if it was left out here.
+    async def original(self, letter: Letter) -> Original:
+        """The message as it came; read from its source if its value was left out here.
 
         Raises:
-            OriginalGone: it was left out, and is no longer there.
+            NotRetriable: nobody knows where it came from, or its source no longer has it.
         """
-        if "value_left_out" not in letter.facts:
-            return letter.value
+        if letter.source is None:
+            raise NotRetriable(f"letter {letter.id} does not say where it came from: no worker parked it; drop it")
         topic, partition, offset = letter.source
+        if not letter.is_left_out:
+            return Original(topic, letter.key, letter.value, list(letter.headers))
         record = await self._record(topic, partition, offset)
-        if record is None:
-            raise OriginalGone(
-                f"letter {letter.id} was parked without its {letter.size} bytes, and {topic} has lost them"
+        if record is None or len(record.value or b"") != letter.size or letter.key not in (None, record.key):
+            raise NotRetriable(
+                f"letter {letter.id} was parked without its {letter.size} bytes, and they no longer stand at "
+                f"{topic}:{partition}:{offset}; ask the producer to send it again, and drop it"
             )
-        value: bytes | None = record.value
-        return value
+        return Original(topic, record.key, record.value, list(record.headers))
 
-    async def publish(self, letter: Letter) -> None:
+    @asynccontextmanager
+    async def publisher(self) -> AsyncIterator[AIOKafkaProducer]:
+        """A producer for `publish`, which takes whatever some topic once took."""
+        async with AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap,
+            acks="all",
+            max_request_size=LARGEST_BYTES,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+        ) as producer:
+            yield producer
+
+    async def publish(self, letter: Letter, producer: AIOKafkaProducer) -> None:
         """Send the original to its topic once more; on return Kafka has it.
 
         Raises:
-            OriginalGone: as `original`.
+            NotRetriable: as `original`, or its topic is gone or does not take it.
         """
-        value = await self.original(letter)
-        async with AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap, acks="all", max_request_size=64 << 20
-        ) as producer:
-            await producer.send_and_wait(letter.source[0], value=value, key=letter.key, headers=list(letter.headers))
+        original = await self.original(letter)
+        try:
+            await producer.send_and_wait(
+                original.topic, value=original.value, key=original.key, headers=original.headers
+            )
+        except REFUSALS as error:
+            raise NotRetriable(
+                f"letter {letter.id} is not taken by {original.topic}: {type(error).__name__}; mend the topic"
+            ) from error
 
     async def _record(self, topic: str, partition: int, offset: int) -> Any:
         async with self._consumer() as consumer:
             where = TopicPartition(topic, partition)
-            if partition not in (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic):
+            metadata = await consumer._client.fetch_all_metadata()
+            if partition not in (metadata.partitions_for_topic(topic) or ()):
                 return None
             consumer.assign([where])
             first, end = (
@@ -144,7 +190,11 @@ class DeadLetterLog:
             if not first <= offset < end:
                 return None
             consumer.seek(where, offset)
-            record = await consumer.getone()
+            try:
+                # What stands there may be no message but a mark, as transactions leave them: nothing comes then.
+                record = await asyncio.wait_for(consumer.getone(where), READ_TIMEOUT_SECONDS)
+            except TimeoutError:
+                return None
             return record if record.offset == offset else None
 
     async def _assign_all(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
@@ -159,7 +209,10 @@ class DeadLetterLog:
     @asynccontextmanager
     async def _consumer(self) -> AsyncIterator[AIOKafkaConsumer]:
         async with AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap, enable_auto_commit=False, auto_offset_reset="none", fetch_max_wait_ms=100
+            bootstrap_servers=self._bootstrap,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=100,
         ) as consumer:
             yield consumer
 

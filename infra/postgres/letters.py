@@ -1,39 +1,69 @@
 """What was decided about dead letters: their topic only grows, so the decisions stand here."""
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Self
 
 import asyncpg
 
-INSERT: Final = """
-    INSERT INTO dead_letter_decisions (topic, "partition", "offset", decision, why)
-    SELECT $1, p, o, $4, $5 FROM unnest($2::integer[], $3::bigint[]) AS x(p, o)
+CLAIM: Final = """
+    -- Another operator's open claim of the same letter makes this one wait. Afterwards the WHERE clause is the fence:
+    -- a decision that is not the one this operator has seen matches no row.
+    INSERT INTO dead_letter_decisions AS d (topic, "partition", "offset", decision, why)
+    VALUES ($1, $2, $3, $4, $5)
     ON CONFLICT (topic, "partition", "offset") DO UPDATE
        SET decision = excluded.decision, why = excluded.why, decided_at = now()
+     WHERE d.decided_at = $6
+    RETURNING true
 """
-SELECT: Final = 'SELECT "partition", "offset", decision FROM dead_letter_decisions WHERE topic = $1'
+SELECT: Final = """
+    SELECT "partition", "offset", decision, decided_at FROM dead_letter_decisions WHERE topic = $1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`retried` or `dropped`, and when."""
+
+    name: str
+    decided_at: datetime
 
 
 class LetterDecisions:
-    """The decisions about one topic's letters."""
+    """The decisions about one topic's letters, over one connection."""
 
-    def __init__(self, postgres_url: str, topic: str) -> None:
-        self._postgres_url = postgres_url
+    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]", topic: str) -> None:
+        self._connection = connection
         self._topic = topic
 
-    async def all(self) -> dict[tuple[int, int], str]:
-        """`retried` or `dropped`, by partition and offset; what is not here is open."""
-        connection = await asyncpg.connect(self._postgres_url, timeout=5)
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, postgres_url: str, topic: str) -> AsyncIterator[Self]:
+        """Those of this database, until the block is left."""
+        connection = await asyncpg.connect(postgres_url, timeout=5)
         try:
-            return {(row[0], row[1]): row[2] for row in await connection.fetch(SELECT, self._topic)}
+            yield cls(connection, topic)
         finally:
             await connection.close()
 
-    async def note(self, letters: Iterable[tuple[int, int]], decision: str, why: str = "") -> None:
-        """Write a decision down."""
-        partitions, offsets = zip(*letters, strict=True)
-        connection = await asyncpg.connect(self._postgres_url, timeout=5)
-        try:
-            await connection.execute(INSERT, self._topic, partitions, offsets, decision, why)
-        finally:
-            await connection.close()
+    async def all(self) -> dict[tuple[int, int], Decision]:
+        """By partition and offset; what is not here is open."""
+        rows = await self._connection.fetch(SELECT, self._topic)
+        return {(row["partition"], row["offset"]): Decision(row["decision"], row["decided_at"]) for row in rows}
+
+    @asynccontextmanager
+    async def claim(
+        self, letter: tuple[int, int], decision: str, *, seen: Decision | None, why: str = ""
+    ) -> AsyncIterator[bool]:
+        """Decide about a letter unless somebody has since `seen` was read; the block is told which, and acts on it.
+
+        Leaving the block notes the decision; an error or a crash inside leaves the letter as it was.
+        """
+        async with self._connection.transaction():
+            yield bool(
+                await self._connection.fetchval(
+                    CLAIM, self._topic, *letter, decision, why, seen.decided_at if seen else None
+                )
+            )

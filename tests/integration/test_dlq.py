@@ -6,16 +6,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from prometheus_client import REGISTRY
 from typer.testing import CliRunner, Result
 
 from app.cli import app
+from app.dlq_desk import DeadLetterDesk
 from app.settings import Settings
 from handlers import write_path as write_path_module
 from handlers.write_path import decide
 from infra.kafka.dead_letter_log import DeadLetterLog
-from tests.integration.test_consumer import UNREADABLE, running, settings, until_captured
+from infra.postgres.letters import LetterDecisions
+from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
 from tests.support.topic import read_until, send
 
@@ -74,6 +76,28 @@ async def in_thread(call: Any, *arguments: Any, **more: Any) -> Any:
     return await asyncio.to_thread(call, *arguments, **more)
 
 
+def facts(
+    settings: Settings, *, topic: str | None = None, partition: int = 0, offset: int = 1
+) -> list[tuple[str, bytes]]:
+    """Our headers, as a worker writes them."""
+    texts = {"reason": "not_json", "detail": "", "topic": topic or settings.commands_topic}
+    texts |= {"partition": str(partition), "offset": str(offset)}
+    return [(f"dlq_{name}", text.encode()) for name, text in texts.items()]
+
+
+async def put(
+    settings: Settings, text: bytes | None, *, headers: list[tuple[str, bytes]], key: bytes | None = None
+) -> str:
+    """Write a letter straight to its topic; its name."""
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        sent = await producer.send_and_wait(settings.dead_letter_topic, value=text, key=key, headers=headers)
+    return f"{sent.partition}:{sent.offset}"
+
+
+async def is_waiting_for_a_lock(postgres_url: str) -> bool:
+    return bool(await value(postgres_url, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+
 # --- before parking ---------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +148,22 @@ async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
     assert "No dead letters." in listed.output
 
 
+async def test_every_command_of_a_payment_that_always_fails_is_parked_in_order(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned, other = new_payment_id(), new_payment_id()
+    settings = settings.model_copy(update={"retries_before_parking": 1})
+    monkeypatch.setattr(write_path_module, "decide", Failing(poisoned, 10_000))
+    commands = [body("authorize", poisoned, "a"), *(body("capture", poisoned, f"c{number}") for number in range(5))]
+    batch = [(str(poisoned).encode(), each) for each in commands]
+    await send(settings.kafka_bootstrap, settings.commands_topic, *batch, (b"other", body("charge", other, "o")))
+    async with running(settings):
+        await until_captured(settings, 1)
+        await until_parked(settings, len(commands))
+    assert [letter.value for letter in await letters(settings)] == commands
+    assert await committed(settings) == len(commands) + 1
+
+
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
@@ -162,13 +202,125 @@ async def test_bytes_key_and_headers_come_back_as_they_came(
 
 
 async def test_thousands_of_letters_are_read_to_the_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = [("dlq_reason", b"not_json"), ("dlq_topic", b"t"), ("dlq_partition", b"0"), ("dlq_offset", b"1")]
+    where = facts(settings)
     async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
         for number in range(5000):
-            await producer.send(settings.dead_letter_topic, value=b"x", key=str(number).encode(), headers=facts)
+            await producer.send(settings.dead_letter_topic, value=b"x", key=str(number).encode(), headers=where)
     assert len(await letters(settings)) == 5000
     listed = await in_thread(payments_dlq, settings, "list", "--limit", "10", monkeypatch=monkeypatch)
     assert "and more" in listed.output
+
+
+async def test_a_message_that_no_worker_parked_breaks_no_listing_and_is_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = await put(settings, b"foreign", headers=[("dlq_partition", b"no number")])
+    ours = await put(settings, b"ours", headers=facts(settings))
+    listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
+    assert {json.loads(line)["letter"] for line in listed.output.splitlines()} == {foreign, ours}
+    done = await in_thread(payments_dlq, settings, "retry", "--all", monkeypatch=monkeypatch)
+    assert done.exit_code == 1
+    assert "1 of 2 published again" in done.output
+    assert f"letter {foreign} does not say where it came from" in done.output
+
+
+async def test_a_card_number_is_not_shown_because_it_was_cut(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(settings, b"x" * 44 + b" 4242424242424242 and more", headers=facts(settings))
+    for arguments in (["list"], ["list", "--json"]):
+        listed = await in_thread(payments_dlq, settings, *arguments, monkeypatch=monkeypatch)
+        assert "card number removed" in listed.output
+        assert "42424242" not in listed.output
+
+
+async def test_a_value_that_was_left_out_comes_back_from_its_source_with_its_headers(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        sent = await producer.send_and_wait(settings.commands_topic, b"large", key=b"k", headers=ODD_HEADERS)
+    where = facts(settings, partition=sent.partition, offset=sent.offset)
+    name = await put(settings, None, key=b"k", headers=[*where, ("dlq_value_left_out", b"5")])
+    done = await in_thread(payments_dlq, settings, "retry", name, monkeypatch=monkeypatch)
+    assert done.exit_code == 0, done.output
+    records = await read_until(settings.kafka_bootstrap, settings.commands_topic, lambda found: len(found) >= 2)
+    assert [(each.value, each.key, list(each.headers)) for each in records] == [(b"large", b"k", ODD_HEADERS)] * 2
+
+
+@pytest.mark.parametrize("left_out", [b"4", b"5"])
+@pytest.mark.parametrize("topic", ["the source", "gone.topic"])
+async def test_a_value_that_is_nowhere_is_refused_and_stays_open(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, topic: str, left_out: bytes
+) -> None:
+    """The source has lost it, or has another message of another size there now, or is itself gone."""
+    source = settings.commands_topic if topic == "the source" else topic
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        await producer.send_and_wait(settings.commands_topic, b"other one", key=b"k", partition=0)
+    where = facts(settings, topic=source, partition=0, offset=0)
+    name = await put(settings, None, key=b"k", headers=[*where, ("dlq_value_left_out", left_out)])
+    done = await in_thread(payments_dlq, settings, "retry", name, monkeypatch=monkeypatch)
+    assert done.exit_code == 1
+    assert "they no longer stand at" in done.output.replace("\n", " ")
+    listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
+    assert [json.loads(line)["state"] for line in listed.output.splitlines()] == ["open"]
+
+
+async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(settings: Settings) -> None:
+    letter, topic, url = (0, 7), settings.dead_letter_topic, settings.postgres_url
+    async with LetterDecisions.connect(url, topic) as first, LetterDecisions.connect(url, topic) as second:
+
+        async def claim_second() -> bool:
+            async with second.claim(letter, "retried", seen=None) as is_ours:
+                return is_ours
+
+        async def crash() -> None:
+            async with first.claim(letter, "retried", seen=None):
+                raise RuntimeError("crash")
+
+        with pytest.raises(RuntimeError, match="crash"):
+            await crash()
+        assert await first.all() == {}
+        async with first.claim(letter, "retried", seen=None) as is_ours:
+            assert is_ours
+            waiting = asyncio.create_task(claim_second())
+            await until(lambda: is_waiting_for_a_lock(url))
+            assert not waiting.done()
+        assert await waiting is False
+        seen = (await second.all())[letter]
+        async with second.claim(letter, "dropped", seen=seen, why="seen") as is_ours:
+            assert is_ours
+        assert (await first.all())[letter].name == "dropped"
+
+
+async def test_a_letter_that_another_operator_has_decided_about_is_not_published(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = await put(settings, b"v", headers=facts(settings))
+    desk = DeadLetterDesk(settings)
+    chosen = await in_thread(desk.choose, [name], reason=None)
+    dropped = await in_thread(payments_dlq, settings, "drop", name, "--why", "mine", "--yes", monkeypatch=monkeypatch)
+    assert dropped.exit_code == 0, dropped.output
+    assert await desk._retry_all(chosen, is_named=True) == 0
+    assert await value(settings.postgres_url, "SELECT decision FROM dead_letter_decisions") == "dropped"
+    async with AIOKafkaConsumer(bootstrap_servers=settings.kafka_bootstrap) as consumer:
+        places = [TopicPartition(settings.commands_topic, number) for number in range(8)]
+        assert set((await consumer.end_offsets(places)).values()) == {0}
+
+
+async def test_hundreds_are_published_again_in_the_order_of_each_key(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = facts(settings)
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        for number in range(400):
+            key, text = str(number % 7).encode(), str(number).encode()
+            await producer.send(settings.dead_letter_topic, value=text, key=key, headers=where)
+    done = await in_thread(payments_dlq, settings, "retry", "--all", monkeypatch=monkeypatch)
+    assert "400 of 400 published again" in done.output
+    records = await read_until(settings.kafka_bootstrap, settings.commands_topic, lambda found: len(found) >= 400)
+    for key in {each.key for each in records}:
+        numbers = [int(each.value) for each in records if each.key == key]
+        assert numbers == sorted(numbers)
 
 
 @pytest.mark.parametrize(
