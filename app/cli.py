@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.command_line import AsJson, DataDir, default_data_dir, fail, find_settings, readable_errors
+from app.command_line import AsJson, DataDir, default_data_dir, fail, find_settings, read_settings, readable_errors
 from app.dlq_commands import dlq
 from app.relay_commands import relay
 
@@ -76,6 +76,7 @@ def up(data_dir: DataDir = None) -> None:
     """
     from app.up_command import up_here
 
+    read_settings()
     raise typer.Exit(up_here(data_dir or default_data_dir()))
 
 
@@ -289,9 +290,8 @@ def worker() -> None:
 
     Any number of it may run."""
     from app.processes import run_worker
-    from app.settings import Settings
 
-    run_worker(Settings())
+    run_worker(read_settings())
 
 
 @app.command()
@@ -303,9 +303,8 @@ def http(
 
     The metrics are those of all processes. It also keeps the outbox's partitions."""
     from app.processes import run_http
-    from app.settings import Settings
 
-    settings = Settings()
+    settings = read_settings()
     given = {"http_host": host, "http_port": port}
     run_http(settings.model_copy(update={name: value for name, value in given.items() if value is not None}))
 
@@ -338,10 +337,9 @@ def migrate(
     import asyncio
 
     from app import processes
-    from app.settings import Settings
     from infra.postgres import migrate as schema
 
-    settings = Settings()
+    settings = read_settings()
     if down and to == "head":
         fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
     with readable_errors():
@@ -361,10 +359,9 @@ def maintain() -> None:
     import asyncio
 
     from app.maintenance import maintain_once
-    from app.settings import Settings
 
     with readable_errors():
-        report = asyncio.run(maintain_once(Settings()))
+        report = asyncio.run(maintain_once(read_settings()))
     typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
     for reason in report.kept_because:
         typer.echo(f"Old partitions are kept: {reason}.")

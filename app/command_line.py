@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
     from app.settings import Settings
 
 DataDir = Annotated[
@@ -24,7 +26,6 @@ def find_settings(data_dir: Path | None, *, needs: str) -> "Settings":
     """Settings by the environment, completed by a running `payments up` or `payments demo --stay`."""
     import os
 
-    from app.settings import Settings
     from app.stack_file import adopt_environment
 
     folder = data_dir or default_data_dir()
@@ -33,7 +34,25 @@ def find_settings(data_dir: Path | None, *, needs: str) -> "Settings":
             "nothing is running here: no `payments up` was found, and "
             f"{needs} is not set.\nStart everything with `payments up` in another terminal, or set {needs}."
         )
-    return Settings()
+    return read_settings()
+
+
+def read_settings() -> "Settings":
+    """Settings by the environment; what cannot be read or cannot work together is a message, and the end."""
+    from pydantic import ValidationError
+
+    from app.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        fail("the settings in the environment cannot be used\n" + "\n".join(_complaints(error)))
+
+
+def _complaints(error: "ValidationError") -> Iterator[str]:
+    for each in error.errors(include_input=False, include_url=False):
+        name = "__".join(str(part).upper() for part in each["loc"])
+        yield f"  PAYMENTS_{name}: {each['msg']}" if name else f"  {each['msg']}"
 
 
 def default_data_dir() -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.command_line import AsJson, DataDir, fail, find_settings, readable_errors
+from app.command_line import AsJson, DataDir, fail, find_settings, read_settings, readable_errors
 
 if TYPE_CHECKING:
     from app.relay_desk import RelayDesk
@@ -37,9 +37,8 @@ def run(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     from app.processes import run_relay
-    from app.settings import Settings
 
-    run_relay(Settings())
+    run_relay(read_settings())
 
 
 @relay.command()

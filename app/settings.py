@@ -7,8 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from domain.capabilities import AmountLimits
 from domain.money import MINOR_UNITS
-from domain.rules import AmountLimits, RetryPolicy
+from domain.rules import RetryPolicy
 
 
 class Settings(BaseSettings):

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from uuid_utils.compat import uuid7
 
 from app.settings import Settings
+from domain.capabilities import AmountLimits
 from domain.ports import Gateway
-from domain.rules import AmountLimits, Rules
+from domain.rules import Rules
 from infra.gateways.instant import InstantGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 

@@ -1,9 +1,18 @@
 """What a provider can do, declared by its gateway."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from domain.commands import OperationKind
+
+
+@dataclass(frozen=True, slots=True)
+class AmountLimits:
+    """Inclusive bounds of one authorization or charge, in minor units."""
+
+    minimum_minor: int = 1
+    maximum_minor: int = 10**12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,5 +24,12 @@ class Capabilities:
     partial_capture: bool
     multi_capture: bool
     partial_refund: bool
+    cancel_waiting: bool
+    """Whether a void ends, for good, a payment that still waits for the payer (3-D Secure, a redirect)."""
     idempotency_retention: timedelta
-    """How long a repeated provider key surely returns the first answer. Afterwards only a status query is safe."""
+    """How long a repeated provider key surely returns the first answer. Afterwards only a status query is safe.
+
+    Zero: the provider knows no keys, so an attempt whose answer is lost is never sent again.
+    """
+    limits: Mapping[str, AmountLimits] = field(default_factory=dict)
+    """The provider's own bounds by currency; an installation may narrow them."""

@@ -19,6 +19,7 @@ from domain.operations import (
     IN_DOUBT,
     Declined,
     DeclineReason,
+    Expired,
     GatewayRequest,
     NotExecuted,
     Operation,
@@ -259,6 +260,8 @@ class _Draft:
                 self._succeed(operation, outcome)
             case Declined():
                 self._decline(operation, outcome)
+            case Expired(reference, code):
+                self._decline(operation, Declined(DeclineReason.CANCELED, code, reference))
             case NotExecuted(message):
                 self._fail(operation, Rejection(RejectionReason.GATEWAY_REFUSED, message))
             case RequiresAction(reference):

@@ -29,6 +29,8 @@ class OperationState(StrEnum):
     SUCCEEDED = "succeeded"
     DECLINED = "declined"
     NOT_EXECUTED = "not_executed"
+    EXPIRED = "expired"
+    """The payer did not act in time; no money moved. A later verified success is still believed."""
 
 
 UNDER_WAY = frozenset(
@@ -87,11 +89,12 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class RequiresAction:
-    """The payer must do something first, such as 3-D Secure at `url`."""
+    """The payer must do something first, such as 3-D Secure at `url`, before the provider's window closes."""
 
     reference: str
     action_type: str
     url: str | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,14 @@ class Pending:
     """The provider has it and has not decided; also every status that we do not recognise."""
 
     reference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The provider's own window for the payer has closed, or a hold came to its end: nothing more will move."""
+
+    reference: str | None
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class Unknown:
     message: str = ""
 
 
-Outcome = Succeeded | Declined | RequiresAction | Pending | NotExecuted | Unreachable | Unknown
+Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecuted | Unreachable | Unknown
 
 
 @dataclass(slots=True)

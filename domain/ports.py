@@ -38,6 +38,14 @@ class Gateway(Protocol):
     async def void(self, request: GatewayRequest) -> Outcome: ...
     async def refund(self, request: GatewayRequest) -> Outcome: ...
 
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        """Go on with an operation that the provider has: it waits for the payer, or is being processed.
+
+        For most it is `status`. Where the payer's consent is not yet the payment (PayPal), this executes what was
+        consented to, at most once for `request.provider_key`.
+        """
+        ...
+
     async def status(self, request: GatewayRequest) -> Outcome:
         """What became of the operation, without causing anything. No trace of it is `Unknown`, not `NotExecuted`."""
         ...

@@ -2,10 +2,11 @@
 
 from datetime import datetime
 
+from domain.capabilities import AmountLimits
 from domain.commands import Command, OperationKind, Rejection, RejectionReason
 from domain.events import PaymentStatus
 from domain.payment import Payment
-from domain.rules import AmountLimits, Rules
+from domain.rules import Rules
 
 RETRYABLE_STATUSES = (PaymentStatus.CREATED, PaymentStatus.FAILED)
 """No money is held and none may have moved: another authorization or charge may be tried."""
@@ -67,7 +68,8 @@ def _refusal_of_gateway(command: Command, name: str, rules: Rules) -> Rejection 
 
 def _refusal_of_limits(command: Command, rules: Rules) -> Rejection | None:
     name = command.gateway or rules.default_gateway
-    limits = rules.limits.get((name, command.currency or ""), AmountLimits())
+    currency = command.currency or ""
+    limits = rules.limits.get((name, currency)) or rules.gateways[name].limits.get(currency, AmountLimits())
     amount = command.amount_minor or 0
     if amount < limits.minimum_minor:
         message = f"the least amount in {command.currency} is {limits.minimum_minor} minor units"

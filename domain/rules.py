@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID
 
-from domain.capabilities import Capabilities
-
-
-@dataclass(frozen=True, slots=True)
-class AmountLimits:
-    """Inclusive bounds of one authorization or charge, in minor units."""
-
-    minimum_minor: int = 1
-    maximum_minor: int = 10**12
+from domain.capabilities import AmountLimits, Capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,5 +39,5 @@ class Rules:
     gateways: Mapping[str, Capabilities]
     default_gateway: str
     limits: Mapping[tuple[str, str], AmountLimits] = field(default_factory=dict)
-    """By (gateway, currency); a missing pair has the default limits."""
+    """By (gateway, currency); a missing pair has the gateway's own limits."""
     retry: RetryPolicy = RetryPolicy()

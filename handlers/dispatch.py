@@ -22,7 +22,7 @@ from handlers.leases import Leases
 
 log = structlog.get_logger(__name__)
 
-ASK_ONLY = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
+WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
 """The provider has these and told us so: sending them again is pointless."""
 
 
@@ -107,7 +107,9 @@ class Dispatcher:
             metrics.call_seconds(request.gateway).observe(time.perf_counter() - started)
 
     def _call(self, gateway: Gateway, request: GatewayRequest) -> Awaitable[Outcome]:
-        if request.state in ASK_ONLY or self._is_key_forgotten(gateway, request):
+        if request.state in WITH_THE_PROVIDER:
+            return gateway.resume(request)
+        if self._is_key_forgotten(gateway, request):
             return gateway.status(request)
         match request.kind:
             case OperationKind.AUTHORIZE:
@@ -128,10 +130,11 @@ class Dispatcher:
 
         This goes for a first attempt, too: a worker that slept for so long does not know what others did meanwhile.
         """
+        retention = gateway.capabilities.idempotency_retention
+        if not retention:
+            return request.state is not OperationState.DISPATCHED
         sent = request.first_dispatched_at
-        return sent is not None and self._clock() - sent > gateway.capabilities.idempotency_retention - timedelta(
-            minutes=5
-        )
+        return sent is not None and self._clock() - sent > retention - timedelta(minutes=5)
 
 
 def _is_cancelled() -> bool:

@@ -18,6 +18,7 @@ _CAPABILITIES: Final = Capabilities(
     partial_capture=True,
     multi_capture=True,
     partial_refund=True,
+    cancel_waiting=True,
     idempotency_retention=timedelta(days=3650),
 )
 
@@ -44,6 +45,9 @@ class InstantGateway:
         return await self._succeed(request)
 
     async def refund(self, request: GatewayRequest) -> Outcome:
+        return await self._succeed(request)
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
         return await self._succeed(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:

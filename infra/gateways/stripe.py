@@ -477,6 +477,7 @@ class StripeGateway:
             partial_capture=True,
             multi_capture=config.multi_capture,
             partial_refund=True,
+            cancel_waiting=True,
             idempotency_retention=timedelta(hours=23),  # Stripe promises 24
         )
 
@@ -527,6 +528,10 @@ class StripeGateway:
             lambda options: self._api.refunds.create_async(params, options),
             read_refund,
         )
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        """Ask: Stripe goes on by itself once the payer has acted."""
+        return await self.status(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
         """What Stripe shows of this operation. Causes nothing.

@@ -301,8 +301,17 @@ def test_up_ends_cleanly_and_leaves_nothing_behind(up: Up) -> None:
 
 
 def test_a_process_that_cannot_start_is_named_with_the_end_of_its_log(tmp_data_dir: Path) -> None:
-    done = run("up", data_dir=tmp_data_dir, PAYMENTS_GATEWAYS='["nonsense"]')
+    names = {"PAYMENTS_GATEWAYS": '["nonsense"]', "PAYMENTS_DEFAULT_GATEWAY": "nonsense"}
+    done = run("up", data_dir=tmp_data_dir, **names)
     assert done.returncode == 1
     assert "worker ended while starting" in done.stdout
     assert "PAYMENTS_GATEWAYS names ['nonsense']" in done.stdout
     assert not (tmp_data_dir / "stack.json").exists()
+
+
+def test_settings_that_cannot_work_are_a_message_before_anything_starts(tmp_data_dir: Path) -> None:
+    for command in ("up", "worker", "relay"):
+        done = run(command, data_dir=tmp_data_dir, PAYMENTS_GATEWAYS='["nonsense"]')
+        assert done.returncode == 1
+        assert "default_gateway 'stripe' is none of gateways ['nonsense']" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -81,9 +81,9 @@ async def test_a_missing_schema_leaves_the_commands_in_kafka(settings: Settings)
     postponed = asyncio.Event()
     original = CommandConsumer._postpone
 
-    async def postpone(self: CommandConsumer, message: Any) -> None:
+    async def postpone(self: CommandConsumer, message: Any, cause: str) -> None:
         postponed.set()
-        await original(self, message)
+        await original(self, message, cause)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CommandConsumer, "_postpone", postpone)

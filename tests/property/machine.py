@@ -32,7 +32,7 @@ from domain.operations import (
     Unreachable,
 )
 from domain.payment import Payment
-from handlers.dispatch import ASK_ONLY
+from handlers.dispatch import WITH_THE_PROVIDER
 from tests.support.memory import START, Told
 from tests.support.service import delivery
 
@@ -64,7 +64,7 @@ class Provider:
     def receive(self, request: GatewayRequest, verdict: str) -> Outcome:
         """A call arrives. Repeated keys get the first answer, whatever the verdict."""
         key = request.provider_key
-        if request.state in ASK_ONLY:
+        if request.state in WITH_THE_PROVIDER:
             return self.known.get(key, Unknown("no trace of it"))
         self._must_be_the_same(request)
         if key not in self.known:

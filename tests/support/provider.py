@@ -17,6 +17,7 @@ CAPABILITIES = Capabilities(
     partial_capture=True,
     multi_capture=True,
     partial_refund=True,
+    cancel_waiting=True,
     idempotency_retention=timedelta(hours=24),
 )
 
@@ -51,6 +52,9 @@ class BookkeepingGateway:
 
     async def refund(self, request: GatewayRequest) -> Outcome:
         return await self._execute(request)
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        return await self.status(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
         return self.answers.get(request.provider_key, Unknown("no trace of it"))

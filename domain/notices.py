@@ -1,0 +1,114 @@
+"""What a provider tells us without being asked: a verified webhook, and why one is refused."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+from uuid import UUID
+
+from domain.operations import Outcome
+
+BODY_BYTES_MAX = 262_144
+"""No provider sends a larger one; it is refused unread."""
+
+
+class DisputeStage(StrEnum):
+    """Where a dispute stands. `LOST` is final: the money is gone."""
+
+    OPENED = "opened"
+    WON = "won"
+    LOST = "lost"
+
+
+class Dispute(NamedTuple):
+    """A payer's bank takes `amount_minor` back, or gives it back to us."""
+
+    dispute_id: str
+    stage: DisputeStage
+    amount_minor: int
+    currency: str
+    reason: str | None = None
+
+
+class WebhookRequest(NamedTuple):
+    """An HTTP request as it came. `query` is the raw query string, `headers` have lower-case names."""
+
+    method: str
+    query: str
+    headers: Mapping[str, str]
+    body: bytes
+    received_at: datetime
+
+
+class Notice(NamedTuple):
+    """A verified message of a provider: which operation or payment it is about, and what it says of it.
+
+    The operation is named by our own marks, which the provider returns, (`payment_id`, `operation_number`); where a
+    message carries none (disputes), `gateway_payment_id` is the provider's payment, as in `Payment.gateway_payment_id`.
+    `outcome` is evidence about that operation, as strong as the answer to a status query; None with no `dispute` is a
+    message that says nothing about money: stored, and ignored. `currency` is that of the outcome's amount.
+    `is_ripe` means that an operation which waits should be resumed now: the payer consented.
+    """
+
+    gateway: str
+    event_id: str
+    type: str
+    payment_id: UUID | None = None
+    operation_number: int | None = None
+    gateway_payment_id: str | None = None
+    outcome: Outcome | None = None
+    currency: str | None = None
+    dispute: Dispute | None = None
+    is_ripe: bool = False
+
+
+class Verdict(StrEnum):
+    """What became of a webhook, from which each provider's answer follows."""
+
+    STORED = "stored"
+    DUPLICATE = "duplicate"
+    ALREADY_FINAL = "already_final"
+    """Stored; the operation that it is about had its final state."""
+    AMOUNT_DIFFERS = "amount_differs"
+    """Stored, for a person to look at: it names another amount or currency than ours."""
+    UNKNOWN_PAYMENT = "unknown_payment"
+    FORGED = "forged"
+    STALE = "stale"
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    UNAVAILABLE = "unavailable"
+    """Could not be stored or verified now: the provider should send it again."""
+
+
+class WebhookRefused(Exception):
+    """A webhook that changes nothing. The detail is for our log, never for the sender."""
+
+    def __init__(self, verdict: Verdict, detail: str) -> None:
+        super().__init__(f"{verdict}: {detail}")
+        self.verdict = verdict
+        self.detail = detail
+
+
+class WebhookAnswer(NamedTuple):
+    """The HTTP answer that the provider demands."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "text/plain"
+
+
+class WebhookReader(Protocol):
+    """One provider's webhooks: how they are verified, read and answered."""
+
+    @property
+    def gateway(self) -> str: ...
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify the signature over the raw request, in constant time, then read it.
+
+        Raises:
+            WebhookRefused: FORGED, STALE, MALFORMED, or UNAVAILABLE where verification itself could not be done.
+        """
+        ...
+
+    def answer(self, verdict: Verdict) -> WebhookAnswer: ...
