@@ -44,8 +44,10 @@ class Settings(BaseSettings):
     lease_seconds: PositiveFloat = 60.0
     retry_first_delay_seconds: float = 1.0
     retry_delay_max_seconds: float = 300.0
-    poll_interval_seconds: float = 30.0
+    poll_interval_seconds: float = 300.0
+    """At most this long after its last answer, what is pending or waits for the payer is asked about again."""
     review_after_seconds: float = 3600.0
+    review_pending_after_seconds: float = 7 * 86_400.0
     review_poll_interval_seconds: float = 900.0
     give_up_after_seconds: float = 900.0
     sweep_interval_seconds: float = 1.0
@@ -83,6 +85,7 @@ class Settings(BaseSettings):
             delay_max=timedelta(seconds=self.retry_delay_max_seconds),
             poll_interval=timedelta(seconds=self.poll_interval_seconds),
             review_after=timedelta(seconds=self.review_after_seconds),
+            review_pending_after=timedelta(seconds=self.review_pending_after_seconds),
             review_poll_interval=timedelta(seconds=self.review_poll_interval_seconds),
             give_up_after=timedelta(seconds=self.give_up_after_seconds),
         )

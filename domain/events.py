@@ -6,7 +6,8 @@ from typing import NamedTuple
 from uuid import UUID
 
 from domain.commands import OperationKind, Rejection
-from domain.operations import DeclineReason, RequiresAction
+from domain.notices import Dispute
+from domain.operations import DeclineReason, OperationState, RequiresAction
 
 
 class EventKind(StrEnum):
@@ -21,6 +22,12 @@ class EventKind(StrEnum):
     PENDING = "pending"
     NEEDS_REVIEW = "needs_review"
     COMMAND_REJECTED = "command_rejected"
+    EXPIRED = "expired"
+    LATE_SUCCESS = "late_success"
+    AUTHORIZATION_EXPIRED = "authorization_expired"
+    REFUND_FAILED = "refund_failed"
+    DISPUTE_OPENED = "dispute_opened"
+    DISPUTE_CLOSED = "dispute_closed"
 
 
 FINAL_EVENTS = frozenset(
@@ -31,6 +38,7 @@ FINAL_EVENTS = frozenset(
         EventKind.REFUNDED,
         EventKind.DECLINED,
         EventKind.COMMAND_REJECTED,
+        EventKind.EXPIRED,
     }
 )
 """The kinds that end a command; every accepted command gets exactly one (and its replays)."""
@@ -77,19 +85,20 @@ class PaymentSnapshot(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One thing that happened to a payment because of one command.
+    """One thing that happened to a payment, mostly because of one command; a dispute names none.
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
-    `operation_number` is None for a rejection that left no operation behind.
+    `operation_number` is None for a rejection that left no operation behind, and for a dispute.
+    `told_before` is how the operation of a late success had ended, and `owed_minor` what must be returned of it.
     """
 
     kind: EventKind
     payment_id: UUID
     payment_seq: int
     occurred_at: datetime
-    command: OperationKind
+    command: OperationKind | None
     idempotency_key: str | None
-    fingerprint: bytes
+    fingerprint: bytes | None
     snapshot: PaymentSnapshot
     operation_number: int | None = None
     amount_minor: int | None = None
@@ -99,6 +108,9 @@ class Event(NamedTuple):
     decline_code: str | None = None
     action: RequiresAction | None = None
     pending_cause: PendingCause | None = None
+    told_before: OperationState | None = None
+    owed_minor: int = 0
+    dispute: Dispute | None = None
     replays_due: int = 0
     """How many more deliveries of the command are owed this (final) event."""
     traceparent: str | None = None

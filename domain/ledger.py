@@ -15,6 +15,7 @@ class Account(StrEnum):
     GATEWAY_CLEARING = "gateway_clearing"
     CUSTOMER_SALES = "customer_sales"
     CUSTOMER_REFUNDS = "customer_refunds"
+    CUSTOMER_DISPUTES = "customer_disputes"
 
 
 class Transfer(NamedTuple):

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, fields
 from datetime import datetime
 from operator import attrgetter
+from typing import Final
 from uuid import UUID
 
 from domain.events import PaymentSnapshot, PaymentStatus
 from domain.operations import Operation, OperationState
+
+ENDED_WITHOUT_MONEY: Final = frozenset({PaymentStatus.EXPIRED, PaymentStatus.CANCELED})
+"""How the last attempt ended, which the amounts do not tell: it stays so until another one begins."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,8 @@ class Payment:
     last_seq: int = 0
     version: int = 0
     authorization_expires_at: datetime | None = None
+    disputes: str | None = None
+    """Every dispute that was heard of, as `domain.disputes` writes it; None for almost every payment."""
     operations: tuple[Operation, ...] = ()
 
     def copy(self) -> "Payment":
@@ -56,8 +62,18 @@ class Payment:
 
     @property
     def under_way(self) -> Operation | None:
-        """The operation that the gateway has, or may have."""
+        """The operation that the gateway has, or may have: the first of two while a void cancels one that waits."""
         return next((operation for operation in self.operations if operation.is_under_way), None)
+
+    @property
+    def waiting_for_payer(self) -> Operation | None:
+        """The authorization or charge that waits for the payer, if any."""
+        current = self.under_way
+        return current if current is not None and current.state is OperationState.REQUIRES_ACTION else None
+
+    def is_cancelling(self) -> bool:
+        """Whether a void of the operation that waits for the payer is under way."""
+        return sum(operation.is_under_way for operation in self.operations) > 1
 
     def derived_status(self) -> PaymentStatus:
         """What the amounts, and the operation under way, add up to."""
@@ -67,6 +83,8 @@ class Payment:
             return PaymentStatus.AUTHORIZED if self.authorized_minor > self.released_minor else PaymentStatus.CANCELED
         current = self.under_way
         if current is None:
+            if self.status in ENDED_WITHOUT_MONEY:
+                return self.status
             return PaymentStatus.FAILED if self.amount_minor else PaymentStatus.CREATED
         if current.state is OperationState.REQUIRES_ACTION:
             return PaymentStatus.REQUIRES_ACTION

@@ -8,14 +8,15 @@ from domain.events import PaymentStatus
 from domain.payment import Payment
 from domain.rules import Rules
 
-RETRYABLE_STATUSES = (PaymentStatus.CREATED, PaymentStatus.FAILED)
+RETRYABLE_STATUSES = (PaymentStatus.CREATED, PaymentStatus.FAILED, PaymentStatus.EXPIRED)
 """No money is held and none may have moved: another authorization or charge may be tried."""
 
 
 def amount_of(command: Command, payment: Payment) -> int:
     """The amount that the command is about, in minor units; omitted means all that remains."""
     if command.kind is OperationKind.VOID:
-        return payment.capturable_minor
+        waiting = payment.waiting_for_payer
+        return payment.capturable_minor if waiting is None else waiting.amount_minor or 0
     if command.amount_minor is not None:
         return command.amount_minor
     return payment.refundable_minor if command.kind is OperationKind.REFUND else payment.capturable_minor
@@ -33,7 +34,7 @@ def refusal_of(command: Command, payment: Payment, *, now: datetime, rules: Rule
         case OperationKind.REFUND:
             return _refusal_to_continue(command, payment, rules) or _refusal_to_refund(command, payment, rules)
         case OperationKind.VOID:
-            return _refusal_to_continue(command, payment, rules) or _refusal_to_void(payment)
+            return _refusal_to_continue(command, payment, rules) or _refusal_to_void(payment, rules)
 
 
 def _refusal_to_open(command: Command, payment: Payment, rules: Rules) -> Rejection | None:
@@ -120,7 +121,11 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     return None
 
 
-def _refusal_to_void(payment: Payment) -> Rejection | None:
+def _refusal_to_void(payment: Payment, rules: Rules) -> Rejection | None:
+    if payment.waiting_for_payer is not None:
+        if rules.gateways[payment.gateway or ""].cancel_waiting:
+            return None
+        return _unsupported(f"gateway {payment.gateway} cannot cancel what waits for the payer", "type")
     return None if payment.capturable_minor else _invalid_state(payment, "nothing is held that could be released")
 
 

@@ -19,8 +19,10 @@ class RetryPolicy:
     lease: timedelta = timedelta(seconds=60)
     first_delay: timedelta = timedelta(seconds=1)
     delay_max: timedelta = timedelta(minutes=5)
-    poll_interval: timedelta = timedelta(seconds=30)
+    poll_interval: timedelta = timedelta(minutes=5)
     review_after: timedelta = timedelta(hours=1)
+    review_pending_after: timedelta = timedelta(days=7)
+    """For what the provider says is pending, or waits for the payer."""
     review_poll_interval: timedelta = timedelta(minutes=15)
     give_up_after: timedelta = timedelta(minutes=15)
     """Only for operations of which every attempt is proven not to have been executed."""

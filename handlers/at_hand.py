@@ -44,7 +44,12 @@ class AtHand:
                 assumed[given.command.payment_id] = None
             else:
                 payment = self._payments.get(given.payment_id)
-                if payment is None or given.payment_id in assumed or not _is_of(given, payment):
+                if (
+                    not isinstance(given, Answer)
+                    or payment is None
+                    or given.payment_id in assumed
+                    or not _is_of(given, payment)
+                ):
                     return None
                 assumed[given.payment_id] = payment
         return {payment_id: payment for payment_id, payment in assumed.items() if payment is not None}

@@ -19,6 +19,7 @@ from pydantic_core import from_json, to_json
 from domain.commands import RejectionReason
 from domain.errors import MessageUnreadable
 from domain.events import Event, EventKind, PaymentSnapshot, PaymentStatus, PendingCause
+from domain.notices import DisputeStage
 from domain.operations import DeclineReason
 from handlers.messages.commands import command_type
 from handlers.messages.refusals import UnreadableReason
@@ -52,6 +53,9 @@ class Action(_Wire):
 
     type: str
     url: str | None
+    expires_at: Annotated[AwareDatetime | None, Field(description="When it will be too late; null where unknown.")] = (
+        None
+    )
 
 
 class _WireEvent(_Wire):
@@ -64,9 +68,10 @@ class _WireEvent(_Wire):
         Field(ge=1, description="1, 2, 3 … for each payment: shows gaps and order. A replay repeats its original's."),
     ]
     command_id: Annotated[
-        UUID, Field(description="Derived from the command's content, the same for each delivery of it.")
+        UUID | None,
+        Field(description="Derived from the command's content, the same for each delivery of it; null for a dispute."),
     ]
-    command_type: str
+    command_type: Annotated[str | None, Field(description="Null for a dispute, which no command caused.")]
     idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
     operation_number: Annotated[
         int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
@@ -142,6 +147,59 @@ class PaymentCommandRejected(_WireEvent):
     fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
 
 
+class PaymentExpired(_WireEvent):
+    """The payer did not act in time, and no money moved. Final; a later verified success is a `late_success`."""
+
+    type: Literal["payment.expired.v1"]
+
+
+class PaymentLateSuccess(_WireEvent):
+    """The provider did execute what was called declined, rejected or expired: the money has moved, and counts.
+
+    Accept it, or return it with a refund or void.
+    """
+
+    type: Literal["payment.late_success.v1"]
+    told_before: Annotated[str, Field(description="How the operation had ended: declined, not_executed or expired.")]
+    owed_minor: Annotated[
+        _Minor, Field(description="To be returned in any case: the payment was paid by another attempt, too.")
+    ]
+
+
+class PaymentAuthorizationExpired(_WireEvent):
+    """The provider released what was left of the hold: nothing more can be captured."""
+
+    type: Literal["payment.authorization_expired.v1"]
+
+
+class PaymentRefundFailed(_WireEvent):
+    """A refund that had been reported as done came back: the payer has not got the money and is still owed it."""
+
+    type: Literal["payment.refund_failed.v1"]
+
+
+class DisputeState(_Wire):
+    """A dispute of the payer with their bank, by the provider's id."""
+
+    dispute_id: str
+    stage: DisputeStage
+    reason: str | None
+
+
+class PaymentDisputeOpened(_WireEvent):
+    """The payer's bank took the money back until the dispute is closed; it cannot be refunded meanwhile."""
+
+    type: Literal["payment.dispute_opened.v1"]
+    dispute: DisputeState
+
+
+class PaymentDisputeClosed(_WireEvent):
+    """`won`: the money is ours again. `lost`: it is gone for good."""
+
+    type: Literal["payment.dispute_closed.v1"]
+    dispute: DisputeState
+
+
 WireEvent = (
     PaymentAuthorized
     | PaymentCaptured
@@ -152,6 +210,12 @@ WireEvent = (
     | PaymentPending
     | PaymentNeedsReview
     | PaymentCommandRejected
+    | PaymentExpired
+    | PaymentLateSuccess
+    | PaymentAuthorizationExpired
+    | PaymentRefundFailed
+    | PaymentDisputeOpened
+    | PaymentDisputeClosed
 )
 
 EVENT_MODELS: Final[Mapping[str, type[WireEvent]]] = {
@@ -164,6 +228,12 @@ EVENT_MODELS: Final[Mapping[str, type[WireEvent]]] = {
     "payment.pending.v1": PaymentPending,
     "payment.needs_review.v1": PaymentNeedsReview,
     "payment.command_rejected.v1": PaymentCommandRejected,
+    "payment.expired.v1": PaymentExpired,
+    "payment.late_success.v1": PaymentLateSuccess,
+    "payment.authorization_expired.v1": PaymentAuthorizationExpired,
+    "payment.refund_failed.v1": PaymentRefundFailed,
+    "payment.dispute_opened.v1": PaymentDisputeOpened,
+    "payment.dispute_closed.v1": PaymentDisputeClosed,
 }
 """Every event that this service writes, by its `type`."""
 
@@ -205,8 +275,8 @@ def write_event(event: Event, event_id: UUID) -> str:
         "occurred_at": write_time(event.occurred_at),
         "payment_id": event.payment_id,
         "payment_seq": event.payment_seq,
-        "command_id": _command_id(event.fingerprint),
-        "command_type": command_type(event.command),
+        "command_id": _command_id(event.fingerprint) if event.fingerprint else None,
+        "command_type": command_type(event.command) if event.command else None,
         "idempotency_key": event.idempotency_key,
         "operation_number": event.operation_number,
         "amount_minor": event.amount_minor,
@@ -269,13 +339,22 @@ def _particulars(event: Event) -> dict[str, Any]:
             return {"decline_reason": str(event.decline_reason), "decline_code": event.decline_code}
         case EventKind.REQUIRES_ACTION:
             assert event.action is not None, "an event that asks for an action says which"
-            return {"action": {"type": event.action.action_type, "url": event.action.url}}
+            action = event.action
+            expires_at = write_time(action.expires_at) if action.expires_at else None
+            return {"action": {"type": action.action_type, "url": action.url, "expires_at": expires_at}}
         case EventKind.PENDING:
             return {"cause": str(event.pending_cause)}
         case EventKind.COMMAND_REJECTED:
             assert event.rejection is not None, "an event that refuses a command says why"
             rejection = event.rejection
             return {"reason": str(rejection.reason), "message": rejection.message, "fields": rejection.fields}
+        case EventKind.LATE_SUCCESS:
+            return {"told_before": str(event.told_before), "owed_minor": event.owed_minor}
+        case EventKind.DISPUTE_OPENED | EventKind.DISPUTE_CLOSED:
+            assert event.dispute is not None, "an event about a dispute says which"
+            dispute = event.dispute
+            told = {"dispute_id": dispute.dispute_id, "stage": str(dispute.stage), "reason": dispute.reason}
+            return {"dispute": told}
         case _:
             return {}
 

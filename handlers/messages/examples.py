@@ -8,7 +8,8 @@ from uuid import UUID
 
 from domain.commands import OperationKind, Rejection, RejectionReason
 from domain.events import Event, EventKind, PaymentSnapshot, PaymentStatus, PendingCause
-from domain.operations import DeclineReason, RequiresAction
+from domain.notices import Dispute, DisputeStage
+from domain.operations import DeclineReason, OperationState, RequiresAction
 
 PAYMENT_ID: Final = "0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"
 EVENT_ID: Final = UUID("0190b3a1-8c1d-7a52-8d0f-5b1d2c3e4f50")
@@ -99,6 +100,20 @@ def _example(kind: EventKind, command: OperationKind, key: str, snapshot: Paymen
     )
 
 
+def _dispute(stage: DisputeStage, payment_seq: int, disputed_minor: int) -> Event:
+    event = _example(
+        EventKind.DISPUTE_OPENED if stage is DisputeStage.OPENED else EventKind.DISPUTE_CLOSED,
+        OperationKind.CHARGE,
+        "",
+        _CAPTURED._replace(disputed_minor=disputed_minor),
+        payment_seq=payment_seq,
+        operation_number=None,
+        reference="dp_7c01",
+        dispute=Dispute("dp_7c01", stage, 1250, "USD", "product_not_received"),
+    )
+    return event._replace(command=None, idempotency_key=None, fingerprint=None)
+
+
 EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
     "payment.authorized.v1": _example(
         EventKind.AUTHORIZED, OperationKind.AUTHORIZE, "order-1001-authorize", _AUTHORIZED
@@ -134,7 +149,12 @@ EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
         OperationKind.CHARGE,
         "order-1001-charge",
         _NOTHING_YET._replace(status=PaymentStatus.REQUIRES_ACTION, gateway_payment_id="pay_9f2c"),
-        action=RequiresAction("op_51ab", "three_d_secure", "https://bank.example/3ds/51ab"),
+        action=RequiresAction(
+            "op_51ab",
+            "three_d_secure",
+            "https://bank.example/3ds/51ab",
+            datetime(2026, 1, 31, 12, 15, 0, 250_000, tzinfo=UTC),
+        ),
     ),
     "payment.pending.v1": _example(
         EventKind.PENDING,
@@ -167,5 +187,38 @@ EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
             ("amount_minor",),
         ),
     ),
+    "payment.expired.v1": _example(
+        EventKind.EXPIRED,
+        OperationKind.CHARGE,
+        "order-1001-charge",
+        _NOTHING_YET._replace(status=PaymentStatus.EXPIRED, gateway_payment_id="pay_9f2c"),
+        payment_seq=2,
+    ),
+    "payment.late_success.v1": _example(
+        EventKind.LATE_SUCCESS,
+        OperationKind.CHARGE,
+        "order-1001-charge",
+        _CAPTURED,
+        payment_seq=3,
+        told_before=OperationState.EXPIRED,
+    ),
+    "payment.authorization_expired.v1": _example(
+        EventKind.AUTHORIZATION_EXPIRED,
+        OperationKind.AUTHORIZE,
+        "order-1001-authorize",
+        _AUTHORIZED._replace(status=PaymentStatus.CANCELED, released_minor=1250),
+        payment_seq=2,
+    ),
+    "payment.refund_failed.v1": _example(
+        EventKind.REFUND_FAILED,
+        OperationKind.REFUND,
+        "order-1001-refund-1",
+        _CAPTURED,
+        payment_seq=3,
+        operation_number=2,
+        amount_minor=250,
+    ),
+    "payment.dispute_opened.v1": _dispute(DisputeStage.OPENED, 2, 1250),
+    "payment.dispute_closed.v1": _dispute(DisputeStage.WON, 3, 0),
 }
 """By `type`, in the domain's words; `write_event` makes them messages."""

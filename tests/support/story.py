@@ -1,13 +1,15 @@
 """One payment told as a story over `decide`: what the write path does, without a database."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from domain.decide import Answer, Decision, Delivery, Input, decide, gateway_request
+from domain.decide import Answer, Decision, Delivery, Input, Notified, decide, gateway_request
 from domain.events import Event, Replay
 from domain.ledger import Transfer
+from domain.notices import Notice
 from domain.operations import GatewayRequest, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
 from domain.rules import Rules
@@ -31,6 +33,7 @@ class Story:
         self.replays: list[Replay] = []
         self.requests: list[GatewayRequest] = []
         self.transfers: list[Transfer] = []
+        self.heard: list[Notice] = []
 
     def send(self, kind: str, key: str | None = None, **fields: Any) -> Decision:
         """Deliver a command."""
@@ -45,6 +48,16 @@ class Story:
         request = self.requests[-1]
         outcome = outcome or Succeeded(f"ref_{request.operation_number}", request.amount.minor)
         return self.give(Answer(self.payment_id, request.operation_number, token or request.lease_token, outcome))
+
+    def hear(self, outcome: Outcome | None = None, number: int = 1, **facts: Any) -> Decision:
+        """A webhook about an operation."""
+        notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, number, outcome=outcome)
+        self.heard.append(notice._replace(**facts))
+        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number)))
+
+    def _stored(self, number: int) -> Operation | None:
+        stored = self.operations.get(number)
+        return None if stored is None else replace(stored, command=command_from_content(stored.content))
 
     def does(self, kind: str, key: str | None = None, **fields: Any) -> Decision:
         """Deliver a command that the provider executes."""
@@ -120,8 +133,9 @@ class Story:
             transfer.amount_minor * ((transfer.debit == "gateway_clearing") - (transfer.credit == "gateway_clearing"))
             for transfer in self.transfers
         )
-        assert clearing == payment.captured_minor - payment.refunded_minor, "the ledger tells another story"
-        assert sum(operation.is_under_way for operation in payment.operations) <= 1
+        ours = payment.captured_minor - payment.refunded_minor - payment.disputed_minor
+        assert clearing == ours, "the ledger tells another story"
+        assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling()
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
 

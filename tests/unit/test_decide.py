@@ -364,7 +364,7 @@ def test_evidence_is_accepted_at_any_time(
 ) -> None:
     story = told(given)
     if given is reviewed:
-        story.wait(days=30)
+        story.wait(days=3)
         story.claim()
     story.answer(outcome)
     assert (story.last.kind, story.state(1)) == (kind, state)

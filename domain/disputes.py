@@ -1,0 +1,35 @@
+"""What became of each dispute of a payment, in the one text column that keeps it.
+
+Providers tell of one dispute many times and in any order, so each is remembered by its id: a stage is entered once, and
+nothing follows the last one.
+"""
+
+import json
+
+from domain.notices import Dispute, DisputeStage
+
+_RANK = {DisputeStage.OPENED: 1, DisputeStage.WON: 2, DisputeStage.LOST: 2}
+
+
+def stages(kept: str | None) -> dict[str, tuple[DisputeStage, int]]:
+    """Stage and disputed amount, by the provider's id of the dispute."""
+    known = json.loads(kept) if kept else {}
+    return {each: (DisputeStage(stage), amount) for each, (stage, amount) in known.items()}
+
+
+def is_news(kept: str | None, dispute: Dispute) -> bool:
+    """Whether this was not heard before and does not come too late."""
+    stage, _ = stages(kept).get(dispute.dispute_id, (None, 0))
+    return stage is None or _RANK[stage] < _RANK[dispute.stage]
+
+
+def disputed(kept: str | None, dispute_id: str) -> int:
+    """What this dispute took back until now."""
+    _, amount = stages(kept).get(dispute_id, (None, 0))
+    return amount
+
+
+def remember(kept: str | None, dispute_id: str, stage: DisputeStage, amount_minor: int) -> str:
+    """`kept` with the new stage."""
+    known = stages(kept) | {dispute_id: (stage, amount_minor)}
+    return json.dumps(known, separators=(",", ":"))

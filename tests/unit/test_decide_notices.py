@@ -1,0 +1,305 @@
+"""What a provider's unasked word does to a payment: once, in any order, and never against what is known better."""
+
+from dataclasses import replace
+from datetime import timedelta
+from itertools import permutations
+from typing import Any
+
+import pytest
+
+from domain.notices import Dispute, DisputeStage
+from domain.operations import Declined, DeclineReason, Expired, NotExecuted, Outcome, Pending, RequiresAction, Succeeded
+from tests.support.provider import CAPABILITIES
+from tests.support.service import QUICK_RETRY, rules
+from tests.support.story import Story
+
+PAID = Succeeded("ref_1", 10_000)
+NO = Declined(DeclineReason.REFUSED_BY_ISSUER, "do_not_honor", "ref_1")
+GONE = Expired("ref_1", "canceled")
+ACTION = RequiresAction("ref_1", "redirect", "https://bank.invalid/1")
+REFUND_FAILED = Declined(DeclineReason.REFUND_FAILED, None, "ref_2")
+
+
+def story() -> Story:
+    return Story(rules(replace(QUICK_RETRY, review_after=timedelta(minutes=10))))
+
+
+def waiting(kind: str = "charge") -> Story:
+    told = story()
+    told.send(kind, "first")
+    told.answer(ACTION)
+    return told
+
+
+@pytest.mark.parametrize("outcome", [PAID, NO, GONE], ids=lambda each: type(each).__name__)
+def test_a_webhook_before_the_answer_decides_and_the_answer_is_stale(outcome: Outcome) -> None:
+    told = story()
+    told.send("charge")
+    told.hear(outcome)
+    kinds = list(told.kinds)
+    assert told.answer().is_stale
+    told.hear(outcome)
+    assert told.kinds == kinds
+    assert len(kinds) == 1
+
+
+@pytest.mark.parametrize("outcome", [ACTION, Pending("ref_1")], ids=lambda each: type(each).__name__)
+def test_what_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: Outcome) -> None:
+    told = story()
+    told.send("charge")
+    told.hear(outcome)
+    assert told.kinds == []
+    told.answer()
+    told.hear(outcome)
+    assert told.kinds == ["captured"]
+
+
+def test_a_webhook_for_another_amount_or_currency_is_for_a_person_to_look_at() -> None:
+    for outcome, facts in ((Succeeded("ref_1", 9_999), {}), (PAID, {"currency": "EUR"})):
+        told = waiting()
+        told.hear(outcome, **facts)
+        assert told.state(1) == "needs_review"
+        assert told.kinds[-1] == "needs_review"
+        assert told.amounts() == (0, 0, 0, 0)
+        told.hear(PAID, currency="USD")
+        assert told.kinds[-1] == "captured"
+
+
+def test_once_it_is_paid_another_amount_is_reported_and_changes_nothing() -> None:
+    told = story()
+    told.does("charge")
+    assert told.hear(Succeeded("ref_1", 1)).disagrees
+    assert told.hear(PAID, currency="EUR").disagrees
+    assert not told.hear(PAID, currency="USD").disagrees
+    assert not told.hear(NO).disagrees
+    assert told.kinds == ["captured"]
+
+
+@pytest.mark.parametrize("ended", [NO, GONE, NotExecuted("refused")], ids=lambda each: type(each).__name__)
+def test_money_that_was_called_off_and_came_counts_and_is_told(ended: Outcome) -> None:
+    told = story()
+    told.send("charge")
+    told.answer(ended)
+    told.hear(PAID)
+    told.hear(PAID)
+    assert told.kinds[1:] == ["late_success"]
+    assert (told.last.told_before, told.last.owed_minor) == (told.events[0].kind.value, 0) or isinstance(
+        ended, NotExecuted
+    )
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.does("refund")
+    assert told.kinds[-1] == "refunded"
+
+
+def test_money_that_came_twice_is_owed_back() -> None:
+    told = story()
+    told.send("charge", "first")
+    told.answer(NO)
+    told.does("charge", "second")
+    told.hear(PAID, 1)
+    assert told.last.kind == "late_success"
+    assert told.last.owed_minor == 10_000
+    assert told.amounts() == (20_000, 20_000, 0, 0)
+
+
+def test_an_abandoned_action_expires_and_another_attempt_may_follow() -> None:
+    told = waiting()
+    told.claim()
+    told.answer(Expired("ref_1", "15"))
+    assert told.last.kind == "expired"
+    assert told.last.is_final
+    assert told.last.snapshot.status == "expired"
+    told.does("charge", "again")
+    assert told.last.kind == "captured"
+
+
+def test_consent_of_the_payer_sends_the_operation_on_at_once_and_only_once() -> None:
+    told = waiting()
+    before = len(told.requests)
+    told.hear(is_ripe=True)
+    told.hear(is_ripe=True)
+    assert len(told.requests) == before + 1
+    assert told.requests[-1].state == "requires_action"
+    told.answer()
+    assert told.kinds == ["requires_action", "captured"]
+
+
+# --- a void while the payer is awaited --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["charge", "authorize"])
+def test_a_void_cancels_what_waits_for_the_payer(kind: str) -> None:
+    told = waiting(kind)
+    told.send("void")
+    assert told.requests[-1].kind == "void"
+    assert told.requests[-1].gateway_payment_id == "ref_1"
+    told.answer(Succeeded("ref_1"))
+    assert told.kinds == ["requires_action", "declined", "voided"]
+    assert told.last.snapshot.status == "canceled"
+    assert told.amounts() == (0, 0, 0, 0)
+
+
+def test_a_void_waits_for_a_question_that_is_under_way() -> None:
+    told = waiting()
+    told.claim()
+    told.send("void")
+    assert told.requests[-1].kind == "charge"
+    told.answer(ACTION)
+    assert told.requests[-1].kind == "void"
+
+
+def test_while_it_is_being_cancelled_nobody_asks_and_so_executes_it() -> None:
+    told = waiting()
+    told.send("void")
+    assert told.operations[1].due_at is None
+    told.hear(is_ripe=True)
+    assert told.requests[-1].kind == "void"
+    told.answer(NotExecuted("it is being processed"))
+    assert told.operations[1].due_at is not None
+    assert told.kinds == ["requires_action", "command_rejected"]
+
+
+def test_a_void_that_comes_too_late_is_refused_and_the_payment_counts() -> None:
+    told = waiting()
+    told.send("void")
+    told.hear(PAID, 1)
+    told.answer(NotExecuted("it is paid"))
+    assert told.kinds == ["requires_action", "captured", "command_rejected"]
+
+
+def test_the_news_that_it_is_canceled_may_come_before_the_voids_own_answer() -> None:
+    told = waiting()
+    told.send("void")
+    told.hear(GONE, 1)
+    told.answer(Succeeded("ref_1"))
+    assert told.kinds == ["requires_action", "expired", "voided"]
+    assert told.last.snapshot.status == "canceled"
+
+
+def test_a_hold_that_came_about_while_it_was_being_cancelled_is_released_by_it() -> None:
+    told = waiting("authorize")
+    told.send("void")
+    told.hear(PAID, 1)
+    told.answer(Succeeded("ref_1"))
+    assert told.kinds == ["requires_action", "authorized", "voided"]
+    assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+def test_a_capture_that_waits_behind_it_is_refused_once_it_is_cancelled() -> None:
+    told = waiting("authorize")
+    told.send("capture")
+    told.send("void")
+    told.answer(Succeeded("ref_1"))
+    assert told.kinds == ["requires_action", "declined", "voided", "command_rejected"]
+
+
+def test_what_a_gateway_cannot_cancel_is_refused_up_front() -> None:
+    gateways = {"books": replace(CAPABILITIES, cancel_waiting=False)}
+    told = Story(rules(gateways=gateways))
+    told.send("charge")
+    told.answer(ACTION)
+    told.send("void")
+    assert told.last.rejection is not None
+    assert told.last.rejection.reason == "unsupported_by_gateway"
+    assert told.operations[1].due_at is not None
+
+
+# --- holds and refunds that end by themselves -------------------------------------------------------------------------
+
+
+def test_a_hold_that_the_provider_let_go_cannot_be_captured_any_more() -> None:
+    told = story()
+    told.does("authorize")
+    told.does("capture", amount_minor=4_000)
+    told.hear(GONE, 1)
+    told.hear(GONE, 1)
+    assert told.kinds == ["authorized", "captured", "authorization_expired"]
+    assert told.amounts() == (10_000, 4_000, 6_000, 0)
+
+
+def test_our_own_capture_under_way_is_not_taken_for_the_end_of_the_hold() -> None:
+    told = story()
+    told.does("authorize")
+    told.send("capture", amount_minor=4_000)
+    told.hear(GONE, 1)
+    told.answer()
+    assert told.amounts() == (10_000, 4_000, 0, 0)
+
+
+def test_a_refund_that_came_back_is_owed_again_and_books_are_even() -> None:
+    told = story()
+    told.does("charge")
+    told.does("refund", amount_minor=4_000)
+    told.hear(REFUND_FAILED, 2)
+    told.hear(REFUND_FAILED, 2)
+    told.hear(Succeeded("ref_2", 4_000), 2)
+    assert told.kinds == ["captured", "refunded", "refund_failed"]
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.does("refund", "again", amount_minor=10_000)
+    assert told.last.kind == "refunded"
+
+
+# --- disputes ---------------------------------------------------------------------------------------------------------
+
+
+def dispute(stage: DisputeStage, amount: int = 10_000) -> dict[str, Any]:
+    return {"dispute": Dispute("dp_1", stage, amount, "USD", "fraudulent"), "operation_number": None}
+
+
+def test_disputed_money_cannot_be_refunded_until_it_is_won_back() -> None:
+    told = story()
+    told.does("charge")
+    told.hear(**dispute(DisputeStage.OPENED, 6_000))
+    told.send("refund", "too much", amount_minor=5_000)
+    assert told.last.kind == "command_rejected"
+    told.hear(**dispute(DisputeStage.WON, 6_000))
+    told.does("refund", "now", amount_minor=5_000)
+    assert told.kinds == ["captured", "dispute_opened", "command_rejected", "dispute_closed", "refunded"]
+
+
+def test_a_dispute_in_a_foreign_currency_is_reported() -> None:
+    told = story()
+    told.does("charge")
+    strange = dispute(DisputeStage.OPENED)["dispute"]._replace(currency="EUR")
+    assert told.hear(dispute=strange).disagrees
+    assert told.kinds == ["captured"]
+
+
+@pytest.mark.parametrize("end", [DisputeStage.WON, DisputeStage.LOST])
+def test_a_dispute_ends_the_same_in_whatever_order_it_is_told(end: DisputeStage) -> None:
+    ends = set()
+    for order in permutations([DisputeStage.OPENED, end, DisputeStage.OPENED, end]):
+        told = story()
+        told.does("charge")
+        for stage in order:
+            told.hear(**dispute(stage))
+        assert told.payment is not None
+        ends.add((told.payment.disputed_minor, told.payment.disputes, told.kinds[-1]))
+    assert len(ends) == 1
+
+
+# --- any order --------------------------------------------------------------------------------------------------------
+
+SCENARIOS = {
+    "paid": ("charge", [ACTION, Pending("ref_1"), PAID]),
+    "declined": ("charge", [ACTION, NO]),
+    "declined, then paid with another card": ("charge", [NO, ACTION, PAID]),
+    "held": ("authorize", [ACTION, PAID]),
+    "held, then let go": ("authorize", [ACTION, PAID, GONE]),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_any_order_any_number_of_times_before_or_after_the_answer_ends_the_same(scenario: str) -> None:
+    kind, news = SCENARIOS[scenario]
+    ends = set()
+    for order in permutations([*news, news[-1], "answer"]):
+        told = story()
+        told.send(kind)
+        for each in order:
+            if each == "answer":
+                told.answer(ACTION)
+            else:
+                told.hear(each)  # type: ignore[arg-type]  # the other one is handled above
+        ends.add((told.amounts(), told.payment.status if told.payment else None, told.state(1)))
+    assert len(ends) == 1, ends
