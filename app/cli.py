@@ -314,13 +314,17 @@ def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
     state_file: Annotated[Path | None, typer.Option(help="Keeps its books across restarts.")] = None,
+    webhooks_to: Annotated[
+        str | None, typer.Option(help="Send webhooks here, say http://127.0.0.1:8080/webhooks.", show_default="none")
+    ] = None,
 ) -> None:
     """The provider simulator alone.
 
-    Point PAYMENTS_STRIPE_API_BASE at it; any key that begins with sk_ opens it."""
+    Point PAYMENTS_STRIPE_API_BASE at it; any key that begins with sk_ opens it. Webhooks are signed with the first of
+    PAYMENTS_STRIPE_WEBHOOK_SECRETS."""
     from app.processes import run_sandbox
 
-    run_sandbox(host, port, state_file=state_file)
+    run_sandbox(read_settings(), host, port, state_file=state_file, webhooks_to=webhooks_to)
 
 
 @app.command()

@@ -5,7 +5,7 @@ document fetches nothing from other hosts.
 """
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from html import escape
@@ -34,8 +34,8 @@ CONTENT_SECURITY_POLICY: Final = (
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def create_http_app(*, checks: Checks, peers: Peers) -> Starlette:
-    """The HTTP process: health, all processes' metrics, and the AsyncAPI document with its page.
+def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route] = ()) -> Starlette:
+    """The HTTP process: health, all processes' metrics, the AsyncAPI document with its page, and `more_routes`.
 
     `peers` maps the name of another process to the base URL of its own HTTP.
     """
@@ -52,6 +52,7 @@ def create_http_app(*, checks: Checks, peers: Peers) -> Starlette:
 
     routes = [
         Route("/", _index),
+        *more_routes,
         *_health_routes(checks),
         Route("/metrics", metrics),
         Route("/asyncapi", _asyncapi_page),

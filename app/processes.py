@@ -56,23 +56,41 @@ def relay_config(settings: Settings) -> "RelayConfig":
 
 
 def run_http(settings: Settings) -> None:
-    """Health, all processes' metrics, the AsyncAPI page, and the outbox's partitions, until SIGTERM."""
+    """Webhooks, health, all processes' metrics, the AsyncAPI page, and the outbox's partitions, until SIGTERM."""
     from app.http import create_http_app
     from app.maintenance import Maintenance
     from app.process import run
+    from app.webhooks import WebhookService
 
     configure_logs("http", as_json=settings.log_json)
-    maintenance = Maintenance(settings)
-    app = create_http_app(checks=maintenance.checks(), peers=settings.metrics_peers)
-    run(maintenance.run, app=app, host=settings.http_host, port=settings.http_port)
+    maintenance, webhooks = Maintenance(settings), WebhookService(settings)
+    checks = {**maintenance.checks(), **webhooks.checks()}
+    app = create_http_app(checks=checks, peers=settings.metrics_peers, more_routes=webhooks.routes())
+
+    async def main(stop: asyncio.Event) -> None:
+        receiving = asyncio.create_task(webhooks.run())
+        maintaining = asyncio.create_task(maintenance.run(stop))
+        # Webhooks end only with an error, which ends the process.
+        done, _ = await asyncio.wait((receiving, maintaining), return_when=asyncio.FIRST_COMPLETED)
+        for task in (receiving, maintaining):
+            task.cancel()
+        await asyncio.gather(receiving, maintaining, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    run(main, app=app, host=settings.http_host, port=settings.http_port)
 
 
-def run_sandbox(host: str, port: int, *, state_file: Path | None) -> None:
+def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | None, webhooks_to: str | None) -> None:
     """The provider simulator, until SIGTERM."""
-    from infra.sandbox.stripe import serve
+    from infra.sandbox.stripe import SandboxState, create_server
 
     configure_logs("sandbox", as_json=True)
-    serve(host, port, state_file=state_file)
+    state = SandboxState(state_file=state_file)
+    if webhooks_to is not None and settings.stripe_webhook_secrets:
+        secret = settings.stripe_webhook_secrets[0].get_secret_value()
+        state.events.configure({"url": f"{webhooks_to}/stripe", "secret": secret})
+    create_server(host, port, state).run()
 
 
 async def prepare(settings: Settings, *, revision: str = "head") -> None:

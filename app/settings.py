@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     stripe_api_base: str | None = None
     stripe_timeout_seconds: float = 20.0
     stripe_return_url: str = "https://example.invalid/return"
+    stripe_webhook_secrets: list[SecretStr] = []
+    """Of the endpoint /webhooks/stripe; two while one is being rolled. None: every webhook is refused."""
 
     currencies: list[str] = sorted(MINOR_UNITS)
     amount_limits: dict[str, dict[str, AmountLimits]] = {}
@@ -54,6 +56,7 @@ class Settings(BaseSettings):
     retries_before_parking: int = 5
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6
+    webhook_connections: PositiveInt = 3
 
     http_host: str = "127.0.0.1"
     http_port: int = 8080

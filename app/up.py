@@ -7,6 +7,7 @@ the order in which nobody misses anybody: worker, relay, HTTP, simulator, server
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -150,7 +151,8 @@ class Installation:
 
     def _simulator_arguments(self) -> list[str]:
         port = self._environment[STRIPE_BASE].rsplit(":", 1)[1]
-        return ["sandbox", "--port", port, "--state-file", str(self._books_path)]
+        webhooks = f"{self._url_of('http')}/webhooks"
+        return ["sandbox", "--port", port, "--state-file", str(self._books_path), "--webhooks-to", webhooks]
 
     @property
     def _books_path(self) -> Path:
@@ -262,7 +264,11 @@ def addresses(*, simulates: bool) -> dict[str, str]:
     peers = {name: f"http://{HOST}:{ports[_port_variable(name)]}" for name in ("worker", "relay")}
     found = ports | {"PAYMENTS_HTTP_HOST": HOST, "PAYMENTS_METRICS_PEERS": json.dumps(peers)}
     if simulates:
-        found |= {STRIPE_BASE: f"http://{HOST}:{free_port()}", "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY}
+        found |= {
+            STRIPE_BASE: f"http://{HOST}:{free_port()}",
+            "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY,
+            "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([f"whsec_{secrets.token_hex(16)}"]),
+        }
     return found
 
 

@@ -7,10 +7,12 @@ from uuid_utils.compat import uuid7
 
 from app.settings import Settings
 from domain.capabilities import AmountLimits
+from domain.notices import WebhookReader
 from domain.ports import Gateway
 from domain.rules import Rules
 from infra.gateways.instant import InstantGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
+from infra.gateways.stripe_webhooks import StripeWebhooks
 
 GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
     "stripe": lambda settings: StripeGateway(
@@ -23,6 +25,10 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
         )
     ),
     "instant": lambda settings: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
+}
+
+WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
+    "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets),
 }
 
 new_id = uuid7
@@ -43,6 +49,11 @@ def create_gateways(settings: Settings) -> dict[str, Gateway]:
     if unknown:
         raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
     return {name: GATEWAYS[name](settings) for name in settings.gateways}
+
+
+def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
+    """How to read the webhooks of the gateways in use, by name; some send none."""
+    return {name: WEBHOOKS[name](settings) for name in settings.gateways if name in WEBHOOKS}
 
 
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:

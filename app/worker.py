@@ -19,12 +19,14 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import Dispatcher
+from handlers.heed import Heeder
 from handlers.leases import Leases
 from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import WritePath
 from infra.kafka.dead_letters import KafkaDeadLetters
 from infra.kafka.skipping import SkippingReader
+from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.store import PostgresStore, create_pool
 from infra.redis.recent_keys import ValkeyRecentKeys
 
@@ -122,6 +124,7 @@ class Worker:
             lease=rules.retry.lease,
             interval_seconds=settings.sweep_interval_seconds,
         )
+        self._heeder = Heeder(inbox=PostgresInbox(self._pool), write_path=write_path, submit=self._dispatcher.submit)
         producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
         await producer.start()
         stack.push_async_callback(producer.stop)
@@ -137,7 +140,13 @@ class Worker:
             self._broker, topic=settings.commands_topic, group_id=settings.consumer_group
         )
         self._spawn(
-            self._settler.run(), leases.run(), self._sweep.run(), self._backlog.run(), self._consumer.offsets.run()
+            self._settler.run(),
+            leases.run(),
+            self._sweep.run(),
+            self._backlog.run(),
+            self._consumer.offsets.run(),
+            self._heeder.run(),
+            listen(settings.postgres_url, self._heeder.arrived.set),
         )
         await self._broker.start()
         self._reader = SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)

@@ -512,8 +512,7 @@ class _Draft:
             return
         operation = operation.copy()
         operation.attempts += 1
-        operation.lease_token += 1
-        operation.is_leased = True
+        operation.is_leased = True  # by the token that it has: nobody holds it, and a claim meanwhile raises it
         operation.due_at = self.now + self.rules.retry.lease
         self._keep(operation)
         assert operation.command is not None, "as checked"

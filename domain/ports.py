@@ -9,7 +9,7 @@ from uuid import UUID
 
 from domain.capabilities import Capabilities
 from domain.ledger import Transfer
-from domain.operations import GatewayRequest, Operation, Outcome
+from domain.operations import GatewayRequest, Operation, OperationState, Outcome
 from domain.payment import Payment
 
 Clock = Callable[[], datetime]
@@ -78,6 +78,8 @@ class Changes(NamedTuple):
     transfers: Sequence[Transfer]
     outbox: Sequence[OutboxRow]
     decided_at: datetime
+    notices: Sequence[int] = ()
+    """Places in the inbox that are applied by this."""
 
 
 class WriteTransaction(Protocol):
@@ -89,6 +91,10 @@ class WriteTransaction(Protocol):
 
     async def find_operations(self, idempotency_keys: Iterable[str]) -> dict[str, Operation]:
         """The operations that were accepted under these keys."""
+        ...
+
+    async def operations_at(self, places: Iterable[tuple[UUID, int]]) -> dict[tuple[UUID, int], Operation]:
+        """The operations that exist at these payments and numbers, whether open or ended."""
         ...
 
     async def save(self, changes: Changes) -> None:
@@ -128,6 +134,59 @@ class PaymentStore(Protocol):
 
     async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> None:
         """Start these leases anew, except those that were taken over."""
+        ...
+
+
+class Received(NamedTuple):
+    """A verified webhook for the inbox. `content` is what it says, `body` the request's own body.
+
+    The payment is named by our id or, where the message has only the provider's, by `gateway_payment_id`. What
+    `is_about_nothing` (an event type that we do not know) is stored, and never applied.
+    """
+
+    gateway: str
+    event_id: str
+    type: str
+    content: str
+    body: bytes
+    payment_id: UUID | None = None
+    operation_number: int | None = None
+    gateway_payment_id: str | None = None
+    is_about_nothing: bool = False
+
+
+class Accepted(NamedTuple):
+    """What the inbox knows of a webhook: the payment, None if there is none here; whether its event is new; and where
+    the operation stood that it names."""
+
+    payment_id: UUID | None
+    is_new: bool
+    currency: str | None = None
+    state: OperationState | None = None
+    amount_minor: int | None = None
+
+
+class StoredNotice(NamedTuple):
+    """A webhook in the inbox, about a payment that exists."""
+
+    notice_id: int
+    payment_id: UUID
+    gateway: str
+    event_id: str
+    type: str
+    operation_number: int | None
+    content: str
+
+
+class Inbox(Protocol):
+    """Where webhooks wait, safely, until they are applied. Every method raises StoreUnavailable when it is away."""
+
+    async def accept(self, received: Sequence[Received]) -> list[Accepted]:
+        """Store each event once, if its payment exists here and is of its gateway; on disk when this returns."""
+        ...
+
+    async def claim(self, *, limit: int, lease: timedelta) -> list[StoredNotice]:
+        """Take over notices that are due, oldest first."""
         ...
 
 

@@ -44,14 +44,19 @@ CALL_SECONDS = Histogram(
     ["gateway"],
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
 )
+WEBHOOKS = Counter("payments_webhooks_total", "Webhooks received, by what became of them", ["gateway", "verdict"])
+NOTICES_DISAGREEING = Counter(
+    "payments_notices_disagreeing_total", "Webhooks that contradict what is known: somebody must look", ["gateway"]
+)
+NOTICES_APPLIED = Counter("payments_notices_applied_total", "Webhooks applied to their payments")
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
 
 
 @cache
-def results(command: OperationKind, result: EventKind) -> Counter:
+def results(command: OperationKind | None, result: EventKind) -> Counter:
     """The counter of these labels, found once: a look-up at every event would cost more than the counting."""
-    return RESULTS.labels(command.value, result.value)
+    return RESULTS.labels(command.value if command else "none", result.value)
 
 
 @cache

@@ -6,11 +6,14 @@ together. Gateway requests are returned to be sent after the commit, never insid
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from domain.decide import Decision, Delivery, Input, decide
+import structlog
+
+from domain.decide import Decision, Delivery, Input, Notified, decide
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
 from domain.ledger import Transfer
@@ -22,6 +25,8 @@ from handlers import metrics
 from handlers.at_hand import AtHand
 from handlers.messages.commands import command_from_content
 from handlers.messages.events import event_type, write_event, write_replay, write_time
+
+log = structlog.get_logger(__name__)
 
 ATTEMPTS_MAX = 20
 """Lost races in a row before a batch is handed back as if Postgres were away: it will be delivered again."""
@@ -135,40 +140,60 @@ class WritePath:
         self, inputs: Sequence[Input], suspects: Sequence[str], assumed: dict[UUID, Payment] | None
     ) -> "_Batch":
         if assumed is not None:
-            batch = self._decide(inputs, assumed, {})
+            batch = self._decide(inputs, _Known(assumed))
             await self._store.save(batch.changes())
             return batch
         async with self._store.begin() as transaction:
-            batch = self._decide(inputs, *await self._load(transaction, inputs, suspects))
+            batch = self._decide(inputs, await self._load(transaction, inputs, suspects))
             await transaction.save(batch.changes())
         return batch
 
-    def _decide(self, inputs: Sequence[Input], payments: dict[UUID, Payment], stored: dict[str, Operation]) -> "_Batch":
-        batch = _Batch(self._rules, self._clock, self._new_id, payments, stored)
+    def _decide(self, inputs: Sequence[Input], known: "_Known") -> "_Batch":
+        batch = _Batch(self._rules, self._clock, self._new_id, known)
         for given in inputs:
             batch.apply(given)
         return batch
 
-    async def _load(
-        self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Sequence[str]
-    ) -> tuple[dict[UUID, Payment], dict[str, Operation]]:
+    async def _load(self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Sequence[str]) -> "_Known":
         # Locked first, read afterwards: what is read about a payment is then true until the commit.
         payments = await transaction.lock_payments({_payment_id(each) for each in inputs})
         stored = await transaction.find_operations(suspects)
         for payment in payments.values():
             _read_waiting(payment)
-        return payments, stored
+        named = await transaction.operations_at({place for each in inputs if (place := _place(each)) is not None})
+        return _Known(payments, stored, named)
 
 
 def _payment_id(given: Input) -> UUID:
     return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
 
 
+def _place(given: Input) -> tuple[UUID, int] | None:
+    """Which operation a notice names."""
+    if not isinstance(given, Notified) or given.notice.operation_number is None:
+        return None
+    return given.payment_id, given.notice.operation_number
+
+
+WAITING: Final = (OperationState.RECEIVED, OperationState.REQUIRES_ACTION)
+
+
 def _read_waiting(payment: Payment) -> None:
     """Put the commands of waiting operations at hand, for their turn may come."""
     for operation in payment.operations:
-        if operation.state is OperationState.RECEIVED:
+        if operation.state in WAITING:
             operation.command = command_from_content(operation.content, operation.traceparent)
+
+
+NOTHING: Final[Mapping[Any, Operation]] = {}
+
+
+class _Known(NamedTuple):
+    """What is known about the payments of a batch: `stored` by idempotency key, `named` by notices."""
+
+    payments: dict[UUID, Payment]
+    stored: Mapping[str, Operation] = NOTHING
+    named: Mapping[tuple[UUID, int], Operation] = NOTHING
 
 
 class _Batch:
@@ -179,23 +204,25 @@ class _Batch:
         rules: Rules,
         clock: Clock,
         new_id: Callable[[], UUID],
-        payments: dict[UUID, Payment],
-        stored: dict[str, Operation],
+        known: _Known,
     ) -> None:
         self.requests: list[GatewayRequest] = []
         self._rules = rules
         self._now = clock()
         self._new_id = new_id
-        self._loaded = payments
-        self._payments = dict(payments)
-        self._stored = stored
+        self._loaded = known.payments
+        self._payments = dict(known.payments)
+        self._stored = dict(known.stored)
+        self._named = known.named
         self._operations: dict[tuple[UUID, int], Operation] = {}
         self._touched: dict[UUID, None] = {}
         self._transfers: list[Transfer] = []
         self._outbox: list[OutboxRow] = []
         self._events: list[Event] = []
+        self._notices: list[int] = []
         self._duplicates = 0
         self._stale = 0
+        self._disagreeing: list[Notified] = []
 
     def apply(self, given: Input) -> None:
         """Decide one input on the state that the inputs before it left behind."""
@@ -203,7 +230,12 @@ class _Batch:
         payment = self._payments.get(payment_id)
         if isinstance(given, Delivery):
             given = self._with_stored(given, payment)
+        elif isinstance(given, Notified):
+            given = self._with_named(given, payment)
+            self._notices.append(given.notice_id)
         decision = decide(payment, given, now=self._now, rules=self._rules)
+        if decision.disagrees and isinstance(given, Notified):
+            self._disagreeing.append(given)
         if decision.is_stale:
             self._stale += 1
             return
@@ -220,6 +252,14 @@ class _Batch:
             if stored.payment_id == payment.payment_id:
                 stored = next(own, stored)
         return Delivery(delivery.command, stored)
+
+    def _with_named(self, given: Notified, payment: Payment | None) -> Notified:
+        """The notice with the operation that it names as the inputs before it left it."""
+        place = _place(given)
+        if place is None or payment is None:
+            return given
+        own = next((each for each in payment.operations if each.number == place[1]), None)
+        return given._replace(operation=own or self._operations.get(place) or self._named.get(place))
 
     def _gather(self, payment_id: UUID, decision: Decision, before: Payment | None) -> None:
         results = [self._publish(event) for event in decision.events]
@@ -279,6 +319,7 @@ class _Batch:
             transfers=self._transfers,
             outbox=self._outbox,
             decided_at=self._now,
+            notices=self._notices,
         )
 
     def committed(self) -> list[Payment]:
@@ -296,6 +337,9 @@ class _Batch:
         """Report what was saved; called once the batch is committed."""
         metrics.DUPLICATES.inc(self._duplicates)
         metrics.STALE_ANSWERS.inc(self._stale)
+        for given in self._disagreeing:
+            metrics.NOTICES_DISAGREEING.labels(given.notice.gateway).inc()
+            log.error("webhook contradicts what is known", payment=str(given.payment_id), event=given.notice.event_id)
         for event in self._events:
             metrics.results(event.command, event.kind).inc()
         for operation in self._operations.values():

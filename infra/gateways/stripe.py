@@ -167,15 +167,15 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     match intent.status:
         case "requires_capture" if request.kind is OperationKind.AUTHORIZE:
             held = intent.amount_capturable + intent.amount_received
-            return Succeeded(intent.id, from_stripe_amount(held, request.amount.currency), _expires_at(intent))
+            return Succeeded(intent.id, from_stripe_amount(held, request.amount.currency), expires_at(intent))
         case "succeeded" if request.kind is OperationKind.CHARGE:
             return Succeeded(intent.id, from_stripe_amount(intent.amount_received, request.amount.currency))
         case "succeeded":
             raise GatewayContractBroken(NAME, f"{intent.id} is captured although only a hold was asked for")
         case "requires_action" if intent.next_action is not None:
-            return RequiresAction(intent.id, intent.next_action.type, _redirect_url(intent.next_action))
+            return RequiresAction(intent.id, intent.next_action.type, redirect_url(intent.next_action))
         case "requires_payment_method" if intent.last_payment_error is not None:
-            return _declined(intent.last_payment_error, intent.id)
+            return declined(intent.last_payment_error, intent.id)
         case "canceled" if intent.amount_received == 0:
             return Declined(DeclineReason.CANCELED, intent.cancellation_reason, intent.id)
         case _:
@@ -235,14 +235,14 @@ def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
             return Pending(refund.id)
 
 
-def _expires_at(intent: stripe.PaymentIntent) -> datetime | None:
+def expires_at(intent: stripe.PaymentIntent) -> datetime | None:
     """When Stripe releases the hold by itself, if the charge is expanded and says so."""
     details = getattr(intent.latest_charge, "payment_method_details", None)
     capture_before = getattr(getattr(details, "card", None), "capture_before", None)
     return datetime.fromtimestamp(capture_before, UTC) if isinstance(capture_before, int) else None
 
 
-def _redirect_url(action: Any) -> str | None:
+def redirect_url(action: Any) -> str | None:
     url = getattr(getattr(action, "redirect_to_url", None), "url", None)
     return url if isinstance(url, str) else None
 
@@ -284,7 +284,7 @@ DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
 """Stripe's decline codes and card error codes. Source: https://docs.stripe.com/declines/codes."""
 
 
-def _declined(error: Any, reference: str | None) -> Declined:
+def declined(error: Any, reference: str | None) -> Declined:
     """From an error object: the decline code where there is one, the error code otherwise."""
     decline_code, code = getattr(error, "decline_code", None), getattr(error, "code", None)
     reason = DECLINE_REASONS.get(decline_code or "") or DECLINE_REASONS.get(code or "") or DeclineReason.OTHER
@@ -330,10 +330,10 @@ def _card_error(error: Any, request: GatewayRequest) -> Verdict:
     details = error.error
     if details is None or details.type != "card_error":
         return _not_understood(error, request)
-    declined = _declined(details, getattr(getattr(details, "payment_intent", None), "id", None))
+    refusal = declined(details, getattr(getattr(details, "payment_intent", None), "id", None))
     if request.kind is OperationKind.REFUND:
-        return Declined(DeclineReason.REFUND_FAILED, declined.code, None)
-    return declined
+        return Declined(DeclineReason.REFUND_FAILED, refusal.code, None)
+    return refusal
 
 
 def _invalid_request(error: Any, request: GatewayRequest) -> Verdict:

@@ -31,7 +31,8 @@ PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enabl
 PAYMENT_COLUMNS: Final = (
     "payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor, authorized_minor,"
     " captured_minor, released_minor, refunded_minor, disputed_minor, reserved_capture_minor, reserved_refund_minor,"
-    " status, has_indeterminate, last_operation, last_seq, version, authorization_expires_at, open_operations"
+    " status, has_indeterminate, last_operation, last_seq, version, authorization_expires_at, disputes,"
+    " open_operations"
 )
 OPERATION_COLUMNS: Final = (
     "payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway, reference,"
@@ -47,6 +48,10 @@ OPEN_OPERATIONS = f"""
     SELECT {OPERATION_COLUMNS} FROM operations
      WHERE payment_id = ANY($1::uuid[]) AND state = ANY($2::text[])
      ORDER BY payment_id, number
+"""
+OPERATIONS_AT = f"""
+    SELECT {OPERATION_COLUMNS} FROM operations
+     WHERE (payment_id, number) IN (SELECT * FROM unnest($1::uuid[], $2::integer[]))
 """
 FIND_OPERATIONS = f"SELECT {OPERATION_COLUMNS} FROM operations WHERE idempotency_key = ANY($1::text[])"
 
@@ -65,7 +70,7 @@ UPDATE_PAYMENTS = """
            reserved_refund_minor = x.reserved_refund_minor, status = x.status,
            has_indeterminate = x.has_indeterminate, last_operation = x.last_operation, last_seq = x.last_seq,
            version = x.version + 1, authorization_expires_at = x.authorization_expires_at,
-           open_operations = x.open_operations, updated_at = now()
+           disputes = x.disputes, open_operations = x.open_operations, updated_at = now()
       FROM unnest($3::payment_row[]) AS x
      WHERE p.payment_id = x.payment_id AND p.version = x.version
 """
@@ -97,6 +102,7 @@ INSERT_OUTBOX = """
     INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
     SELECT * FROM unnest($7::outbox_row[])
 """
+HEED_NOTICES = "UPDATE inbox SET due_at = NULL, applied_at = now() WHERE id = ANY($8::bigint[])"
 # One round trip for all of it and, outside a transaction, one by itself. The parts touch different tables, so that they
 # share a snapshot does not matter. If a part wrote fewer rows than it was given, all of it is undone.
 SAVE = f"""
@@ -105,6 +111,7 @@ SAVE = f"""
          new_operations AS ({INSERT_OPERATIONS} RETURNING 1),
          changed_operations AS ({UPDATE_OPERATIONS} RETURNING 1),
          booked AS ({INSERT_LEDGER}),
+         heeded AS ({HEED_NOTICES}),
          published AS ({INSERT_OUTBOX})
     SELECT require_rows(
         ARRAY[(SELECT count(*) FROM new_payments), (SELECT count(*) FROM changed_payments),
@@ -162,7 +169,7 @@ async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
     Raises:
         StoreUnavailable: Postgres cannot be reached.
     """
-    with _translated():
+    with translated():
         return await asyncpg.create_pool(
             url,
             min_size=1,
@@ -179,7 +186,7 @@ async def _keep_session(_: Connection) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Vendor errors become ours, most specific first."""
     try:
         yield
@@ -203,7 +210,7 @@ class PostgresStore:
         assert not _in_transaction.get(), "a write transaction does not nest"
         mark = _in_transaction.set(True)
         try:
-            with _translated():
+            with translated():
                 async with self._pool.acquire() as connection, connection.transaction():
                     yield PostgresTransaction(connection)
         finally:
@@ -216,7 +223,7 @@ class PostgresStore:
             ConcurrentUpdate: a row is not as the changes assume.
             InputRefusedByStore: a constraint refused a row.
         """
-        with _translated():
+        with translated():
             async with self._pool.acquire() as connection:
                 await _save(connection, changes)
 
@@ -229,7 +236,7 @@ class PostgresStore:
 
         An operation whose lease ran out without an answer comes back `indeterminate`.
         """
-        with _translated():
+        with translated():
             async with self._pool.acquire() as connection:
                 rows = await connection.fetch(CLAIM_DUE, limit, lease)
                 operations = [_operation(row) for row in rows]
@@ -239,7 +246,7 @@ class PostgresStore:
 
     async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
         """Start these leases anew, except those that were taken over."""
-        with _translated():
+        with translated():
             async with self._pool.acquire() as connection:
                 await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
 
@@ -272,6 +279,14 @@ class PostgresTransaction:
         rows = await self._connection.fetch(FIND_OPERATIONS, keys)
         return {row["idempotency_key"]: _operation(row) for row in rows}
 
+    async def operations_at(self, places: Iterable[tuple[UUID, int]]) -> dict[tuple[UUID, int], Operation]:
+        """The operations that exist at these payments and numbers, whether open or ended."""
+        wanted = list(places)
+        if not wanted:
+            return {}
+        rows = await self._connection.fetch(OPERATIONS_AT, *zip(*wanted, strict=True))
+        return {(row["payment_id"], row["number"]): _operation(row) for row in rows}
+
     async def save(self, changes: Changes) -> None:
         """Write it all.
 
@@ -279,7 +294,7 @@ class PostgresTransaction:
             ConcurrentUpdate: a new row exists already, or a fenced row moved on.
             InputRefusedByStore: a constraint refused a row.
         """
-        with _translated():
+        with translated():
             await _save(self._connection, changes)
 
 
@@ -294,6 +309,7 @@ async def _save(connection: Connection, changes: Changes) -> None:
         [_operation_row(each) for each in changes.operations],
         [_transfer_row(each) for each in changes.transfers],
         [_outbox_row(each) for each in changes.outbox],
+        changes.notices,
     )
 
 
@@ -328,7 +344,7 @@ _VERSION: Final = 18
 
 
 def _payment_row(payment: Payment) -> tuple[Any, ...]:
-    return (*_payment_fields(payment), len(payment.operations))
+    return (*_payment_fields(payment), len(payment.operations), payment.disputes)
 
 
 def _new_payment_row(payment: Payment) -> tuple[Any, ...]:

@@ -38,6 +38,7 @@ payments: Final = sa.Table(
     sa.Column("last_seq", sa.Integer, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("authorization_expires_at", _Time),
+    sa.Column("disputes", sa.Text),
     sa.Column("created_at", _Time, nullable=False, server_default=sa.func.now()),
     sa.Column("updated_at", _Time, nullable=False, server_default=sa.func.now()),
 )
@@ -96,4 +97,20 @@ outbox: Final = sa.Table(
     sa.Column("created_at", _Time, nullable=False, server_default=sa.func.now()),
     sa.Column("position", sa.BigInteger),
     sa.Column("xact", sa.BigInteger),
+)
+
+inbox: Final = sa.Table(
+    "inbox",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("gateway", sa.Text, nullable=False),
+    sa.Column("event_id", sa.Text, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("payment_id", _Uuid),
+    sa.Column("operation_number", sa.Integer),
+    sa.Column("content", sa.Text, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("received_at", _Time, nullable=False, server_default=sa.func.now()),
+    sa.Column("due_at", _Time),
+    sa.Column("applied_at", _Time),
 )

@@ -49,6 +49,7 @@ class Books:
         self.payment_intents: dict[str, StripeObject] = {}
         self.charges: dict[str, StripeObject] = {}
         self.refunds: dict[str, StripeObject] = {}
+        self.disputes: dict[str, StripeObject] = {}
         self.touched: dict[str, StripeObject] = {}
         self.refund_settles_after_seconds = 3.0
         self._refunds_of: dict[str, list[StripeObject]] = defaultdict(list)
@@ -56,12 +57,20 @@ class Books:
 
     def keep(self, stored: StripeObject) -> None:
         """Record a new or changed object."""
-        table = {"payment_intent": self.payment_intents, "charge": self.charges, "refund": self.refunds}
-        known = table[stored["object"]]
+        known = self.table(stored["object"])
         if stored["id"] not in known:
             self._index(stored)
         known[stored["id"]] = stored
         self.touched[stored["id"]] = stored
+
+    def table(self, kind: str) -> dict[str, StripeObject]:
+        """All objects of a kind, as `object` names it, by their id."""
+        return {
+            "payment_intent": self.payment_intents,
+            "charge": self.charges,
+            "refund": self.refunds,
+            "dispute": self.disputes,
+        }[kind]
 
     def _index(self, stored: StripeObject) -> None:
         if stored["object"] == "refund":
@@ -299,6 +308,35 @@ class Books:
         charge.update(amount_refunded=refunded, refunded=charge["captured"] and refunded == intent["amount_received"])
         self.keep(charge)
 
+    # --- disputes -------------------------------------------------------------------------------------------------
+
+    def dispute(self, reference: str, amount: int | None) -> StripeObject:
+        """The payer's bank takes back `amount`, or all that is left."""
+        intent = self.payment_intent(reference)
+        dispute = {
+            "id": f"dp_{token_hex(12)}",
+            "object": "dispute",
+            "amount": amount or intent["amount_received"] - self._refunded(reference),
+            "charge": intent["latest_charge"],
+            "created": _now(),
+            "currency": intent["currency"],
+            "metadata": {},
+            "payment_intent": reference,
+            "reason": "product_not_received",
+            "status": "needs_response",
+        }
+        self.keep(dispute)
+        return dispute
+
+    def close_dispute(self, reference: str, status: str) -> StripeObject:
+        """`won` gives it back to the merchant, `lost` does not."""
+        dispute = self.disputes.get(reference)
+        if dispute is None:
+            raise missing("dispute", reference, param="dispute")
+        dispute["status"] = status
+        self.keep(dispute)
+        return dispute
+
     # --- sums -----------------------------------------------------------------------------------------------------
 
     def totals(self) -> dict[str, dict[str, int]]:
@@ -314,7 +352,11 @@ class Books:
             if refund["status"] not in GONE:
                 sums[refund["currency"]]["refunded"] += refund["amount"]
                 sums[refund["currency"]]["count_refunds"] += 1
-        empty = {"payment_intents": 0, "captured": 0, "authorized_open": 0, "refunded": 0, "count_refunds": 0}
+        for dispute in self.disputes.values():
+            if dispute["status"] != "won":
+                sums[dispute["currency"]]["disputed"] += dispute["amount"]
+        names = ("payment_intents", "captured", "authorized_open", "refunded", "count_refunds", "disputed")
+        empty = dict.fromkeys(names, 0)
         return {currency: {**empty, **counts} for currency, counts in sorted(sums.items())}
 
     def details(self, intents: Iterable[StripeObject]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """A Stripe that runs here: the real paths, forms, fields, errors and idempotency, books of its own, faults on demand.
 
 It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
-any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: webhooks, customers, fees.
+any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: customers, fees.
 
-Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `faults`, `latency`, `reset`.
+Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `latency`, `webhooks`,
+`reset`.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from infra.sandbox import forms
 from infra.sandbox.books import Books, StripeObject, newest
 from infra.sandbox.connections import HalfAnswer, KnownConnection, NoAnswer
 from infra.sandbox.errors import Refused, invalid
+from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.forms import Params
 from infra.sandbox.journal import Journal
@@ -57,6 +59,7 @@ class SandboxState:
     faults: Faults = field(default_factory=Faults)
     answers: dict[str, Stored] = field(default_factory=dict)
     requests: Iterator[int] = field(default_factory=lambda: count(1))
+    events: Events = field(default_factory=Events)
     journal: Journal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class SandboxState:
         for line in self.journal.read():
             for stored in line.get("objects", ()):
                 self.books.keep(stored)
+                self.events.note(stored)
             if "key" in line:
                 body = line["body"].encode()
                 self.answers[line["key"]] = Stored(line["fingerprint"], line["status"], body, line["request_id"])
@@ -75,6 +79,8 @@ class SandboxState:
     def save(self, key: str | None) -> None:
         """Write what the request under `key` changed, and its answer if it is remembered."""
         line: dict[str, Any] = {"objects": list(self.books.touched.values())}
+        for changed in self.books.touched.values():
+            self.events.tell(changed, key)
         self.books.touched.clear()
         if key is not None:
             line |= _line_of(key, self.answers[key])
@@ -83,11 +89,12 @@ class SandboxState:
     def reset(self) -> None:
         """Forget everything but the latency."""
         self.books, self.faults, self.answers = Books(), Faults(), {}
+        self.events.forget()
         self.journal.rewrite(self._lines())
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         books = self.books
-        for table in (books.payment_intents, books.charges, books.refunds):
+        for table in (books.payment_intents, books.charges, books.refunds, books.disputes):
             for stored in table.values():
                 yield {"objects": [stored]}
         for key, answer in self.answers.items():
@@ -389,6 +396,21 @@ async def _set_latency(request: Request) -> Response:
     return JSONResponse({"latency_ms": milliseconds})
 
 
+async def _set_webhooks(request: Request) -> Response:
+    """Where to send webhooks, `{"url": …, "secret": …}`, and how badly: `Manners`, and `amount_off_by`."""
+    events: Events = request.app.state.sandbox.events
+    try:
+        events.configure(await request.json())
+    except (TypeError, ValueError, AttributeError) as error:
+        return JSONResponse({"error": str(error)}, 400)
+    return JSONResponse({"url": events.url})
+
+
+async def _webhooks(request: Request) -> Response:
+    events: Events = request.app.state.sandbox.events
+    return JSONResponse({"url": events.url, "sent": events.sender.sent, "accepted": events.sender.accepted})
+
+
 async def _reset(request: Request) -> Response:
     request.app.state.sandbox.reset()
     return JSONResponse({"reset": True})
@@ -506,6 +528,26 @@ ROUTES: Final = [
     Route("/_sandbox/faults", _add_fault, methods=["POST"]),
     Route("/_sandbox/faults", _clear_faults, methods=["DELETE"]),
     Route("/_sandbox/latency", _set_latency, methods=["POST"]),
+    Route(
+        "/_sandbox/payment_intents/{intent}/dispute",
+        _own(
+            lambda books, request: books.dispute(
+                request.path_params["intent"], int(request.query_params.get("amount", "0")) or None
+            )
+        ),
+        methods=["POST"],
+    ),
+    Route(
+        "/_sandbox/disputes/{dispute}/close",
+        _own(
+            lambda books, request: books.close_dispute(
+                request.path_params["dispute"], request.query_params.get("status", "won")
+            )
+        ),
+        methods=["POST"],
+    ),
+    Route("/_sandbox/webhooks", _set_webhooks, methods=["POST"]),
+    Route("/_sandbox/webhooks", _webhooks, methods=["GET"]),
     Route("/_sandbox/reset", _reset, methods=["POST"]),
 ]
 
@@ -517,6 +559,7 @@ def create_app(state: SandboxState) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state.load()
         yield
+        await state.events.sender.close()
         state.journal.close()
 
     app = Starlette(routes=ROUTES, lifespan=lifespan)

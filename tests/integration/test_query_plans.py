@@ -12,12 +12,12 @@ import asyncpg
 import pytest
 
 from infra.local import StackUrls, create_database, drop_database
-from infra.postgres import store
+from infra.postgres import inbox, store
 from tests.integration.bulk import fill_now
 
 STATEMENTS = {
     name: text
-    for name, text in vars(store).items()
+    for name, text in (vars(store) | vars(inbox)).items()
     if name.isupper() and isinstance(text, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)
 }
 INDEXES = {
@@ -29,7 +29,11 @@ INDEXES = {
     "UPDATE_OPERATIONS": {"operations_pkey"},
     "CLAIM_DUE": {"operations_due", "operations_pkey"},
     "RENEW_LEASES": {"operations_pkey"},
-    "SAVE": {"payments_payment_id_key", "operations_pkey"},
+    "OPERATIONS_AT": {"operations_pkey"},
+    "HEED_NOTICES": {"inbox_pkey"},
+    "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_pkey"},
+    "CLAIM": {"inbox_due", "inbox_pkey"},
+    "SAVE": {"payments_payment_id_key", "operations_pkey", "inbox_pkey"},
 }
 
 
@@ -70,7 +74,7 @@ def test_every_statement_is_looked_at() -> None:
 @pytest.mark.parametrize("name", STATEMENTS)
 async def test_statement_walks_its_indexes(name: str, pinned: asyncpg.Connection) -> None:
     plan = await generic_plan(pinned, STATEMENTS[name])
-    assert not re.search(r"Seq Scan on (payments|operations|outbox|ledger)", plan), plan
+    assert not re.search(r"Seq Scan on (payments|operations|outbox|ledger|inbox)", plan), plan
     assert "Hash Join" not in plan, plan
     assert "Merge Join" not in plan, plan
     for index in INDEXES.get(name, ()):
@@ -84,7 +88,7 @@ async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(po
     await connection.execute("ANALYZE")
     for name, statement in STATEMENTS.items():
         plan = await generic_plan(connection, statement)
-        assert not re.search(r"Seq Scan on (payments|operations)", plan), f"{name}\n{plan}"
+        assert not re.search(r"Seq Scan on (payments|operations|inbox)", plan), f"{name}\n{plan}"
         assert "Hash Join" not in plan, plan
         assert "Merge Join" not in plan, plan
     await connection.close()

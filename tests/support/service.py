@@ -94,14 +94,15 @@ async def running_worker(
 ) -> AsyncIterator[InProcessWorker]:
     """A worker without Kafka."""
     pool = await create_pool(url, size=5)
-    store, chosen = PostgresStore(pool), given or rules()
+    known = {gateway.name: gateway.capabilities}
+    store, chosen = PostgresStore(pool), given or rules(gateways=known, default_gateway=gateway.name)
     leases = Leases(store=store, lease=chosen.retry.lease)
     write_path = WritePath(
         store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or WrongHint()
     )
     dispatcher = Dispatcher(
-        gateways={"books": gateway},
-        limits={"books": 50},
+        gateways={gateway.name: gateway},
+        limits={gateway.name: 50},
         store=store,
         clock=lambda: datetime.now(UTC),
         leases=leases,

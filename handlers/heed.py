@@ -1,0 +1,79 @@
+"""Applies the webhooks of the inbox through the write path, as soon as they are stored; several workers share them.
+
+What cannot be applied stays in the inbox and comes back after its lease: a webhook is never lost, and never counts
+twice.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from domain.decide import Notified
+from domain.errors import PaymentsError
+from domain.operations import GatewayRequest
+from domain.ports import Inbox, StoredNotice
+from handlers import metrics
+from handlers.messages.notices import read_notice
+from handlers.write_path import WritePath
+
+log = structlog.get_logger(__name__)
+
+CLAIMED_MAX: Final = 200
+LEASE: Final = timedelta(seconds=30)
+INTERVAL_SECONDS: Final = 1.0
+"""How often it looks without having been told that there is something."""
+
+
+class Heeder:
+    """Takes notices from the inbox. `arrived` is set by whoever hears that there are some."""
+
+    def __init__(self, *, inbox: Inbox, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None]) -> None:
+        self.arrived = asyncio.Event()
+        self._inbox = inbox
+        self._write_path = write_path
+        self._submit = submit
+
+    async def run(self) -> None:
+        """Apply what there is, until cancelled; an unavailable Postgres is tried again at the next turn."""
+        while True:
+            self.arrived.clear()
+            try:
+                while await self.heed_once():
+                    pass
+            except PaymentsError as error:
+                log.warning("webhooks postponed", error=str(error))
+            try:
+                await asyncio.wait_for(self.arrived.wait(), INTERVAL_SECONDS)
+            except TimeoutError:
+                continue
+
+    async def heed_once(self) -> int:
+        """Claim one portion and apply it; how many there were."""
+        claimed = await self._inbox.claim(limit=CLAIMED_MAX, lease=LEASE)
+        applied = await self._write_path.apply([each for stored in claimed if (each := _notified(stored)) is not None])
+        self._submit(applied.requests)
+        for refused in applied.refused:
+            log.error(
+                "webhook not applied; it will be tried again", notice=str(refused.given), error=str(refused.error)
+            )
+        metrics.NOTICES_APPLIED.inc(len(claimed) - len(applied.refused) - len(applied.not_tried))
+        return len(claimed)
+
+
+def _notified(stored: StoredNotice) -> Notified | None:
+    """None for one that this release cannot read: it stays in the inbox, and stops none of its neighbours."""
+    try:
+        notice = read_notice(
+            stored.content,
+            gateway=stored.gateway,
+            event_id=stored.event_id,
+            type_=stored.type,
+            operation_number=stored.operation_number,
+        )
+    except (ValueError, KeyError, TypeError):
+        log.exception("webhook in the inbox cannot be read", notice_id=stored.notice_id)
+        return None
+    return Notified(stored.notice_id, stored.payment_id, notice)

@@ -1,0 +1,52 @@
+"""A notice as it is kept in the inbox: JSON that a later release still reads.
+
+Only what `decide` needs of it; the provider's own text is kept beside it, byte for byte.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
+
+from domain.notices import Dispute, Notice
+from domain.operations import Declined, Expired, Pending, RequiresAction, Succeeded
+
+_OUTCOMES: Final[Mapping[str, TypeAdapter[Any]]] = {
+    each.__name__: TypeAdapter(each) for each in (Succeeded, Declined, Expired, Pending, RequiresAction)
+}
+_DISPUTE: Final = TypeAdapter(Dispute)
+
+
+def write_notice(notice: Notice) -> str:
+    """What the notice says, without the names that the inbox has columns for."""
+    outcome = notice.outcome
+    assert outcome is None or type(outcome).__name__ in _OUTCOMES, "a webhook tells what a provider can know"
+    body = {
+        "outcome": None if outcome is None else {"is": type(outcome).__name__, **asdict(outcome)},
+        "currency": notice.currency,
+        "dispute": None if notice.dispute is None else notice.dispute._asdict(),
+        "is_ripe": notice.is_ripe,
+    }
+    return to_json(body).decode()
+
+
+def read_notice(content: str, *, gateway: str, event_id: str, type_: str, operation_number: int | None) -> Notice:
+    """The notice that `write_notice` wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    body = from_json(content)
+    outcome, dispute = body["outcome"], body["dispute"]
+    return Notice(
+        gateway,
+        event_id,
+        type_,
+        operation_number=operation_number,
+        outcome=None if outcome is None else _OUTCOMES[outcome.pop("is")].validate_python(outcome),
+        currency=body["currency"],
+        dispute=None if dispute is None else _DISPUTE.validate_python(dispute),
+        is_ripe=body["is_ripe"],
+    )

@@ -1,0 +1,135 @@
+"""Webhooks: verified, stored, and only then answered as the provider demands; applied later, by the workers.
+
+Those that arrive together are stored together: one statement a moment, however many there are.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import structlog
+
+from domain.errors import StoreUnavailable
+from domain.notices import BODY_BYTES_MAX, Notice, Verdict, WebhookAnswer, WebhookReader, WebhookRefused, WebhookRequest
+from domain.operations import OPEN, Succeeded
+from domain.ports import Accepted, Received
+from handlers import metrics
+from handlers.messages.notices import write_notice
+
+log = structlog.get_logger(__name__)
+
+BATCH_MAX: Final = 200
+GATHER_SECONDS: Final = 0.002
+
+
+Accept = Callable[[Sequence[Received]], Awaitable[list[Accepted]]]
+"""`domain.ports.Inbox.accept`."""
+
+
+class _Waiting(NamedTuple):
+    notice: Notice
+    body: bytes
+    verdict: "asyncio.Future[Verdict]"
+
+
+class Webhooks:
+    """Receives the webhooks of every gateway that sends any. `run` must be running beside it."""
+
+    def __init__(self, *, readers: Mapping[str, WebhookReader], accept: Accept) -> None:
+        self._readers = readers
+        self._accept_all = accept
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+
+    @property
+    def gateways(self) -> frozenset[str]:
+        """Who may send webhooks here."""
+        return frozenset(self._readers)
+
+    async def receive(self, gateway: str, request: WebhookRequest) -> WebhookAnswer:
+        """Store what is genuine, and say what its sender must hear. Nothing else changes here."""
+        reader = self._readers[gateway]
+        verdict = await self._verdict(reader, request)
+        metrics.WEBHOOKS.labels(gateway, verdict.value).inc()
+        return reader.answer(verdict)
+
+    async def _verdict(self, reader: WebhookReader, request: WebhookRequest) -> Verdict:
+        if len(request.body) > BODY_BYTES_MAX or len(request.query) > BODY_BYTES_MAX:
+            return Verdict.TOO_LARGE
+        try:
+            notice = await reader.read(request)
+            return await self._store(notice, request.body or request.query.encode())
+        except WebhookRefused as refused:
+            log.warning("webhook refused", gateway=reader.gateway, verdict=refused.verdict, detail=refused.detail)
+            return refused.verdict
+        except StoreUnavailable as error:
+            log.warning("webhook not stored", gateway=reader.gateway, error=str(error))
+            return Verdict.UNAVAILABLE
+
+    async def _store(self, notice: Notice, body: bytes) -> Verdict:
+        waiting = _Waiting(notice, body, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._arrived.set()
+        return await waiting.verdict
+
+    async def run(self) -> None:
+        """Store what arrives, until cancelled."""
+        while True:
+            await self._arrived.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
+            if not self._waiting:
+                self._arrived.clear()
+            await self._accept(batch)
+
+    async def _accept(self, batch: list[_Waiting]) -> None:
+        try:
+            accepted = await self._accept_all([_received(each.notice, each.body) for each in batch])
+        except Exception as error:
+            # Whatever it is, the senders hear of it, and send again: nothing was answered as stored.
+            for each in batch:
+                if not each.verdict.done():
+                    each.verdict.set_exception(StoreUnavailable(str(error)))
+            return
+        for each, known in zip(batch, accepted, strict=True):
+            if not each.verdict.done():
+                each.verdict.set_result(_judge(each.notice, known))
+
+
+def _received(notice: Notice, body: bytes) -> Received:
+    return Received(
+        gateway=notice.gateway,
+        event_id=notice.event_id,
+        type=notice.type,
+        content=write_notice(notice),
+        body=body,
+        payment_id=notice.payment_id,
+        operation_number=notice.operation_number,
+        gateway_payment_id=notice.gateway_payment_id,
+        is_about_nothing=_is_about_nothing(notice),
+    )
+
+
+def _is_about_nothing(notice: Notice) -> bool:
+    return notice.outcome is None and notice.dispute is None and not notice.is_ripe
+
+
+def _judge(notice: Notice, known: Accepted) -> Verdict:
+    if _is_about_nothing(notice):
+        return Verdict.STORED if known.is_new else Verdict.DUPLICATE
+    if known.payment_id is None:
+        return Verdict.UNKNOWN_PAYMENT
+    if _differs(notice, known):
+        return Verdict.AMOUNT_DIFFERS
+    if not known.is_new:
+        return Verdict.DUPLICATE
+    return Verdict.STORED if known.state is None or known.state in OPEN else Verdict.ALREADY_FINAL
+
+
+def _differs(notice: Notice, known: Accepted) -> bool:
+    """Whether it tells of a success in another amount or currency than ours."""
+    outcome = notice.outcome
+    if not isinstance(outcome, Succeeded) or known.amount_minor is None:
+        return False
+    amount, currency = outcome.amount_minor, notice.currency
+    return amount not in (None, known.amount_minor) or currency not in (None, known.currency)

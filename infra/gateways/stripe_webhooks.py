@@ -1,0 +1,211 @@
+"""Stripe's webhooks: the signature, and what each type of event is evidence of.
+
+Promise: an event counts only with a valid signature over its raw bytes, not older than the tolerance and not from the
+future. Stripe sends events in any order and more than once, and `domain.decide` copes: what is read here is never more
+than what the object in the event says of the one operation whose marks it carries.
+
+Sources: https://docs.stripe.com/webhooks, https://docs.stripe.com/api/events/types.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+from uuid import UUID
+
+import stripe
+from pydantic import SecretStr
+
+from domain.errors import GatewayContractBroken
+from domain.notices import (
+    Dispute,
+    DisputeStage,
+    Notice,
+    Verdict,
+    WebhookAnswer,
+    WebhookRefused,
+    WebhookRequest,
+)
+from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, RequiresAction, Succeeded
+from infra.gateways.stripe import LAST_CAPTURE, NAME, declined, expires_at, from_stripe_amount, redirect_url
+
+TOLERANCE_SECONDS: Final = 300
+
+ANSWERS: Final[Mapping[Verdict, int]] = {
+    Verdict.UNKNOWN_PAYMENT: 404,
+    Verdict.FORGED: 400,
+    Verdict.STALE: 400,
+    Verdict.MALFORMED: 400,
+    Verdict.TOO_LARGE: 413,
+    Verdict.UNAVAILABLE: 503,
+}
+"""Any other is 200: Stripe sends again, for three days, what is not answered with a 2xx."""
+
+DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
+    "needs_response": DisputeStage.OPENED,
+    "under_review": DisputeStage.OPENED,
+    "won": DisputeStage.WON,
+    "lost": DisputeStage.LOST,
+}
+"""Inquiries (`warning_…`) move no money. Source: https://docs.stripe.com/api/disputes/object."""
+
+
+class StripeWebhooks:
+    """Fits `domain.notices.WebhookReader`. Several secrets are valid while one is being rolled."""
+
+    gateway = NAME
+
+    def __init__(self, secrets: list[SecretStr]) -> None:
+        self._secrets = secrets
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify and read one event.
+
+        Raises:
+            WebhookRefused: FORGED, STALE or MALFORMED.
+        """
+        self._verify(request)
+        try:
+            event = json.loads(request.body)
+            return _notice(event)
+        except (ValueError, KeyError, TypeError, AttributeError, GatewayContractBroken) as error:
+            raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
+
+    def answer(self, verdict: Verdict) -> WebhookAnswer:
+        return WebhookAnswer(ANSWERS.get(verdict, 200))
+
+    def _verify(self, request: WebhookRequest) -> None:
+        header = request.headers.get("stripe-signature", "")
+        now = int(request.received_at.timestamp())
+        if not any(_is_signed(request.body, header, secret.get_secret_value()) for secret in self._secrets):
+            raise WebhookRefused(Verdict.FORGED, "no valid signature")
+        # The library knows a tolerance for the past only, and asks the wall clock.
+        if abs(now - _timestamp(header)) > TOLERANCE_SECONDS:
+            raise WebhookRefused(Verdict.STALE, "signed too long ago, or in the future")
+
+
+def _is_signed(body: bytes, header: str, secret: str) -> bool:
+    try:
+        return bool(secret) and stripe.WebhookSignature.verify_header(body.decode(), header, secret, tolerance=None)
+    except (stripe.SignatureVerificationError, TypeError, UnicodeDecodeError):
+        return False
+
+
+def _timestamp(header: str) -> int:
+    """The `t` of a header whose signature was valid."""
+    return int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+
+
+def _notice(event: Mapping[str, Any]) -> Notice:
+    object_, type_ = event["data"]["object"], event["type"]
+    notice = Notice(NAME, str(event["id"]), str(type_))
+    read = READERS.get(type_)
+    return notice if read is None else read(notice, object_)
+
+
+def _of_payment(notice: Notice, given: Mapping[str, Any]) -> Notice:
+    intent: Any = stripe.PaymentIntent.construct_from(dict(given), None)
+    number, outcome = _evidence(notice.type, intent)
+    payment_id, marked = _marks(given)
+    return notice._replace(
+        payment_id=payment_id,
+        operation_number=marked if number is None else number,
+        gateway_payment_id=intent.id,
+        outcome=outcome,
+        currency=intent.currency.upper(),
+    )
+
+
+def _evidence(type_: str, intent: Any) -> tuple[int | None, Outcome | None]:
+    """What the object says, and of which operation if it is not the one that created it."""
+    match type_.removeprefix("payment_intent."):
+        case "amount_capturable_updated" if intent.status == "requires_capture":
+            return None, Succeeded(
+                intent.id, _minor(intent, "amount_capturable", "amount_received"), expires_at(intent)
+            )
+        case "succeeded" if intent.capture_method == "manual":
+            mark = intent.metadata[LAST_CAPTURE] if LAST_CAPTURE in intent.metadata else None  # noqa: SIM401 - not a dict
+            return (int(mark), Succeeded(intent.id)) if mark else (None, None)
+        case "succeeded":
+            return None, Succeeded(intent.id, _minor(intent, "amount_received"))
+        case "payment_failed" if intent.last_payment_error is not None:
+            return None, declined(intent.last_payment_error, intent.id)
+        case "canceled" if intent.amount_received == 0:
+            return None, Expired(intent.id, intent.cancellation_reason)
+        case "requires_action" if intent.next_action is not None:
+            return None, RequiresAction(intent.id, intent.next_action.type, redirect_url(intent.next_action))
+        case "processing":
+            return None, Pending(intent.id)
+        case _:
+            return None, None
+
+
+def _of_expired_charge(notice: Notice, given: Mapping[str, Any]) -> Notice:
+    payment_id, number = _marks(given)
+    reference = given["payment_intent"]
+    outcome = Expired(reference, "charge_expired")
+    return notice._replace(
+        payment_id=payment_id, operation_number=number, gateway_payment_id=reference, outcome=outcome
+    )
+
+
+def _of_refund(notice: Notice, given: Mapping[str, Any]) -> Notice:
+    payment_id, number = _marks(given)
+    currency = given["currency"].upper()
+    return notice._replace(
+        payment_id=payment_id,
+        operation_number=number,
+        gateway_payment_id=given["payment_intent"],
+        outcome=_refund_outcome(given, currency) if number is not None else None,
+        currency=currency,
+    )
+
+
+def _refund_outcome(given: Mapping[str, Any], currency: str) -> Outcome:
+    match given["status"]:
+        case "succeeded":
+            return Succeeded(given["id"], from_stripe_amount(given["amount"], currency))
+        case "failed" | "canceled":
+            return Declined(DeclineReason.REFUND_FAILED, given.get("failure_reason"), given["id"])
+        case _:
+            return Pending(given["id"])
+
+
+def _of_dispute(notice: Notice, given: Mapping[str, Any]) -> Notice:
+    stage, currency = DISPUTE_STAGES.get(given["status"]), given["currency"].upper()
+    if stage is None:
+        return notice
+    amount = from_stripe_amount(given["amount"], currency)
+    dispute = Dispute(given["id"], stage, amount, currency, given.get("reason"))
+    return notice._replace(gateway_payment_id=given["payment_intent"], dispute=dispute)
+
+
+READERS: Final[Mapping[str, Callable[[Notice, Mapping[str, Any]], Notice]]] = {
+    **dict.fromkeys(
+        (
+            "payment_intent.amount_capturable_updated",
+            "payment_intent.succeeded",
+            "payment_intent.payment_failed",
+            "payment_intent.canceled",
+            "payment_intent.requires_action",
+            "payment_intent.processing",
+        ),
+        _of_payment,
+    ),
+    "charge.expired": _of_expired_charge,
+    **dict.fromkeys(("refund.created", "refund.updated", "refund.failed", "charge.refund.updated"), _of_refund),
+    **dict.fromkeys(("charge.dispute.created", "charge.dispute.updated", "charge.dispute.closed"), _of_dispute),
+}
+"""What says something that we act upon. All other types are stored, and ignored."""
+
+
+def _minor(intent: Any, *names: str) -> int:
+    return from_stripe_amount(sum(getattr(intent, name) for name in names), intent.currency.upper())
+
+
+def _marks(given: Mapping[str, Any]) -> tuple[UUID | None, int | None]:
+    """Our payment and operation, as `infra.gateways.stripe.marks_of` wrote them; None where the object is not ours."""
+    metadata = given.get("metadata") or {}
+    try:
+        return UUID(metadata["payment_id"]), int(metadata["operation_number"])
+    except (KeyError, ValueError):
+        return None, None

@@ -1,0 +1,119 @@
+"""The inbox: webhooks on disk before they are answered, each event once, until the write path has applied them."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import asyncpg
+
+from domain.errors import StoreUnavailable
+from domain.operations import OperationState
+from domain.ports import Accepted, Received, StoredNotice
+from infra.postgres.store import translated
+
+RECONNECT_SECONDS: Final = 1.0
+CHANNEL: Final = "payments_inbox"
+"""Notified when something was stored, so that nobody has to look again and again."""
+
+# A payment counts only for its own gateway: a message that one provider signed says nothing about another's payment.
+ACCEPT: Final = """
+    WITH given AS (
+        SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
+                             $8::text[], $9::boolean[]) WITH ORDINALITY
+            AS g(gateway, event_id, type, content, body, payment_id, number, gateway_payment_id, is_about_nothing,
+                 place)
+    ), found AS (
+        SELECT g.*, p.payment_id AS found_id, p.currency, o.state, o.amount_minor
+          FROM given AS g
+          LEFT JOIN LATERAL (
+              SELECT payment_id, currency FROM payments
+               WHERE payment_id = g.payment_id AND gateway = g.gateway
+              UNION ALL
+              SELECT payment_id, currency FROM payments
+               WHERE g.payment_id IS NULL AND gateway_payment_id = g.gateway_payment_id AND gateway = g.gateway
+               LIMIT 1) AS p ON true
+          LEFT JOIN operations AS o ON o.payment_id = p.payment_id AND o.number = g.number
+    ), stored AS (
+        INSERT INTO inbox (gateway, event_id, type, content, body, payment_id, operation_number, due_at, applied_at)
+        SELECT gateway, event_id, type, content, body, found_id, CASE WHEN state IS NOT NULL THEN number END,
+               CASE WHEN NOT is_about_nothing THEN now() END, CASE WHEN is_about_nothing THEN now() END
+          FROM found
+         WHERE is_about_nothing OR (found_id IS NOT NULL AND (number IS NULL OR state IS NOT NULL))
+         ORDER BY place
+        ON CONFLICT (gateway, event_id) DO NOTHING
+        RETURNING gateway, event_id
+    ), told AS (
+        SELECT pg_notify('payments_inbox', '') WHERE EXISTS (SELECT FROM stored)
+    )
+    SELECT CASE WHEN number IS NULL OR state IS NOT NULL THEN found_id END AS payment_id,
+           EXISTS (SELECT FROM stored AS s WHERE s.gateway = f.gateway AND s.event_id = f.event_id) AS is_new,
+           currency, state, amount_minor
+      FROM found AS f LEFT JOIN told ON true ORDER BY place
+"""
+CLAIM: Final = """
+    UPDATE inbox AS i SET due_at = now() + $2::interval
+      FROM (SELECT id FROM inbox WHERE due_at IS NOT NULL AND due_at <= now()
+             ORDER BY due_at, id LIMIT $1 FOR UPDATE SKIP LOCKED) AS due
+     WHERE i.id = due.id
+    RETURNING i.id, i.payment_id, i.gateway, i.event_id, i.type, i.operation_number, i.content
+"""
+
+
+class PostgresInbox:
+    """Fits `domain.ports.Inbox`. The write path marks what it applied (`Changes.notices`)."""
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+
+    async def accept(self, received: Sequence[Received]) -> list[Accepted]:
+        """Store each event once, if its payment exists here and is of its gateway; on disk when this returns."""
+        rows = await self._fetch(ACCEPT, *_columns(received))
+        return [_accepted(row) for row in rows]
+
+    async def claim(self, *, limit: int, lease: timedelta) -> list[StoredNotice]:
+        """Take over notices that are due, oldest first; unless they are applied, they are due again after `lease`."""
+        rows = await self._fetch(CLAIM, limit, lease)
+        return sorted(StoredNotice(*row.values()) for row in rows)
+
+    async def _fetch(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        with translated():
+            async with self._pool.acquire() as connection:
+                return await connection.fetch(statement, *arguments)
+
+
+async def listen(postgres_url: str, on_arrival: Callable[[], None]) -> None:
+    """Call `on_arrival` whenever something was stored, until cancelled. While Postgres is away nobody is told."""
+    while True:
+        with contextlib.suppress(StoreUnavailable):
+            await _listen_once(postgres_url, on_arrival)
+        await asyncio.sleep(RECONNECT_SECONDS)
+
+
+async def _listen_once(postgres_url: str, on_arrival: Callable[[], None]) -> None:
+    ended = asyncio.Event()
+    with translated():
+        connection = await asyncpg.connect(postgres_url, timeout=10)
+        try:
+            connection.add_termination_listener(lambda _: ended.set())
+            await connection.add_listener(CHANNEL, lambda *_: on_arrival())
+            await ended.wait()
+        finally:
+            connection.terminate()
+
+
+def _columns(received: Sequence[Received]) -> list[list[Any]]:
+    names = ("gateway", "event_id", "type", "content", "body", "payment_id", "operation_number", "gateway_payment_id")
+    return [[getattr(each, name) for each in received] for name in (*names, "is_about_nothing")]
+
+
+def _accepted(row: asyncpg.Record) -> Accepted:
+    state = row["state"]
+    return Accepted(
+        row["payment_id"],
+        row["is_new"],
+        row["currency"],
+        None if state is None else OperationState(state),
+        row["amount_minor"],
+    )

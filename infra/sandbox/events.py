@@ -1,0 +1,101 @@
+"""The Stripe simulator's events: one for each change that Stripe tells of, signed anew at each attempt.
+
+Sources: https://docs.stripe.com/api/events/types, https://docs.stripe.com/webhooks#verify-manually.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from secrets import token_hex
+from typing import Any, Final
+
+import stripe
+
+from infra.sandbox.webhooks import Outgoing, WebhookSender
+
+API_VERSION: Final = "2026-10-28.endive"
+
+INTENT_EVENTS: Final = {
+    "requires_capture": "payment_intent.amount_capturable_updated",
+    "succeeded": "payment_intent.succeeded",
+    "canceled": "payment_intent.canceled",
+    "requires_action": "payment_intent.requires_action",
+    "processing": "payment_intent.processing",
+    "requires_payment_method": "payment_intent.payment_failed",
+}
+WATCHED: Final = ("status", "amount_received", "amount_capturable")
+
+
+class Events:
+    """Tells `url`, once there is one, what changed. What was told of an object before is not told again."""
+
+    def __init__(self) -> None:
+        self.url: str | None = None
+        self.sender = WebhookSender()
+        self.amount_off_by = 0
+        """Added to the amounts that events tell: a provider's mistake, or a message that is not about our payment."""
+        self._secret = ""
+        self._known: dict[str, tuple[Any, ...]] = {}
+
+    def configure(self, given: Mapping[str, Any]) -> None:
+        """Where to send, and the manners. Raises TypeError or ValueError for what is neither."""
+        manners = dict(given)
+        self.url = manners.pop("url", self.url)
+        self._secret = manners.pop("secret", self._secret)
+        self.amount_off_by = int(manners.pop("amount_off_by", 0))
+        self.sender.behave(manners)
+
+    def forget(self) -> None:
+        """As if nothing had been told."""
+        self._known.clear()
+
+    def note(self, stored: Mapping[str, Any]) -> str | None:
+        """Take this object as told; the type of its event, if this was news."""
+        seen = tuple(stored.get(name) for name in WATCHED)
+        before, self._known[stored["id"]] = self._known.get(stored["id"]), seen
+        return None if before == seen else _type_of(stored, is_new=before is None)
+
+    def tell(self, changed: Mapping[str, Any], key: str | None) -> None:
+        """Send the event of this change, in the background."""
+        type_ = self.note(changed)
+        if type_ is None or self.url is None:
+            return
+        url, body = self.url, self._body(type_, changed, key)
+
+        def sign() -> Outgoing:
+            header = stripe.WebhookSignature.generate_signature_header(body, self._secret, timestamp=int(time.time()))
+            return Outgoing(url, body.encode(), {"stripe-signature": header, "content-type": "application/json"})
+
+        self.sender.send(sign)
+
+    def _body(self, type_: str, changed: Mapping[str, Any], key: str | None) -> str:
+        amounts = [name for name in ("amount", "amount_received", "amount_capturable") if changed.get(name)]
+        told = {**changed, **{name: changed[name] + self.amount_off_by for name in amounts}}
+        event = {
+            "id": f"evt_{token_hex(12)}",
+            "object": "event",
+            "api_version": API_VERSION,
+            "created": int(time.time()),
+            "livemode": False,
+            "pending_webhooks": 1,
+            "request": {"id": None, "idempotency_key": key},
+            "type": type_,
+            "data": {"object": told},
+        }
+        return json.dumps(event, separators=(",", ":"))
+
+
+def _type_of(stored: Mapping[str, Any], *, is_new: bool) -> str | None:
+    match stored["object"]:
+        case "payment_intent" if stored["status"] == "requires_payment_method" and not stored["last_payment_error"]:
+            return None
+        case "payment_intent":
+            return INTENT_EVENTS.get(stored["status"])
+        case "refund" if is_new:
+            return "refund.created"
+        case "refund":
+            return "refund.failed" if stored["status"] == "failed" else "refund.updated"
+        case "dispute":
+            return "charge.dispute.created" if is_new else "charge.dispute.closed"
+        case _:
+            return None

@@ -1,0 +1,211 @@
+"""Webhooks from the wire to the payment, on a real Postgres: stored before they are answered, applied once."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+import stripe
+from starlette.applications import Starlette
+
+from app.settings import Settings
+from app.webhooks import WebhookService
+from domain.notices import BODY_BYTES_MAX
+from domain.operations import GatewayRequest, Outcome, RequiresAction
+from handlers.heed import Heeder
+from infra.postgres.inbox import PostgresInbox, listen
+from infra.postgres.store import create_pool
+from tests.integration.test_consumer import until
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+
+SECRET = "whsec_test"
+
+
+class StripeBooks(BookkeepingGateway):
+    """The bookkeeping provider by another name, so that Stripe's webhooks are about its payments."""
+
+    name = "stripe"
+
+
+def waits(request: GatewayRequest) -> Outcome | None:
+    return RequiresAction(f"pi_{request.payment_id}", "redirect_to_url", "https://bank.invalid")
+
+
+@asynccontextmanager
+async def receiving(postgres_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    settings = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET])  # type: ignore[list-item]
+    service = WebhookService(settings)
+    running = asyncio.create_task(service.run())
+    transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:
+
+        async def is_ready() -> bool:
+            return await service.checks()["webhooks"]() is None
+
+        await until(is_ready)
+        yield client
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def heeding(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[Heeder]:
+    pool = await create_pool(postgres_url, size=2)
+    heeder = Heeder(inbox=PostgresInbox(pool), write_path=worker.write_path, submit=worker.dispatcher.submit)
+    tasks = [asyncio.create_task(heeder.run()), asyncio.create_task(listen(postgres_url, heeder.arrived.set))]
+    yield heeder
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    pool.terminate()
+
+
+def event(payment_id: UUID, event_id: str = "evt_1", *, number: int = 1, **fields: Any) -> dict[str, Any]:
+    intent = {
+        "id": f"pi_{payment_id}",
+        "object": "payment_intent",
+        "amount_capturable": 0,
+        "amount_received": 10_000,
+        "currency": "usd",
+        "capture_method": "automatic",
+        "status": "succeeded",
+        "metadata": {"payment_id": str(payment_id), "operation_number": str(number)},
+        "latest_charge": None,
+    }
+    return {
+        "id": event_id,
+        "object": "event",
+        "type": "payment_intent.succeeded",
+        "data": {"object": intent | fields},
+    }
+
+
+async def send(client: httpx.AsyncClient, event: dict[str, Any] | bytes, *, secret: str = SECRET) -> int:
+    body = event.decode() if isinstance(event, bytes) else json.dumps(event)
+    header = stripe.WebhookSignature.generate_signature_header(body, secret, timestamp=int(time.time()))
+    answer = await client.post("/webhooks/stripe", content=body, headers={"stripe-signature": header})
+    return answer.status_code
+
+
+async def kinds(postgres_url: str, payment_id: UUID) -> list[str]:
+    return [each["type"].split(".")[1] for each in await events_of(postgres_url, payment_id)]
+
+
+async def applied(postgres_url: str) -> bool:
+    return not await value(postgres_url, "SELECT count(*) FROM inbox WHERE applied_at IS NULL")
+
+
+async def test_a_payment_that_waits_for_its_payer_is_captured_by_the_webhook_once(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        async with heeding(postgres_url, worker):
+            answers = await asyncio.gather(*(send(client, event(payment_id)) for _ in range(10)))
+            assert set(answers) == {200}
+            assert await send(client, event(payment_id, "evt_2")) == 200
+            await until(lambda: applied(postgres_url))
+            assert await send(client, event(payment_id)) == 200
+    assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 2
+    assert await value(postgres_url, "SELECT sum(amount_minor) FROM ledger") == 10_000
+
+
+async def test_it_is_on_disk_before_it_is_answered_and_applied_when_a_worker_comes(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        assert await send(client, event(payment_id)) == 200
+        assert await value(postgres_url, "SELECT count(*) FROM inbox WHERE applied_at IS NULL") == 1
+        assert json.loads(await value(postgres_url, "SELECT convert_from(body, 'UTF8') FROM inbox"))["id"] == "evt_1"
+        async with heeding(postgres_url, worker):
+            await until(lambda: applied(postgres_url))
+    assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
+
+
+async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes_nothing(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        assert await send(client, event(payment_id), secret="whsec_other") == 400
+        assert await send(client, b"not json") == 400
+        assert await send(client, b"x" * (BODY_BYTES_MAX + 1)) == 413
+        assert await send(client, event(new_payment_id())) == 404
+        assert await send(client, event(payment_id, number=7)) == 404
+        assert (await client.post("/webhooks/nobody")).status_code == 404
+        assert (await client.post("/webhooks/stripe")).status_code == 400
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 0
+    assert await kinds(postgres_url, payment_id) == ["requires_action"]
+
+
+async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), BookkeepingGateway()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        assert await send(client, event(payment_id)) == 404
+    assert await kinds(postgres_url, payment_id) == ["requires_action"]
+
+
+async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is_kept(postgres_url: str) -> None:
+    payments = [new_payment_id() for _ in range(2)]
+    gateway = StripeBooks()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        for each in payments:
+            await worker.accept(delivery("charge", each, f"charge-{each}"))
+        await worker.idle()
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payments[0], "evt_1", amount_received=9_999)) == 200
+            assert await send(client, event(payments[1], "evt_2", currency="eur")) == 200
+            unknown = event(payments[0], "evt_3") | {"type": "payment_intent.of_tomorrow"}
+            assert await send(client, unknown) == 200
+            await until(lambda: applied(postgres_url))
+    for each in payments:
+        assert await kinds(postgres_url, each) == ["requires_action", "needs_review"]
+    assert await value(postgres_url, "SELECT count(*) FROM ledger") == 0
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
+
+
+async def test_a_dispute_finds_its_payment_by_the_providers_id(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        dispute = {"id": "dp_1", "amount": 4_000, "currency": "usd", "payment_intent": f"ref_{payment_id}:1"}
+        async with heeding(postgres_url, worker):
+            for number, status in enumerate(("needs_response", "under_review", "lost", "needs_response")):
+                told = {"id": f"evt_{number}", "object": "event", "type": "charge.dispute.updated"}
+                assert await send(client, told | {"data": {"object": dispute | {"status": status}}}) == 200
+            await until(lambda: applied(postgres_url))
+            await worker.accept(delivery("refund", payment_id, "refund", amount_minor=7_000))
+            await worker.idle()
+    assert await kinds(postgres_url, payment_id) == [
+        "captured", "dispute_opened", "dispute_closed", "command_rejected",
+    ]  # fmt: skip
+    assert await value(postgres_url, "SELECT disputed_minor FROM payments") == 4_000
+
+
+async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> None:
+    service = WebhookService(
+        Settings(postgres_url="postgresql://127.0.0.1:1/none", stripe_webhook_secrets=[SECRET])  # type: ignore[list-item]
+    )
+    running = asyncio.create_task(service.run())
+    transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:
+        assert await send(client, event(new_payment_id())) == 503
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running

@@ -1,0 +1,195 @@
+"""Stripe's signatures and events. The known-answer vector was computed from the published rule, by hand."""
+
+import hashlib
+import hmac
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from domain.notices import DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
+from domain.operations import Declined, DeclineReason, Expired, Pending, RequiresAction, Succeeded
+from infra.gateways.stripe_webhooks import StripeWebhooks
+from tests.support.service import new_payment_id
+
+SECRET = "whsec_5WbX5kEWLlfzsGNjH64I8lOOqUB6e8FH"
+SIGNED_AT = 1_700_000_000
+BODY = (
+    b'{"id":"evt_kav_1","object":"event","api_version":"2026-10-28.endive","created":1700000000,"livemode":false,'
+    b'"pending_webhooks":1,"request":{"id":"req_kav","idempotency_key":"order-42-capture"},'
+    b'"type":"payment_intent.succeeded","data":{"object":{"id":"pi_kav_1","object":"payment_intent","amount":1099,'
+    b'"amount_received":1099,"currency":"usd","status":"succeeded"}}}'
+)
+V1 = "3782d5e260b4039207cb2efb16edd09ebafd04ad19cd6ed68d4da3c31763932a"
+PAYMENT_ID = new_payment_id()
+
+
+def request(body: bytes, header: str, at: int = SIGNED_AT) -> WebhookRequest:
+    return WebhookRequest("POST", "", {"stripe-signature": header}, body, datetime.fromtimestamp(at, UTC))
+
+
+def reader(*secrets: str) -> StripeWebhooks:
+    return StripeWebhooks([SecretStr(each) for each in secrets or (SECRET,)])
+
+
+def signed(body: bytes, at: int = SIGNED_AT, secret: str = SECRET) -> WebhookRequest:
+    digest = hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()
+    return request(body, f"t={at},v1={digest}", at)
+
+
+async def test_the_known_answer_is_accepted() -> None:
+    assert hashlib.sha256(BODY).hexdigest() == "db28905526c238740ad53080d7d2e8de78c03c878806f7229858c68d88f48d36"
+    for given in (reader(), reader("whsec_new", SECRET)):
+        for header in (f"t={SIGNED_AT},v1={V1}", f"t={SIGNED_AT},v1={'0' * 64},v1={V1}"):
+            with pytest.raises(WebhookRefused, match="malformed"):  # the vector's object lacks a PaymentIntent's fields
+                await given.read(request(BODY, header))
+
+
+@pytest.mark.parametrize(
+    ("body", "header"),
+    [
+        (BODY + b"\n", f"t={SIGNED_AT},v1={V1}"),
+        (json.dumps(json.loads(BODY)).encode(), f"t={SIGNED_AT},v1={V1}"),
+        (BODY.replace(b"1099", b"1098", 1), f"t={SIGNED_AT},v1={V1}"),
+        (BODY, f"t={SIGNED_AT},v1={V1[:-1]}b"),
+        (BODY, f"t={SIGNED_AT + 1},v1={V1}"),
+        (BODY, f"t={SIGNED_AT},v1={V1.upper()}"),
+        (BODY, f"t={SIGNED_AT},v0={V1}"),
+        (BODY, f"t={SIGNED_AT}, v1={V1}"),
+        (BODY, f"t={SIGNED_AT},v1=é{V1}"),
+        (BODY, ""),
+        (BODY, "garbage"),
+        (b"\xff\xfe", f"t={SIGNED_AT},v1={V1}"),
+    ],
+)
+async def test_anything_altered_is_forged(body: bytes, header: str) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await reader().read(request(body, header))
+    assert refused.value.verdict is Verdict.FORGED
+
+
+@pytest.mark.parametrize("secrets", [(), ("whsec_other",), ("",)])
+async def test_without_the_right_secret_nothing_is_accepted(secrets: tuple[str, ...]) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await StripeWebhooks([SecretStr(each) for each in secrets]).read(signed(BODY))
+    assert refused.value.verdict is Verdict.FORGED
+
+
+@pytest.mark.parametrize(("shift", "is_stale"), [(299, False), (301, True), (-299, False), (-301, True)])
+async def test_too_old_or_from_the_future_is_stale(shift: int, is_stale: bool) -> None:
+    given = signed(BODY)._replace(received_at=datetime.fromtimestamp(SIGNED_AT + shift, UTC))
+    with pytest.raises(WebhookRefused) as refused:
+        await reader().read(given)
+    assert (refused.value.verdict is Verdict.STALE) == is_stale
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[]", b"7", b'{"object":"v2.core.event"}', b"{}", b'{"id":1,"data":7}'])
+async def test_signed_but_unreadable_is_malformed(body: bytes) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await reader().read(signed(body))
+    assert refused.value.verdict is Verdict.MALFORMED
+
+
+# --- what events say --------------------------------------------------------------------------------------------------
+
+
+async def heard(type_: str, object_: dict[str, Any]) -> Notice:
+    body = json.dumps({"id": "evt_1", "object": "event", "type": type_, "data": {"object": object_}}).encode()
+    return await reader().read(signed(body))
+
+
+def intent(status: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "id": "pi_1",
+        "object": "payment_intent",
+        "amount": 1250,
+        "amount_capturable": 0,
+        "amount_received": 0,
+        "currency": "usd",
+        "capture_method": "automatic",
+        "status": status,
+        "metadata": {"payment_id": str(PAYMENT_ID), "operation_number": "1"},
+        "latest_charge": None,
+        "last_payment_error": None,
+        "cancellation_reason": None,
+        "next_action": None,
+    } | fields
+
+
+REDIRECT = {"type": "redirect_to_url", "redirect_to_url": {"url": "https://bank.invalid", "return_url": "x"}}
+CASES = {
+    "payment_intent.succeeded": (intent("succeeded", amount_received=1250), Succeeded("pi_1", 1250)),
+    "payment_intent.amount_capturable_updated": (
+        intent("requires_capture", capture_method="manual", amount_capturable=1250),
+        Succeeded("pi_1", 1250),
+    ),
+    "payment_intent.payment_failed": (
+        intent("requires_payment_method", last_payment_error={"code": "card_declined", "decline_code": "lost_card"}),
+        Declined(DeclineReason.SUSPECTED_FRAUD, "lost_card", "pi_1"),
+    ),
+    "payment_intent.canceled": (intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
+    "payment_intent.requires_action": (
+        intent("requires_action", next_action=REDIRECT),
+        RequiresAction("pi_1", "redirect_to_url", "https://bank.invalid"),
+    ),
+    "payment_intent.processing": (intent("processing"), Pending("pi_1")),
+}
+
+
+@pytest.mark.parametrize("type_", CASES)
+async def test_an_event_is_evidence_about_the_operation_whose_marks_it_carries(type_: str) -> None:
+    object_, outcome = CASES[type_]
+    notice = await heard(type_, object_)
+    assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, 1, outcome)
+    assert (notice.gateway_payment_id, notice.currency) == ("pi_1", "USD")
+
+
+async def test_the_last_capture_is_known_by_its_mark_and_without_one_nothing_is_concluded() -> None:
+    object_ = intent("succeeded", capture_method="manual", amount_received=1250)
+    assert (await heard("payment_intent.succeeded", object_)).outcome is None
+    object_["metadata"]["last_capture"] = "3"
+    notice = await heard("payment_intent.succeeded", object_)
+    assert (notice.operation_number, notice.outcome) == (3, Succeeded("pi_1"))
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [
+        ("succeeded", Succeeded("re_1", 500)),
+        ("failed", Declined(DeclineReason.REFUND_FAILED, None, "re_1")),
+        ("canceled", Declined(DeclineReason.REFUND_FAILED, None, "re_1")),
+        ("pending", Pending("re_1")),
+        ("a_status_of_tomorrow", Pending("re_1")),
+    ],
+)
+async def test_a_refund_tells_its_own_operation(status: str, outcome: object) -> None:
+    metadata = {"payment_id": str(PAYMENT_ID), "operation_number": "2"}
+    refund = {"id": "re_1", "amount": 500, "currency": "usd", "payment_intent": "pi_1", "status": status}
+    notice = await heard("refund.updated", refund | {"metadata": metadata})
+    assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, 2, outcome)
+    assert (await heard("refund.created", refund | {"metadata": {}})).outcome is None
+
+
+@pytest.mark.parametrize(
+    ("status", "stage"),
+    [
+        ("needs_response", DisputeStage.OPENED),
+        ("under_review", DisputeStage.OPENED),
+        ("won", DisputeStage.WON),
+        ("lost", DisputeStage.LOST),
+        ("warning_needs_response", None),
+        ("a_status_of_tomorrow", None),
+    ],
+)
+async def test_a_dispute_is_found_by_the_providers_payment(status: str, stage: DisputeStage | None) -> None:
+    dispute = {"id": "dp_1", "amount": 1250, "currency": "usd", "payment_intent": "pi_1", "status": status}
+    notice = await heard("charge.dispute.updated", dispute)
+    assert (notice.dispute.stage if notice.dispute else None) is stage
+    assert stage is None or (notice.gateway_payment_id, notice.payment_id) == ("pi_1", None)
+
+
+async def test_an_unknown_type_says_nothing() -> None:
+    notice = await heard("customer.created", {"id": "cus_1"})
+    assert (notice.event_id, notice.outcome, notice.dispute) == ("evt_1", None, None)
