@@ -281,6 +281,14 @@ def list_(
         raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
 
 
+@app.command()
+def gateways(as_json: AsJson = False) -> None:
+    """What each gateway can do, and what is refused."""
+    from app.gateways_command import list_gateways
+
+    raise typer.Exit(list_gateways(read_settings(), as_json=as_json))
+
+
 # --- its processes ----------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     review_poll_interval_seconds: float = 900.0
     give_up_after_seconds: float = 900.0
     sweep_interval_seconds: float = 1.0
+    reconcile_interval_seconds: PositiveFloat = 300.0
+    """How often holds past their end are asked about. Everything else that is stuck has its own time."""
     retries_before_parking: int = 5
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -21,6 +22,7 @@ from handlers.consumer import CommandConsumer
 from handlers.dispatch import Dispatcher
 from handlers.heed import Heeder
 from handlers.leases import Leases
+from handlers.reconcile import Reconciler
 from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import WritePath
@@ -125,6 +127,12 @@ class Worker:
             interval_seconds=settings.sweep_interval_seconds,
         )
         self._heeder = Heeder(inbox=PostgresInbox(self._pool), write_path=write_path, submit=self._dispatcher.submit)
+        reconciler = Reconciler(
+            store=store,
+            gateways=gateways,
+            write_path=write_path,
+            interval=timedelta(seconds=settings.reconcile_interval_seconds),
+        )
         producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
         await producer.start()
         stack.push_async_callback(producer.stop)
@@ -146,6 +154,8 @@ class Worker:
             self._backlog.run(),
             self._consumer.offsets.run(),
             self._heeder.run(),
+            reconciler.run(),
+            reconciler.watch(),
             listen(settings.postgres_url, self._heeder.arrived.set),
         )
         await self._broker.start()

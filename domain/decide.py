@@ -76,10 +76,11 @@ class Answer(NamedTuple):
 class Notified(NamedTuple):
     """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
 
-    `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed.
+    `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
+    for what did not come by itself: the answer to a question about an operation that has ended.
     """
 
-    notice_id: int
+    notice_id: int | None
     payment_id: UUID
     notice: Notice
     operation: Operation | None = None

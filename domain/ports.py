@@ -132,9 +132,25 @@ class PaymentStore(Protocol):
         """
         ...
 
+    async def make_due(self, payment_id: UUID | None) -> int:
+        """Have operations that wait for their next attempt claimed at once: of one payment, or of all."""
+        ...
+
+    async def in_doubt(self) -> tuple[int, float]:
+        """How many operations are in doubt, and for how many seconds the oldest has been under way."""
+        ...
+
+    async def find_lapsed_holds(self, *, after: "Place | None", limit: int) -> list[tuple[Payment, Operation]]:
+        """Authorizations past their end that still hold money, with nothing under way, in the order of their ends."""
+        ...
+
     async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> None:
         """Start these leases anew, except those that were taken over."""
         ...
+
+
+Place = tuple[datetime, UUID]
+"""Where a list of payments goes on: the end of the last one's hold, and its id."""
 
 
 class Received(NamedTuple):

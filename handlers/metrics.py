@@ -44,6 +44,16 @@ CALL_SECONDS = Histogram(
     ["gateway"],
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
 )
+RECONCILED = Counter(
+    "payments_reconciled_total", "Lapsed holds that providers were asked about, by answer", ["gateway", "answer"]
+)
+IN_DOUBT = Gauge("payments_operations_in_doubt", "Operations whose outcome is unknown: money may have moved")
+OLDEST_DOUBT = Gauge(
+    "payments_operations_in_doubt_oldest_seconds", "For how long the oldest of them has been under way"
+)
+HEALED = Counter(
+    "payments_operations_healed_total", "Operations in doubt that ended by the provider's word", ["gateway", "state"]
+)
 WEBHOOKS = Counter("payments_webhooks_total", "Webhooks received, by what became of them", ["gateway", "verdict"])
 NOTICES_DISAGREEING = Counter(
     "payments_notices_disagreeing_total", "Webhooks that contradict what is known: somebody must look", ["gateway"]

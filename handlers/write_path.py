@@ -17,7 +17,7 @@ from domain.decide import Decision, Delivery, Input, Notified, decide
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
 from domain.ledger import Transfer
-from domain.operations import GatewayRequest, Operation, OperationState
+from domain.operations import IN_DOUBT, GatewayRequest, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
 from domain.rules import Rules
@@ -223,6 +223,7 @@ class _Batch:
         self._duplicates = 0
         self._stale = 0
         self._disagreeing: list[Notified] = []
+        self._healed: list[Operation] = []
 
     def apply(self, given: Input) -> None:
         """Decide one input on the state that the inputs before it left behind."""
@@ -232,7 +233,8 @@ class _Batch:
             given = self._with_stored(given, payment)
         elif isinstance(given, Notified):
             given = self._with_named(given, payment)
-            self._notices.append(given.notice_id)
+            if given.notice_id is not None:
+                self._notices.append(given.notice_id)
         decision = decide(payment, given, now=self._now, rules=self._rules)
         if decision.disagrees and isinstance(given, Notified):
             self._disagreeing.append(given)
@@ -267,6 +269,8 @@ class _Batch:
             self._payments[payment_id] = decision.payment
             self._touched[payment_id] = None
         final = {number: text for number, text in results if text is not None}
+        if before is not None and before.has_indeterminate:
+            self._healed += [each for each in decision.operations if not each.is_open and _was_in_doubt(before, each)]
         for operation in decision.operations:
             operation.result = final.get(operation.number, operation.result)
             self._keep(operation)
@@ -337,6 +341,8 @@ class _Batch:
         """Report what was saved; called once the batch is committed."""
         metrics.DUPLICATES.inc(self._duplicates)
         metrics.STALE_ANSWERS.inc(self._stale)
+        for operation in self._healed:
+            metrics.HEALED.labels(operation.gateway or "", operation.state.value).inc()
         for given in self._disagreeing:
             metrics.NOTICES_DISAGREEING.labels(given.notice.gateway).inc()
             log.error("webhook contradicts what is known", payment=str(given.payment_id), event=given.notice.event_id)
@@ -346,6 +352,10 @@ class _Batch:
             if operation.result is not None and operation.dispatched_at is not None:
                 seconds = (self._now - operation.dispatched_at).total_seconds()
                 metrics.result_seconds(operation.kind).observe(seconds)
+
+
+def _was_in_doubt(payment: Payment, operation: Operation) -> bool:
+    return any(each.number == operation.number and each.state in IN_DOUBT for each in payment.operations)
 
 
 def _outbox_row(event: Event, event_id: UUID) -> OutboxRow:

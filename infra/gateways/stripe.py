@@ -28,7 +28,7 @@ from stripe.params import (
     RefundCreateParams,
 )
 
-from domain.capabilities import Capabilities
+from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import MINOR_UNITS, Money
@@ -54,6 +54,19 @@ ROUNDED_TO_TEN: Final = frozenset({"BHD", "JOD", "KWD", "OMR", "TND"})
 """Three decimals, of which Stripe takes the last one only as 0. Source: as above."""
 
 CURRENCIES: Final = frozenset(MINOR_UNITS)
+
+MINIMUMS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("AUD", "BRL", "CAD", "CHF", "EUR", "INR", "JPY", "NZD", "SGD", "USD"), 50),
+    **dict.fromkeys(("AED", "MYR", "PLN", "RON"), 200),
+    **dict.fromkeys(("NOK", "SEK"), 300),
+    **dict.fromkeys(("MXN", "THB"), 1_000),
+    **{"BGN": 100, "CZK": 1_500, "DKK": 250, "GBP": 30, "HKD": 400, "HUF": 17_500},
+}
+"""In minor units, for settlement in the same currency. Source: https://docs.stripe.com/currencies."""
+
+MAXIMUMS: Final[Mapping[str, int]] = {"HUF": 9_999_999_999, "IDR": 999_999_999_999, "INR": 999_999_999}
+MAXIMUM: Final = 99_999_999
+"""Eight digits, in Stripe's units, for every currency not named above (JPY has more for cards). Source: as above."""
 
 METADATA_KEYS_MAX: Final = 50
 METADATA_KEY_CHARACTERS_MAX: Final = 40
@@ -479,6 +492,12 @@ class StripeGateway:
             partial_refund=True,
             cancel_waiting=True,
             idempotency_retention=timedelta(hours=23),  # Stripe promises 24
+            limits={
+                currency: AmountLimits(
+                    MINIMUMS.get(currency, 1), from_stripe_amount(_maximum_in_stripes_units(currency), currency)
+                )
+                for currency in CURRENCIES
+            },
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
@@ -736,6 +755,11 @@ class StripeGateway:
             raise OutcomeUnknown(NAME, f"no answer within {self._config.timeout_seconds} s") from error
         except Exception as error:
             raise GatewayContractBroken(NAME, f"{type(error).__name__} while reading an answer") from error
+
+
+def _maximum_in_stripes_units(currency: str) -> int:
+    maximum = MAXIMUMS.get(currency, MAXIMUM)
+    return maximum - maximum % 100 if currency in HUNDREDTHS_WITHOUT_FRACTIONS else maximum
 
 
 def _understood(read: Callable[[T, GatewayRequest], Outcome], answer: T, request: GatewayRequest) -> Outcome:

@@ -21,7 +21,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
-from domain.ports import Changes, HeldLease, OutboxRow
+from domain.ports import Changes, HeldLease, OutboxRow, Place
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 """A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
@@ -134,6 +134,25 @@ RENEW_LEASES = """
       FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS x(payment_id, number, lease_token)
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
 """
+MAKE_DUE = """
+    UPDATE operations SET due_at = now()
+     WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
+"""
+FIND_LAPSED_HOLDS = f"""
+    SELECT {", ".join("p." + name.strip() for name in PAYMENT_COLUMNS.split(","))},
+           {", ".join(f"o.{name.strip()} AS o_{name.strip()}" for name in OPERATION_COLUMNS.split(","))}
+      FROM (SELECT * FROM payments
+             WHERE status IN ('authorized', 'partially_captured') AND authorization_expires_at <= now()
+               AND open_operations = 0
+               AND ($1::timestamptz IS NULL OR (authorization_expires_at, payment_id) > ($1, $2))
+             ORDER BY authorization_expires_at, payment_id LIMIT $3) AS p
+      JOIN operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'
+     ORDER BY p.authorization_expires_at, p.payment_id
+"""
+IN_DOUBT = """
+    SELECT count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
+     WHERE state IN ('indeterminate', 'needs_review')
+"""
 PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"
 
 _OPEN_STATES: Final = sorted(OPEN)
@@ -243,6 +262,27 @@ class PostgresStore:
                 found = await connection.fetch(PAYMENTS_OF, [each.payment_id for each in operations])
         payments = {row["payment_id"]: _payment(row, ()) for row in found}
         return [(payments[each.payment_id], each) for each in operations]
+
+    async def make_due(self, payment_id: UUID | None) -> int:
+        """Have operations that wait for their next attempt claimed at once; how many there are."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                return int((await connection.execute(MAKE_DUE, payment_id)).split()[-1])
+
+    async def in_doubt(self) -> tuple[int, float]:
+        """How many operations are in doubt, and for how many seconds the oldest has been under way."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                row = await connection.fetchrow(IN_DOUBT)
+        return row["count"], row["seconds"] or 0.0
+
+    async def find_lapsed_holds(self, *, after: Place | None, limit: int) -> list[tuple[Payment, Operation]]:
+        """Authorizations past their end that still hold money, with nothing under way, in the order of their ends."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                rows = await connection.fetch(FIND_LAPSED_HOLDS, *(after or (None, None)), limit)
+        width = len(PAYMENT_COLUMNS.split(","))
+        return [(_payment(tuple(row)[:width], ()), _operation(tuple(row)[width:])) for row in rows]
 
     async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
         """Start these leases anew, except those that were taken over."""
@@ -356,14 +396,14 @@ def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
     return (row.id, str(row.payment_id), row.type, row.payload, row.payment_seq, row.occurred_at, row.traceparent)
 
 
-def _payment(row: asyncpg.Record, operations: tuple[Operation, ...]) -> Payment:
-    # In the order of the fields; the last column only counts what the last field holds.
-    fields: list[Any] = list(row.values())
+def _payment(row: Iterable[Any], operations: tuple[Operation, ...]) -> Payment:
+    # In the order of the fields; the last column only counts what the last field holds. A record iterates its values.
+    fields: list[Any] = list(row)
     fields[_STATUS], fields[-1] = PaymentStatus(fields[_STATUS]), operations
     return Payment(*fields)
 
 
-def _operation(row: asyncpg.Record) -> Operation:
-    fields: list[Any] = list(row.values())  # in the order of the fields
+def _operation(row: Iterable[Any]) -> Operation:
+    fields: list[Any] = list(row)  # in the order of the fields
     fields[2], fields[6] = OperationKind(fields[2]), OperationState(fields[6])
     return Operation(*fields)

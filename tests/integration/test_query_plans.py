@@ -28,6 +28,9 @@ INDEXES = {
     "UPDATE_PAYMENTS": {"payments_payment_id_key"},
     "UPDATE_OPERATIONS": {"operations_pkey"},
     "CLAIM_DUE": {"operations_due", "operations_pkey"},
+    "IN_DOUBT": {"operations_in_doubt"},
+    "MAKE_DUE": {"operations_due"},
+    "FIND_LAPSED_HOLDS": {"payments_pending_captures", "operations_pkey"},
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "HEED_NOTICES": {"inbox_pkey"},
@@ -56,13 +59,13 @@ async def pinned(filled_url: str) -> AsyncIterator[asyncpg.Connection]:
 async def generic_plan(connection: asyncpg.Connection, statement: str) -> str:
     """The plan for whatever the parameters are; those that the statement leaves out count as text."""
     used = {int(number) for number in re.findall(r"\$(\d+)", statement)}
-    unused = [f"${number}::text IS NULL" for number in range(1, max(used) + 1) if number not in used]
+    unused = [f"${number}::text IS NULL" for number in range(1, max(used, default=0) + 1) if number not in used]
     if unused:
         statement = f"WITH unused AS (SELECT {', '.join(unused)}) {statement.strip()}"
     await connection.execute(f"PREPARE probe AS {statement}")
     try:
-        nothing = ", ".join(["NULL"] * max(used))
-        return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN EXECUTE probe({nothing})"))
+        nothing = f"({', '.join(['NULL'] * max(used))})" if used else ""
+        return "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN EXECUTE probe{nothing}"))
     finally:
         await connection.execute("DEALLOCATE probe")
 
