@@ -282,6 +282,31 @@ def list_(
 
 
 @app.command()
+def reconcile(
+    now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
+    payment: Annotated[str | None, typer.Option(help="Only of this payment.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only ask; change nothing.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """What the providers say of all that is open.
+
+    Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
+    is in doubt, pending, or waits for the payer. Only a provider's word ends anything.
+
+    Example: payments reconcile --now --dry-run
+    """
+    from app.reconcile_command import reconcile as reconcile_now
+
+    if not now:
+        fail("say --now: workers reconcile by themselves, and this asks the providers at once")
+    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    wanted = None if payment is None else _uuid(payment)
+    with readable_errors():
+        raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
 def gateways(as_json: AsJson = False) -> None:
     """What each gateway can do, and what is refused."""
     from app.gateways_command import list_gateways

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
 
 from app.settings import Settings
 from domain.capabilities import AmountLimits
 from domain.notices import WebhookReader
-from domain.ports import Gateway
+from domain.ports import Gateway, PaymentStore
 from domain.rules import Rules
+from handlers import metrics
+from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
+from infra.redis.recent_keys import ValkeyRecentKeys
 
 GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
     "stripe": lambda settings: StripeGateway(
@@ -49,6 +53,12 @@ def create_gateways(settings: Settings) -> dict[str, Gateway]:
     if unknown:
         raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
     return {name: GATEWAYS[name](settings) for name in settings.gateways}
+
+
+def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:
+    """The one write path over this store."""
+    recent = ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc)
+    return WritePath(store=store, rules=rules, clock=now, new_id=new_id, recent=recent)
 
 
 def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:

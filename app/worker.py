@@ -16,7 +16,6 @@ from redis.asyncio import Redis
 from app import wiring
 from app.health import Checks
 from app.settings import Settings
-from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import Dispatcher
@@ -25,12 +24,10 @@ from handlers.leases import Leases
 from handlers.reconcile import Reconciler
 from handlers.settle import Settler
 from handlers.sweep import Sweep
-from handlers.write_path import WritePath
 from infra.kafka.dead_letters import KafkaDeadLetters
 from infra.kafka.skipping import SkippingReader
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.store import PostgresStore, create_pool
-from infra.redis.recent_keys import ValkeyRecentKeys
 
 log = structlog.get_logger(__name__)
 
@@ -101,13 +98,7 @@ class Worker:
         redis = Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
         stack.push_async_callback(redis.aclose)
         rules = wiring.create_rules(settings, gateways)
-        write_path = WritePath(
-            store=store,
-            rules=rules,
-            clock=wiring.now,
-            new_id=wiring.new_id,
-            recent=ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc),
-        )
+        write_path = wiring.create_write_path(store, rules, redis)
         leases = Leases(store=store, lease=rules.retry.lease)
         self._dispatcher = Dispatcher(
             gateways=gateways,

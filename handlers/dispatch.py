@@ -18,6 +18,7 @@ from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnkn
 from domain.operations import GatewayRequest, OperationState, Outcome, Unknown, Unreachable
 from domain.ports import Clock, Gateway, PaymentStore
 from handlers import metrics
+from handlers.breaker import Breaker
 from handlers.leases import Leases
 
 log = structlog.get_logger(__name__)
@@ -70,8 +71,15 @@ class Dispatcher:
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_seconds)
 
-    async def _run(self, gateway: Gateway, request: GatewayRequest) -> None:
-        outcome = await self._outcome(gateway, request)
+    async def _run(self, lane: "_Lane", request: GatewayRequest) -> None:
+        outcome: Outcome
+        if self._is_question(lane.gateway, request):
+            outcome = await self._outcome(lane.gateway, request)
+        elif lane.breaker.may_send():
+            outcome = await self._outcome(lane.gateway, request)
+            lane.breaker.note(outcome)
+        else:
+            outcome = Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
         metrics.calls(request.gateway, request.kind, type(outcome).__name__).inc()
         self._answer(request, outcome)
 
@@ -109,7 +117,7 @@ class Dispatcher:
     def _call(self, gateway: Gateway, request: GatewayRequest) -> Awaitable[Outcome]:
         if request.state in WITH_THE_PROVIDER:
             return gateway.resume(request)
-        if self._is_key_forgotten(gateway, request):
+        if self._is_question(gateway, request):
             return gateway.status(request)
         match request.kind:
             case OperationKind.AUTHORIZE:
@@ -124,6 +132,9 @@ class Dispatcher:
                 return gateway.refund(request)
             case _:
                 assert_never(request.kind)
+
+    def _is_question(self, gateway: Gateway, request: GatewayRequest) -> bool:
+        return request.state in WITH_THE_PROVIDER or self._is_key_forgotten(gateway, request)
 
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
         """Whether the provider may have dropped the key: repeating the call could then move money again.
@@ -146,9 +157,10 @@ def _is_cancelled() -> bool:
 class _Lane:
     """The calls of one gateway: at most `limit` at a time, the others in order of arrival."""
 
-    def __init__(self, gateway: Gateway, limit: int, run: Callable[[Gateway, GatewayRequest], Awaitable[None]]) -> None:
+    def __init__(self, gateway: Gateway, limit: int, run: Callable[["_Lane", GatewayRequest], Awaitable[None]]) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
-        self._gateway = gateway
+        self.gateway = gateway
+        self.breaker = Breaker(time.monotonic, self._tell)
         self._limit = limit
         self._run = run
         self._queue: deque[GatewayRequest] = deque()
@@ -168,4 +180,8 @@ class _Lane:
     async def _work(self) -> None:
         """Call for one request after the other until none is left; a task serves many."""
         while self._queue:
-            await self._run(self._gateway, self._queue.popleft())
+            await self._run(self, self._queue.popleft())
+
+    def _tell(self, is_open: bool) -> None:
+        metrics.CIRCUIT_OPEN.labels(self.gateway.name).set(is_open)
+        log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)

@@ -134,6 +134,11 @@ RENEW_LEASES = """
       FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS x(payment_id, number, lease_token)
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
 """
+FIND_UNDER_WAY = f"""
+    SELECT {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))} FROM operations AS o
+     WHERE due_at IS NOT NULL AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
+     ORDER BY due_at LIMIT $2
+"""
 MAKE_DUE = """
     UPDATE operations SET due_at = now()
      WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
@@ -258,10 +263,14 @@ class PostgresStore:
         with translated():
             async with self._pool.acquire() as connection:
                 rows = await connection.fetch(CLAIM_DUE, limit, lease)
-                operations = [_operation(row) for row in rows]
-                found = await connection.fetch(PAYMENTS_OF, [each.payment_id for each in operations])
-        payments = {row["payment_id"]: _payment(row, ()) for row in found}
-        return [(payments[each.payment_id], each) for each in operations]
+                return await _with_payments(connection, [_operation(row) for row in rows])
+
+    async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:
+        """Operations that wait for their next attempt, soonest first: of one payment, or of all. Claims nothing."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                operations = [_operation(row) for row in await connection.fetch(FIND_UNDER_WAY, payment_id, limit)]
+                return await _with_payments(connection, operations)
 
     async def make_due(self, payment_id: UUID | None) -> int:
         """Have operations that wait for their next attempt claimed at once; how many there are."""
@@ -274,6 +283,7 @@ class PostgresStore:
         with translated():
             async with self._pool.acquire() as connection:
                 row = await connection.fetchrow(IN_DOUBT)
+        assert row is not None, "a count has a row"
         return row["count"], row["seconds"] or 0.0
 
     async def find_lapsed_holds(self, *, after: Place | None, limit: int) -> list[tuple[Payment, Operation]]:
@@ -289,6 +299,12 @@ class PostgresStore:
         with translated():
             async with self._pool.acquire() as connection:
                 await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
+
+
+async def _with_payments(connection: Connection, operations: list[Operation]) -> list[tuple[Payment, Operation]]:
+    found = await connection.fetch(PAYMENTS_OF, [each.payment_id for each in operations])
+    payments = {row["payment_id"]: _payment(row, ()) for row in found}
+    return [(payments[each.payment_id], each) for each in operations]
 
 
 class PostgresTransaction:

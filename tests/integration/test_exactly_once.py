@@ -186,6 +186,7 @@ class _ClaimingBlock:
         self._transaction = await self._block.__aenter__()
         self.lock_payments = self._transaction.lock_payments
         self.find_operations = self._transaction.find_operations
+        self.operations_at = self._transaction.operations_at
         return self
 
     async def save(self, changes: Changes) -> None:

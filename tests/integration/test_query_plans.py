@@ -29,6 +29,7 @@ INDEXES = {
     "UPDATE_OPERATIONS": {"operations_pkey"},
     "CLAIM_DUE": {"operations_due", "operations_pkey"},
     "IN_DOUBT": {"operations_in_doubt"},
+    "FIND_UNDER_WAY": {"operations_due"},
     "MAKE_DUE": {"operations_due"},
     "FIND_LAPSED_HOLDS": {"payments_pending_captures", "operations_pkey"},
     "RENEW_LEASES": {"operations_pkey"},

@@ -12,6 +12,7 @@ from domain.decide import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded, Unknown, Unreachable
+from handlers.breaker import FAILURES_MAX, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from tests.support.provider import BookkeepingGateway
@@ -169,3 +170,38 @@ async def test_after_the_provider_may_have_forgotten_the_key_it_is_only_asked(at
     long_ago = NOW - gateway.capabilities.idempotency_retention
     await Bench(gateway).outcomes(request(attempts=attempts, first_dispatched_at=long_ago))
     assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
+
+
+async def test_a_provider_that_leaves_everything_unknown_is_left_alone_and_still_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_back = False
+
+    async def behave(_: GatewayRequest) -> Outcome:
+        return Succeeded("ref") if is_back else Unknown("lost")
+
+    gateway = ScriptedGateway(behave)
+    bench = Bench(gateway, limit=1)
+    outcomes = await bench.outcomes(*(request() for _ in range(FAILURES_MAX + 3)))
+    assert [type(each) for each in outcomes] == [Unknown] * FAILURES_MAX + [Unreachable] * 3
+    assert sum(gateway.calls.values()) == FAILURES_MAX
+
+    bench.answers.clear()
+    await bench.outcomes(request()._replace(state=OperationState.PENDING))
+    assert gateway.asked == 1
+
+    is_back = True
+    monkeypatch.setattr("handlers.breaker.REST_SECONDS", 0)
+    bench.answers.clear()
+    assert [type(each) for each in await bench.outcomes(request(), request())] == [Succeeded, Succeeded]
+
+
+async def test_a_success_between_them_keeps_the_circuit_closed() -> None:
+    changes: list[bool] = []
+    breaker = Breaker(lambda: 0.0, changes.append)
+    for _ in range(3):
+        for _ in range(FAILURES_MAX - 1):
+            breaker.note(Unknown())
+        breaker.note(Unreachable())
+    assert breaker.may_send()
+    assert changes == []

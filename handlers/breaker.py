@@ -1,0 +1,47 @@
+"""Stops sending to a provider that leaves one outcome after the other unknown.
+
+While it is open nothing is sent, which is proof that nothing was executed: new payments wait instead of adding to the
+doubt. Questions are never stopped, for only their answers end doubt.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from domain.operations import Outcome, Unknown
+
+FAILURES_MAX: Final = 10
+"""Unknown outcomes in a row, with no other outcome between them."""
+REST_SECONDS: Final = 5.0
+
+
+class Breaker:
+    """Closed, it lets everything through; open, nothing; after a rest, one call at a time until one is answered."""
+
+    def __init__(self, clock: Callable[[], float], on_change: Callable[[bool], None]) -> None:
+        self._clock = clock
+        self._on_change = on_change
+        self._failures = 0
+        self._opened_at: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._opened_at is not None
+
+    def may_send(self) -> bool:
+        """Whether a call may be made now. After the rest this lets one through and starts another rest."""
+        if self._opened_at is None:
+            return True
+        if self._clock() - self._opened_at < REST_SECONDS:
+            return False
+        self._opened_at = self._clock()
+        return True
+
+    def note(self, outcome: Outcome) -> None:
+        """What came of a call that was sent."""
+        self._failures = self._failures + 1 if isinstance(outcome, Unknown) else 0
+        if not self._failures and self._opened_at is not None:
+            self._opened_at = None
+            self._on_change(False)
+        elif self._failures == FAILURES_MAX and self._opened_at is None:
+            self._opened_at = self._clock()
+            self._on_change(True)
