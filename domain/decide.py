@@ -313,6 +313,8 @@ class _Draft:
                 self._succeed(operation, outcome)
             case Declined():
                 self._decline(operation, outcome)
+            case Expired() if self.payment.is_cancelling():
+                self._decline(operation, Declined(DeclineReason.CANCELED, outcome.code, outcome.reference))
             case Expired():
                 self._expire(operation, outcome)
             case NotExecuted(message):

@@ -9,7 +9,9 @@ import httpx
 LEDGER_SUMS = """
     SELECT currency,
            coalesce(sum(amount_minor) FILTER (WHERE credit = 'customer_sales'), 0)::bigint  AS captured,
-           coalesce(sum(amount_minor) FILTER (WHERE debit = 'customer_refunds'), 0)::bigint AS refunded
+           coalesce(sum(amount_minor) FILTER (WHERE debit = 'customer_refunds'), 0)::bigint AS refunded,
+           coalesce(sum(amount_minor) FILTER (WHERE debit = 'customer_disputes'), 0)::bigint
+         - coalesce(sum(amount_minor) FILTER (WHERE credit = 'customer_disputes'), 0)::bigint AS disputed
       FROM ledger
      WHERE booked_at >= $1
      GROUP BY currency
@@ -22,6 +24,8 @@ class Sums:
 
     captured: int = 0
     refunded: int = 0
+    disputed: int = 0
+    """Taken back by payers' banks, and not won back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,6 @@ class Comparison:
     currency: str
     ours: Sums
     theirs: Sums
-
-    @property
-    def difference(self) -> Sums:
-        return Sums(self.theirs.captured - self.ours.captured, self.theirs.refunded - self.ours.refunded)
 
     @property
     def is_equal(self) -> bool:
@@ -68,7 +68,10 @@ async def compare(postgres_url: str, simulator_url: str, since: datetime) -> Boo
     ours = await _ledger(postgres_url, since)
     async with httpx.AsyncClient(trust_env=False) as client:
         answer = (await client.get(f"{simulator_url}/_sandbox/books?details=false")).raise_for_status().json()
-    theirs = {name.upper(): Sums(sums["captured"], sums["refunded"]) for name, sums in answer["currencies"].items()}
+    theirs = {
+        name.upper(): Sums(sums["captured"], sums["refunded"], sums["disputed"])
+        for name, sums in answer["currencies"].items()
+    }
     both = sorted(ours.keys() | theirs.keys())
     currencies = [Comparison(name, ours.get(name, Sums()), theirs.get(name, Sums())) for name in both]
     return Books(
@@ -83,4 +86,4 @@ async def _ledger(postgres_url: str, since: datetime) -> dict[str, Sums]:
         rows = await connection.fetch(LEDGER_SUMS, since)
     finally:
         await connection.close()
-    return {row["currency"]: Sums(row["captured"], row["refunded"]) for row in rows}
+    return {row["currency"]: Sums(row["captured"], row["refunded"], row["disputed"]) for row in rows}

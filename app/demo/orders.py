@@ -168,7 +168,21 @@ def with_method(payment_method: str) -> Callable[[Order], None]:
     return tell
 
 
+def voided_while_awaited(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "declined", "pm_card_threeDSecure2Required")
+    order.send(OperationKind.VOID, "voided")
+
+
+def refused_by_payer(order: Order) -> None:
+    order.open(OperationKind.CHARGE, "declined", "pm_card_threeDSecure2Required")
+
+
 Story = Callable[[Order], None]
+
+AUTHENTICATED: Final = "3-D Secure, passed by the payer"
+REFUSED_BY_PAYER: Final = "3-D Secure, failed by the payer"
+ABANDONED: Final = "3-D Secure, voided before the payer came"
+DISPUTED: Final = "charged, then disputed by the payer's bank"
 
 STORIES: Final[dict[str, tuple[int, Story]]] = {
     "charged": (36, charge),
@@ -186,17 +200,21 @@ STORIES: Final[dict[str, tuple[int, Story]]] = {
     "provider busy (429)": (1, with_method("pm_sandbox_429")),
     "provider slow (2 s)": (2, with_method("pm_sandbox_slow")),
     "unreadable message": (1, unreadable),
+    AUTHENTICATED: (4, with_method("pm_card_threeDSecure2Required")),
+    REFUSED_BY_PAYER: (2, refused_by_payer),
+    ABANDONED: (2, voided_while_awaited),
+    DISPUTED: (2, charge),
 }
 """What can happen to an order, and its weight."""
 
 TROUBLED: Final = tuple(STORIES)[6:]
 """The stories in which somebody misbehaves."""
-DELAYED: Final = frozenset(tuple(STORIES)[9:14])
-"""The stories that take long because of a fault that we asked for."""
+DELAYED: Final = frozenset((*tuple(STORIES)[9:14], AUTHENTICATED, REFUSED_BY_PAYER, ABANDONED))
+"""The stories that take long because of a fault that we asked for, or of a payer who has to come."""
 
 
 def stream(count: int, seed: int) -> list[Sending]:
-    """All messages of `count` orders in the order of their times; each story occurs at least once in 15 orders."""
+    """All messages of `count` orders in the order of their times; each story occurs at least once in 19 orders."""
     source = random.Random(seed)  # noqa: S311 - a repeatable stream, no secret
     sendings = [sending for order in _orders(count, source) for sending in order.sendings]
     return sorted(sendings, key=lambda sending: sending.at)

@@ -16,6 +16,7 @@ from app.child import ChildFailed
 from app.client import PaymentsClient
 from app.demo.books import Books, compare, database_time
 from app.demo.orders import Sending, stream
+from app.demo.outsiders import Outsiders
 from app.demo.screen import Screen
 from app.demo.tally import Check, Tally
 from app.reporter import ConsoleReporter
@@ -104,8 +105,9 @@ class Demo:
         say("[bold]Payments, each exactly once: a demonstration[/]")
         say(
             f"{orders:,} orders ({len(self._sendings):,} messages, seed {seed}) go through real Kafka, Postgres and "
-            "Valkey to a simulated card provider that loses answers;\nmessages come twice, and the worker is killed "
-            "on the way. At the end our books are compared with the provider's."
+            "Valkey to a simulated card provider that loses answers;\nmessages come twice, payers pass or fail 3-D "
+            "Secure, banks dispute, and the worker is killed on the way.\nAt the end our books are compared with the "
+            "provider's."
         )
         haste = ", ".join(f"{name.removeprefix('PAYMENTS_').lower()} {value}" for name, value in HASTE.items())
         say(f"[dim]In a hurry: {haste}. Everything else is as in production. Data: {self._installation.data_dir}[/]")
@@ -132,9 +134,15 @@ class Demo:
         await self._set_latency()
         self._screen.heading("Orders come in")
         since = await database_time(self._installation.urls["postgres"])
-        async with PaymentsClient(Settings()) as client:
-            await self._exchange(client)
-            await self._read_dead_letters(client)
+        urls = self._installation.urls
+        planned = [sending.planned for sending in self._sendings if sending.planned is not None]
+        self._outsiders = Outsiders(urls["simulator"], urls["http"], planned)
+        try:
+            async with PaymentsClient(Settings()) as client:
+                await self._exchange(client)
+                await self._read_dead_letters(client)
+        finally:
+            await self._outsiders.close()
         return await self._conclude(since)
 
     async def _set_latency(self) -> None:
@@ -151,6 +159,7 @@ class Demo:
             with _running(self._screen.follow(self._tally, len(self._sendings))):
                 await self._send(client)
                 self._screen.tell("all messages are sent")
+                await self._outsiders.forge()
                 await self._wait_for_answers()
                 # A moment longer, for what should not come: a second result, say.
                 await asyncio.sleep(SURPLUS_SECONDS)
@@ -160,6 +169,8 @@ class Demo:
         try:
             async with asyncio.timeout(RESULTS_SECONDS_MAX):
                 await self._answered.wait()
+                while not self._outsiders.are_done:  # noqa: ASYNC110 - done by tasks and by events, in any order
+                    await asyncio.sleep(0.1)
             self._screen.tell(f"[green]every delivery is answered[/]: {self._tally.answered:,}")
         except TimeoutError:
             self._screen.tell(f"[red]{len(self._tally.missing):,} commands have no answer[/]")
@@ -178,6 +189,7 @@ class Demo:
     async def _listen(self, client: PaymentsClient) -> None:
         async for heard in client.heard():
             self._tally.note_heard(heard)
+            self._outsiders.hear(heard.event)
             if self._installation.children["worker"].is_ready and self._tally.has_recovered(heard.at):
                 self._screen.tell("the backlog of the crash is worked off")
             if self._tally.sent == len(self._sendings) and not self._tally.missing:
@@ -215,7 +227,8 @@ class Demo:
         screen.show_troubles(tally, self._unreadable, len(self._letters))
         screen.show_latency(tally)
         screen.show_books(books)
-        checks = [*tally.checks(), self._check_letters(), *_check_books(books), check_told(tally, books)]
+        checks = [*tally.checks(), self._check_letters(), self._check_forged(), self._check_disputes()]
+        checks += [*_check_books(books), check_told(tally, books)]
         screen.heading("What was promised")
         screen.show_checks(checks)
         self._name_missing()
@@ -231,6 +244,17 @@ class Demo:
         parked = len(self._letters)
         found = f"{parked} of {self._unreadable} are in the dead-letter topic"
         return Check("unreadable messages are kept, not lost", parked == self._unreadable, found)
+
+    def _check_forged(self) -> Check:
+        answers = self._outsiders.forged_answers
+        found = f"refused with {', '.join(map(str, answers))}"
+        return Check("a forged webhook changes nothing", bool(answers) and set(answers) == {400}, found)
+
+    def _check_disputes(self) -> Check:
+        opened, closed = self._outsiders.disputes_opened, self._outsiders.disputes_closed
+        return Check(
+            "disputes are told, from their start to their end", self._outsiders.are_done, f"{opened}, {closed}"
+        )
 
     def _name_missing(self) -> None:
         missing = self._tally.missing

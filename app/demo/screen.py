@@ -120,8 +120,11 @@ class Screen:
             rows = (
                 ("captured", each.ours.captured, each.theirs.captured),
                 ("refunded", each.ours.refunded, each.theirs.refunded),
+                ("disputed", each.ours.disputed, each.theirs.disputed),
             )
             for word, ours, theirs in rows:
+                if word == "disputed" and not ours and not theirs:
+                    continue
                 colour = "green" if ours == theirs else "bold red"
                 difference = f"[{colour}]{_money(theirs - ours, each.currency)}[/]"
                 table.add_row(

@@ -54,6 +54,7 @@ class Tally:
     def __init__(self, sendings: Iterable[Sending]) -> None:
         planned = {sending.planned for sending in sendings if sending.planned is not None}
         self.answers = {each.command_id: Answer(each) for each in planned}
+        self._payments = {str(each.payment_id) for each in planned}
         self.deliveries = sum(each.deliveries for each in planned)
         self.sent = 0
         self.answered = 0
@@ -86,14 +87,15 @@ class Tally:
     def note_heard(self, heard: Heard) -> None:
         """Count an event; one that Kafka delivers again (same id) counts once, and not at all if it is not ours."""
         event = heard.event
-        answer = self.answers.get(UUID(event["command_id"]))
-        if answer is None or event["event_id"] in self._seen:
+        if event["payment_id"] not in self._payments or event["event_id"] in self._seen:
             return
         self._seen.add(event["event_id"])
         if not event["replayed"]:
             self.sequences[event["payment_id"]].append(event["payment_seq"])
             self._note_money(event)
-        if is_final(event):
+        # What comes by itself, such as a dispute, answers no command.
+        answer = self.answers.get(UUID(event["command_id"])) if event["command_id"] else None
+        if answer is not None and is_final(event):
             self._note_final(answer, event, heard.at)
 
     def _note_money(self, event: WireEvent) -> None:

@@ -172,7 +172,7 @@ def test_the_news_that_it_is_canceled_may_come_before_the_voids_own_answer() -> 
     told.send("void")
     told.hear(GONE, 1)
     told.answer(Succeeded("ref_1"))
-    assert told.kinds == ["requires_action", "expired", "voided"]
+    assert told.kinds == ["requires_action", "declined", "voided"]
     assert told.last.snapshot.status == "canceled"
 
 
