@@ -313,8 +313,6 @@ class _Draft:
                 self._succeed(operation, outcome)
             case Declined():
                 self._decline(operation, outcome)
-            case Expired() if self.payment.is_cancelling():
-                self._decline(operation, Declined(DeclineReason.CANCELED, outcome.code, outcome.reference))
             case Expired():
                 self._expire(operation, outcome)
             case NotExecuted(message):
@@ -404,6 +402,10 @@ class _Draft:
         )
 
     def _expire(self, operation: Operation, outcome: Expired) -> None:
+        if self.payment.is_cancelling():
+            # Our own void's doing, told before the void's answer.
+            self._decline(operation, Declined(DeclineReason.CANCELED, outcome.code, outcome.reference))
+            return
         self._release_reservation(operation.kind)
         self._finish(operation, OperationState.EXPIRED, outcome.reference)
         self.payment.status = PaymentStatus.EXPIRED
