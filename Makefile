@@ -27,7 +27,7 @@ lint: $(STAMP)  ## format, lint rules, types, import contracts
 
 check: lint test  ## what CI runs: lint, then all tests
 
-bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run, ONLY=service or ONLY=relay for a part)
+bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run, ONLY=service, relay or gateways for a part)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 parity: $(STAMP)  ## every message of our relay against the real Debezium's

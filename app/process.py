@@ -31,7 +31,9 @@ async def _live(main: Main, app: ASGIApp, host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as group:
-        server = _Server(uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False))
+        server = _Server(
+            uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, proxy_headers=False)
+        )
         group.create_task(server.serve())
         try:
             await main(stop)

@@ -4,20 +4,19 @@ Until Postgres is there nothing can be stored, and each provider is told to send
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 
 import structlog
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from app import wiring
 from app.health import Checks
 from app.settings import Settings
 from domain.errors import StoreUnavailable
-from domain.notices import BODY_BYTES_MAX, WebhookRequest
+from domain.notices import BODY_BYTES_MAX, WebhookAnswer, WebhookRequest
 from domain.ports import Accepted, Received
 from handlers.webhooks import Webhooks
 from infra.postgres.inbox import PostgresInbox
@@ -56,7 +55,7 @@ class WebhookService:
 
     def routes(self) -> list[Route]:
         """One path for each gateway."""
-        return [Route("/webhooks/{gateway}", self._receive, methods=["GET", "POST"])]
+        return [Route("/webhooks/{gateway}", _Endpoint(self._receive), methods=["GET", "POST"])]
 
     def checks(self) -> Checks:
         return {"webhooks": self._check}
@@ -64,20 +63,34 @@ class WebhookService:
     async def _check(self) -> str | None:
         return None if self._inbox is not None else "not connected to Postgres"
 
-    async def _receive(self, request: Request) -> Response:
-        gateway = request.path_params["gateway"]
+    async def _receive(self, gateway: str, request: WebhookRequest) -> WebhookAnswer:
         if gateway not in self._webhooks.gateways:
-            return PlainTextResponse("no webhooks of this name are received here\n", 404)
-        answer = await self._webhooks.receive(gateway, await _raw(request))
-        return Response(answer.body, answer.status, media_type=answer.content_type)
+            return WebhookAnswer(404, b"no webhooks of this name are received here\n")
+        return await self._webhooks.receive(gateway, request)
 
 
-async def _raw(request: Request) -> WebhookRequest:
+class _Endpoint:
+    """Plain ASGI: the framework's request and response objects cost as much again as all that is done with them."""
+
+    def __init__(self, receive: Callable[[str, WebhookRequest], Awaitable[WebhookAnswer]]) -> None:
+        self._receive = receive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._receive(scope["path_params"]["gateway"], await _raw(scope, receive))
+        headers = [
+            (b"content-type", answer.content_type.encode()),
+            (b"content-length", str(len(answer.body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _raw(scope: Scope, receive: Receive) -> WebhookRequest:
     """The request as it came; of a body that is too large, just enough to show that."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            break
-    headers = {name.lower(): value for name, value in request.headers.items()}
-    return WebhookRequest(request.method, request.url.query, headers, bytes(body), datetime.now(UTC))
+    body, is_more = b"", True
+    while is_more and len(body) <= BODY_BYTES_MAX:
+        message = await receive()
+        body += message.get("body", b"")
+        is_more = message.get("more_body", False)
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    return WebhookRequest(scope["method"], scope["query_string"].decode("latin-1"), headers, body, datetime.now(UTC))

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import gateways
 from benchmarks.load import Load, make_charges, percentile
 from benchmarks.machine import Machine
 from benchmarks.preload import preload_payments
@@ -64,35 +66,35 @@ class Bench:
         self._stack = stack
         self._urls = stack.urls
         run = uuid4().hex[:8]
-        self._postgres_url = create_database(self._urls.postgres_url, f"bench_{run}")
+        self.postgres_url = create_database(self._urls.postgres_url, f"bench_{run}")
         self._topics = {
             "PAYMENTS_COMMANDS_TOPIC": f"bench.{run}.commands",
             "PAYMENTS_EVENTS_TOPIC": f"bench.{run}.events",
             "PAYMENTS_DEAD_LETTER_TOPIC": f"bench.{run}.dlq",
         }
         self._ports = {name: str(free_port()) for name in ("PAYMENTS_WORKER_PORT", "PAYMENTS_RELAY_PORT")}
-        self._sandbox_port = free_port()
+        self.sandbox_port = free_port()
         environment = self._urls.as_environment() | self._topics | self._ports
         environment |= {
-            "PAYMENTS_POSTGRES_URL": self._postgres_url,
+            "PAYMENTS_POSTGRES_URL": self.postgres_url,
             "PAYMENTS_RELAY_SLOT": f"bench_{run}",
             "PAYMENTS_GATEWAYS": '["instant"]',
             "PAYMENTS_DEFAULT_GATEWAY": "instant",
             "PAYMENTS_GATEWAY_CONCURRENCY": '{"instant": 8000, "stripe": 64}',
             "PAYMENTS_CONSUMER_GROUP": f"bench-{run}",
-            "PAYMENTS_STRIPE_API_BASE": f"http://127.0.0.1:{self._sandbox_port}",
+            "PAYMENTS_STRIPE_API_BASE": f"http://127.0.0.1:{self.sandbox_port}",
             "PAYMENTS_STRIPE_API_KEY": "sk_test_bench",
         }
         self.machine = Machine(ROOT / ".local" / "bench-logs", environment)
 
     async def prepare(self) -> None:
         """Migrate and create topics."""
-        upgrade(self._postgres_url)
+        upgrade(self.postgres_url)
         await ensure_topics(self._urls.kafka_bootstrap, dict.fromkeys(self._topics.values(), PARTITIONS))
 
     def erase(self) -> None:
         """Leave no database behind."""
-        drop_database(self._postgres_url)
+        drop_database(self.postgres_url)
 
     @contextlib.asynccontextmanager
     async def service(self, gateway_ms: int = 0) -> AsyncIterator[Load]:
@@ -110,6 +112,21 @@ class Bench:
         self.machine.start("worker", "app.cli", "worker", **environment)
         await self._ready("PAYMENTS_WORKER_PORT")
         await self._ready("PAYMENTS_RELAY_PORT")
+
+    @property
+    def partitions(self) -> int:
+        return PARTITIONS
+
+    async def set_sandbox_latency(self, milliseconds: int) -> None:
+        """Have the simulator, once it is there, take so long for each request."""
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.sandbox_port}", trust_env=False) as client:
+            for _ in range(200):
+                try:
+                    await client.post("/_sandbox/latency", json={"latency_ms": milliseconds})
+                    return
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+        raise TimeoutError("the simulator is not ready")
 
     async def _ready(self, port: str) -> None:
         url = f"http://127.0.0.1:{self._ports[port]}/health/ready"
@@ -177,7 +194,7 @@ class Bench:
 
     async def stripe_http(self) -> None:
         """Through the official SDK over HTTP, against the simulator in its own process."""
-        self.machine.start("sandbox", "app.cli", "sandbox", "--port", str(self._sandbox_port))
+        self.machine.start("sandbox", "app.cli", "sandbox", "--port", str(self.sandbox_port))
         settings = {"PAYMENTS_GATEWAYS": '["stripe"]', "PAYMENTS_DEFAULT_GATEWAY": "stripe"}
         await self.start_service(**settings)
         load = await self.load()
@@ -224,7 +241,7 @@ class Bench:
 
     async def with_full_tables(self) -> None:
         """Throughput and latency again with many stored payments."""
-        await preload_payments(self._postgres_url, self.plan.stored_payments)
+        await preload_payments(self.postgres_url, self.plan.stored_payments)
         async with self.service() as load:
             await self.throughput(load, 0, self.plan.commands)
             full = self.results["throughput"].pop()
@@ -260,6 +277,25 @@ async def run(stack: LocalStack, plan: Plan) -> dict[str, Any]:
     return bench.results
 
 
+async def run_gateways(stack: LocalStack, plan: gateways.GatewayPlan) -> dict[str, Any]:
+    """Webhooks, reconciliation, and payments through a gateway over HTTP."""
+    bench = Bench(stack, QUICK)
+    await bench.prepare()
+    try:
+        return await gateways.GatewayBench(bench, plan).run()
+    finally:
+        bench.machine.stop()
+        bench.erase()
+
+
+def report_gateways(table: Table, results: dict[str, Any]) -> None:
+    """Webhooks, reconciliation, payments."""
+    for name in ("webhooks", "reconciliation"):
+        table.add_row(name, " · ".join(f"{key} {value}" for key, value in results[name].items()))
+    for row in results["payments"]:
+        table.add_row(f"payments through {row['gateway']}", " · ".join(f"{key} {value}" for key, value in row.items()))
+
+
 def report(results: dict[str, Any]) -> None:
     """The table that a person reads."""
     table = Table("measurement", "result", title="payments benchmark")
@@ -267,6 +303,8 @@ def report(results: dict[str, Any]) -> None:
         report_service(table, results)
     if "relay" in results:
         report_relay(table, results["relay"])
+    if "gateways" in results:
+        report_gateways(table, results["gateways"])
     console.print(table)
 
 
@@ -302,18 +340,23 @@ def main() -> int:
     """Run, print, and write `.bench/results.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small loads: ends within a minute")
-    parser.add_argument("--only", choices=("service", "relay"), help="one part; the other's last results are kept")
+    parser.add_argument(
+        "--only", choices=("service", "relay", "gateways"), help="one part; the others' last results are kept"
+    )
     arguments = parser.parse_args()
     target = ROOT / ".bench" / "results.json"
     target.parent.mkdir(exist_ok=True)
     results = json.loads(target.read_text()) if arguments.only and target.exists() else {}
     with LocalStack(ROOT / ".local" / "bench", on_progress=console.print) as stack:
-        if arguments.only != "relay":
+        if arguments.only in (None, "service"):
             results |= asyncio.run(run(stack, QUICK if arguments.quick else FULL))
         if arguments.only == "relay" or (arguments.only is None and not arguments.quick):
             # Left out of the quick run, whose minute the service fills: three publishers, one of them a JVM.
             bench = RelayBench(stack, RELAY_QUICK if arguments.quick else RELAY_FULL, ROOT)
             results["relay"] = asyncio.run(bench.run(RELAY_SOURCES))
+        if arguments.only in (None, "gateways"):
+            plan = gateways.QUICK if arguments.quick else gateways.FULL
+            results["gateways"] = asyncio.run(run_gateways(stack, plan))
     report(results)
     target.write_text(json.dumps(results, indent=2) + "\n")
     return 0

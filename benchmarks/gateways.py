@@ -1,0 +1,278 @@
+"""`make bench ONLY=gateways`: webhooks accepted, payments through a gateway over HTTP, and reconciliation of many.
+
+The senders of webhooks share the machine with what they measure: what they cost is in the results, too.
+"""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID, uuid4
+
+import asyncpg
+import stripe
+from rich.console import Console
+
+from benchmarks.load import make_charges, percentile
+from infra.local.server import free_port
+
+if TYPE_CHECKING:
+    from benchmarks.__main__ import Bench
+
+SECRET: Final = "whsec_bench"
+CONNECTIONS: Final = 48
+PROVIDER_MS: Final = 100
+console = Console()
+
+OPEN_PAYMENTS: Final = """
+    WITH given AS (SELECT * FROM unnest($1::uuid[]) AS payment_id),
+    made AS (
+        INSERT INTO payments (payment_id, gateway, gateway_payment_id, currency, amount_minor, status, open_operations,
+                              last_operation, last_seq)
+        SELECT payment_id, $2, 'pi_' || payment_id, 'USD', 1000, 'processing', 1, 1, 1 FROM given)
+    INSERT INTO operations (payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor,
+                            gateway, reference, attempts, lease_token, due_at, dispatched_at)
+    SELECT payment_id, 1, 'charge', 'bench-' || payment_id, sha256(payment_id::text::bytea),
+           $5 || payment_id || '","idempotency_key":"bench-' || payment_id || '"}', $3, 1000, $2,
+           'pi_' || payment_id, 1, 1, now() + $4::interval, now() FROM given
+"""
+CONTENT: Final = (
+    '{"type":"payment.charge.v1","amount_minor":1000,"currency":"USD","payment_method":"x","order_id":"bench",'
+    '"payment_id":"'
+)
+
+
+@dataclass(frozen=True)
+class GatewayPlan:
+    """How much of each."""
+
+    webhooks: int
+    steady_seconds: int
+    stuck_operations: int
+    payments: int
+
+
+QUICK: Final = GatewayPlan(webhooks=3_000, steady_seconds=3, stuck_operations=3_000, payments=300)
+FULL: Final = GatewayPlan(webhooks=60_000, steady_seconds=20, stuck_operations=100_000, payments=10_000)
+
+
+class GatewayBench:
+    """The measurements, over the servers and processes of the service's bench."""
+
+    def __init__(self, bench: "Bench", plan: GatewayPlan) -> None:
+        self._bench = bench
+        self._plan = plan
+        self.results: dict[str, Any] = {}
+
+    async def run(self) -> dict[str, Any]:
+        """All of them, one after the other."""
+        await self._webhooks()
+        await self._reconciliation()
+        await self._payments()
+        return self.results
+
+    # --- webhooks ---------------------------------------------------------------------------------------------------
+
+    async def _webhooks(self) -> None:
+        """Stored and answered per second as fast as they are taken, then the latency at a steady rate."""
+        rate, steady = 1_000, 1_000 * self._plan.steady_seconds
+        payments = await self._open_payments(self._plan.webhooks + steady, "stripe", "pending", "1 day")
+        port = free_port()
+        machine = self._bench.machine
+        environment = {
+            "PAYMENTS_HTTP_PORT": str(port),
+            "PAYMENTS_GATEWAYS": '["stripe"]',
+            "PAYMENTS_DEFAULT_GATEWAY": "stripe",
+            "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([SECRET]),
+        }
+        machine.start("http", "app.cli", "http", **environment)
+        requests = [_request(each, port) for each in payments]
+        sender = Sender(port)
+        await sender.connect()
+        await sender.send(requests[:200])
+        before, started, own = machine.cpu_seconds(), time.perf_counter(), time.process_time()
+        await sender.send(requests[200 : self._plan.webhooks])
+        seconds, count = time.perf_counter() - started, self._plan.webhooks - 200
+        cpu = machine.cpu_seconds()["http"] - before["http"]
+        taken = await sender.send_steadily(requests[self._plan.webhooks :], rate)
+        self.results["webhooks"] = {
+            "accepted_per_second": round(count / seconds),
+            "cpu_us_each": round(cpu / count * 1e6),
+            "sender_cpu_us_each": round((time.process_time() - own) / (count + steady) * 1e6),
+            "rate": rate,
+            "p50_ms": round(percentile(taken, 0.5) * 1000, 1),
+            "p99_ms": round(percentile(taken, 0.99) * 1000, 1),
+            "rss_mb": round(machine.rss_mb("http")),
+        }
+        sender.close()
+        machine.stop("http")
+        await self._forget()
+        console.print("webhooks", self.results["webhooks"])
+
+    # --- reconciliation ---------------------------------------------------------------------------------------------
+
+    async def _reconciliation(self) -> None:
+        """Operations that are pending and due, each asked about and ended, per second."""
+        count = self._plan.stuck_operations
+        await self._open_payments(count, "instant", "pending", "-1 second")
+        load = await self._bench.load()
+        started = time.perf_counter()
+        await self._bench.start_service(PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(PROVIDER_MS))
+        ended = await load.count_results(count, stall_seconds=30)
+        find = await self._time_to_find()
+        self.results["reconciliation"] = {
+            "operations": count,
+            "operations_per_second": round(count / (ended - started)),
+            "provider_ms": PROVIDER_MS,
+            "worker_rss_mb": round(self._bench.machine.rss_mb("worker")),
+            "find_due_ms": find,
+        }
+        await load.stop()
+        self._bench.machine.stop()
+        await self._forget()
+        console.print("reconciliation", self.results["reconciliation"])
+
+    async def _time_to_find(self) -> float:
+        connection = await asyncpg.connect(self._bench.postgres_url)
+        started = time.perf_counter()
+        await connection.fetch("SELECT payment_id FROM operations WHERE due_at <= now() ORDER BY due_at LIMIT 500")
+        taken = time.perf_counter() - started
+        await connection.close()
+        return round(taken * 1000, 2)
+
+    # --- payments ---------------------------------------------------------------------------------------------------
+
+    async def _payments(self) -> None:
+        """Charges through the official SDK over HTTP, against the simulator in its own process."""
+        bench, count = self._bench, self._plan.payments
+        bench.machine.start("sandbox", "app.cli", "sandbox", "--port", str(bench.sandbox_port))
+        await bench.set_sandbox_latency(PROVIDER_MS)
+        await bench.start_service(PAYMENTS_GATEWAYS='["stripe"]', PAYMENTS_DEFAULT_GATEWAY="stripe")
+        load = await bench.load()
+        messages = make_charges(count, bench.partitions, gateway="stripe")
+        before, started = bench.machine.cpu_seconds(), time.perf_counter()
+        await load.send_all(messages)
+        ended = await load.count_results(count)
+        after = bench.machine.cpu_seconds()
+        self.results["payments"] = [
+            {
+                "gateway": "stripe",
+                "provider_ms": PROVIDER_MS,
+                "payments_per_second": round(count / (ended - started)),
+                "worker_cpu_us_each": round((after["worker"] - before["worker"]) / count * 1e6),
+                "simulator_cpu_us_each": round((after["sandbox"] - before["sandbox"]) / count * 1e6),
+                "worker_rss_mb": round(bench.machine.rss_mb("worker")),
+            }
+        ]
+        await load.stop()
+        bench.machine.stop()
+        console.print("payments", self.results["payments"])
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    async def _open_payments(self, count: int, gateway: str, state: str, due_in: str) -> list[UUID]:
+        payments = [uuid4() for _ in range(count)]
+        connection = await asyncpg.connect(self._bench.postgres_url)
+        for start in range(0, count, 20_000):
+            portion = payments[start : start + 20_000]
+            statement = OPEN_PAYMENTS.replace("$4::interval", f"interval '{due_in}'").replace("$5", "$4")
+            await connection.execute(statement, portion, gateway, state, CONTENT)
+        await connection.execute("VACUUM ANALYZE payments, operations")
+        await connection.close()
+        return payments
+
+    async def _forget(self) -> None:
+        connection = await asyncpg.connect(self._bench.postgres_url)
+        await connection.execute("TRUNCATE inbox")
+        await connection.execute("DELETE FROM operations; DELETE FROM payments")
+        await connection.execute("VACUUM payments, operations")
+        await connection.close()
+
+
+def _request(payment_id: UUID, port: int) -> bytes:
+    intent = {
+        "id": f"pi_{payment_id}",
+        "object": "payment_intent",
+        "amount": 1000,
+        "amount_received": 1000,
+        "amount_capturable": 0,
+        "capture_method": "automatic",
+        "currency": "usd",
+        "status": "succeeded",
+        "metadata": {"payment_id": str(payment_id), "operation_number": "1"},
+    }
+    event = {"id": f"evt_{payment_id}", "object": "event", "type": "payment_intent.succeeded"}
+    body = json.dumps(event | {"data": {"object": intent}})
+    signature = stripe.WebhookSignature.generate_signature_header(body, SECRET, timestamp=int(time.time()))
+    head = (
+        f"POST /webhooks/stripe HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nStripe-Signature: {signature}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return (head + body).encode()
+
+
+class Sender:
+    """Plain HTTP/1.1 over kept connections: a client library would cost more than what is measured."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+
+    async def connect(self, timeout_seconds: float = 30) -> None:
+        """Open the connections, once the server is there and takes webhooks."""
+        async with asyncio.timeout(timeout_seconds):
+            while self._connections.empty():
+                try:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                    writer.write(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                    await _answer(reader)
+                    self._connections.put_nowait((reader, writer))
+                except OSError:
+                    await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)  # until it has connected to Postgres
+        for _ in range(CONNECTIONS - 1):
+            self._connections.put_nowait(await asyncio.open_connection("127.0.0.1", self._port))
+
+    async def send(self, requests: list[bytes]) -> None:
+        """All of them, each connection with one at a time."""
+        waiting = iter(requests)
+
+        async def work() -> None:
+            for request in waiting:
+                await self._exchange(request)
+
+        await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
+
+    async def send_steadily(self, requests: list[bytes], rate: int) -> list[float]:
+        """At `rate` per second; the seconds from when each was due to its answer."""
+        started = time.perf_counter()
+        tasks = []
+        for number, request in enumerate(requests):
+            due = started + number / rate
+            if due > time.perf_counter():
+                await asyncio.sleep(due - time.perf_counter())
+            tasks.append(asyncio.create_task(self._timed(request, due)))
+        return sorted(await asyncio.gather(*tasks))
+
+    async def _timed(self, request: bytes, due: float) -> float:
+        await self._exchange(request)
+        return time.perf_counter() - due
+
+    async def _exchange(self, request: bytes) -> None:
+        reader, writer = await self._connections.get()
+        writer.write(request)
+        status = await _answer(reader)
+        assert status == 200, f"a webhook was answered with {status}"
+        self._connections.put_nowait((reader, writer))
+
+    def close(self) -> None:
+        while not self._connections.empty():
+            self._connections.get_nowait()[1].close()
+
+
+async def _answer(reader: asyncio.StreamReader) -> int:
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = head.split(b"content-length: ")[1].split(b"\r\n")[0]
+    await reader.readexactly(int(length))
+    return int(head[9:12])
