@@ -5,7 +5,7 @@ decided as soon as the operation before it has its outcome.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Final, NamedTuple, assert_never
@@ -155,6 +155,14 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
 
 def _payment_id(given: Input) -> UUID:
     return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
+
+
+def _with_reference(notice: Notice, operation: Operation) -> Notice:
+    """The notice with the reference that the operation has, where the message does not tell one."""
+    outcome = notice.outcome
+    if isinstance(outcome, Succeeded | Declined | Expired) and not outcome.reference and operation.reference:
+        return notice._replace(outcome=replace(outcome, reference=operation.reference))
+    return notice
 
 
 def _may_succeed_late(operation: Operation) -> bool:
@@ -497,6 +505,7 @@ class _Draft:
         if given.operation is None:
             return
         current = self._under_way(given.operation.number)
+        notice = _with_reference(notice, current or given.operation)
         if current is None:
             self._heed_late(given.operation, notice)
         elif notice.is_ripe:

@@ -1,0 +1,532 @@
+"""All that we know about VNPay PAY 2.1.0: the payment URL, the signatures, querydr, refund, and the code tables.
+
+Promise: a charge is a signed URL made here, so nothing moves until the payer has paid; success and failure are VNPay's
+signed word for this very TxnRef and amount (IPN or querydr). Refunds have no idempotency key at VNPay, so one whose
+answer was lost is never sent again: it is asked about, and stays in doubt where VNPay's answer is ambiguous.
+
+Sources: https://sandbox.vnpayment.vn/apis/docs/thanh-toan-pay/pay.html and
+https://sandbox.vnpayment.vn/apis/docs/truy-van-hoan-tien/querydr&refund.html. Plain httpx: VNPay has no Python library.
+What is marked "hypothesis" is documented by third parties only; there the answer is `Pending` or unknown.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, quote_plus
+from uuid import UUID
+
+import httpx
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from domain.capabilities import AmountLimits, Capabilities
+from domain.commands import OperationKind
+from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
+from domain.notices import Notice, Verdict, WebhookAnswer, WebhookRefused, WebhookRequest
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+
+NAME: Final = "vnpay"
+VERSION: Final = "2.1.0"
+VIETNAM: Final = timezone(timedelta(hours=7))
+TIME: Final = "%Y%m%d%H%M%S"
+HUNDREDTHS: Final = 100
+"""VND on the wire is times 100, though it has no fraction."""
+
+GRACE: Final = timedelta(minutes=15)
+"""After the URL's end, in which a bank may still finish what the payer began (hypothesis: 60 to 90 s were observed)."""
+
+NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+
+
+class VNPayConfig(BaseModel):
+    """A terminal at VNPay. `pay_url` is where the payer's browser goes, `api_url` takes queries and refunds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tmn_code: str
+    hash_secret: SecretStr
+    pay_url: str = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
+    api_url: str = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
+    return_url: str = "https://example.invalid/return"
+    ip_address: str = "127.0.0.1"
+    locale: str = "vn"
+    expires_after: timedelta = timedelta(minutes=15)
+    timeout_seconds: float = 20.0
+    connect_timeout_seconds: float = 5.0
+    max_connections: int = 64
+
+
+# --- names and times --------------------------------------------------------------------------------------------------
+
+
+def txn_ref(payment_id: UUID, number: int) -> str:
+    """Our marks in the form that VNPay takes: letters and digits, and a new one for each attempt to pay."""
+    return f"{payment_id.hex}{number:04d}"
+
+
+def marks_of(reference: str) -> tuple[UUID, int] | None:
+    """The payment and operation that a TxnRef names; None for one that we did not make."""
+    found = re.fullmatch(r"([0-9a-f]{32})([0-9]{4,9})", reference)
+    return (UUID(found[1]), int(found[2])) if found else None
+
+
+def _reference(request: GatewayRequest) -> str:
+    """What query and refund need of a charge: its TxnRef and its CreateDate, exact to the second."""
+    assert request.first_dispatched_at is not None, "a dispatched operation has a time"
+    created = request.first_dispatched_at.astimezone(VIETNAM).strftime(TIME)
+    return f"{txn_ref(request.payment_id, request.operation_number)}@{created}"
+
+
+def _expires_at(reference: str, config: VNPayConfig) -> datetime:
+    created = datetime.strptime(reference.partition("@")[2], TIME).replace(tzinfo=VIETNAM)
+    return (created + config.expires_after).astimezone(UTC)
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def sign(secret: SecretStr, data: str) -> str:
+    """HMAC-SHA512 as lower-case hex; the secret is used as it is written."""
+    return hmac.new(secret.get_secret_value().encode(), data.encode(), hashlib.sha512).hexdigest()
+
+
+def form(fields: Mapping[str, str]) -> str:
+    """The query string that is both sent and signed: sorted by name, a space as a plus, nothing empty."""
+    return "&".join(f"{name}={quote_plus(value)}" for name, value in sorted(fields.items()) if value)
+
+
+def is_signed(secret: SecretStr, data: str, signature: str) -> bool:
+    """Whether it is VNPay's signature of this text, in constant time; either case of hex is VNPay's."""
+    return hmac.compare_digest(sign(secret, data).encode(), signature.lower().encode())
+
+
+QUERY: Final = [
+    "vnp_RequestId",
+    "vnp_Version",
+    "vnp_Command",
+    "vnp_TmnCode",
+    "vnp_TxnRef",
+    "vnp_TransactionDate",
+    "vnp_CreateDate",
+    "vnp_IpAddr",
+    "vnp_OrderInfo",
+]
+QUERY_ANSWER: Final = [
+    "vnp_ResponseId",
+    "vnp_Command",
+    "vnp_ResponseCode",
+    "vnp_Message",
+    "vnp_TmnCode",
+    "vnp_TxnRef",
+    "vnp_Amount",
+    "vnp_BankCode",
+    "vnp_PayDate",
+    "vnp_TransactionNo",
+    "vnp_TransactionType",
+    "vnp_TransactionStatus",
+    "vnp_OrderInfo",
+    "vnp_PromotionCode",
+    "vnp_PromotionAmount",
+]
+REFUND: Final = [
+    "vnp_RequestId",
+    "vnp_Version",
+    "vnp_Command",
+    "vnp_TmnCode",
+    "vnp_TransactionType",
+    "vnp_TxnRef",
+    "vnp_Amount",
+    "vnp_TransactionNo",
+    "vnp_TransactionDate",
+    "vnp_CreateBy",
+    "vnp_CreateDate",
+    "vnp_IpAddr",
+    "vnp_OrderInfo",
+]
+REFUND_ANSWER: Final = QUERY_ANSWER[:-2]
+"""The fields whose values are joined with `|` and signed, in this order; one that is absent counts as empty."""
+
+
+def joined(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The values of these fields as they are signed."""
+    return "|".join("" if fields.get(name) is None else str(fields[name]) for name in names)
+
+
+# --- the code tables --------------------------------------------------------------------------------------------------
+
+DECLINES: Final[Mapping[str, DeclineReason]] = {
+    "09": DeclineReason.METHOD_NOT_SUPPORTED,
+    "10": DeclineReason.AUTHENTICATION_FAILED,
+    "12": DeclineReason.REFUSED_BY_ISSUER,
+    "13": DeclineReason.AUTHENTICATION_FAILED,
+    "24": DeclineReason.CANCELED,
+    "51": DeclineReason.INSUFFICIENT_FUNDS,
+    "65": DeclineReason.LIMIT_EXCEEDED,
+    "75": DeclineReason.PROCESSING_ERROR,
+    "79": DeclineReason.AUTHENTICATION_FAILED,
+}
+"""ResponseCode of an IPN whose TransactionStatus says that it failed. Source: the table of pay.html."""
+
+PAID: Final = frozenset({"00", "10", "20"})
+FAILED: Final = frozenset({"02", "11"})
+LATE: Final = frozenset({"08"})
+UNDECIDED: Final = frozenset({"01", "04", "05", "06", "07"})
+"""TransactionStatus; what is not listed is undecided, too. 04 and 07 wait for people at VNPay or the bank."""
+
+REFUSED: Final = frozenset({"02", "03", "04", "13", "16", "91", "93", "95", "97"})
+"""ResponseCode of a refund that VNPay did not take on, and never will in this form."""
+
+
+def read_payment(code: str | None, status: str, reference: str, amount_minor: int) -> Outcome:
+    """What ResponseCode (of an IPN; None of a query) and TransactionStatus say of a payment."""
+    if status in PAID and code in (None, "00"):
+        return Succeeded(reference, amount_minor)
+    if status in LATE or (status in FAILED and code == "11"):
+        return Expired(reference, code or status)
+    if status in FAILED:
+        return Declined(DECLINES.get(code or "", DeclineReason.OTHER), code or status, reference)
+    return Pending(reference)
+
+
+def read_refund(status: str, reference: str) -> Outcome:
+    """What TransactionStatus says of a refund that VNPay took on."""
+    if status == "00":
+        return Succeeded(reference)
+    if status in ("02", "09"):
+        return Declined(DeclineReason.REFUND_FAILED, status, reference)
+    return Pending(reference)
+
+
+# --- the gateway ------------------------------------------------------------------------------------------------------
+
+
+class VNPayGateway:
+    """A sale by redirect, its query, and refunds. Create it inside the event loop that uses it."""
+
+    name = NAME
+    capabilities = Capabilities(
+        operations=frozenset({OperationKind.CHARGE, OperationKind.REFUND}),
+        currencies=frozenset({"VND"}),
+        partial_capture=False,
+        multi_capture=False,
+        partial_refund=True,
+        cancel_waiting=False,  # an unpaid URL stays payable until its end
+        idempotency_retention=timedelta(0),
+        limits={"VND": AmountLimits(5_000, 999_999_999)},
+    )
+
+    def __init__(self, config: VNPayConfig) -> None:
+        self._config = config
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
+            limits=httpx.Limits(max_connections=config.max_connections),
+            trust_env=False,
+        )
+
+    async def authorize(self, request: GatewayRequest) -> Outcome:
+        """Not offered by VNPay."""
+        return NotExecuted("VNPay takes payments only at once")
+
+    async def capture(self, request: GatewayRequest) -> Outcome:
+        """Not offered by VNPay."""
+        return NotExecuted("VNPay has no captures")
+
+    async def void(self, request: GatewayRequest) -> Outcome:
+        """Not offered by VNPay."""
+        return NotExecuted("VNPay cannot cancel a payment")
+
+    async def charge(self, request: GatewayRequest) -> Outcome:
+        """The URL where the payer pays. The same request gives the same URL; nothing is sent."""
+        reference = _reference(request)
+        return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
+
+    async def refund(self, request: GatewayRequest) -> Outcome:
+        """Return `request.amount`; VNPay takes it on and finishes it later.
+
+        Raises:
+            GatewayUnreachable: nothing was sent.
+            OutcomeUnknown: it may have been taken on; it must not be sent again.
+        """
+        paid = await self._ask_first(request)
+        body = self._refund_body(request, paid)
+        answer = await self._post(body, joined(body, REFUND))
+        code = str(answer.get("vnp_ResponseCode", ""))
+        if code in REFUSED:
+            return NotExecuted(f"VNPay refused the refund (code {code})", code)
+        if code != "00":
+            raise OutcomeUnknown(NAME, f"refund answered with code {code}")
+        self._verify(answer, REFUND_ANSWER, body)
+        return read_refund(str(answer.get("vnp_TransactionStatus", "")), str(answer.get("vnp_TransactionNo", "")))
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        """Ask."""
+        return await self.status(request)
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        """What VNPay knows of a charge or refund. Causes nothing.
+
+        Raises:
+            GatewayUnreachable, OutcomeUnknown: as usual.
+            GatewayContractBroken: the answer is not signed, or about something else.
+        """
+        if request.kind is OperationKind.REFUND:
+            return self._read_refunded(request, await self._query(_charge_of(request)))
+        reference = request.reference or _reference(request)
+        answer = await self._query(reference)
+        if answer is None:
+            return self._unpaid(request, reference)
+        if str(answer["vnp_TransactionType"]) != "01":
+            return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
+        outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
+        return self._unpaid(request, reference) if isinstance(outcome, Pending) and _is_open(answer) else outcome
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    # --- the payment URL ----------------------------------------------------------------------------------------------
+
+    def _pay_url(self, request: GatewayRequest, reference: str) -> str:
+        ref, _, created = reference.partition("@")
+        data = form(
+            {
+                "vnp_Version": VERSION,
+                "vnp_Command": "pay",
+                "vnp_TmnCode": self._config.tmn_code,
+                "vnp_Amount": str(request.amount.minor * HUNDREDTHS),
+                "vnp_CurrCode": request.amount.currency,
+                "vnp_TxnRef": ref,
+                "vnp_OrderInfo": f"Payment {ref}",
+                "vnp_OrderType": "other",
+                "vnp_ReturnUrl": self._config.return_url,
+                "vnp_IpAddr": self._config.ip_address,
+                "vnp_Locale": self._config.locale,
+                "vnp_CreateDate": created,
+                "vnp_ExpireDate": self._ends(reference).astimezone(VIETNAM).strftime(TIME),
+            }
+        )
+        return f"{self._config.pay_url}?{data}&vnp_SecureHash={sign(self._config.hash_secret, data)}"
+
+    def _ends(self, reference: str) -> datetime:
+        return _expires_at(reference, self._config)
+
+    def _unpaid(self, request: GatewayRequest, reference: str) -> Outcome:
+        """VNPay knows of no payment. The URL is good until its end, and what was begun may take a while longer."""
+        if datetime.now(UTC) < self._ends(reference) + GRACE:
+            return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
+        return Expired(reference, "91")
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    async def _query(self, reference: str) -> dict[str, Any] | None:
+        """The signed answer about a TxnRef, None where VNPay has no payment of it."""
+        ref, _, created = reference.partition("@")
+        now = datetime.now(VIETNAM).strftime(TIME)
+        body = {
+            "vnp_RequestId": hashlib.sha256(f"{reference}{datetime.now(UTC).timestamp()}".encode()).hexdigest()[:32],
+            "vnp_Version": VERSION,
+            "vnp_Command": "querydr",
+            "vnp_TmnCode": self._config.tmn_code,
+            "vnp_TxnRef": ref,
+            "vnp_OrderInfo": f"Query {ref}",
+            "vnp_TransactionDate": created,
+            "vnp_CreateDate": now,
+            "vnp_IpAddr": self._config.ip_address,
+        }
+        answer = await self._post(body, joined(body, QUERY))
+        code = str(answer.get("vnp_ResponseCode", ""))
+        if code == "91":
+            return None
+        if code != "00":
+            # 94: asked again too soon. Whatever it is, it is no answer about the payment.
+            raise OutcomeUnknown(NAME, f"query answered with code {code}")
+        self._verify(answer, QUERY_ANSWER, body)
+        return answer
+
+    def _verify(self, answer: Mapping[str, Any], names: Sequence[str], asked: Mapping[str, str]) -> None:
+        if not is_signed(self._config.hash_secret, joined(answer, names), str(answer.get("vnp_SecureHash", ""))):
+            raise GatewayContractBroken(NAME, "an answer without a valid signature")
+        if any(str(answer.get(name)) != asked[name] for name in ("vnp_TmnCode", "vnp_TxnRef")):
+            raise GatewayContractBroken(NAME, "an answer about another payment")
+
+    async def _ask_first(self, request: GatewayRequest) -> Mapping[str, Any]:
+        """The charge as VNPay has it, with the number that a refund must name. Asking is harmless."""
+        try:
+            paid = await self._query(_charge_of(request))
+        except OutcomeUnknown as error:
+            raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
+        if paid is None:
+            raise GatewayUnreachable(NAME, "no refund was sent: VNPay does not show the payment now")
+        return paid
+
+    def _read_refunded(self, request: GatewayRequest, answer: Mapping[str, Any] | None) -> Outcome:
+        """What the query of a charge says of one refund.
+
+        Hypothesis: after a refund it tells of the latest one (type 02 or 03). Only one for this very amount is
+        believed, and only if no other could be meant, which goes for the first operation after the charge alone.
+        """
+        if answer is None or str(answer["vnp_TransactionType"]) not in ("02", "03"):
+            return Unknown("VNPay shows no refund")
+        is_only = request.operation_number == 2 and _minor(answer["vnp_Amount"]) == request.amount.minor
+        if not is_only:
+            return Unknown("VNPay shows a refund that may be another one")
+        return read_refund(str(answer["vnp_TransactionStatus"]), str(answer["vnp_TransactionNo"]))
+
+    def _refund_body(self, request: GatewayRequest, paid: Mapping[str, Any]) -> dict[str, str]:
+        ref, _, created = _charge_of(request).partition("@")
+        is_whole = request.amount.minor == request.captured_minor
+        number = paid.get("vnp_TransactionNo") if str(paid["vnp_TransactionType"]) == "01" else None
+        return {
+            "vnp_RequestId": hashlib.sha256(request.provider_key.encode()).hexdigest()[:32],
+            "vnp_Version": VERSION,
+            "vnp_Command": "refund",
+            "vnp_TmnCode": self._config.tmn_code,
+            "vnp_TransactionType": "02" if is_whole else "03",
+            "vnp_TxnRef": ref,
+            "vnp_Amount": str(request.amount.minor * HUNDREDTHS),
+            "vnp_TransactionNo": str(number or "0"),
+            "vnp_TransactionDate": created,
+            "vnp_CreateBy": "payments",
+            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
+            "vnp_IpAddr": self._config.ip_address,
+            "vnp_OrderInfo": f"Refund {ref}",
+        }
+
+    async def _post(self, body: Mapping[str, str], signed: str) -> dict[str, Any]:
+        try:
+            response = await self._http.post(
+                self._config.api_url, json={**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
+            )
+        except NOTHING_WAS_SENT as error:
+            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            raise OutcomeUnknown(NAME, f"no answer ({type(error).__name__})") from error
+        if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+            raise GatewayUnreachable(NAME, "too many requests")
+        return _json(response)
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise OutcomeUnknown(NAME, f"status {response.status_code} without JSON") from error
+    if response.status_code != httpx.codes.OK or not isinstance(answer, dict):
+        raise OutcomeUnknown(NAME, f"status {response.status_code}")
+    return answer
+
+
+def _charge_of(request: GatewayRequest) -> str:
+    assert request.gateway_payment_id is not None, "a refund acts on a payment known to VNPay"
+    return request.gateway_payment_id
+
+
+def _is_open(answer: Mapping[str, Any]) -> bool:
+    return str(answer["vnp_TransactionStatus"]) == "01"
+
+
+def _minor(wire: Any) -> int:
+    """VND of an amount on the wire.
+
+    Raises:
+        GatewayContractBroken: no whole dong.
+    """
+    text = str(wire)
+    if not text.isascii() or not text.isdigit() or int(text) % HUNDREDTHS:
+        raise GatewayContractBroken(NAME, "an amount that is no whole number of dong")
+    return int(text) // HUNDREDTHS
+
+
+# --- the IPN ----------------------------------------------------------------------------------------------------------
+
+ANSWERS: Final[Mapping[Verdict, tuple[str, str]]] = {
+    Verdict.STORED: ("00", "Confirm Success"),
+    Verdict.DUPLICATE: ("02", "Order already confirmed"),
+    Verdict.ALREADY_FINAL: ("02", "Order already confirmed"),
+    Verdict.AMOUNT_DIFFERS: ("04", "Invalid amount"),
+    Verdict.UNKNOWN_PAYMENT: ("01", "Order not found"),
+    Verdict.FORGED: ("97", "Invalid signature"),
+}
+"""RspCode and Message, always with HTTP 200; anything else is 99, which VNPay sends again."""
+
+
+class VNPayWebhooks:
+    """The IPN: a GET with a signed query. Fits `domain.notices.WebhookReader`."""
+
+    gateway = NAME
+
+    def __init__(self, config: VNPayConfig) -> None:
+        self._config = config
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify and read one IPN.
+
+        Raises:
+            WebhookRefused: FORGED or MALFORMED.
+        """
+        fields = self._verified(request.query)
+        try:
+            return _notice(fields)
+        except (KeyError, ValueError, GatewayContractBroken) as error:
+            raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
+
+    def answer(self, verdict: Verdict) -> WebhookAnswer:
+        code, message = ANSWERS.get(verdict, ("99", "Unknown error"))
+        return WebhookAnswer(200, f'{{"RspCode":"{code}","Message":"{message}"}}'.encode(), "application/json")
+
+    def _verified(self, query: str) -> dict[str, str]:
+        try:
+            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100)
+        except ValueError as error:
+            raise WebhookRefused(Verdict.MALFORMED, "no query string") from error
+        fields = {name: value for name, value in pairs if name.startswith("vnp_")}
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise WebhookRefused(Verdict.MALFORMED, "a parameter occurs twice")
+        signature = fields.pop("vnp_SecureHash", "")
+        fields.pop("vnp_SecureHashType", None)
+        # All of these are texts of the same values under the same secret, so that none is weaker than another.
+        candidates = (_as_received(query), form(fields), form(fields).replace("+", "%20"), _with_blanks(fields))
+        # A list, not a generator: how many are compared must not tell anything either.
+        if not any([is_signed(self._config.hash_secret, each, signature) for each in candidates]):  # noqa: C419
+            raise WebhookRefused(Verdict.FORGED, "no valid signature")
+        if fields.get("vnp_TmnCode") != self._config.tmn_code:
+            raise WebhookRefused(Verdict.FORGED, "signed for another terminal")
+        return fields
+
+
+def _as_received(query: str) -> str:
+    pairs = (each.partition("=") for each in query.split("&"))
+    signed = sorted(
+        (name, value)
+        for name, _, value in pairs
+        if name.startswith("vnp_") and name not in ("vnp_SecureHash", "vnp_SecureHashType")
+    )
+    return "&".join(f"{name}={value}" for name, value in signed)
+
+
+def _with_blanks(fields: Mapping[str, str]) -> str:
+    return "&".join(f"{name}={quote(value, safe='')}" for name, value in sorted(fields.items()))
+
+
+def _notice(fields: Mapping[str, str]) -> Notice:
+    ref, code, status = fields["vnp_TxnRef"], fields["vnp_ResponseCode"], fields["vnp_TransactionStatus"]
+    number = fields.get("vnp_TransactionNo", "0")
+    marks = marks_of(ref)
+    notice = Notice(NAME, f"{ref}:{number}:{code}:{status}", "ipn", currency="VND")
+    if marks is None:
+        return notice._replace(gateway_payment_id=ref, outcome=Pending(None))
+    outcome = read_payment(code, status, "", _minor(fields["vnp_Amount"]))
+    return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=outcome)
