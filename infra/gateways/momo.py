@@ -1,0 +1,481 @@
+"""All that we know about MoMo's AIO v2 gateway: requests, signatures, the result table, and the IPN.
+
+Promise: a payment link is no payment; success and failure are MoMo's word for this very orderId and amount, by a signed
+IPN or by a query. Every POST carries a requestId derived from our operation, and its body is the same at every attempt:
+MoMo returns the first final outcome for it (https://developers.momo.vn/v3/docs/payment/api/result-handling/idempotency).
+
+Sources: https://developers.momo.vn/v3/docs/payment/api/wallet/onetime, …/payment-api/{query,confirm,refund},
+…/result-handling/{notification,resultcode}, …/other/signature. Plain httpx: MoMo has no Python library. Answers other
+than an IPN are unsigned, so they are believed only if they repeat what was asked. What is marked "hypothesis" is not
+documented by MoMo; there the answer is `Pending` or unknown.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import httpx
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from domain.capabilities import AmountLimits, Capabilities
+from domain.commands import OperationKind
+from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
+from domain.notices import Notice, Verdict, WebhookAnswer, WebhookRefused, WebhookRequest
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+
+NAME: Final = "momo"
+NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+
+Answer = Mapping[str, Any]
+
+
+class MoMoConfig(BaseModel):
+    """A partner at MoMo. MoMo sends IPNs to `ipn_url` and the payer's browser to `redirect_url`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    partner_code: str
+    access_key: str
+    secret_key: SecretStr
+    api_base: str = "https://test-payment.momo.vn"
+    redirect_url: str = "https://example.invalid/return"
+    ipn_url: str = "https://example.invalid/webhooks/momo"
+    lang: str = "vi"
+    timeout_seconds: float = 30.0
+    """MoMo asks for at least 30."""
+    connect_timeout_seconds: float = 5.0
+    max_connections: int = 64
+
+
+# --- names and signatures ---------------------------------------------------------------------------------------------
+
+
+def order_id(payment_id: UUID, number: int) -> str:
+    """Our marks, as MoMo's orderId and requestId of the operation."""
+    return f"{payment_id}-{number}"
+
+
+def marks_of(order: str) -> tuple[UUID, int] | None:
+    """The payment and operation that an orderId names; None for one that we did not make."""
+    found = re.fullmatch(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})", order)
+    return (UUID(found[1]), int(found[2])) if found else None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+CREATE: Final = _names("amount extraData ipnUrl orderId orderInfo partnerCode redirectUrl requestId requestType")
+CREATE_ANSWER: Final = _names("amount orderId partnerCode payUrl requestId responseTime resultCode")
+IPN: Final = _names(
+    "amount extraData message orderId orderInfo orderType partnerCode payType requestId responseTime resultCode transId"
+)
+QUERY: Final = _names("orderId partnerCode requestId")
+CONFIRM: Final = _names("amount description orderId partnerCode requestId requestType")
+REFUND: Final = _names("amount description orderId partnerCode requestId transId")
+"""What is signed of each message, after the access key. Source: …/other/signature."""
+
+
+def signed_text(access_key: str, fields: Answer, names: Sequence[str]) -> str:
+    """The text under the signature: raw values in the order of their names, an empty one written as such."""
+    return "&".join([f"accessKey={access_key}", *(f"{name}={fields[name]}" for name in names)])
+
+
+def sign(secret: SecretStr, text: str) -> str:
+    """HMAC-SHA256 as lower-case hex."""
+    return hmac.new(secret.get_secret_value().encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def is_signed(secret: SecretStr, text: str, signature: str) -> bool:
+    """Whether it is MoMo's signature of this text, in constant time."""
+    return hmac.compare_digest(sign(secret, text).encode(), signature.encode())
+
+
+# --- the result table -------------------------------------------------------------------------------------------------
+
+DECLINES: Final[Mapping[int, DeclineReason]] = {
+    1001: DeclineReason.INSUFFICIENT_FUNDS,
+    1002: DeclineReason.REFUSED_BY_ISSUER,
+    1003: DeclineReason.CANCELED,
+    1004: DeclineReason.LIMIT_EXCEEDED,
+    1006: DeclineReason.CANCELED,
+    1007: DeclineReason.INVALID_CARD_DATA,
+    1017: DeclineReason.CANCELED,
+    1026: DeclineReason.METHOD_NOT_SUPPORTED,
+    4001: DeclineReason.REFUSED_BY_ISSUER,
+    4002: DeclineReason.AUTHENTICATION_REQUIRED,
+    4100: DeclineReason.AUTHENTICATION_FAILED,
+}
+"""Final refusals by the payer's side. Source: …/result-handling/resultcode."""
+
+PAID: Final = 0
+AUTHORIZED: Final = 9000
+WAITING: Final = 1000
+EXPIRED: Final = 1005
+UNKNOWN_ORDER: Final = 42
+DUPLICATES: Final = frozenset({40, 41})
+NOT_TAKEN: Final = frozenset({10, 43, 98})
+"""Maintenance, a conflicting transaction, no QR code: this attempt was not executed."""
+REFUSED: Final = frozenset({11, 12, 13, 20, 21, 22, 42, 45, 47, 1088, 2019})
+"""Our request or our account is at fault."""
+REFUND_FAILED: Final = frozenset({1080})
+
+
+def read_payment(code: int, reference: str, amount_minor: int) -> Outcome:
+    """What a resultCode of an IPN or a query says of a payment.
+
+    9000 is the end of an authorization; for a one-step payment MoMo says to take it for a success, too.
+    """
+    if code in (PAID, AUTHORIZED):
+        return Succeeded(reference, amount_minor)
+    if code in DECLINES:
+        return Declined(DECLINES[code], str(code), reference)
+    return Expired(reference, str(code)) if code == EXPIRED else Pending(reference)
+
+
+# --- the gateway ------------------------------------------------------------------------------------------------------
+
+
+class MoMoGateway:
+    """MoMo wallet payments by redirect, in one step or in two. Create it inside the event loop that uses it."""
+
+    name = NAME
+    capabilities = Capabilities(
+        operations=frozenset(OperationKind),
+        currencies=frozenset({"VND"}),
+        partial_capture=False,
+        multi_capture=False,
+        partial_refund=True,
+        cancel_waiting=False,  # an unpaid link stays payable until its end
+        idempotency_retention=timedelta(days=30),  # MoMo keeps a requestId for 31
+        limits={"VND": AmountLimits(1_000, 50_000_000)},
+    )
+
+    def __init__(self, config: MoMoConfig) -> None:
+        self._config = config
+        self._http = httpx.AsyncClient(
+            base_url=config.api_base,
+            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
+            limits=httpx.Limits(max_connections=config.max_connections),
+            trust_env=False,
+        )
+
+    async def authorize(self, request: GatewayRequest) -> Outcome:
+        """A link where the payer lets us hold `request.amount`."""
+        return await self._create(request, captures=False)
+
+    async def charge(self, request: GatewayRequest) -> Outcome:
+        """A link where the payer pays `request.amount`."""
+        return await self._create(request, captures=True)
+
+    async def capture(self, request: GatewayRequest) -> Outcome:
+        """Take all that is held: MoMo knows no part of it."""
+        return await self._confirm(request, "capture")
+
+    async def void(self, request: GatewayRequest) -> Outcome:
+        """Release what is held."""
+        return await self._confirm(request, "cancel")
+
+    async def refund(self, request: GatewayRequest) -> Outcome:
+        """Return `request.amount`; it may take MoMo a while, which is `Pending`.
+
+        Raises:
+            GatewayUnreachable: nothing was sent, or MoMo says that it did not take it on.
+            OutcomeUnknown: it may have been executed.
+        """
+        paid = await self._ask_first(request)
+        body = self._body(request) | {
+            "amount": request.amount.minor,
+            "transId": int(paid["transId"]),
+            "description": "",
+        }
+        answer = await self._post("refund", body, REFUND)
+        code = _code(answer)
+        reference = str(answer.get("transId") or request.provider_key)
+        if code == PAID:
+            _check_echo(answer, body, "amount")
+            return Succeeded(reference, request.amount.minor)
+        if code in REFUND_FAILED:
+            return Declined(DeclineReason.REFUND_FAILED, str(code), reference)
+        return await self._without_success(request, code)
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        """Ask."""
+        return await self.status(request)
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        """What MoMo knows of the operation. Causes nothing.
+
+        Raises:
+            GatewayUnreachable, OutcomeUnknown: as usual.
+        """
+        match request.kind:
+            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+                return self._read_opening(request, await self._query(_order_of(request)))
+            case OperationKind.CAPTURE:
+                return _read_confirmed(await self._query(_payment_of(request)), request, PAID)
+            case OperationKind.VOID:
+                return _read_confirmed(await self._query(_payment_of(request)), request, 1003)
+            case OperationKind.REFUND:
+                return _read_refunded(await self._query(_payment_of(request)), request)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    # --- calls that cause something -----------------------------------------------------------------------------------
+
+    async def _create(self, request: GatewayRequest, *, captures: bool) -> Outcome:
+        body = self._body(request) | {
+            "amount": request.amount.minor,
+            "orderInfo": f"Payment {_order_of(request)}",
+            "redirectUrl": self._config.redirect_url,
+            "ipnUrl": self._config.ipn_url,
+            "requestType": "captureWallet",
+            "extraData": "",
+            "autoCapture": captures,
+        }
+        answer = await self._post("create", body, CREATE)
+        code = _code(answer)
+        if code != PAID:
+            return await self._without_success(request, code)
+        _check_echo(answer, body, "amount")
+        url = answer.get("payUrl")
+        return RequiresAction(_order_of(request), "redirect", url if isinstance(url, str) else None)
+
+    async def _confirm(self, request: GatewayRequest, request_type: str) -> Outcome:
+        body = self._body(request) | {
+            "orderId": _payment_of(request),
+            "requestType": request_type,
+            "amount": request.amount.minor,
+            "description": "",
+        }
+        answer = await self._post("confirm", body, CONFIRM)
+        code = _code(answer)
+        if code != PAID:
+            return await self._without_success(request, code)
+        _check_echo(answer, body, "amount")
+        return Succeeded(str(answer.get("transId") or request.provider_key))
+
+    async def _without_success(self, request: GatewayRequest, code: int) -> Outcome:
+        """What an answer other than 0 means. Being refused is proof only if no earlier attempt is unaccounted for."""
+        if code in NOT_TAKEN:
+            raise GatewayUnreachable(NAME, f"not taken on (result {code})")
+        if code in DECLINES and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
+            return Declined(DECLINES[code], str(code), _order_of(request))
+        if code in (WAITING, 7000, 7002):
+            return Pending(None)
+        found = await self.status(request) if code in DUPLICATES | {1081} | DECLINES.keys() | REFUSED else Unknown()
+        if not isinstance(found, Unknown):
+            return found
+        if code in REFUSED | DECLINES.keys() and request.state is OperationState.DISPATCHED:
+            return NotExecuted(f"MoMo refused it (result {code})", str(code))
+        raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
+
+    async def _ask_first(self, request: GatewayRequest) -> Answer:
+        """The payment as MoMo has it, with the number that a refund must name. Asking is harmless."""
+        try:
+            paid = await self._query(_payment_of(request))
+        except OutcomeUnknown as error:
+            raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
+        if not paid.get("transId"):
+            raise GatewayUnreachable(NAME, "no refund was sent: MoMo does not show the payment now")
+        return paid
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    async def _query(self, order: str) -> Answer:
+        body = {
+            "partnerCode": self._config.partner_code,
+            "requestId": str(uuid4()),  # a repeated one may be refused as a duplicate
+            "orderId": order,
+            "lang": self._config.lang,
+        }
+        return await self._post("query", body, QUERY)
+
+    def _read_opening(self, request: GatewayRequest, answer: Answer) -> Outcome:
+        code, order = _code(answer), _order_of(request)
+        if code == WAITING:
+            return RequiresAction(order, "redirect")
+        if code == UNKNOWN_ORDER or code in NOT_TAKEN or code in REFUSED:
+            return Unknown(f"MoMo shows no such order (result {code})")
+        if code == PAID and request.kind is OperationKind.AUTHORIZE:
+            raise GatewayContractBroken(NAME, "captured although only a hold was asked for")
+        return read_payment(code, order, _amount(answer) if code in (PAID, AUTHORIZED) else 0)
+
+    # --- HTTP ---------------------------------------------------------------------------------------------------------
+
+    def _body(self, request: GatewayRequest) -> dict[str, Any]:
+        """What every request has. The operation's own name is its requestId, and its orderId unless it has another."""
+        own = order_id(request.payment_id, request.operation_number)
+        return {
+            "partnerCode": self._config.partner_code,
+            "requestId": own,
+            "orderId": own,
+            "lang": self._config.lang,
+        }
+
+    async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Answer:
+        signature = sign(self._config.secret_key, signed_text(self._config.access_key, body, names))
+        try:
+            response = await self._http.post(f"/v2/gateway/api/{path}", json={**body, "signature": signature})
+        except NOTHING_WAS_SENT as error:
+            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            raise OutcomeUnknown(NAME, f"no answer ({type(error).__name__})") from error
+        return _read(response, body)
+
+
+def _read(response: httpx.Response, body: Answer) -> Answer:
+    """The answer, if it is one to this request. HTTP statuses are coarse at MoMo: 4xx and 422 carry a result, too."""
+    if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+        raise GatewayUnreachable(NAME, "too many requests")
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise OutcomeUnknown(NAME, f"status {response.status_code} without JSON") from error
+    if response.status_code >= 500 or not isinstance(answer, dict) or "resultCode" not in answer:
+        raise OutcomeUnknown(NAME, f"status {response.status_code} without a result")
+    _check_echo(answer, body, "orderId", "requestId", "partnerCode")
+    return answer
+
+
+def _check_echo(answer: Answer, body: Answer, *names: str) -> None:
+    """Answers are unsigned: what they say goes for nothing else than what was asked."""
+    for name in names:
+        if name in answer and str(answer[name]) != str(body[name]):
+            raise GatewayContractBroken(NAME, f"the answer is about another {name}")
+
+
+def _code(answer: Answer) -> int:
+    try:
+        return int(answer["resultCode"])
+    except (TypeError, ValueError) as error:
+        raise GatewayContractBroken(NAME, "a result that is no number") from error
+
+
+def _amount(answer: Answer) -> int:
+    try:
+        return int(answer["amount"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise GatewayContractBroken(NAME, "an amount that is no number") from error
+
+
+def _order_of(request: GatewayRequest) -> str:
+    return order_id(request.payment_id, request.operation_number)
+
+
+def _payment_of(request: GatewayRequest) -> str:
+    assert request.gateway_payment_id is not None, "a capture, void or refund acts on a payment known to MoMo"
+    return request.gateway_payment_id
+
+
+def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Outcome:
+    """What a query of the payment says of a capture or a cancellation: only the state that it leads to is evidence.
+
+    1003 is also what MoMo's own timeout leads to: then nothing is held any more either, and a void has its end.
+    """
+    code = _code(answer)
+    if code == wanted:
+        return Succeeded(str(answer.get("transId") or request.provider_key))
+    if request.kind is OperationKind.CAPTURE and code == 1003:
+        return NotExecuted("the hold was released before the capture", str(code))
+    return Unknown(f"MoMo shows result {code}")
+
+
+def _read_refunded(answer: Answer, request: GatewayRequest) -> Outcome:
+    """The refund of our own orderId and amount among those of the payment."""
+    own = _order_of(request)
+    rows = answer.get("refundTrans") or []
+    found = [row for row in rows if str(row.get("orderId")) == own]
+    if not found or _amount(found[0]) != request.amount.minor:
+        return Unknown("MoMo shows no such refund")
+    code, reference = _code(found[0]), str(found[0].get("transId") or own)
+    if code == PAID:
+        return Succeeded(reference, request.amount.minor)
+    return Declined(DeclineReason.REFUND_FAILED, str(code), reference) if code in REFUND_FAILED else Pending(reference)
+
+
+# --- the IPN ----------------------------------------------------------------------------------------------------------
+
+ANSWERS: Final[Mapping[Verdict, int]] = {
+    Verdict.FORGED: 400,
+    Verdict.MALFORMED: 400,
+    Verdict.STALE: 400,
+    Verdict.TOO_LARGE: 413,
+    Verdict.UNKNOWN_PAYMENT: 404,
+    Verdict.UNAVAILABLE: 503,
+}
+"""Any other is 204, MoMo's word for "received". An unknown order may be one that another installation just opened, so
+it is refused, and MoMo may send it again."""
+
+
+class MoMoWebhooks:
+    """The IPN: a POST of signed JSON. Fits `domain.notices.WebhookReader`."""
+
+    gateway = NAME
+
+    def __init__(self, config: MoMoConfig) -> None:
+        self._config = config
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify and read one IPN; of its fields only the signed ones count.
+
+        Raises:
+            WebhookRefused: FORGED or MALFORMED.
+        """
+        fields = _plain(request.body)
+        try:
+            text = signed_text(self._config.access_key, fields, IPN)
+            signature = str(fields["signature"])
+        except KeyError as error:
+            raise WebhookRefused(Verdict.MALFORMED, f"no {error.args[0]}") from error
+        if not is_signed(self._config.secret_key, text, signature):
+            raise WebhookRefused(Verdict.FORGED, "no valid signature")
+        if fields["partnerCode"] != self._config.partner_code:
+            raise WebhookRefused(Verdict.FORGED, "signed for another partner")
+        return _notice(fields)
+
+    def answer(self, verdict: Verdict) -> WebhookAnswer:
+        return WebhookAnswer(ANSWERS.get(verdict, 204))
+
+
+def _plain(body: bytes) -> dict[str, str]:
+    """The body's texts, and its numbers as the texts that they stand there as: that is what is signed."""
+    try:
+        fields = json.loads(body, parse_int=str, parse_float=str)
+    except ValueError as error:
+        raise WebhookRefused(Verdict.MALFORMED, "no JSON") from error
+    if not isinstance(fields, dict):
+        raise WebhookRefused(Verdict.MALFORMED, "no object")
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def _notice(fields: Mapping[str, str]) -> Notice:
+    order, transaction = fields["orderId"], fields["transId"]
+    marks = marks_of(order)
+    try:
+        code, amount = int(fields["resultCode"]), int(fields["amount"])
+    except ValueError as error:
+        raise WebhookRefused(Verdict.MALFORMED, "signed, but a number is none") from error
+    notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}", "ipn", currency="VND")
+    if marks is None:
+        return notice._replace(gateway_payment_id=order, outcome=Pending(None))
+    return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=read_payment(code, order, amount))

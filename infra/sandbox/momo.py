@@ -1,0 +1,351 @@
+"""A MoMo that runs here: create, pay page, IPN, query, confirm and refund, with books of its own and faults on demand.
+
+It verifies what it is sent and signs what it says with the very rules that MoMo publishes, in code of its own. Beside
+MoMo's paths it answers under `/_sandbox/momo`: `books`, `faults`, `configure`, `reset`, `payments/…`.
+Sources: as infra/gateways/momo.py.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import html
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from infra.sandbox.connections import HalfAnswer, NoAnswer
+from infra.sandbox.faults import Action, Call, Fault, Faults
+from infra.sandbox.journal import Journal
+from infra.sandbox.webhooks import Outgoing, WebhookSender
+
+SIGNED: Final = {
+    "create": "amount extraData ipnUrl orderId orderInfo partnerCode redirectUrl requestId requestType",
+    "query": "orderId partnerCode requestId",
+    "confirm": "amount description orderId partnerCode requestId requestType",
+    "refund": "amount description orderId partnerCode requestId transId",
+}
+IPN: Final = (
+    "amount extraData message orderId orderInfo orderType partnerCode payType requestId responseTime resultCode transId"
+)
+WAITING, PAID, HELD, CANCELED, EXPIRED = 1000, 0, 9000, 1003, 1005
+MINIMUM, MAXIMUM = 1_000, 50_000_000
+PARTNER: Final = "MOMOSANDBOX"
+ACCESS: Final = "sandbox-access"
+SECRET: Final = "sandbox-secret"  # noqa: S105 - opens nothing but this simulator
+
+Order = dict[str, Any]
+
+
+class MoMoSimulator:
+    """One partner and its orders. IPNs go where each order says."""
+
+    name = "momo"
+
+    def __init__(self, *, state_file: Path | None = None) -> None:
+        self.amount_off_by = 0
+        self.latency_seconds = 0.0
+        self.refunds_wait = False
+        self.sender = WebhookSender()
+        self.faults = Faults()
+        self._journal = Journal(state_file)
+        self._orders: dict[str, Order] = {}
+        self._answers: dict[str, dict[str, Any]] = {}
+        self._numbers = 4_000_000_000
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Take up what an earlier run wrote, and compact it."""
+        for line in self._journal.read():
+            if "order" in line:
+                self._orders[line["order"]["orderId"]] = line["order"]
+            else:
+                self._answers[line["key"]] = line["answer"]
+        numbers = [int(each["transId"]) for order in self._orders.values() for each in (order, *order["refunds"])]
+        self._numbers = max([self._numbers, *numbers])
+        kept: list[dict[str, Any]] = [{"order": each} for each in self._orders.values()]
+        kept += [{"key": key, "answer": answer} for key, answer in self._answers.items()]
+        self._journal.rewrite(iter(kept))
+
+    async def close(self) -> None:
+        await self.sender.close()
+        self._journal.close()
+
+    def reset(self) -> None:
+        """Forget everything but the latency."""
+        self._orders.clear()
+        self._answers.clear()
+        self.faults = Faults()
+        self._journal.rewrite(iter(()))
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """In dong: captured, refunded, held, and how many payments."""
+        sums: Counter[str] = Counter(captured=0, refunded=0, authorized_open=0, disputed=0, count_refunds=0)
+        for order in self._orders.values():
+            held, captured, refunded = _effect(order)
+            sums.update(payments=1, captured=captured, refunded=refunded, authorized_open=held)
+        return {"vnd": dict(sums)} if self._orders else {}
+
+    def effect(self, payment_id: str) -> tuple[int, int, int]:
+        """What is held, captured and refunded for our payment id, over all of its attempts."""
+        own = [_effect(order) for order_id, order in self._orders.items() if order_id.startswith(payment_id)]
+        return sum(e[0] for e in own), sum(e[1] for e in own), sum(e[2] for e in own)
+
+    def _keep(self, order: Order) -> None:
+        self._orders[order["orderId"]] = order
+        self._journal.append({"order": order})
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    # --- the partner's API ------------------------------------------------------------------------------------------
+
+    async def _call(self, request: Request) -> Response:
+        """Every POST: faults, signature, idempotency by requestId, execution."""
+        if self.latency_seconds:
+            await asyncio.sleep(self.latency_seconds)
+        verb = request.url.path.rsplit("/", 1)[1]
+        body = json.loads(await request.body())
+        operation = "read" if verb == "query" else str(body.get("requestType", verb)) if verb == "confirm" else verb
+        call = Call(operation, request.url.path, str(body.get("requestId")), payment_id=str(body.get("orderId"))[:36])
+        fault = self.faults.pick(call)
+        before = await self._before(fault, body)
+        return before or _after(fault, self._once(verb, body, request))
+
+    async def _before(self, fault: Fault | None, body: Mapping[str, Any]) -> Response | None:
+        match fault.action if fault else None:
+            case Action.CUT_BEFORE:
+                return NoAnswer()
+            case Action.RATE_LIMIT:
+                return _answer(body, 10, "maintenance")
+            case Action.UNAVAILABLE | Action.ERROR_BEFORE:
+                return Response("<html>unavailable</html>", 503)
+            case Action.CONFLICT:
+                return _answer(body, 7000, "in progress", status=422)
+            case Action.SLOW:
+                assert fault is not None, "the action is the fault's"
+                await asyncio.sleep(fault.seconds)
+                return None
+            case _:
+                return None
+
+    def _once(self, verb: str, body: dict[str, Any], request: Request) -> Response:
+        if body.get("partnerCode") != PARTNER or not _is_signed(body, SIGNED[verb]):
+            return _answer(body, 13, "authentication failed")
+        key = f"{verb}:{body['requestId']}"
+        if verb != "query" and key in self._answers:
+            return JSONResponse(self._answers[key])
+        response = {"create": self._create, "query": self._query, "confirm": self._confirm, "refund": self._refund}[
+            verb
+        ](body, request)
+        answer = json.loads(bytes(response.body))
+        if verb != "query" and answer["resultCode"] == 0:
+            self._answers[key] = answer
+            self._journal.append({"key": key, "answer": answer})
+        return response
+
+    def _create(self, body: dict[str, Any], request: Request) -> Response:
+        if body["orderId"] in self._orders:
+            return _answer(body, 41, "duplicate orderId")
+        if not MINIMUM <= int(body["amount"]) <= MAXIMUM:
+            return _answer(body, 22, "amount out of range")
+        order = {
+            name: body[name] for name in ("orderId", "requestId", "amount", "orderInfo", "ipnUrl", "extraData")
+        } | {"captures": body.get("autoCapture", True), "code": WAITING, "transId": 0, "refunds": []}
+        self._keep(order)
+        url = f"{str(request.base_url).rstrip('/')}/v2/gateway/pay?t={body['orderId']}"
+        return _answer(body, 0, "Successful.", amount=body["amount"], payUrl=url)
+
+    def _query(self, body: dict[str, Any], _: Request) -> Response:
+        order = self._orders.get(body["orderId"])
+        if order is None:
+            return _answer(body, 42, "order not found")
+        told = {"amount": order["amount"], "transId": order["transId"], "refundTrans": order["refunds"]}
+        return _answer(body, order["code"], "", **told)
+
+    def _confirm(self, body: dict[str, Any], _: Request) -> Response:
+        order = self._orders.get(body["orderId"])
+        if order is None:
+            return _answer(body, 42, "order not found")
+        if order["code"] != HELD:
+            return _answer(body, 43 if order["code"] == WAITING else 1017, "not authorised")
+        if int(body["amount"]) != order["amount"]:
+            return _answer(body, 22, "not the amount authorised")
+        order["code"] = PAID if body["requestType"] == "capture" else CANCELED
+        self._keep(order)
+        return _answer(body, 0, "", amount=order["amount"], transId=order["transId"], requestType=body["requestType"])
+
+    def _refund(self, body: dict[str, Any], _: Request) -> Response:
+        order = next((each for each in self._orders.values() if each["transId"] == int(body["transId"])), None)
+        if order is None or order["code"] != PAID:
+            return _answer(body, 1088, "not refundable")
+        if any(each["orderId"] == body["orderId"] for each in order["refunds"]):
+            return _answer(body, 41, "duplicate orderId")
+        if int(body["amount"]) <= 0 or int(body["amount"]) > order["amount"] - _refunded(order):
+            return _answer(body, 1081, "more than was paid")
+        code = 7002 if self.refunds_wait else PAID
+        refund = {
+            "orderId": body["orderId"],
+            "amount": int(body["amount"]),
+            "resultCode": code,
+            "transId": self._next_number(),
+            "createdTime": _now(),
+        }
+        order["refunds"].append(refund)
+        self._keep(order)
+        return _answer(body, code, "", amount=refund["amount"], transId=refund["transId"])
+
+    # --- the payer --------------------------------------------------------------------------------------------------
+
+    async def _page(self, request: Request) -> Response:
+        """Where a payer's browser comes, and on POST with `success` (and `code`) pays or does not."""
+        order = self._orders.get(request.query_params.get("t", ""))
+        if order is None:
+            return HTMLResponse("no such order", 404)
+        if request.method == "POST":
+            is_paid = request.query_params.get("success") == "true"
+            return self._decide(order, int(request.query_params.get("code", 0 if is_paid else 1006)))
+        name = html.escape(order["orderId"])
+        buttons = "".join(
+            f'<form method="post" action="?t={name}&amp;success={value}"><button>{label}</button></form>'
+            for value, label in (("true", "Pay"), ("false", "Refuse"))
+        )
+        return HTMLResponse(f"<!doctype html><title>MoMo sandbox</title><h1>{name}</h1>{buttons}")
+
+    def _decide(self, order: Order, code: int) -> Response:
+        """The payer pays (0), or somebody says no. Once decided, it stays so."""
+        if order["code"] == WAITING:
+            is_paid = code == 0
+            order["code"] = (PAID if order["captures"] else HELD) if is_paid else code
+            order["transId"] = self._next_number()
+            self._keep(order)
+            self._tell(order)
+        return JSONResponse(order)
+
+    def _tell(self, order: Order) -> None:
+        fields = {
+            "partnerCode": PARTNER,
+            "orderId": order["orderId"],
+            "requestId": order["requestId"],
+            "amount": order["amount"] + self.amount_off_by,
+            "orderInfo": order["orderInfo"],
+            "orderType": "momo_wallet",
+            "transId": order["transId"],
+            "resultCode": order["code"],
+            "message": "Thành công." if order["code"] in (PAID, HELD) else "Giao dịch bị từ chối.",
+            "payType": "qr",
+            "responseTime": _now(),
+            "extraData": order["extraData"],
+        }
+        body = json.dumps(fields | {"signature": _sign(fields, IPN)}, ensure_ascii=False).encode()
+        outgoing = Outgoing(order["ipnUrl"], body, {"content-type": "application/json"})
+        if order["ipnUrl"].startswith("http://127.0.0.1"):
+            self.sender.send(lambda: outgoing)
+
+    # --- its own pages ----------------------------------------------------------------------------------------------
+
+    def routes(self) -> list[Route]:
+        """MoMo's own paths, and the simulator's."""
+        own, api = "/_sandbox/momo", "/v2/gateway/api"
+        return [
+            *(Route(f"{api}/{verb}", self._call, methods=["POST"]) for verb in SIGNED),
+            Route("/v2/gateway/pay", self._page, methods=["GET", "POST"]),
+            Route(f"{own}/books", self._books),
+            Route(f"{own}/payments/{{order}}/decide", self._decide_by_hand, methods=["POST"]),
+            Route(f"{own}/payments/{{order}}/settle_refund", self._settle_refund, methods=["POST"]),
+            Route(f"{own}/configure", self._configure, methods=["POST"]),
+            Route(f"{own}/faults", self._add_fault, methods=["POST"]),
+            Route(f"{own}/reset", self._reset, methods=["POST"]),
+        ]
+
+    async def _books(self, request: Request) -> Response:
+        payment_id = request.query_params.get("payment_id")
+        if payment_id is not None:
+            return JSONResponse({"effect": self.effect(payment_id)})
+        return JSONResponse({"currencies": self.totals(), "orders": list(self._orders.values())})
+
+    async def _decide_by_hand(self, request: Request) -> Response:
+        return self._decide(self._orders[request.path_params["order"]], int(request.query_params.get("code", 0)))
+
+    async def _settle_refund(self, request: Request) -> Response:
+        order = self._orders[request.path_params["order"]]
+        order["refunds"][-1]["resultCode"] = int(request.query_params.get("code", 0))
+        self._keep(order)
+        return JSONResponse(order)
+
+    async def _configure(self, request: Request) -> Response:
+        """`latency_ms`, `amount_off_by` (dong), `refunds_wait`, and the sender's manners."""
+        given = dict(await request.json())
+        self.latency_seconds = float(given.pop("latency_ms", self.latency_seconds * 1000)) / 1000
+        self.amount_off_by = int(given.pop("amount_off_by", 0))
+        self.refunds_wait = bool(given.pop("refunds_wait", False))
+        self.sender.behave(given)
+        return JSONResponse({"latency_ms": self.latency_seconds * 1000})
+
+    async def _add_fault(self, request: Request) -> Response:
+        try:
+            self.faults.rules.append(Fault.from_json(await request.json()))
+        except (TypeError, ValueError, AttributeError) as error:
+            return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
+        return JSONResponse({"faults": len(self.faults.rules)})
+
+    async def _reset(self, _: Request) -> Response:
+        self.reset()
+        return JSONResponse({"reset": True})
+
+
+def _sign(fields: Mapping[str, Any], names: str) -> str:
+    text = "&".join([f"accessKey={ACCESS}", *(f"{name}={fields[name]}" for name in names.split())])
+    return hmac.new(SECRET.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _is_signed(body: Mapping[str, Any], names: str) -> bool:
+    try:
+        return hmac.compare_digest(_sign(body, names), str(body.get("signature", "")))
+    except KeyError:
+        return False
+
+
+def _answer(body: Mapping[str, Any], code: int, message: str, *, status: int = 200, **more: Any) -> Response:
+    echo = {name: body.get(name) for name in ("partnerCode", "orderId", "requestId")}
+    return JSONResponse(echo | {"resultCode": code, "message": message, "responseTime": _now()} | more, status)
+
+
+def _after(fault: Fault | None, response: Response) -> Response:
+    match fault.action if fault else None:
+        case Action.CUT_AFTER:
+            return NoAnswer()
+        case Action.HANG:
+            return NoAnswer(is_hanging=True)
+        case Action.TRUNCATED:
+            return HalfAnswer(response)
+        case Action.GARBAGE | Action.ERROR_AFTER:
+            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
+        case _:
+            return response
+
+
+def _effect(order: Order) -> tuple[int, int, int]:
+    """What is held, captured and refunded, in dong."""
+    amount = int(order["amount"])
+    return (
+        amount if order["code"] == HELD else 0,
+        amount if order["code"] == PAID else 0,
+        _refunded(order),
+    )
+
+
+def _refunded(order: Order) -> int:
+    return sum(int(each["amount"]) for each in order["refunds"] if each["resultCode"] in (PAID, 7000, 7002))
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,454 @@
+"""MoMo: signatures, by vectors that its own gateway produced, and the result table: what is not known ends nothing."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from domain.commands import OperationKind
+from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
+from domain.money import Money
+from domain.notices import Verdict, WebhookRefused, WebhookRequest
+from domain.operations import (
+    Declined,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+from infra.gateways import momo
+from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
+from tests.contract.gateway_requests import a_request
+
+K1 = ("klm05TvNBzhg7h7j", SecretStr("at67qH6mk8w5Y1nAyMoYKMWACiEi2bsa"))
+K2 = ("F8BBA842ECF85", SecretStr("K951B6PE1waDMi640xX08PD3vg6EkVlz"))
+"""MoMo publishes both in momo-wallet/payment, for tests."""
+PARTNER = "MOMOBKUN20180529"
+PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
+
+
+def redirected(  # noqa: PLR0917 - the columns of the published table
+    amount: str, message: str, order: str, info: str, pay: str, request: str, rest: str
+) -> dict[str, str]:
+    time, code, transaction = rest.split()
+    return {
+        "amount": amount,
+        "extraData": "",
+        "message": message,
+        "orderId": order,
+        "orderInfo": info,
+        "orderType": "momo_wallet",
+        "partnerCode": PARTNER,
+        "payType": pay,
+        "requestId": request,
+        "responseTime": time,
+        "resultCode": code,
+        "transId": transaction,
+    }
+
+
+REJECTED = "Transaction rejected by the issuers of the payment accounts."
+VIA = "Thanh toán qua MoMo"
+WEBHOOK = "https://webhook.site/04561cd2-489b-4982-9e68-5111a84a097a"
+PAY_URL = "https://test-payment.momo.vn/v2/gateway/pay?t=TU9NT0JLVU4yMDE4MDUyOXxPRDE2NjMzNDA2MTg2MjM="
+VECTORS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
+    "M1 create": (
+        K1,
+        {
+            "amount": 10000,
+            "extraData": "",
+            "ipnUrl": WEBHOOK,
+            "orderId": "OD1696393612323",
+            "orderInfo": "Thanh toan hoa don OD1696393612323",
+            "partnerCode": PARTNER,
+            "redirectUrl": WEBHOOK,
+            "requestId": "RE1696393612323",
+            "requestType": "captureWallet",
+        },
+        momo.CREATE,
+        "232cc5b7b748555cb32d66a3552092ba117ce88b0cd2508f684e00607fb44ba3",
+    ),
+    "M2": (
+        K1,
+        redirected("1579000", "Successful.", "1661866315", VIA, "napas", "1661866315", "1661866457628 0 2722713142"),
+        momo.IPN,
+        "3c93f8aa13351cea9e5074749fe9364d0d6d516b81813351758a96edd4ca9d9f",
+    ),
+    "M3": (
+        K1,
+        redirected("10000", REJECTED, "1732804656", VIA, "napas", "1732804656", "1732804678758 1002 4248103194"),
+        momo.IPN,
+        "e442b5c2e45717740f64b8ebc21a58eb101ae3cd62fb75571f0914071c37b6c9",
+    ),
+    "M6": (
+        K1,
+        redirected("720000", "Successful.", "27_1679159221", VIA, "napas", "1679159221", "1679159287643 0 2937335899"),
+        momo.IPN,
+        "a59354d19c6f50d7070406826faeb4304ae6fbfe297790a85859bc1b9ba98ec9",
+    ),
+    "M9": (
+        K1,
+        redirected(
+            "5910000",
+            "Successful.",
+            "673_20260602231442",
+            "Thanh toan don hang #673",
+            "napas",
+            "673_20260602231442",
+            "1780416956088 0 4755295878",
+        ),
+        momo.IPN,
+        "38ec8d629f1756abd4b267bad14dc39a4a56a70a56a16fdb3f0a6ad82af45cb2",
+    ),
+    "M10": (
+        K2,
+        redirected(
+            "1000",
+            "Successful.",
+            "MOMO1731137931267",
+            "undefined nạp tiền vào tài khoản",
+            "qr",
+            "MOMO1731137931267",
+            "1731137968770 0 4225107942",
+        )
+        | {"partnerCode": "MOMO"},
+        momo.IPN,
+        "2068ac90836a9aacdefd4995b58ed03f0b1f1d27046b7ca371b92175bb5437a6",
+    ),
+    "Q1 query": (
+        K1,
+        {"orderId": "OD1663340618623", "partnerCode": PARTNER, "requestId": "RE1663340978403"},
+        momo.QUERY,
+        "9b13aa69e88e0271b431561f9441e8956fbd32dee629985ae8a91e6dabeea092",
+    ),
+    "C1 capture": (
+        K1,
+        {
+            "amount": 10000,
+            "description": "",
+            "orderId": "OD1663340310435",
+            "partnerCode": PARTNER,
+            "requestId": "re_1663340362683",
+            "requestType": "capture",
+        },
+        momo.CONFIRM,
+        "f3212272d85292dbbeaf68b7b74ea012225fac2c04315b82d6e5e2a40c0e4cff",
+    ),
+    "C2 cancel": (
+        K1,
+        {
+            "amount": 10000,
+            "description": "",
+            "orderId": "OD1663340618623",
+            "partnerCode": PARTNER,
+            "requestId": "RE1663340744772",
+            "requestType": "cancel",
+        },
+        momo.CONFIRM,
+        "e70dc527683d308ebf480ce11e09742b1ed0764031604463fb9b0547369563a5",
+    ),
+    "R1 refund": (
+        K1,
+        {
+            "amount": 10000,
+            "description": "Hoàn tiền",
+            "orderId": "OD1663341395713",
+            "partnerCode": PARTNER,
+            "requestId": "RE1663341395713",
+            "transId": 2727604374,
+        },
+        momo.REFUND,
+        "c6fd3ba9e7f2e8d488dc99872002cd998c48467cade8aa8759d25735e13b6040",
+    ),
+    "P1 create's answer": (
+        K1,
+        {
+            "amount": 10000,
+            "orderId": "OD1663340618623",
+            "partnerCode": PARTNER,
+            "payUrl": PAY_URL,
+            "requestId": "RE1663340618623",
+            "responseTime": 1663340619666,
+            "resultCode": 0,
+        },
+        momo.CREATE_ANSWER,
+        "f85b1b4ea5dd9b251c8104bdaafa79fc7eb545c775e2cdda3911305c4b6861bc",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_vector_is_accepted_and_altered_by_one_byte_refused(name: str) -> None:
+    (access, secret), fields, names, signature = VECTORS[name]
+    text = momo.signed_text(access, fields, names)
+    assert momo.is_signed(secret, text, signature)
+    assert not momo.is_signed(secret, text + " ", signature)
+    assert not momo.is_signed(secret, text, signature[:-1] + ("0" if signature[-1] != "0" else "1"))
+    assert not momo.is_signed(secret, momo.signed_text("other", fields, names), signature)
+    for each in names:
+        altered = fields | {each: f"{fields[each]}1"}
+        assert not momo.is_signed(secret, momo.signed_text(access, altered, names), signature)
+
+
+# --- the IPN ----------------------------------------------------------------------------------------------------------
+
+
+def config(key: tuple[str, SecretStr] = K1, partner: str = PARTNER) -> MoMoConfig:
+    access, secret = key
+    return MoMoConfig(partner_code=partner, access_key=access, secret_key=secret, api_base="https://momo.invalid")
+
+
+def ipn(fields: dict[str, Any]) -> WebhookRequest:
+    return WebhookRequest("POST", "", {}, json.dumps(fields, ensure_ascii=False).encode(), datetime.now(UTC))
+
+
+def told(**fields: Any) -> dict[str, Any]:
+    given = VECTORS["M3"][1] | {"amount": 10_000, "resultCode": 0, "transId": 42, "responseTime": 1_732_804_678_758}
+    given |= {"orderId": momo.order_id(PAYMENT_ID, 1), "requestId": momo.order_id(PAYMENT_ID, 1)} | fields
+    access, secret = K1
+    return given | {"signature": momo.sign(secret, momo.signed_text(access, given, momo.IPN))}
+
+
+async def test_a_message_that_momo_signed_is_verified_and_its_marks_are_not_ours() -> None:
+    _, fields, _, signature = VECTORS["M3"]
+    numbers = {name: int(fields[name]) for name in ("amount", "responseTime", "resultCode", "transId")}
+    notice = await MoMoWebhooks(config()).read(ipn(fields | numbers | {"signature": signature, "userFee": 0}))
+    assert (notice.payment_id, notice.outcome) == (None, Pending(None))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        told() | {"amount": 10_001},
+        told() | {"resultCode": 9000},
+        told() | {"signature": "0" * 64},
+        told() | {"signature": "é"},
+        told(partnerCode="OTHER"),
+        told() | {"amount": 10_000.0},
+    ],
+)
+async def test_an_altered_message_is_forged(fields: dict[str, Any]) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await MoMoWebhooks(config()).read(ipn(fields))
+    assert refused.value.verdict is Verdict.FORGED
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{}", b'{"amount": 1}'])
+async def test_what_cannot_be_read_is_malformed(body: bytes) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await MoMoWebhooks(config()).read(ipn({})._replace(body=body))
+    assert refused.value.verdict is Verdict.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        (0, Succeeded),
+        (9000, Succeeded),
+        (1001, Declined),
+        (1006, Declined),
+        (1005, Expired),
+        (1000, Pending),
+        (7000, Pending),
+        (99, Pending),
+        (123456, Pending),
+    ],
+)
+async def test_what_a_message_says_of_the_operation_in_its_order_id(code: int, outcome: type[Outcome]) -> None:
+    notice = await MoMoWebhooks(config()).read(ipn(told(resultCode=code)))
+    assert (notice.payment_id, notice.operation_number, notice.currency) == (PAYMENT_ID, 1, "VND")
+    assert isinstance(notice.outcome, outcome)
+    if isinstance(notice.outcome, Succeeded):
+        assert notice.outcome.amount_minor == 10_000
+
+
+def test_what_is_received_is_answered_with_no_content() -> None:
+    answers = {each: MoMoWebhooks(config()).answer(each).status for each in Verdict}
+    assert {each for each, status in answers.items() if status == 204} == {
+        Verdict.STORED,
+        Verdict.DUPLICATE,
+        Verdict.ALREADY_FINAL,
+        Verdict.AMOUNT_DIFFERS,
+    }
+
+
+# --- the gateway, with MoMo's answers replaced at the HTTP boundary ---------------------------------------------------
+
+Handle = Callable[[str, dict[str, Any]], dict[str, Any] | httpx.Response]
+
+
+def gateway(handle: Handle | Exception) -> MoMoGateway:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if isinstance(handle, Exception):
+            raise handle
+        body = json.loads(request.content)
+        given = handle(request.url.path.rpartition("/api/")[2], body)
+        if isinstance(given, httpx.Response):
+            return given
+        echo = {name: body[name] for name in ("partnerCode", "orderId", "requestId")}
+        return httpx.Response(200, json=echo | {"amount": 10_000, "transId": 42} | given)
+
+    built = MoMoGateway(config())
+    built._http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="https://momo.invalid")
+    return built
+
+
+def result(code: int, **more: Any) -> Handle:
+    """This, whatever is asked; a question is answered with 42, no trace of it, unless it is the one under test."""
+    return lambda path, body: {"resultCode": code if path != "query" else 42} | more
+
+
+def a(kind: OperationKind, **more: Any) -> GatewayRequest:
+    given: dict[str, Any] = {"payment_id": PAYMENT_ID, "amount": Money(10_000, "VND")}
+    if kind not in (OperationKind.CHARGE, OperationKind.AUTHORIZE):
+        given |= {"number": 2, "gateway_payment_id": momo.order_id(PAYMENT_ID, 1)}
+    return a_request(kind, **(given | more))
+
+
+@pytest.mark.parametrize(("kind", "captures"), [(OperationKind.CHARGE, True), (OperationKind.AUTHORIZE, False)])
+async def test_a_link_is_no_payment_and_the_same_request_has_the_same_body(kind: OperationKind, captures: bool) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def handle(_: str, body: dict[str, Any]) -> dict[str, Any]:
+        bodies.append(body)
+        return {"resultCode": 0, "payUrl": "https://momo.invalid/pay"}
+
+    for _ in range(2):
+        outcome = await (gateway(handle).charge if captures else gateway(handle).authorize)(a(kind))
+        assert outcome == RequiresAction(momo.order_id(PAYMENT_ID, 1), "redirect", "https://momo.invalid/pay")
+    assert bodies[0] == bodies[1]
+    assert (bodies[0]["autoCapture"], bodies[0]["amount"]) == (captures, 10_000)
+    access, secret = K1
+    assert momo.is_signed(secret, momo.signed_text(access, bodies[0], momo.CREATE), bodies[0]["signature"])
+    assert len(bodies[0]["orderId"]) <= 50
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(1001, Declined), (1006, Declined), (11, NotExecuted), (13, NotExecuted), (22, NotExecuted), (7000, Pending)],
+)
+async def test_what_an_answer_says_at_the_first_attempt(code: int, outcome: type[Outcome]) -> None:
+    assert isinstance(await gateway(result(code)).charge(a(OperationKind.CHARGE)), outcome)
+
+
+@pytest.mark.parametrize("code", [10, 43, 98])
+async def test_what_momo_did_not_take_on_is_proof_for_this_attempt(code: int) -> None:
+    with pytest.raises(GatewayUnreachable):
+        await gateway(result(code)).charge(a(OperationKind.CHARGE))
+
+
+@pytest.mark.parametrize("code", [99, 1080, 12345, 40, 41])
+async def test_what_is_not_understood_is_unknown(code: int) -> None:
+    with pytest.raises(OutcomeUnknown):
+        await gateway(result(code)).charge(a(OperationKind.CHARGE))
+
+
+@pytest.mark.parametrize("code", [11, 13, 22, 1088])
+async def test_a_refusal_is_no_proof_once_an_attempt_is_unaccounted_for(code: int) -> None:
+    for kind in (OperationKind.CHARGE, OperationKind.REFUND):
+        lost = a(kind)._replace(state=OperationState.INDETERMINATE, attempts=2)
+        handle: Handle = lambda path, body: {"resultCode": code if path != "query" else 1000}  # noqa: E731
+        if kind is OperationKind.REFUND:
+            with pytest.raises(OutcomeUnknown):
+                await gateway(handle).refund(lost)
+        else:
+            assert isinstance(await gateway(handle).charge(lost), RequiresAction)
+
+
+async def test_a_duplicate_is_looked_for() -> None:
+    def handle(path: str, _: dict[str, Any]) -> dict[str, Any]:
+        return {"resultCode": 0} if path == "query" else {"resultCode": 41}
+
+    assert await gateway(handle).charge(a(OperationKind.CHARGE)) == Succeeded(momo.order_id(PAYMENT_ID, 1), 10_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "outcome"),
+    [
+        (OperationKind.CHARGE, 0, Succeeded),
+        (OperationKind.CHARGE, 9000, Succeeded),
+        (OperationKind.CHARGE, 1000, RequiresAction),
+        (OperationKind.CHARGE, 1005, Expired),
+        (OperationKind.CHARGE, 7002, Pending),
+        (OperationKind.CHARGE, 77, Pending),
+        (OperationKind.CHARGE, 42, Unknown),
+        (OperationKind.AUTHORIZE, 9000, Succeeded),
+        (OperationKind.CAPTURE, 0, Succeeded),
+        (OperationKind.CAPTURE, 9000, Unknown),
+        (OperationKind.CAPTURE, 1003, NotExecuted),
+        (OperationKind.VOID, 1003, Succeeded),
+        (OperationKind.VOID, 9000, Unknown),
+        (OperationKind.VOID, 0, Unknown),
+        (OperationKind.REFUND, 0, Unknown),
+    ],
+)
+async def test_what_a_query_is_evidence_of(kind: OperationKind, code: int, outcome: type[Outcome]) -> None:
+    assert isinstance(await gateway(lambda *_: {"resultCode": code}).status(a(kind)), outcome)
+
+
+async def test_a_refund_is_found_by_its_own_order_id_and_amount() -> None:
+    own = momo.order_id(PAYMENT_ID, 2)
+
+    def refunded(row: dict[str, Any]) -> Handle:
+        return lambda *_: {"resultCode": 0, "refundTrans": [row]}
+
+    row = {"orderId": own, "amount": 10_000, "resultCode": 0, "transId": 7}
+    asked = a(OperationKind.REFUND)
+    assert await gateway(refunded(row)).status(asked) == Succeeded("7", 10_000)
+    assert isinstance(await gateway(refunded(row | {"resultCode": 7002})).status(asked), Pending)
+    assert isinstance(await gateway(refunded(row | {"resultCode": 1080})).status(asked), Declined)
+    assert isinstance(await gateway(refunded(row | {"amount": 9})).status(asked), Unknown)
+    assert isinstance(await gateway(refunded(row | {"orderId": "other"})).status(asked), Unknown)
+
+
+async def test_a_refund_names_the_payments_own_number() -> None:
+    bodies: dict[str, dict[str, Any]] = {}
+
+    def handle(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        bodies[path] = body
+        return {"resultCode": 0, "transId": 4242 if path == "query" else 9}
+
+    assert await gateway(handle).refund(a(OperationKind.REFUND)) == Succeeded("9", 10_000)
+    assert bodies["refund"]["transId"] == 4242
+    assert bodies["refund"]["orderId"] == momo.order_id(PAYMENT_ID, 2)
+
+
+@pytest.mark.parametrize("name", ["orderId", "requestId", "partnerCode", "amount"])
+async def test_an_answer_about_something_else_is_not_believed(name: str) -> None:
+    with pytest.raises(GatewayContractBroken):
+        await gateway(lambda *_: {"resultCode": 0, name: "7"}).capture(a(OperationKind.CAPTURE))
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (httpx.ConnectError(""), GatewayUnreachable),
+        (httpx.ReadTimeout(""), OutcomeUnknown),
+        (httpx.Response(500, text="x"), OutcomeUnknown),
+        (httpx.Response(200, text="<html>"), OutcomeUnknown),
+        (httpx.Response(200, json=[]), OutcomeUnknown),
+        (httpx.Response(429, text="x"), GatewayUnreachable),
+        (httpx.Response(200, json={"resultCode": "x"}), GatewayContractBroken),
+    ],
+)
+async def test_without_a_readable_answer_nothing_is_known(failure: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await gateway(failure if isinstance(failure, Exception) else lambda *_: failure).capture(
+            a(OperationKind.CAPTURE)
+        )
+
+
+def test_our_marks_come_back_and_what_is_not_ours_has_none() -> None:
+    assert momo.marks_of(momo.order_id(PAYMENT_ID, 12)) == (PAYMENT_ID, 12)
+    for foreign in ("673_20260602231442", str(PAYMENT_ID), f"{PAYMENT_ID}-x", ""):
+        assert momo.marks_of(foreign) is None
