@@ -109,8 +109,9 @@ class PayPalConfig(BaseModel):
     webhook_id: str = ""
     return_url: str = "https://example.invalid/return"
     cancel_url: str = "https://example.invalid/cancel"
-    timeout_seconds: float = 20.0
-    """For one answer, from the first byte sent to the last byte read, waiting for a connection included."""
+    timeout_seconds: float = 12.0
+    """For one answer, from the first byte sent to the last byte read, waiting for a connection included. An operation
+    may need four of them (a token, the order, the request itself, a look for evidence): keep that below the lease."""
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     cert_hosts: frozenset[str] | None = None
@@ -558,7 +559,8 @@ class PayPalHttp:
         self._token: _Token | None = None
         self._refreshing = asyncio.Lock()
         limits = httpx.Limits(max_connections=config.max_connections, max_keepalive_connections=config.max_connections)
-        timeout = httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds)
+        soon = config.connect_timeout_seconds
+        timeout = httpx.Timeout(config.timeout_seconds, connect=soon, pool=soon)
         self._http = httpx.AsyncClient(base_url=config.api_base, limits=limits, timeout=timeout, trust_env=False)
 
     async def get(self, path: str) -> Json | None:
