@@ -25,8 +25,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
-from typing import Any, Final, NamedTuple, ParamSpec, TypeVar, assert_never
+from decimal import Decimal
+from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, assert_never
 from urllib.parse import quote, urlsplit
 from uuid import UUID
 
@@ -35,7 +35,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from pydantic import BaseModel, ConfigDict, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
 
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import OperationKind
@@ -95,7 +95,7 @@ T = TypeVar("T")
 
 
 class PayPalConfig(BaseModel):
-    """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator on a loopback address.
+    """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator's address.
 
     `webhook_id` is ours from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are those
     that may serve PayPal's signing certificates; None means those of the environment that `api_base` names.
@@ -115,15 +115,27 @@ class PayPalConfig(BaseModel):
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     cert_hosts: frozenset[str] | None = None
+    allows_plain_http: bool = False
+    """For a simulator that is not on a loopback address but, say, in the same Docker network."""
     currencies: frozenset[str] = CURRENCIES
 
     @field_validator("api_base")
     @classmethod
-    def _is_https_or_local(cls, value: str) -> str:
-        base = value.rstrip("/")
-        if not base.startswith("https://") and not is_local(base):
-            raise ValueError("api_base must be https; only a simulator on a loopback address may be http")
-        return base
+    def _is_bare(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _keeps_secrets(self) -> Self:
+        if not self.api_base.startswith("https://") and not self.is_simulated:
+            raise ValueError("api_base must be https; only a simulator may be http, on a loopback address")
+        return self
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether this is plain http, to the machine itself unless that is allowed elsewhere."""
+        parts = urlsplit(self.api_base)
+        is_near = self.allows_plain_http or parts.hostname in ("127.0.0.1", "localhost", "::1")
+        return parts.scheme == "http" and is_near
 
     @field_validator("currencies")
     @classmethod
@@ -132,12 +144,6 @@ class PayPalConfig(BaseModel):
         if unknown:
             raise ValueError(f"not currencies of PayPal: {sorted(unknown)}")
         return value
-
-
-def is_local(api_base: str) -> bool:
-    """Whether this is plain http to the machine itself."""
-    parts = urlsplit(api_base)
-    return parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")
 
 
 # --- amounts and marks ----------------------------------------------------------------------------------------------
@@ -176,11 +182,10 @@ def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
 
 def _minor(amount: Mapping[str, Any]) -> int:
     text, currency = str(amount["value"]), str(amount["currency_code"])
-    try:
-        minor = Decimal(text).scaleb(MINOR_UNITS[currency])
-    except (InvalidOperation, KeyError) as error:
-        raise GatewayContractBroken(NAME, "an amount cannot be read") from error
-    if not minor.is_finite() or minor < 0 or minor != minor.to_integral_value():
+    if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,3})?", text) or currency not in MINOR_UNITS:
+        raise GatewayContractBroken(NAME, "an amount cannot be read")
+    minor = Decimal(text).scaleb(MINOR_UNITS[currency])
+    if minor != minor.to_integral_value():
         raise GatewayContractBroken(NAME, f"an amount is not one of {currency}")
     return int(minor)
 
@@ -677,7 +682,7 @@ def _read(response: httpx.Response) -> Json:
 def _json(content: bytes) -> Json | None:
     try:
         read = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return read if isinstance(read, dict) else None
 
@@ -744,10 +749,9 @@ class PayPalGateway:
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
         """
         order = await self._order_before(request)
+        found = _understood(_read_release, order, request)
         authorization = _hold(order)
-        if authorization is None:
-            return _read_waiting(order, request)
-        if isinstance(found := _understood(read_void, authorization, order, request), Succeeded):
+        if authorization is None or isinstance(found, Succeeded):
             return found
         path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/void"
 
@@ -812,10 +816,9 @@ class PayPalGateway:
             case OperationKind.CAPTURE:
                 return _understood(read_captures, order, request)
             case OperationKind.VOID:
-                hold = _hold(order)
-                return _understood(read_void, hold, order, request) if hold else _read_waiting(order, request)
+                return _understood(_read_release, order, request)
             case OperationKind.REFUND:
-                return _understood(read_refunds, order, request)
+                return await self._refund_status(order, request)
             case _:
                 assert_never(request.kind)
 
@@ -870,11 +873,10 @@ class PayPalGateway:
     async def _proceed(self, order: Json, request: GatewayRequest) -> Outcome:
         """Execute an order that is approved; otherwise read what is there."""
         found = _understood(read_opening, order, request)
-        known = request._replace(reference=_understood(_id_of, order))
         if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(_payments(order).values()):
             return found
         try:
-            return await self._execute(order["id"], known)
+            return await self._execute(order["id"], request._replace(reference=order["id"]))
         except GatewayContractBroken:
             raise
         except OutcomeUnknown:
@@ -894,6 +896,14 @@ class PayPalGateway:
         except PayPalRefused as refused:
             # It proves nothing of an earlier call to execute the same order, which may have been lost.
             return await self._conclude(refused, request._replace(state=OperationState.PENDING))
+
+    async def _refund_status(self, order: Json, request: GatewayRequest) -> Outcome:
+        """From the order, or by the refund's own id where an earlier answer told it and the order does not list it."""
+        found = _understood(read_refunds, order, request)
+        if request.reference is None or not isinstance(found, Unknown):
+            return found
+        refund = await self._api.get(f"/v2/payments/refunds/{_quoted(request.reference)}")
+        return _understood(read_refund, refund, request) if refund is not None else found
 
     def _gone(self, request: GatewayRequest) -> Outcome:
         """PayPal denies that the order exists. That it expired is believed while an execution is not in doubt.
@@ -973,10 +983,6 @@ def _quoted(reference: str) -> str:
     return quote(reference, safe="")
 
 
-def _id_of(order: Json) -> str:
-    return str(order["id"])
-
-
 def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
     """The answer as read.
 
@@ -997,10 +1003,17 @@ def _without_effect(request: GatewayRequest, message: str, code: str | None = No
 
 
 def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
-    """An order without a hold, of which a void asks: nothing in it means that nothing will ever move."""
+    """An order without a hold, of which a void asks: while it waits for our own second call, nothing moves."""
     if any(_payments(order).values()):
         return _without_effect(request, f"order {order['id']} has no hold to release", "NO_AUTHORIZATION")
-    return Succeeded(order["id"])
+    if order["status"] in ("CREATED", "SAVED", "PAYER_ACTION_REQUIRED", "APPROVED", "VOIDED"):
+        return Succeeded(order["id"])
+    return Unknown(f"order {order['id']} is {_code(order['status'])} and shows no payment")
+
+
+def _read_release(order: Json, request: GatewayRequest) -> Outcome:
+    hold = _hold(order)
+    return read_void(hold, order, request) if hold is not None else _read_waiting(order, request)
 
 
 def _hold(order: Json) -> Json | None:
@@ -1176,7 +1189,7 @@ class PayPalWebhooks:
 
 def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
     """Addresses that a signing certificate may come from, exactly: the header that names one is anybody's word."""
-    if is_local(config.api_base) and config.cert_hosts is None:
+    if config.is_simulated and config.cert_hosts is None:
         return re.compile(re.escape(config.api_base) + CERTIFICATE_PATH)
     own = urlsplit(config.api_base).hostname or ""
     hosts = config.cert_hosts or frozenset({own, own.replace("api-m.", "api.", 1)})
@@ -1232,8 +1245,13 @@ def _notice(body: bytes) -> Notice:
     try:
         event = json.loads(body)
         return read_event(event)
-    except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise WebhookRefused(Verdict.MALFORMED, f"{type(error).__name__} while reading the event") from error
+
+
+CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
+CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
+"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
 
 
 def read_event(event: Json) -> Notice:
@@ -1252,7 +1270,7 @@ def read_event(event: Json) -> Notice:
     if name.startswith(("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")):
         return _payment_notice(notice, resource, (OperationKind.REFUND,))
     if name.startswith("PAYMENT.CAPTURE."):
-        return _payment_notice(notice, resource, (OperationKind.CAPTURE, OperationKind.CHARGE))
+        return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
     return notice
 
 

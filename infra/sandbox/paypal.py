@@ -85,6 +85,7 @@ class PayPalSimulator:
         self.webhook_id = "1JE4291016473214C"
         self.tokens: dict[str, float] = {}
         self.tokens_issued = 0
+        self._merchant_url = ""
         self._done: dict[str, Done] = {}
         self._signer = Signer()
         self._journal = Journal(state_file)
@@ -194,7 +195,7 @@ class PayPalSimulator:
         self._journal.append(line)
         events, self.books.events = self.books.events, []
         for event in events:
-            self._send(event, _base(request))
+            self._send(event, self._merchant_url or _base(request))
 
     # --- tokens -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +218,7 @@ class PayPalSimulator:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme != "Bearer" or self.tokens.get(token, 0) < time.monotonic():
             raise Refusal(401, "AUTHENTICATION_FAILURE")
+        self._merchant_url = _base(request)  # certificates are named by the address that the merchant trusts
 
     async def _forget_tokens(self, request: Request) -> Response:
         self.tokens.clear()

@@ -1,7 +1,9 @@
 """The PayPal simulator in a process of its own, and the gateways that talk to it: what a contract suite needs."""
 
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ import httpx
 from pydantic import SecretStr
 
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from tests.contract.conftest import CHECKOUT, free_port, wait_until_open
+from infra.local.server import free_port
 
+CHECKOUT = Path(__file__).parents[2]
 SERVE = (
     "import sys, pathlib; from infra.sandbox.paypal import serve; serve('127.0.0.1', int(sys.argv[1]), state_file={})"
 )
@@ -88,8 +91,17 @@ class PayPalSandbox:
 def start_paypal(port: int, state_file: Path | None = None) -> subprocess.Popen[bytes]:
     path = "None" if state_file is None else f"pathlib.Path({str(state_file)!r})"
     process = subprocess.Popen([sys.executable, "-c", SERVE.format(path), str(port)], cwd=CHECKOUT)
-    wait_until_open(port, process)
+    deadline = time.monotonic() + 20
+    while not _is_open(port):
+        assert process.poll() is None, "the simulator ended at once"
+        assert time.monotonic() < deadline, f"nothing listens on port {port}"
+        time.sleep(0.05)
     return process
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

@@ -1,16 +1,22 @@
 """The PayPal gateway against the PayPal simulator, over HTTP: the payer's consent, lost answers, tokens, webhooks."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from domain.commands import OperationKind
+from domain.errors import GatewayUnreachable
 from domain.money import Money
+from domain.notices import Dispute, DisputeStage, Notice, WebhookRequest
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -26,7 +32,8 @@ from domain.operations import (
     Unreachable,
 )
 from domain.ports import Gateway
-from tests.contract.conftest import free_port
+from infra.gateways.paypal import PayPalConfig, PayPalGateway, PayPalWebhooks
+from infra.local.server import free_port
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
 from tests.contract.paypal import (
     DECLINES,
@@ -287,6 +294,19 @@ async def test_parallel_resumes_execute_once(gateway: Gateway, paypal: PayPalSan
     assert all(isinstance(each, Succeeded | Pending) for each in outcomes)
     assert any(isinstance(each, Succeeded) for each in outcomes)
     assert paypal.executed_charges(request.payment_id) == 1
+
+
+async def test_an_execution_that_was_turned_away_leaves_the_consent_for_later(
+    gateway: Gateway, paypal: PayPalSandbox
+) -> None:
+    request, action = await asked(gateway, OperationKind.CHARGE)
+    paypal.approve(action.reference)
+    paypal.fault("429", operation="confirm", times=1)
+
+    with pytest.raises(GatewayUnreachable):
+        await gateway.resume(request)
+
+    assert isinstance(await gateway.resume(request), Succeeded)
 
 
 async def test_an_order_that_another_key_executed_is_read_and_not_executed_again(
@@ -638,9 +658,7 @@ async def test_without_a_token_nothing_was_sent(gateway: Gateway, paypal: PayPal
 async def test_credentials_that_are_refused_are_unreachable_and_not_in_the_message(
     connect: Callable[..., Gateway], paypal: PayPalSandbox
 ) -> None:
-    from infra.gateways.paypal import PayPalConfig, PayPalGateway
-
-    config = PayPalConfig(client_id="bad", client_secret="very-secret", api_base=paypal.url)  # type: ignore[arg-type]
+    config = PayPalConfig(client_id="bad", client_secret=SecretStr("very-secret"), api_base=paypal.url)
     gateway = PayPalGateway(config)
 
     outcome = await run(gateway, a_request(payment_method=PAYS))
@@ -648,6 +666,145 @@ async def test_credentials_that_are_refused_are_unreachable_and_not_in_the_messa
 
     assert isinstance(outcome, Unreachable)
     assert "very-secret" not in f"{outcome!r} {config!r}"
+
+
+# --- webhooks -------------------------------------------------------------------------------------------------------
+
+
+class Inbox(ThreadingHTTPServer):
+    """Takes webhooks; `refusals` of them are answered with a 503 first."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), InboxHandler)
+        self.requests: list[WebhookRequest] = []
+        self.refusals = 0
+
+    async def wait_for(self, count: int) -> list[WebhookRequest]:
+        async with asyncio.timeout(15):
+            while len(self.requests) < count:
+                await asyncio.sleep(0.02)
+        return self.requests
+
+
+class InboxHandler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        assert isinstance(self.server, Inbox)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.requests.append(WebhookRequest("POST", "", headers, body, datetime.now(UTC)))
+        is_refused = len(self.server.requests) <= self.server.refusals
+        self.send_response(503 if is_refused else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Tests are quiet."""
+
+
+@pytest.fixture
+def inbox(paypal: PayPalSandbox) -> Iterator[Inbox]:
+    with Inbox() as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        paypal.post("webhooks", url=f"http://127.0.0.1:{server.server_port}/webhooks/paypal", webhook_id="WH-CONTRACT")
+        yield server
+        paypal.post("webhooks", url=None)
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+async def webhooks(paypal: PayPalSandbox) -> AsyncIterator[PayPalWebhooks]:
+    secret = SecretStr("s")
+    reader = PayPalWebhooks(
+        PayPalConfig(client_id="contract", client_secret=secret, api_base=paypal.url, webhook_id="WH-CONTRACT")
+    )
+    yield reader
+    await reader.close()
+
+
+async def notices(webhooks: PayPalWebhooks, inbox: Inbox, count: int) -> dict[str, Notice]:
+    """What came, by type."""
+    read = [await webhooks.read(each) for each in await inbox.wait_for(count)]
+    return {each.type: each for each in read}
+
+
+@pytest.mark.parametrize("kind", OPENINGS)
+async def test_webhooks_say_what_the_gateway_says(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks, kind: OperationKind
+) -> None:
+    request, action = await asked(gateway, kind)
+    paypal.approve(action.reference)
+    outcome = await gateway.resume(request)
+
+    found = await notices(webhooks, inbox, 2)
+
+    approved = found.pop("CHECKOUT.ORDER.APPROVED")
+    assert (approved.is_ripe, approved.payment_id, approved.operation_number) == (True, request.payment_id, 1)
+    [paid] = found.values()
+    assert (paid.payment_id, paid.operation_number, paid.currency) == (request.payment_id, 1, "USD")
+    assert paid.outcome == outcome
+    assert paid.gateway_payment_id == action.reference
+
+
+async def test_webhooks_tell_the_operations_of_one_payment_apart(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks
+) -> None:
+    hold = await opened(gateway, payment_method=PAYS)
+    captured = await run(gateway, follow_up(*hold, OperationKind.CAPTURE))
+    refunded = await run(gateway, follow_up(*hold, OperationKind.REFUND, number=3, amount=Money(500, "USD")))
+
+    found = await notices(webhooks, inbox, 3)
+
+    numbers = {name: (each.operation_number, each.outcome) for name, each in found.items()}
+    assert numbers["PAYMENT.CAPTURE.COMPLETED"] == (2, captured)
+    assert numbers["PAYMENT.CAPTURE.REFUNDED"] == (3, refunded)
+    assert numbers["PAYMENT.AUTHORIZATION.CREATED"][0] == 1
+
+
+async def test_webhooks_tell_of_disputes(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks
+) -> None:
+    request, reference = await opened(gateway, OperationKind.CHARGE, payment_method=PAYS)
+    [capture] = paypal.order(reference)["purchase_units"][0]["payments"]["captures"]
+    dispute = paypal.post(f"captures/{capture['id']}/dispute")["dispute_id"]
+    paypal.post(f"disputes/{dispute}/lost")
+
+    found = await notices(webhooks, inbox, 3)
+
+    opened_, resolved = found["CUSTOMER.DISPUTE.CREATED"], found["CUSTOMER.DISPUTE.RESOLVED"]
+    assert opened_.payment_id == resolved.payment_id == request.payment_id
+    assert opened_.dispute == Dispute(dispute, DisputeStage.OPENED, 1250, "USD", "MERCHANDISE_OR_SERVICE_NOT_RECEIVED")
+    assert resolved.dispute is not None
+    assert resolved.dispute.stage is DisputeStage.LOST
+
+
+async def test_a_webhook_is_repeated_until_it_is_accepted_and_stays_the_same_event(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks
+) -> None:
+    inbox.refusals = 2
+    await run(gateway, a_request(payment_method=PAYS))
+
+    read = [await webhooks.read(each) for each in await inbox.wait_for(3)]
+
+    assert len({each.event_id for each in read}) == 1
+
+
+async def test_paypal_itself_confirms_its_webhooks_and_no_others(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox
+) -> None:
+    await run(gateway, a_request(payment_method=PAYS))
+    [sent] = await inbox.wait_for(1)
+    names = ("auth_algo", "cert_url", "transmission_id", "transmission_sig", "transmission_time")
+    given: dict[str, Any] = {name: sent.headers["paypal-" + name.replace("_", "-")] for name in names}
+    given |= {"webhook_id": "WH-CONTRACT", "webhook_event": json.loads(sent.body)}
+
+    answers = [
+        paypal.http.post("/v1/notifications/verify-webhook-signature", json=each).json()["verification_status"]
+        for each in (given, given | {"webhook_id": "other"})
+    ]
+
+    assert answers == ["SUCCESS", "FAILURE"]
 
 
 # --- the simulator itself -------------------------------------------------------------------------------------------

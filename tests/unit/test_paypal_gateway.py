@@ -148,6 +148,8 @@ def test_credentials_travel_over_https_unless_the_simulator_is_local(api_base: s
     with pytest.raises(ValidationError):
         config(api_base=api_base)
     assert config(api_base="http://127.0.0.1:8000/").api_base == "http://127.0.0.1:8000"
+    assert config(api_base="http://sandbox:8090", allows_plain_http=True).is_simulated
+    assert not config().is_simulated
 
 
 def test_only_currencies_of_paypal_can_be_set() -> None:

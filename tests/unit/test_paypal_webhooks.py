@@ -377,8 +377,9 @@ def test_an_event_is_evidence_about_the_operation_that_its_invoice_id_names(
         ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE, invoice_id=None)),
         ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE)),
         ("PAYMENT.AUTHORIZATION.VOIDED", resource("COMPLETED", OperationKind.CAPTURE)),
+        ("PAYMENT.CAPTURE.REVERSED", resource("COMPLETED", OperationKind.CAPTURE)),
+        ("PAYMENT.CAPTURE.OF_TOMORROW", resource("COMPLETED", OperationKind.CHARGE)),
     ],
-    ids=["somebody's refund of a capture", "of a charge", "no invoice id", "of a hold", "no authorization"],
 )
 def test_a_mark_that_another_object_carried_over_names_the_payment_only(name: str, given: Json) -> None:
     notice = read_event(event(name, given))
