@@ -1,0 +1,1372 @@
+"""All that we know about PayPal: configuration, capabilities, requests, the status tables, the error table, webhooks.
+
+Promise: a success or a refusal is reported only on PayPal's explicit word for this very operation; an order that is
+COMPLETED is not paid, the payments inside it tell. Whatever we cannot read is `Pending` or an `OutcomeUnknown`. Every
+POST carries a `PayPal-Request-Id` made of `request.provider_key` and the step. Every payment carries our marks:
+`custom_id` is `payment_id:operation_number` of the operation that opened the order (captures of a hold inherit it), and
+`invoice_id`, which PayPal takes once per account, is `payment_id:operation_number:kind` of the operation itself.
+
+Plain httpx and not PayPal's SDK: `paypal-server-sdk` 2.4.0 blocks its thread, knows no webhooks, and its base address
+is an enum that no simulator fits.
+
+Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/,
+https://developer.paypal.com/reference/guidelines/idempotency/,
+https://developer.paypal.com/docs/checkout/advanced/authorization-honor/,
+https://developer.paypal.com/api/rest/webhooks/rest/. What they do not say is called unconfirmed here and fails safe.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, assert_never
+from urllib.parse import quote, urlsplit
+from uuid import UUID
+
+import httpx
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
+
+from domain.capabilities import AmountLimits, Capabilities
+from domain.commands import OperationKind
+from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
+from domain.money import MINOR_UNITS, Money
+from domain.notices import (
+    BODY_BYTES_MAX,
+    Dispute,
+    DisputeStage,
+    Notice,
+    Verdict,
+    WebhookAnswer,
+    WebhookRefused,
+    WebhookRequest,
+)
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+
+NAME: Final = "paypal"
+SANDBOX: Final = "https://api-m.sandbox.paypal.com"
+LIVE: Final = "https://api-m.paypal.com"
+
+WHOLE: Final = frozenset({"HUF", "JPY", "TWD"})
+"""Currencies that PayPal takes without decimals. Source: https://developer.paypal.com/reference/currency-codes/."""
+
+CURRENCIES: Final = frozenset(
+    "AUD CAD CHF CZK DKK EUR GBP HKD HUF ILS JPY MXN NOK NZD PHP PLN SEK SGD THB TWD USD".split()  # noqa: SIM905
+)
+IN_COUNTRY_CURRENCIES: Final = frozenset({"BRL", "CNY", "INR", "MYR"})
+"""Only for accounts of that country, so they are not on by default. Source: as above."""
+
+VAULT: Final = "vault:"
+"""A payment method `vault:<id>` is a PayPal wallet that the payer left with us; any other one means a redirect."""
+
+APPROVAL_WINDOW: Final = timedelta(hours=6)
+"""How long a payer may take to approve an order. Unconfirmed; it is told to the payer's side, nothing is concluded."""
+
+EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
+"""The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
+
+TOKEN_MARGIN_SECONDS: Final = 300.0
+
+Json = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class PayPalConfig(BaseModel):
+    """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator's address.
+
+    `webhook_id` is ours from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are those
+    that may serve PayPal's signing certificates; None means those of the environment that `api_base` names.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    client_id: str
+    client_secret: SecretStr
+    api_base: str = SANDBOX
+    webhook_id: str = ""
+    return_url: str = "https://example.invalid/return"
+    cancel_url: str = "https://example.invalid/cancel"
+    timeout_seconds: float = 12.0
+    """For one answer, from the first byte sent to the last byte read, waiting for a connection included. An operation
+    may need four of them (a token, the order, the request itself, a look for evidence): keep that below the lease."""
+    connect_timeout_seconds: float = 5.0
+    max_connections: int = 64
+    cert_hosts: frozenset[str] | None = None
+    allows_plain_http: bool = False
+    """For a simulator that is not on a loopback address but, say, in the same Docker network."""
+    currencies: frozenset[str] = CURRENCIES
+
+    @field_validator("api_base")
+    @classmethod
+    def _is_bare(cls, value: str) -> str:
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _keeps_secrets(self) -> Self:
+        if not self.api_base.startswith("https://") and not self.is_simulated:
+            raise ValueError("api_base must be https; only a simulator may be http, on a loopback address")
+        return self
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether this is plain http, to the machine itself unless that is allowed elsewhere."""
+        parts = urlsplit(self.api_base)
+        is_near = self.allows_plain_http or parts.hostname in ("127.0.0.1", "localhost", "::1")
+        return parts.scheme == "http" and is_near
+
+    @field_validator("currencies")
+    @classmethod
+    def _are_known(cls, value: frozenset[str]) -> frozenset[str]:
+        unknown = value - CURRENCIES - IN_COUNTRY_CURRENCIES
+        if unknown:
+            raise ValueError(f"not currencies of PayPal: {sorted(unknown)}")
+        return value
+
+
+# --- amounts and marks ----------------------------------------------------------------------------------------------
+
+
+class AmountNotRepresentable(ValueError):
+    """PayPal has no form for this amount."""
+
+
+def to_paypal_value(money: Money) -> str:
+    """The amount as PayPal's decimal string, such as "10.99", or "1250" for a currency without decimals there.
+
+    Raises:
+        AmountNotRepresentable: not a currency of PayPal, or a fraction where PayPal takes none.
+    """
+    if money.currency not in CURRENCIES | IN_COUNTRY_CURRENCIES:
+        raise AmountNotRepresentable(f"{money.currency} is not a currency of PayPal")
+    value = Decimal(money.minor).scaleb(-MINOR_UNITS[money.currency])
+    if money.currency not in WHOLE:
+        return f"{value:.2f}"
+    if value != value.to_integral_value():
+        raise AmountNotRepresentable(f"PayPal takes {money.currency} without decimals, not {value}")
+    return f"{value:.0f}"
+
+
+def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
+    """Our minor units of an amount that PayPal tells.
+
+    Raises:
+        GatewayContractBroken: another currency, or nothing that this currency can be.
+    """
+    if amount["currency_code"] != currency:
+        raise GatewayContractBroken(NAME, f"an amount is in {amount['currency_code']} and not in {currency}")
+    return _minor(amount)
+
+
+def _minor(amount: Mapping[str, Any]) -> int:
+    text, currency = str(amount["value"]), str(amount["currency_code"])
+    if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,3})?", text) or currency not in MINOR_UNITS:
+        raise GatewayContractBroken(NAME, "an amount cannot be read")
+    minor = Decimal(text).scaleb(MINOR_UNITS[currency])
+    if minor != minor.to_integral_value():
+        raise GatewayContractBroken(NAME, f"an amount is not one of {currency}")
+    return int(minor)
+
+
+class Marks(NamedTuple):
+    """What names our operation at PayPal; `kind` is None where the mark is an order's `custom_id`."""
+
+    payment_id: UUID
+    operation_number: int
+    kind: OperationKind | None
+
+
+def mark_of(request: GatewayRequest) -> str:
+    """The `custom_id` of what this operation opens or refunds."""
+    return f"{request.payment_id}:{request.operation_number}"
+
+
+def invoice_of(request: GatewayRequest) -> str:
+    """The `invoice_id` of the payment or refund that this operation makes: PayPal takes each one once."""
+    return f"{mark_of(request)}:{request.kind}"
+
+
+_MARK: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}):([1-9][0-9]{0,8})(?::([a-z]{1,16}))?")
+
+
+def read_mark(text: object) -> Marks | None:
+    """The marks in a `custom_id` or `invoice_id`; None where they are not ours."""
+    found = _MARK.fullmatch(text) if isinstance(text, str) else None
+    if found is None or found[3] not in (None, *OperationKind):
+        return None
+    return Marks(UUID(found[1]), int(found[2]), OperationKind(found[3]) if found[3] else None)
+
+
+# --- the status tables: what PayPal's objects say about an operation ------------------------------------------------
+
+
+def read_opening(order: Json, request: GatewayRequest) -> Outcome:
+    """What an order says about the authorization or charge that it was created for. Its payments tell, if it has any.
+
+    A refused payment does not hide a later one that succeeded: the payer may have tried another card.
+
+    Raises:
+        GatewayContractBroken: another operation's order, money captured although only a hold was asked for, or more
+            than one payment.
+    """
+    _check_ours(order, request)
+    payments = _payments(order)
+    if request.kind is OperationKind.AUTHORIZE:
+        found = [_read_authorization(each, order, request) for each in payments["authorizations"]]
+        if payments["captures"] and not found:
+            raise GatewayContractBroken(NAME, f"order {order['id']} is captured although only a hold was asked for")
+    else:
+        found = [_as_opening(read_capture(each, request), order) for each in payments["captures"]]
+    return _best(found, order) if found else _read_unpaid(order, request)
+
+
+def _best(found: list[Outcome], order: Json) -> Outcome:
+    succeeded = [each for each in found if isinstance(each, Succeeded)]
+    if len(succeeded) > 1:
+        raise GatewayContractBroken(NAME, f"order {order['id']} was paid {len(succeeded)} times")
+    pending = [each for each in found if isinstance(each, Pending)]
+    return (succeeded or pending or found[-1:])[0]
+
+
+def _check_ours(order: Json, request: GatewayRequest) -> None:
+    mark = order["purchase_units"][0].get("custom_id") if order.get("purchase_units") else None
+    if mark not in (None, mark_of(request)):
+        raise GatewayContractBroken(NAME, f"order {order['id']} is not that of {mark_of(request)}")
+
+
+def _read_unpaid(order: Json, request: GatewayRequest) -> Outcome:
+    """An order without payments. APPROVED holds no money: our own second call is missing."""
+    reference = order["id"]
+    url = _payer_url(order)
+    match order["status"]:
+        case "CREATED" | "SAVED" | "PAYER_ACTION_REQUIRED" if url is not None:
+            return RequiresAction(reference, "redirect", url, _window_end(order, request))
+        case "VOIDED":
+            return Declined(DeclineReason.CANCELED, "VOIDED", reference)
+        case _:
+            return Pending(reference)
+
+
+def _read_authorization(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
+    reference = order["id"]
+    match authorization["status"]:
+        case "CREATED" | "PARTIALLY_CAPTURED" | "CAPTURED":
+            amount = from_paypal_amount(authorization["amount"], request.amount.currency)
+            return Succeeded(reference, amount, _time(authorization.get("expiration_time")))
+        case "DENIED":
+            return _declined_payment(authorization, reference)
+        case "VOIDED" if not _payments(order)["captures"]:
+            return Expired(reference, "VOIDED")
+        case _:
+            return Pending(reference)
+
+
+def read_capture(capture: Json, request: GatewayRequest) -> Outcome:
+    """What a capture says about itself. That it was refunded later takes nothing from its success."""
+    reference = capture["id"]
+    match capture["status"]:
+        case "COMPLETED" | "PARTIALLY_REFUNDED" | "REFUNDED":
+            return Succeeded(reference, from_paypal_amount(capture["amount"], request.amount.currency))
+        case "DECLINED" | "FAILED":
+            return _declined_payment(capture, reference)
+        case _:
+            return Pending(reference)
+
+
+def read_captures(order: Json, request: GatewayRequest) -> Outcome:
+    """What an order says about one of the captures of its hold, known by our invoice id.
+
+    A hold that is VOIDED, which is final, with nothing ever captured is proof that this operation captured nothing.
+    """
+    own = _only(_payments(order)["captures"], request, ("invoice_id", invoice_of(request)))
+    if own is not None:
+        return read_capture(own, request)
+    holds = _payments(order)["authorizations"]
+    if holds and not _taken(order) and all(each["status"] in ("VOIDED", "DENIED") for each in holds):
+        return NotExecuted(f"the hold of order {order['id']} was released before the capture", "AUTHORIZATION_VOIDED")
+    return Unknown(f"order {order['id']} shows no trace of operation {request.operation_number}")
+
+
+def read_refunds(order: Json, request: GatewayRequest) -> Outcome:
+    """What an order says about one of its refunds, known by our marks."""
+    marks = ("invoice_id", invoice_of(request)), ("custom_id", mark_of(request))
+    own = _only(_payments(order)["refunds"], request, *marks)
+    if own is not None:
+        return read_refund(own, request)
+    return Unknown(f"order {order['id']} shows no trace of operation {request.operation_number}")
+
+
+def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
+    """What an authorization says about releasing it.
+
+    Releasing is the same whoever does it, so the state is the evidence: VOIDED (also by the end of its 29 days), or
+    closed by captures that leave exactly the amount to be released.
+    """
+    captured = sum(from_paypal_amount(each["amount"], request.amount.currency) for each in _taken(order))
+    held = from_paypal_amount(authorization["amount"], request.amount.currency)
+    match authorization["status"]:
+        case "VOIDED":
+            return Succeeded(authorization["id"])
+        case "CAPTURED" if captured and held - captured == request.amount.minor:
+            return Succeeded(authorization["id"])
+        case _:
+            return Unknown(f"authorization {authorization['id']} shows no release of the hold")
+
+
+def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
+    """What a refund says."""
+    reference = refund["id"]
+    match refund["status"]:
+        case "COMPLETED":
+            return Succeeded(reference, from_paypal_amount(refund["amount"], request.amount.currency))
+        case "FAILED" | "CANCELLED":
+            return Declined(DeclineReason.REFUND_FAILED, refund["status"], reference)
+        case _:
+            return Pending(reference)
+
+
+def _as_opening(outcome: Outcome, order: Json) -> Outcome:
+    """The same, referring to the order: that is what the payment is called in all later requests."""
+    match outcome:
+        case Succeeded(amount_minor=amount):
+            return Succeeded(order["id"], amount)
+        case Declined(reason, code):
+            return Declined(reason, code, order["id"])
+        case _:
+            return Pending(order["id"])
+
+
+def _declined_payment(payment: Json, reference: str) -> Declined:
+    """A refusal inside a 2xx answer. Source: `processor_response` of the Orders v2 reference."""
+    processor = payment.get("processor_response") or {}
+    details = payment.get("status_details") or {}
+    code = processor.get("response_code") or details.get("reason") or payment["status"]
+    return Declined(PROCESSOR_REASONS.get(code, DeclineReason.REFUSED_BY_ISSUER), code, reference)
+
+
+def _payments(order: Json) -> dict[str, list[Json]]:
+    """The payments inside of an order, by kind; each list in PayPal's order, empty where there are none."""
+    units = order.get("purchase_units") or [{}]
+    inside = units[0].get("payments") or {}
+    return {kind: list(inside.get(kind) or ()) for kind in ("authorizations", "captures", "refunds")}
+
+
+def _taken(order: Json) -> list[Json]:
+    return [each for each in _payments(order)["captures"] if each["status"] not in ("DECLINED", "FAILED")]
+
+
+def _payer_url(order: Json) -> str | None:
+    """Where the payer consents: PayPal names the link by what the order was created with."""
+    links = {link.get("rel"): link.get("href") for link in order.get("links") or ()}
+    url = links.get("payer-action") or links.get("approve")
+    return url if isinstance(url, str) else None
+
+
+def _window_end(order: Json, request: GatewayRequest) -> datetime | None:
+    began = _time(order.get("create_time")) or request.first_dispatched_at
+    return began + APPROVAL_WINDOW if began else None
+
+
+def _time(text: object) -> datetime | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return read if read.tzinfo else read.replace(tzinfo=UTC)
+
+
+PROCESSOR_REASONS: Final[Mapping[str, DeclineReason]] = {
+    "5120": DeclineReason.INSUFFICIENT_FUNDS,
+    "5400": DeclineReason.CARD_EXPIRED,
+    "5180": DeclineReason.INVALID_CARD_DATA,
+    "5110": DeclineReason.INVALID_CARD_DATA,
+    "9500": DeclineReason.SUSPECTED_FRAUD,
+    "9520": DeclineReason.SUSPECTED_FRAUD,
+    "DECLINED_BY_RISK_FRAUD_FILTERS": DeclineReason.SUSPECTED_FRAUD,
+}
+"""Codes of a refused payment that say more than "no". Unconfirmed and not complete: any other is REFUSED_BY_ISSUER."""
+
+
+# --- the error table: what a refusal says about an operation --------------------------------------------------------
+
+_DECLINES: Final[Mapping[DeclineReason, str]] = {
+    DeclineReason.REFUSED_BY_ISSUER: (
+        "INSTRUMENT_DECLINED TRANSACTION_REFUSED AUTHORIZATION_DENIED PAYMENT_SOURCE_DECLINED_BY_PROCESSOR"
+        " DECLINED_DUE_TO_RELATED_TXN"
+    ),
+    DeclineReason.CARD_EXPIRED: "CARD_EXPIRED REFERENCED_CARD_EXPIRED",
+    DeclineReason.INVALID_CARD_DATA: "PAYMENT_SOURCE_INFO_CANNOT_BE_VERIFIED TOKEN_EXPIRED TOKEN_ID_NOT_FOUND",
+    DeclineReason.AUTHENTICATION_REQUIRED: "CONSENT_NEEDED",
+    DeclineReason.SUSPECTED_FRAUD: "COMPLIANCE_VIOLATION",
+    DeclineReason.LIMIT_EXCEEDED: (
+        "TRANSACTION_LIMIT_EXCEEDED TRANSACTION_RECEIVING_LIMIT_EXCEEDED MAX_NUMBER_OF_PAYMENT_ATTEMPTS_EXCEEDED"
+    ),
+    DeclineReason.METHOD_NOT_SUPPORTED: (
+        "PAYMENT_SOURCE_CANNOT_BE_USED CARD_BRAND_NOT_SUPPORTED DOMESTIC_TRANSACTION_REQUIRED"
+    ),
+    DeclineReason.CANCELED: "AGREEMENT_ALREADY_CANCELLED BILLING_AGREEMENT_NOT_FOUND",
+    DeclineReason.OTHER: (
+        "PAYER_CANNOT_PAY TRANSACTION_BLOCKED_BY_PAYEE PAYEE_BLOCKED_TRANSACTION PAYER_ACCOUNT_LOCKED_OR_CLOSED"
+        " PAYER_ACCOUNT_RESTRICTED"
+    ),
+}
+DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
+    issue: reason for reason, issues in _DECLINES.items() for issue in issues.split()
+}
+
+NEEDS_PAYER: Final = frozenset({"PAYER_ACTION_REQUIRED", "ORDER_NOT_APPROVED", "REDIRECT_PAYER_FOR_ALTERNATE_FUNDING"})
+"""The payer has to consent again, to the same order."""
+
+STATE_CONFLICTS: Final = frozenset(
+    {
+        "ORDER_ALREADY_CAPTURED",
+        "ORDER_ALREADY_AUTHORIZED",
+        "AUTHORIZATION_ALREADY_CAPTURED",
+        "PREVIOUSLY_CAPTURED",
+        "PREVIOUSLY_VOIDED",
+        "AUTHORIZATION_VOIDED",
+        "CAPTURE_FULLY_REFUNDED",
+        "ORDER_COMPLETED_OR_VOIDED",
+        "DUPLICATE_INVOICE_ID",
+    }
+)
+"""The object is not in the state that the call needs: perhaps because this very operation was executed before."""
+
+IN_PROGRESS: Final = frozenset({"PREVIOUS_REQUEST_IN_PROGRESS", "ORDER_COMPLETION_IN_PROGRESS"})
+"""The same request is being executed right now: the opposite of proof."""
+
+LATER: Final = frozenset({"PENDING_CAPTURE", "REFUND_FAILED_INSUFFICIENT_FUNDS"})
+"""Not executed, and may be tried again: once the capture is through, once our account has funds."""
+
+ENDED: Final = frozenset({"AUTHORIZATION_EXPIRED", "ORDER_EXPIRED", "REFUND_TIME_LIMIT_EXCEEDED"})
+
+REFUSED_AT_THE_DOOR: Final = frozenset({401, 403, 429})
+"""Authentication, permissions and limits come before execution: proof for this attempt only."""
+
+
+class PayPalRefused(Exception):
+    """A 4xx in PayPal's own form. Its text is made of ids and codes only, never of PayPal's sentences or our body."""
+
+    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+        details = body.get("details") or ()
+        self.status = status
+        self.name = _code(body.get("name"))
+        self.issues = tuple(
+            _code(each.get("issue")) for each in details if isinstance(each, dict) and each.get("issue")
+        )
+        self.debug_id = _code(body.get("debug_id"))
+        super().__init__(f"status {status}, {self.name}, {'/'.join(self.issues) or 'no issue'}, debug {self.debug_id}")
+
+    @property
+    def code(self) -> str:
+        """The most telling word: the first issue, else the name."""
+        return self.issues[0] if self.issues else self.name
+
+    def names(self, issues: frozenset[str] | Mapping[str, Any]) -> str | None:
+        """The first of these issues that the refusal names."""
+        return next((each for each in (*self.issues, self.name) if each in issues), None)
+
+
+def _code(value: object) -> str:
+    """A code as far as it looks like one: nothing else of a body is repeated in our logs."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z0-9_.\-]{1,64}", text) else "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The refusal alone does not tell: look for evidence, and without any take `otherwise`."""
+
+    otherwise: Outcome | GatewayError
+
+
+def verdict_of(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+    """What a refusal of a POST says about `request`.
+
+    A refusal is proof of non-execution only on an operation of which no attempt is unaccounted for; otherwise the lost
+    attempt may have caused the very state that is complained about. Declines and expiries are PayPal's word on the
+    payment itself, so they are believed at any attempt: a repeated request id returns an earlier success instead.
+    """
+    if refused.names(IN_PROGRESS) or refused.status == 409:
+        return OutcomeUnknown(NAME, f"being executed by another attempt: {refused}")
+    if refused.names(NEEDS_PAYER):
+        return _needs_payer(refused, request)
+    if issue := refused.names(DECLINE_REASONS):
+        is_refund = request.kind is OperationKind.REFUND
+        reason = DeclineReason.REFUND_FAILED if is_refund else DECLINE_REASONS[issue]
+        return Declined(reason, issue, request.reference)
+    if refused.status in REFUSED_AT_THE_DOOR or refused.names(LATER):
+        return GatewayUnreachable(NAME, str(refused))
+    if refused.names(frozenset({"ORDER_EXPIRED"})) and request.reference is not None:
+        return Expired(request.reference, "ORDER_EXPIRED")
+    return _not_accepted(refused, request)
+
+
+def _needs_payer(refused: PayPalRefused, request: GatewayRequest) -> Outcome | Look:
+    """The order tells where the payer has to go; without an order there is nowhere to send anybody."""
+    if request.reference is None:
+        return Declined(DeclineReason.AUTHENTICATION_REQUIRED, refused.code)
+    return Look(Pending(request.reference))
+
+
+def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+    if request.state is not OperationState.DISPATCHED:
+        return Look(OutcomeUnknown(NAME, f"refused on a repeated attempt: {refused}"))
+    proof = NotExecuted(f"refused by PayPal: {refused.code}", refused.code)
+    return Look(proof) if refused.names(STATE_CONFLICTS | ENDED) else proof
+
+
+NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+
+
+# --- the connection -------------------------------------------------------------------------------------------------
+
+
+class _Token(NamedTuple):
+    value: SecretStr
+    refresh_at: float
+    """By the monotonic clock."""
+
+
+class PayPalHttp:
+    """PayPal's REST API as JSON in and out: bounded connections, one access token for all calls.
+
+    A token is fetched once for everybody who waits, some minutes before the old one ends; many of them are a documented
+    cause of rate limits. https://developer.paypal.com/api/rest/authentication/
+    """
+
+    def __init__(self, config: PayPalConfig) -> None:
+        self._config = config
+        self._token: _Token | None = None
+        self._refreshing = asyncio.Lock()
+        limits = httpx.Limits(max_connections=config.max_connections, max_keepalive_connections=config.max_connections)
+        soon = config.connect_timeout_seconds
+        timeout = httpx.Timeout(config.timeout_seconds, connect=soon, pool=soon)
+        self._http = httpx.AsyncClient(base_url=config.api_base, limits=limits, timeout=timeout, trust_env=False)
+
+    async def get(self, path: str) -> Json | None:
+        """The answer to a question, None where PayPal says that there is no such thing.
+
+        Raises:
+            GatewayUnreachable: the question did not arrive, or was not admitted.
+            OutcomeUnknown: there was no readable answer to it.
+        """
+        try:
+            return await self._call("GET", path)
+        except PayPalRefused as refused:
+            if refused.status == 404:
+                return None
+            failure = GatewayUnreachable if refused.status in REFUSED_AT_THE_DOOR else OutcomeUnknown
+            raise failure(NAME, f"no answer to a question: {refused}") from refused
+
+    async def post(self, path: str, body: Json | None, *, request_id: str) -> Json:
+        """The answer to a request that is executed at most once per `request_id`; an empty answer is an empty object.
+
+        Raises:
+            PayPalRefused: PayPal said no.
+            GatewayUnreachable: proof that this attempt was not executed.
+            OutcomeUnknown: no readable answer.
+        """
+        assert len(request_id) <= 108, "PayPal takes no longer request ids"
+        return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _call(
+        self, method: str, path: str, body: Json | None = None, headers: Mapping[str, str] | None = None
+    ) -> Json:
+        """A token that is refused is dropped, and the same request goes once more with a new one."""
+        token = await self._access_token()
+        response = await self._send(method, path, body, headers, token)
+        if response.status_code == 401:
+            self._drop(token)
+            response = await self._send(method, path, body, headers, await self._access_token())
+        return _read(response)
+
+    async def _send(
+        self, method: str, path: str, body: Json | None, headers: Mapping[str, str] | None, token: _Token
+    ) -> httpx.Response:
+        sent = {
+            "Authorization": f"Bearer {token.value.get_secret_value()}",
+            "Content-Type": "application/json",
+            "Prefer": "return=representation",
+            **(headers or {}),
+        }
+        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        return await self._in_time(self._http.build_request(method, path, content=content, headers=sent))
+
+    async def _in_time(self, request: httpx.Request) -> httpx.Response:
+        """Cancelling our own task passes through.
+
+        Raises:
+            GatewayUnreachable: nothing was sent.
+            OutcomeUnknown: something was, and no whole answer came back.
+        """
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds):
+                return await self._http.send(request)
+        except TimeoutError as error:
+            raise OutcomeUnknown(NAME, f"no answer within {self._config.timeout_seconds} s") from error
+        except NOTHING_WAS_SENT as error:
+            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
+        except httpx.HTTPError as error:
+            raise OutcomeUnknown(NAME, f"the connection failed ({type(error).__name__})") from error
+
+    async def _access_token(self) -> _Token:
+        if not self._is_fresh():
+            async with self._refreshing:
+                if not self._is_fresh():
+                    self._token = await self._fetch_token()
+        assert self._token is not None, "a fresh token exists"
+        return self._token
+
+    def _is_fresh(self) -> bool:
+        return self._token is not None and time.monotonic() < self._token.refresh_at
+
+    def _drop(self, token: _Token) -> None:
+        """Unless somebody else has replaced it already."""
+        if self._token is token:
+            self._token = None
+
+    async def _fetch_token(self) -> _Token:
+        """Raises GatewayUnreachable whatever goes wrong: without a token the request itself was not sent."""
+        auth = httpx.BasicAuth(self._config.client_id, self._config.client_secret.get_secret_value())
+        request = self._http.build_request("POST", "/v1/oauth2/token", data={"grant_type": "client_credentials"})
+        try:
+            answer = _read(await self._in_time(next(auth.sync_auth_flow(request))))
+            value, seconds = SecretStr(answer["access_token"]), float(answer["expires_in"])
+        except (GatewayError, PayPalRefused) as error:
+            raise GatewayUnreachable(NAME, f"no access token: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise GatewayUnreachable(NAME, "the access token cannot be read") from error
+        return _Token(value, time.monotonic() + max(seconds - TOKEN_MARGIN_SECONDS, seconds / 2))
+
+
+def _read(response: httpx.Response) -> Json:
+    """Raises PayPalRefused for a 4xx in PayPal's form, OutcomeUnknown for a 5xx, GatewayContractBroken for the rest."""
+    status, body = response.status_code, _json(response.content)
+    if response.is_success and (body is not None or not response.content):
+        return body or {}
+    if status >= 500:
+        raise OutcomeUnknown(NAME, f"status {status}, debug {_code(response.headers.get('paypal-debug-id'))}")
+    if response.is_client_error and (status in REFUSED_AT_THE_DOOR or (body and "name" in body)):
+        raise PayPalRefused(status, body or {})
+    raise GatewayContractBroken(NAME, f"an answer of status {status} cannot be read")
+
+
+def _json(content: bytes) -> Json | None:
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return read if isinstance(read, dict) else None
+
+
+# --- the gateway ----------------------------------------------------------------------------------------------------
+
+
+class PayPalGateway:
+    """PayPal's orders and the payments in them. Create it inside the event loop that uses it.
+
+    The provider's payment (`gateway_payment_id`) is the order, in which the ids of its holds and captures are found.
+    A message of an exception never contains a secret or a body.
+    """
+
+    name = NAME
+
+    def __init__(self, config: PayPalConfig) -> None:
+        self._config = config
+        self._api = PayPalHttp(config)
+        self.capabilities = Capabilities(
+            operations=frozenset(OperationKind),
+            currencies=config.currencies,
+            partial_capture=True,
+            multi_capture=True,
+            partial_refund=True,
+            cancel_waiting=True,
+            idempotency_retention=timedelta(hours=5),  # PayPal promises 6 for orders, 45 days for what follows them
+            limits={code: AmountLimits(minimum_minor=10 ** MINOR_UNITS[code]) for code in WHOLE & config.currencies},
+        )
+
+    async def authorize(self, request: GatewayRequest) -> Outcome:
+        """Hold `request.amount` for a later capture, or tell where the payer has to consent to that first."""
+        return await self._open(request)
+
+    async def charge(self, request: GatewayRequest) -> Outcome:
+        """Take `request.amount` at once, or tell where the payer has to consent to that first."""
+        return await self._open(request)
+
+    async def capture(self, request: GatewayRequest) -> Outcome:
+        """Take `request.amount` of the hold; `request.is_final` releases what is left of it.
+
+        Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_capture
+        """
+        try:
+            amount = _amount_json(request.amount)
+        except AmountNotRepresentable as error:
+            return NotExecuted(str(error))
+        order = await self._order_before(request)
+        found = _understood(read_captures, order, request)
+        authorization = _understood(_open_hold, order)
+        if not isinstance(found, Unknown):
+            return found
+        if authorization is None:
+            return _without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
+        body = {"amount": amount, "final_capture": request.is_final, "invoice_id": invoice_of(request)}
+        path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/capture"
+        return await self._post(request, path, body, "capture", read_capture)
+
+    async def void(self, request: GatewayRequest) -> Outcome:
+        """Release what is left of the hold, or end an order that the payer has not paid yet.
+
+        For the latter nothing is sent: an order is executed by our own call only, which is never made after this.
+
+        Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
+        """
+        order = await self._order_before(request)
+        found = _understood(_read_release, order, request)
+        authorization = _hold(order)
+        if authorization is None or isinstance(found, Succeeded):
+            return found
+        path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/void"
+
+        def released(_: Json, __: GatewayRequest) -> Outcome:
+            return Succeeded(authorization["id"])  # 204, or the authorization: its 2xx is the word for it
+
+        return await self._post(request, path, None, "void", released)
+
+    async def refund(self, request: GatewayRequest) -> Outcome:
+        """Return `request.amount` of one capture, the smallest that can bear it; PayPal may need days (`Pending`).
+
+        A repeated attempt looks for its own refund first. Should somebody have refunded at PayPal's pages between two
+        attempts, so that another capture is chosen, then the request id and the invoice id are still the first one's.
+
+        Source: https://developer.paypal.com/docs/api/payments/v2/#captures_refund
+        """
+        try:
+            amount = _amount_json(request.amount)
+        except AmountNotRepresentable as error:
+            return NotExecuted(str(error))
+        order = await self._order_before(request)
+        found = _understood(read_refunds, order, request)
+        if not isinstance(found, Unknown):
+            return found
+        capture = _understood(_refundable, order, request)
+        if not isinstance(capture, dict):
+            return capture
+        body = {"amount": amount, "custom_id": mark_of(request), "invoice_id": invoice_of(request)}
+        return await self._post(
+            request, f"/v2/payments/captures/{_quoted(capture['id'])}/refund", body, "refund", read_refund
+        )
+
+    async def resume(self, request: GatewayRequest) -> Outcome:
+        """Go on with an order that the payer may have approved: executes it once, however often this is called.
+
+        Of a capture, void or refund it is `status`: PayPal goes on with these by itself.
+        """
+        if request.kind not in (OperationKind.AUTHORIZE, OperationKind.CHARGE) or request.reference is None:
+            return await self.status(request)
+        order = await self._order(request.reference)
+        return self._gone(request) if order is None else await self._proceed(order, request)
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        """What PayPal shows of this operation. Causes nothing.
+
+        PayPal cannot be searched by our marks, so an order whose id we never learnt is `Unknown`. Nothing of such a one
+        moves unless its payment method is vaulted; then the same request id within its time is the way to find it.
+
+        Raises:
+            GatewayUnreachable: the question did not arrive.
+            OutcomeUnknown: there was no readable answer to it.
+        """
+        reference = request.gateway_payment_id or request.reference
+        if reference is None:
+            return Unknown("PayPal shows no order without its id")
+        order = await self._order(reference)
+        if order is None:
+            return self._gone(request)
+        match request.kind:
+            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+                return _understood(read_opening, order, request)
+            case OperationKind.CAPTURE:
+                return _understood(read_captures, order, request)
+            case OperationKind.VOID:
+                return _understood(_read_release, order, request)
+            case OperationKind.REFUND:
+                return await self._refund_status(order, request)
+            case _:
+                assert_never(request.kind)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._api.close()
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    async def _open(self, request: GatewayRequest) -> Outcome:
+        """Create the order, or go on with the one that an earlier attempt created."""
+        if request.reference is not None:
+            return await self.resume(request)
+        try:
+            body = self._order_body(request)
+        except AmountNotRepresentable as error:
+            return NotExecuted(str(error))
+        try:
+            order = await self._api.post("/v2/checkout/orders", body, request_id=f"{request.provider_key}:order")
+        except PayPalRefused as refused:
+            return await self._conclude(refused, request)
+        return await self._proceed(order, request)
+
+    def _order_body(self, request: GatewayRequest) -> Json:
+        unit = {
+            "custom_id": mark_of(request),
+            "invoice_id": invoice_of(request),
+            "amount": _amount_json(request.amount),
+        }
+        return {
+            "intent": "AUTHORIZE" if request.kind is OperationKind.AUTHORIZE else "CAPTURE",
+            "purchase_units": [unit],
+            "payment_source": {"paypal": self._wallet(request.payment_method)},
+        }
+
+    def _wallet(self, payment_method: str | None) -> Json:
+        if payment_method is not None and payment_method.startswith(VAULT):
+            stored = {
+                "payment_initiator": "MERCHANT",
+                "usage": "SUBSEQUENT",
+                "usage_pattern": "UNSCHEDULED_POSTPAID",
+            }
+            return {"vault_id": payment_method.removeprefix(VAULT), "stored_credential": stored}
+        experience = {
+            "return_url": self._config.return_url,
+            "cancel_url": self._config.cancel_url,
+            "user_action": "PAY_NOW",
+            "shipping_preference": "NO_SHIPPING",
+        }
+        return {"experience_context": experience}
+
+    async def _proceed(self, order: Json, request: GatewayRequest) -> Outcome:
+        """Execute an order that is approved; otherwise read what is there."""
+        found = _understood(read_opening, order, request)
+        if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(_payments(order).values()):
+            return found
+        try:
+            return await self._execute(order["id"], request._replace(reference=order["id"]))
+        except GatewayContractBroken:
+            raise
+        except OutcomeUnknown:
+            return Pending(order["id"])
+
+    async def _execute(self, order_id: str, request: GatewayRequest) -> Outcome:
+        """Turn the payer's consent into the payment.
+
+        An answer that is lost makes it `Pending`: PayPal has the order, and is asked for it again. A request id that
+        PayPal has forgotten does no harm: an order is authorized or captured once.
+        """
+        step = "authorize" if request.kind is OperationKind.AUTHORIZE else "capture"
+        path = f"/v2/checkout/orders/{_quoted(order_id)}/{step}"
+        try:
+            order = await self._api.post(path, {}, request_id=f"{request.provider_key}:{step}")
+            return _understood(read_opening, order, request)
+        except PayPalRefused as refused:
+            # It proves nothing of an earlier call to execute the same order, which may have been lost.
+            return await self._conclude(refused, request._replace(state=OperationState.PENDING))
+
+    async def _refund_status(self, order: Json, request: GatewayRequest) -> Outcome:
+        """From the order, or by the refund's own id where an earlier answer told it and the order does not list it."""
+        found = _understood(read_refunds, order, request)
+        if request.reference is None or not isinstance(found, Unknown):
+            return found
+        refund = await self._api.get(f"/v2/payments/refunds/{_quoted(request.reference)}")
+        return _understood(read_refund, refund, request) if refund is not None else found
+
+    def _gone(self, request: GatewayRequest) -> Outcome:
+        """PayPal denies that the order exists. That it expired is believed while an execution is not in doubt.
+
+        PayPal keeps an order that was paid; for how long is unconfirmed, so an order that is gone after days, when
+        nobody looked, is a question for a person.
+        """
+        began = request.first_dispatched_at
+        is_recent = began is None or datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
+        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_recent:
+            return Expired(request.reference, "RESOURCE_NOT_FOUND")
+        return Unknown("PayPal shows no such order")
+
+    # --- shared steps -----------------------------------------------------------------------------------------------
+
+    async def _order(self, reference: str) -> Json | None:
+        return await self._api.get(f"/v2/checkout/orders/{_quoted(reference)}")
+
+    async def _order_before(self, request: GatewayRequest) -> Json:
+        """The order that a capture, void or refund acts on; without it nothing of this attempt was executed.
+
+        Raises:
+            GatewayUnreachable: PayPal could not be asked for the order, or does not show it.
+        """
+        assert request.gateway_payment_id is not None, "a capture, void or refund acts on a payment known to PayPal"
+        try:
+            order = await self._order(request.gateway_payment_id)
+        except GatewayError as error:
+            raise GatewayUnreachable(NAME, f"nothing was executed: {error.message}") from error
+        if order is None:
+            raise GatewayUnreachable(NAME, "nothing was executed: PayPal shows no such order")
+        return order
+
+    async def _post(
+        self,
+        request: GatewayRequest,
+        path: str,
+        body: Json | None,
+        step: str,
+        read: Callable[[Json, GatewayRequest], Outcome],
+    ) -> Outcome:
+        """Send with the operation's key and read the answer, or say what is known without one."""
+        try:
+            answer = await self._api.post(path, body, request_id=f"{request.provider_key}:{step}")
+        except PayPalRefused as refused:
+            return await self._conclude(refused, request)
+        return _understood(read, answer, request)
+
+    async def _conclude(self, refused: PayPalRefused, request: GatewayRequest) -> Outcome:
+        verdict = verdict_of(refused, request)
+        if isinstance(verdict, Look):
+            return await self._look(request, verdict.otherwise, refused)
+        if isinstance(verdict, GatewayError):
+            raise verdict from refused
+        return verdict
+
+    async def _look(
+        self, request: GatewayRequest, otherwise: Outcome | GatewayError, refused: PayPalRefused
+    ) -> Outcome:
+        """Evidence of this operation at PayPal, else `otherwise`. Not being able to look is no proof of anything."""
+        try:
+            found = await self.status(request)
+        except GatewayError as failure:
+            raise OutcomeUnknown(NAME, f"{refused}; no evidence: {failure.message}") from failure
+        if not isinstance(found, Unknown):
+            return found
+        if isinstance(otherwise, GatewayError):
+            raise otherwise from refused
+        return otherwise
+
+
+def _amount_json(money: Money) -> Json:
+    return {"currency_code": money.currency, "value": to_paypal_value(money)}
+
+
+def _quoted(reference: str) -> str:
+    return quote(reference, safe="")
+
+
+def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
+    """The answer as read.
+
+    Raises:
+        GatewayContractBroken: the answer lacks what it must have.
+    """
+    try:
+        return read(*answer, **options)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GatewayContractBroken(NAME, f"the answer has an unexpected shape ({type(error).__name__})") from error
+
+
+def _without_effect(request: GatewayRequest, message: str, code: str | None = None) -> Outcome:
+    """Nothing was sent. That proves it for the operation only if no earlier attempt is unaccounted for."""
+    if request.state is OperationState.DISPATCHED:
+        return NotExecuted(message, code)
+    return Unknown(f"on a repeated attempt: {message}")
+
+
+def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
+    """An order without a hold, of which a void asks: while it waits for our own second call, nothing moves."""
+    if any(_payments(order).values()):
+        return _without_effect(request, f"order {order['id']} has no hold to release", "NO_AUTHORIZATION")
+    if order["status"] in ("CREATED", "SAVED", "PAYER_ACTION_REQUIRED", "APPROVED", "VOIDED"):
+        return Succeeded(order["id"])
+    return Unknown(f"order {order['id']} is {_code(order['status'])} and shows no payment")
+
+
+def _read_release(order: Json, request: GatewayRequest) -> Outcome:
+    hold = _hold(order)
+    return read_void(hold, order, request) if hold is not None else _read_waiting(order, request)
+
+
+def _hold(order: Json) -> Json | None:
+    """The authorization that counts: one that is open, else the last that PayPal lists."""
+    holds = _payments(order)["authorizations"]
+    return _open_hold(order) or (holds[-1] if holds else None)
+
+
+def _open_hold(order: Json) -> Json | None:
+    """The authorization to act on. Only one whose status rules it out for good is passed over."""
+    holds = [each for each in _payments(order)["authorizations"] if each["status"] not in ("VOIDED", "DENIED")]
+    return holds[-1] if holds else None
+
+
+def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str]) -> Json | None:
+    """The one that carries one of these marks or is what an earlier answer named.
+
+    Raises:
+        GatewayContractBroken: several do, so that one operation was executed more than once.
+    """
+    found = [
+        each
+        for each in objects
+        if any(each.get(name) == mark for name, mark in marks) or each["id"] == request.reference
+    ]
+    live = [each for each in found if each["status"] not in ("DECLINED", "FAILED", "CANCELLED")] or found[-1:]
+    if len(live) > 1:
+        raise GatewayContractBroken(NAME, f"several objects for {invoice_of(request)}: {[each['id'] for each in live]}")
+    return live[0] if live else None
+
+
+def _refundable(order: Json, request: GatewayRequest) -> Json | Outcome:
+    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id."""
+    left = {each["id"]: _left_of(each, order, request) for each in _taken(order)}
+    able = sorted(
+        (left[each["id"]], each["id"], each) for each in _taken(order) if left[each["id"]] >= request.amount.minor
+    )
+    if able:
+        return able[0][2]
+    message = f"no single capture of order {order['id']} has {request.amount} left to refund; ask for smaller refunds"
+    return _without_effect(request, message, "REFUND_AMOUNT_EXCEEDED")
+
+
+def _left_of(capture: Json, order: Json, request: GatewayRequest) -> int:
+    currency = request.amount.currency
+    gone = [
+        from_paypal_amount(each["amount"], currency)
+        for each in _payments(order)["refunds"]
+        if each["status"] not in ("FAILED", "CANCELLED") and _linked(each, "/captures/") == capture["id"]
+    ]
+    return from_paypal_amount(capture["amount"], currency) - sum(gone)
+
+
+def _linked(stored: Json, path: str) -> str | None:
+    """The id of what this is a part of, from its link `up`."""
+    for link in stored.get("links") or ():
+        if link.get("rel") == "up" and path in str(link.get("href")):
+            return str(link["href"]).rsplit("/", 1)[-1]
+    return None
+
+
+# --- webhooks -------------------------------------------------------------------------------------------------------
+
+CERTIFICATE_BYTES_MAX: Final = 65_536
+CERTIFICATES_MAX: Final = 16
+CERTIFICATE_PATH: Final = r"/v1/notifications/certs/[A-Za-z0-9_\-]{1,128}"
+ALGORITHM: Final = "SHA256withRSA"
+
+ANSWERS: Final[Mapping[Verdict, int]] = {
+    Verdict.STORED: 200,
+    Verdict.DUPLICATE: 200,
+    Verdict.ALREADY_FINAL: 200,
+    Verdict.AMOUNT_DIFFERS: 200,
+    Verdict.UNKNOWN_PAYMENT: 404,
+    Verdict.FORGED: 400,
+    Verdict.STALE: 400,
+    Verdict.MALFORMED: 400,
+    Verdict.TOO_LARGE: 413,
+    Verdict.UNAVAILABLE: 503,
+}
+"""PayPal sends again, for three days, what was answered with anything but a 2xx."""
+
+
+class _Signature(NamedTuple):
+    """What the headers of a webhook claim. All of it is the sender's word until the signature is verified."""
+
+    transmission_id: str
+    transmission_time: str
+    cert_url: str
+    signature: bytes
+
+    def message(self, webhook_id: str, body: bytes) -> bytes:
+        """What was signed: the checksum is that of the raw body, as an unsigned decimal number."""
+        return f"{self.transmission_id}|{self.transmission_time}|{webhook_id}|{zlib.crc32(body)}".encode()
+
+
+class PayPalWebhooks:
+    """PayPal's webhooks: verified offline against the certificate that PayPal signs with, then read.
+
+    A webhook is not refused for its age: PayPal repeats for three days, and whether a repetition carries a new time is
+    unconfirmed. Every message is evidence of a state, so an old one that comes again changes nothing.
+
+    That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
+    chains to a public authority, and under which subject, is unconfirmed and not demanded.
+
+    Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
+    """
+
+    gateway = NAME
+
+    def __init__(self, config: PayPalConfig) -> None:
+        if not config.webhook_id:
+            raise ValueError("PayPal's webhooks cannot be verified without webhook_id")
+        self._config = config
+        self._trusted = _trusted_urls(config)
+        self._certificates: dict[str, x509.Certificate] = {}
+        self._fetching = asyncio.Lock()
+        self._http = httpx.AsyncClient(
+            timeout=config.connect_timeout_seconds,
+            limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify the signature over the raw body, then read it.
+
+        Raises:
+            WebhookRefused: TOO_LARGE, FORGED, MALFORMED, or UNAVAILABLE where the certificate could not be fetched.
+        """
+        if len(request.body) > BODY_BYTES_MAX:
+            raise WebhookRefused(Verdict.TOO_LARGE, f"{len(request.body)} bytes")
+        signature = _signature(request.headers)
+        if not self._trusted.fullmatch(signature.cert_url):
+            raise WebhookRefused(Verdict.FORGED, "the certificate's address is not one of PayPal's")
+        certificate = await self._certificate(signature.cert_url)
+        _verify(certificate, signature, self._config.webhook_id, request)
+        return _notice(request.body)
+
+    def answer(self, verdict: Verdict) -> WebhookAnswer:
+        """The status alone; PayPal reads no more of an answer."""
+        return WebhookAnswer(ANSWERS[verdict])
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _certificate(self, url: str) -> x509.Certificate:
+        """The certificate at a trusted address, from memory where possible; one at a time is fetched."""
+        if url not in self._certificates:
+            async with self._fetching:
+                if url not in self._certificates:
+                    self._keep(url, await self._fetch(url))
+        return self._certificates[url]
+
+    def _keep(self, url: str, certificate: x509.Certificate) -> None:
+        if len(self._certificates) >= CERTIFICATES_MAX:
+            del self._certificates[next(iter(self._certificates))]
+        self._certificates[url] = certificate
+
+    async def _fetch(self, url: str) -> x509.Certificate:
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds), self._http.stream("GET", url) as answer:
+                if answer.status_code >= 500 or answer.status_code == 429:
+                    raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: status {answer.status_code}")
+                if answer.status_code != 200:
+                    raise WebhookRefused(Verdict.FORGED, f"no such certificate: status {answer.status_code}")
+                pem = await _limited(answer)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: {type(error).__name__}") from error
+        return _certificate(pem)
+
+
+def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
+    """Addresses that a signing certificate may come from, exactly: the header that names one is anybody's word."""
+    if config.is_simulated and config.cert_hosts is None:
+        return re.compile(re.escape(config.api_base) + CERTIFICATE_PATH)
+    own = urlsplit(config.api_base).hostname or ""
+    hosts = config.cert_hosts or frozenset({own, own.replace("api-m.", "api.", 1)})
+    names = "|".join(re.escape(host) for host in sorted(hosts))
+    return re.compile(f"https://(?:{names}){CERTIFICATE_PATH}")
+
+
+def _signature(headers: Mapping[str, str]) -> _Signature:
+    """Raises WebhookRefused(FORGED) where a header is missing or not of its form."""
+    try:
+        if headers["paypal-auth-algo"] != ALGORITHM:
+            raise WebhookRefused(Verdict.FORGED, "another signature algorithm")
+        given = base64.b64decode(headers["paypal-transmission-sig"], validate=True)
+        sent_id, sent_at = headers["paypal-transmission-id"], headers["paypal-transmission-time"]
+        return _Signature(sent_id, sent_at, headers["paypal-cert-url"], given)
+    except (KeyError, binascii.Error, ValueError) as error:
+        raise WebhookRefused(Verdict.FORGED, f"a signature header is missing or unreadable: {error!r:.80}") from error
+
+
+async def _limited(answer: httpx.Response) -> bytes:
+    read = b""
+    async for chunk in answer.aiter_bytes():
+        read += chunk
+        if len(read) > CERTIFICATE_BYTES_MAX:
+            raise WebhookRefused(Verdict.FORGED, "the certificate is too large")
+    return read
+
+
+def _certificate(pem: bytes) -> x509.Certificate:
+    """The first one of what was served; any others would be its chain."""
+    try:
+        return x509.load_pem_x509_certificates(pem)[0]
+    except (ValueError, IndexError) as error:
+        raise WebhookRefused(Verdict.FORGED, "the certificate cannot be read") from error
+
+
+def _verify(certificate: x509.Certificate, signature: _Signature, webhook_id: str, request: WebhookRequest) -> None:
+    """Raises WebhookRefused(FORGED) unless the certificate's key signed exactly this, while it was valid."""
+    if not certificate.not_valid_before_utc <= request.received_at <= certificate.not_valid_after_utc:
+        raise WebhookRefused(Verdict.FORGED, "the certificate is not valid now")
+    try:
+        key = certificate.public_key()
+        if not isinstance(key, rsa.RSAPublicKey):
+            raise WebhookRefused(Verdict.FORGED, "the certificate has no RSA key")
+        message = signature.message(webhook_id, request.body)
+        key.verify(signature.signature, message, padding.PKCS1v15(), hashes.SHA256())
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError) as error:
+        raise WebhookRefused(Verdict.FORGED, "the signature is wrong") from error
+
+
+def _notice(body: bytes) -> Notice:
+    """Raises WebhookRefused(MALFORMED) for a body that is signed but makes no sense."""
+    try:
+        event = json.loads(body)
+        return read_event(event)
+    except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise WebhookRefused(Verdict.MALFORMED, f"{type(error).__name__} while reading the event") from error
+
+
+CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
+CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
+"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
+
+
+def read_event(event: Json) -> Notice:
+    """What an event says. Types that say nothing about money of ours, and unknown ones, bring no outcome.
+
+    Source: https://developer.paypal.com/api/rest/webhooks/event-names/.
+    """
+    name, resource = str(event["event_type"]), event["resource"]
+    notice = Notice(NAME, str(event["id"]), name)
+    if name.startswith("CUSTOMER.DISPUTE."):
+        return _dispute_notice(notice, resource)
+    if name.startswith("CHECKOUT.ORDER."):
+        return _order_notice(notice, resource)
+    if name.startswith("PAYMENT.AUTHORIZATION."):
+        return _payment_notice(notice, resource, (OperationKind.AUTHORIZE,))
+    if name.startswith(("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")):
+        return _payment_notice(notice, resource, (OperationKind.REFUND,))
+    if name.startswith("PAYMENT.CAPTURE."):
+        return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
+    return notice
+
+
+def _order_notice(notice: Notice, order: Json) -> Notice:
+    """The payer approved: nothing is held before our own second call, which is due now."""
+    unit = (order.get("purchase_units") or [{}])[0]
+    marks = read_mark(unit.get("custom_id"))
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        operation_number=marks.operation_number if marks else None,
+        gateway_payment_id=str(order["id"]),
+        is_ripe=notice.type == "CHECKOUT.ORDER.APPROVED",
+    )
+
+
+def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
+    """Evidence about the operation that the invoice id names, if it is one that makes such a resource.
+
+    Somebody else's refund at PayPal's pages may carry over the invoice id of the capture, and captures carry over the
+    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment.
+    """
+    inherited, own = read_mark(resource.get("custom_id")), read_mark(resource.get("invoice_id"))
+    marks = own or inherited
+    known = notice._replace(payment_id=marks.payment_id if marks else None, gateway_payment_id=_order_of(resource))
+    if own is None or own.kind not in kinds:
+        return known
+    outcome = _event_outcome(own.kind, resource, known.gateway_payment_id)
+    currency = resource["amount"]["currency_code"] if outcome is not None else None
+    return known._replace(operation_number=own.operation_number, outcome=outcome, currency=currency)
+
+
+def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) -> Outcome | None:
+    """As an answer would be read; an opening is referred to by its order, so without the order's id nothing is said."""
+    money = Money(_minor(resource["amount"]), resource["amount"]["currency_code"])
+    request = _RESOURCE_REQUEST._replace(kind=kind, amount=money)
+    match kind:
+        case OperationKind.REFUND:
+            return read_refund(resource, request)
+        case OperationKind.CAPTURE:
+            return read_capture(resource, request)
+        case OperationKind.CHARGE if order_id is not None:
+            return _as_opening(read_capture(resource, request), {"id": order_id})
+        case OperationKind.AUTHORIZE if order_id is not None and resource["status"] != "VOIDED":
+            return _read_authorization(resource, {"id": order_id}, request)
+        case _:
+            return None
+
+
+_RESOURCE_REQUEST: Final = GatewayRequest(
+    kind=OperationKind.CAPTURE,
+    payment_id=UUID(int=0),
+    operation_number=1,
+    provider_key="",
+    gateway=NAME,
+    amount=Money(0, "USD"),
+)
+"""What the status tables need to know of a request, filled in from the resource itself."""
+
+
+def _order_of(resource: Json) -> str | None:
+    """The order that a payment belongs to. Source: `supplementary_data` of the Payments v2 reference."""
+    related = (resource.get("supplementary_data") or {}).get("related_ids") or {}
+    order_id = related.get("order_id") or _linked(resource, "/checkout/orders/")
+    return str(order_id) if order_id else None
+
+
+DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
+    "RESOLVED_SELLER_FAVOUR": DisputeStage.WON,
+    "CANCELED_BY_BUYER": DisputeStage.WON,
+    "DENIED": DisputeStage.WON,
+    "RESOLVED_BUYER_FAVOUR": DisputeStage.LOST,
+    "ACCEPTED": DisputeStage.LOST,
+}
+"""By `dispute_outcome.outcome_code`. Who paid for RESOLVED_WITH_PAYOUT the message does not say: it stays open.
+
+ACCEPTED and DENIED are unconfirmed: read as our acceptance of the claim, and as PayPal's denial of it. Source:
+https://developer.paypal.com/docs/api/customer-disputes/v1/.
+"""
+
+
+def _dispute_notice(notice: Notice, resource: Json) -> Notice:
+    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries."""
+    disputed = (resource.get("disputed_transactions") or [{}])[0]
+    marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))
+    amount, transaction = resource["dispute_amount"], disputed.get("seller_transaction_id")
+    outcome = str((resource.get("dispute_outcome") or {}).get("outcome_code"))
+    is_resolved = resource.get("status") == "RESOLVED"
+    dispute = Dispute(
+        dispute_id=str(resource["dispute_id"]),
+        stage=DISPUTE_STAGES.get(outcome, DisputeStage.OPENED) if is_resolved else DisputeStage.OPENED,
+        amount_minor=_minor(amount),
+        currency=str(amount["currency_code"]),
+        reason=_code(resource["reason"]) if resource.get("reason") else None,
+    )
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        gateway_payment_id=str(transaction) if marks is None and transaction else None,
+        dispute=dispute,
+    )

@@ -1,0 +1,587 @@
+"""A PayPal that runs here: the real paths, fields, errors and idempotency, books of its own, webhooks, and faults.
+
+It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
+any client id opens it unless it begins with `bad`, so it belongs on a loopback address. Not modelled: cards, fees,
+reauthorization, the vault's own API, several purchase units.
+
+A `PayPal-Request-Id` stands for one execution whatever path and body come with it, as the documentation leaves it open;
+the same id again is answered with the present state of what it made. Its own pages are under `/_sandbox/paypal`.
+"""
+
+import asyncio
+import base64
+import html
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Any, Final
+from uuid import uuid4
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from infra.sandbox.connections import HalfAnswer, KnownConnection, NoAnswer
+from infra.sandbox.faults import Action, Call, Fault, Faults
+from infra.sandbox.journal import Journal
+from infra.sandbox.paypal_books import (
+    Event,
+    PayPalBooks,
+    PayPalObject,
+    Refusal,
+    invalid,
+    missing,
+    new_id,
+    unprocessable,
+)
+from infra.sandbox.paypal_signing import CERTIFICATES, Signer
+from infra.sandbox.webhooks import Outgoing, WebhookSender
+
+Execution = Callable[[Request, PayPalObject], tuple[str, PayPalObject]]
+"""Changes the books, and returns what is to be shown, with its kind."""
+
+OWN: Final = "/_sandbox/paypal"
+TOKEN_SECONDS: Final = 31_668
+
+
+@dataclass(slots=True)
+class Done:
+    """What a request id stands for: an object, or an error; neither while its request is running."""
+
+    kind: str | None = None
+    reference: str | None = None
+    status: int = 0
+    error: PayPalObject | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.kind is None and self.error is None
+
+
+class PayPalSimulator:
+    """The simulator's state and routes. `load` it once in the event loop that serves them."""
+
+    def __init__(
+        self,
+        *,
+        state_file: Path | None = None,
+        sender: WebhookSender | None = None,
+        faults: Faults | None = None,
+        latency_seconds: float = 0.0,
+    ) -> None:
+        self.books = PayPalBooks()
+        self.sender = sender or WebhookSender()
+        self.faults = faults or Faults()
+        self.latency_seconds = latency_seconds
+        self.webhook_url: str | None = None
+        self.webhook_id = "1JE4291016473214C"
+        self.tokens: dict[str, float] = {}
+        self.tokens_issued = 0
+        self._merchant_url = ""
+        self._done: dict[str, Done] = {}
+        self._signer = Signer()
+        self._journal = Journal(state_file)
+
+    def load(self) -> None:
+        """Take up what an earlier run wrote, and compact it. Tokens are forgotten."""
+        for line in self._journal.read():
+            for stored in line.get("objects", ()):
+                kind = stored.pop("_kind")
+                self.books.keep(kind, stored)
+            if "key" in line:
+                self._done[line["key"]] = Done(**line["done"])
+        self.books.touched.clear()
+        self._journal.rewrite(self._lines())
+
+    def reset(self) -> None:
+        """Forget everything but the latency and where webhooks go."""
+        self.books, self._done = PayPalBooks(), {}
+        self.faults.rules.clear()
+        self.faults.seen.clear()
+        self._journal.rewrite(self._lines())
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Sums per currency, in minor units of ISO 4217."""
+        return self.books.totals()
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def routes(self) -> list[Route]:
+        """PayPal's paths and this simulator's own."""
+        return [*self._paypal_routes(), *self._own_routes()]
+
+    def _paypal_routes(self) -> list[Route]:
+        books = self.books_now
+        return [
+            Route("/v1/oauth2/token", self._issue_token, methods=["POST"]),
+            self._changing("/v2/checkout/orders", "create", self._create),
+            self._reading("/v2/checkout/orders/{id}", "orders"),
+            self._changing("/v2/checkout/orders/{id}/authorize", "confirm", partial(self._execute, "authorize")),
+            self._changing("/v2/checkout/orders/{id}/capture", "confirm", partial(self._execute, "capture")),
+            self._reading("/v2/payments/authorizations/{id}", "authorizations"),
+            self._changing(
+                "/v2/payments/authorizations/{id}/capture",
+                "capture",
+                lambda request, given: ("captures", books().capture(request.path_params["id"], given)),
+            ),
+            self._changing(
+                "/v2/payments/authorizations/{id}/void",
+                "cancel",
+                lambda request, _: ("authorizations", books().void(request.path_params["id"])),
+            ),
+            self._reading("/v2/payments/captures/{id}", "captures"),
+            self._changing(
+                "/v2/payments/captures/{id}/refund",
+                "refund",
+                lambda request, given: ("refunds", books().refund(request.path_params["id"], given)),
+            ),
+            self._reading("/v2/payments/refunds/{id}", "refunds"),
+            Route(CERTIFICATES + "{id}", self._certificate, methods=["GET"]),
+            Route("/v1/notifications/verify-webhook-signature", self._verify, methods=["POST"]),
+        ]
+
+    def _own_routes(self) -> list[Route]:
+        books = self.books_now
+        own: dict[str, Callable[[Request], tuple[str, PayPalObject]]] = {
+            "authorizations/{id}/expire": lambda r: ("authorizations", books().void(r.path_params["id"])),
+            "orders/{id}/expire": lambda r: ("orders", books().expire(r.path_params["id"])),
+            "captures/{id}/dispute": lambda r: ("disputes", books().dispute(r.path_params["id"])),
+            "disputes/{id}/won": lambda r: ("disputes", books().resolve(r.path_params["id"], is_won=True)),
+            "disputes/{id}/lost": lambda r: ("disputes", books().resolve(r.path_params["id"], is_won=False)),
+            "{kind}/{id}/settle": self._settle,
+        }
+        return [
+            Route(f"{OWN}/books", self._show_books, methods=["GET"]),
+            Route(f"{OWN}/payments/{{id}}", self._show_payment, methods=["GET"]),
+            Route(f"{OWN}/checkoutnow", self._payer_page, methods=["GET"]),
+            Route(f"{OWN}/orders/{{id}}/approve", partial(self._payer_answers, "approve"), methods=["POST"]),
+            Route(f"{OWN}/orders/{{id}}/deny", partial(self._payer_answers, "deny"), methods=["POST"]),
+            *(Route(f"{OWN}/{path}", self._outside(change), methods=["POST"]) for path, change in own.items()),
+            Route(f"{OWN}/tokens", self._forget_tokens, methods=["DELETE"]),
+            Route(f"{OWN}/faults", self._add_fault, methods=["POST"]),
+            Route(f"{OWN}/faults", self._clear_faults, methods=["DELETE"]),
+            Route(f"{OWN}/latency", self._set_latency, methods=["POST"]),
+            Route(f"{OWN}/webhooks", self._set_webhooks, methods=["POST"]),
+            Route(f"{OWN}/reset", self._reset, methods=["POST"]),
+        ]
+
+    def books_now(self) -> PayPalBooks:
+        """The present books: a reset begins new ones."""
+        return self.books
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for kind, table in self.books.tables.items():
+            for stored in table.values():
+                yield {"objects": [{"_kind": kind, **stored}]}
+        for key, done in self._done.items():
+            if not done.is_running:
+                yield {"key": key, "done": _json_of(done)}
+
+    def _save(self, key: str | None, request: Request) -> None:
+        """Write what the request changed, with what its id now stands for, and send the webhooks that it causes."""
+        line: dict[str, Any] = {"objects": list(self.books.touched.values())}
+        self.books.touched.clear()
+        if key is not None and key in self._done:
+            line |= {"key": key, "done": _json_of(self._done[key])}
+        self._journal.append(line)
+        events, self.books.events = self.books.events, []
+        for event in events:
+            self._send(event, self._merchant_url or _base(request))
+
+    # --- tokens -----------------------------------------------------------------------------------------------------
+
+    async def _issue_token(self, request: Request) -> Response:
+        await asyncio.sleep(self.latency_seconds)
+        fault = self.faults.pick(Call("token", request.url.path))
+        broken = _before(fault)
+        if broken is not None:
+            return broken
+        client_id = _basic_user(request)
+        if client_id is None or client_id.startswith("bad"):
+            return JSONResponse({"error": "invalid_client", "error_description": "Client Authentication failed"}, 401)
+        token = f"A21{token_urlsafe(32)}"
+        self.tokens[token] = time.monotonic() + TOKEN_SECONDS
+        self.tokens_issued += 1
+        answer = {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_SECONDS, "app_id": "APP-SANDBOX"}
+        return _after(fault, JSONResponse(answer))
+
+    def _authenticate(self, request: Request) -> None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme != "Bearer" or self.tokens.get(token, 0) < time.monotonic():
+            raise Refusal(401, "AUTHENTICATION_FAILURE")
+        self._merchant_url = _base(request)  # certificates are named by the address that the merchant trusts
+
+    async def _forget_tokens(self, request: Request) -> Response:
+        self.tokens.clear()
+        return JSONResponse({"tokens_issued": self.tokens_issued})
+
+    # --- requests that change something -----------------------------------------------------------------------------
+
+    def _changing(self, path: str, operation: str, execute: Execution) -> Route:
+        """An endpoint for POST: authentication, faults, idempotency, execution."""
+
+        async def endpoint(request: Request) -> Response:
+            await asyncio.sleep(self.latency_seconds)
+            try:
+                self._authenticate(request)
+                given = _body_of(await request.body())
+            except Refusal as refusal:
+                return _error(refusal)
+            fault = self.faults.pick(self._call(request, operation, given))
+            response = _before(fault)
+            if response is None:
+                response = await self._once(request, fault, partial(execute, request, given))
+            return _after(fault, response)
+
+        return Route(path, endpoint, methods=["POST"])
+
+    async def _once(
+        self, request: Request, fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]
+    ) -> Response:
+        """Execute, or answer with what the same request id did before."""
+        key = request.headers.get("paypal-request-id")
+        known = self._done.get(key) if key is not None else None
+        if known is not None:
+            return self._replay(request, known)
+        if key is not None:
+            self._done[key] = Done()
+        if fault is not None and fault.action is Action.SLOW:
+            await asyncio.sleep(fault.seconds)
+        try:
+            kind, made = _executed(fault, execute)
+            done, response = Done(kind, made["id"]), self._respond(request, kind, made, 201)
+        except Refusal as refusal:
+            done, response = Done(status=refusal.status, error=refusal.body), _error(refusal)
+            if not refusal.is_remembered:
+                done = Done()
+        self._remember(key, done, request)
+        return _internal_error() if fault is not None and fault.action is Action.ERROR_AFTER else response
+
+    def _remember(self, key: str | None, done: Done, request: Request) -> None:
+        if key is not None:
+            self._done[key] = done
+            if done.is_running:
+                del self._done[key]
+        self._save(key, request)
+
+    def _replay(self, request: Request, known: Done) -> Response:
+        if known.is_running:
+            return _error(Refusal(409, "RESOURCE_CONFLICT", "PREVIOUS_REQUEST_IN_PROGRESS"))
+        if known.error is not None:
+            return JSONResponse(known.error, known.status)
+        assert known.kind is not None, "what is not running and no error made an object"
+        assert known.reference is not None, "as above"
+        try:
+            return self._respond(request, known.kind, self.books.find(known.kind, known.reference), 200)
+        except Refusal as refusal:
+            return _error(refusal)
+
+    def _respond(self, request: Request, kind: str, made: PayPalObject, status: int) -> Response:
+        """As `Prefer` asks: everything, or only id, status and links. An order that waits for its payer is a 200."""
+        shown = self.books.shown(kind, made, _base(request))
+        if request.headers.get("prefer") != "return=representation":
+            if request.url.path.endswith("/void"):
+                return Response(status_code=204)
+            shown = {name: shown[name] for name in ("id", "status", "links")}
+        is_new = status == 201 and made["status"] != "PAYER_ACTION_REQUIRED" and kind != "authorizations"
+        return JSONResponse(shown, 201 if is_new else 200, headers={"PayPal-Debug-Id": new_id(13).lower()})
+
+    def _create(self, request: Request, given: PayPalObject) -> tuple[str, PayPalObject]:
+        vaulted = ((given.get("payment_source") or {}).get("paypal") or {}).get("vault_id")
+        if vaulted is not None and "paypal-request-id" not in request.headers:
+            raise invalid("PAYPAL_REQUEST_ID_REQUIRED")
+        return "orders", self.books.create(given)
+
+    def _execute(self, step: str, request: Request, given: PayPalObject) -> tuple[str, PayPalObject]:
+        return "orders", self.books.execute(request.path_params["id"], step)
+
+    def _call(self, request: Request, operation: str, given: PayPalObject) -> Call:
+        """The request as fault rules see it; `payment_method` is the wallet's name."""
+        order = self._order_of(request, given)
+        wallet = ((order.get("payment_source") or {}).get("paypal") or {}).get("vault_id")
+        unit = (order.get("purchase_units") or [{}])[0]
+        payment_id = str(unit.get("custom_id") or "").partition(":")[0] or None
+        key = request.headers.get("paypal-request-id")
+        return Call(operation, request.url.path, key, order.get("_wallet") or wallet, payment_id)
+
+    def _order_of(self, request: Request, given: PayPalObject) -> PayPalObject:
+        reference = str(request.path_params.get("id"))
+        for table in self.books.tables.values():
+            if reference in table:
+                found = table[reference]
+                return self.books.tables["orders"][str(found.get("_order") or found["id"])]
+        return given
+
+    # --- requests that only read ------------------------------------------------------------------------------------
+
+    def _reading(self, path: str, kind: str) -> Route:
+        """An endpoint for GET: authentication and faults."""
+
+        async def endpoint(request: Request) -> Response:
+            await asyncio.sleep(self.latency_seconds)
+            fault = self.faults.pick(self._call(request, "read", {}))
+            response = _before(fault)
+            try:
+                self._authenticate(request)
+                found = self.books.find(kind, request.path_params["id"])
+            except Refusal as refusal:
+                return response or _error(refusal)
+            return response or _after(fault, JSONResponse(self.books.shown(kind, found, _base(request))))
+
+        return Route(path, endpoint, methods=["GET"])
+
+    # --- webhooks ---------------------------------------------------------------------------------------------------
+
+    def _send(self, event: Event, base_url: str) -> None:
+        if self.webhook_url is None:
+            return
+        envelope = {
+            "id": f"WH-{new_id(17)}-{new_id(17)}",
+            "event_version": "1.0",
+            "create_time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z"),
+            "resource_type": event.resource_type,
+            "event_type": event.type,
+            "summary": event.type.replace(".", " ").capitalize(),
+            "resource": event.resource,
+        }
+        body, transmission_id = json.dumps(envelope, separators=(",", ":")).encode(), str(uuid4())
+        self.sender.send(partial(self._outgoing, self.webhook_url, body, transmission_id, base_url))
+
+    def _outgoing(self, url: str, body: bytes, transmission_id: str, base_url: str) -> Outgoing:
+        headers = self._signer.headers(
+            body, transmission_id=transmission_id, webhook_id=self.webhook_id, base_url=base_url
+        )
+        return Outgoing(url, body, headers)
+
+    async def _certificate(self, request: Request) -> Response:
+        if request.path_params["id"] != self._signer.cert_id:
+            return _error(missing())
+        return Response(self._signer.pem(), media_type="application/x-pem-file")
+
+    async def _verify(self, request: Request) -> Response:
+        """PayPal's online verification. The event is taken in the form that `json.dumps` gives it without spaces."""
+        given = _body_of(await request.body())
+        body = json.dumps(given.get("webhook_event"), separators=(",", ":")).encode()
+        is_signed = self._signer.is_signed(
+            transmission_id=str(given.get("transmission_id")),
+            sent_at=str(given.get("transmission_time")),
+            webhook_id=str(given.get("webhook_id")),
+            body=body,
+            signature=str(given.get("transmission_sig")),
+        )
+        return JSONResponse({"verification_status": "SUCCESS" if is_signed else "FAILURE"})
+
+    # --- the simulator's own pages ----------------------------------------------------------------------------------
+
+    async def _show_books(self, request: Request) -> Response:
+        """Sums per currency, webhooks, tokens, and every payment's effects unless `?details=false`."""
+        answer: dict[str, Any] = {
+            "currencies": self.books.totals(),
+            "webhooks": {"sent": self.sender.sent, "accepted": self.sender.accepted},
+            "tokens_issued": self.tokens_issued,
+        }
+        if request.query_params.get("details") != "false":
+            answer["payments"] = {each: self.books.effects(each) for each in self.books.payment_ids()}
+        return JSONResponse(answer)
+
+    async def _show_payment(self, request: Request) -> Response:
+        """What a payment of ours amounts to here, in minor units of ISO 4217."""
+        return JSONResponse(self.books.effects(request.path_params["id"]))
+
+    async def _payer_page(self, request: Request) -> Response:
+        """Where a demo's payer approves or denies."""
+        reference = request.query_params.get("token", "")
+        order = self.books.tables["orders"].get(reference)
+        if order is None:
+            return HTMLResponse("<!doctype html><title>PayPal sandbox</title><h1>No such order</h1>", 404)
+        amount = order["purchase_units"][0]["amount"]
+        buttons = "".join(
+            f'<form method="post" action="orders/{reference}/{answer}?redirect=true"><button>{label}</button></form>'
+            for answer, label in (("approve", "Pay"), ("deny", "Cancel"))
+        )
+        price = html.escape(f"{amount['value']} {amount['currency_code']}")
+        return HTMLResponse(f"<!doctype html><title>PayPal sandbox</title><h1>{price}</h1>{buttons}")
+
+    async def _payer_answers(self, answer: str, request: Request) -> Response:
+        """`?wallet=` names what the payer pays with."""
+        reference = request.path_params["id"]
+        try:
+            if answer == "approve":
+                order = self.books.approve(reference, request.query_params.get("wallet"))
+            else:
+                order = self.books.deny(reference)
+        except Refusal as refusal:
+            return _error(refusal)
+        self._save(None, request)
+        context = order["payment_source"]["paypal"].get("experience_context", {})
+        url = context.get("return_url" if answer == "approve" else "cancel_url")
+        if request.query_params.get("redirect") == "true" and url:
+            return RedirectResponse(f"{url}?token={reference}&PayerID=SANDBOXPAYER1", 303)
+        return JSONResponse(self.books.shown("orders", order, _base(request)))
+
+    def _outside(self, change: Callable[[Request], tuple[str, PayPalObject]]) -> Callable[[Request], Any]:
+        """An endpoint that changes the books as the outside world would."""
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                kind, changed = change(request)
+            except Refusal as refusal:
+                return _error(refusal)
+            self._save(None, request)
+            return JSONResponse(self.books.shown(kind, changed, _base(request)))
+
+        return endpoint
+
+    def _settle(self, request: Request) -> tuple[str, PayPalObject]:
+        """`?status=` of a pending authorization, capture or refund."""
+        kind, status = request.path_params["kind"], request.query_params.get("status", "COMPLETED")
+        if kind not in ("authorizations", "captures", "refunds"):
+            raise missing()
+        if not status.isupper():
+            raise unprocessable("INVALID_PARAMETER_VALUE")
+        return kind, self.books.settle(kind, request.path_params["id"], status)
+
+    async def _add_fault(self, request: Request) -> Response:
+        try:
+            self.faults.rules.append(Fault.from_json(await request.json()))
+        except (TypeError, ValueError, AttributeError) as error:
+            return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
+        return JSONResponse({"faults": len(self.faults.rules)})
+
+    async def _clear_faults(self, request: Request) -> Response:
+        self.faults.rules.clear()
+        return JSONResponse({"faults": 0})
+
+    async def _set_latency(self, request: Request) -> Response:
+        self.latency_seconds = float((await request.json())["latency_ms"]) / 1000
+        return JSONResponse({"latency_ms": self.latency_seconds * 1000})
+
+    async def _set_webhooks(self, request: Request) -> Response:
+        """`url` (null: none are sent), `webhook_id`, and `manners` of the sender."""
+        given = await request.json()
+        try:
+            self.sender.behave(given.get("manners", {}))
+        except (TypeError, ValueError, AttributeError) as error:
+            return JSONResponse({"error": str(error)}, 400)
+        self.webhook_url = given.get("url")
+        self.webhook_id = given.get("webhook_id", self.webhook_id)
+        return JSONResponse({"url": self.webhook_url, "webhook_id": self.webhook_id})
+
+    async def _reset(self, request: Request) -> Response:
+        self.reset()
+        return JSONResponse({"reset": True})
+
+
+def _executed(fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]) -> tuple[str, PayPalObject]:
+    """What was made. Every refusal, asked for by a fault or not, is raised."""
+    if fault is not None and fault.action is Action.ERROR_BEFORE:
+        raise Refusal(500, "INTERNAL_SERVER_ERROR", is_remembered=True)
+    if fault is not None and fault.action is Action.DECLINE:
+        issue = "INSTRUMENT_DECLINED" if fault.code == "generic_decline" else fault.code
+        raise Refusal(422, "UNPROCESSABLE_ENTITY", issue, is_remembered=True)
+    return execute()
+
+
+def _before(fault: Fault | None) -> Response | None:
+    match fault.action if fault else None:
+        case Action.CUT_BEFORE:
+            return NoAnswer()
+        case Action.RATE_LIMIT:
+            return _error(Refusal(429, "RATE_LIMIT_REACHED"))
+        case Action.CONFLICT:
+            return _error(Refusal(409, "RESOURCE_CONFLICT", "PREVIOUS_REQUEST_IN_PROGRESS"))
+        case Action.UNAVAILABLE:
+            return _error(Refusal(503, "SERVICE_UNAVAILABLE"))
+        case _:
+            return None
+
+
+def _after(fault: Fault | None, response: Response) -> Response:
+    match fault.action if fault else None:
+        case Action.CUT_AFTER:
+            return NoAnswer()
+        case Action.HANG:
+            return NoAnswer(is_hanging=True)
+        case Action.TRUNCATED:
+            return HalfAnswer(response)
+        case Action.GARBAGE:
+            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
+        case _:
+            return response
+
+
+def _internal_error() -> Response:
+    return _error(Refusal(500, "INTERNAL_SERVER_ERROR"))
+
+
+def _error(refusal: Refusal) -> Response:
+    return JSONResponse(refusal.body, refusal.status, headers={"PayPal-Debug-Id": refusal.body["debug_id"]})
+
+
+def _json_of(done: Done) -> dict[str, Any]:
+    return {"kind": done.kind, "reference": done.reference, "status": done.status, "error": done.error}
+
+
+def _base(request: Request) -> str:
+    return str(request.base_url).rstrip("/")
+
+
+def _body_of(text: bytes) -> PayPalObject:
+    try:
+        given = json.loads(text or b"{}")
+    except ValueError as error:
+        raise invalid("MALFORMED_REQUEST_JSON") from error
+    if not isinstance(given, dict):
+        raise invalid("MALFORMED_REQUEST_JSON")
+    return given
+
+
+def _basic_user(request: Request) -> str | None:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    try:
+        user, _, secret = base64.b64decode(given).decode().partition(":")
+    except ValueError:
+        return None
+    return user if scheme == "Basic" and user and secret else None
+
+
+def create_app(simulator: PayPalSimulator) -> Starlette:
+    """The simulator alone, loaded at start-up and closed at shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        simulator.load()
+        yield
+        await simulator.sender.close()
+        simulator.close()
+
+    return Starlette(routes=simulator.routes(), lifespan=lifespan)
+
+
+def create_server(host: str, port: int, simulator: PayPalSimulator) -> uvicorn.Server:
+    """A server for the simulator, not yet started. Its protocol class is what makes cut connections possible."""
+    config = uvicorn.Config(
+        create_app(simulator),
+        host=host,
+        port=port,
+        http=KnownConnection,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
+
+
+def serve(host: str, port: int, *, state_file: Path | None = None) -> None:
+    """Run the simulator in this process until it is told to stop. With a state file it continues where it stopped."""
+    create_server(host, port, PayPalSimulator(state_file=state_file)).run()

@@ -1,0 +1,486 @@
+"""PayPal's webhooks: the published construction with a known answer, what is refused, and what each event says.
+
+The vector was made with a key of its own and confirmed by `openssl dgst -sha256 -verify`.
+"""
+
+import asyncio
+import base64
+import json
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import SecretStr
+
+from domain.commands import OperationKind
+from domain.notices import BODY_BYTES_MAX, Dispute, DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
+from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded
+from infra.gateways.paypal import CERTIFICATE_BYTES_MAX, SANDBOX, Json, PayPalConfig, PayPalWebhooks, read_event
+
+WEBHOOK_ID = "1JE4291016473214C"
+BODY = (
+    b'{"id":"WH-KAV-1","event_version":"1.0","create_time":"2026-11-22T20:00:00.000Z","resource_type":"capture",'
+    b'"resource_version":"2.0","event_type":"PAYMENT.CAPTURE.COMPLETED","summary":"Payment completed for $ 10.99 USD",'
+    b'"resource":{"id":"3C679366HH908993F","status":"COMPLETED","amount":{"currency_code":"USD","value":"10.99"},'
+    b'"final_capture":true,"custom_id":"order-42","supplementary_data":{"related_ids":{"order_id":"5O190127TN364715T",'
+    b'"authorization_id":"0AW2184448108334S"}}}}'
+)
+SIGNATURE = (
+    "HN5V9iIemQkteM0boa6Qq4PkfHQKzr6kM4qbbE+8TmUxZ32kvss+l4F3DQWdQJGIpO+ZlI4/THcyDmEkBTPTinilvRjqon3UPqPFO++WxjCMvJnfo"
+    "/TjMAtrjrZLWye6j97SCGxymZ6SMw0YrJDTetYRyDzMhwjkXSHc+vBHapw0VL5mzcRdn3bO1MMlzGIUd7yNDbBMTFV9Kyl8IHSzRzfCiTXt2QCjBV"
+    "StOUmUbshA+2eS+K7nJLpXsh1w8xYQM0QhyZ4PmuNHWfJG53IxQmqSpt5EjIQ4HwjZ8qm73Bu/rOe86LdTyFE+fWYjPGZdEAI2r4nUJitMp/gNeK21jA=="
+)
+CERTIFICATE = b"""-----BEGIN CERTIFICATE-----
+MIICvTCCAaWgAwIBAgIBATANBgkqhkiG9w0BAQsFADAiMSAwHgYDVQQDDBdwYXlw
+YWwtd2ViaG9vay1rYXYudGVzdDAeFw0yNjAxMDEwMDAwMDBaFw00NjAxMDEwMDAw
+MDBaMCIxIDAeBgNVBAMMF3BheXBhbC13ZWJob29rLWthdi50ZXN0MIIBIjANBgkq
+hkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAiP5BrQgcWRJzCR4PxLVo9oQ12nzt3kft
+NGA5eQgxLN4yrqqGW0ky3ly8ILYaq8lxNp0GMHFzseVirNPe2XEh1i+k1TXkMTJL
+2SfWe7IvZvQIV3YLq0wro9XULJd6u/HbbAijrt/3ojbai+kLm6SL4c4Onvkw2V/l
+ZSHenzjcbYClwJKtOiTSY/C92ynH41BawKH4sOp4DZut3sPyY/QHZUNmWmrWHXfR
+GHfC/06OdYeI1aGIhHCNwIBiOLDp7D1D/u9CxFWZv++Hvjbtf+egKDTK+nzrO3eN
+mZnKBPgLtMAQNBAuDqOJZ1ql2BRe+esInrDSvxDHGwf3xnJ2U3SQcQIDAQABMA0G
+CSqGSIb3DQEBCwUAA4IBAQA/K/qMsVNjbhX3BvX5ZAH1nmXkmBZoEi60/gMerdJ/
+VnSFEkVUFHMVX2RkulB7h3ljhj1dNOvCbtv68aAXI1KZjn04tJ8zeHtmAxTeeSJ0
+22A5CEIb3fwvpQdQIzI9T1ZL4CyYnFBj5n3ZzOy1RimU96jvYsCz9QPk2s4FMpzJ
+UA08+XiM6C1vJUEPLR8AwwfSteQh+PqijH/4Kjy6x2+KNxNPlCF9KlJK4e09fJv0
+e8PnJjJxWlozwRodLc8poXGCSAuhOD/S7ZhzEQk2xlDE6Ye32Kr59D6cedMq360u
+hvg8kdBnh5sthNVHaPrGCu2CvXBhxGAgrAOgIgrUHJSU
+-----END CERTIFICATE-----
+"""
+CERTIFICATE_PATH = "/v1/notifications/certs/CERT-KAV"
+RECEIVED_AT = datetime(2026, 11, 22, 20, 0, 5, tzinfo=UTC)
+
+
+class CertificateServer(ThreadingHTTPServer):
+    """Serves one certificate, and counts how often; `answer` is what comes instead."""
+
+    answer: tuple[int, bytes] = (200, CERTIFICATE)
+    asked = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, CertificateServer)
+        self.server.asked += 1
+        status, body = self.server.answer
+        self.send_response(status)
+        self.send_header("Location", CERTIFICATE_PATH)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Tests are quiet."""
+
+
+@contextmanager
+def certificate_server() -> Iterator[CertificateServer]:
+    with CertificateServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[CertificateServer]:
+    with certificate_server() as server:
+        yield server
+
+
+def config(**settings: Any) -> PayPalConfig:
+    given = {"client_id": "id", "client_secret": SecretStr("s"), "webhook_id": WEBHOOK_ID, **settings}
+    return PayPalConfig(**given)
+
+
+@pytest.fixture
+async def webhooks(server: CertificateServer) -> AsyncIterator[PayPalWebhooks]:
+    reader = PayPalWebhooks(config(api_base=server.url))
+    yield reader
+    await reader.close()
+
+
+def a_request(server: CertificateServer | None = None, *, body: bytes = BODY, **changed: Any) -> WebhookRequest:
+    headers = {
+        "paypal-transmission-id": "69cd13f0-d67a-11e5-baa3-778b53f4ae55",
+        "paypal-transmission-time": "2026-11-22T20:00:01Z",
+        "paypal-transmission-sig": SIGNATURE,
+        "paypal-cert-url": f"{server.url if server else SANDBOX}{CERTIFICATE_PATH}",
+        "paypal-auth-algo": "SHA256withRSA",
+    }
+    headers.update(changed.pop("headers", {}))
+    given: dict[str, Any] = {"method": "POST", "query": "", "received_at": RECEIVED_AT, **changed}
+    return WebhookRequest(headers={name: value for name, value in headers.items() if value}, body=body, **given)
+
+
+async def verdict(webhooks: PayPalWebhooks, request: WebhookRequest) -> Verdict:
+    with pytest.raises(WebhookRefused) as refused:
+        await webhooks.read(request)
+    return refused.value.verdict
+
+
+# --- the signature --------------------------------------------------------------------------------------------------
+
+
+def test_the_checksum_is_unsigned_and_decimal() -> None:
+    assert zlib.crc32(b"123456789") == 3421780262
+    assert zlib.crc32(BODY) == 529072747
+
+
+async def test_the_known_answer_is_accepted(webhooks: PayPalWebhooks, server: CertificateServer) -> None:
+    notice = await webhooks.read(a_request(server))
+
+    assert notice == Notice("paypal", "WH-KAV-1", "PAYMENT.CAPTURE.COMPLETED", gateway_payment_id="5O190127TN364715T")
+
+
+def flipped(text: str, position: int) -> str:
+    other = "A" if text[position] != "A" else "B"
+    return text[:position] + other + text[position + 1 :]
+
+
+@pytest.mark.parametrize("position", [0, 9, 240, len(BODY) - 1])
+async def test_a_changed_byte_of_the_body_is_forged(
+    webhooks: PayPalWebhooks, server: CertificateServer, position: int
+) -> None:
+    body = BODY[:position] + bytes([BODY[position] ^ 1]) + BODY[position + 1 :]
+
+    assert await verdict(webhooks, a_request(server, body=body)) is Verdict.FORGED
+
+
+@pytest.mark.parametrize("name", ["paypal-transmission-id", "paypal-transmission-time", "paypal-transmission-sig"])
+@pytest.mark.parametrize("position", [0, 7])
+async def test_a_changed_byte_of_a_header_is_forged(
+    webhooks: PayPalWebhooks, server: CertificateServer, name: str, position: int
+) -> None:
+    genuine = a_request(server)
+    changed = {**genuine.headers, name: flipped(genuine.headers[name], position)}
+
+    assert await verdict(webhooks, genuine._replace(headers=changed)) is Verdict.FORGED
+
+
+async def test_another_webhook_id_is_forged(server: CertificateServer) -> None:
+    webhooks = PayPalWebhooks(config(api_base=server.url, webhook_id=flipped(WEBHOOK_ID, 3)))
+
+    assert await verdict(webhooks, a_request(server)) is Verdict.FORGED
+    await webhooks.close()
+
+
+async def test_a_body_written_anew_is_forged(webhooks: PayPalWebhooks, server: CertificateServer) -> None:
+    body = json.dumps(json.loads(BODY)).encode()
+
+    assert await verdict(webhooks, a_request(server, body=body)) is Verdict.FORGED
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *({name: ""} for name in a_request().headers),
+        {"paypal-auth-algo": "SHA1withRSA"},
+        {"paypal-transmission-sig": "not base64!"},
+        {"paypal-transmission-sig": "\u00e9"},
+        {"paypal-transmission-sig": base64.b64encode(b"short").decode()},
+        {"paypal-transmission-id": "\ud800"},
+    ],
+)
+async def test_headers_that_are_missing_or_not_of_their_form_are_forged(
+    webhooks: PayPalWebhooks, server: CertificateServer, headers: dict[str, str]
+) -> None:
+    assert await verdict(webhooks, a_request(server, headers=headers)) is Verdict.FORGED
+
+
+async def test_a_body_without_end_is_refused_unread(webhooks: PayPalWebhooks, server: CertificateServer) -> None:
+    assert await verdict(webhooks, a_request(server, body=b"x" * (BODY_BYTES_MAX + 1))) is Verdict.TOO_LARGE
+    assert server.asked == 0
+
+
+async def test_an_old_message_is_read_since_paypal_repeats_for_days(
+    webhooks: PayPalWebhooks, server: CertificateServer
+) -> None:
+    later = a_request(server, received_at=RECEIVED_AT + timedelta(days=30))
+
+    assert (await webhooks.read(later)).event_id == "WH-KAV-1"
+
+
+# --- the certificate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://api-m.sandbox.paypal.com/v1/notifications/certs/CERT-1",
+        "https://api-m.paypal.com/v1/notifications/certs/CERT-1",
+        "https://api-m.sandbox.paypal.com.evil.example/v1/notifications/certs/CERT-1",
+        "https://evil.example/v1/notifications/certs/CERT-1",
+        "https://evil.example#api-m.sandbox.paypal.com/v1/notifications/certs/CERT-1",
+        "https://api-m.sandbox.paypal.com@evil.example/v1/notifications/certs/CERT-1",
+        "https://user@api-m.sandbox.paypal.com/v1/notifications/certs/CERT-1",
+        "https://api-m.sandbox.paypal.com:8443/v1/notifications/certs/CERT-1",
+        "https://api-m.sandbox.paypal.com/v1/notifications/certs/../../other",
+        "https://api-m.sandbox.paypal.com/v1/notifications/certs/%2e%2e%2fother",
+        "https://api-m.sandbox.paypal.com/v1/notifications/certs/CERT-1?x=1",
+        "https://api-m.sandbox.paypal.com/v1/notifications/certs/CERT-1\n",
+        "https://api-m.sandbox.paypal.com/v1/notifications/certs/",
+        "https://api-mXsandbox.paypal.com/v1/notifications/certs/CERT-1",
+        "file:///v1/notifications/certs/CERT-1",
+        "http://127.0.0.1:80/v1/notifications/certs/CERT-1",
+    ],
+)
+async def test_a_certificate_from_anywhere_else_is_forged_and_not_fetched(url: str) -> None:
+    webhooks = PayPalWebhooks(config())
+
+    assert await verdict(webhooks, a_request(headers={"paypal-cert-url": url})) is Verdict.FORGED
+    await webhooks.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "hosts"),
+    [
+        ({}, ["api-m.sandbox.paypal.com", "api.sandbox.paypal.com"]),
+        ({"api_base": "https://api-m.paypal.com"}, ["api-m.paypal.com", "api.paypal.com"]),
+        ({"cert_hosts": frozenset({"certs.example"})}, ["certs.example"]),
+        ({"api_base": "http://localhost:1", "cert_hosts": frozenset({"certs.example"})}, ["certs.example"]),
+    ],
+)
+def test_certificates_come_from_the_hosts_of_the_same_environment(settings: dict[str, Any], hosts: list[str]) -> None:
+    trusted = PayPalWebhooks(config(**settings))._trusted
+
+    for host in hosts:
+        assert trusted.fullmatch(f"https://{host}/v1/notifications/certs/CERT-360caa42-fca2a594-1d93a270")
+    assert trusted.pattern.count("|") == len(hosts) - 1
+
+
+async def test_a_certificate_is_fetched_once_also_for_parallel_messages(
+    webhooks: PayPalWebhooks, server: CertificateServer
+) -> None:
+    await asyncio.gather(*(webhooks.read(a_request(server)) for _ in range(5)))
+
+    assert server.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((404, b""), Verdict.FORGED),
+        ((302, b""), Verdict.FORGED),
+        ((200, b"no certificate"), Verdict.FORGED),
+        ((200, b""), Verdict.FORGED),
+        ((200, CERTIFICATE + b" " * CERTIFICATE_BYTES_MAX), Verdict.FORGED),
+        ((500, b""), Verdict.UNAVAILABLE),
+        ((429, b""), Verdict.UNAVAILABLE),
+    ],
+)
+async def test_a_certificate_that_is_not_served_is_no_proof(
+    webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], expected: Verdict
+) -> None:
+    server.answer = answer
+    assert await verdict(webhooks, a_request(server)) is expected
+
+    server.answer = (200, CERTIFICATE)
+    assert (await webhooks.read(a_request(server))).event_id == "WH-KAV-1"
+
+
+async def test_without_a_connection_the_message_should_come_again(webhooks: PayPalWebhooks) -> None:
+    with certificate_server() as gone:
+        reader = PayPalWebhooks(config(api_base=gone.url))
+
+    assert await verdict(reader, a_request(gone)) is Verdict.UNAVAILABLE
+    await reader.close()
+
+
+@pytest.mark.parametrize("at", [datetime(2025, 12, 31, tzinfo=UTC), datetime(2046, 1, 2, tzinfo=UTC)])
+async def test_a_certificate_out_of_its_time_proves_nothing(
+    webhooks: PayPalWebhooks, server: CertificateServer, at: datetime
+) -> None:
+    assert await verdict(webhooks, a_request(server, received_at=at)) is Verdict.FORGED
+
+
+def test_without_a_webhook_id_nothing_can_be_verified() -> None:
+    with pytest.raises(ValueError, match="webhook_id"):
+        PayPalWebhooks(config(webhook_id=""))
+
+
+# --- what events say ------------------------------------------------------------------------------------------------
+
+PAYMENT_ID = UUID("0192f0c1-2d5e-7cc0-8a11-5f1de2f6a001")
+TEN = {"currency_code": "USD", "value": "10.00"}
+RELATED = {"supplementary_data": {"related_ids": {"order_id": "O1"}}}
+
+
+def event(name: str, resource: Json) -> Json:
+    return {"id": "WH-1", "event_type": name, "resource": resource}
+
+
+def resource(status: str, kind: OperationKind, *, number: int = 2, **fields: Any) -> Json:
+    marks = {"custom_id": f"{PAYMENT_ID}:1", "invoice_id": f"{PAYMENT_ID}:{number}:{kind}"}
+    return {"id": "P1", "status": status, "amount": TEN, **marks, **RELATED, **fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "outcome"),
+    [
+        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE), Succeeded("P1", 1000)),
+        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CHARGE), Succeeded("O1", 1000)),
+        ("PAYMENT.CAPTURE.PENDING", resource("PENDING", OperationKind.CAPTURE), Pending("P1")),
+        ("PAYMENT.CAPTURE.PENDING", resource("PENDING", OperationKind.CHARGE), Pending("O1")),
+        (
+            "PAYMENT.CAPTURE.DECLINED",
+            resource("DECLINED", OperationKind.CAPTURE),
+            Declined(DeclineReason.REFUSED_BY_ISSUER, "DECLINED", "P1"),
+        ),
+        (
+            "PAYMENT.CAPTURE.DENIED",
+            resource("DECLINED", OperationKind.CHARGE),
+            Declined(DeclineReason.REFUSED_BY_ISSUER, "DECLINED", "O1"),
+        ),
+        ("PAYMENT.CAPTURE.DENIED", resource("A_STATUS_OF_TOMORROW", OperationKind.CAPTURE), Pending("P1")),
+        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.REFUND), Succeeded("P1", 1000)),
+        ("PAYMENT.REFUND.PENDING", resource("PENDING", OperationKind.REFUND), Pending("P1")),
+        (
+            "PAYMENT.REFUND.FAILED",
+            resource("FAILED", OperationKind.REFUND),
+            Declined(DeclineReason.REFUND_FAILED, "FAILED", "P1"),
+        ),
+        (
+            "PAYMENT.AUTHORIZATION.CREATED",
+            resource("CREATED", OperationKind.AUTHORIZE, expiration_time="2026-11-22T20:00:00Z"),
+            Succeeded("O1", 1000, datetime(2026, 11, 22, 20, tzinfo=UTC)),
+        ),
+    ],
+)
+def test_an_event_is_evidence_about_the_operation_that_its_invoice_id_names(
+    name: str, given: Json, outcome: Outcome
+) -> None:
+    notice = read_event(event(name, given))
+
+    assert notice == Notice("paypal", "WH-1", name, PAYMENT_ID, 2, "O1", outcome, "USD")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CAPTURE)),
+        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CHARGE)),
+        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE, invoice_id=None)),
+        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE)),
+        ("PAYMENT.AUTHORIZATION.VOIDED", resource("COMPLETED", OperationKind.CAPTURE)),
+        ("PAYMENT.CAPTURE.REVERSED", resource("COMPLETED", OperationKind.CAPTURE)),
+        ("PAYMENT.CAPTURE.OF_TOMORROW", resource("COMPLETED", OperationKind.CHARGE)),
+    ],
+)
+def test_a_mark_that_another_object_carried_over_names_the_payment_only(name: str, given: Json) -> None:
+    notice = read_event(event(name, given))
+
+    assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, None, None)
+
+
+def test_a_released_hold_says_nothing_about_the_authorization_itself() -> None:
+    notice = read_event(event("PAYMENT.AUTHORIZATION.VOIDED", resource("VOIDED", OperationKind.AUTHORIZE)))
+
+    assert (notice.payment_id, notice.outcome) == (PAYMENT_ID, None)
+
+
+def test_an_opening_without_its_orders_id_says_nothing() -> None:
+    given = resource("COMPLETED", OperationKind.CHARGE, supplementary_data=None)
+    up = [{"rel": "up", "href": "https://x/v2/checkout/orders/O7"}]
+
+    assert read_event(event("PAYMENT.CAPTURE.COMPLETED", given)).outcome is None
+    assert read_event(event("PAYMENT.CAPTURE.COMPLETED", given | {"links": up})).outcome == Succeeded("O7", 1000)
+
+
+def test_an_approved_order_is_ripe_and_no_outcome() -> None:
+    order = {"id": "O1", "status": "APPROVED", "purchase_units": [{"custom_id": f"{PAYMENT_ID}:1"}]}
+
+    approved = read_event(event("CHECKOUT.ORDER.APPROVED", order))
+    completed = read_event(event("CHECKOUT.ORDER.COMPLETED", order))
+
+    assert approved == Notice("paypal", "WH-1", "CHECKOUT.ORDER.APPROVED", PAYMENT_ID, 1, "O1", is_ripe=True)
+    assert (completed.is_ripe, completed.outcome) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "stage"),
+    [
+        ("OPEN", None, DisputeStage.OPENED),
+        ("UNDER_REVIEW", "RESOLVED_BUYER_FAVOUR", DisputeStage.OPENED),
+        ("RESOLVED", "RESOLVED_SELLER_FAVOUR", DisputeStage.WON),
+        ("RESOLVED", "CANCELED_BY_BUYER", DisputeStage.WON),
+        ("RESOLVED", "RESOLVED_BUYER_FAVOUR", DisputeStage.LOST),
+        ("RESOLVED", "ACCEPTED", DisputeStage.LOST),
+        ("RESOLVED", "RESOLVED_WITH_PAYOUT", DisputeStage.OPENED),
+        ("RESOLVED", "AN_OUTCOME_OF_TOMORROW", DisputeStage.OPENED),
+        ("RESOLVED", None, DisputeStage.OPENED),
+    ],
+)
+def test_a_dispute_is_won_or_lost_only_on_paypals_explicit_word(
+    status: str, code: str | None, stage: DisputeStage
+) -> None:
+    given = {
+        "dispute_id": "PP-D-1",
+        "status": status,
+        "reason": "UNAUTHORISED",
+        "dispute_amount": TEN,
+        "disputed_transactions": [{"seller_transaction_id": "P1", "custom": f"{PAYMENT_ID}:1"}],
+        "dispute_outcome": {"outcome_code": code} if code else None,
+    }
+
+    notice = read_event(event("CUSTOMER.DISPUTE.UPDATED", given))
+
+    assert notice.payment_id == PAYMENT_ID
+    assert notice.dispute == Dispute("PP-D-1", stage, 1000, "USD", "UNAUTHORISED")
+    assert notice.outcome is None
+
+
+def test_a_dispute_without_our_mark_names_paypals_transaction() -> None:
+    given = {"dispute_id": "D", "dispute_amount": TEN, "disputed_transactions": [{"seller_transaction_id": "P1"}]}
+
+    notice = read_event(event("CUSTOMER.DISPUTE.CREATED", given))
+
+    assert (notice.payment_id, notice.gateway_payment_id) == (None, "P1")
+
+
+@pytest.mark.parametrize("name", ["VAULT.PAYMENT-TOKEN.CREATED", "AN.EVENT.OF.TOMORROW", "CHECKOUT.ORDER.SAVED"])
+def test_an_event_about_nothing_of_ours_is_a_notice_without_outcome(name: str) -> None:
+    notice = read_event(event(name, {"id": "X"}))
+
+    assert (notice.event_id, notice.type, notice.outcome, notice.dispute) == ("WH-1", name, None, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"null", b"\xff", b"{}", b'{"id":"x","event_type":"PAYMENT.CAPTURE.COMPLETED","resource":[]}'],
+)
+async def test_a_signed_body_that_makes_no_sense_is_malformed(body: bytes) -> None:
+    from infra.sandbox.paypal_signing import Signer
+
+    signer = Signer()
+    with certificate_server() as server:
+        server.answer = (200, signer.pem())
+        signed = signer.headers(body, transmission_id="t", webhook_id=WEBHOOK_ID, base_url=server.url)
+        webhooks = PayPalWebhooks(config(api_base=server.url))
+        request = WebhookRequest("POST", "", {k.lower(): v for k, v in signed.items()}, body, datetime.now(UTC))
+
+        assert await verdict(webhooks, request) is Verdict.MALFORMED
+        await webhooks.close()
+
+
+async def test_every_verdict_has_an_answer_and_only_what_was_stored_is_a_success(webhooks: PayPalWebhooks) -> None:
+    answers = {each: webhooks.answer(each).status for each in Verdict}
+
+    stored = {Verdict.STORED, Verdict.DUPLICATE, Verdict.ALREADY_FINAL, Verdict.AMOUNT_DIFFERS}
+    assert {each for each, status in answers.items() if status == 200} == stored
+    assert answers[Verdict.UNAVAILABLE] == 503
+    assert all(400 <= status < 500 for each, status in answers.items() if each not in {*stored, Verdict.UNAVAILABLE})
