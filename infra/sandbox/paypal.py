@@ -155,6 +155,7 @@ class PayPalSimulator:
             "authorizations/{id}/expire": lambda r: ("authorizations", books().void(r.path_params["id"])),
             "orders/{id}/expire": lambda r: ("orders", books().expire(r.path_params["id"])),
             "captures/{id}/dispute": lambda r: ("disputes", books().dispute(r.path_params["id"])),
+            "refunds/{id}/unlist": lambda r: ("refunds", books().unlist(r.path_params["id"])),
             "disputes/{id}/won": lambda r: ("disputes", books().resolve(r.path_params["id"], is_won=True)),
             "disputes/{id}/lost": lambda r: ("disputes", books().resolve(r.path_params["id"], is_won=False)),
             "{kind}/{id}/settle": self._settle,

@@ -82,7 +82,7 @@ class PayPalBooks:
         self.touched: dict[str, PayPalObject] = {}
         self.events: list[Event] = []
         self._orders_of: dict[str, list[str]] = defaultdict(list)
-        self._parts_of: dict[tuple[str, str], list[PayPalObject]] = defaultdict(list)
+        self._parts_of: dict[tuple[str, str], list[str]] = defaultdict(list)
         self._invoices: set[str] = set()
 
     def keep(self, kind: str, stored: PayPalObject) -> PayPalObject:
@@ -97,7 +97,7 @@ class PayPalBooks:
         if kind == "orders":
             self._orders_of[_payment_id(stored)].append(stored["id"])
         else:
-            self._parts_of[stored["_order"], kind].append(stored)
+            self._parts_of[stored["_order"], kind].append(stored["id"])
         if kind != "orders" and stored.get("invoice_id") and stored.get("status") not in DEAD:
             self._invoices.add(stored["invoice_id"])
 
@@ -109,7 +109,8 @@ class PayPalBooks:
         return stored
 
     def parts(self, order_id: str, kind: str) -> list[PayPalObject]:
-        return self._parts_of[order_id, kind]
+        """The parts of an order, oldest first."""
+        return [self.tables[kind][each] for each in self._parts_of[order_id, kind]]
 
     def shown(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
         """As PayPal shows it, with its links under the address that was asked."""
@@ -122,10 +123,12 @@ class PayPalBooks:
         return shown
 
     def _unit(self, order: PayPalObject, base_url: str) -> PayPalObject:
-        payments = {
-            kind: [self.shown(kind, each, base_url) for each in self.parts(order["id"], kind)]
+        listed = {
+            kind: [each for each in self.parts(order["id"], kind) if not each.get("_is_unlisted")]
             for kind in ("authorizations", "captures", "refunds")
-            if self.parts(order["id"], kind)
+        }
+        payments = {
+            kind: [self.shown(kind, each, base_url) for each in parts] for kind, parts in listed.items() if parts
         }
         return {**order["purchase_units"][0], **({"payments": payments} if payments else {})}
 
@@ -287,6 +290,10 @@ class PayPalBooks:
         refund = self._new_part("refunds", order, amount, status, _capture=capture["id"], **marks)
         self._note_refunded(capture)
         return refund
+
+    def unlist(self, reference: str) -> PayPalObject:
+        """As if orders did not list their refunds, which PayPal's documentation only says in passing."""
+        return self.keep("refunds", {**self.find("refunds", reference), "_is_unlisted": True})
 
     def _refundable(self, capture: PayPalObject) -> Decimal:
         if capture["status"] == "PENDING":

@@ -79,6 +79,16 @@ class PayPalSandbox:
         headers = {"Authorization": f"Bearer {self.token()}"}
         return dict(self.http.get(f"/v2/checkout/orders/{reference}", headers=headers).raise_for_status().json())
 
+    def charge(self, request_id: str | None, **unit: Any) -> httpx.Response:
+        """Take USD 10.00 from a vaulted wallet, as a merchant without our gateway would."""
+        unit = {"custom_id": "p1:1", "amount": {"currency_code": "USD", "value": "10.00"}, **unit}
+        body = {"intent": "CAPTURE", "purchase_units": [unit], "payment_source": {"paypal": {"vault_id": "good"}}}
+        headers = {
+            "Authorization": f"Bearer {self.token()}",
+            **({"PayPal-Request-Id": request_id} if request_id else {}),
+        }
+        return self.http.post("/v2/checkout/orders", json=body, headers=headers)
+
     def token(self) -> str:
         form = {"grant_type": "client_credentials"}
         answer = self.http.post("/v1/oauth2/token", data=form, auth=("contract", "secret"))

@@ -309,6 +309,29 @@ async def test_an_execution_that_was_turned_away_leaves_the_consent_for_later(
     assert isinstance(await gateway.resume(request), Succeeded)
 
 
+async def test_a_refusal_to_execute_is_no_proof_that_nothing_was_executed_before(
+    gateway: Gateway, paypal: PayPalSandbox
+) -> None:
+    request, action = await asked(gateway, OperationKind.CHARGE)
+    paypal.approve(action.reference)
+    paypal.fault("decline", operation="confirm", code="ACTION_DOES_NOT_MATCH_INTENT")
+
+    assert await gateway.resume(request._replace(state=OperationState.DISPATCHED)) == Pending(action.reference)
+
+
+@pytest.mark.parametrize("issue", ["PAYER_ACTION_REQUIRED", "ORDER_EXPIRED"])
+async def test_paypals_word_on_the_order_itself_is_believed(
+    gateway: Gateway, paypal: PayPalSandbox, issue: str
+) -> None:
+    request, action = await asked(gateway, OperationKind.CHARGE)
+    paypal.approve(action.reference)
+    paypal.fault("decline", operation="confirm", code=issue)
+
+    outcome = await gateway.resume(request)
+
+    assert outcome == (Expired(action.reference, issue) if issue == "ORDER_EXPIRED" else Pending(action.reference))
+
+
 async def test_an_order_that_another_key_executed_is_read_and_not_executed_again(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
@@ -539,6 +562,18 @@ async def test_a_refund_goes_to_the_smallest_capture_that_can_bear_it(gateway: G
     assert [each["status"] for each in captures] == ["COMPLETED", "PARTIALLY_REFUNDED", "COMPLETED"]
 
 
+async def test_what_was_refunded_already_counts_when_a_capture_is_chosen(
+    gateway: Gateway, paypal: PayPalSandbox
+) -> None:
+    hold = await captured_in_parts(gateway, 750, 500)
+    refunds = [follow_up(*hold, OperationKind.REFUND, number=number, amount=Money(400, "USD")) for number in (4, 5)]
+
+    assert [type(await run(gateway, each)) for each in refunds] == [Succeeded, Succeeded]
+
+    captures = paypal.order(hold[1])["purchase_units"][0]["payments"]["captures"]
+    assert [each["status"] for each in captures] == ["PARTIALLY_REFUNDED", "PARTIALLY_REFUNDED"]
+
+
 async def test_a_refund_that_no_single_capture_can_bear_is_not_executed(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
@@ -594,6 +629,20 @@ async def test_a_pending_refund_ends_as_paypal_says(
 
     known = request._replace(state=OperationState.PENDING, reference=pending.reference)
     assert isinstance(await gateway.resume(known), expected)
+
+
+async def test_a_refund_that_the_order_does_not_list_is_found_by_its_id(
+    gateway: Gateway, paypal: PayPalSandbox
+) -> None:
+    charged = await opened(gateway, OperationKind.CHARGE, payment_method="vault:pending-refund")
+    request = follow_up(*charged, OperationKind.REFUND)
+    pending = await run(gateway, request)
+    assert isinstance(pending, Pending)
+    paypal.post(f"refunds/{pending.reference}/unlist")
+    paypal.post(f"refunds/{pending.reference}/settle")
+
+    assert isinstance(await gateway.status(request), Unknown)
+    assert isinstance(await gateway.status(request._replace(reference=pending.reference)), Succeeded)
 
 
 async def test_a_refund_of_a_pending_capture_may_be_tried_later(gateway: Gateway, paypal: PayPalSandbox) -> None:
@@ -811,22 +860,14 @@ async def test_paypal_itself_confirms_its_webhooks_and_no_others(
 
 
 def test_the_books_add_up_and_a_request_id_is_executed_once(paypal: PayPalSandbox) -> None:
-    body = {
-        "intent": "CAPTURE",
-        "purchase_units": [{"custom_id": "p1:1", "amount": {"currency_code": "USD", "value": "12.50"}}],
-        "payment_source": {"paypal": {"vault_id": "good"}},
-    }
-    headers = {"Authorization": f"Bearer {paypal.token()}", "PayPal-Request-Id": "k1"}
-
-    first, second = (paypal.http.post("/v2/checkout/orders", json=body, headers=headers) for _ in range(2))
-    without = paypal.http.post("/v2/checkout/orders", json=body, headers={"Authorization": headers["Authorization"]})
+    first, second, without = paypal.charge("k1"), paypal.charge("k1"), paypal.charge(None)
 
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json() == second.json()
     assert set(first.json()) == {"id", "status", "links"}
     assert without.json()["details"][0]["issue"] == "PAYPAL_REQUEST_ID_REQUIRED"
     usd = paypal.books()["currencies"]["usd"]
-    assert (usd["captured"], usd["payment_intents"], usd["count_completed"]) == (1250, 1, 1)
+    assert (usd["captured"], usd["payment_intents"], usd["count_completed"]) == (1000, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -852,14 +893,7 @@ def test_a_wrong_amount_is_refused_and_leaves_nothing(
 
 
 def test_an_invoice_id_is_taken_once(paypal: PayPalSandbox) -> None:
-    unit = {"custom_id": "p1:1", "invoice_id": "i1", "amount": {"currency_code": "USD", "value": "1.00"}}
-    body = {"intent": "CAPTURE", "purchase_units": [unit], "payment_source": {"paypal": {"vault_id": "good"}}}
-    authorization = {"Authorization": f"Bearer {paypal.token()}"}
-
-    answers = [
-        paypal.http.post("/v2/checkout/orders", json=body, headers={**authorization, "PayPal-Request-Id": key})
-        for key in ("k1", "k2")
-    ]
+    answers = [paypal.charge(key, invoice_id="i1") for key in ("k1", "k2")]
 
     assert [each.status_code for each in answers] == [201, 422]
     assert answers[1].json()["details"][0]["issue"] == "DUPLICATE_INVOICE_ID"
@@ -884,25 +918,29 @@ def test_the_payers_page_leads_back_to_the_shop(paypal: PayPalSandbox) -> None:
     assert back.headers["location"].startswith(f"https://shop.invalid/back?token={order.json()['id']}&PayerID=")
 
 
-def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
+async def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
     state_file, port = tmp_path / "paypal.jsonl", free_port()
-    body = {
-        "intent": "CAPTURE",
-        "purchase_units": [{"custom_id": "p1:1", "amount": {"currency_code": "USD", "value": "12.50"}}],
-        "payment_source": {"paypal": {"vault_id": "good"}},
-    }
-    answers = []
+    url, requests, books = f"http://127.0.0.1:{port}", list[GatewayRequest](), []
+    answers: list[int] = []
     for _ in range(2):
-        process = start_paypal(port, state_file)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
-            sandbox = PayPalSandbox(f"http://127.0.0.1:{port}", http)
-            headers = {"Authorization": f"Bearer {sandbox.token()}", "PayPal-Request-Id": "k1"}
-            answers.append(http.post("/v2/checkout/orders", json=body, headers=headers))
-            books = sandbox.books()
+        process, gateway = start_paypal(port, state_file), paypal_gateway(f"http://127.0.0.1:{port}")
+        hold = await opened(gateway, payment_method=PAYS)
+        with httpx.Client(base_url=url) as http:
+            sandbox = PayPalSandbox(url, http)
+            if not requests:
+                requests.append(follow_up(*hold, OperationKind.CAPTURE, amount=Money(900, "USD"), is_final=True))
+                requests.append(follow_up(*hold, OperationKind.REFUND, number=3, amount=Money(300, "USD")))
+            outcomes = [await run(gateway, each) for each in requests]
+            books.append(sandbox.payment(requests[0].payment_id))
+            answers.append(sandbox.charge("k1").status_code)
+            totals = sandbox.books()["currencies"]["usd"]
+        await gateway.close()
         process.kill()
         process.wait(10)
         state_file.write_text(state_file.read_text() + '{"objects": [{"id": "cut sh')
 
-    assert [each.status_code for each in answers] == [201, 200]
-    assert answers[0].json() == answers[1].json()
-    assert books["payments"]["p1"]["captured"] == 1250
+    assert [type(each) for each in outcomes] == [Succeeded, Succeeded]
+    assert answers == [201, 200]
+    assert books[0] == books[1]
+    assert {"held": 0, "captured": 900, "refunded": 300, "executed": 1}.items() <= books[1].items()
+    assert (totals["captured"], totals["authorized_open"], totals["payment_intents"]) == (1900, 1250, 3)
