@@ -75,7 +75,7 @@ def _limits(given: Capabilities) -> str:
         f"{Money(each.minimum_minor, currency)} to {Money(each.maximum_minor, currency)}"
         for currency, each in sorted(given.limits.items())
     )
-    return "; ".join(told) if len(given.limits) <= 3 else f"by currency ({len(given.limits)})"
+    return "; ".join(told) if len(given.limits) <= 1 else f"by currency ({len(given.limits)})"
 
 
 def _retention(given: timedelta) -> str:

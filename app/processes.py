@@ -82,15 +82,15 @@ def run_http(settings: Settings) -> None:
 
 
 def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | None, webhooks_to: str | None) -> None:
-    """The provider simulator, until SIGTERM."""
-    from infra.sandbox.stripe import SandboxState, create_server
+    """The provider simulators, until SIGTERM."""
+    from infra.sandbox.app import Sandbox, create_server
 
     configure_logs("sandbox", as_json=True)
-    state = SandboxState(state_file=state_file)
-    if webhooks_to is not None and settings.stripe_webhook_secrets:
-        secret = settings.stripe_webhook_secrets[0].get_secret_value()
-        state.events.configure({"url": f"{webhooks_to}/stripe", "secret": secret})
-    create_server(host, port, state).run()
+    sandbox = Sandbox(state_file)
+    if webhooks_to is not None:
+        secret = settings.stripe_webhook_secrets[0].get_secret_value() if settings.stripe_webhook_secrets else ""
+        sandbox.send_webhooks_to(webhooks_to, stripe_secret=secret, paypal_webhook_id=settings.paypal_webhook_id)
+    create_server(host, port, sandbox).run()
 
 
 async def prepare(settings: Settings, *, revision: str = "head") -> None:

@@ -38,6 +38,25 @@ class Settings(BaseSettings):
     stripe_return_url: str = "https://example.invalid/return"
     stripe_webhook_secrets: list[SecretStr] = []
     """Of the endpoint /webhooks/stripe; two while one is being rolled. None: every webhook is refused."""
+    paypal_client_id: str = ""
+    paypal_client_secret: SecretStr = SecretStr("")
+    paypal_api_base: str = "https://api-m.sandbox.paypal.com"
+    paypal_webhook_id: str = ""
+    """Of the webhook at PayPal that calls /webhooks/paypal; without it every webhook is refused."""
+    paypal_return_url: str = "https://example.invalid/return"
+    paypal_cancel_url: str = "https://example.invalid/cancel"
+    vnpay_tmn_code: str = ""
+    vnpay_hash_secret: SecretStr = SecretStr("")
+    vnpay_pay_url: str = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
+    vnpay_api_url: str = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
+    vnpay_return_url: str = "https://example.invalid/return"
+    momo_partner_code: str = ""
+    momo_access_key: str = ""
+    momo_secret_key: SecretStr = SecretStr("")
+    momo_api_base: str = "https://test-payment.momo.vn"
+    momo_redirect_url: str = "https://example.invalid/return"
+    momo_ipn_url: str = "https://example.invalid/webhooks/momo"
+    """Our own /webhooks/momo, as MoMo reaches it."""
 
     currencies: list[str] = sorted(MINOR_UNITS)
     amount_limits: dict[str, dict[str, AmountLimits]] = {}

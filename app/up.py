@@ -23,6 +23,7 @@ from app.settings import Settings
 from app.stack_file import RunningStack, StackFile
 from infra.local import LocalServerError, LocalStack
 from infra.local.server import HOST, EmbeddedServer, free_port, is_free
+from infra.sandbox import momo, vnpay
 
 RESTART_DELAY_FIRST_SECONDS: Final = 0.5
 RESTART_DELAY_MAX_SECONDS: Final = 30.0
@@ -124,7 +125,8 @@ class Installation:
     async def erase(self) -> None:
         """Delete the servers' data, the simulator's books and the logs. Only before `start` or after `stop`."""
         await asyncio.to_thread(self._servers.erase)
-        self._books_path.unlink(missing_ok=True)
+        for books in self.data_dir.glob(f"{self._books_path.stem}*"):
+            books.unlink()
         await asyncio.to_thread(shutil.rmtree, self.data_dir / "logs", ignore_errors=True)
 
     def kill_all(self) -> None:
@@ -264,12 +266,31 @@ def addresses(*, simulates: bool) -> dict[str, str]:
     peers = {name: f"http://{HOST}:{ports[_port_variable(name)]}" for name in ("worker", "relay")}
     found = ports | {"PAYMENTS_HTTP_HOST": HOST, "PAYMENTS_METRICS_PEERS": json.dumps(peers)}
     if simulates:
-        found |= {
-            STRIPE_BASE: f"http://{HOST}:{free_port()}",
-            "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY,
-            "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([f"whsec_{secrets.token_hex(16)}"]),
-        }
+        found |= _simulated(f"http://{HOST}:{free_port()}", f"http://{HOST}:{ports[_port_variable('http')]}")
     return found
+
+
+def _simulated(simulator: str, http: str) -> dict[str, str]:
+    """Every gateway, at the simulators' address and with what opens them."""
+    return {
+        STRIPE_BASE: simulator,
+        "PAYMENTS_GATEWAYS": '["stripe", "paypal", "vnpay", "momo"]',
+        "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY,
+        "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([f"whsec_{secrets.token_hex(16)}"]),
+        "PAYMENTS_PAYPAL_API_BASE": simulator,
+        "PAYMENTS_PAYPAL_CLIENT_ID": "simulator",
+        "PAYMENTS_PAYPAL_CLIENT_SECRET": "simulator",
+        "PAYMENTS_PAYPAL_WEBHOOK_ID": "1JE4291016473214C",
+        "PAYMENTS_VNPAY_TMN_CODE": vnpay.TMN_CODE,
+        "PAYMENTS_VNPAY_HASH_SECRET": vnpay.SECRET,
+        "PAYMENTS_VNPAY_PAY_URL": f"{simulator}/paymentv2/vpcpay.html",
+        "PAYMENTS_VNPAY_API_URL": f"{simulator}/merchant_webapi/api/transaction",
+        "PAYMENTS_MOMO_PARTNER_CODE": momo.PARTNER,
+        "PAYMENTS_MOMO_ACCESS_KEY": momo.ACCESS,
+        "PAYMENTS_MOMO_SECRET_KEY": momo.SECRET,
+        "PAYMENTS_MOMO_API_BASE": simulator,
+        "PAYMENTS_MOMO_IPN_URL": f"{http}/webhooks/momo",
+    }
 
 
 def _port_variable(name: str) -> str:

@@ -14,8 +14,11 @@ from domain.rules import Rules
 from handlers import metrics
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
+from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
+from infra.gateways.paypal import PayPalConfig, PayPalGateway, PayPalWebhooks
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
+from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
 from infra.redis.recent_keys import ValkeyRecentKeys
 
 GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
@@ -28,11 +31,17 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
             return_url=settings.stripe_return_url,
         )
     ),
+    "paypal": lambda settings: PayPalGateway(paypal_config(settings)),
+    "vnpay": lambda settings: VNPayGateway(vnpay_config(settings)),
+    "momo": lambda settings: MoMoGateway(momo_config(settings)),
     "instant": lambda settings: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
 }
 
 WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
     "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets),
+    "paypal": lambda settings: PayPalWebhooks(paypal_config(settings)),
+    "vnpay": lambda settings: VNPayWebhooks(vnpay_config(settings)),
+    "momo": lambda settings: MoMoWebhooks(momo_config(settings)),
 }
 
 new_id = uuid7
@@ -41,6 +50,41 @@ new_id = uuid7
 def now() -> datetime:
     """The wall clock, timezone-aware UTC."""
     return datetime.now(UTC)
+
+
+def paypal_config(settings: Settings) -> PayPalConfig:
+    return PayPalConfig(
+        client_id=settings.paypal_client_id,
+        client_secret=settings.paypal_client_secret,
+        api_base=settings.paypal_api_base,
+        webhook_id=settings.paypal_webhook_id,
+        return_url=settings.paypal_return_url,
+        cancel_url=settings.paypal_cancel_url,
+        max_connections=settings.concurrency_of("paypal"),
+    )
+
+
+def vnpay_config(settings: Settings) -> VNPayConfig:
+    return VNPayConfig(
+        tmn_code=settings.vnpay_tmn_code,
+        hash_secret=settings.vnpay_hash_secret,
+        pay_url=settings.vnpay_pay_url,
+        api_url=settings.vnpay_api_url,
+        return_url=settings.vnpay_return_url,
+        max_connections=settings.concurrency_of("vnpay"),
+    )
+
+
+def momo_config(settings: Settings) -> MoMoConfig:
+    return MoMoConfig(
+        partner_code=settings.momo_partner_code,
+        access_key=settings.momo_access_key,
+        secret_key=settings.momo_secret_key,
+        api_base=settings.momo_api_base,
+        redirect_url=settings.momo_redirect_url,
+        ipn_url=settings.momo_ipn_url,
+        max_connections=settings.concurrency_of("momo"),
+    )
 
 
 def create_gateways(settings: Settings) -> dict[str, Gateway]:

@@ -25,7 +25,10 @@ class Capabilities:
     multi_capture: bool
     partial_refund: bool
     cancel_waiting: bool
-    """Whether a void ends, for good, a payment that still waits for the payer (3-D Secure, a redirect)."""
+    """Whether a void ends, for good, a payment that still waits for the payer (3-D Secure, a redirect).
+
+    Where not, the void waits as any command does, and releases what the payer consented to.
+    """
     idempotency_retention: timedelta
     """How long a repeated provider key surely returns the first answer. Afterwards only a status query is safe.
 

@@ -221,8 +221,10 @@ class _Draft:
         if self.payment.under_way is None:
             return True
         waiting = self.payment.waiting_for_payer
-        is_at_rest = waiting is not None and not waiting.is_leased and not self.payment.is_cancelling()
-        return is_at_rest and command.kind is OperationKind.VOID
+        if waiting is None or waiting.is_leased or self.payment.is_cancelling():
+            return False
+        gateway = self.rules.gateways.get(waiting.gateway or "")
+        return command.kind is OperationKind.VOID and gateway is not None and gateway.cancel_waiting
 
     def repeat(self, command: AnyCommand, stored: Operation) -> None:
         """A command whose key was seen: its stored result again, or a conflict if it asks for something else."""

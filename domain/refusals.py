@@ -34,7 +34,7 @@ def refusal_of(command: Command, payment: Payment, *, now: datetime, rules: Rule
         case OperationKind.REFUND:
             return _refusal_to_continue(command, payment, rules) or _refusal_to_refund(command, payment, rules)
         case OperationKind.VOID:
-            return _refusal_to_continue(command, payment, rules) or _refusal_to_void(payment, rules)
+            return _refusal_to_continue(command, payment, rules) or _refusal_to_void(payment)
 
 
 def _refusal_to_open(command: Command, payment: Payment, rules: Rules) -> Rejection | None:
@@ -121,12 +121,10 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     return None
 
 
-def _refusal_to_void(payment: Payment, rules: Rules) -> Rejection | None:
-    if payment.waiting_for_payer is not None:
-        if rules.gateways[payment.gateway or ""].cancel_waiting:
-            return None
-        return _unsupported(f"gateway {payment.gateway} cannot cancel what waits for the payer", "type")
-    return None if payment.capturable_minor else _invalid_state(payment, "nothing is held that could be released")
+def _refusal_to_void(payment: Payment) -> Rejection | None:
+    if payment.waiting_for_payer is not None or payment.capturable_minor:
+        return None
+    return _invalid_state(payment, "nothing is held that could be released")
 
 
 def _invalid_state(payment: Payment, why: str) -> Rejection:

@@ -1,4 +1,4 @@
-"""Money in our books against money in the provider's own, per currency."""
+"""Money in our books against money in the providers' own, per provider and currency."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,14 +7,14 @@ import asyncpg
 import httpx
 
 LEDGER_SUMS = """
-    SELECT currency,
-           coalesce(sum(amount_minor) FILTER (WHERE credit = 'customer_sales'), 0)::bigint  AS captured,
-           coalesce(sum(amount_minor) FILTER (WHERE debit = 'customer_refunds'), 0)::bigint AS refunded,
-           coalesce(sum(amount_minor) FILTER (WHERE debit = 'customer_disputes'), 0)::bigint
-         - coalesce(sum(amount_minor) FILTER (WHERE credit = 'customer_disputes'), 0)::bigint AS disputed
-      FROM ledger
-     WHERE booked_at >= $1
-     GROUP BY currency
+    SELECT p.gateway, l.currency,
+           coalesce(sum(l.amount_minor) FILTER (WHERE credit = 'customer_sales'), 0)::bigint  AS captured,
+           coalesce(sum(l.amount_minor) FILTER (WHERE debit = 'customer_refunds'), 0)::bigint AS refunded,
+           coalesce(sum(l.amount_minor) FILTER (WHERE debit = 'customer_disputes'), 0)::bigint
+         - coalesce(sum(l.amount_minor) FILTER (WHERE credit = 'customer_disputes'), 0)::bigint AS disputed
+      FROM ledger AS l JOIN payments AS p USING (payment_id)
+     WHERE l.booked_at >= $1
+     GROUP BY p.gateway, l.currency
 """
 
 
@@ -30,8 +30,9 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One currency in both books."""
+    """One currency of one provider, in both books."""
 
+    gateway: str
     currency: str
     ours: Sums
     theirs: Sums
@@ -66,24 +67,26 @@ async def database_time(postgres_url: str) -> datetime:
 async def compare(postgres_url: str, simulator_url: str, since: datetime) -> Books:
     """Our ledger since then, against all that the simulator (which started empty) has booked."""
     ours = await _ledger(postgres_url, since)
-    async with httpx.AsyncClient(trust_env=False) as client:
-        answer = (await client.get(f"{simulator_url}/_sandbox/books?details=false")).raise_for_status().json()
+    async with httpx.AsyncClient(trust_env=False, base_url=simulator_url) as client:
+        totals = (await client.get("/_sandbox/all")).raise_for_status().json()
+        charges = (await client.get("/_sandbox/books?details=false")).raise_for_status().json()["executed_charges"]
     theirs = {
-        name.upper(): Sums(sums["captured"], sums["refunded"], sums["disputed"])
-        for name, sums in answer["currencies"].items()
+        (gateway, currency.upper()): Sums(sums["captured"], sums["refunded"], sums.get("disputed", 0))
+        for gateway, currencies in totals.items()
+        for currency, sums in currencies.items()
     }
     both = sorted(ours.keys() | theirs.keys())
-    currencies = [Comparison(name, ours.get(name, Sums()), theirs.get(name, Sums())) for name in both]
+    compared = [Comparison(each[0], each[1], ours.get(each, Sums()), theirs.get(each, Sums())) for each in both]
     return Books(
-        currencies=[each for each in currencies if each.ours != Sums() or each.theirs != Sums()],
-        charged_twice=[payment for payment, count in answer["executed_charges"].items() if count > 1],
+        currencies=[each for each in compared if each.ours != Sums() or each.theirs != Sums()],
+        charged_twice=[payment for payment, count in charges.items() if count > 1],
     )
 
 
-async def _ledger(postgres_url: str, since: datetime) -> dict[str, Sums]:
+async def _ledger(postgres_url: str, since: datetime) -> dict[tuple[str, str], Sums]:
     connection = await asyncpg.connect(postgres_url)
     try:
         rows = await connection.fetch(LEDGER_SUMS, since)
     finally:
         await connection.close()
-    return {row["currency"]: Sums(row["captured"], row["refunded"], row["disputed"]) for row in rows}
+    return {(row["gateway"], row["currency"]): Sums(row["captured"], row["refunded"], row["disputed"]) for row in rows}

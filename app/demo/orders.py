@@ -4,7 +4,7 @@ The seed decides what is ordered; payment ids and keys are new in every run, so 
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID, uuid4
@@ -17,8 +17,11 @@ FOLLOW_UP_SECONDS: Final = 0.4
 
 CURRENCIES: Final = {"USD": 45, "EUR": 30, "GBP": 10, "JPY": 10, "KWD": 5}
 """How often each. Stripe's units of these are ISO's minor units, so both sides' sums can be compared as they are."""
-SMALLEST: Final = {"KWD": 10}
-"""Stripe takes three-decimal currencies in steps of ten."""
+PAYPAL_CURRENCIES: Final = {"USD": 50, "EUR": 40, "JPY": 10}
+DONG: Final = {"VND": 1}
+SMALLEST: Final = {"KWD": 10, "VND": 1_000}
+"""Stripe takes three-decimal currencies in steps of ten; nobody pays in single dong."""
+LARGE: Final = {"VND": 20}
 DECLINING_CARDS: Final = (
     "pm_card_visa_chargeDeclined",
     "pm_card_visa_chargeDeclinedInsufficientFunds",
@@ -62,11 +65,18 @@ class Order:
     sendings: list[Sending] = field(default_factory=list)
     currency: str = ""
     amount: int = 0
+    gateway: str | None = None
 
     def __post_init__(self) -> None:
-        self.currency = self.random.choices(list(CURRENCIES), list(CURRENCIES.values()))[0]
+        self.pay_through(None, CURRENCIES)
+
+    def pay_through(self, gateway: str | None, currencies: Mapping[str, int]) -> None:
+        """Have this gateway (None is the default one) take the money, in one of these currencies."""
+        self.gateway = gateway
+        self.currency = self.random.choices(list(currencies), list(currencies.values()))[0]
         step = SMALLEST.get(self.currency, 1)
-        self.amount = step * round(self.random.lognormvariate(8.2, 0.8) / step + 500 / step)
+        scale = LARGE.get(self.currency, 1)
+        self.amount = step * round(scale * (self.random.lognormvariate(8.2, 0.8) + 500) / step)
 
     def part(self) -> int:
         """An amount between a fifth and half of the whole."""
@@ -81,6 +91,7 @@ class Order:
             "order_id": f"order-{str(self.payment_id)[:8]}",
             "customer_id": f"customer-{self.random.randrange(200)}",
             "payment_method": payment_method,
+            "gateway": self.gateway,
         }
         return self.send(kind, expected, fields)
 
@@ -177,8 +188,53 @@ def refused_by_payer(order: Order) -> None:
     order.open(OperationKind.CHARGE, "declined", "pm_card_threeDSecure2Required")
 
 
+def paypal_wallet(order: Order) -> None:
+    order.pay_through("paypal", PAYPAL_CURRENCIES)
+    order.open(OperationKind.CHARGE, "captured", "wallet")
+    order.send(OperationKind.REFUND, "refunded", {"amount_minor": order.part(), "currency": order.currency})
+
+
+def paypal_vaulted(order: Order) -> None:
+    order.pay_through("paypal", {"USD": 1, "EUR": 1})
+    order.open(OperationKind.AUTHORIZE, "authorized", "vault:good")
+    order.send(OperationKind.CAPTURE, "captured", {"amount_minor": order.part(), "currency": order.currency})
+    order.send(OperationKind.VOID, "voided")
+
+
+def vnpay_paid(order: Order) -> None:
+    order.pay_through("vnpay", DONG)
+    order.open(OperationKind.CHARGE, "captured", "bank")
+    order.send(OperationKind.REFUND, "refunded")
+
+
+def momo_paid(order: Order) -> None:
+    order.pay_through("momo", DONG)
+    order.open(OperationKind.CHARGE, "captured", "wallet")
+    order.send(OperationKind.REFUND, "refunded", {"amount_minor": order.part(), "currency": order.currency})
+
+
+def momo_held(order: Order) -> None:
+    order.pay_through("momo", DONG)
+    order.open(OperationKind.AUTHORIZE, "authorized", "wallet")
+    order.send(order.random.choice((OperationKind.CAPTURE, OperationKind.VOID)), "captured")
+    planned = order.sendings[-1].planned
+    assert planned is not None, "a command was planned"
+    planned.expected = "captured" if planned.kind is OperationKind.CAPTURE else "voided"
+
+
+def redirect_refused(order: Order) -> None:
+    order.pay_through(order.random.choice(("vnpay", "momo")), DONG)
+    order.open(OperationKind.CHARGE, "declined", "wallet")
+
+
+def unsupported(order: Order) -> None:
+    order.pay_through("vnpay", DONG)
+    order.open(OperationKind.AUTHORIZE, "command_rejected", "bank")
+
+
 Story = Callable[[Order], None]
 
+REDIRECT_REFUSED: Final = "VNPay or MoMo, refused by the payer"
 AUTHENTICATED: Final = "3-D Secure, passed by the payer"
 REFUSED_BY_PAYER: Final = "3-D Secure, failed by the payer"
 ABANDONED: Final = "3-D Secure, voided before the payer came"
@@ -204,17 +260,24 @@ STORIES: Final[dict[str, tuple[int, Story]]] = {
     REFUSED_BY_PAYER: (2, refused_by_payer),
     ABANDONED: (2, voided_while_awaited),
     DISPUTED: (2, charge),
+    "PayPal, approved, refunded in part": (5, paypal_wallet),
+    "PayPal, stored: part captured, rest freed": (3, paypal_vaulted),
+    "VNPay, paid and refunded": (4, vnpay_paid),
+    "MoMo, paid and refunded in part": (4, momo_paid),
+    "MoMo, held, then captured or freed": (3, momo_held),
+    REDIRECT_REFUSED: (2, redirect_refused),
+    "a hold, which VNPay does not offer": (1, unsupported),
 }
 """What can happen to an order, and its weight."""
 
 TROUBLED: Final = tuple(STORIES)[6:]
 """The stories in which somebody misbehaves."""
-DELAYED: Final = frozenset((*tuple(STORIES)[9:14], AUTHENTICATED, REFUSED_BY_PAYER, ABANDONED))
+DELAYED: Final = frozenset((*tuple(STORIES)[9:14], *tuple(STORIES)[15:]))
 """The stories that take long because of a fault that we asked for, or of a payer who has to come."""
 
 
 def stream(count: int, seed: int) -> list[Sending]:
-    """All messages of `count` orders in the order of their times; each story occurs at least once in 19 orders."""
+    """All messages of `count` orders in the order of their times; each story occurs at least once in 26 orders."""
     source = random.Random(seed)  # noqa: S311 - a repeatable stream, no secret
     sendings = [sending for order in _orders(count, source) for sending in order.sendings]
     return sorted(sendings, key=lambda sending: sending.at)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import httpx
 
 from app.client import WireEvent
-from app.demo.orders import ABANDONED, DISPUTED, REFUSED_BY_PAYER, Planned
+from app.demo.orders import ABANDONED, DISPUTED, REDIRECT_REFUSED, REFUSED_BY_PAYER, Planned
 
 HESITATION_SECONDS: Final = (0.2, 1.0)
 DISPUTE_SECONDS: Final = 0.5
@@ -72,11 +72,16 @@ class Outsiders:
         task.add_done_callback(self._tasks.discard)
 
     async def _authenticate(self, event: WireEvent) -> None:
-        """The payer on the bank's page."""
+        """The payer on the page of the bank or of the wallet."""
         await asyncio.sleep(random.uniform(*HESITATION_SECONDS))  # noqa: S311 - no secret
-        does_consent = self._stories[event["payment_id"]] != REFUSED_BY_PAYER
-        url = event["action"]["url"]
-        (await self._client.post(url, params={"success": str(does_consent).lower()})).raise_for_status()
+        does_consent = self._stories[event["payment_id"]] not in (REFUSED_BY_PAYER, REDIRECT_REFUSED)
+        url = httpx.URL(event["action"]["url"])
+        if event["payment"]["gateway"] == "paypal":
+            answer = "approve" if does_consent else "deny"
+            await self._post(f"paypal/orders/{url.params['token']}/{answer}")
+        else:
+            chosen = url.copy_add_param("success", str(does_consent).lower())
+            (await self._client.post(chosen)).raise_for_status()
 
     async def _dispute(self, event: WireEvent) -> None:
         """The payer's bank takes the money back; then the case is decided, one way or the other."""

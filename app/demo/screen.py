@@ -128,7 +128,10 @@ class Screen:
                 colour = "green" if ours == theirs else "bold red"
                 difference = f"[{colour}]{_money(theirs - ours, each.currency)}[/]"
                 table.add_row(
-                    f"{each.currency} {word}", _money(ours, each.currency), _money(theirs, each.currency), difference
+                    f"{each.gateway} {each.currency} {word}",
+                    _money(ours, each.currency),
+                    _money(theirs, each.currency),
+                    difference,
                 )
         self.console.print(table)
 

@@ -33,6 +33,7 @@ PAID: Final = "00"
 OPEN: Final = "01"
 FAILED: Final = "02"
 
+TMN_CODE: Final = "SANDBOX1"
 SECRET: Final = "sandbox-secret"  # noqa: S105 - opens nothing but this simulator
 
 QUERY_FIELDS: Final = [
@@ -86,9 +87,7 @@ class VNPaySimulator:
 
     name = "vnpay"
 
-    def __init__(
-        self, *, tmn_code: str = "SANDBOX1", hash_secret: str = SECRET, state_file: Path | None = None
-    ) -> None:
+    def __init__(self, *, tmn_code: str = TMN_CODE, hash_secret: str = SECRET, state_file: Path | None = None) -> None:
         self.ipn_url: str | None = None
         self.amount_off_by = 0
         self.latency_seconds = 0.0

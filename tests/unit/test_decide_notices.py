@@ -193,15 +193,17 @@ def test_a_capture_that_waits_behind_it_is_refused_once_it_is_cancelled() -> Non
     assert told.kinds == ["requires_action", "declined", "voided", "command_rejected"]
 
 
-def test_what_a_gateway_cannot_cancel_is_refused_up_front() -> None:
+def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer_consented_to() -> None:
     gateways = {"books": replace(CAPABILITIES, cancel_waiting=False)}
     told = Story(rules(gateways=gateways))
-    told.send("charge")
+    told.send("authorize")
     told.answer(ACTION)
     told.send("void")
-    assert told.last.rejection is not None
-    assert told.last.rejection.reason == "unsupported_by_gateway"
-    assert told.operations[1].due_at is not None
+    assert told.state(2) == "received"
+    told.hear(PAID)
+    told.answer()
+    assert told.kinds == ["requires_action", "authorized", "voided"]
+    assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
 # --- holds and refunds that end by themselves -------------------------------------------------------------------------
