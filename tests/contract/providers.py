@@ -1,0 +1,174 @@
+"""What the contract suite needs of each provider's simulator: how to pay, what it holds, and how to make it fail.
+
+A new gateway adds one class here and one line to `PROVIDERS`, and the whole suite runs over it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+import httpx
+from pydantic import SecretStr
+
+from domain.commands import OperationKind
+from domain.money import Money
+from domain.operations import RequiresAction
+from domain.ports import Gateway
+from infra.gateways.momo import MoMoConfig, MoMoGateway
+from infra.gateways.paypal import PayPalConfig, PayPalGateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
+from infra.gateways.vnpay import VNPayConfig, VNPayGateway
+from infra.sandbox import momo, vnpay
+
+Effect = tuple[int, int, int]
+"""What is held, captured and refunded for one of our payments, over all that was executed for it."""
+
+CALLS: Final = {
+    OperationKind.AUTHORIZE: "create",
+    OperationKind.CHARGE: "create",
+    OperationKind.CAPTURE: "capture",
+    OperationKind.VOID: "cancel",
+    OperationKind.REFUND: "refund",
+}
+"""What fault rules call the request that executes an operation."""
+
+
+@dataclass
+class Provider:
+    """One provider in the sandbox at `url`."""
+
+    url: str
+    http: httpx.Client
+    amount = Money(1250, "USD")
+    payment_method = "pm_card_visa"
+    declined_method: str | None = None
+    own = "/_sandbox"
+
+    def gateway(self) -> Gateway:
+        raise NotImplementedError
+
+    def effect(self, payment_id: UUID) -> Effect:
+        """As the provider's own books have it."""
+        raise NotImplementedError
+
+    def pay(self, action: RequiresAction) -> None:
+        """The payer consents."""
+        assert action.url is not None, "a payer must know where to go"
+        self.http.post(httpx.URL(action.url).copy_add_param("success", "true")).raise_for_status()
+
+    def refuse(self, action: RequiresAction) -> None:
+        """The payer does not."""
+        assert action.url is not None, "a payer must know where to go"
+        self.http.post(httpx.URL(action.url).copy_add_param("success", "false")).raise_for_status()
+
+    def fails(self, kind: OperationKind) -> str | None:
+        """What fault rules call this operation's request; None where nothing is sent for it."""
+        return CALLS[kind]
+
+    def fault(self, action: str, operation: str, payment_id: UUID, **rule: Any) -> None:
+        """Have the provider fail in this way, once unless `rule` says otherwise."""
+        given = {"action": action, "operation": operation, "payment_id": str(payment_id), "times": 1} | rule
+        self.http.post(f"{self.own}/faults", json=given).raise_for_status()
+
+
+class Stripe(Provider):
+    declined_method = "pm_card_visa_chargeDeclined"
+
+    def gateway(self) -> Gateway:
+        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=self.url, timeout_seconds=5))
+
+    def effect(self, payment_id: UUID) -> Effect:
+        answer = self.http.get("/_sandbox/payment_intents", params={"metadata[payment_id]": str(payment_id)})
+        intents = answer.raise_for_status().json()["data"]
+        names = ("amount_capturable", "amount_received", "refunded")
+        held, captured, refunded = (sum(intent[name] for intent in intents) for name in names)
+        return held, captured, refunded
+
+
+class StripeWithAuthentication(Stripe):
+    """The same with a card that wants 3-D Secure."""
+
+    payment_method = "pm_card_threeDSecure2Required"
+    declined_method = None
+
+
+class PayPal(Provider):
+    payment_method = "vault:good"
+    declined_method = "vault:declined-INSTRUMENT_DECLINED"
+    own = "/_sandbox/paypal"
+
+    def gateway(self) -> Gateway:
+        secret = SecretStr("secret")
+        return PayPalGateway(
+            PayPalConfig(client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=5)
+        )
+
+    def effect(self, payment_id: UUID) -> Effect:
+        found = self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json()
+        return found["held"], found["captured"], found["refunded"]
+
+
+class PayPalWallet(PayPal):
+    """The same with a payer who has to approve."""
+
+    payment_method = "wallet"
+    declined_method = None
+
+    def pay(self, action: RequiresAction) -> None:
+        self.http.post(f"/_sandbox/paypal/orders/{action.reference}/approve").raise_for_status()
+
+    def refuse(self, action: RequiresAction) -> None:
+        self.http.post(f"/_sandbox/paypal/orders/{action.reference}/expire").raise_for_status()
+
+
+class VNPay(Provider):
+    amount = Money(50_000, "VND")
+    payment_method = "bank"
+    own = "/_sandbox/vnpay"
+
+    def gateway(self) -> Gateway:
+        config = VNPayConfig(
+            tmn_code=vnpay.TMN_CODE,
+            hash_secret=SecretStr(vnpay.SECRET),
+            pay_url=f"{self.url}/paymentv2/vpcpay.html",
+            api_url=f"{self.url}/merchant_webapi/api/transaction",
+            timeout_seconds=5,
+        )
+        return VNPayGateway(config)
+
+    def effect(self, payment_id: UUID) -> Effect:
+        found = self.http.get(f"{self.own}/books", params={"payment_id": str(payment_id)}).raise_for_status().json()
+        held, captured, refunded = found["effect"]
+        return held, captured, refunded
+
+    def fails(self, kind: OperationKind) -> str | None:
+        return None if kind is OperationKind.CHARGE else CALLS[kind]
+
+
+class MoMo(VNPay):
+    payment_method = "wallet"
+    own = "/_sandbox/momo"
+
+    def gateway(self) -> Gateway:
+        config = MoMoConfig(
+            partner_code=momo.PARTNER,
+            access_key=momo.ACCESS,
+            secret_key=SecretStr(momo.SECRET),
+            api_base=self.url,
+            timeout_seconds=5,
+        )
+        return MoMoGateway(config)
+
+    def fails(self, kind: OperationKind) -> str | None:
+        return CALLS[kind]
+
+
+PROVIDERS: Final[dict[str, Callable[[str, httpx.Client], Provider]]] = {
+    "stripe": Stripe,
+    "stripe, 3-D Secure": StripeWithAuthentication,
+    "paypal": PayPal,
+    "paypal, wallet": PayPalWallet,
+    "vnpay": VNPay,
+    "momo": MoMo,
+}

@@ -1,0 +1,305 @@
+"""Every gateway, everything that it offers, every fault of its provider: the end is right, the books agree with the
+provider's own, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from domain.commands import OperationKind
+from domain.decide import Answer
+from domain.money import Money
+from domain.operations import (
+    Declined,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+    Unreachable,
+)
+from domain.ports import Gateway
+from handlers.dispatch import Dispatcher
+from handlers.leases import Leases
+from tests.contract.conftest import CHECKOUT, free_port, wait_until_open
+from tests.contract.gateway_requests import a_request
+from tests.contract.providers import PROVIDERS, Effect, Provider
+
+AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
+OPENING = (AUTHORIZE, CHARGE)
+BEFORE = ("cut_before", "429", "503")
+AFTER = ("cut_after", "truncated", "garbage")
+
+
+@pytest.fixture(scope="module")
+def sandbox_url() -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "app.cli", "sandbox", "--port", str(port)], cwd=CHECKOUT)
+    wait_until_open(port, process)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(10)
+
+
+class NoStore:
+    """The dispatcher asks a store for one thing only."""
+
+    def in_transaction(self) -> bool:
+        return False
+
+
+@dataclass
+class Till:
+    """One provider, its gateway behind a dispatcher, and the last answer."""
+
+    provider: Provider
+    gateway: Gateway
+    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    _paid: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        store: Any = NoStore()
+        leases = Leases(store=store, lease=timedelta(seconds=60))
+        self._dispatcher = Dispatcher(
+            gateways={self.gateway.name: self.gateway},
+            limits={self.gateway.name: 8},
+            store=store,
+            clock=lambda: datetime.now(UTC),
+            leases=leases,
+        )
+        self._dispatcher.on_answer = self.answers.put_nowait
+
+    async def send(self, request: GatewayRequest) -> Outcome:
+        """What the dispatcher makes of this request."""
+        self._dispatcher.submit([request._replace(gateway=self.gateway.name)])
+        return (await self.answers.get()).outcome
+
+    async def finish(self, request: GatewayRequest) -> Outcome:
+        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known."""
+        outcome = await self.send(request)
+        for _ in range(4):
+            match outcome:
+                case RequiresAction(reference):
+                    self._pay_once(outcome)
+                    request = request._replace(state=OperationState.REQUIRES_ACTION, reference=reference)
+                case Pending(reference):
+                    request = request._replace(state=OperationState.PENDING, reference=reference)
+                case Unknown():
+                    if request.state is OperationState.DISPATCHED:
+                        request = request._replace(state=OperationState.INDETERMINATE)
+                case Unreachable():
+                    pass
+                case _:
+                    return outcome
+            request = request._replace(attempts=request.attempts + 1)
+            outcome = await self.send(request)
+        return outcome
+
+    def _pay_once(self, action: RequiresAction) -> None:
+        """A repeated key may be answered as it was before the payer came."""
+        if action.reference not in self._paid:
+            self._paid.add(action.reference)
+            self.provider.pay(action)
+
+    def a(self, kind: OperationKind, **more: Any) -> GatewayRequest:
+        """A request for the provider's usual amount and means."""
+        given = {"amount": self.provider.amount, "payment_method": self.provider.payment_method} | more
+        return a_request(kind, **given)
+
+    async def prepared(self, kind: OperationKind) -> GatewayRequest:
+        """A request of this kind that can succeed, after what must come before it."""
+        if kind in OPENING:
+            return self.a(kind)
+        opened = self.a(CHARGE if kind is REFUND else AUTHORIZE)
+        outcome = await self.finish(opened)
+        assert isinstance(outcome, Succeeded), outcome
+        return self.follow_up(opened, outcome.reference, kind)
+
+    def follow_up(self, opened: GatewayRequest, reference: str, kind: OperationKind, **more: Any) -> GatewayRequest:
+        given: dict[str, Any] = {"payment_id": opened.payment_id, "number": 2, "gateway_payment_id": reference}
+        given["captured_minor"] = opened.amount.minor if opened.kind is CHARGE else 0
+        return self.a(kind, **(given | more))
+
+    def effect(self, request: GatewayRequest) -> Effect:
+        return self.provider.effect(request.payment_id)
+
+    def expected(self, kind: OperationKind) -> Effect:
+        """What the provider holds after this kind of operation was executed once."""
+        whole = self.provider.amount.minor
+        return {
+            AUTHORIZE: (whole, 0, 0),
+            CHARGE: (0, whole, 0),
+            CAPTURE: (0, whole, 0),
+            VOID: (0, 0, 0),
+            REFUND: (0, whole, whole),
+        }[kind]
+
+    @property
+    def knows_keys(self) -> bool:
+        return bool(self.gateway.capabilities.idempotency_retention)
+
+    def offers(self, kind: OperationKind) -> None:
+        """Skip where the provider does not: `decide` refuses it before any gateway is asked."""
+        if kind not in self.gateway.capabilities.operations:
+            pytest.skip("not offered: refused up front")
+
+
+@pytest.fixture(params=PROVIDERS)
+async def till(request: pytest.FixtureRequest, sandbox_url: str) -> AsyncIterator[Till]:
+    with httpx.Client(base_url=sandbox_url, timeout=10) as http:
+        provider = PROVIDERS[request.param](sandbox_url, http)
+        gateway = provider.gateway()
+        yield Till(provider, gateway)
+        await gateway.close()
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_each_operation_has_its_effect_once_however_often_it_is_sent(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = await till.prepared(kind)
+    assert isinstance(await till.finish(request), Succeeded)
+    assert till.effect(request) == till.expected(kind)
+    again = await till.finish(request._replace(state=OperationState.INDETERMINATE, attempts=2))
+    assert isinstance(again, Succeeded)
+    assert till.effect(request) == till.expected(kind)
+
+
+@pytest.mark.parametrize("fault", AFTER)
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_an_answer_lost_after_execution_ends_with_one_effect(till: Till, kind: OperationKind, fault: str) -> None:
+    till.offers(kind)
+    request = await till.prepared(kind)
+    call = till.provider.fails(kind)
+    if call is None:
+        pytest.skip("nothing is sent for it")
+    till.provider.fault(fault, call, request.payment_id)
+    first = await till.send(request)
+    assert isinstance(first, Unknown)
+    assert isinstance(await till.finish(request._replace(state=OperationState.INDETERMINATE, attempts=2)), Succeeded)
+    assert till.effect(request) == till.expected(kind)
+
+
+@pytest.mark.parametrize("fault", BEFORE)
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_only_where_that_is_safe(
+    till: Till, kind: OperationKind, fault: str
+) -> None:
+    till.offers(kind)
+    request = await till.prepared(kind)
+    before, call = till.effect(request), till.provider.fails(kind)
+    if call is None:
+        pytest.skip("nothing is sent for it")
+    till.provider.fault(fault, call, request.payment_id)
+    first = await till.send(request)
+    assert isinstance(first, Unknown | Unreachable)
+    assert till.effect(request) == before
+    is_proof = isinstance(first, Unreachable)
+    state = OperationState.DISPATCHED if is_proof else OperationState.INDETERMINATE
+    end = await till.finish(request._replace(state=state, attempts=2))
+    if is_proof or till.knows_keys:
+        assert isinstance(end, Succeeded)
+        assert till.effect(request) == till.expected(kind)
+    else:
+        assert isinstance(end, Unknown), "a provider without keys is never sent the same again"
+        assert till.effect(request) == before
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_a_payer_who_refuses_is_not_charged(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = till.a(kind)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction):
+        pytest.skip("no payer has to act")
+    till.provider.refuse(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    assert isinstance(await till.send(waiting), Declined | Expired)
+    assert till.effect(request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_a_payer_who_has_not_come_is_waited_for(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = till.a(kind)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction):
+        pytest.skip("no payer has to act")
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    if not isinstance(await till.send(waiting), RequiresAction):
+        # VNPay's page has not been opened yet: it knows nothing, and that is no refusal either.
+        raise AssertionError("the payer may still come")
+    assert till.effect(request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_what_waits_for_the_payer_can_be_cancelled_for_good_where_that_is_declared(
+    till: Till, kind: OperationKind
+) -> None:
+    till.offers(kind)
+    request = till.a(kind)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction) or not till.gateway.capabilities.cancel_waiting:
+        pytest.skip("nothing waits, or it cannot be cancelled")
+    void = till.follow_up(request, outcome.reference, VOID, captured_minor=0)
+    assert isinstance(await till.finish(void), Succeeded)
+    assert isinstance(await till.finish(void._replace(state=OperationState.INDETERMINATE, attempts=2)), Succeeded)
+    assert till.effect(request) == (0, 0, 0)
+
+
+async def test_a_means_that_is_declined_is_declined_at_every_attempt(till: Till) -> None:
+    if till.provider.declined_method is None:
+        pytest.skip("nothing is declined before the payer comes")
+    request = till.a(CHARGE, payment_method=till.provider.declined_method)
+    assert isinstance(await till.send(request), Declined)
+    assert isinstance(await till.send(request._replace(state=OperationState.INDETERMINATE, attempts=2)), Declined)
+    assert till.effect(request) == (0, 0, 0)
+
+
+async def test_parts_are_captured_and_refunded_as_declared(till: Till) -> None:
+    capabilities, whole = till.gateway.capabilities, till.provider.amount
+    part = Money(whole.minor * 2 // 5, whole.currency)
+    if capabilities.multi_capture:
+        opened = till.a(AUTHORIZE)
+        hold = await till.finish(opened)
+        assert isinstance(hold, Succeeded)
+        for number, (amount, is_final) in enumerate(
+            ((part, False), (Money(whole.minor - part.minor, whole.currency), True))
+        ):
+            capture = till.follow_up(
+                opened, hold.reference, CAPTURE, number=2 + number, amount=amount, is_final=is_final,
+                captured_minor=0 if number == 0 else part.minor,
+            )  # fmt: skip
+            assert isinstance(await till.finish(capture), Succeeded)
+        assert till.effect(opened) == (0, whole.minor, 0)
+    if capabilities.partial_refund:
+        refund = await till.prepared(REFUND)
+        assert isinstance(await till.finish(refund._replace(amount=part)), Succeeded)
+        assert till.effect(refund) == (0, whole.minor, part.minor)
+
+
+async def test_more_than_was_paid_is_not_refunded(till: Till) -> None:
+    refund = await till.prepared(REFUND)
+    more = Money(till.provider.amount.minor * 2, till.provider.amount.currency)
+    assert isinstance(await till.finish(refund._replace(amount=more)), NotExecuted | Unknown)
+    assert till.effect(refund) == (0, till.provider.amount.minor, 0)
+
+
+@pytest.mark.parametrize("fault", ["cut_before", "429", "503", "truncated", "garbage"])
+async def test_a_question_without_an_answer_ends_nothing(till: Till, fault: str) -> None:
+    request = till.a(CHARGE)
+    outcome = await till.finish(request)
+    assert isinstance(outcome, Succeeded)
+    asked = request._replace(state=OperationState.PENDING, reference=outcome.reference, attempts=3)
+    till.provider.fault(fault, "read", request.payment_id)
+    assert isinstance(await till.send(asked), Unknown | Unreachable)
+    assert isinstance(await till.send(asked), Succeeded)
