@@ -1,7 +1,7 @@
 # Everything a newcomer runs. Each target first makes the virtual environment, if it is missing or out of date.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench parity up venv lock
+.PHONY: help demo test lint check bench parity crash-matrix up venv lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ FIND_PYTHON := for name in $(CANDIDATES); do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$name; break; }; done
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 demo: $(STAMP)  ## payments through real servers, and a crash in the middle (STAY=1 leaves everything running)
 	$(BIN)/payments demo $(if $(STAY),--stay)
@@ -32,6 +32,9 @@ bench: $(STAMP)  ## the benchmarks (QUICK=1 for a short run, ONLY=service, relay
 
 parity: $(STAMP)  ## every message of our relay against the real Debezium's
 	$(BIN)/python -m tests.parity
+
+crash-matrix: $(STAMP)  ## a SIGKILL at each boundary of each operation at each provider (make test runs a sample)
+	$(BIN)/python -m tests.crash_matrix
 
 up: $(STAMP)  ## everything on this machine, until Ctrl-C (in containers: docker compose up --build)
 	$(BIN)/payments up

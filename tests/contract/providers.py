@@ -73,7 +73,7 @@ class Provider:
 
 
 class Stripe(Provider):
-    declined_method = "pm_card_visa_chargeDeclined"
+    declined_method: str | None = "pm_card_visa_chargeDeclined"
 
     def gateway(self) -> Gateway:
         return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=self.url, timeout_seconds=5))
@@ -95,7 +95,7 @@ class StripeWithAuthentication(Stripe):
 
 class PayPal(Provider):
     payment_method = "vault:good"
-    declined_method = "vault:declined-INSTRUMENT_DECLINED"
+    declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
 
     def gateway(self) -> Gateway:

@@ -14,6 +14,7 @@ from uuid_utils.compat import uuid7
 
 from domain.decide import Delivery
 from domain.money import MINOR_UNITS
+from domain.ports import Gateway
 from domain.rules import RetryPolicy, Rules
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
@@ -90,7 +91,7 @@ class InProcessWorker:
 
 @asynccontextmanager
 async def running_worker(
-    url: str, gateway: BookkeepingGateway, *, hint: Any = None, sweeping: bool = False, given: Rules | None = None
+    url: str, gateway: Gateway, *, hint: Any = None, sweeping: bool = False, given: Rules | None = None
 ) -> AsyncIterator[InProcessWorker]:
     """A worker without Kafka."""
     pool = await create_pool(url, size=5)
