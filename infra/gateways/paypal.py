@@ -1050,14 +1050,18 @@ def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str])
 
 
 def _refundable(order: Json, request: GatewayRequest) -> Json | Outcome:
-    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id."""
-    left = {each["id"]: _left_of(each, order, request) for each in _taken(order)}
-    able = sorted(
-        (left[each["id"]], each["id"], each) for each in _taken(order) if left[each["id"]] >= request.amount.minor
-    )
+    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id.
+
+    Where no capture was ever large enough, no earlier attempt can have been executed either.
+    """
+    wanted, currency = request.amount.minor, request.amount.currency
+    left = sorted((_left_of(each, order, request), each["id"], each) for each in _taken(order))
+    able = [capture for rest, _, capture in left if rest >= wanted]
     if able:
-        return able[0][2]
+        return able[0]
     message = f"no single capture of order {order['id']} has {request.amount} left to refund; ask for smaller refunds"
+    if left and all(from_paypal_amount(each["amount"], currency) < wanted for _, _, each in left):
+        return NotExecuted(message, "REFUND_AMOUNT_EXCEEDED")
     return _without_effect(request, message, "REFUND_AMOUNT_EXCEEDED")
 
 

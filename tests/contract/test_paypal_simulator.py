@@ -595,6 +595,7 @@ async def test_a_refund_that_no_single_capture_can_bear_is_not_executed(
     outcome = await run(gateway, refund)
 
     assert isinstance(outcome, NotExecuted)
+    assert await run(gateway, in_doubt(refund)) == outcome
     assert "no single capture" in outcome.message
     assert paypal.effect(refund.payment_id) == (0, 1250, 0)
 
@@ -626,6 +627,7 @@ async def test_several_refunds_add_up_and_no_more_than_was_captured_goes_back(
     outcomes = [await run(gateway, request) for request in requests]
 
     assert [type(each) for each in outcomes] == [Succeeded, Succeeded, NotExecuted]
+    assert isinstance(await run(gateway, in_doubt(requests[2])), Unknown)
     assert paypal.effect(charge[0].payment_id) == (0, 1250, 1250)
 
 
