@@ -1,4 +1,4 @@
-"""Whole payments at PayPal over a network that loses a third of everything, driven as the service drives them.
+"""Whole payments at PayPal over a network that loses half of everything, driven as the service drives them.
 
 Whatever is lost, what the gateway finally says is what PayPal's books say, and nothing happens twice.
 """
@@ -44,7 +44,7 @@ def server() -> Iterator[PayPalSandbox]:
 def paypal(server: PayPalSandbox) -> PayPalSandbox:
     server.post("reset")
     for fault in FAULTS:
-        server.fault(fault, rate=0.05)
+        server.fault(fault, rate=0.08)
     return server
 
 
@@ -87,6 +87,8 @@ async def driven(gateway: Gateway, paypal: PayPalSandbox, request: GatewayReques
         outcome = await dispatched(gateway, request)
         if isinstance(outcome, FINAL):
             return outcome
+        if isinstance(outcome, Unreachable) and request.state is OperationState.DISPATCHED and chance.random() < 0.3:
+            return NotExecuted("given up: nothing was ever executed")
         if isinstance(outcome, RequiresAction) and not is_answered and chance.random() < 0.5:
             is_answered = True
             (paypal.approve if is_willing else paypal.expire)(outcome.reference)
@@ -94,7 +96,7 @@ async def driven(gateway: Gateway, paypal: PayPalSandbox, request: GatewayReques
     raise AssertionError(f"no end after {ATTEMPTS_MAX} attempts: {request.state}")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(60))
 async def test_what_the_gateway_says_is_what_the_books_say(gateway: Gateway, paypal: PayPalSandbox, seed: int) -> None:
     chance = random.Random(seed)
     payment_method = chance.choice([None, "vault:good", "vault:refused", "vault:declined-INSTRUMENT_DECLINED"])
