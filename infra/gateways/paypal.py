@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, assert_never
 from urllib.parse import quote, urlsplit
 from uuid import UUID
@@ -176,7 +177,7 @@ def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
         GatewayContractBroken: another currency, or nothing that this currency can be.
     """
     if amount["currency_code"] != currency:
-        raise GatewayContractBroken(NAME, f"an amount is in {amount['currency_code']} and not in {currency}")
+        raise GatewayContractBroken(NAME, f"an amount is in {_code(amount['currency_code'])} and not in {currency}")
     return _minor(amount)
 
 
@@ -333,6 +334,12 @@ def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outc
             return Succeeded(authorization["id"])
         case _:
             return Unknown(f"authorization {authorization['id']} shows no release of the hold")
+
+
+def read_release(reference: str, answer: Json, request: GatewayRequest) -> Outcome:
+    """What the answer to a release says: nothing but that it was done (204), or the authorization as it is now."""
+    status = answer.get("status", "VOIDED")
+    return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {_code(status)}")
 
 
 def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
@@ -732,9 +739,9 @@ class PayPalGateway:
             return NotExecuted(str(error))
         order = await self._order_before(request)
         found = _understood(read_captures, order, request)
-        authorization = _understood(_open_hold, order)
         if not isinstance(found, Unknown):
             return found
+        authorization = _understood(_open_hold, order)
         if authorization is None:
             return _without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
         body = {"amount": amount, "final_capture": request.is_final, "invoice_id": invoice_of(request)}
@@ -755,10 +762,7 @@ class PayPalGateway:
             return found
         path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/void"
 
-        def released(_: Json, __: GatewayRequest) -> Outcome:
-            return Succeeded(authorization["id"])  # 204, or the authorization: its 2xx is the word for it
-
-        return await self._post(request, path, None, "void", released)
+        return await self._post(request, path, None, "void", partial(read_release, authorization["id"]))
 
     async def refund(self, request: GatewayRequest) -> Outcome:
         """Return `request.amount` of one capture, the smallest that can bear it; PayPal may need days (`Pending`).
@@ -1046,14 +1050,18 @@ def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str])
 
 
 def _refundable(order: Json, request: GatewayRequest) -> Json | Outcome:
-    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id."""
-    left = {each["id"]: _left_of(each, order, request) for each in _taken(order)}
-    able = sorted(
-        (left[each["id"]], each["id"], each) for each in _taken(order) if left[each["id"]] >= request.amount.minor
-    )
+    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id.
+
+    Where no capture was ever large enough, no earlier attempt can have been executed either.
+    """
+    wanted, currency = request.amount.minor, request.amount.currency
+    left = sorted((_left_of(each, order, request), each["id"], each) for each in _taken(order))
+    able = [capture for rest, _, capture in left if rest >= wanted]
     if able:
-        return able[0][2]
+        return able[0]
     message = f"no single capture of order {order['id']} has {request.amount} left to refund; ask for smaller refunds"
+    if left and all(from_paypal_amount(each["amount"], currency) < wanted for _, _, each in left):
+        return NotExecuted(message, "REFUND_AMOUNT_EXCEEDED")
     return _without_effect(request, message, "REFUND_AMOUNT_EXCEEDED")
 
 

@@ -5,7 +5,13 @@ any client id opens it unless it begins with `bad`, so it belongs on a loopback 
 reauthorization, the vault's own API, several purchase units.
 
 A `PayPal-Request-Id` stands for one execution whatever path and body come with it, as the documentation leaves it open;
-the same id again is answered with the present state of what it made. Its own pages are under `/_sandbox/paypal`.
+the same id again is answered with the present state of what it made. For fault rules the execution of an approved order
+is `confirm`, a release `cancel`, and a request for an access token `token`; `payment_method` is the wallet's name.
+
+Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
+payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
+`disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
+`latency`, `webhooks`, `reset`.
 """
 
 import asyncio
@@ -50,6 +56,7 @@ Execution = Callable[[Request, PayPalObject], tuple[str, PayPalObject]]
 
 OWN: Final = "/_sandbox/paypal"
 TOKEN_SECONDS: Final = 31_668
+WEBHOOK_ID: Final = "1JE4291016473214C"
 
 
 @dataclass(slots=True)
@@ -76,13 +83,15 @@ class PayPalSimulator:
         sender: WebhookSender | None = None,
         faults: Faults | None = None,
         latency_seconds: float = 0.0,
+        webhook_url: str | None = None,
+        webhook_id: str = WEBHOOK_ID,
     ) -> None:
         self.books = PayPalBooks()
         self.sender = sender or WebhookSender()
         self.faults = faults or Faults()
         self.latency_seconds = latency_seconds
-        self.webhook_url: str | None = None
-        self.webhook_id = "1JE4291016473214C"
+        self.webhook_url = webhook_url
+        self.webhook_id = webhook_id
         self.tokens: dict[str, float] = {}
         self.tokens_issued = 0
         self._merchant_url = ""

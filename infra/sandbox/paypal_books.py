@@ -12,7 +12,7 @@ What a payer's wallet does is told by its name, as a `vault_id` or when an order
 `pending-refund`     as good as any, but its refunds are PENDING until they are settled
 `asks`               a vaulted one that needs the payer's consent all the same
 `unknown`            no such vault id
-anything else        pays
+anything else        pays; the names in `faults.FIRST_ATTEMPT` fail once in their way before
 """
 
 from collections import Counter, defaultdict

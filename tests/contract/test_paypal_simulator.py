@@ -34,6 +34,8 @@ from domain.operations import (
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway, PayPalWebhooks
 from infra.local.server import free_port
+from infra.sandbox.paypal import PayPalSimulator
+from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
 from tests.contract.paypal import (
     DECLINES,
@@ -227,6 +229,16 @@ async def test_status_finds_what_was_executed_without_a_reference(
     await run(gateway, request)
 
     assert isinstance(await gateway.status(in_doubt(request)), Succeeded)
+
+
+@pytest.mark.parametrize("wallet", ["pm_sandbox_lost_answer", "pm_sandbox_lost_request", "pm_sandbox_500"])
+async def test_a_demo_needs_no_rules_for_a_wallet_that_fails_once(
+    gateway: Gateway, paypal: PayPalSandbox, wallet: str
+) -> None:
+    request = a_request(payment_method=f"vault:{wallet}")
+
+    assert [type(await run(gateway, each)) for each in (request, in_doubt(request))] == [Unknown, Succeeded]
+    assert paypal.executed_charges(request.payment_id) == 1
 
 
 async def test_cancelling_the_caller_is_passed_on(gateway: Gateway, paypal: PayPalSandbox) -> None:
@@ -583,6 +595,7 @@ async def test_a_refund_that_no_single_capture_can_bear_is_not_executed(
     outcome = await run(gateway, refund)
 
     assert isinstance(outcome, NotExecuted)
+    assert await run(gateway, in_doubt(refund)) == outcome
     assert "no single capture" in outcome.message
     assert paypal.effect(refund.payment_id) == (0, 1250, 0)
 
@@ -614,6 +627,7 @@ async def test_several_refunds_add_up_and_no_more_than_was_captured_goes_back(
     outcomes = [await run(gateway, request) for request in requests]
 
     assert [type(each) for each in outcomes] == [Succeeded, Succeeded, NotExecuted]
+    assert isinstance(await run(gateway, in_doubt(requests[2])), Unknown)
     assert paypal.effect(charge[0].payment_id) == (0, 1250, 1250)
 
 
@@ -890,6 +904,13 @@ def test_a_wrong_amount_is_refused_and_leaves_nothing(
 
     assert answer.json()["details"][0]["issue"] == issue
     assert paypal.books()["currencies"] == {}
+
+
+def test_it_can_be_served_beside_the_stripe_simulator() -> None:
+    paths = [(route.path, method) for route in PayPalSimulator().routes() for method in route.methods or ()]
+
+    assert len(paths) == len(set(paths))
+    assert not set(paths) & {(route.path, method) for route in STRIPE_ROUTES for method in route.methods or ()}
 
 
 def test_an_invoice_id_is_taken_once(paypal: PayPalSandbox) -> None:

@@ -42,6 +42,7 @@ from infra.gateways.paypal import (
     read_mark,
     read_opening,
     read_refunds,
+    read_release,
     read_void,
     to_paypal_value,
     verdict_of,
@@ -60,7 +61,7 @@ AUTHORIZE = CHARGE._replace(kind=OperationKind.AUTHORIZE)
 CAPTURE = CHARGE._replace(kind=OperationKind.CAPTURE, operation_number=2, gateway_payment_id="O1")
 VOID = CAPTURE._replace(kind=OperationKind.VOID)
 REFUND = CAPTURE._replace(kind=OperationKind.REFUND)
-IN_DOUBT = {"state": OperationState.INDETERMINATE, "attempts": 2}
+IN_DOUBT: dict[str, Any] = {"state": OperationState.INDETERMINATE, "attempts": 2}
 TEN = {"currency_code": "USD", "value": "10.00"}
 CREATED_AT = datetime(2026, 11, 22, 20, tzinfo=UTC)
 
@@ -328,6 +329,18 @@ def test_a_release_is_known_by_the_state_of_the_hold(
     found = order("COMPLETED", authorizations=[hold], captures=captures)
 
     assert isinstance(read_void(hold, found, VOID._replace(amount=Money(left, "USD"))), expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ({}, Succeeded("A1")),
+        ({"status": "VOIDED"}, Succeeded("A1")),
+        ({"status": "PENDING"}, Unknown("authorization A1 is PENDING")),
+    ],
+)
+def test_the_answer_to_a_release(answer: Json, outcome: Outcome) -> None:
+    assert read_release("A1", answer, VOID) == outcome
 
 
 @pytest.mark.parametrize("mark", [{"invoice_id": invoice_of(REFUND)}, {"custom_id": mark_of(REFUND)}])
