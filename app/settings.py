@@ -42,7 +42,9 @@ class Settings(BaseSettings):
     paypal_client_secret: SecretStr = SecretStr("")
     paypal_api_base: str = "https://api-m.sandbox.paypal.com"
     paypal_webhook_id: str = ""
-    """Of the webhook at PayPal that calls /webhooks/paypal; without it every webhook is refused."""
+    """Of the webhook at PayPal that calls /webhooks/paypal; without it none is received."""
+    paypal_allows_plain_http: bool = False
+    """Only for a simulator in the same private network, such as docker-compose's."""
     paypal_return_url: str = "https://example.invalid/return"
     paypal_cancel_url: str = "https://example.invalid/cancel"
     vnpay_tmn_code: str = ""

@@ -31,7 +31,8 @@ class WebhookService:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._inbox: PostgresInbox | None = None
-        self._webhooks = Webhooks(readers=wiring.create_webhook_readers(settings), accept=self._accept)
+        self._readers = wiring.create_webhook_readers(settings)
+        self._webhooks = Webhooks(readers=self._readers, accept=self._accept)
 
     async def _accept(self, received: Sequence[Received]) -> list[Accepted]:
         if self._inbox is None:
@@ -52,6 +53,8 @@ class WebhookService:
                 await storing
         finally:
             storing.cancel()
+            for reader in self._readers.values():
+                await reader.close()
 
     def routes(self) -> list[Route]:
         """One path for each gateway."""

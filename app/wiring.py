@@ -61,6 +61,7 @@ def paypal_config(settings: Settings) -> PayPalConfig:
         return_url=settings.paypal_return_url,
         cancel_url=settings.paypal_cancel_url,
         max_connections=settings.concurrency_of("paypal"),
+        allows_plain_http=settings.paypal_allows_plain_http,
     )
 
 
@@ -106,8 +107,11 @@ def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WriteP
 
 
 def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
-    """How to read the webhooks of the gateways in use, by name; some send none."""
-    return {name: WEBHOOKS[name](settings) for name in settings.gateways if name in WEBHOOKS}
+    """How to read the webhooks of the gateways in use, by name; some send none, or cannot be verified as configured."""
+    names = set(settings.gateways) & WEBHOOKS.keys()
+    if not settings.paypal_webhook_id:
+        names -= {"paypal"}
+    return {name: WEBHOOKS[name](settings) for name in sorted(names)}
 
 
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:

@@ -456,6 +456,9 @@ class MoMoWebhooks:
     def answer(self, verdict: Verdict) -> WebhookAnswer:
         return WebhookAnswer(ANSWERS.get(verdict, 204))
 
+    async def close(self) -> None:
+        """Nothing is held open."""
+
 
 def _plain(body: bytes) -> dict[str, str]:
     """The body's texts, and its numbers as the texts that they stand there as: that is what is signed."""

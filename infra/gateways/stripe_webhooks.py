@@ -73,6 +73,9 @@ class StripeWebhooks:
     def answer(self, verdict: Verdict) -> WebhookAnswer:
         return WebhookAnswer(ANSWERS.get(verdict, 200))
 
+    async def close(self) -> None:
+        """Nothing is held open."""
+
     def _verify(self, request: WebhookRequest) -> None:
         header = request.headers.get("stripe-signature", "")
         now = int(request.received_at.timestamp())

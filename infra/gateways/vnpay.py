@@ -487,6 +487,9 @@ class VNPayWebhooks:
         code, message = ANSWERS.get(verdict, ("99", "Unknown error"))
         return WebhookAnswer(200, f'{{"RspCode":"{code}","Message":"{message}"}}'.encode(), "application/json")
 
+    async def close(self) -> None:
+        """Nothing is held open."""
+
     def _verified(self, query: str) -> dict[str, str]:
         try:
             pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100)

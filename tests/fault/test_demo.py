@@ -52,7 +52,7 @@ def test_the_demo_keeps_every_promise(tmp_data_dir: Path) -> None:
     assert process.returncode == 0, output
     assert "the worker is killed" in output
     assert "✗" not in output
-    assert "difference 0 in" in output
+    assert "difference 0 with 4 providers" in output
 
 
 def test_money_that_only_the_provider_knows_is_found(tmp_data_dir: Path) -> None:
@@ -65,7 +65,7 @@ def test_money_that_only_the_provider_knows_is_found(tmp_data_dir: Path) -> None
         charge_behind_our_back(stack.urls["simulator"])
         output, _ = process.communicate(timeout=150)
     assert process.returncode == 1, output
-    assert "✗ our ledger and the provider's books agree: not in CHF" in output
+    assert "✗ our ledger and the providers' books agree: not for stripe CHF" in output
     assert "77.00" in output
 
 
@@ -146,7 +146,7 @@ def test_amounts_that_do_not_add_up_to_the_ledger_are_found(lie: dict[str, objec
     for event in (events[0] | lie, *events[1:]):
         tally.note_heard(Heard(event, 1.0))
     sums = Sums(captured=3000)
-    books = Books([Comparison("USD", sums, sums)], [])
+    books = Books([Comparison("stripe", "USD", sums, sums)], [])
     for _, state in tally.states.values():
         state.setdefault("refunded_minor", 0)
     assert check_told(tally, books).held is held
