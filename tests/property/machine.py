@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from domain.commands import OperationKind
-from domain.decide import Answer, Delivery, Input
+from domain.decide import Answer, Delivery, Input, Notified
 from domain.ledger import Account, Transfer
+from domain.notices import Notice
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -59,6 +60,8 @@ class Provider:
     def __init__(self) -> None:
         self.known: dict[str, Outcome] = {}
         self.moved: dict[str, tuple[OperationKind, UUID, int]] = {}
+        self.said: list[tuple[GatewayRequest, Outcome]] = []
+        """All that it has ever told, as webhooks repeat it: at any time, in any order, any number of times."""
         self._asked: dict[str, GatewayRequest] = {}
 
     def receive(self, request: GatewayRequest, verdict: str) -> Outcome:
@@ -68,16 +71,21 @@ class Provider:
             return self.known.get(key, Unknown("no trace of it"))
         self._must_be_the_same(request)
         if key not in self.known:
-            self.known[key] = self._decide(request, verdict)
+            self._know(request, self._decide(request, verdict))
         return self.known[key]
+
+    def _know(self, request: GatewayRequest, outcome: Outcome) -> None:
+        self.known[request.provider_key] = outcome
+        if isinstance(outcome, Succeeded | Declined | RequiresAction | Pending):
+            self.said.append((request, outcome))
 
     def resolve(self, key: str, *, is_success: bool) -> None:
         """What was pending, or was answered with a wrong amount, has its end."""
         request, reference = self._asked[key], f"ref-{key}"
         if is_success or key in self.moved:
-            self.known[key] = self._execute(request) if key not in self.moved else self._success(request)
+            self._know(request, self._execute(request) if key not in self.moved else self._success(request))
         else:
-            self.known[key] = Declined(DeclineReason.OTHER, reference=reference)
+            self._know(request, Declined(DeclineReason.OTHER, reference=reference))
 
     @property
     def unresolved(self) -> list[str]:
@@ -134,7 +142,7 @@ class Provider:
     def _cancel_opening(self, payment_id: UUID) -> None:
         for key, request in self._asked.items():
             if request.payment_id == payment_id and _is_opening(request.kind) and key not in self.moved:
-                self.known[key] = Declined(DeclineReason.CANCELED, reference=f"ref-{key}")
+                self._know(request, Declined(DeclineReason.CANCELED, reference=f"ref-{key}"))
 
     def _move(self, request: GatewayRequest) -> None:
         self.moved[request.provider_key] = (request.kind, request.payment_id, request.amount.minor)
@@ -252,6 +260,16 @@ class PaymentMachine(RuleBasedStateMachine):
     def a_call_is_answered(self, which: int, verdict: str) -> None:
         flight = self._flight(which)
         self._land(flight, flight.answer or self.provider.receive(flight.request, verdict))
+
+    @precondition(lambda self: self.provider.said)
+    @rule(which=somewhere, times=st.integers(1, 3), is_ripe=st.booleans())
+    def a_webhook_arrives(self, which: int, times: int, is_ripe: bool) -> None:
+        """Before or after the answer, late, again, or long outdated."""
+        request, outcome = self.provider.said[which % len(self.provider.said)]
+        place = {"payment_id": request.payment_id, "operation_number": request.operation_number}
+        ripe = is_ripe and isinstance(outcome, RequiresAction)
+        notice = Notice("books", "", "", outcome=None if ripe else outcome, is_ripe=ripe, **place)
+        self._take_off(self.shell.apply([Notified(None, request.payment_id, notice)] * times))
 
     @rule(asks=st.lists(continuations, min_size=1, max_size=3))
     def commands_get_through(self, asks: list[Ask]) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from domain.decide import Delivery, Input, decide, gateway_request
+from domain.decide import Delivery, Input, Notified, decide, gateway_request
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.operations import GatewayRequest, Operation, OperationState
@@ -89,6 +89,8 @@ class MemoryShell:
         if isinstance(given, Delivery):
             place = self._by_key.get(given.command.idempotency_key or "")
             given = Delivery(given.command, self.all_operations[place] if place else None)
+        elif isinstance(given, Notified):
+            given = given._replace(operation=self._named(given))
         before = _copies(payment, given)
         decision = decide(payment, given, now=self.now, rules=self.rules)
         assert _copies(payment, given) == before, "decide changed what it was given"
@@ -105,6 +107,13 @@ class MemoryShell:
             self._keep(operation)
         self.booked += decision.transfers
         return list(decision.requests)
+
+    def _named(self, given: Notified) -> Operation | None:
+        """As the write path reads it: the payment's own copy, with its command at hand."""
+        stored = self.all_operations.get((given.payment_id, given.notice.operation_number or 0))
+        if stored is not None and stored.command is None:
+            stored.command = command_from_content(stored.content)
+        return stored
 
     def _tell(self, event: Event | Replay) -> tuple[int | None, str | None]:
         self.events.append(event)
