@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejec
 # ruff: noqa: PLC0415 - each command imports what it needs: `payments --help` answers at once; Typer passes
 # by name
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -286,6 +287,10 @@ def reconcile(
     now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
     payment: Annotated[str | None, typer.Option(help="Only of this payment.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only ask; change nothing.")] = False,
+    day: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
+    ] = None,
+    gateway: Annotated[str | None, typer.Option(help="With --day: whose.", show_default="the default")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -294,13 +299,19 @@ def reconcile(
     Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
     is in doubt, pending, or waits for the payer. Only a provider's word ends anything.
 
+    --day compares the provider's own list with our books, both ways, and exits with 1 if they differ.
+
     Example: payments reconcile --now --dry-run
     """
+    from app.daily_report import report_day
     from app.reconcile_command import reconcile as reconcile_now
 
-    if not now:
-        fail("say --now: workers reconcile by themselves, and this asks the providers at once")
+    if now == (day is not None):
+        fail("say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books")
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    if day is not None:
+        with readable_errors():
+            raise typer.Exit(report_day(settings, day.date(), gateway, as_json=as_json))
     wanted = None if payment is None else _uuid(payment)
     with readable_errors():
         raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))

@@ -1,6 +1,6 @@
 """What the use cases need from the outside, as Protocols; `infra` fits them by shape and inherits nothing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -51,6 +51,28 @@ class Gateway(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class Statement(NamedTuple):
+    """One payment as its provider lists it, in our minor units; `payment_id` is our mark, None where it has none."""
+
+    gateway_payment_id: str
+    payment_id: UUID | None
+    currency: str
+    captured_minor: int
+    refunded_minor: int
+
+
+class Statements(Protocol):
+    """A gateway whose provider lists what it did, for a comparison of whole days."""
+
+    def statements(self, since: datetime, until: datetime) -> AsyncIterator[Statement]:
+        """Every payment that the provider created from `since` until before `until`.
+
+        Raises:
+            GatewayError: the list could not be read to its end.
+        """
+        ...
 
 
 class OutboxRow(NamedTuple):

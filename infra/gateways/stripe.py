@@ -13,10 +13,11 @@ import asyncio
 import logging
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar, assert_never
+from uuid import UUID
 
 import httpx
 import stripe
@@ -44,6 +45,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Statement
 
 NAME: Final = "stripe"
 
@@ -578,6 +580,27 @@ class StripeGateway:
             case _:
                 assert_never(request.kind)
 
+    async def statements(self, since: datetime, until: datetime) -> AsyncIterator[Statement]:
+        """Every PaymentIntent created in this time, with what was received and refunded of it.
+
+        Raises:
+            GatewayError: the list could not be read to its end.
+        """
+        params: PaymentIntentListParams = {
+            "created": {"gte": int(since.timestamp()), "lt": int(until.timestamp())},
+            "limit": 100,
+            "expand": ["data.latest_charge"],
+        }
+        while True:
+            page = await self._get(self._api.payment_intents.list_async(params))
+            if page is None:
+                raise GatewayContractBroken(NAME, "a list was refused")
+            for intent in page.data:
+                yield _statement(intent)
+            if not page.has_more:
+                return
+            params["starting_after"] = page.data[-1].id
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close_async()
@@ -755,6 +778,26 @@ class StripeGateway:
             raise OutcomeUnknown(NAME, f"no answer within {self._config.timeout_seconds} s") from error
         except Exception as error:
             raise GatewayContractBroken(NAME, f"{type(error).__name__} while reading an answer") from error
+
+
+def _statement(intent: stripe.PaymentIntent) -> Statement:
+    currency = intent.currency.upper()
+    refunded = getattr(intent.latest_charge, "amount_refunded", 0)
+    mark = intent.metadata["payment_id"] if "payment_id" in intent.metadata else None  # noqa: SIM401 - not a dict
+    return Statement(
+        intent.id,
+        _payment_id(mark),
+        currency,
+        from_stripe_amount(intent.amount_received, currency),
+        from_stripe_amount(refunded, currency),
+    )
+
+
+def _payment_id(mark: str | None) -> UUID | None:
+    try:
+        return UUID(mark) if mark else None
+    except ValueError:
+        return None
 
 
 def _maximum_in_stripes_units(currency: str) -> int:
