@@ -1,4 +1,4 @@
-"""`payments reconcile --day`: a provider's own list of a day against our books, both ways, each difference with its cause.
+"""`payments reconcile --day`: the provider's own list of a day against our books, both ways, and why they may differ.
 
 It changes nothing. A difference is a question for a person, or for the sweep, if an operation is still open.
 """
