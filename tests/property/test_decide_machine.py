@@ -1,5 +1,7 @@
 """No sequence of deliveries, answers, crashes and clocks breaks a promise of `decide`."""
 
+import os
+
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.property.machine import PaymentMachine, Shell
@@ -15,7 +17,7 @@ class DecideMachine(PaymentMachine):
 
 TestDecideMachine = DecideMachine.TestCase
 TestDecideMachine.settings = settings(
-    max_examples=150,
+    max_examples=int(os.environ.get("PAYMENTS_TEST_SCHEDULES", "150")),
     stateful_step_count=40,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
