@@ -32,6 +32,7 @@ STEADY_SECONDS: Final = 30.0
 SERVER_WATCH_SECONDS: Final = 1.0
 PREFERRED_HTTP_PORT: Final = 8080
 SIMULATOR_KEY: Final = "sk_test_simulator"
+ALL_GATEWAYS: Final = '["stripe", "paypal", "vnpay", "momo"]'
 STRIPE_BASE: Final = "PAYMENTS_STRIPE_API_BASE"
 SERVICE: Final = ("worker", "relay", "http")
 
@@ -274,7 +275,7 @@ def _simulated(simulator: str, http: str) -> dict[str, str]:
     """Every gateway, at the simulators' address and with what opens them."""
     return {
         STRIPE_BASE: simulator,
-        "PAYMENTS_GATEWAYS": '["stripe", "paypal", "vnpay", "momo"]',
+        "PAYMENTS_GATEWAYS": os.environ.get("PAYMENTS_GATEWAYS") or ALL_GATEWAYS,
         "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY,
         "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([f"whsec_{secrets.token_hex(16)}"]),
         "PAYMENTS_PAYPAL_API_BASE": simulator,

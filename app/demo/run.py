@@ -23,7 +23,7 @@ from app.demo.tally import Check, Tally
 from app.reporter import ConsoleReporter
 from app.settings import Settings
 from app.stack_file import AlreadyRunning, StackFile
-from app.up import Installation, stop_on_signals
+from app.up import ALL_GATEWAYS, Installation, stop_on_signals
 from app.up_command import already_running, show_addresses
 from infra.local import LocalServerError
 
@@ -44,6 +44,8 @@ HASTE: Final = {
 }
 """Settings that let a crash heal within seconds, so that nobody has to wait. The defaults are for production."""
 
+GATEWAYS: Final = {"PAYMENTS_GATEWAYS": ALL_GATEWAYS, "PAYMENTS_DEFAULT_GATEWAY": "stripe"}
+
 
 class Interrupted(Exception):
     """Somebody pressed Ctrl-C before the end."""
@@ -57,7 +59,7 @@ def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> in
     chosen = random.randrange(10_000) if seed is None else seed  # noqa: S311 - no secret
     try:
         with StackFile(data_dir) as stack_file:
-            installation = Installation(data_dir, stack_file, reporter, defaults=HASTE, always_simulate=True)
+            installation = Installation(data_dir, stack_file, reporter, defaults=HASTE | GATEWAYS, always_simulate=True)
             demo = Demo(installation, reporter, screen, stream(orders, chosen))
             demo.introduce(orders, chosen)
             return asyncio.run(demo.run(stay=stay))
