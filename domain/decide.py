@@ -509,7 +509,7 @@ class _Draft:
         current = self._under_way(given.operation.number)
         notice = _with_reference(notice, current or given.operation)
         if current is None:
-            self._heed_late(given.operation, notice)
+            self._heed_late(given.operation, notice, was_asked=given.notice_id is None)
         elif notice.is_ripe:
             self._dispatch_again(current)
         elif isinstance(notice.outcome, Succeeded) and self._is_foreign(notice.currency):
@@ -534,8 +534,8 @@ class _Draft:
         assert operation.command is not None, "as checked"
         self.requests.append(gateway_request(self.payment, operation, operation.command))
 
-    def _heed_late(self, operation: Operation, notice: Notice) -> None:
-        """Word about an operation that has ended."""
+    def _heed_late(self, operation: Operation, notice: Notice, *, was_asked: bool) -> None:
+        """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
         match notice.outcome:
             case Succeeded(amount_minor=moved) as outcome:
                 is_ours = moved in (None, operation.amount_minor) and not self._is_foreign(notice.currency)
@@ -545,7 +545,9 @@ class _Draft:
                     self.disagrees = not is_ours
             case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
                 self._reverse_refund(operation)
-            case Declined(reason=DeclineReason.CANCELED) | Expired() if self._is_open_hold(operation):
+            case Expired() if self._is_open_hold(operation):
+                self._release_hold(operation)
+            case Declined(reason=DeclineReason.CANCELED) if was_asked and self._is_open_hold(operation):
                 self._release_hold(operation)
             case _:
                 pass  # Old news: it was true before what ended the operation.

@@ -55,6 +55,11 @@ class Story:
         self.heard.append(notice._replace(**facts))
         return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number)))
 
+    def learn(self, outcome: Outcome, number: int = 1) -> Decision:
+        """The answer to a question about an operation that has ended."""
+        notice = Notice("books", "", "status", self.payment_id, number, outcome=outcome)
+        return self.give(Notified(None, self.payment_id, notice, self._stored(number)))
+
     def _stored(self, number: int) -> Operation | None:
         stored = self.operations.get(number)
         return None if stored is None else replace(stored, command=command_from_content(stored.content))

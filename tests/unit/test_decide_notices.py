@@ -219,6 +219,15 @@ def test_a_hold_that_the_provider_let_go_cannot_be_captured_any_more() -> None:
     assert told.amounts() == (10_000, 4_000, 6_000, 0)
 
 
+def test_an_old_refusal_does_not_end_a_hold_and_the_answer_to_a_question_does() -> None:
+    told = story()
+    told.does("authorize")
+    told.hear(Declined(DeclineReason.CANCELED, "1006", "ref_1"), 1)
+    assert told.kinds == ["authorized"]
+    told.learn(Declined(DeclineReason.CANCELED, "automatic", "ref_1"))
+    assert told.kinds == ["authorized", "authorization_expired"]
+
+
 def test_our_own_capture_under_way_is_not_taken_for_the_end_of_the_hold() -> None:
     told = story()
     told.does("authorize")
