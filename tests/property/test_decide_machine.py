@@ -1,4 +1,8 @@
-"""No sequence of deliveries, answers, crashes and clocks breaks a promise of `decide`."""
+"""No sequence of deliveries, answers, webhooks, crashes and clocks breaks a promise of `decide`.
+
+`PAYMENTS_TEST_SCHEDULES=10000 pytest --timeout 4000 tests/property/test_decide_machine.py` is the long run;
+`--hypothesis-seed` repeats one.
+"""
 
 import os
 
