@@ -39,6 +39,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from infra.gateways.transport import SmallPools
 
 NAME: Final = "momo"
 NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
@@ -173,7 +174,7 @@ class MoMoGateway:
         self._http = httpx.AsyncClient(
             base_url=config.api_base,
             timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
-            limits=httpx.Limits(max_connections=config.max_connections),
+            transport=SmallPools(config.max_connections),
             trust_env=False,
         )
 

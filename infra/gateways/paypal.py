@@ -65,6 +65,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from infra.gateways.transport import SmallPools
 
 NAME: Final = "paypal"
 SANDBOX: Final = "https://api-m.sandbox.paypal.com"
@@ -570,10 +571,10 @@ class PayPalHttp:
         self._config = config
         self._token: _Token | None = None
         self._refreshing = asyncio.Lock()
-        limits = httpx.Limits(max_connections=config.max_connections, max_keepalive_connections=config.max_connections)
         soon = config.connect_timeout_seconds
         timeout = httpx.Timeout(config.timeout_seconds, connect=soon, pool=soon)
-        self._http = httpx.AsyncClient(base_url=config.api_base, limits=limits, timeout=timeout, trust_env=False)
+        transport = SmallPools(config.max_connections)
+        self._http = httpx.AsyncClient(base_url=config.api_base, transport=transport, timeout=timeout, trust_env=False)
 
     async def get(self, path: str) -> Json | None:
         """The answer to a question, None where PayPal says that there is no such thing.

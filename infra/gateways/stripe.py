@@ -46,6 +46,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Statement
+from infra.gateways.transport import SmallPools
 
 NAME: Final = "stripe"
 
@@ -850,11 +851,10 @@ class _BoundedHttpClient(stripe.HTTPXClient):
     def __init__(self, config: StripeConfig) -> None:
         super().__init__(timeout=None)
         self._bounded = httpx.AsyncClient(
-            verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
-            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
-            limits=httpx.Limits(
-                max_connections=config.max_connections, max_keepalive_connections=config.max_connections
+            transport=SmallPools(
+                config.max_connections, verify=ssl.create_default_context(cafile=stripe.ca_bundle_path)
             ),
+            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
         )
 
     async def request_async(

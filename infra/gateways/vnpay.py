@@ -37,6 +37,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from infra.gateways.transport import SmallPools
 
 NAME: Final = "vnpay"
 VERSION: Final = "2.1.0"
@@ -232,7 +233,7 @@ class VNPayGateway:
         self._config = config
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
-            limits=httpx.Limits(max_connections=config.max_connections),
+            transport=SmallPools(config.max_connections),
             trust_env=False,
         )
 
