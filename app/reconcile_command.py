@@ -180,9 +180,9 @@ def _found(request: GatewayRequest, answer: str) -> Found:
 
 
 def said(outcome: Outcome) -> str:
-    """An outcome as a line of text: what it is, and what it says."""
+    """An outcome as a line of text: what it is, and what it says; a payer's URL is long, and in the event."""
     details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
-    told = ", ".join(f"{name} {value}" for name, value in details.items() if value not in (None, ""))
+    told = ", ".join(f"{name} {value}" for name, value in details.items() if value not in (None, "") and name != "url")
     word = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(outcome).__name__).strip()
     return f"{word} ({told})" if told else word
 

@@ -55,7 +55,7 @@ def show_addresses(console: Console, urls: dict[str, str]) -> None:
     lines = {
         "messages (AsyncAPI)": f"{http}/asyncapi",
         "health, metrics": f"{http}/health/ready  {http}/metrics",
-        "provider's books": f"{urls['simulator']}/_sandbox/books" if "simulator" in urls else "the real provider's",
+        "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
         "Postgres": urls["postgres"],
         "try": "payments send charge --amount 12.50 --currency USD",
