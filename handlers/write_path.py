@@ -345,7 +345,9 @@ class _Batch:
             metrics.HEALED.labels(operation.gateway or "", operation.state.value).inc()
         for given in self._disagreeing:
             metrics.NOTICES_DISAGREEING.labels(given.notice.gateway).inc()
-            log.error("webhook contradicts what is known", payment=str(given.payment_id), event=given.notice.event_id)
+            log.error(
+                "webhook contradicts what is known", payment=str(given.payment_id), event_id=given.notice.event_id
+            )
         for event in self._events:
             metrics.results(event.command, event.kind).inc()
         for operation in self._operations.values():

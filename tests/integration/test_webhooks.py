@@ -17,6 +17,7 @@ from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.notices import BODY_BYTES_MAX
 from domain.operations import GatewayRequest, Outcome, RequiresAction
+from handlers import metrics
 from handlers.heed import Heeder
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.store import create_pool
@@ -177,6 +178,19 @@ async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is
         assert await kinds(postgres_url, each) == ["requires_action", "needs_review"]
     assert await value(postgres_url, "SELECT count(*) FROM ledger") == 0
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
+
+
+async def test_what_contradicts_a_payment_that_is_captured_changes_nothing_and_is_counted(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payment_id, amount_received=9_999)) == 200
+            await until(lambda: applied(postgres_url))
+        assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
+    assert await kinds(postgres_url, payment_id) == ["captured"]
 
 
 async def test_a_dispute_finds_its_payment_by_the_providers_id(postgres_url: str) -> None:
