@@ -60,6 +60,12 @@ async def heeding(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[H
     pool = await create_pool(postgres_url, size=2)
     heeder = Heeder(inbox=PostgresInbox(pool), write_path=worker.write_path, submit=worker.dispatcher.submit)
     tasks = [asyncio.create_task(heeder.run()), asyncio.create_task(listen(postgres_url, heeder.arrived.set))]
+    listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+
+    async def is_listening() -> bool:
+        return bool(await value(postgres_url, listening))
+
+    await until(is_listening)  # a connection that is cut off while it is being made would be left to the collector
     yield heeder
     for task in tasks:
         task.cancel()
