@@ -3,6 +3,7 @@
 A new gateway adds one class here and one line to `PROVIDERS`, and the whole suite runs over it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -35,7 +36,7 @@ CALLS: Final = {
 
 
 @dataclass
-class Provider:
+class Provider(ABC):
     """One provider in the sandbox at `url`."""
 
     url: str
@@ -45,12 +46,12 @@ class Provider:
     declined_method: str | None = None
     own = "/_sandbox"
 
-    def gateway(self) -> Gateway:
-        raise NotImplementedError
+    @abstractmethod
+    def gateway(self) -> Gateway: ...
 
+    @abstractmethod
     def effect(self, payment_id: UUID) -> Effect:
         """As the provider's own books have it."""
-        raise NotImplementedError
 
     def pay(self, action: RequiresAction) -> None:
         """The payer consents."""
