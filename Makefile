@@ -52,7 +52,7 @@ $(STAMP): requirements.txt pyproject.toml
 	set -e; \
 	if command -v uv >/dev/null; then \
 		[ -x $(BIN)/python ] || uv venv -q --python "$$python" $(VENV); \
-		uv pip install -q --python $(BIN)/python --require-hashes -r requirements.txt; \
+		uv pip install -q --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.txt; \
 		uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .; \
 	else \
 		[ -x $(BIN)/pip ] || "$$python" -m venv $(VENV) || { \

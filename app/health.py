@@ -1,11 +1,19 @@
-"""Whether a process can do its work: its parts are asked at once, and none may keep the answer waiting."""
+"""Whether a process can do its work, and the HTTP by which each process tells it, beside its own metrics.
+
+Promises: liveness depends on nothing but the event loop; readiness names the part that is not ready; the parts are
+asked at once, and none may keep the answer waiting. Every process imports this, and starts the quicker the less it
+needs: start-up is part of every recovery.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import Final
 
-import httpx
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 CHECK_TIMEOUT_SECONDS: Final = 2.0
 
@@ -14,18 +22,28 @@ Check = Callable[[], Awaitable[str | None]]
 Checks = Mapping[str, Check]
 
 
-def peer_checks(peers: Mapping[str, str]) -> Checks:
-    """One check for each other process, by the base URL of its own HTTP: it is asked whether it is ready."""
-    return {name: partial(_check_peer, url.removesuffix("/").removesuffix("/metrics")) for name, url in peers.items()}
+def create_process_app(*, checks: Checks) -> Starlette:
+    """The worker's or the relay's own health and metrics."""
+    return Starlette(routes=[*health_routes(checks), Route("/metrics", _own_metrics)])
 
 
-async def _check_peer(url: str) -> str | None:
-    async with httpx.AsyncClient(timeout=CHECK_TIMEOUT_SECONDS, trust_env=False) as client:
-        answer = await client.get(f"{url}/health/ready")
-    if answer.is_success:
-        return None
-    parts = answer.json()["parts"].items()
-    return "; ".join(f"{part}: {state}" for part, state in parts if state != "ready") or "not ready"
+def health_routes(checks: Checks) -> list[Route]:
+    """Liveness, and readiness with every part that keeps the process from it."""
+
+    async def ready(_: Request) -> Response:
+        found = await troubles(checks)
+        parts = {name: found.get(name, "ready") for name in checks}
+        return JSONResponse({"ready": not found, "parts": parts}, status_code=503 if found else 200)
+
+    return [Route("/health/live", _live), Route("/health/ready", ready)]
+
+
+async def _live(_: Request) -> Response:
+    return JSONResponse({"live": True})
+
+
+async def _own_metrics(_: Request) -> Response:
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
 async def troubles(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> dict[str, str]:

@@ -1,7 +1,6 @@
-"""What each process serves over HTTP: health and metrics, and in the HTTP process the AsyncAPI document as well.
+"""What the HTTP process serves: health, the metrics of all processes, and the AsyncAPI document with its page.
 
-Promises: liveness depends on nothing but the event loop; readiness names the part that is not ready; the page of the
-document fetches nothing from other hosts.
+Promises: the page of the document fetches nothing from other hosts. (Liveness and readiness: `health.py`.)
 """
 
 import json
@@ -13,15 +12,15 @@ from pathlib import Path
 from typing import Final
 
 import yaml
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from app.health import Checks, peer_checks, troubles
-from app.metrics_page import MetricsPage, Peers
+from app.health import Checks, health_routes
+from app.peers import MetricsPage, Peers, peer_checks
 from handlers.messages.asyncapi import build_document
 
 STATIC_DIR: Final = Path(__file__).parent / "static"
@@ -53,7 +52,7 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
     routes = [
         Route("/", _index),
         *more_routes,
-        *_health_routes(checks),
+        *health_routes(checks),
         Route("/metrics", metrics),
         Route("/asyncapi", _asyncapi_page),
         Route("/asyncapi.yaml", _asyncapi_yaml),
@@ -61,28 +60,6 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
         Mount("/static", StaticFiles(directory=STATIC_DIR)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-def create_process_app(*, checks: Checks) -> Starlette:
-    """The worker's or the relay's own health and metrics."""
-    return Starlette(routes=[*_health_routes(checks), Route("/metrics", _own_metrics)])
-
-
-def _health_routes(checks: Checks) -> list[Route]:
-    async def ready(_: Request) -> Response:
-        found = await troubles(checks)
-        parts = {name: found.get(name, "ready") for name in checks}
-        return JSONResponse({"ready": not found, "parts": parts}, status_code=503 if found else 200)
-
-    return [Route("/health/live", _live), Route("/health/ready", ready)]
-
-
-async def _live(_: Request) -> Response:
-    return JSONResponse({"live": True})
-
-
-async def _own_metrics(_: Request) -> Response:
-    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
 @cache

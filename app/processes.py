@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def run_worker(settings: Settings) -> None:
     """Commands in, gateway calls, results out, until SIGTERM."""
-    from app.http import create_process_app
+    from app.health import create_process_app
     from app.process import run
     from app.worker import Worker
 
@@ -28,7 +28,7 @@ def run_worker(settings: Settings) -> None:
 
 def run_relay(settings: Settings) -> None:
     """The outbox to Kafka, until SIGTERM."""
-    from app.http import create_process_app
+    from app.health import create_process_app
     from app.process import run
     from infra.relay import Relay
 

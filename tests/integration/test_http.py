@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from app.health import Checks, troubles
-from app.http import CONTENT_SECURITY_POLICY, STATIC_DIR, create_http_app, create_process_app
-from app.metrics_page import Peers
+from app.health import Checks, create_process_app, troubles
+from app.http import CONTENT_SECURITY_POLICY, STATIC_DIR, create_http_app
+from app.peers import Peers
 
 NO_CHECKS: Checks = {}
 NO_PEERS: Peers = {}

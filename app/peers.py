@@ -1,11 +1,13 @@
-"""One page of metrics for all processes: our own and those of the worker and the relay, each with a `process` label.
+"""What the HTTP process learns from the worker and the relay: whether they are ready, and their metrics.
 
-Promises: a peer that is down, slow or unreadable costs at most `PEER_TIMEOUT_SECONDS` and shows as
-`payments_process_up{process="…"} 0`; the page itself never fails for it.
+The page of metrics has our own and theirs, each with a `process` label. Promises: a peer that is down, slow or
+unreadable costs at most `PEER_TIMEOUT_SECONDS` and shows as `payments_process_up{process="…"} 0`; the page itself never
+fails for it.
 """
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Final
 
 import httpx
@@ -15,12 +17,28 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from app.health import CHECK_TIMEOUT_SECONDS, Checks
+
 PEER_TIMEOUT_SECONDS: Final = 1.0
 OWN_PROCESS: Final = "http"
 
 Families = list[Metric]
 Peers = Mapping[str, str]
 """The name of a process, and the base URL of its own HTTP."""
+
+
+def peer_checks(peers: Mapping[str, str]) -> Checks:
+    """One check for each other process, by the base URL of its own HTTP: it is asked whether it is ready."""
+    return {name: partial(_check_peer, url.removesuffix("/").removesuffix("/metrics")) for name, url in peers.items()}
+
+
+async def _check_peer(url: str) -> str | None:
+    async with httpx.AsyncClient(timeout=CHECK_TIMEOUT_SECONDS, trust_env=False) as client:
+        answer = await client.get(f"{url}/health/ready")
+    if answer.is_success:
+        return None
+    parts = answer.json()["parts"].items()
+    return "; ".join(f"{part}: {state}" for part, state in parts if state != "ready") or "not ready"
 
 
 class MetricsPage:
