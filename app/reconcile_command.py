@@ -20,11 +20,12 @@ from rich.table import Table
 
 from app import wiring
 from app.settings import Settings
-from domain.decide import Answer, gateway_request
+from domain.decision import Answer
 from domain.errors import GatewayError
 from domain.operations import GatewayRequest, Operation, Outcome
 from domain.payment import Payment
 from domain.ports import Gateway
+from domain.requests import gateway_request
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from handlers.messages.commands import command_from_content

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 from uuid import UUID
 
-from domain.decide import OPENING, Answer, Delivery, Input
+from domain.decision import Answer, Delivery, Input
 from domain.payment import Payment
+from domain.requests import OPENING
 
 CAPACITY: Final = 50_000
 """Payments kept; more than the backlog's capacity, so that only what leaked is ever dropped."""

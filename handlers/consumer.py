@@ -18,7 +18,7 @@ from faststream.kafka import KafkaBroker, KafkaMessage
 from tenacity import wait_random_exponential
 from tenacity.wait import wait_base
 
-from domain.decide import Delivery
+from domain.decision import Delivery
 from domain.errors import MessageUnreadable, StoreUnavailable
 from domain.ports import DeadLetter, DeadLetters
 from handlers import metrics

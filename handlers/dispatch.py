@@ -13,7 +13,7 @@ from typing import assert_never
 import structlog
 
 from domain.commands import OperationKind
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.operations import GatewayRequest, OperationState, Outcome, Unknown, Unreachable
 from domain.ports import Clock, Gateway, PaymentStore

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from domain.decide import Notified
+from domain.decision import Notified
 from domain.errors import PaymentsError
 from domain.operations import GatewayRequest
 from domain.ports import Inbox, StoredNotice

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import structlog
 
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.errors import PaymentsError
 from domain.operations import GatewayRequest
 from domain.ports import HeldLease, PaymentStore

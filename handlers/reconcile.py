@@ -13,12 +13,13 @@ from typing import Final
 
 import structlog
 
-from domain.decide import Notified, gateway_request
+from domain.decision import Notified
 from domain.errors import GatewayError, PaymentsError
 from domain.notices import Notice
 from domain.operations import Operation, Outcome
 from domain.payment import Payment
 from domain.ports import Gateway, PaymentStore, Place
+from domain.requests import gateway_request
 from handlers import metrics
 from handlers.messages.commands import command_from_content
 from handlers.write_path import WritePath

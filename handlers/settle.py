@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from domain.decide import Answer, Input
+from domain.decision import Answer, Input
 from domain.errors import StoreUnavailable
 from domain.operations import GatewayRequest
 from handlers import metrics

@@ -10,11 +10,11 @@ from datetime import timedelta
 
 import structlog
 
-from domain.decide import gateway_request
 from domain.errors import PaymentsError
 from domain.operations import GatewayRequest, Operation
 from domain.payment import Payment
 from domain.ports import PaymentStore
+from domain.requests import gateway_request
 from handlers import metrics
 from handlers.messages.commands import command_from_content
 

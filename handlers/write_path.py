@@ -13,7 +13,8 @@ from uuid import UUID
 
 import structlog
 
-from domain.decide import Decision, Delivery, Input, Notified, decide
+from domain.decide import decide
+from domain.decision import Decision, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
 from domain.ledger import Transfer

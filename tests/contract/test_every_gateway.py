@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from domain.commands import OperationKind
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.money import Money
 from domain.operations import (
     Declined,

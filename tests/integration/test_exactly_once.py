@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from domain.commands import OperationKind
-from domain.decide import Answer, Delivery
+from domain.decision import Answer, Delivery
 from domain.errors import ConcurrentUpdate
 from domain.operations import Succeeded
 from domain.ports import Changes

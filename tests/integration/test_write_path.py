@@ -9,7 +9,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from domain.commands import OperationKind
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.errors import ConcurrentUpdate, StoreUnavailable
 from domain.operations import Declined, DeclineReason, Succeeded
 from domain.ports import Changes

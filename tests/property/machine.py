@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from domain.commands import OperationKind
-from domain.decide import Answer, Delivery, Input, Notified
+from domain.decision import Answer, Delivery, Input, Notified
 from domain.ledger import Account, Transfer
 from domain.notices import Notice
 from domain.operations import (

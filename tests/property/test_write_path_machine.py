@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from uuid_utils.compat import uuid7
 
-from domain.decide import Input
+from domain.decision import Input
 from domain.events import FINAL_EVENTS
 from domain.ledger import Account, Transfer
 from domain.operations import GatewayRequest, Operation

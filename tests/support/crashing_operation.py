@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.operations import GatewayRequest, Outcome
 from handlers.write_path import WritePath
 from tests.contract.providers import PROVIDERS

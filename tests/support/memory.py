@@ -6,11 +6,13 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
-from domain.decide import Delivery, Input, Notified, decide, gateway_request
+from domain.decide import decide
+from domain.decision import Delivery, Input, Notified
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.operations import GatewayRequest, Operation, OperationState
 from domain.payment import Payment
+from domain.requests import gateway_request
 from domain.rules import RetryPolicy, Rules
 from handlers.messages.commands import command_from_content
 from tests.support.service import rules

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 from uuid_utils.compat import uuid7
 
-from domain.decide import Delivery
+from domain.decision import Delivery
 from domain.money import MINOR_UNITS
 from domain.ports import Gateway
 from domain.rules import RetryPolicy, Rules

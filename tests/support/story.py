@@ -6,12 +6,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from domain.decide import Answer, Decision, Delivery, Input, Notified, decide, gateway_request
+from domain.decide import decide
+from domain.decision import Answer, Decision, Delivery, Input, Notified
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.notices import Notice
 from domain.operations import GatewayRequest, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
+from domain.requests import gateway_request
 from domain.rules import Rules
 from handlers.messages.commands import command_from_content
 from tests.support.service import delivery, rules

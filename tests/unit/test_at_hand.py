@@ -4,7 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from domain.decide import Answer, Delivery, Input, decide
+from domain.decide import decide
+from domain.decision import Answer, Delivery, Input
 from domain.operations import Unknown
 from domain.payment import Payment
 from handlers.at_hand import CAPACITY, AtHand

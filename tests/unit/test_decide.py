@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 
 from domain.commands import NO_METADATA, OperationKind, RejectionReason, UnacceptableCommand
-from domain.decide import Answer, Delivery, decide
+from domain.decide import decide
+from domain.decision import Answer, Delivery
 from domain.events import Event, EventKind
 from domain.operations import (
     Declined,

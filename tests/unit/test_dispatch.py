@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from domain.commands import OperationKind
-from domain.decide import Answer
+from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded, Unknown, Unreachable

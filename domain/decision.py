@@ -1,0 +1,60 @@
+"""What `decide` takes and gives: a command as delivered, a gateway's answer or a webhook in, a decision out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
+
+from domain.commands import AnyCommand
+from domain.events import Event, Replay
+from domain.ledger import Transfer
+from domain.notices import Notice
+from domain.operations import GatewayRequest, Operation, Outcome
+from domain.payment import Payment
+
+
+class Delivery(NamedTuple):
+    """A command as it came from the topic, and what is stored under its idempotency key, if anything."""
+
+    command: AnyCommand
+    stored: Operation | None = None
+
+
+class Answer(NamedTuple):
+    """What came of one gateway call. `lease_token` proves that the caller still held the operation."""
+
+    payment_id: UUID
+    operation_number: int
+    lease_token: int
+    outcome: Outcome
+
+
+class Notified(NamedTuple):
+    """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
+
+    `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
+    for what did not come by itself: the answer to a question about an operation that has ended.
+    """
+
+    notice_id: int | None
+    payment_id: UUID
+    notice: Notice
+    operation: Operation | None = None
+
+
+Input = Delivery | Answer | Notified
+
+
+class Decision(NamedTuple):
+    """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
+
+    `is_stale` marks an answer whose lease was taken over: it changes nothing. `disagrees` marks a provider's word that
+    contradicts what it said before, and that changes nothing either: a person must look.
+    """
+
+    payment: Payment
+    events: Sequence[Event | Replay] = ()
+    operations: Sequence[Operation] = ()
+    requests: Sequence[GatewayRequest] = ()
+    transfers: Sequence[Transfer] = ()
+    is_stale: bool = False
+    disagrees: bool = False

@@ -1,0 +1,146 @@
+"""What a webhook does to a payment: a provider's word that nobody asked for, at any time and any number of times."""
+
+from dataclasses import replace
+from typing import Final
+
+from domain import disputes
+from domain.accept import begin_waiting
+from domain.commands import OperationKind
+from domain.decision import Notified
+from domain.draft import Draft
+from domain.events import EventKind, PaymentStatus
+from domain.ledger import Account
+from domain.notices import Dispute, DisputeStage, Notice
+from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Succeeded
+from domain.requests import OPENING, gateway_request
+from domain.settle import fits, move, review, settle_outcome
+
+ENDED_WITHOUT_EFFECT: Final = (OperationState.DECLINED, OperationState.NOT_EXECUTED, OperationState.EXPIRED)
+
+
+def heed(draft: Draft, given: Notified) -> None:
+    """A provider's word that nobody asked for. Heard twice or late, it changes nothing the second time."""
+    notice = given.notice
+    if notice.dispute is not None:
+        _dispute(draft, notice.dispute)
+    if given.operation is None:
+        return
+    current = draft.under_way(given.operation.number)
+    notice = _with_reference(notice, current or given.operation)
+    if current is None:
+        _heed_late(draft, given.operation, notice, was_asked=given.notice_id is None)
+    elif notice.is_ripe:
+        _dispatch_again(draft, current)
+    elif isinstance(notice.outcome, Succeeded) and draft.is_foreign(notice.currency):
+        review(draft, current, notice.outcome.reference)
+    elif isinstance(notice.outcome, Succeeded | Declined | Expired):
+        # What is not final adds nothing: whoever holds the operation, or asks about it next, hears it, too.
+        settle_outcome(draft, current, notice.outcome)
+        begin_waiting(draft)
+
+
+def _dispatch_again(draft: Draft, operation: Operation) -> None:
+    """The payer consented: go on at once, unless somebody is at it or it is being cancelled."""
+    if operation.is_leased or operation.due_at is None or operation.command is None:
+        return
+    operation = operation.copy()
+    operation.attempts += 1
+    operation.is_leased = True  # by the token that it has: nobody holds it, and a claim meanwhile raises it
+    operation.due_at = draft.now + draft.rules.retry.lease
+    draft.keep(operation)
+    assert operation.command is not None, "as checked"
+    draft.requests.append(gateway_request(draft.payment, operation, operation.command))
+
+
+def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked: bool) -> None:
+    """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
+    match notice.outcome:
+        case Succeeded(amount_minor=moved) as outcome:
+            is_ours = moved in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
+            if is_ours and _may_succeed_late(operation) and fits(draft, operation):
+                _succeed_late(draft, operation, outcome)
+            else:
+                draft.disagrees = not is_ours
+        case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
+            _reverse_refund(draft, operation)
+        case Expired() if _is_open_hold(draft, operation):
+            _release_hold(draft, operation)
+        case Declined(reason=DeclineReason.CANCELED) if was_asked and _is_open_hold(draft, operation):
+            _release_hold(draft, operation)
+        case _:
+            pass  # Old news: it was true before what ended the operation.
+
+
+def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
+    """What was called declined or expired was paid: it counts, and whoever was told otherwise is told again."""
+    amount, payment = operation.amount_minor or 0, draft.payment
+    told_before, has_money = operation.state, payment.authorized_minor > 0
+    is_gone = told_before is OperationState.EXPIRED or payment.status is PaymentStatus.CANCELED
+    if operation.kind not in OPENING or not has_money:
+        move(draft, operation.kind, amount, outcome)
+    else:
+        payment.authorized_minor += amount
+        payment.captured_minor += amount if operation.kind is OperationKind.CHARGE else 0
+    draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
+    owed = amount if operation.kind in OPENING and has_money else 0
+    draft.publish(
+        EventKind.LATE_SUCCESS, operation, reference=outcome.reference, told_before=told_before, owed_minor=owed
+    )
+    draft.book(operation.kind, amount)
+    if operation.kind is OperationKind.AUTHORIZE and is_gone:
+        # The news of the hold came after the news of its end.
+        _release_hold(draft, operation)
+
+
+def _reverse_refund(draft: Draft, operation: Operation) -> None:
+    """A refund that the provider had called done came back: the money is ours again, and still owed."""
+    amount = operation.amount_minor or 0
+    draft.payment.refunded_minor -= amount
+    draft.finish(operation, OperationState.DECLINED, operation.reference)
+    draft.publish(EventKind.REFUND_FAILED, operation, reference=operation.reference)
+    draft.transfer(Account.GATEWAY_CLEARING, Account.CUSTOMER_REFUNDS, amount)
+
+
+def _is_open_hold(draft: Draft, operation: Operation) -> bool:
+    """Whether it is an authorization that still holds money, with none of our own operations at work on it."""
+    is_hold = operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED
+    return is_hold and draft.payment.capturable_minor > 0 and draft.payment.under_way is None
+
+
+def _release_hold(draft: Draft, operation: Operation) -> None:
+    draft.payment.released_minor += draft.payment.capturable_minor
+    draft.publish(EventKind.AUTHORIZATION_EXPIRED, operation, reference=operation.reference)
+
+
+def _dispute(draft: Draft, dispute: Dispute) -> None:
+    """Book what the payer's bank took back, or gave back; each stage of a dispute counts once, in any order."""
+    kept = draft.payment.disputes
+    if draft.is_foreign(dispute.currency):
+        draft.disagrees = True
+    elif disputes.is_news(kept, dispute):
+        before = disputes.disputed(kept, dispute.dispute_id)
+        after = 0 if dispute.stage is DisputeStage.WON else before or dispute.amount_minor
+        draft.payment.disputed_minor += after - before
+        draft.payment.disputes = disputes.remember(kept, dispute.dispute_id, dispute.stage, after)
+        draft.publish_dispute(dispute)
+        if after > before:
+            draft.transfer(Account.CUSTOMER_DISPUTES, Account.GATEWAY_CLEARING, after - before)
+        elif before > after:
+            draft.transfer(Account.GATEWAY_CLEARING, Account.CUSTOMER_DISPUTES, before - after)
+
+
+def _with_reference(notice: Notice, operation: Operation) -> Notice:
+    """The notice with the reference that the operation has, where the message does not tell one."""
+    outcome = notice.outcome
+    if isinstance(outcome, Succeeded | Declined | Expired) and not outcome.reference and operation.reference:
+        return notice._replace(outcome=replace(outcome, reference=operation.reference))
+    return notice
+
+
+def _may_succeed_late(operation: Operation) -> bool:
+    """Whether word of its success can be newer than how it ended.
+
+    A refund that was declined stays so: providers let a refund fail after it succeeded, never the other way round.
+    """
+    is_refund = operation.kind is OperationKind.REFUND
+    return operation.state in ENDED_WITHOUT_EFFECT and not (is_refund and operation.state is OperationState.DECLINED)

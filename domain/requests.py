@@ -1,0 +1,38 @@
+"""What a gateway is asked to do for an operation."""
+
+from typing import Final
+
+from domain.commands import Command, OperationKind
+from domain.money import Money
+from domain.operations import GatewayRequest, Operation
+from domain.payment import Payment
+
+OPENING: Final = (OperationKind.AUTHORIZE, OperationKind.CHARGE)
+"""What begins a payment; the others refer to one."""
+
+
+def gateway_request(payment: Payment, operation: Operation, command: Command) -> GatewayRequest:
+    """What the gateway is asked to do for `operation`, the same at every attempt but for state, attempts and token."""
+    assert payment.currency is not None, "a payment with a dispatched operation has a currency"
+    assert operation.amount_minor is not None, "a dispatched operation has an amount"
+    return GatewayRequest(
+        kind=operation.kind,
+        payment_id=payment.payment_id,
+        operation_number=operation.number,
+        provider_key=operation.provider_key,
+        gateway=operation.gateway or "",
+        amount=Money(operation.amount_minor, payment.currency),
+        gateway_payment_id=None if operation.kind in OPENING else payment.gateway_payment_id,
+        reference=operation.reference,
+        payment_method=command.payment_method,
+        order_id=payment.order_id,
+        customer_id=payment.customer_id,
+        metadata=command.metadata,
+        # What a void does not need is left out of it: the payment may change while one is under way, its request not.
+        is_final=operation.kind is not OperationKind.CAPTURE or payment.capturable_minor == 0,
+        captured_minor=0 if operation.kind is OperationKind.VOID else payment.captured_minor,
+        state=operation.state,
+        attempts=operation.attempts,
+        lease_token=operation.lease_token,
+        first_dispatched_at=operation.dispatched_at,
+    )

@@ -1,0 +1,223 @@
+"""What a gateway's answer does to a payment. Only evidence ends an operation; without any, time ends nothing.
+
+The exception proves the rule: what was never executed, on proof, may be given up (`_retry_or_give_up`).
+"""
+
+from typing import Final, assert_never
+
+from domain.accept import begin_waiting
+from domain.commands import OperationKind, Rejection, RejectionReason
+from domain.decision import Answer
+from domain.draft import Draft
+from domain.events import EventKind, PaymentStatus, PendingCause
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    NotExecuted,
+    Operation,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+    Unreachable,
+)
+
+SUCCESS_EVENTS: Final = {
+    OperationKind.AUTHORIZE: EventKind.AUTHORIZED,
+    OperationKind.CHARGE: EventKind.CAPTURED,
+    OperationKind.CAPTURE: EventKind.CAPTURED,
+    OperationKind.VOID: EventKind.VOIDED,
+    OperationKind.REFUND: EventKind.REFUNDED,
+}
+
+
+def settle(draft: Draft, answer: Answer) -> None:
+    operation = draft.under_way(answer.operation_number)
+    if operation is None or operation.lease_token != answer.lease_token:
+        draft.is_stale = True
+        return
+    settle_outcome(draft, operation, answer.outcome)
+    begin_waiting(draft)
+
+
+def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None:
+    match outcome:
+        case Succeeded(amount_minor=moved) if moved is not None and moved != operation.amount_minor:
+            review(draft, operation, outcome.reference)
+        case Succeeded() if operation.kind is OperationKind.VOID and not draft.payment.authorized_minor:
+            _cancel_unpaid(draft, operation, outcome)
+        case Succeeded() if not fits(draft, operation):
+            review(draft, operation, outcome.reference)
+        case Succeeded():
+            _succeed(draft, operation, outcome)
+        case Declined():
+            _decline(draft, operation, outcome)
+        case Expired():
+            _expire(draft, operation, outcome)
+        case NotExecuted(message):
+            _fail(draft, operation, Rejection(RejectionReason.GATEWAY_REFUSED, message))
+        case RequiresAction(reference):
+            _wait_for_action(draft, operation, outcome, reference)
+        case Pending(reference):
+            _wait_for_provider(draft, operation, reference)
+        case Unreachable(message) if operation.state is OperationState.DISPATCHED:
+            _retry_or_give_up(draft, operation, message)
+        case Unreachable() | Unknown():
+            _doubt(draft, operation)
+        case _:
+            assert_never(outcome)
+
+
+def fits(draft: Draft, operation: Operation) -> bool:
+    """Whether the amounts have room for its effect; they always have, unless the provider's word contradicts them.
+
+    Its own reservation, if it has one, is part of the room.
+    """
+    amount, payment = operation.amount_minor or 0, draft.payment
+    match operation.kind:
+        case OperationKind.CAPTURE | OperationKind.VOID:
+            return amount <= payment.capturable_minor + payment.reserved_capture_minor
+        case OperationKind.REFUND:
+            return amount <= payment.captured_minor - payment.refunded_minor
+        case _:
+            return True
+
+
+def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
+    """The provider will not execute what waited for the payer, if no webhook has ended that one already."""
+    waiting = draft.payment.waiting_for_payer
+    if waiting is not None:
+        _decline(draft, waiting, Declined(DeclineReason.CANCELED, None, waiting.reference))
+    draft.finish(void, OperationState.SUCCEEDED, outcome.reference)
+    draft.payment.status = PaymentStatus.CANCELED
+    draft.publish(EventKind.VOIDED, void, reference=outcome.reference)
+
+
+def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
+    amount = operation.amount_minor
+    assert amount is not None, "a dispatched operation has an amount"
+    draft.release_reservation(operation.kind)
+    move(draft, operation.kind, amount, outcome)
+    draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
+    draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference)
+    draft.book(operation.kind, amount)
+
+
+def move(draft: Draft, kind: OperationKind, amount: int, outcome: Succeeded) -> None:
+    payment = draft.payment
+    match kind:
+        case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+            payment.authorized_minor = amount
+            payment.captured_minor = amount if kind is OperationKind.CHARGE else 0
+            payment.gateway_payment_id = outcome.reference
+            payment.authorization_expires_at = outcome.expires_at
+        case OperationKind.CAPTURE:
+            payment.captured_minor += amount
+            if not draft.rules.gateways[payment.gateway or ""].multi_capture:
+                payment.released_minor += payment.capturable_minor
+        case OperationKind.VOID:
+            payment.released_minor += amount
+        case OperationKind.REFUND:
+            payment.refunded_minor += amount
+        case _:
+            assert_never(kind)
+
+
+def _decline(draft: Draft, operation: Operation, outcome: Declined) -> None:
+    draft.release_reservation(operation.kind)
+    draft.finish(operation, OperationState.DECLINED, outcome.reference)
+    draft.publish(
+        EventKind.DECLINED,
+        operation,
+        reference=outcome.reference,
+        decline_reason=outcome.reason,
+        decline_code=outcome.code,
+    )
+
+
+def _expire(draft: Draft, operation: Operation, outcome: Expired) -> None:
+    if draft.payment.is_cancelling():
+        # Our own void's doing, told before the void's answer.
+        _decline(draft, operation, Declined(DeclineReason.CANCELED, outcome.code, outcome.reference))
+        return
+    draft.release_reservation(operation.kind)
+    draft.finish(operation, OperationState.EXPIRED, outcome.reference)
+    draft.payment.status = PaymentStatus.EXPIRED
+    draft.publish(EventKind.EXPIRED, operation, reference=outcome.reference)
+
+
+def _fail(draft: Draft, operation: Operation, rejection: Rejection) -> None:
+    """End an operation that is proven not to have been executed."""
+    draft.release_reservation(operation.kind)
+    _ask_again(draft, draft.payment.waiting_for_payer)
+    draft.finish(operation, OperationState.NOT_EXECUTED, operation.reference)
+    draft.publish(EventKind.COMMAND_REJECTED, operation, rejection=rejection)
+
+
+def _ask_again(draft: Draft, waiting: Operation | None) -> None:
+    """What could not be cancelled is looked after again."""
+    if waiting is not None and waiting.due_at is None:
+        waiting = waiting.copy()
+        waiting.due_at = draft.now
+        draft.keep(waiting)
+
+
+def _wait_for_action(draft: Draft, operation: Operation, outcome: RequiresAction, reference: str) -> None:
+    if _is_overdue(draft, operation):
+        review(draft, operation, reference)
+        return
+    is_new = operation.state is not OperationState.REQUIRES_ACTION
+    draft.postpone(operation, OperationState.REQUIRES_ACTION, reference)
+    if is_new:
+        draft.publish(EventKind.REQUIRES_ACTION, operation, reference=reference, action=outcome)
+
+
+def _wait_for_provider(draft: Draft, operation: Operation, reference: str | None) -> None:
+    if _is_overdue(draft, operation):
+        review(draft, operation, reference)
+        return
+    is_new = operation.state is not OperationState.PENDING
+    draft.postpone(operation, OperationState.PENDING, reference)
+    if is_new:
+        draft.publish(EventKind.PENDING, operation, reference=reference, pending_cause=PendingCause.PROVIDER_PENDING)
+
+
+def _is_overdue(draft: Draft, operation: Operation) -> bool:
+    assert operation.dispatched_at is not None, "a dispatched operation has a time"
+    return draft.now - operation.dispatched_at > draft.rules.retry.review_pending_after
+
+
+def _retry_or_give_up(draft: Draft, operation: Operation, message: str) -> None:
+    """No attempt of this operation was executed, so here time may end it: nothing moved, and that is proven."""
+    assert operation.dispatched_at is not None, "a dispatched operation has a time"
+    if draft.now - operation.dispatched_at > draft.rules.retry.give_up_after:
+        _fail(draft, operation, Rejection(RejectionReason.GATEWAY_UNAVAILABLE, message or "the gateway was away"))
+    else:
+        draft.postpone(operation, OperationState.DISPATCHED, operation.reference)
+
+
+def _doubt(draft: Draft, operation: Operation) -> None:
+    """No evidence. Look again later; past the deadline a person should look, too, but nothing is concluded."""
+    if operation.state in (OperationState.PENDING, OperationState.REQUIRES_ACTION):
+        draft.postpone(operation, operation.state, operation.reference)
+        return
+    assert operation.dispatched_at is not None, "a dispatched operation has a time"
+    is_late = draft.now - operation.dispatched_at > draft.rules.retry.review_after
+    if is_late or operation.state is OperationState.NEEDS_REVIEW:
+        review(draft, operation, operation.reference)
+        return
+    # A sweep that took it over has put it in doubt without a word; then nobody has been told yet.
+    is_new = operation.state is not OperationState.INDETERMINATE or not draft.payment.has_indeterminate
+    draft.postpone(operation, OperationState.INDETERMINATE, operation.reference)
+    if is_new:
+        draft.publish(EventKind.PENDING, operation, pending_cause=PendingCause.OUTCOME_UNKNOWN)
+
+
+def review(draft: Draft, operation: Operation, reference: str | None) -> None:
+    is_new = operation.state is not OperationState.NEEDS_REVIEW
+    draft.postpone(operation, OperationState.NEEDS_REVIEW, reference)
+    if is_new:
+        draft.publish(EventKind.NEEDS_REVIEW, operation, reference=reference)
