@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from redis.asyncio import Redis
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,10 +25,7 @@ from domain.operations import GatewayRequest, Operation, Outcome
 from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
-from handlers.dispatch import Dispatcher
-from handlers.leases import Leases
 from handlers.messages.commands import command_from_content
-from handlers.settle import Settler
 from handlers.sweep import CLAIMED_MAX, Sweep
 from infra.postgres.store import PostgresStore, create_pool
 
@@ -121,12 +117,10 @@ async def _working(
     settings: Settings, store: PostgresStore, gateways: dict[str, Gateway], found: list[Found]
 ) -> AsyncIterator[tuple[Sweep, Callable[[], Awaitable[None]]]]:
     """A worker's parts without Kafka; every answer is noted in `found`, too."""
-    rules, redis = wiring.create_rules(settings, gateways), Redis.from_url(settings.redis_url)
-    leases = Leases(store=store, lease=rules.retry.lease)
+    rules, redis = wiring.create_rules(settings, gateways), wiring.connect_redis(settings)
     limits = {name: min(AT_ONCE, settings.concurrency_of(name)) for name in gateways}
-    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=wiring.now, leases=leases)
     write_path = wiring.create_write_path(store, rules, redis)
-    settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
+    dispatcher, settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits)
     asked: dict[tuple[UUID, int], GatewayRequest] = {}
 
     def submit(requests: list[GatewayRequest]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
@@ -12,6 +13,9 @@ from domain.notices import WebhookReader
 from domain.ports import Gateway, PaymentStore
 from domain.rules import Rules
 from handlers import metrics
+from handlers.dispatch import Dispatcher
+from handlers.leases import Leases
+from handlers.settle import Settler
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
@@ -104,6 +108,30 @@ def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WriteP
     """The one write path over this store."""
     recent = ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc)
     return WritePath(store=store, rules=rules, clock=now, new_id=new_id, recent=recent)
+
+
+def connect_redis(settings: Settings) -> Redis:
+    """Valkey only hints (`infra/redis/recent_keys.py`): it may not keep anybody waiting."""
+    return Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
+
+
+class Calling(NamedTuple):
+    """What calls gateways and saves their answers; `settler.run` and `leases.run` are to be running beside it."""
+
+    dispatcher: Dispatcher
+    settler: Settler
+    leases: Leases
+
+
+def create_calling(
+    store: PaymentStore, write_path: WritePath, rules: Rules, gateways: Mapping[str, Gateway], limits: Mapping[str, int]
+) -> Calling:
+    """Calls to `gateways`, at most `limits` at a time each, whose answers go through the write path."""
+    leases = Leases(store=store, lease=rules.retry.lease)
+    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=now, leases=leases)
+    settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
+    dispatcher.on_answer = settler.add
+    return Calling(dispatcher, settler, leases)
 
 
 def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:

@@ -11,18 +11,14 @@ from typing import Any
 import structlog
 from aiokafka import AIOKafkaProducer
 from faststream.kafka import KafkaBroker
-from redis.asyncio import Redis
 
 from app import wiring
 from app.health import Checks
 from app.settings import Settings
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
-from handlers.dispatch import Dispatcher
 from handlers.heed import Heeder
-from handlers.leases import Leases
 from handlers.reconcile import Reconciler
-from handlers.settle import Settler
 from handlers.sweep import Sweep
 from infra.kafka.dead_letters import KafkaDeadLetters
 from infra.kafka.skipping import SkippingReader
@@ -95,20 +91,12 @@ class Worker:
         self._pool = await create_pool(settings.postgres_url, size=settings.store_connections)
         stack.push_async_callback(self._pool.close)
         store = PostgresStore(self._pool)
-        redis = Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
+        redis = wiring.connect_redis(settings)
         stack.push_async_callback(redis.aclose)
         rules = wiring.create_rules(settings, gateways)
         write_path = wiring.create_write_path(store, rules, redis)
-        leases = Leases(store=store, lease=rules.retry.lease)
-        self._dispatcher = Dispatcher(
-            gateways=gateways,
-            limits={name: settings.concurrency_of(name) for name in gateways},
-            store=store,
-            clock=wiring.now,
-            leases=leases,
-        )
-        self._settler = Settler(write_path=write_path, submit=self._dispatcher.submit, leases=leases)
-        self._dispatcher.on_answer = self._settler.add
+        limits = {name: settings.concurrency_of(name) for name in gateways}
+        self._dispatcher, self._settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits)
         self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
         self._sweep = Sweep(
             store=store,

@@ -23,6 +23,8 @@ from handlers.leases import Leases
 
 log = structlog.get_logger(__name__)
 
+Call = Callable[[GatewayRequest], Awaitable[Outcome]]
+
 WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
 """The provider has these and told us so: sending them again is pointless."""
 
@@ -73,10 +75,11 @@ class Dispatcher:
 
     async def _run(self, lane: "_Lane", request: GatewayRequest) -> None:
         outcome: Outcome
-        if self._is_question(lane.gateway, request):
-            outcome = await self._outcome(lane.gateway, request)
+        question = self._question(lane.gateway, request)
+        if question is not None:
+            outcome = await self._outcome(question, request)
         elif lane.breaker.may_send():
-            outcome = await self._outcome(lane.gateway, request)
+            outcome = await self._outcome(_call_of(lane.gateway, request.kind), request)
             lane.breaker.note(outcome)
         else:
             outcome = Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
@@ -86,13 +89,13 @@ class Dispatcher:
     def _answer(self, request: GatewayRequest, outcome: Outcome) -> None:
         self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
 
-    async def _outcome(self, gateway: Gateway, request: GatewayRequest) -> Outcome:
+    async def _outcome(self, call: Call, request: GatewayRequest) -> Outcome:
         assert not self._store.in_transaction(), "a gateway is never called inside a transaction"
         started = time.perf_counter()
         try:
             # A gateway has its own, shorter timeouts; one that hangs all the same must not hold its place for ever.
             async with asyncio.timeout(self._leases.lease.total_seconds()):
-                return await self._call(gateway, request)
+                return await call(request)
         except GatewayUnreachable as error:
             return Unreachable(error.message)
         except GatewayContractBroken as error:
@@ -114,27 +117,11 @@ class Dispatcher:
         finally:
             metrics.call_seconds(request.gateway).observe(time.perf_counter() - started)
 
-    def _call(self, gateway: Gateway, request: GatewayRequest) -> Awaitable[Outcome]:
+    def _question(self, gateway: Gateway, request: GatewayRequest) -> Call | None:
+        """How to ask about it, if it must not be sent (again)."""
         if request.state in WITH_THE_PROVIDER:
-            return gateway.resume(request)
-        if self._is_question(gateway, request):
-            return gateway.status(request)
-        match request.kind:
-            case OperationKind.AUTHORIZE:
-                return gateway.authorize(request)
-            case OperationKind.CHARGE:
-                return gateway.charge(request)
-            case OperationKind.CAPTURE:
-                return gateway.capture(request)
-            case OperationKind.VOID:
-                return gateway.void(request)
-            case OperationKind.REFUND:
-                return gateway.refund(request)
-            case _:
-                assert_never(request.kind)
-
-    def _is_question(self, gateway: Gateway, request: GatewayRequest) -> bool:
-        return request.state in WITH_THE_PROVIDER or self._is_key_forgotten(gateway, request)
+            return gateway.resume
+        return gateway.status if self._is_key_forgotten(gateway, request) else None
 
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
         """Whether the provider may have dropped the key: repeating the call could then move money again.
@@ -146,6 +133,22 @@ class Dispatcher:
             return request.state is not OperationState.DISPATCHED
         sent = request.first_dispatched_at
         return sent is not None and self._clock() - sent > retention - timedelta(minutes=5)
+
+
+def _call_of(gateway: Gateway, kind: OperationKind) -> Call:
+    match kind:
+        case OperationKind.AUTHORIZE:
+            return gateway.authorize
+        case OperationKind.CHARGE:
+            return gateway.charge
+        case OperationKind.CAPTURE:
+            return gateway.capture
+        case OperationKind.VOID:
+            return gateway.void
+        case OperationKind.REFUND:
+            return gateway.refund
+        case _:
+            assert_never(kind)
 
 
 def _is_cancelled() -> bool:

@@ -53,13 +53,14 @@ class Heeder:
     async def heed_once(self) -> int:
         """Claim one portion and apply it; how many there were."""
         claimed = await self._inbox.claim(limit=CLAIMED_MAX, lease=LEASE)
-        applied = await self._write_path.apply([each for stored in claimed if (each := _notified(stored)) is not None])
+        notices = [each for stored in claimed if (each := _notified(stored)) is not None]
+        applied = await self._write_path.apply(notices)
         self._submit(applied.requests)
         for refused in applied.refused:
             log.error(
                 "webhook not applied; it will be tried again", notice=str(refused.given), error=str(refused.error)
             )
-        metrics.NOTICES_APPLIED.inc(len(claimed) - len(applied.refused) - len(applied.not_tried))
+        metrics.NOTICES_APPLIED.inc(len(notices) - len(applied.refused) - len(applied.not_tried))
         return len(claimed)
 
 

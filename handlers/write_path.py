@@ -129,7 +129,7 @@ class WritePath:
                 await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
             else:
                 self._at_hand.note({_payment_id(each) for each in inputs}, batch.committed())
-                batch.count()
+                batch.report()
                 return batch.requests
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
@@ -338,8 +338,14 @@ class _Batch:
         loaded = self._loaded.get(operation.payment_id)
         return loaded is None or operation.number > loaded.last_operation
 
-    def count(self) -> None:
-        """Report what was saved; called once the batch is committed."""
+    def report(self) -> None:
+        """Count what was saved, and never fail: after the commit an error would make it look refused."""
+        try:
+            self._count()
+        except Exception:
+            log.exception("a saved batch was not counted")
+
+    def _count(self) -> None:
         metrics.DUPLICATES.inc(self._duplicates)
         metrics.STALE_ANSWERS.inc(self._stale)
         for operation in self._healed:

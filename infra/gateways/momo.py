@@ -39,10 +39,9 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from infra.gateways.transport import SmallPools
+from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
-NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
 Answer = Mapping[str, Any]
 
@@ -171,11 +170,12 @@ class MoMoGateway:
 
     def __init__(self, config: MoMoConfig) -> None:
         self._config = config
-        self._http = httpx.AsyncClient(
+        self._http = ProviderHttp(
+            NAME,
+            max_connections=config.max_connections,
+            timeout_seconds=config.timeout_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
             base_url=config.api_base,
-            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
-            transport=SmallPools(config.max_connections),
-            trust_env=False,
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
@@ -239,7 +239,7 @@ class MoMoGateway:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._http.close()
 
     # --- calls that cause something -----------------------------------------------------------------------------------
 
@@ -335,13 +335,8 @@ class MoMoGateway:
 
     async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Answer:
         signature = sign(self._config.secret_key, signed_text(self._config.access_key, body, names))
-        try:
-            response = await self._http.post(f"/v2/gateway/api/{path}", json={**body, "signature": signature})
-        except NOTHING_WAS_SENT as error:
-            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
-        except httpx.HTTPError as error:
-            raise OutcomeUnknown(NAME, f"no answer ({type(error).__name__})") from error
-        return _read(response, body)
+        signed = {**body, "signature": signature}
+        return _read(await self._http.request("POST", f"/v2/gateway/api/{path}", json=signed), body)
 
 
 def _read(response: httpx.Response, body: Answer) -> Answer:

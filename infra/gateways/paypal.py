@@ -65,7 +65,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from infra.gateways.transport import SmallPools
+from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "paypal"
 SANDBOX: Final = "https://api-m.sandbox.paypal.com"
@@ -548,9 +548,6 @@ def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Outcome | 
     return Look(proof) if refused.names(STATE_CONFLICTS | ENDED) else proof
 
 
-NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-
-
 # --- the connection -------------------------------------------------------------------------------------------------
 
 
@@ -571,10 +568,13 @@ class PayPalHttp:
         self._config = config
         self._token: _Token | None = None
         self._refreshing = asyncio.Lock()
-        soon = config.connect_timeout_seconds
-        timeout = httpx.Timeout(config.timeout_seconds, connect=soon, pool=soon)
-        transport = SmallPools(config.max_connections)
-        self._http = httpx.AsyncClient(base_url=config.api_base, transport=transport, timeout=timeout, trust_env=False)
+        self._http = ProviderHttp(
+            NAME,
+            max_connections=config.max_connections,
+            timeout_seconds=config.timeout_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            base_url=config.api_base,
+        )
 
     async def get(self, path: str) -> Json | None:
         """The answer to a question, None where PayPal says that there is no such thing.
@@ -603,7 +603,7 @@ class PayPalHttp:
         return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def _call(
         self, method: str, path: str, body: Json | None = None, headers: Mapping[str, str] | None = None
@@ -626,24 +626,7 @@ class PayPalHttp:
             **(headers or {}),
         }
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        return await self._in_time(self._http.build_request(method, path, content=content, headers=sent))
-
-    async def _in_time(self, request: httpx.Request) -> httpx.Response:
-        """Cancelling our own task passes through.
-
-        Raises:
-            GatewayUnreachable: nothing was sent.
-            OutcomeUnknown: something was, and no whole answer came back.
-        """
-        try:
-            async with asyncio.timeout(self._config.timeout_seconds):
-                return await self._http.send(request)
-        except TimeoutError as error:
-            raise OutcomeUnknown(NAME, f"no answer within {self._config.timeout_seconds} s") from error
-        except NOTHING_WAS_SENT as error:
-            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
-        except httpx.HTTPError as error:
-            raise OutcomeUnknown(NAME, f"the connection failed ({type(error).__name__})") from error
+        return await self._http.request(method, path, content=content, headers=sent)
 
     async def _access_token(self) -> _Token:
         if not self._is_fresh():
@@ -664,9 +647,9 @@ class PayPalHttp:
     async def _fetch_token(self) -> _Token:
         """Raises GatewayUnreachable whatever goes wrong: without a token the request itself was not sent."""
         auth = httpx.BasicAuth(self._config.client_id, self._config.client_secret.get_secret_value())
-        request = self._http.build_request("POST", "/v1/oauth2/token", data={"grant_type": "client_credentials"})
+        form = {"grant_type": "client_credentials"}
         try:
-            answer = _read(await self._in_time(next(auth.sync_auth_flow(request))))
+            answer = _read(await self._http.request("POST", "/v1/oauth2/token", data=form, auth=auth))
             value, seconds = SecretStr(answer["access_token"]), float(answer["expires_in"])
         except (GatewayError, PayPalRefused) as error:
             raise GatewayUnreachable(NAME, f"no access token: {error}") from error

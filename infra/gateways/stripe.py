@@ -46,7 +46,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Statement
-from infra.gateways.transport import SmallPools
+from infra.gateways.transport import NOTHING_WAS_SENT, create_client
 
 NAME: Final = "stripe"
 
@@ -331,8 +331,6 @@ STATE_CONFLICTS: Final = frozenset(
     }
 )
 """The object is not in the state that the call needs: perhaps because this very operation was executed before."""
-
-NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
 
 def verdict_of(error: Exception, request: GatewayRequest) -> Verdict:
@@ -850,11 +848,11 @@ class _BoundedHttpClient(stripe.HTTPXClient):
 
     def __init__(self, config: StripeConfig) -> None:
         super().__init__(timeout=None)
-        self._bounded = httpx.AsyncClient(
-            transport=SmallPools(
-                config.max_connections, verify=ssl.create_default_context(cafile=stripe.ca_bundle_path)
-            ),
-            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
+        self._bounded = create_client(
+            max_connections=config.max_connections,
+            timeout_seconds=config.timeout_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
+            verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
         )
 
     async def request_async(

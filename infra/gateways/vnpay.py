@@ -37,7 +37,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from infra.gateways.transport import SmallPools
+from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "vnpay"
 VERSION: Final = "2.1.0"
@@ -48,8 +48,6 @@ HUNDREDTHS: Final = 100
 
 GRACE: Final = timedelta(minutes=15)
 """After the URL's end, in which a bank may still finish what the payer began (hypothesis: 60 to 90 s were observed)."""
-
-NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
 
 class VNPayConfig(BaseModel):
@@ -231,10 +229,11 @@ class VNPayGateway:
 
     def __init__(self, config: VNPayConfig) -> None:
         self._config = config
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
-            transport=SmallPools(config.max_connections),
-            trust_env=False,
+        self._http = ProviderHttp(
+            NAME,
+            max_connections=config.max_connections,
+            timeout_seconds=config.timeout_seconds,
+            connect_timeout_seconds=config.connect_timeout_seconds,
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
@@ -296,7 +295,7 @@ class VNPayGateway:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._http.close()
 
     # --- the payment URL ----------------------------------------------------------------------------------------------
 
@@ -407,14 +406,8 @@ class VNPayGateway:
         }
 
     async def _post(self, body: Mapping[str, str], signed: str) -> dict[str, Any]:
-        try:
-            response = await self._http.post(
-                self._config.api_url, json={**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
-            )
-        except NOTHING_WAS_SENT as error:
-            raise GatewayUnreachable(NAME, f"not connected ({type(error).__name__})") from error
-        except httpx.HTTPError as error:
-            raise OutcomeUnknown(NAME, f"no answer ({type(error).__name__})") from error
+        sealed = {**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
+        response = await self._http.request("POST", self._config.api_url, json=sealed)
         if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
             raise GatewayUnreachable(NAME, "too many requests")
         return _json(response)

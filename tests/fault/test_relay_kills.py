@@ -85,7 +85,8 @@ async def more(rows: list[Row], count: int) -> None:
 
 
 async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
-    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows))
+    patience = 60 + len(rows) / 5_000
+    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows), timeout_seconds=patience)
     known = {row.id for row in rows}
     # A commit whose answer was cut off with the load is on the topic, and not among `rows`.
     cut_off = set(ids(records)) - known

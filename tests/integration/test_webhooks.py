@@ -12,6 +12,7 @@ import httpx
 import pytest
 import stripe
 from starlette.applications import Starlette
+from structlog.testing import capture_logs
 
 from app.settings import Settings
 from app.webhooks import WebhookService
@@ -192,10 +193,12 @@ async def test_what_contradicts_a_payment_that_is_captured_changes_nothing_and_i
         await worker.accept(delivery("charge", payment_id, "charge"))
         await worker.idle()
         before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
-        async with heeding(postgres_url, worker):
-            assert await send(client, event(payment_id, amount_received=9_999)) == 200
-            await until(lambda: applied(postgres_url))
+        with capture_logs() as logs:
+            async with heeding(postgres_url, worker):
+                assert await send(client, event(payment_id, amount_received=9_999)) == 200
+                await until(lambda: applied(postgres_url))
         assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
+        assert [each["event"] for each in logs if each["log_level"] == "error"] == ["webhook contradicts what is known"]
     assert await kinds(postgres_url, payment_id) == ["captured"]
 
 

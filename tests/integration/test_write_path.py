@@ -13,6 +13,7 @@ from domain.decision import Answer
 from domain.errors import ConcurrentUpdate, StoreUnavailable
 from domain.operations import Declined, DeclineReason, Succeeded
 from domain.ports import Changes
+from handlers import metrics
 from handlers.write_path import ATTEMPTS_MAX, WritePath
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
@@ -91,6 +92,22 @@ async def test_a_gateway_called_inside_a_transaction_stops_before_any_money_move
             with pytest.raises(AssertionError, match="never called inside a transaction"):
                 await worker.dispatcher._outcome(gateway, applied.requests[0])
     assert gateway.calls == {}
+
+
+async def test_what_is_saved_is_not_refused_when_counting_it_fails(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such label")
+
+    monkeypatch.setattr(metrics, "results", broken)
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        applied = await worker.accept(delivery("capture", payment_id, "key"), delivery("charge", payment_id, "charge"))
+        await worker.idle()
+    assert (applied.refused, len(applied.requests)) == ([], 1)
+    told = [(event["type"], event["replayed"]) for event in await events_of(postgres_url, payment_id)]
+    assert told == [("payment.command_rejected.v1", False), ("payment.captured.v1", False)]
 
 
 async def test_transactions_do_not_nest(postgres_url: str) -> None:

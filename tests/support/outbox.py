@@ -68,9 +68,16 @@ def ids(records: Iterable[Any]) -> list[UUID]:
 
 
 def complete(rows: Iterable[Row]) -> Callable[[list[Any]], bool]:
-    """For `read_until`: every row has been seen at least once."""
-    wanted = {row.id for row in rows}
-    return lambda records: len(records) >= len(wanted) and wanted <= set(ids(records))
+    """For `read_until`: every row has been seen at least once. It looks at each record once, however many there are."""
+    missing, looked_at = {row.id for row in rows}, 0
+
+    def is_complete(records: list[Any]) -> bool:
+        nonlocal looked_at
+        missing.difference_update(ids(records[looked_at:]))
+        looked_at = len(records)
+        return not missing
+
+    return is_complete
 
 
 def assert_first_deliveries_in_order(records: Iterable[Any], rows: Iterable[Row]) -> None:

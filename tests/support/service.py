@@ -12,12 +12,12 @@ from uuid import UUID, uuid4
 import asyncpg
 from uuid_utils.compat import uuid7
 
+from app.wiring import create_calling
 from domain.decision import Delivery
 from domain.money import MINOR_UNITS
 from domain.ports import Gateway
 from domain.rules import RetryPolicy, Rules
 from handlers.dispatch import Dispatcher
-from handlers.leases import Leases
 from handlers.messages.commands import read_command
 from handlers.settle import Settler
 from handlers.sweep import Sweep
@@ -97,19 +97,11 @@ async def running_worker(
     pool = await create_pool(url, size=5)
     known = {gateway.name: gateway.capabilities}
     store, chosen = PostgresStore(pool), given or rules(gateways=known, default_gateway=gateway.name)
-    leases = Leases(store=store, lease=chosen.retry.lease)
     write_path = WritePath(
         store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or WrongHint()
     )
-    dispatcher = Dispatcher(
-        gateways={gateway.name: gateway},
-        limits={gateway.name: 50},
-        store=store,
-        clock=lambda: datetime.now(UTC),
-        leases=leases,
-    )
-    settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
-    dispatcher.on_answer = settler.add
+    gateways, limits = {gateway.name: gateway}, {gateway.name: 50}
+    dispatcher, settler, leases = create_calling(store, write_path, chosen, gateways, limits)
     sweep = Sweep(
         store=store,
         submit=dispatcher.submit,

@@ -299,7 +299,7 @@ def gateway(handle: Handle | Exception) -> MoMoGateway:
         return httpx.Response(200, json=echo | {"amount": 10_000, "transId": 42} | given)
 
     built = MoMoGateway(config())
-    built._http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="https://momo.invalid")
+    built._http._client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="https://momo.invalid")
     return built
 
 

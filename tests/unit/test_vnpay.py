@@ -249,7 +249,7 @@ def gateway(answer: Callable[[dict[str, Any]], httpx.Response] | Exception) -> V
         return answer(json.loads(request.content))
 
     built = VNPayGateway(config())
-    built._http = httpx.AsyncClient(transport=httpx.MockTransport(handle))
+    built._http._client = httpx.AsyncClient(transport=httpx.MockTransport(handle))
     return built
 
 
