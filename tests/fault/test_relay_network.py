@@ -1,10 +1,10 @@
-"""The network between relay and Postgres breaks in mid-message, again and again, or swallows everything: nothing is
-skipped, first deliveries stay in order, and nobody has to help."""
+"""The network between relay and Postgres, or relay and Kafka, breaks in mid-message, again and again, or swallows
+everything: nothing is skipped, first deliveries stay in order, and nobody has to help."""
 
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -12,12 +12,13 @@ from uuid import uuid4
 
 import pytest
 
+from infra.kafka.topics import ensure_topics
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from tests.conftest import Topics
 from tests.fault.test_relay_kills import assert_all_arrived, load, more
 from tests.support.outbox import until
-from tests.support.proxy import Proxy
+from tests.support.proxy import ProxiedKafka, Proxy
 from tests.support.relay_process import RelayProcess
 
 CUTS = 8
@@ -39,40 +40,79 @@ def config(
 
 
 @contextlib.asynccontextmanager
-async def behind_a_proxy(config: RelayConfig, log_path: Path) -> AsyncIterator[tuple[Proxy, RelayProcess]]:
+async def behind_a_proxy(config: RelayConfig, log_path: Path) -> AsyncIterator[Proxy]:
     """A relay that reaches Postgres through the proxy alone."""
     parts = urlsplit(config.postgres_url)
     async with Proxy(parts.hostname or "127.0.0.1", parts.port or 5432) as proxy:
         user = parts.netloc.rpartition("@")[0]
         through = parts._replace(netloc=f"{user}@127.0.0.1:{proxy.port}")
-        relay = RelayProcess(replace(config, postgres_url=urlunsplit(through)), log_path)
-        try:
+        with streaming(replace(config, postgres_url=urlunsplit(through)), log_path) as relay:
             await relay.streams()
-            yield proxy, relay
-        finally:
-            relay.kill()
+            yield proxy
 
 
-async def test_connections_cut_in_mid_message_under_load_skip_nothing(config: RelayConfig, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def streaming(config: RelayConfig, log_path: Path) -> Iterator[RelayProcess]:
+    relay = RelayProcess(config, log_path)
+    try:
+        yield relay
+    finally:
+        relay.kill()
+
+
+async def cut_again_and_again(proxy: Proxy, config: RelayConfig) -> None:
+    """Under load; then everything has arrived."""
     places = random.Random(20260103)
-    async with behind_a_proxy(config, tmp_path / "relay.log") as (proxy, _):
-        async with load(config) as rows:
-            for number in range(CUTS):
-                await more(rows, 300)
-                proxy.cut_after(places.randint(1, 20_000))
-                await until(lambda wanted=number + 1: proxy.cuts >= wanted)
+    async with load(config) as rows:
+        for number in range(CUTS):
             await more(rows, 300)
-        await assert_all_arrived(config, rows)
+            proxy.cut_after(places.randint(1, 20_000))
+            await until(lambda wanted=number + 1: proxy.cuts >= wanted)
+        await more(rows, 300)
+    await assert_all_arrived(config, rows)
+
+
+async def stall_for_a_while(proxy: Proxy, config: RelayConfig) -> None:
+    """Under load; then everything has arrived."""
+    async with load(config) as rows:
+        await more(rows, 300)
+        proxy.stall()
+        await asyncio.sleep(STALL_SECONDS)
+        proxy.resume()
+        await more(rows, 300)
+    await assert_all_arrived(config, rows)
+
+
+async def test_connections_to_postgres_cut_in_mid_message_under_load_skip_nothing(
+    config: RelayConfig, tmp_path: Path
+) -> None:
+    async with behind_a_proxy(config, tmp_path / "relay.log") as proxy:
+        await cut_again_and_again(proxy, config)
 
 
 async def test_a_network_that_swallows_everything_for_a_while_skips_nothing(
     config: RelayConfig, tmp_path: Path
 ) -> None:
-    async with behind_a_proxy(config, tmp_path / "relay.log") as (proxy, _):
-        async with load(config) as rows:
-            await more(rows, 300)
-            proxy.stall()
-            await asyncio.sleep(STALL_SECONDS)
-            proxy.resume()
-            await more(rows, 300)
-        await assert_all_arrived(config, rows)
+    async with behind_a_proxy(config, tmp_path / "relay.log") as proxy:
+        await stall_for_a_while(proxy, config)
+
+
+@pytest.mark.parametrize("fault", [cut_again_and_again, stall_for_a_while])
+async def test_the_same_between_relay_and_kafka_skips_nothing(
+    postgres_url: str, tmp_data_dir: Path, tmp_path: Path, fault: Callable[[Proxy, RelayConfig], Awaitable[None]]
+) -> None:
+    kafka = ProxiedKafka(tmp_data_dir)
+    async with Proxy() as proxy:
+        proxy.target = (proxy.target[0], kafka.set_door(proxy.port))
+        await asyncio.to_thread(kafka.start)
+        try:
+            await ensure_topics(kafka.bootstrap, {"events": 8})
+            slot = f"network_{uuid4().hex[:12]}"
+            config = RelayConfig(postgres_url=postgres_url, kafka_bootstrap=kafka.bootstrap, topic="events", slot=slot)
+            through = replace(config, kafka_bootstrap=f"{proxy.target[0]}:{proxy.port}")
+            with streaming(through, tmp_path / "relay.log") as relay:
+                await relay.streams()
+                await fault(proxy, config)
+        finally:
+            await asyncio.to_thread(kafka.erase)
+    drop_database(postgres_url)

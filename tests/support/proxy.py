@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 from typing import Self
 
+from infra.local import EmbeddedKafka
+from infra.local.server import HOST, free_port
+
 
 class Proxy:
-    """Listens on a port of its own and passes bytes on to `host:port`, until it is told otherwise."""
+    """Listens on a port of its own and passes bytes on to `target`, until it is told otherwise."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str = HOST, port: int = 0) -> None:
         self.port = 0
         self.cuts = 0
-        self._target = (host, port)
+        self.target = (host, port)
         self._writers: set[asyncio.StreamWriter] = set()
         self._passes_on = asyncio.Event()
         self._passes_on.set()
@@ -46,7 +49,7 @@ class Proxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            there, back = await asyncio.open_connection(*self._target)
+            there, back = await asyncio.open_connection(*self.target)
         except OSError:
             writer.transport.abort()
             return
@@ -76,3 +79,23 @@ class Proxy:
         self.cuts += 1
         writer.write(rest)
         asyncio.get_running_loop().call_later(0.02, self._abort)
+
+
+class ProxiedKafka(EmbeddedKafka):
+    """A Kafka that has a second door: who knocks at the proxy on `proxy_port` is never told of the first one."""
+
+    proxy_port = 0
+
+    def set_door(self, proxy_port: int) -> int:
+        """Where the proxy listens; where it must pass bytes on to. To be called before the start."""
+        self.proxy_port, self.door = proxy_port, free_port()
+        return self.door
+
+    def _settings(self) -> dict[str, str]:
+        settings = super()._settings()
+        return settings | {
+            "listeners": f"{settings['listeners']},PROXIED://{HOST}:{self.door}",
+            "advertised.listeners": f"{settings['advertised.listeners']},PROXIED://{HOST}:{self.proxy_port}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT",
+            "inter.broker.listener.name": "PLAINTEXT",
+        }
