@@ -52,6 +52,9 @@ PaymentMethod = Annotated[
     str, typer.Option(help="The provider's token. Try pm_card_visa_chargeDeclined, pm_sandbox_lost_answer.")
 ]
 OrderId = Annotated[str | None, typer.Option(help="Your order.", show_default="made from the payment id")]
+OffSession = Annotated[
+    bool, typer.Option("--off-session", help="The payer is away: decline where they would have to act.")
+]
 CustomerId = Annotated[str | None, typer.Option(help="Your customer.")]
 Gateway = Annotated[str | None, typer.Option(help="Which gateway.", show_default="the service's default")]
 IdempotencyKey = Annotated[
@@ -115,6 +118,7 @@ def send_charge(
     payment_id: NewPayment = None,
     order_id: OrderId = None,
     customer_id: CustomerId = None,
+    off_session: OffSession = False,
     gateway: Gateway = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
@@ -132,6 +136,7 @@ def send_charge(
         "payment_method": payment_method,
         "order_id": order_id,
         "customer_id": customer_id,
+        "off_session": off_session or None,
         "gateway": gateway,
     }
     _send("charge", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
@@ -146,6 +151,7 @@ def send_authorize(
     payment_id: NewPayment = None,
     order_id: OrderId = None,
     customer_id: CustomerId = None,
+    off_session: OffSession = False,
     gateway: Gateway = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
@@ -163,6 +169,7 @@ def send_authorize(
         "payment_method": payment_method,
         "order_id": order_id,
         "customer_id": customer_id,
+        "off_session": off_session or None,
         "gateway": gateway,
     }
     _send(

@@ -53,6 +53,7 @@ def described(given: Capabilities) -> dict[str, Any]:
         "capture in part": given.partial_capture,
         "capture several times": given.multi_capture,
         "refund in part": given.partial_refund,
+        "charge while the payer is away": given.off_session,
         "void while the payer is awaited": given.cancel_waiting,
         "currencies": _currencies(given),
         "limits": _limits(given),

@@ -24,6 +24,8 @@ class Capabilities:
     partial_capture: bool
     multi_capture: bool
     partial_refund: bool
+    off_session: bool
+    """Whether a saved method may be charged while the payer is away, to be declined where they would have to act."""
     cancel_waiting: bool
     """Whether a void ends, for good, a payment that still waits for the payer (3-D Secure, a redirect).
 

@@ -56,7 +56,8 @@ class Command(NamedTuple):
     """A readable command. `amount_minor` is None where the sender means "all that remains".
 
     `content` is the canonical JSON text of the command (known fields only, sorted) and `fingerprint` its SHA-256:
-    two deliveries ask for the same thing if and only if these are equal.
+    two deliveries ask for the same thing if and only if these are equal. `off_session`: the payer is not there to
+    consent, so a payment that would need them is to be declined.
     """
 
     kind: OperationKind
@@ -72,6 +73,7 @@ class Command(NamedTuple):
     gateway: str | None = None
     expires_at: datetime | None = None
     metadata: Mapping[str, str] = NO_METADATA
+    off_session: bool = False
     traceparent: str | None = None
 
 

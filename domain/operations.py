@@ -195,9 +195,9 @@ class GatewayRequest(NamedTuple):
     """What a gateway is asked to do, complete in itself: no further reads are needed to execute it.
 
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
-    id of this very operation where an earlier answer told it. `is_final` is True for a capture that leaves nothing to
-    capture. `captured_minor` was captured before this. `first_dispatched_at` bounds how long the provider still knows
-    `provider_key`.
+    id of this very operation where an earlier answer told it. `off_session`: nobody is there to act, so decline.
+    `is_final` is True for a capture that leaves nothing to capture. `captured_minor` was captured before this.
+    `first_dispatched_at` bounds how long the provider still knows `provider_key`.
     """
 
     kind: OperationKind
@@ -212,6 +212,7 @@ class GatewayRequest(NamedTuple):
     order_id: str | None = None
     customer_id: str | None = None
     metadata: Mapping[str, str] = NO_METADATA
+    off_session: bool = False
     is_final: bool = True
     captured_minor: int = 0
     state: OperationState = OperationState.DISPATCHED

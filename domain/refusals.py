@@ -64,6 +64,8 @@ def _refusal_of_gateway(command: Command, name: str, rules: Rules) -> Rejection 
         return _unsupported(f"gateway {name} cannot {command.kind}", "type")
     if command.currency is not None and command.currency not in capabilities.currencies:
         return _unsupported(f"gateway {name} does not take {command.currency}", "currency")
+    if command.off_session and not capabilities.off_session:
+        return _unsupported(f"gateway {name} cannot charge while the payer is away", "off_session")
     return None
 
 

@@ -28,6 +28,7 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         order_id=payment.order_id,
         customer_id=payment.customer_id,
         metadata=command.metadata,
+        off_session=command.off_session,
         # What a void does not need is left out of it: the payment may change while one is under way, its request not.
         is_final=operation.kind is not OperationKind.CAPTURE or payment.capturable_minor == 0,
         captured_minor=0 if operation.kind is OperationKind.VOID else payment.captured_minor,

@@ -53,6 +53,11 @@ def _sorted_or_none(metadata: dict[str, str]) -> dict[str, str] | None:
     return dict(sorted(metadata.items())) or None
 
 
+def _true_or_none(value: bool) -> bool | None:
+    """False says what leaving it out says."""
+    return value or None
+
+
 Amount = Annotated[
     int,
     Field(
@@ -72,7 +77,10 @@ OptionalCurrency = Annotated[
 ]
 CustomerId = Annotated[
     Annotated[str, Field(min_length=1, max_length=255)] | None,
-    Field(description="Whose payment it is, in your words.", examples=["customer-77"]),
+    Field(
+        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too.",
+        examples=["customer-77"],
+    ),
 ]
 ExpiresAt = Annotated[
     Annotated[datetime, _Rfc3339(), AfterValidator(_in_utc)] | None,
@@ -107,6 +115,14 @@ Metadata = Annotated[
     Field(
         description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider.",
         examples=[{"channel": "web"}],
+    ),
+]
+OffSession = Annotated[
+    Annotated[bool, AfterValidator(_true_or_none)] | None,
+    Field(
+        description="The payer is not there to consent: charge a saved method, and decline where they would have to "
+        "act. Only with gateways that can.",
+        examples=[True],
     ),
 ]
 OrderId = Annotated[
@@ -150,6 +166,7 @@ class NewPayment(_WireCommand):
     gateway: GatewayName = None
     idempotency_key: IdempotencyKey
     metadata: Metadata = None
+    off_session: OffSession = None
     order_id: OrderId
     payment_id: PaymentId
     payment_method: PaymentMethod
@@ -169,6 +186,7 @@ class NewPayment(_WireCommand):
             gateway=self.gateway,
             expires_at=self.expires_at,
             metadata=self.metadata or NO_METADATA,
+            off_session=self.off_session or False,
             traceparent=traceparent,
         )
 

@@ -18,6 +18,7 @@ _CAPABILITIES: Final = Capabilities(
     partial_capture=True,
     multi_capture=True,
     partial_refund=True,
+    off_session=True,
     cancel_waiting=True,
     idempotency_retention=timedelta(days=3650),
 )

@@ -163,6 +163,7 @@ class MoMoGateway:
         partial_capture=False,
         multi_capture=False,
         partial_refund=True,
+        off_session=False,
         cancel_waiting=False,  # an unpaid link stays payable until its end
         idempotency_retention=timedelta(days=30),  # MoMo keeps a requestId for 31
         limits={"VND": AmountLimits(1_000, 50_000_000)},

@@ -699,6 +699,7 @@ class PayPalGateway:
             partial_capture=True,
             multi_capture=True,
             partial_refund=True,
+            off_session=False,  # a stored wallet (`vault:`) never asks for the payer
             cancel_waiting=True,
             idempotency_retention=timedelta(hours=5),  # PayPal promises 6 for orders, 45 days for what follows them
             limits={code: AmountLimits(minimum_minor=10 ** MINOR_UNITS[code]) for code in WHOLE & config.currencies},

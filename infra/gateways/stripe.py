@@ -491,6 +491,7 @@ class StripeGateway:
             partial_capture=True,
             multi_capture=config.multi_capture,
             partial_refund=True,
+            off_session=True,
             cancel_waiting=True,
             idempotency_retention=timedelta(hours=23),  # Stripe promises 24
             limits={
@@ -632,6 +633,8 @@ class StripeGateway:
             params["payment_method"] = request.payment_method
         if request.customer_id is not None and request.customer_id.startswith("cus_"):
             params["customer"] = request.customer_id
+        if request.off_session:
+            params["off_session"] = True
         if capture_method == "manual" and self._config.multi_capture:
             params["payment_method_options"] = {"card": {"request_multicapture": "if_available"}}
         return params

@@ -222,6 +222,7 @@ class VNPayGateway:
         partial_capture=False,
         multi_capture=False,
         partial_refund=True,
+        off_session=False,
         cancel_waiting=False,  # an unpaid URL stays payable until its end
         idempotency_retention=timedelta(0),
         limits={"VND": AmountLimits(5_000, 999_999_999)},

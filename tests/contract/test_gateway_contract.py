@@ -246,6 +246,21 @@ async def test_a_payer_who_must_authenticate_is_asked_and_status_tells_the_end(
     assert simulator.executed_charges(request.payment_id) == (1 if is_successful == "true" else 0)
 
 
+@pytest.mark.parametrize("kind", [OperationKind.AUTHORIZE, OperationKind.CHARGE])
+@pytest.mark.parametrize("card", ["pm_card_visa", "pm_card_threeDSecure2Required"])
+async def test_a_payer_who_is_away_is_not_asked(
+    gateway: Gateway, simulator: Simulator, kind: OperationKind, card: str
+) -> None:
+    request = a_request(kind, payment_method=card, off_session=True)
+    outcome = await run(gateway, request)
+    if card == "pm_card_visa":
+        assert isinstance(outcome, Succeeded)
+    else:
+        assert isinstance(outcome, Declined)
+        assert outcome.reason is DeclineReason.AUTHENTICATION_REQUIRED
+    assert simulator.executed_charges(request.payment_id) == (1 if card == "pm_card_visa" else 0)
+
+
 @pytest.mark.parametrize(("status", "expected"), [("succeeded", Succeeded), ("failed", Declined), ("new", Pending)])
 async def test_a_pending_refund_ends_as_the_provider_says(
     gateway: Gateway, simulator: Simulator, status: str, expected: type[Outcome]

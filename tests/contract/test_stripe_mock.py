@@ -62,7 +62,7 @@ async def gateway(request: pytest.FixtureRequest, mock_url: str) -> AsyncIterato
 
 @pytest.mark.parametrize("kind", list(OperationKind))
 async def test_every_operation_is_a_valid_request(gateway: StripeGateway, kind: OperationKind) -> None:
-    given = a_request(kind, metadata={"note": "x"}, customer_id="cus_1", is_final=False)
+    given = a_request(kind, metadata={"note": "x"}, customer_id="cus_1", off_session=True, is_final=False)
     is_opening = kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
 
     outcome = await run(gateway, given if is_opening else given._replace(gateway_payment_id="pi_1"))

@@ -10,8 +10,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.crashing_operation import BOUNDARIES
-
 MATRIX = Path(__file__).parents[1] / "fault" / "test_crash_matrix.py"
 
 
@@ -28,6 +26,9 @@ class Results:
             self.outcomes[operation][boundary] = "once" if report.passed else "FAILED"
 
     def table(self) -> Table:
+        # Not before pytest has begun: it wants to be the first to import what its plugins rewrite.
+        from tests.support.crashing_operation import BOUNDARIES
+
         table = Table("operation", *BOUNDARIES, box=box.SIMPLE_HEAD, title="SIGKILL at …, and its effect")
         for operation, by_boundary in self.outcomes.items():
             table.add_row(operation, *(by_boundary.get(each, "") for each in BOUNDARIES))

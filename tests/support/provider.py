@@ -17,6 +17,7 @@ CAPABILITIES = Capabilities(
     partial_capture=True,
     multi_capture=True,
     partial_refund=True,
+    off_session=True,
     cancel_waiting=True,
     idempotency_retention=timedelta(hours=24),
 )

@@ -185,6 +185,9 @@ def test_a_currency_that_is_not_accepted_here_is_refused() -> None:
 UNSUPPORTED = {
     "kind": (replace(CAPABILITIES, operations=frozenset({OperationKind.AUTHORIZE})), "charge", {}, "type"),
     "currency": (replace(CAPABILITIES, currencies=frozenset({"EUR"})), "charge", {}, "currency"),
+    "a payer who is away": (
+        replace(CAPABILITIES, off_session=False), "charge", {"off_session": True}, "off_session",
+    ),
     "partial capture": (
         replace(CAPABILITIES, partial_capture=False), "capture", {"amount_minor": 1}, "amount_minor",
     ),

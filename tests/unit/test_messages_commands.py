@@ -76,8 +76,10 @@ def test_a_charge_carries_everything_that_was_sent() -> None:
             "gateway": "sandbox",
             "expires_at": "2030-01-01T13:00:00+01:00",
             "metadata": {"b": "2", "a": "1"},
+            "off_session": True,
         }
     )
+    assert command.off_session
     assert command.kind is OperationKind.CHARGE
     assert command.payment_id == UUID(PAYMENT_ID)
     assert (command.amount_minor, command.currency, command.order_id) == (1250, "USD", "order-1001")
@@ -98,6 +100,7 @@ def test_order_spacing_case_and_unknown_fields_do_not_change_the_fingerprint() -
         "payment_id": PAYMENT_ID.upper(),
         "note": {"deep": [1]},
         "gateway": None,
+        "off_session": False,
     }
     again = read_command(json.dumps(shuffled, indent=3).encode(), None)
     assert (again.content, again.fingerprint) == (first.content, first.fingerprint)
@@ -115,8 +118,9 @@ def test_every_field_counts_in_the_fingerprint() -> None:
         {"currency": "EUR"},
         {"type": "payment.authorize.v1"},
         {"customer_id": "c"},
+        {"off_session": True},
     ]
-    assert len({accepted(CHARGE | change).fingerprint for change in [{}, *changes]}) == 5
+    assert len({accepted(CHARGE | change).fingerprint for change in [{}, *changes]}) == 6
 
 
 def test_a_command_comes_back_from_its_content() -> None:
