@@ -267,12 +267,15 @@ def addresses(*, simulates: bool) -> dict[str, str]:
     peers = {name: f"http://{HOST}:{ports[_port_variable(name)]}" for name in ("worker", "relay")}
     found = ports | {"PAYMENTS_HTTP_HOST": HOST, "PAYMENTS_METRICS_PEERS": json.dumps(peers)}
     if simulates:
-        found |= _simulated(f"http://{HOST}:{free_port()}", f"http://{HOST}:{ports[_port_variable('http')]}")
+        found |= simulated(f"http://{HOST}:{free_port()}", f"http://{HOST}:{ports[_port_variable('http')]}")
     return found
 
 
-def _simulated(simulator: str, http: str) -> dict[str, str]:
-    """Every gateway, at the simulators' address and with what opens them."""
+def simulated(simulator: str, http: str) -> dict[str, str]:
+    """The settings for every gateway, at the simulators' address and with what opens them.
+
+    `simulator` and `http` are base URLs: of the simulators, and of the process that receives webhooks.
+    """
     return {
         STRIPE_BASE: simulator,
         "PAYMENTS_GATEWAYS": os.environ.get("PAYMENTS_GATEWAYS") or ALL_GATEWAYS,

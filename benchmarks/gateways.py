@@ -4,17 +4,22 @@ The senders of webhooks share the machine with what they measure: what they cost
 """
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID, uuid4
 
 import asyncpg
+import httpx
 import stripe
 from rich.console import Console
 
+from app.up import simulated
 from benchmarks.load import make_charges, percentile
+from infra.gateways.transport import SmallPools
 from infra.local.server import free_port
 
 if TYPE_CHECKING:
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
 SECRET: Final = "whsec_bench"
 CONNECTIONS: Final = 48
 PROVIDER_MS: Final = 100
+CONCURRENCY: Final = 64
+PAYERS: Final = 32
+CURRENCIES: Final = {"stripe": "USD", "paypal": "USD", "vnpay": "VND", "momo": "VND"}
 console = Console()
 
 OPEN_PAYMENTS: Final = """
@@ -54,7 +62,7 @@ class GatewayPlan:
 
 
 QUICK: Final = GatewayPlan(webhooks=3_000, steady_seconds=3, stuck_operations=3_000, payments=300)
-FULL: Final = GatewayPlan(webhooks=60_000, steady_seconds=20, stuck_operations=100_000, payments=10_000)
+FULL: Final = GatewayPlan(webhooks=60_000, steady_seconds=20, stuck_operations=100_000, payments=5_000)
 
 
 class GatewayBench:
@@ -144,30 +152,48 @@ class GatewayBench:
     # --- payments ---------------------------------------------------------------------------------------------------
 
     async def _payments(self) -> None:
-        """Charges through the official SDK over HTTP, against the simulator in its own process."""
-        bench, count = self._bench, self._plan.payments
-        bench.machine.start("sandbox", "app.cli", "sandbox", "--port", str(bench.sandbox_port))
-        await bench.set_sandbox_latency(PROVIDER_MS)
-        await bench.start_service(PAYMENTS_GATEWAYS='["stripe"]', PAYMENTS_DEFAULT_GATEWAY="stripe")
-        load = await bench.load()
-        messages = make_charges(count, bench.partitions, gateway="stripe")
-        before, started = bench.machine.cpu_seconds(), time.perf_counter()
-        await load.send_all(messages)
-        ended = await load.count_results(count)
-        after = bench.machine.cpu_seconds()
-        self.results["payments"] = [
-            {
-                "gateway": "stripe",
-                "provider_ms": PROVIDER_MS,
-                "payments_per_second": round(count / (ended - started)),
-                "worker_cpu_us_each": round((after["worker"] - before["worker"]) / count * 1e6),
-                "simulator_cpu_us_each": round((after["sandbox"] - before["sandbox"]) / count * 1e6),
-                "worker_rss_mb": round(bench.machine.rss_mb("worker")),
-            }
-        ]
+        """Charges through each gateway over HTTP, against the simulators in their own process, till they are captured.
+
+        Through Stripe by the official SDK, without a payer. Elsewhere the payer consents at once, and the provider says
+        so by its webhook; VNPay's charge itself is a signed URL, and no request.
+        """
+        machine, http = self._bench.machine, f"http://127.0.0.1:{free_port()}"
+        simulator = f"http://127.0.0.1:{self._bench.sandbox_port}"
+        environment = simulated(simulator, http) | {
+            "PAYMENTS_DEFAULT_GATEWAY": "stripe",
+            "PAYMENTS_HTTP_PORT": http.rpartition(":")[2],
+            "PAYMENTS_GATEWAY_CONCURRENCY_DEFAULT": str(CONCURRENCY),
+        }
+        to = ("--port", str(self._bench.sandbox_port), "--webhooks-to", f"{http}/webhooks")
+        machine.start("sandbox", "app.cli", "sandbox", *to, **environment)
+        machine.start("http", "app.cli", "http", **environment)
+        await self._bench.set_sandbox_latency(PROVIDER_MS)
+        await self._bench.start_service(**environment)
+        self.results["payments"] = []
+        for gateway, currency in CURRENCIES.items():
+            self.results["payments"].append(await self._payments_through(gateway, currency, simulator))
+            console.print("payments", self.results["payments"][-1])
+        machine.stop()
+
+    async def _payments_through(self, gateway: str, currency: str, simulator: str) -> dict[str, Any]:
+        machine, count = self._bench.machine, self._plan.payments
+        messages = make_charges(count, self._bench.partitions, gateway=gateway, currency=currency)
+        load = await self._bench.load()
+        async with payers(simulator) as consent:
+            before, started = machine.cpu_seconds(), time.perf_counter()
+            await load.send_all(messages)
+            ended = await load.count_captures(count, on_action=consent)
+        after = machine.cpu_seconds()
         await load.stop()
-        bench.machine.stop()
-        console.print("payments", self.results["payments"])
+        return {
+            "gateway": gateway,
+            "provider_ms": PROVIDER_MS,
+            "payments_per_second": round(count / (ended - started)),
+            "worker_cpu_us_each": round((after["worker"] - before["worker"]) / count * 1e6),
+            "http_cpu_us_each": round((after["http"] - before["http"]) / count * 1e6),
+            "simulator_cpu_us_each": round((after["sandbox"] - before["sandbox"]) / count * 1e6),
+            "worker_rss_mb": round(machine.rss_mb("worker")),
+        }
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -188,6 +214,33 @@ class GatewayBench:
         await connection.execute("DELETE FROM operations; DELETE FROM payments")
         await connection.execute("VACUUM payments, operations")
         await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def payers(simulator: str) -> AsyncIterator[Callable[[bytes], None]]:
+    """Payers who consent to whatever event they are given, each at once."""
+    loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    client = httpx.AsyncClient(transport=SmallPools(PAYERS), timeout=30, trust_env=False)
+
+    async def consent() -> None:
+        while True:
+            event = json.loads(await waiting.get())
+            url = httpx.URL(event["action"]["url"])
+            if event["payment"]["gateway"] == "paypal":
+                where = httpx.URL(f"{simulator}/_sandbox/paypal/orders/{url.params['token']}/approve")
+            else:
+                where = url.copy_add_param("success", "true")
+            (await client.post(where)).raise_for_status()
+
+    def hear(value: bytes) -> None:
+        loop.call_soon_threadsafe(waiting.put_nowait, value)
+
+    tasks = [asyncio.create_task(consent()) for _ in range(PAYERS)]
+    yield hear
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.aclose()
 
 
 def _request(payment_id: UUID, port: int) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -13,6 +13,8 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 CHUNK = 500
 KEY_MARK = b'"idempotency_key":"'
+CAPTURED = b'"type":"payment.captured.v1"'
+ACTION = b'"type":"payment.requires_action.v1"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,12 @@ class Message:
     idempotency_key: bytes
 
 
-def make_charges(count: int, partitions: int, *, gateway: str) -> list[Message]:
+def make_charges(count: int, partitions: int, *, gateway: str, currency: str = "USD") -> list[Message]:
     """`count` charges of as many payments, realistic in size, each in the partition of its key."""
-    return [_charge(number, partitions, gateway) for number in range(count)]
+    return [_charge(number, partitions, gateway, currency) for number in range(count)]
 
 
-def _charge(number: int, partitions: int, gateway: str) -> Message:
+def _charge(number: int, partitions: int, gateway: str, currency: str) -> Message:
     payment_id = str(uuid4())
     body = {
         "type": "payment.charge.v1",
@@ -38,8 +40,8 @@ def _charge(number: int, partitions: int, gateway: str) -> Message:
         "payment_id": payment_id,
         "order_id": f"order-{payment_id}",
         "customer_id": f"customer-{number % 10_000}",
-        "amount_minor": 1000 + number % 9000,
-        "currency": "USD",
+        "amount_minor": 10_000 + number % 90_000,
+        "currency": currency,
         "payment_method": "pm_card_visa",
         "gateway": gateway,
         "metadata": {"channel": "web"},
@@ -98,6 +100,27 @@ class Load:
             TimeoutError: no further result for `stall_seconds`.
         """
         return await asyncio.to_thread(lambda: [now for now, _ in self._results(expected, stall_seconds)][-1])
+
+    async def count_captures(self, expected: int, *, on_action: Callable[[bytes], None]) -> float:
+        """Read until `expected` payments are captured, as `count_results`; `on_action` gets what a payer must act on.
+
+        It is called in another thread.
+        """
+        return await asyncio.to_thread(self._count_captures, expected, on_action)
+
+    def _count_captures(self, expected: int, on_action: Callable[[bytes], None]) -> float:
+        captured = 0
+        for now, batch in self._results(2**62, 60):
+            for message in batch:
+                value = message.value()
+                if CAPTURED in value:
+                    captured += 1
+                else:
+                    assert ACTION in value, value
+                    on_action(value)
+            if captured >= expected:
+                return now
+        raise AssertionError("there is no end to the results")
 
     async def time_results(self, messages: list[Message], rate: int) -> list[float]:
         """Send at a steady `rate` per second; the seconds from each command to its result, in order of arrival."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 MATRIX = Path(__file__).parents[1] / "fault" / "test_crash_matrix.py"
 
@@ -29,7 +29,8 @@ class Results:
         # Not before pytest has begun: it wants to be the first to import what its plugins rewrite.
         from tests.support.crashing_operation import BOUNDARIES
 
-        table = Table("operation", *BOUNDARIES, box=box.SIMPLE_HEAD, title="SIGKILL at …, and its effect")
+        table = Table(Column("operation", no_wrap=True), *BOUNDARIES, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.title = "SIGKILL at …, and its effect"
         for operation, by_boundary in self.outcomes.items():
             table.add_row(operation, *(by_boundary.get(each, "") for each in BOUNDARIES))
         return table
