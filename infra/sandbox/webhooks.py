@@ -15,6 +15,7 @@ import httpx
 
 ATTEMPTS_MAX = 8
 FIRST_DELAY_SECONDS = 0.2
+CONNECTIONS = 8
 TIMEOUT_SECONDS = 10.0
 
 
@@ -73,7 +74,12 @@ class WebhookSender:
 
     async def _attempt(self, outgoing: Outgoing, is_accepted: Callable[[httpx.Response], bool]) -> bool:
         if self._http is None:
-            self._http = httpx.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False)
+            # Few connections: httpcore walks through all of them at every request.
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(TIMEOUT_SECONDS, pool=None),
+                limits=httpx.Limits(max_connections=CONNECTIONS),
+                trust_env=False,
+            )
         self.sent += 1
         try:
             answer = await self._http.request(
