@@ -316,8 +316,9 @@ def report_relay(table: Table, results: dict[str, Any]) -> None:
     for row in results["latency"]:
         table.add_row(f"relay at {row['rate']:,}/s, {row['source']}", f"p50 {row['p50_ms']} · p99 {row['p99_ms']} ms")
     table.add_row("relay restart to first event", f"{results['restart_s']} s")
-    if "with_stored_rows" in results:
-        table.add_row("relay with a full outbox", str(results["with_stored_rows"]))
+    for row in results.get("with_stored_rows", []):
+        told = f"{row['rows_per_second']:,} rows/s · p50 {row['p50_ms']} · p99 {row['p99_ms']} ms"
+        table.add_row(f"relay, {row['source']}, {row['stored_rows']:,} rows stored", told)
 
 
 def report_service(table: Table, results: dict[str, Any]) -> None:
