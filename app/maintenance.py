@@ -1,10 +1,12 @@
-"""The outbox's partitions: made ahead of time, dropped after their retention. `payments http` keeps them all along.
+"""What grows is kept in bounds: the outbox's partitions, made ahead of time and dropped after their retention, and
+applied webhooks, forgotten after theirs. `payments http` does it all along.
 
 The HTTP process does it because every installation runs one, whoever publishes its events (our relay or Debezium);
 any number may do it at once. Should none, rows land in the default partition and nothing is lost.
 """
 
 import asyncio
+from datetime import timedelta
 
 import asyncpg
 import structlog
@@ -12,16 +14,19 @@ from aiokafka.admin import AIOKafkaAdminClient
 
 from app.health import Checks
 from app.settings import Settings
+from domain.errors import StoreUnavailable
+from infra.postgres.inbox import forget_applied
 from infra.postgres.maintenance import MaintenanceReport, maintain
 
 log = structlog.get_logger(__name__)
 
 
 async def maintain_once(settings: Settings) -> MaintenanceReport:
-    """Make the partitions of the coming days and drop those past retention.
+    """Make the partitions of the coming days; drop those past retention, and forget webhooks that are.
 
     Raises:
         OSError, asyncpg.PostgresError: as `infra.postgres.maintenance.maintain`.
+        StoreUnavailable: as `infra.postgres.inbox.forget_applied`.
     """
     report = await maintain(
         settings.postgres_url,
@@ -30,6 +35,9 @@ async def maintain_once(settings: Settings) -> MaintenanceReport:
     )
     if report.kept_because:
         log.warning("old outbox partitions kept", reasons=report.kept_because)
+    forgotten = await forget_applied(settings.postgres_url, older_than=timedelta(days=settings.inbox_retention_days))
+    if forgotten:
+        log.info("old webhooks forgotten", webhooks=forgotten)
     return report
 
 
@@ -44,8 +52,8 @@ class Maintenance:
         while not stop.is_set():
             try:
                 await maintain_once(self._settings)
-            except (OSError, asyncpg.PostgresError) as error:
-                log.warning("outbox maintenance failed", error=type(error).__name__)
+            except (OSError, asyncpg.PostgresError, StoreUnavailable) as error:
+                log.warning("maintenance failed", error=type(error).__name__)
             try:
                 async with asyncio.timeout(self._settings.maintenance_interval_seconds):
                     await stop.wait()

@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     relay_slot: str = "payments_relay"
     relay_source: Literal["wal", "poll"] = "wal"
     outbox_retention_days: int = 14
+    inbox_retention_days: int = 35
+    """How long applied webhooks are kept; Stripe, the most patient of the providers, sends one again for 30 days."""
     outbox_days_ahead: int = 7
     maintenance_interval_seconds: float = 3600.0
     log_json: bool = True

@@ -60,6 +60,15 @@ CLAIM: Final = """
     RETURNING i.id, i.payment_id, i.gateway, i.event_id, i.type, i.operation_number, i.content
 """
 
+# Ids come in the order of arrival, so what is old stands first, and the first portion without any ends the search.
+FORGET: Final = """
+    WITH portion AS (SELECT id, applied_at FROM inbox WHERE id > $1 ORDER BY id LIMIT $2),
+         gone AS (DELETE FROM inbox USING portion
+                   WHERE inbox.id = portion.id AND portion.applied_at < now() - $3::interval RETURNING 1)
+    SELECT (SELECT max(id) FROM portion) AS last_id, (SELECT count(*) FROM gone) AS gone
+"""
+PORTION: Final = 5_000
+
 
 class PostgresInbox:
     """Fits `domain.ports.Inbox`. The write path marks what it applied (`Changes.notices`)."""
@@ -81,6 +90,28 @@ class PostgresInbox:
         with translated():
             async with self._pool.acquire() as connection:
                 return await connection.fetch(statement, *arguments)
+
+
+async def forget_applied(postgres_url: str, *, older_than: timedelta) -> int:
+    """Delete webhooks that were applied so long ago; how many. One that was never applied is kept for ever.
+
+    The provider should have given up sending it again by then; if it has not, it is applied again and changes nothing.
+
+    Raises:
+        StoreUnavailable: Postgres is away.
+    """
+    with translated():
+        connection = await asyncpg.connect(postgres_url, timeout=10, command_timeout=60)
+        try:
+            forgotten: int = 0
+            last_id: int = 0
+            while True:
+                last_id, gone = (await connection.fetch(FORGET, last_id, PORTION, older_than))[0]
+                forgotten += gone
+                if not gone:
+                    return forgotten
+        finally:
+            await connection.close(timeout=10)
 
 
 async def listen(postgres_url: str, on_arrival: Callable[[], None]) -> None:

@@ -37,6 +37,7 @@ INDEXES = {
     "HEED_NOTICES": {"inbox_pkey"},
     "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_pkey"},
     "CLAIM": {"inbox_due", "inbox_pkey"},
+    "FORGET": {"inbox_pkey"},
     "SAVE": {"payments_payment_id_key", "operations_pkey", "inbox_pkey"},
 }
 

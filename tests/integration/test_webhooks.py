@@ -5,9 +5,11 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import httpx
 import pytest
 import stripe
@@ -20,7 +22,7 @@ from domain.notices import BODY_BYTES_MAX
 from domain.operations import GatewayRequest, Outcome, RequiresAction
 from handlers import metrics
 from handlers.heed import Heeder
-from infra.postgres.inbox import PostgresInbox, listen
+from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.store import create_pool
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
@@ -219,6 +221,22 @@ async def test_a_dispute_finds_its_payment_by_the_providers_id(postgres_url: str
         "captured", "dispute_opened", "dispute_closed", "command_rejected",
     ]  # fmt: skip
     assert await value(postgres_url, "SELECT disputed_minor FROM payments") == 4_000
+
+
+async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_others(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(
+        """INSERT INTO inbox (gateway, event_id, type, content, body, due_at, applied_at)
+           SELECT 'stripe', 'evt_' || n, 't', '{}', '', CASE WHEN n % 10 = 0 THEN now() END,
+                  CASE WHEN n % 10 <> 0 THEN now() - interval '36 days' * (n <= 12000)::integer END
+             FROM generate_series(1, 12500) AS n"""
+    )
+    assert await forget_applied(postgres_url, older_than=timedelta(days=35)) == 10_800
+    assert await forget_applied(postgres_url, older_than=timedelta(days=35)) == 0
+    left = await connection.fetchrow("SELECT count(*) FILTER (WHERE due_at IS NULL), count(*) FROM inbox")
+    await connection.close()
+    assert left is not None
+    assert tuple(left) == (450, 1_700)
 
 
 async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> None:
