@@ -20,7 +20,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from infra.sandbox.connections import HalfAnswer, NoAnswer
+from infra.sandbox.connections import NoAnswer
+from infra.sandbox.controls import GARBLED, control_routes, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -118,7 +119,7 @@ class MoMoSimulator:
         call = Call(operation, request.url.path, str(body.get("requestId")), payment_id=str(body.get("orderId"))[:36])
         fault = self.faults.pick(call)
         before = await self._before(fault, body)
-        return before or _after(fault, self._once(verb, body, request))
+        return before or spoiled(fault, self._once(verb, body, request), garbled=GARBLED)
 
     async def _before(self, fault: Fault | None, body: Mapping[str, Any]) -> Response | None:
         match fault.action if fault else None:
@@ -262,8 +263,7 @@ class MoMoSimulator:
             Route(f"{own}/payments/{{order}}/decide", self._decide_by_hand, methods=["POST"]),
             Route(f"{own}/payments/{{order}}/settle_refund", self._settle_refund, methods=["POST"]),
             Route(f"{own}/configure", self._configure, methods=["POST"]),
-            Route(f"{own}/faults", self._add_fault, methods=["POST"]),
-            Route(f"{own}/reset", self._reset, methods=["POST"]),
+            *control_routes(own, lambda _: self),
         ]
 
     async def _books(self, request: Request) -> Response:
@@ -290,17 +290,6 @@ class MoMoSimulator:
         self.sender.behave(given)
         return JSONResponse({"latency_ms": self.latency_seconds * 1000})
 
-    async def _add_fault(self, request: Request) -> Response:
-        try:
-            self.faults.rules.append(Fault.from_json(await request.json()))
-        except (TypeError, ValueError, AttributeError) as error:
-            return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
-        return JSONResponse({"faults": len(self.faults.rules)})
-
-    async def _reset(self, _: Request) -> Response:
-        self.reset()
-        return JSONResponse({"reset": True})
-
 
 def _sign(fields: Mapping[str, Any], names: str) -> str:
     text = "&".join([f"accessKey={ACCESS}", *(f"{name}={fields[name]}" for name in names.split())])
@@ -317,20 +306,6 @@ def _is_signed(body: Mapping[str, Any], names: str) -> bool:
 def _answer(body: Mapping[str, Any], code: int, message: str, *, status: int = 200, **more: Any) -> Response:
     echo = {name: body.get(name) for name in ("partnerCode", "orderId", "requestId")}
     return JSONResponse(echo | {"resultCode": code, "message": message, "responseTime": _now()} | more, status)
-
-
-def _after(fault: Fault | None, response: Response) -> Response:
-    match fault.action if fault else None:
-        case Action.CUT_AFTER:
-            return NoAnswer()
-        case Action.HANG:
-            return NoAnswer(is_hanging=True)
-        case Action.TRUNCATED:
-            return HalfAnswer(response)
-        case Action.GARBAGE | Action.ERROR_AFTER:
-            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
-        case _:
-            return response
 
 
 def _effect(order: Order) -> tuple[int, int, int]:

@@ -19,8 +19,7 @@ import base64
 import html
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,13 +28,12 @@ from secrets import token_urlsafe
 from typing import Any, Final
 from uuid import uuid4
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from infra.sandbox.connections import HalfAnswer, KnownConnection, NoAnswer
+from infra.sandbox.connections import NoAnswer
+from infra.sandbox.controls import control_routes, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.paypal_books import (
@@ -177,11 +175,8 @@ class PayPalSimulator:
             Route(f"{OWN}/orders/{{id}}/deny", partial(self._payer_answers, "deny"), methods=["POST"]),
             *(Route(f"{OWN}/{path}", self._outside(change), methods=["POST"]) for path, change in own.items()),
             Route(f"{OWN}/tokens", self._forget_tokens, methods=["DELETE"]),
-            Route(f"{OWN}/faults", self._add_fault, methods=["POST"]),
-            Route(f"{OWN}/faults", self._clear_faults, methods=["DELETE"]),
-            Route(f"{OWN}/latency", self._set_latency, methods=["POST"]),
+            *control_routes(OWN, lambda _: self),
             Route(f"{OWN}/webhooks", self._set_webhooks, methods=["POST"]),
-            Route(f"{OWN}/reset", self._reset, methods=["POST"]),
         ]
 
     def books_now(self) -> PayPalBooks:
@@ -222,7 +217,7 @@ class PayPalSimulator:
         self.tokens[token] = time.monotonic() + TOKEN_SECONDS
         self.tokens_issued += 1
         answer = {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_SECONDS, "app_id": "APP-SANDBOX"}
-        return _after(fault, JSONResponse(answer))
+        return spoiled(fault, JSONResponse(answer))
 
     def _authenticate(self, request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -250,7 +245,7 @@ class PayPalSimulator:
             response = _before(fault)
             if response is None:
                 response = await self._once(request, fault, partial(execute, request, given))
-            return _after(fault, response)
+            return spoiled(fault, response)
 
         return Route(path, endpoint, methods=["POST"])
 
@@ -345,7 +340,7 @@ class PayPalSimulator:
                 found = self.books.find(kind, request.path_params["id"])
             except Refusal as refusal:
                 return response or _error(refusal)
-            return response or _after(fault, JSONResponse(self.books.shown(kind, found, _base(request))))
+            return response or spoiled(fault, JSONResponse(self.books.shown(kind, found, _base(request))))
 
         return Route(path, endpoint, methods=["GET"])
 
@@ -460,21 +455,6 @@ class PayPalSimulator:
             raise unprocessable("INVALID_PARAMETER_VALUE")
         return kind, self.books.settle(kind, request.path_params["id"], status)
 
-    async def _add_fault(self, request: Request) -> Response:
-        try:
-            self.faults.rules.append(Fault.from_json(await request.json()))
-        except (TypeError, ValueError, AttributeError) as error:
-            return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
-        return JSONResponse({"faults": len(self.faults.rules)})
-
-    async def _clear_faults(self, request: Request) -> Response:
-        self.faults.rules.clear()
-        return JSONResponse({"faults": 0})
-
-    async def _set_latency(self, request: Request) -> Response:
-        self.latency_seconds = float((await request.json())["latency_ms"]) / 1000
-        return JSONResponse({"latency_ms": self.latency_seconds * 1000})
-
     async def _set_webhooks(self, request: Request) -> Response:
         """`url` (null: none are sent), `webhook_id`, and `manners` of the sender."""
         given = await request.json()
@@ -485,10 +465,6 @@ class PayPalSimulator:
         self.webhook_url = given.get("url")
         self.webhook_id = given.get("webhook_id", self.webhook_id)
         return JSONResponse({"url": self.webhook_url, "webhook_id": self.webhook_id})
-
-    async def _reset(self, request: Request) -> Response:
-        self.reset()
-        return JSONResponse({"reset": True})
 
 
 def _executed(fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]) -> tuple[str, PayPalObject]:
@@ -513,20 +489,6 @@ def _before(fault: Fault | None) -> Response | None:
             return _error(Refusal(503, "SERVICE_UNAVAILABLE"))
         case _:
             return None
-
-
-def _after(fault: Fault | None, response: Response) -> Response:
-    match fault.action if fault else None:
-        case Action.CUT_AFTER:
-            return NoAnswer()
-        case Action.HANG:
-            return NoAnswer(is_hanging=True)
-        case Action.TRUNCATED:
-            return HalfAnswer(response)
-        case Action.GARBAGE:
-            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
-        case _:
-            return response
 
 
 def _internal_error() -> Response:
@@ -562,36 +524,3 @@ def _basic_user(request: Request) -> str | None:
     except ValueError:
         return None
     return user if scheme == "Basic" and user and secret else None
-
-
-def create_app(simulator: PayPalSimulator) -> Starlette:
-    """The simulator alone, loaded at start-up and closed at shutdown."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        simulator.load()
-        yield
-        await simulator.sender.close()
-        simulator.close()
-
-    return Starlette(routes=simulator.routes(), lifespan=lifespan)
-
-
-def create_server(host: str, port: int, simulator: PayPalSimulator) -> uvicorn.Server:
-    """A server for the simulator, not yet started. Its protocol class is what makes cut connections possible."""
-    config = uvicorn.Config(
-        create_app(simulator),
-        host=host,
-        port=port,
-        http=KnownConnection,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
-
-
-def serve(host: str, port: int, *, state_file: Path | None = None) -> None:
-    """Run the simulator in this process until it is told to stop. With a state file it continues where it stopped."""
-    create_server(host, port, PayPalSimulator(state_file=state_file)).run()

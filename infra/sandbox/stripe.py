@@ -11,23 +11,21 @@ import asyncio
 import html
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from infra.sandbox import forms
 from infra.sandbox.books import Books, StripeObject, newest
-from infra.sandbox.connections import HalfAnswer, KnownConnection, NoAnswer
+from infra.sandbox.connections import NoAnswer
+from infra.sandbox.controls import control_routes, spoiled
 from infra.sandbox.errors import Refused, invalid
 from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
@@ -134,7 +132,7 @@ def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
         if response is None:
             executed = partial(_executed, state, request, params, fault=fault, execute=execute)
             response = await _once(state, request, text, fault, executed)
-        return _after(fault, response)
+        return spoiled(fault, response)
 
     return endpoint
 
@@ -223,20 +221,6 @@ def _before(state: SandboxState, fault: Fault | None) -> Response | None:
             return None
 
 
-def _after(fault: Fault | None, response: Response) -> Response:
-    match fault.action if fault else None:
-        case Action.CUT_AFTER:
-            return NoAnswer()
-        case Action.HANG:
-            return NoAnswer(is_hanging=True)
-        case Action.TRUNCATED:
-            return HalfAnswer(response)
-        case Action.GARBAGE:
-            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
-        case _:
-            return response
-
-
 def _internal_error() -> Refused:
     return Refused(500, "An unknown error occurred.", type="api_error")
 
@@ -268,7 +252,7 @@ def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request
                 response = _respond(body, 200, _request_id(state))
         except Refused as refused:
             return _error(state, refused)
-        return _after(fault, response)
+        return spoiled(fault, response)
 
     return endpoint
 
@@ -376,26 +360,6 @@ async def _find(request: Request) -> Response:
     return JSONResponse({"data": books.details(i for i in candidates if wanted.items() <= i["metadata"].items())})
 
 
-async def _add_fault(request: Request) -> Response:
-    try:
-        fault = Fault.from_json(await request.json())
-    except (TypeError, ValueError, AttributeError) as error:
-        return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
-    request.app.state.sandbox.faults.rules.append(fault)
-    return JSONResponse({"faults": len(request.app.state.sandbox.faults.rules)})
-
-
-async def _clear_faults(request: Request) -> Response:
-    request.app.state.sandbox.faults.rules.clear()
-    return JSONResponse({"faults": 0})
-
-
-async def _set_latency(request: Request) -> Response:
-    milliseconds = float((await request.json())["latency_ms"])
-    request.app.state.sandbox.latency_seconds = milliseconds / 1000
-    return JSONResponse({"latency_ms": milliseconds})
-
-
 async def _set_webhooks(request: Request) -> Response:
     """Where to send webhooks, `{"url": …, "secret": …}`, and how badly: `Manners`, and `amount_off_by`."""
     events: Events = request.app.state.sandbox.events
@@ -409,11 +373,6 @@ async def _set_webhooks(request: Request) -> Response:
 async def _webhooks(request: Request) -> Response:
     events: Events = request.app.state.sandbox.events
     return JSONResponse({"url": events.url, "sent": events.sender.sent, "accepted": events.sender.accepted})
-
-
-async def _reset(request: Request) -> Response:
-    request.app.state.sandbox.reset()
-    return JSONResponse({"reset": True})
 
 
 def _own(change: Callable[[Books, Request], StripeObject]) -> Callable[[Request], Any]:
@@ -525,9 +484,6 @@ ROUTES: Final = [
         ),
         methods=["POST"],
     ),
-    Route("/_sandbox/faults", _add_fault, methods=["POST"]),
-    Route("/_sandbox/faults", _clear_faults, methods=["DELETE"]),
-    Route("/_sandbox/latency", _set_latency, methods=["POST"]),
     Route(
         "/_sandbox/payment_intents/{intent}/dispute",
         _own(
@@ -546,42 +502,7 @@ ROUTES: Final = [
         ),
         methods=["POST"],
     ),
+    *control_routes("/_sandbox", lambda request: request.app.state.sandbox),
     Route("/_sandbox/webhooks", _set_webhooks, methods=["POST"]),
     Route("/_sandbox/webhooks", _webhooks, methods=["GET"]),
-    Route("/_sandbox/reset", _reset, methods=["POST"]),
 ]
-
-
-def create_app(state: SandboxState) -> Starlette:
-    """The simulator around `state`, which is loaded at start-up and closed at shutdown."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        state.load()
-        yield
-        await state.events.sender.close()
-        state.journal.close()
-
-    app = Starlette(routes=ROUTES, lifespan=lifespan)
-    app.state.sandbox = state
-    return app
-
-
-def create_server(host: str, port: int, state: SandboxState) -> uvicorn.Server:
-    """A server for the simulator, not yet started. Its protocol class is what makes cut connections possible."""
-    config = uvicorn.Config(
-        create_app(state),
-        host=host,
-        port=port,
-        http=KnownConnection,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
-
-
-def serve(host: str, port: int, *, state_file: Path | None) -> None:
-    """Run the simulator in this process until it is told to stop. With a state file it continues where it stopped."""
-    create_server(host, port, SandboxState(state_file=state_file)).run()

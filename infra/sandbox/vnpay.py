@@ -22,8 +22,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from infra.sandbox.connections import HalfAnswer, NoAnswer
-from infra.sandbox.faults import Action, Call, Fault, Faults
+from infra.sandbox.connections import NoAnswer
+from infra.sandbox.controls import GARBLED, control_routes, spoiled
+from infra.sandbox.faults import Action, Call, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
 
@@ -237,7 +238,7 @@ class VNPaySimulator:
             case Action.SLOW:
                 assert fault is not None, "the action is the fault's"
                 await asyncio.sleep(fault.seconds)
-        return _after(fault, self._execute(body))
+        return spoiled(fault, self._execute(body), garbled=GARBLED)
 
     def _execute(self, body: Mapping[str, Any]) -> Response:
         command = body.get("vnp_Command")
@@ -303,8 +304,7 @@ class VNPaySimulator:
             Route(f"{own}/payments/{{ref}}/decide", self._decide_by_hand, methods=["POST"]),
             Route(f"{own}/payments/{{ref}}/settle_refund", self._settle_refund, methods=["POST"]),
             Route(f"{own}/configure", self._configure, methods=["POST"]),
-            Route(f"{own}/faults", self._add_fault, methods=["POST"]),
-            Route(f"{own}/reset", self._reset, methods=["POST"]),
+            *control_routes(own, lambda _: self),
         ]
 
     async def _books(self, request: Request) -> Response:
@@ -334,31 +334,6 @@ class VNPaySimulator:
         self.refunds_wait = bool(given.pop("refunds_wait", False))
         self.sender.behave(given)
         return JSONResponse({"ipn_url": self.ipn_url})
-
-    async def _add_fault(self, request: Request) -> Response:
-        try:
-            self.faults.rules.append(Fault.from_json(await request.json()))
-        except (TypeError, ValueError, AttributeError) as error:
-            return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
-        return JSONResponse({"faults": len(self.faults.rules)})
-
-    async def _reset(self, _: Request) -> Response:
-        self.reset()
-        return JSONResponse({"reset": True})
-
-
-def _after(fault: Fault | None, response: Response) -> Response:
-    match fault.action if fault else None:
-        case Action.CUT_AFTER:
-            return NoAnswer()
-        case Action.HANG:
-            return NoAnswer(is_hanging=True)
-        case Action.TRUNCATED:
-            return HalfAnswer(response)
-        case Action.GARBAGE | Action.ERROR_AFTER:
-            return Response("<html>Bad gateway</html>", 502, media_type="text/html")
-        case _:
-            return response
 
 
 def _effect(payment: Payment) -> tuple[int, int, int]:

@@ -1,12 +1,7 @@
 """The simulators, each in a process of its own on a free loopback port, and the gateways that talk to them."""
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,28 +10,7 @@ from pydantic import SecretStr
 
 from domain.ports import Gateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
-
-CHECKOUT = Path(__file__).parents[2]
-SERVE = (
-    "import sys, pathlib; from infra.sandbox.stripe import serve; serve('127.0.0.1', int(sys.argv[1]), state_file={})"
-)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_open(port: int, process: subprocess.Popen[bytes], timeout_seconds: float = 20) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended at once"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"nothing listens on port {port}")
+from tests.support.sandbox import running_sandbox
 
 
 @dataclass
@@ -63,20 +37,10 @@ class Simulator:
         return dict(self.http.post(f"/_sandbox/{path}").raise_for_status().json())
 
 
-def start_stripe(port: int, state_file: Path | None = None) -> subprocess.Popen[bytes]:
-    path = "None" if state_file is None else f"pathlib.Path({str(state_file)!r})"
-    process = subprocess.Popen([sys.executable, "-c", SERVE.format(path), str(port)], cwd=CHECKOUT)
-    wait_until_open(port, process)
-    return process
-
-
 @pytest.fixture(scope="session")
 def stripe_url() -> Iterator[str]:
-    port = free_port()
-    process = start_stripe(port)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
+    with running_sandbox() as url:
+        yield url
 
 
 @pytest.fixture

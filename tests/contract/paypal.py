@@ -1,25 +1,15 @@
 """The PayPal simulator in a process of its own, and the gateways that talk to it: what a contract suite needs."""
 
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 from pydantic import SecretStr
 
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.local.server import free_port
-
-CHECKOUT = Path(__file__).parents[2]
-SERVE = (
-    "import sys, pathlib; from infra.sandbox.paypal import serve; serve('127.0.0.1', int(sys.argv[1]), state_file={})"
-)
+from tests.support.sandbox import running_sandbox
 
 PAYS = "vault:good"
 """A payment method that succeeds at once; without `vault:` the payer is sent to PayPal."""
@@ -98,34 +88,11 @@ class PayPalSandbox:
         return dict(self.http.post(f"/_sandbox/paypal/{path}", json=json).raise_for_status().json())
 
 
-def start_paypal(port: int, state_file: Path | None = None) -> subprocess.Popen[bytes]:
-    path = "None" if state_file is None else f"pathlib.Path({str(state_file)!r})"
-    process = subprocess.Popen([sys.executable, "-c", SERVE.format(path), str(port)], cwd=CHECKOUT)
-    deadline = time.monotonic() + 20
-    while not _is_open(port):
-        assert process.poll() is None, "the simulator ended at once"
-        assert time.monotonic() < deadline, f"nothing listens on port {port}"
-        time.sleep(0.05)
-    return process
-
-
-def _is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @contextmanager
-def running_paypal(state_file: Path | None = None) -> Iterator[PayPalSandbox]:
+def running_paypal() -> Iterator[PayPalSandbox]:
     """A simulator until the block ends."""
-    port = free_port()
-    process = start_paypal(port, state_file)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url) as http:
-            yield PayPalSandbox(url, http)
-    finally:
-        process.terminate()
-        process.wait(10)
+    with running_sandbox() as url, httpx.Client(base_url=url) as http:
+        yield PayPalSandbox(url, http)
 
 
 def paypal_gateway(url: str, *, timeout_seconds: float = 10, **settings: Any) -> PayPalGateway:

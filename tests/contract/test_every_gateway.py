@@ -2,8 +2,6 @@
 provider's own, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -31,9 +29,9 @@ from domain.operations import (
 from domain.ports import Gateway
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
-from tests.contract.conftest import CHECKOUT, free_port, wait_until_open
 from tests.contract.gateway_requests import a_request
 from tests.contract.providers import PROVIDERS, Effect, Provider
+from tests.support.sandbox import running_sandbox
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 OPENING = (AUTHORIZE, CHARGE)
@@ -43,12 +41,8 @@ AFTER = ("cut_after", "truncated", "garbage")
 
 @pytest.fixture(scope="module")
 def sandbox_url() -> Iterator[str]:
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", "sandbox", "--port", str(port)], cwd=CHECKOUT)
-    wait_until_open(port, process)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
+    with running_sandbox() as url:
+        yield url
 
 
 class NoStore:

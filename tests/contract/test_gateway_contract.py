@@ -22,7 +22,8 @@ from domain.operations import (
     Unreachable,
 )
 from domain.ports import Gateway
-from tests.contract.conftest import Simulator, free_port
+from infra.local.server import free_port
+from tests.contract.conftest import Simulator
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
 
 KINDS = list(OperationKind)

@@ -44,8 +44,8 @@ from tests.contract.paypal import (
     PayPalSandbox,
     paypal_gateway,
     running_paypal,
-    start_paypal,
 )
+from tests.support.sandbox import start_sandbox
 
 KINDS = list(OperationKind)
 OPENINGS = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
@@ -940,11 +940,12 @@ def test_the_payers_page_leads_back_to_the_shop(paypal: PayPalSandbox) -> None:
 
 
 async def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
-    state_file, port = tmp_path / "paypal.jsonl", free_port()
+    state_file, port = tmp_path / "books.jsonl", free_port()
+    journal = state_file.with_suffix(".paypal.jsonl")
     url, requests, books = f"http://127.0.0.1:{port}", list[GatewayRequest](), []
     answers: list[int] = []
     for _ in range(2):
-        process, gateway = start_paypal(port, state_file), paypal_gateway(f"http://127.0.0.1:{port}")
+        process, gateway = start_sandbox(port, state_file), paypal_gateway(f"http://127.0.0.1:{port}")
         hold = await opened(gateway, payment_method=PAYS)
         with httpx.Client(base_url=url) as http:
             sandbox = PayPalSandbox(url, http)
@@ -958,7 +959,7 @@ async def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> No
         await gateway.close()
         process.kill()
         process.wait(10)
-        state_file.write_text(state_file.read_text() + '{"objects": [{"id": "cut sh')
+        journal.write_text(journal.read_text() + '{"objects": [{"id": "cut sh')
 
     assert [type(each) for each in outcomes] == [Succeeded, Succeeded]
     assert answers == [201, 200]

@@ -15,8 +15,10 @@ import pytest
 from domain.commands import OperationKind
 from domain.operations import NotExecuted
 from infra.gateways.stripe import StripeGateway
-from tests.contract.conftest import CHECKOUT, free_port, stripe_gateway, wait_until_open
+from infra.local.server import free_port
+from tests.contract.conftest import stripe_gateway
 from tests.contract.gateway_requests import a_request, in_doubt, run
+from tests.support.sandbox import CHECKOUT, wait_until_open
 
 BINARIES = CHECKOUT / ".cache" / "bin"
 

@@ -7,7 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.contract.conftest import Simulator, free_port, start_stripe
+from infra.local.server import free_port
+from tests.contract.conftest import Simulator
+from tests.support.sandbox import start_sandbox
 
 CHARGE = {
     "amount": "1250",
@@ -146,7 +148,7 @@ def test_a_rule_that_is_none_is_refused(stripe_simulator: Simulator) -> None:
 
 def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
     state_file, port = tmp_path / "stripe.jsonl", free_port()
-    process = start_stripe(port, state_file)
+    process = start_sandbox(port, state_file)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer sk_test_x"}) as http:
         first = post(http, "payment_intents", CHARGE, "k")
         post(http, "refunds", {"payment_intent": first.json()["id"], "amount": "250"}, "k2")
@@ -154,7 +156,7 @@ def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
     process.wait(10)
     state_file.write_text(state_file.read_text() + '{"objects": [{"id": "cut sh')
 
-    process = start_stripe(port, state_file)
+    process = start_sandbox(port, state_file)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer sk_test_x"}) as http:
         again = post(http, "payment_intents", CHARGE, "k")
         books = http.get("/_sandbox/books").json()

@@ -21,9 +21,9 @@ import pytest
 from domain.commands import OperationKind
 from domain.operations import RequiresAction
 from domain.rules import RetryPolicy
-from tests.contract.conftest import CHECKOUT, free_port, wait_until_open
 from tests.contract.providers import PROVIDERS, Provider
 from tests.support.crashing_operation import BOUNDARIES
+from tests.support.sandbox import CHECKOUT, running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, rules, running_worker, value
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
@@ -57,12 +57,8 @@ def cases() -> Iterator[tuple[str, OperationKind, str]]:
 
 @pytest.fixture(scope="module")
 def sandbox_url() -> Iterator[str]:
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", "sandbox", "--port", str(port)], cwd=CHECKOUT)
-    wait_until_open(port, process)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
+    with running_sandbox() as url:
+        yield url
 
 
 def fields(provider: Provider, kind: OperationKind) -> dict[str, Any]:

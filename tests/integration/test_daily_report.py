@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -13,8 +11,8 @@ import pytest
 
 from app.daily_report import report_day
 from app.settings import Settings
-from tests.contract.conftest import CHECKOUT, free_port, wait_until_open
 from tests.contract.providers import Stripe
+from tests.support.sandbox import running_sandbox
 from tests.support.service import delivery, new_payment_id, running_worker, value
 
 AUTHORIZATION = {"authorization": "Bearer sk_test_somebody"}
@@ -22,12 +20,8 @@ AUTHORIZATION = {"authorization": "Bearer sk_test_somebody"}
 
 @pytest.fixture
 def sandbox_url() -> Iterator[str]:
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", "sandbox", "--port", str(port)], cwd=CHECKOUT)
-    wait_until_open(port, process)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(10)
+    with running_sandbox() as url:
+        yield url
 
 
 async def test_every_difference_is_found_and_nothing_else(
