@@ -107,7 +107,7 @@ class Till:
 
     def a(self, kind: OperationKind, **more: Any) -> GatewayRequest:
         """A request for the provider's usual amount and means."""
-        given = {"amount": self.provider.amount, "payment_method": self.provider.payment_method} | more
+        given: dict[str, Any] = {"amount": self.provider.amount, "payment_method": self.provider.payment_method} | more
         return a_request(kind, **given)
 
     async def prepared(self, kind: OperationKind) -> GatewayRequest:

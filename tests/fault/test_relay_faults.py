@@ -86,7 +86,7 @@ async def subscribed(bootstrap: str, topic: str) -> AsyncIterator[Subscriber]:
 
 
 def header(record: ConsumerRecord[bytes, bytes], name: str) -> str:
-    return dict(record.headers)[name].decode()
+    return str(dict(record.headers)[name], "utf-8")
 
 
 def assert_first_deliveries_are_in_order(records: Records) -> None:

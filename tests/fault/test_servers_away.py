@@ -83,7 +83,7 @@ async def test_a_relay_killed_three_times_repeats_but_skips_nothing(service: Ser
 
     async def trouble() -> None:
         for _ in range(3):
-            relays = [each for each in service.processes.running() if "relay" in each.args]
+            relays = [each for each in service.processes.running() if "relay" in list(each.args)]  # type: ignore[arg-type]
             relays[-1].kill()
             service.processes.relay()
             seen = await read_until(service.kafka_bootstrap, service.events, bool)

@@ -247,7 +247,7 @@ def test_payments_are_listed_by_filters(up: Up) -> None:
     ],
 )
 def test_a_filter_that_cannot_be_read_says_what_to_write(filters: dict[str, Any], advice: str) -> None:
-    nothing = dict.fromkeys(field.name for field in fields(Wanted))
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Wanted))
     with pytest.raises(ValueError, match=advice):
         list_payments(Settings(), Wanted(**nothing | {"limit": 20} | filters), as_json=True)
 

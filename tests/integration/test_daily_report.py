@@ -27,7 +27,7 @@ def sandbox_url() -> Iterator[str]:
 async def test_every_difference_is_found_and_nothing_else(
     postgres_url: str, sandbox_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = Settings(postgres_url=postgres_url, stripe_api_base=sandbox_url, stripe_api_key="sk_test_report")  # type: ignore[arg-type]
+    settings = Settings(postgres_url=postgres_url, stripe_api_base=sandbox_url, stripe_api_key="sk_test_report")
 
     async def differences() -> list[tuple[str, str]]:
         today = datetime.now(UTC).date()

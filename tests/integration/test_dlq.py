@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from app.cli import app
 from app.dlq_desk import DeadLetterDesk
 from app.settings import Settings
+from domain.decide import decide
 from handlers import write_path as write_path_module
-from handlers.write_path import decide
 from infra.kafka.dead_letter_log import DeadLetterLog
 from infra.postgres.letters import LetterDecisions
 from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured

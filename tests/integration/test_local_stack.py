@@ -250,4 +250,5 @@ async def create_topic(bootstrap: str, name: str) -> None:
 
 async def first_record(bootstrap: str, topic: str) -> bytes | None:
     async with AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest") as consumer:
-        return (await consumer.getone()).value
+        value: bytes | None = (await consumer.getone()).value
+        return value

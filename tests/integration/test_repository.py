@@ -277,7 +277,12 @@ async def test_pending_captures_come_soonest_first(full: PaymentRepository) -> N
 
 
 async def test_a_reserved_capture_is_not_pending(empty: PaymentRepository) -> None:
-    amounts = {"currency": "EUR", "amount_minor": 5, "authorized_minor": 5, "status": PaymentStatus.AUTHORIZED}
+    amounts: dict[str, Any] = {
+        "currency": "EUR",
+        "amount_minor": 5,
+        "authorized_minor": 5,
+        "status": PaymentStatus.AUTHORIZED,
+    }
     free = await empty.create(Payment(uuid.uuid4(), **amounts))
     await empty.create(Payment(uuid.uuid4(), **amounts, reserved_capture_minor=5))
     assert await empty.find_pending_captures() == (free,)

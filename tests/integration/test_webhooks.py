@@ -43,7 +43,7 @@ def waits(request: GatewayRequest) -> Outcome | None:
 
 @asynccontextmanager
 async def receiving(postgres_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    settings = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET])  # type: ignore[list-item]
+    settings = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET])
     service = WebhookService(settings)
     running = asyncio.create_task(service.run())
     transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
@@ -240,9 +240,7 @@ async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_other
 
 
 async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> None:
-    service = WebhookService(
-        Settings(postgres_url="postgresql://127.0.0.1:1/none", stripe_webhook_secrets=[SECRET])  # type: ignore[list-item]
-    )
+    service = WebhookService(Settings(postgres_url="postgresql://127.0.0.1:1/none", stripe_webhook_secrets=[SECRET]))
     running = asyncio.create_task(service.run())
     transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
     async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:

@@ -90,7 +90,7 @@ async def test_a_gateway_called_inside_a_transaction_stops_before_any_money_move
         store = worker.dispatcher._store
         async with store.begin():
             with pytest.raises(AssertionError, match="never called inside a transaction"):
-                await worker.dispatcher._outcome(gateway, applied.requests[0])
+                await worker.dispatcher._outcome(gateway.charge, applied.requests[0])
     assert gateway.calls == {}
 
 

@@ -266,9 +266,9 @@ class PaymentMachine(RuleBasedStateMachine):
     def a_webhook_arrives(self, which: int, times: int, is_ripe: bool) -> None:
         """Before or after the answer, late, again, or long outdated."""
         request, outcome = self.provider.said[which % len(self.provider.said)]
-        place = {"payment_id": request.payment_id, "operation_number": request.operation_number}
         ripe = is_ripe and isinstance(outcome, RequiresAction)
-        notice = Notice("books", "", "", outcome=None if ripe else outcome, is_ripe=ripe, **place)
+        told = None if ripe else outcome
+        notice = Notice("books", "", "", request.payment_id, request.operation_number, outcome=told, is_ripe=ripe)
         self._take_off(self.shell.apply([Notified(None, request.payment_id, notice)] * times))
 
     @rule(asks=st.lists(continuations, min_size=1, max_size=3))

@@ -75,7 +75,10 @@ class PostgresShell:
     def transfers(self) -> list[Transfer]:
         """The ledger."""
         rows = self._fetch("SELECT payment_id, payment_seq, debit, credit, amount_minor, currency FROM ledger")
-        return [Transfer(*row[:2], Account(row[2]), Account(row[3]), *row[4:]) for row in rows]
+        return [
+            Transfer(payment_id, seq, Account(debit), Account(credit), amount_minor, currency)
+            for payment_id, seq, debit, credit, amount_minor, currency in rows
+        ]
 
     def found_payments(self) -> dict[UUID, Payment]:
         """All payments with their open operations."""

@@ -121,7 +121,10 @@ class Story:
             return
         results = {event.operation_number: event for event in decision.events if isinstance(event, Event)}
         for event in decision.events:
-            (self.events if isinstance(event, Event) else self.replays).append(event)  # type: ignore[attr-defined]
+            if isinstance(event, Event):
+                self.events.append(event)
+            else:
+                self.replays.append(event)
         for operation in decision.operations:
             final = results.get(operation.number)
             if final is not None and final.is_final:

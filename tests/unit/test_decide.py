@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
+from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import NO_METADATA, OperationKind, RejectionReason, UnacceptableCommand
 from domain.decide import decide
 from domain.decision import Answer, Delivery
@@ -22,7 +24,6 @@ from domain.operations import (
     Unknown,
     Unreachable,
 )
-from domain.rules import AmountLimits
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, delivery, new_payment_id, rules
 from tests.support.story import START, Story
@@ -182,7 +183,7 @@ def test_a_currency_that_is_not_accepted_here_is_refused() -> None:
     assert _rejection(story) == ("unknown_currency", ("currency",))
 
 
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, tuple[Capabilities, str, dict[str, Any], str]] = {
     "kind": (replace(CAPABILITIES, operations=frozenset({OperationKind.AUTHORIZE})), "charge", {}, "type"),
     "currency": (replace(CAPABILITIES, currencies=frozenset({"EUR"})), "charge", {}, "currency"),
     "a payer who is away": (
@@ -573,8 +574,7 @@ def test_a_request_carries_all_that_a_gateway_needs_and_is_the_same_at_each_atte
     assert (first.provider_key, first.payment_method) == (f"{story.payment_id}:1", "pm_card_visa")
     assert first.metadata == {"channel": "web"} != NO_METADATA
     again = story.claim()
-    varying = {"state": first.state, "attempts": first.attempts, "lease_token": first.lease_token}
-    assert again._replace(**varying) == first
+    assert again._replace(state=first.state, attempts=first.attempts, lease_token=first.lease_token) == first
 
 
 def test_a_doubt_that_a_sweep_began_is_announced_when_the_next_answer_is_lost_too() -> None:

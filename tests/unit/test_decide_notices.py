@@ -55,9 +55,9 @@ def test_what_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: 
 
 
 def test_a_webhook_for_another_amount_or_currency_is_for_a_person_to_look_at() -> None:
-    for outcome, facts in ((Succeeded("ref_1", 9_999), {}), (PAID, {"currency": "EUR"})):
+    for outcome, currency in ((Succeeded("ref_1", 9_999), None), (PAID, "EUR")):
         told = waiting()
-        told.hear(outcome, **facts)
+        told.hear(outcome, currency=currency)
         assert told.state(1) == "needs_review"
         assert told.kinds[-1] == "needs_review"
         assert told.amounts() == (0, 0, 0, 0)

@@ -154,7 +154,7 @@ async def test_a_gateway_is_never_called_inside_a_transaction() -> None:
     bench = Bench(BookkeepingGateway())
     bench.store.is_open = True
     with pytest.raises(AssertionError, match="inside a transaction"):
-        await bench.dispatcher._outcome(BookkeepingGateway(), request())
+        await bench.dispatcher._outcome(BookkeepingGateway().charge, request())
 
 
 @pytest.mark.parametrize("state", [OperationState.PENDING, OperationState.REQUIRES_ACTION])

@@ -213,7 +213,12 @@ def ipn(fields: dict[str, Any]) -> WebhookRequest:
 
 
 def told(**fields: Any) -> dict[str, Any]:
-    given = VECTORS["M3"][1] | {"amount": 10_000, "resultCode": 0, "transId": 42, "responseTime": 1_732_804_678_758}
+    given: dict[str, Any] = VECTORS["M3"][1] | {
+        "amount": 10_000,
+        "resultCode": 0,
+        "transId": 42,
+        "responseTime": 1_732_804_678_758,
+    }
     given |= {"orderId": momo.order_id(PAYMENT_ID, 1), "requestId": momo.order_id(PAYMENT_ID, 1)} | fields
     access, secret = K1
     return given | {"signature": momo.sign(secret, momo.signed_text(access, given, momo.IPN))}

@@ -254,7 +254,7 @@ def gateway(answer: Callable[[dict[str, Any]], httpx.Response] | Exception) -> V
 
 
 def charge(**more: Any) -> GatewayRequest:
-    given = {"payment_id": PAYMENT_ID, "amount": Money(10_000, "VND")} | more
+    given: dict[str, Any] = {"payment_id": PAYMENT_ID, "amount": Money(10_000, "VND")} | more
     return a_request(OperationKind.CHARGE, **given)
 
 
