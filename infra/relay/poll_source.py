@@ -21,7 +21,7 @@ from infra.relay.prefix import Group
 from infra.relay.progress import SAVE_WINDOW, Mark, find_mark, forget_gap, refuse_gap, set_notify, start_mark
 from infra.relay.scan import COLUMNS, event_of
 from infra.relay.source import Desk, Take
-from infra.relay.stream import CONNECTION
+from infra.relay.stream import CONNECTION, with_settings
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +62,16 @@ class _Step:
         self.group = Group()
 
 
+async def connect_reader(url: str) -> psycopg.AsyncConnection:
+    """A connection whose plans walk the index, whatever the statistics say.
+
+    Of a table that has grown since they were made Postgres believes that a third of it is new, and would look through
+    all of it for the first such row: 0.7 s at 2 million rows, for every transaction that is published.
+    """
+    settings = with_settings("-c enable_seqscan=off")
+    return await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
+
+
 class PollSource:
     """A cursor over the table; fits `infra.relay.source.Source`."""
 
@@ -83,7 +93,7 @@ class PollSource:
 
     async def open(self, desk: Desk) -> None:
         url = self._config.postgres_url
-        self._reader = await psycopg.AsyncConnection.connect(url, application_name="relay", **CONNECTION)
+        self._reader = await connect_reader(url)
         self._listener = await psycopg.AsyncConnection.connect(url, application_name="relay", **CONNECTION)
         await set_notify(self._leader, is_on=True)
         await self._listener.execute("LISTEN payments_outbox")

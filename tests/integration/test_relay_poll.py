@@ -65,6 +65,20 @@ async def test_an_open_transaction_holds_up_what_is_newer_and_it_comes_soon_afte
     assert time.monotonic() - ended < 2
 
 
+async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None:
+    """Though statistics are of an empty one: a full outbox made each look half a second long."""
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
+        await connection.execute("ANALYZE outbox")
+        await insert(connection, rows_of("pay_a", 20_000))
+    values = {"begin": 2**40, "end": None, "position": 0}
+    async with await poll_source.connect_reader(postgres_url) as reader:
+        for query, given in ((poll_source.READ, values), (poll_source.BLOCKED, [2**40])):
+            explained = await reader.execute(f"EXPLAIN {query}".encode(), given)
+            plan = "\n".join(row[0] for row in await explained.fetchall())
+            assert "Seq Scan" not in plan, plan
+            assert "xact_idx" in plan, plan
+
+
 async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
     async with running(replace(config, feedback_seconds=30)):
         warm, row = rows_of("pay_a", 2)
