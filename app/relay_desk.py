@@ -23,6 +23,7 @@ from infra.relay.status import Overview, RelayStatus, read_status
 
 T = TypeVar("T")
 
+LAG_SECONDS_MAX = 60.0
 HELD_FOR_NOBODY = 64 * 1024 * 1024
 """Bytes of log that an inactive slot may keep before it is worth a person's look."""
 
@@ -198,6 +199,8 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     if not relay.is_running:
         kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if relay.lag_seconds > LAG_SECONDS_MAX:
+        found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
         found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
     return found

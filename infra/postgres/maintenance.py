@@ -37,6 +37,13 @@ SLOTS: Final = """
      WHERE slot_type = 'logical' AND plugin = 'pgoutput' AND database = current_database() ORDER BY slot_name
 """
 
+# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet.
+BEHIND: Final = """
+    SELECT r.slot_name, r.published_below <= coalesce($1, 0) AS is_behind
+      FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
+     WHERE r.source = 'poll' OR r.gap IS NOT NULL OR s.slot_name IS NULL ORDER BY r.slot_name
+"""
+
 _NAME: Final = re.compile(r"outbox_(\d{8})")
 _CONTENDED: Final = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 
@@ -116,7 +123,9 @@ async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tu
     past = [day for day in await _days(connection) if day < oldest]
     if not past:
         return (), ()
-    reasons = await _reasons_to_keep(connection, await _patiently(partial(_end_of, connection, past)))
+    end = await _patiently(partial(_end_of, connection, past))
+    last = await connection.fetchval("SELECT max(xact) FROM outbox WHERE created_at < $1", _bounds(max(past))[1])
+    reasons = await _reasons_to_keep(connection, end, last)
     if reasons:
         return (), reasons
     for day in past:
@@ -135,17 +144,20 @@ async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> in
         return int(await connection.fetchval("SELECT pg_current_wal_flush_lsn()"))
 
 
-async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int) -> tuple[str, ...]:
-    """Why rows before `end` may be unpublished yet; empty when every publisher is at work and has confirmed them.
+async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last: int | None) -> tuple[str, ...]:
+    """Why rows before `end`, of transactions up to `last`, may be unpublished yet; empty when every publisher has
+    confirmed them.
 
     An idle slot says nothing: whoever makes one anew has to publish the table first, and streams only afterwards.
     """
     deadline = asyncio.get_running_loop().time() + PASS_SECONDS
     while True:
         slots = await connection.fetch(SLOTS, end)
-        if not slots:
-            return ("there is no replication slot: nobody publishes the outbox",)
+        relays = await connection.fetch(BEHIND, last)
+        if not slots and not relays:
+            return ("there is neither a replication slot nor a relay: nobody publishes the outbox",)
         reasons = tuple(reason for slot in slots if (reason := _reason(slot, end)) is not None)
+        reasons += tuple(_behind(relay["slot_name"]) for relay in relays if relay["is_behind"])
         is_final = not reasons or not all(slot["active"] for slot in slots)
         if is_final or asyncio.get_running_loop().time() > deadline:
             return reasons
@@ -156,6 +168,11 @@ def _reason(slot: asyncpg.Record, end: int) -> str | None:
     if not slot["active"]:
         return f"slot {slot['slot_name']} is inactive"
     return None if slot["is_past"] else f"slot {slot['slot_name']} has not confirmed {end >> 32:X}/{end & 0xFFFFFFFF:X}"
+
+
+def _behind(relay: str) -> str:
+    advice = "if it is gone for good, delete its row of relay_slots"
+    return f"relay {relay} has not published all of it ({advice})"
 
 
 async def _days(connection: "asyncpg.Connection[Any]") -> list[date]:

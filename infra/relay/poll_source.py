@@ -18,7 +18,16 @@ import structlog
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.prefix import Group
-from infra.relay.progress import SAVE_WINDOW, Mark, find_mark, forget_gap, refuse_gap, set_notify, start_mark
+from infra.relay.progress import (
+    SAVE_WINDOW,
+    Mark,
+    find_mark,
+    forget_gap,
+    forget_transactions,
+    refuse_gap,
+    set_notify,
+    start_mark,
+)
 from infra.relay.scan import COLUMNS, event_of
 from infra.relay.source import Desk, Take
 from infra.relay.stream import CONNECTION, with_settings
@@ -103,7 +112,10 @@ class PollSource:
         await self._prepare(desk, row[0], await find_mark(self._leader, self._config.slot))
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
-        if mark is None or mark.repair == "everything":
+        is_moved = mark is not None and mark.system_identifier != system
+        if mark is None or mark.repair == "everything" or (is_moved and mark.repair == "unproven"):
+            if is_moved:
+                await forget_transactions(self._leader)
             await self._publish_old(desk)
             await self._start(system, 0)
         elif mark.system_identifier != system and mark.repair != "unproven":

@@ -107,6 +107,11 @@ async def forget_gap(leader: psycopg.AsyncConnection, slot: str) -> None:
     await leader.execute("UPDATE relay_slots SET gap = NULL WHERE slot_name = %s AND gap IS NOT NULL", [slot])
 
 
+async def forget_transactions(leader: psycopg.AsyncConnection) -> None:
+    """The rows came from another server: the ids of its transactions mean nothing here, and would be taken for ours."""
+    await leader.execute("UPDATE outbox SET xact = NULL WHERE xact IS NOT NULL")
+
+
 async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> None:
     """Whether every insert into the outbox wakes a poller."""
     row = await (await leader.execute(NOTIFIES)).fetchone()

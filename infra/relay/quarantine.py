@@ -16,21 +16,27 @@ from infra.relay.publisher import Diverted
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
 
+PAYMENTS_AT_ONCE: Final = 200
+
 # Whatever arrives again is here already. One that was dropped stays so.
 PUT: Final = f"""
     INSERT INTO relay_quarantine (slot_name, {_NAMES}, state, reason)
     VALUES (%(slot)s, {_VALUES}, %(state)s, %(reason)s)
     ON CONFLICT (slot_name, id) DO UPDATE SET state = excluded.state, reason = excluded.reason
      WHERE relay_quarantine.state <> 'dropped'
+       AND NOT (relay_quarantine.state = 'refused' AND excluded.state = 'waiting')
 """  # noqa: S608 - names from our own constant
 KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
 DUE: Final = f"""
     SELECT {", ".join(f"{name}::text" for name in OUTBOX_COLUMNS)} FROM relay_quarantine
      WHERE slot_name = %s AND state <> 'dropped'
-       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state = 'retry')
-     ORDER BY number
+       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
+                            WHERE slot_name = %s AND state <> 'dropped'
+                            GROUP BY aggregateid HAVING bool_or(state = 'retry') OR NOT bool_or(state = 'refused')
+                            ORDER BY min(number) LIMIT {PAYMENTS_AT_ONCE})
+     ORDER BY payment_seq
 """  # noqa: S608 - names from our own constant
-DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state = 'retry' AND aggregateid = ANY(%s)"
+DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])"
 MARK_DUE: Final = """
     UPDATE relay_quarantine SET state = 'retry' WHERE slot_name = %s AND state <> 'dropped' AND aggregateid = ANY(%s)
 """
@@ -89,7 +95,10 @@ class Quarantine:
         return {**texts, "payment_seq": int(event.payment_seq), "slot": self._slot, "state": state, "reason": reason}
 
     async def due(self) -> list[OutboxEvent]:
-        """The events of payments that are to be tried again, each payment's in order."""
+        """The events of payments that are to be tried again, or wait behind nothing, each payment's in order.
+
+        A portion: there may be more payments.
+        """
         rows = await (await self._leader.execute(DUE.encode(), [self._slot, self._slot])).fetchall()
         return [OutboxEvent._make(None if value is None else value.encode() for value in row) for row in rows]
 
@@ -97,9 +106,9 @@ class Quarantine:
         """All that is here of these payments is being tried; what Kafka refuses again is put in anew."""
         await self._leader.execute(MARK_DUE, [self._slot, [key.decode() for key in keys]])
 
-    async def done(self, keys: Sequence[bytes]) -> None:
-        """What was tried of these payments, and was not put in anew, is on the topic."""
-        await self._leader.execute(DONE, [self._slot, [key.decode() for key in keys]])
+    async def done(self, published: Sequence[bytes]) -> None:
+        """These events are on the topic."""
+        await self._leader.execute(DONE, [self._slot, [each.decode() for each in published]])
 
     async def count(self) -> int:
         """How many events are here."""

@@ -30,7 +30,7 @@ class Relay:
 
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
-        self._status = Status()
+        self._status = Status(stalled_seconds=config.stalled_seconds)
         self._failures = 0
 
     @property

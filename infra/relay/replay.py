@@ -28,6 +28,7 @@ MATCHING: Final = """
        AND (%(since)s::timestamptz IS NULL OR o.created_at >= %(since)s)
        AND (%(until)s::timestamptz IS NULL OR o.created_at < %(until)s)
        AND coalesce(o.xact, 0) < coalesce((SELECT published_below FROM relay_slots WHERE slot_name = %(slot)s), 0)
+       AND NOT EXISTS (SELECT FROM relay_quarantine AS q WHERE q.slot_name = %(slot)s AND q.id = o.id)
 """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
 # `position` has every payment's order; rows from before it existed have none, and come first.
@@ -77,7 +78,10 @@ class Replay:
         """
         done, started = 0, time.monotonic()
         async with AIOKafkaProducer(
-            bootstrap_servers=self._config.kafka_bootstrap, acks="all", enable_idempotence=True
+            bootstrap_servers=self._config.kafka_bootstrap,
+            acks="all",
+            enable_idempotence=True,
+            max_request_size=2 * self._config.message_bytes_max,
         ) as producer:
             partitions = len(await producer.partitions_for(self._topic))
             async for chunk in self._chunks():

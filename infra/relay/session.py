@@ -28,8 +28,9 @@ SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {
 FLUSH_EVERY = 1000
 LEADERSHIP = 8146
 """First half of the advisory lock's key: any number that only relays use. The second half is the slot's name."""
-LEADER_SETTINGS = "-c idle_session_timeout=10s"
-"""A leader that is frozen, not gone, loses its lock, as it loses its stream."""
+LEADER_SETTINGS = "-c idle_session_timeout=10s -c lock_timeout=5s"
+"""A leader that is frozen, not gone, loses its lock, as it loses its stream; and who holds a lock on its own row cannot
+make it wait for ever."""
 WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
@@ -50,6 +51,8 @@ class Session:
         self._is_save_due = True
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
+        self._put_anew: set[bytes] | None = None
+        """While events leave quarantine: those that Kafka has refused again, and what waits behind them."""
         self._source: Source
         self._publisher: Publisher
         self._quarantine: Quarantine
@@ -144,6 +147,7 @@ class Session:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._config.feedback_seconds)
         self._check_leadership()
+        self._status.beat()
         await self._flush()
 
     async def _flush(self) -> None:
@@ -151,6 +155,8 @@ class Session:
         await self._publisher.flush()
         while diverted := self._publisher.take_diverted():
             await self._quarantine.put(diverted)
+            if self._put_anew is not None:
+                self._put_anew.update(each.event.id for each in diverted)
             self._publisher.acknowledge_diverted(diverted)
             self._is_retry_due = True
             await self._publisher.flush()
@@ -190,6 +196,7 @@ class Session:
 
     async def _keep_up(self) -> None:
         """What is due besides publishing: progress, answers to the server, retries that somebody asked for."""
+        self._status.beat()
         self._check_leadership()
         self._source.answer()
         if self._is_save_due:
@@ -208,17 +215,26 @@ class Session:
         due = await self._quarantine.due()
         if not due:
             return
+        self._is_retry_due = True  # There may be more than a portion.
+        self._put_anew = set()
         keys = list({event.aggregateid for event in due})
         log.info("events leave quarantine", events=len(due), payments=len(keys))
         await self._quarantine.mark_due(keys)
         self._publisher.blocked.difference_update(keys)
+        if await self._publish_again(due):
+            await self._quarantine.done([event.id for event in due if event.id not in self._put_anew])
+        self._put_anew = None
+        metrics.QUARANTINED.set(await self._quarantine.count())
+
+    async def _publish_again(self, due: list[OutboxEvent]) -> bool:
+        """Whether Kafka has taken or refused them all; not so if the relay is to stop meanwhile."""
         group = Group()
         for event in due:
             self._publisher.publish(event, group)
-        while group.missing:
+        while group.missing and not self._stop.is_set():
+            await self._source.save()  # Postgres ends the stream of who is silent.
             await self._progress()
-        await self._quarantine.done(keys)
-        metrics.QUARANTINED.set(await self._quarantine.count())
+        return not group.missing
 
     async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it.

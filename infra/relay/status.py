@@ -15,7 +15,9 @@ MARKS: Final = """
            pg_current_wal_lsn() - s.restart_lsn AS retained_bytes,
            coalesce(extract(epoch FROM now() - (
                SELECT min(created_at) FROM outbox
-                WHERE xact >= r.published_below AND r.updated_at < created_at)), 0)::float AS lag_seconds
+                WHERE xact >= r.published_below
+                  AND (r.source <> 'poll' OR xact >= coalesce(r.window_end, 0) OR position > r.window_position)
+           )), 0)::float AS lag_seconds
       FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
      ORDER BY r.slot_name
 """
@@ -98,7 +100,7 @@ async def read_status(postgres_url: str) -> Overview:
 
 async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
     name = mark["slot_name"]
-    values = {"name": f"relay {name}", "half": leadership_key(name)[1]}
+    values = {"name": f"relay {name}"[:63], "half": leadership_key(name)[1]}
     (running,) = await _rows(connection, RELAYS, values)
     (quarantine,) = await _rows(connection, QUARANTINE, [name])
     return RelayStatus(

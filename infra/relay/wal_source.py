@@ -15,7 +15,17 @@ from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotOfAnother
 from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, RowReader, read_begin, read_commit
 from infra.relay.prefix import Group, Prefix
-from infra.relay.progress import SAVE_LSN, Mark, find_mark, forget_gap, horizon, refuse_gap, set_notify, start_mark
+from infra.relay.progress import (
+    SAVE_LSN,
+    Mark,
+    find_mark,
+    forget_gap,
+    forget_transactions,
+    horizon,
+    refuse_gap,
+    set_notify,
+    start_mark,
+)
 from infra.relay.scan import scan
 from infra.relay.source import Desk, Take
 from infra.relay.stream import ReplicationStream
@@ -66,7 +76,10 @@ class WalSource:
         wal_status, position = row[3:] if row is not None else ("missing", 0)
         if mark is None:
             await self._catch_up(desk, system, "first start", since=0)
-        elif mark.repair == "everything" or (mark.repair == "unproven" and mark.system_identifier != system):
+        elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
+            await forget_transactions(self._leader)
+            await self._catch_up(desk, system, "repair on another server", since=0)
+        elif mark.repair == "everything":
             await self._catch_up(desk, system, "repair", since=0)
         elif mark.repair == "unproven" or (mark.source == "poll" and mark.system_identifier == system):
             await self._catch_up(desk, system, mark.repair or "another source before", since=mark.published_below)
@@ -88,7 +101,7 @@ class WalSource:
     async def _adopt(self, mark: Mark, system: str, position: int) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
         log.warning("slot adopted where it stands", slot=self._config.slot)
-        self._saved, self._below = position, mark.published_below
+        self._saved, self._below = position, mark.published_below if mark.system_identifier == system else 0
         await self._start_mark(system, lsn=self._saved, below=self._below)
 
     async def _catch_up(self, desk: Desk, system: str, reason: str, *, since: int) -> None:

@@ -309,7 +309,30 @@ async def test_partitions_past_retention_are_dropped(aged: Aged, subscriber: Any
 async def test_nothing_is_dropped_while_nobody_publishes(aged: Aged) -> None:
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
-    assert report.kept_because == ("there is no replication slot: nobody publishes the outbox",)
+    assert report.kept_because == ("there is neither a replication slot nor a relay: nobody publishes the outbox",)
+
+
+async def test_nothing_is_dropped_that_a_poll_has_not_published(
+    aged: Aged, subscriber: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll has no slot, and the slot of somebody else, however far it is, proves nothing for it."""
+    monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
+    await aged.connection.execute(
+        "INSERT INTO relay_slots (slot_name, system_identifier, source) VALUES ('p', '1', 'poll')"
+    )
+    report = await aged.maintain()
+    assert (report.dropped, await aged.count()) == ((), 11)
+    assert report.kept_because[0].startswith("relay p has not published all of it")
+    await aged.connection.execute("UPDATE relay_slots SET published_below = (SELECT max(xact) + 1 FROM outbox)")
+    assert (await aged.maintain()).dropped
+
+
+async def test_a_poll_alone_is_a_publisher(aged: Aged) -> None:
+    await aged.connection.execute(
+        "INSERT INTO relay_slots (slot_name, system_identifier, source, published_below)"
+        " SELECT 'p', '1', 'poll', max(xact) + 1 FROM outbox"
+    )
+    assert (await aged.maintain()).dropped
 
 
 async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscriber: Any) -> None:

@@ -107,6 +107,31 @@ async def test_another_server_is_noticed_and_everything_retained_is_published(co
     assert sorted(ids(records)) == sorted([row.id for row in rows] * 2)
 
 
+async def test_rows_of_another_servers_transactions_are_published_by_a_repair(config: RelayConfig) -> None:
+    """After a dump and a restore the transaction ids of the rows, and of what is proven, mean nothing."""
+    known, late, more = rows_of("pay_a", 3), rows_of("pay_b", 3), rows_of("pay_a", 2, first=4)
+    await before_the_gap(config, known)
+    await commit(config.postgres_url, late)
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await connection.execute("UPDATE relay_slots SET system_identifier = '1', published_below = 1000000000")
+        await connection.execute("UPDATE outbox SET xact = xact + 1000000000")
+    async with StandingStill(config) as standing:
+        await standing.decide("unproven")
+        await commit(config.postgres_url, more)
+        await published(config, *known, *late, *more)
+
+
+@wal_only
+async def test_adopting_on_another_server_proves_nothing_about_its_transactions(config: RelayConfig) -> None:
+    await before_the_gap(config, rows_of("pay_a", 3))
+    query = "UPDATE relay_slots SET system_identifier = '1', published_below = 1000000000 RETURNING 1"
+    await fetch_value(config.postgres_url, query)
+    async with StandingStill(config) as standing:
+        await standing.decide("adopt")
+        await until(lambda: standing.relay.health.detail == "active")
+    assert await fetch_value(config.postgres_url, "SELECT published_below < 1000000000 FROM relay_slots")
+
+
 @wal_only
 async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed(config: RelayConfig) -> None:
     before, theirs, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))

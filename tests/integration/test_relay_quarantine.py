@@ -5,13 +5,19 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 
-from infra.relay import RelayConfig, metrics
+from infra.kafka.topics import ensure_topics
+from infra.local import EmbeddedKafka
+from infra.local.postgres import drop_database
+from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.progress import request_repair
 from infra.relay.quarantine import QuarantineDesk
-from tests.integration.test_relay import config, published, running, set_topic_limit, source
+from infra.relay.replay import Replay, Selection
+from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
 
 __all__ = ["config", "source"]
@@ -136,3 +142,89 @@ async def test_a_thousand_payments_with_one_refused_event_each(config: RelayConf
     async with running(config):
         records = await published(config, *rows)
     assert_first_deliveries_in_order(records, rows)
+
+
+async def test_a_retry_asked_for_again_and_again_deletes_nothing(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """What is refused while it is tried, and asked for again meanwhile, is not what was published."""
+    async with running(replace(config, message_bytes_max=1_000)):
+        await commit(config.postgres_url, poisoned_payment())
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                while len(await entries(desk)) == 2:
+                    await desk.retry([], everything=True)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+
+
+async def test_after_a_drop_with_nothing_behind_it_the_payment_goes_on(
+    config: RelayConfig, desk: QuarantineDesk
+) -> None:
+    first, refused, *later = rows_of("pay_0001", 4)
+    refused = refused._replace(payload=HUGE)
+    async with running(config):
+        await commit(config.postgres_url, [first, refused])
+        await holds(desk, ("pay_0001", 2, "refused"))
+        await desk.drop([str(refused.id)], why="agreed")
+        await commit(config.postgres_url, later)
+        await published(config, first, *later)
+        await holds(desk, ("pay_0001", 2, "dropped"))
+
+
+async def test_what_is_delivered_again_keeps_its_state_and_its_reason(
+    config: RelayConfig, desk: QuarantineDesk
+) -> None:
+    async with running(config):
+        await commit(config.postgres_url, poisoned_payment())
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await request_repair(connection, config.slot, "everything")
+    async with running(config):
+        await asyncio.sleep(1)
+        assert (await entries(desk))[:2] == [("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting")]
+        (event,) = await desk.show(str((await desk.entries(with_dropped=True, limit=1))[0][0]))
+        assert "MessageSizeTooLarge" in event["reason"]
+
+
+async def test_a_replay_leaves_out_what_is_in_quarantine(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """Its first delivery is still to come."""
+    poisoned = poisoned_payment()
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await commit(config.postgres_url, rows_of("pay_0002", 1))
+        replay = Replay(config, Selection(payment="pay_0001"), topic=config.topic, rate=100)
+        async with asyncio.timeout(10):
+            while await replay.count() != 1:
+                await asyncio.sleep(0.1)
+
+
+async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
+    postgres_url: str, own_kafka: EmbeddedKafka
+) -> None:
+    config = RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=own_kafka.bootstrap,
+        topic="slow.events",
+        slot=f"test_{uuid4().hex[:12]}",
+        feedback_seconds=0.1,
+        stop_seconds=0.5,
+    )
+    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
+        desk = QuarantineDesk(connection, config.slot)
+        async with running(config):
+            await commit(postgres_url, poisoned_payment())
+            await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await set_topic_limit(config, 5_000_000)
+        relay, stop = Relay(config), asyncio.Event()
+        task = asyncio.create_task(relay.run(stop))
+        await until(lambda: relay.health.detail == "active")
+        with frozen(own_kafka.pid):
+            await desk.retry([], everything=True)
+            await asyncio.sleep(1)
+            stop.set()
+            done, _ = await asyncio.wait({task}, timeout=10)
+        await task
+        assert done
+        assert len(await entries(desk)) == 2
+    drop_database(postgres_url)
