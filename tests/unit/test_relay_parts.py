@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from aiokafka.errors import KafkaConnectionError
 
+from infra.relay import health
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
 from infra.relay.partitions import murmur2, partition_of
@@ -145,6 +146,19 @@ def test_headers_stand_in_the_order_of_the_contract_with_null_where_the_column_i
         ("payment_seq", b"12"),
         ("traceparent", None),
     ]
+
+
+def test_a_session_that_stands_still_is_not_ready_whatever_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("infra.relay.health.time.monotonic", lambda: now)
+    status = health.Status(stalled_seconds=15)
+    status.enter(health.State.ACTIVE)
+    assert status.health.ready
+    now += 16
+    assert not status.health.ready
+    assert "16 s" in status.health.detail
+    status.beat()
+    assert status.health.ready
 
 
 class FakeProducer:
