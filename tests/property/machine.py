@@ -2,49 +2,74 @@
 
 It drives a shell: `decide` in memory, or the write path on Postgres. The provider honours idempotency keys, its answers
 get lost, requests that nobody waits for any more still arrive, and workers that were given up for dead still answer.
+
+There is one machine for each gateway of this release, with the capabilities that the gateway itself declares. What they
+leave out must be refused up front: the provider fails the test when it is asked for it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from datetime import datetime, timedelta
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from uuid import UUID
 
-from hypothesis import assume
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from domain.commands import OperationKind
+from app.gateways_command import known_capabilities
+from app.settings import Settings
+from domain.capabilities import AmountLimits, Capabilities
+from domain.commands import AnyCommand, Command, OperationKind, RejectionReason
 from domain.decision import Answer, Delivery, Input, Notified
 from domain.ledger import Account, Transfer
+from domain.money import MINOR_UNITS
 from domain.notices import Notice
 from domain.operations import (
-    Declined,
-    DeclineReason,
     GatewayRequest,
-    NotExecuted,
     Operation,
     OperationState,
     Outcome,
-    Pending,
     RequiresAction,
-    Succeeded,
     Unknown,
     Unreachable,
 )
 from domain.payment import Payment
+from domain.rules import RetryPolicy, Rules
 from handlers.dispatch import WITH_THE_PROVIDER
+from tests.property.provider import Provider
 from tests.support.memory import START, Told
-from tests.support.service import delivery
+from tests.support.service import delivery, rules
+
+GATEWAYS: Final = known_capabilities(Settings())
+"""What each gateway of this release declares."""
 
 PAYMENTS = (UUID(int=1 << 64), UUID(int=2 << 64))
 KEYS = tuple(f"key-{number}" for number in range(60))
 WITHOUT_EFFECT = (OperationState.REJECTED, OperationState.DECLINED, OperationState.NOT_EXECUTED)
+UNSUPPORTED = RejectionReason.UNSUPPORTED_BY_GATEWAY
+EARLIER_REASONS = (
+    RejectionReason.COMMAND_EXPIRED,
+    RejectionReason.PAYMENT_ALREADY_EXISTS,
+    RejectionReason.PAYMENT_NOT_FOUND,
+    RejectionReason.CURRENCY_MISMATCH,
+)
+"""What may be said of a command before anybody asks whether its gateway could do it."""
 
 
 class Shell(Protocol):
     """What keeps the payments."""
+
+    now: datetime
 
     def apply(self, inputs: list[Input]) -> list[GatewayRequest]: ...
     def claim(self, payment_id: UUID, number: int) -> list[GatewayRequest]: ...
@@ -53,110 +78,6 @@ class Shell(Protocol):
     def told(self) -> list[Told]: ...
     def transfers(self) -> list[Transfer]: ...
     def found_payments(self) -> dict[UUID, Payment]: ...
-
-
-class Provider:
-    """Executes each key at most once. It refuses to move what it does not have: asking for that fails the test."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Outcome] = {}
-        self.moved: dict[str, tuple[OperationKind, UUID, int]] = {}
-        self.said: list[tuple[GatewayRequest, Outcome]] = []
-        """All that it has ever told, as webhooks repeat it: at any time, in any order, any number of times."""
-        self._asked: dict[str, GatewayRequest] = {}
-
-    def receive(self, request: GatewayRequest, verdict: str) -> Outcome:
-        """A call arrives. Repeated keys get the first answer, whatever the verdict."""
-        key = request.provider_key
-        if request.state in WITH_THE_PROVIDER:
-            return self.known.get(key, Unknown("no trace of it"))
-        self._must_be_the_same(request)
-        if key not in self.known:
-            self._know(request, self._decide(request, verdict))
-        return self.known[key]
-
-    def _know(self, request: GatewayRequest, outcome: Outcome) -> None:
-        self.known[request.provider_key] = outcome
-        if isinstance(outcome, Succeeded | Declined | RequiresAction | Pending):
-            self.said.append((request, outcome))
-
-    def resolve(self, key: str, *, is_success: bool) -> None:
-        """What was pending, or was answered with a wrong amount, has its end."""
-        request, reference = self._asked[key], f"ref-{key}"
-        if is_success or key in self.moved:
-            self._know(request, self._execute(request) if key not in self.moved else self._success(request))
-        else:
-            self._know(request, Declined(DeclineReason.OTHER, reference=reference))
-
-    @property
-    def unresolved(self) -> list[str]:
-        """Keys whose answer is not yet the last word."""
-        return [key for key, outcome in self.known.items() if not self._is_last_word(key, outcome)]
-
-    def total(self, payment_id: UUID, *kinds: OperationKind) -> int:
-        """What operations of these kinds really moved."""
-        return sum(amount for kind, of, amount in self.moved.values() if of == payment_id and kind in kinds)
-
-    def _is_last_word(self, key: str, outcome: Outcome) -> bool:
-        if isinstance(outcome, Succeeded):
-            return outcome.amount_minor == self._asked[key].amount.minor
-        return isinstance(outcome, Declined | NotExecuted)
-
-    def _must_be_the_same(self, request: GatewayRequest) -> None:
-        """A repeated key with other parameters is an error at every provider."""
-        plain = request._replace(state=OperationState.DISPATCHED, attempts=1, lease_token=1, reference=None)
-        plain = plain._replace(first_dispatched_at=None)
-        assert self._asked.setdefault(request.provider_key, plain) == plain, "same key, other request"
-
-    def _decide(self, request: GatewayRequest, verdict: str) -> Outcome:
-        reference, amount = f"ref-{request.provider_key}", request.amount.minor
-        is_opening = request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
-        match verdict:
-            case "decline":
-                return Declined(DeclineReason.REFUSED_BY_ISSUER, "do_not_honor", reference)
-            case "refuse":
-                return NotExecuted("a parameter was refused")
-            case "action" if is_opening:
-                return RequiresAction(reference, "redirect_to_url", "https://bank.example")
-            case "pending" | "action":
-                return Pending(reference)
-            case _:
-                outcome = self._execute(request)
-                is_lie = verdict == "other amount" and isinstance(outcome, Succeeded)
-                return Succeeded(reference, amount + 1) if is_lie else outcome
-
-    def _execute(self, request: GatewayRequest) -> Outcome:
-        """Do it, once. A void of what waits for its payer ends that, and there is nothing to release."""
-        held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
-        if request.kind is OperationKind.VOID and not held:
-            self._cancel_opening(request.payment_id)
-            self.moved[request.provider_key] = (request.kind, request.payment_id, 0)
-        elif request.kind is OperationKind.VOID and self.total(request.payment_id, OperationKind.CHARGE):
-            return NotExecuted("it is paid")
-        else:
-            self._move(request)
-        return self._success(request)
-
-    def _success(self, request: GatewayRequest) -> Outcome:
-        return Succeeded(f"ref-{request.provider_key}", request.amount.minor)
-
-    def _cancel_opening(self, payment_id: UUID) -> None:
-        for key, request in self._asked.items():
-            if request.payment_id == payment_id and _is_opening(request.kind) and key not in self.moved:
-                self._know(request, Declined(DeclineReason.CANCELED, reference=f"ref-{key}"))
-
-    def _move(self, request: GatewayRequest) -> None:
-        self.moved[request.provider_key] = (request.kind, request.payment_id, request.amount.minor)
-        held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
-        taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
-        assert held >= taken + self.total(request.payment_id, OperationKind.VOID), "captured more than was held"
-        assert taken >= self.total(request.payment_id, OperationKind.REFUND), "refunded more than was captured"
-        openings = [kind for kind, of, _ in self.moved.values() if of == request.payment_id and _is_opening(kind)]
-        assert len(openings) <= 1, "charged twice"
-
-
-def _is_opening(kind: OperationKind) -> bool:
-    return kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
 
 
 @dataclass
@@ -168,12 +89,38 @@ class Flight:
 
 
 class Ask(NamedTuple):
-    """What a command asks for."""
+    """What a command asks for, whatever the gateway: amounts are multiples of the least that it takes."""
 
     kind: str
     payment_id: UUID
     key: str
     fields: dict[str, Any]
+
+
+class Tender(NamedTuple):
+    """What a gateway is asked for: mostly its own currency, sometimes another, sometimes one that it refuses."""
+
+    own: str
+    other: str
+    foreign: str
+    unit_minor: int
+
+    @classmethod
+    def of(cls, capabilities: Capabilities) -> "Tender":
+        """USD and EUR where it takes them."""
+        taken = sorted(capabilities.currencies, key=lambda code: (code != "USD", code != "EUR", code))
+        limits = capabilities.limits.get(taken[0], AmountLimits())
+        foreign = min(_never_taken(capabilities), default=taken[0])
+        return cls(taken[0], [*taken, foreign][1], foreign, limits.minimum_minor)
+
+    def fields(self, ask: Ask) -> dict[str, Any]:
+        """The fields of the command."""
+        fields = dict(ask.fields)
+        if "currency" in fields:
+            fields["currency"] = getattr(self, fields["currency"])
+        if "amount_minor" in fields:
+            fields["amount_minor"] *= self.unit_minor
+        return fields
 
 
 amounts = st.sampled_from([1, 20, 40, 60, 100])
@@ -189,7 +136,7 @@ openings = st.builds(
     payment_ids,
     keys,
     amounts,
-    st.sampled_from(["USD", "USD", "USD", "EUR"]),
+    st.sampled_from([*["own"] * 6, "other", "foreign"]),
     st.sampled_from([{}, {}, {}, {"expires_at": (START + timedelta(minutes=30)).isoformat()}]),
 )
 continuations = st.builds(
@@ -208,18 +155,24 @@ commands = st.one_of(continuations, continuations, continuations, continuations,
 
 
 class PaymentMachine(RuleBasedStateMachine):
-    """Subclasses say, as the method `new_shell`, which shell keeps the payments."""
+    """Subclasses say, as the method `new_shell`, which shell keeps the payments; `machine_of` says the gateway."""
 
     new_shell: Callable[..., Shell]
+    gateway: ClassVar[str]
+    reasons: ClassVar[Counter[str]]
+    """Why commands were refused, over all schedules."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shell = self.new_shell()
-        self.provider = Provider()
+        self.capabilities = GATEWAYS[self.gateway]
+        self.tender = Tender.of(self.capabilities)
+        self.shell = self.new_shell(_rules(self.gateway))
+        self.provider = Provider(self.capabilities)
         self.flights: list[Flight] = []
         self.ghosts: list[GatewayRequest] = []
         self.deliveries: Counter[str] = Counter()
         self.sent: list[Delivery] = []
+        self.asked: dict[str | None, AnyCommand] = {}
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +185,7 @@ class PaymentMachine(RuleBasedStateMachine):
 
     @rule(asks=st.lists(commands, min_size=1, max_size=4))
     def commands_arrive(self, asks: list[Ask]) -> None:
-        self._deliver([delivery(ask.kind, ask.payment_id, ask.key, **ask.fields) for ask in asks])
+        self._deliver([delivery(ask.kind, ask.payment_id, ask.key, **self.tender.fields(ask)) for ask in asks])
 
     @precondition(lambda self: self.sent)
     @rule(which=somewhere, times=st.integers(1, 3))
@@ -241,6 +194,8 @@ class PaymentMachine(RuleBasedStateMachine):
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         self.sent += deliveries
+        for each in deliveries:
+            self.asked.setdefault(each.command.idempotency_key, each.command)
         self.deliveries.update(each.command.idempotency_key for each in deliveries if each.command.idempotency_key)
         self._take_off(self.shell.apply(list(deliveries)))
 
@@ -253,13 +208,14 @@ class PaymentMachine(RuleBasedStateMachine):
     @rule(which=somewhere, verdict=verdicts)
     def the_provider_executes_a_call(self, which: int, verdict: str) -> None:
         flight = self._flight(which)
-        flight.answer = self.provider.receive(flight.request, verdict)
+        assume(flight.answer is None or self.capabilities.idempotency_retention)
+        flight.answer = self._call(flight, verdict)
 
     @precondition(lambda self: self.flights)
     @rule(which=somewhere, verdict=verdicts)
     def a_call_is_answered(self, which: int, verdict: str) -> None:
         flight = self._flight(which)
-        self._land(flight, flight.answer or self.provider.receive(flight.request, verdict))
+        self._land(flight, flight.answer or self._call(flight, verdict))
 
     @precondition(lambda self: self.provider.said)
     @rule(which=somewhere, times=st.integers(1, 3), is_ripe=st.booleans())
@@ -268,13 +224,31 @@ class PaymentMachine(RuleBasedStateMachine):
         request, outcome = self.provider.said[which % len(self.provider.said)]
         ripe = is_ripe and isinstance(outcome, RequiresAction)
         told = None if ripe else outcome
-        notice = Notice("books", "", "", request.payment_id, request.operation_number, outcome=told, is_ripe=ripe)
+        notice = Notice(self.gateway, "", "", request.payment_id, request.operation_number, outcome=told, is_ripe=ripe)
         self._take_off(self.shell.apply([Notified(None, request.payment_id, notice)] * times))
 
     @rule(asks=st.lists(continuations, min_size=1, max_size=3))
     def commands_get_through(self, asks: list[Ask]) -> None:
         """What goes well brings a payment to where more may go wrong."""
         self.commands_arrive(asks)
+        self._get_through()
+
+    @rule(which=somewhere, key=keys, percent=st.sampled_from([1, 50, 99]))
+    def a_part_of_a_hold_is_taken(self, which: int, key: str, percent: int) -> None:
+        held = [each for each in self.shell.found_payments().values() if each.capturable_minor > 1]
+        assume(held)
+        chosen = held[which % len(held)]
+        amount = max(1, chosen.capturable_minor * percent // 100)
+        self._deliver([delivery("capture", chosen.payment_id, key, amount_minor=amount)])
+        self._get_through()
+
+    @rule(which=somewhere, key=keys)
+    def what_waits_for_its_payer_is_voided(self, which: int, key: str) -> None:
+        waiting = [each for each in self.shell.found_payments().values() if each.waiting_for_payer]
+        assume(waiting)
+        self._deliver([delivery("void", waiting[which % len(waiting)].payment_id, key)])
+
+    def _get_through(self) -> None:
         for _ in range(6):
             if self.flights:
                 self.a_call_is_answered(0, "success")
@@ -283,8 +257,7 @@ class PaymentMachine(RuleBasedStateMachine):
     @rule(which=somewhere)
     def an_answer_gets_lost(self, which: int) -> None:
         flight = self._flight(which)
-        if flight.answer is None:
-            self.ghosts.append(flight.request)
+        self._haunt(flight)
         self._land(flight, Unknown("timeout"))
 
     @precondition(lambda self: self.flights)
@@ -299,8 +272,8 @@ class PaymentMachine(RuleBasedStateMachine):
     def a_worker_dies(self, which: int, was_sent: bool) -> None:
         flight = self._flight(which)
         self.flights.remove(flight)
-        if was_sent and flight.answer is None:
-            self.ghosts.append(flight.request)
+        if was_sent:
+            self._haunt(flight)
 
     @precondition(lambda self: self.ghosts)
     @rule(which=somewhere, verdict=verdicts)
@@ -327,6 +300,24 @@ class PaymentMachine(RuleBasedStateMachine):
 
     def _flight(self, which: int) -> Flight:
         return self.flights[which % len(self.flights)]
+
+    def _call(self, flight: Flight, verdict: str) -> Outcome:
+        """As the dispatcher does: a call, or only a question where a call could move money again."""
+        if self._is_question(flight.request):
+            return self.provider.tell(flight.request)
+        return self.provider.receive(flight.request, verdict)
+
+    def _haunt(self, flight: Flight) -> None:
+        """What was sent may arrive yet. Of questions nothing stays."""
+        if flight.answer is None and not self._is_question(flight.request):
+            self.ghosts.append(flight.request)
+
+    def _is_question(self, request: GatewayRequest) -> bool:
+        retention, began = self.capabilities.idempotency_retention, request.first_dispatched_at
+        assert began is not None, "a dispatched operation has a time"
+        if request.state in WITH_THE_PROVIDER or (retention and self.shell.now - began > retention):
+            return True
+        return not retention and request.state is not OperationState.DISPATCHED
 
     def _land(self, flight: Flight, outcome: Outcome) -> None:
         self.flights.remove(flight)
@@ -397,10 +388,39 @@ class PaymentMachine(RuleBasedStateMachine):
         held = self.provider.total(payment_id, OperationKind.AUTHORIZE)
         return held == self.provider.total(payment_id, OperationKind.VOID)
 
-    def teardown(self) -> None:
-        """In the end everything gets through, and the books agree."""
+    def what_the_gateway_cannot_do_was_refused_for_that_reason(self) -> None:
+        payments = self.shell.found_payments()
+        for told in self.shell.told():
+            command = self.asked.get(told.idempotency_key)
+            if told.operation_number is None or told.reason is None or not isinstance(command, Command):
+                continue
+            self.reasons[told.reason] += 1
+            if self._is_impossible(command):
+                assert told.reason in (UNSUPPORTED, *EARLIER_REASONS), f"{command.kind} was refused as {told.reason}"
+            elif told.reason == UNSUPPORTED:
+                assert self._is_impossible_part(command, payments[told.payment_id]), f"it can do {command}"
+
+    def _is_impossible(self, command: Command) -> bool:
+        is_foreign = command.currency is not None and command.currency not in self.capabilities.currencies
+        return is_foreign or command.kind not in self.capabilities.operations
+
+    def _is_impossible_part(self, command: Command, payment: Payment) -> bool:
+        if command.kind is OperationKind.CAPTURE:
+            whole, is_divisible = payment.authorized_minor, self.capabilities.partial_capture
+        else:
+            whole, is_divisible = payment.captured_minor, self.capabilities.partial_refund
+        return not is_divisible and command.amount_minor is not None and command.amount_minor < whole
+
+    def _everything_arrives(self) -> None:
         for request in self.ghosts:
             self.provider.receive(request, "success")
+        for flight in self.flights:
+            flight.answer = flight.answer or self._call(flight, "success")
+        self.provider.is_sure = True
+
+    def teardown(self) -> None:
+        """In the end everything gets through, and the books agree."""
+        self._everything_arrives()
         for _ in range(200):
             for key in self.provider.unresolved:
                 self.provider.resolve(key, is_success=True)
@@ -416,13 +436,53 @@ class PaymentMachine(RuleBasedStateMachine):
         self.events_are_gap_free()
         self.every_command_that_ended_has_one_result_and_each_delivery_its_answer()
         self.no_end_contradicts_the_provider()
+        self.what_the_gateway_cannot_do_was_refused_for_that_reason()
         for payment_id, payment in self.shell.found_payments().items():
             taken = self.provider.total(payment_id, OperationKind.CHARGE, OperationKind.CAPTURE)
             assert payment.captured_minor == taken
             assert payment.refunded_minor == self.provider.total(payment_id, OperationKind.REFUND)
             is_told = bool(payment.authorized_minor) or not self._is_released(payment_id)
-            assert not is_told or payment.released_minor == self.provider.total(payment_id, OperationKind.VOID)
+            assert not is_told or payment.released_minor == self.provider.released(payment_id)
 
 
 def _is_first_result(told: Told) -> bool:
     return told.is_final and not told.replayed and told.operation_number is not None
+
+
+def _never_taken(capabilities: Capabilities) -> set[str]:
+    return set(MINOR_UNITS) - capabilities.currencies
+
+
+def _lacks_something(capabilities: Capabilities) -> bool:
+    is_divisible = capabilities.partial_capture and capabilities.partial_refund
+    return not is_divisible or len(capabilities.operations) < len(OperationKind) or bool(_never_taken(capabilities))
+
+
+def _rules(gateway: str) -> Rules:
+    return rules(RetryPolicy(), gateways={gateway: GATEWAYS[gateway]}, default_gateway=gateway)
+
+
+def machine_of(machine: type[PaymentMachine], gateway: str) -> type[PaymentMachine]:
+    """This machine in front of this gateway, with counts of its own."""
+    return type(f"{gateway}{machine.__name__}", (machine,), {"gateway": gateway, "reasons": Counter()})
+
+
+def run_schedules(machine: type[PaymentMachine], *, schedules: int, steps: int) -> None:
+    """So many random schedules of so many steps. A gateway that cannot do something must have been asked for it."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=schedules,
+            stateful_step_count=steps,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    is_refused = machine.reasons[UNSUPPORTED] > 0
+    assert is_refused == _lacks_something(GATEWAYS[machine.gateway]), dict(machine.reasons)
+
+
+def schedules_asked_for(default: int) -> int:
+    """PAYMENTS_TEST_SCHEDULES, for each gateway."""
+    return int(os.environ.get("PAYMENTS_TEST_SCHEDULES", default))

@@ -1,29 +1,23 @@
-"""No sequence of deliveries, answers, webhooks, crashes and clocks breaks a promise of `decide`.
+"""No sequence of deliveries, answers, webhooks, crashes and clocks breaks a promise of `decide`, at any gateway.
 
-`PAYMENTS_TEST_SCHEDULES=10000 pytest --timeout 4000 tests/property/test_decide_machine.py` is the long run;
-`--hypothesis-seed` repeats one.
+`PAYMENTS_TEST_SCHEDULES=10000 pytest --timeout 4000 tests/property/test_decide_machine.py` is the long run, so many for
+each gateway; `--hypothesis-seed` repeats one, `-k momo` chooses a gateway.
 """
 
-import os
+import pytest
 
-from hypothesis import HealthCheck, Phase, settings
-
-from tests.property.machine import PaymentMachine, Shell
+from domain.rules import Rules
+from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules, schedules_asked_for
 from tests.support.memory import MemoryShell
 
 
 class DecideMachine(PaymentMachine):
     """`decide` alone."""
 
-    def new_shell(self) -> Shell:
-        return MemoryShell()
+    def new_shell(self, given: Rules) -> Shell:
+        return MemoryShell(given)
 
 
-TestDecideMachine = DecideMachine.TestCase
-TestDecideMachine.settings = settings(
-    max_examples=int(os.environ.get("PAYMENTS_TEST_SCHEDULES", "150")),
-    stateful_step_count=40,
-    deadline=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@pytest.mark.parametrize("gateway", GATEWAYS)
+def test_no_sequence_breaks_a_promise_of_decide(gateway: str) -> None:
+    run_schedules(machine_of(DecideMachine, gateway), schedules=schedules_asked_for(75), steps=40)

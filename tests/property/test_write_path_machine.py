@@ -9,8 +9,6 @@ from uuid import UUID
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
 from uuid_utils.compat import uuid7
 
 from domain.decision import Input
@@ -18,25 +16,27 @@ from domain.events import FINAL_EVENTS
 from domain.ledger import Account, Transfer
 from domain.operations import GatewayRequest, Operation
 from domain.payment import Payment
-from domain.rules import RetryPolicy
+from domain.rules import Rules
 from handlers.sweep import _request
 from handlers.write_path import WritePath
 from infra.postgres.store import OPERATION_COLUMNS, PAYMENT_COLUMNS, PostgresStore, _operation, _payment, create_pool
-from tests.property.machine import PaymentMachine, Shell
+from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules
 from tests.support.memory import START, Told
-from tests.support.service import NoHint, WrongHint, rules
+from tests.support.service import NoHint, WrongHint
 
+REJECTED = "payment.command_rejected.v1"
 FINAL = {f"payment.{kind}.v1" for kind in FINAL_EVENTS}
 
 
 class PostgresShell:
     """The write path on the database of one test, emptied for each example."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pool: Any, observer: asyncpg.Connection) -> None:
+    def __init__(self, given: Rules, loop: asyncio.AbstractEventLoop, pool: Any, observer: asyncpg.Connection) -> None:
+        self.now = START
+        self._rules = given
         self._loop = loop
         self._store = PostgresStore(pool)
         self._observer = observer
-        self._now = START
         self._is_forgetful = True
         self._paths = [self._path(WrongHint()), self._path(NoHint())]
         self._run(observer.execute("SET session_replication_role = replica"))
@@ -61,7 +61,7 @@ class PostgresShell:
 
     def pass_time(self, duration: timedelta) -> None:
         """Let the worker's clock go on."""
-        self._now += duration
+        self.now += duration
 
     def operations(self) -> list[Operation]:
         """All operations ever."""
@@ -92,10 +92,10 @@ class PostgresShell:
         return payments
 
     def _clock(self) -> datetime:
-        return self._now
+        return self.now
 
     def _path(self, hint: Any) -> WritePath:
-        return WritePath(store=self._store, rules=rules(RetryPolicy()), clock=self._clock, new_id=uuid7, recent=hint)
+        return WritePath(store=self._store, rules=self._rules, clock=self._clock, new_id=uuid7, recent=hint)
 
     def _fetch(self, query: str) -> list[Any]:
         return list(self._run(self._observer.fetch(query)))
@@ -114,6 +114,7 @@ def _told(payload: str) -> Told:
         event["operation_number"],
         event["replayed"],
         event["type"] in FINAL,
+        event.get("reason") if event["type"] == REJECTED else None,
     )
 
 
@@ -129,8 +130,8 @@ def shells(postgres_url: str) -> Iterator[type[PaymentMachine]]:
 
         around: ClassVar[tuple[Any, ...]] = (loop, pool, observer)
 
-        def new_shell(self) -> Shell:
-            return PostgresShell(*self.around)
+        def new_shell(self, given: Rules) -> Shell:
+            return PostgresShell(given, *self.around)
 
     yield WritePathMachine
     loop.run_until_complete(observer.close())
@@ -138,14 +139,6 @@ def shells(postgres_url: str) -> Iterator[type[PaymentMachine]]:
     loop.close()
 
 
-def test_no_sequence_breaks_a_promise_of_the_write_path(shells: type[PaymentMachine]) -> None:
-    run_state_machine_as_test(
-        shells,
-        settings=settings(
-            max_examples=15,
-            stateful_step_count=25,
-            deadline=None,
-            phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+@pytest.mark.parametrize("gateway", GATEWAYS)
+def test_no_sequence_breaks_a_promise_of_the_write_path(shells: type[PaymentMachine], gateway: str) -> None:
+    run_schedules(machine_of(shells, gateway), schedules=8, steps=25)

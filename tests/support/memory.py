@@ -30,6 +30,8 @@ class Told(NamedTuple):
     operation_number: int | None
     replayed: bool
     is_final: bool
+    reason: str | None = None
+    """Why it was refused, if it was."""
 
 
 class MemoryShell:
@@ -130,6 +132,7 @@ class MemoryShell:
             event.operation_number,
             replayed=False,
             is_final=event.is_final,
+            reason=event.rejection.reason if event.rejection else None,
         )
         self.all_told.append(told)
         if not event.is_final or event.operation_number is None:

@@ -1,0 +1,165 @@
+"""The provider of the state machine: its books, its keys, and what it declares that it can do."""
+
+from collections import Counter
+from uuid import UUID
+
+from domain.capabilities import AmountLimits, Capabilities
+from domain.commands import OperationKind
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+
+
+class Provider:
+    """Executes each key at most once.
+
+    It refuses to move what it does not have, and to do what it cannot: asking for that fails the test.
+    """
+
+    def __init__(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+        self.is_sure = False
+        """Whether nothing is on its way any more, so that no trace of a request is proof."""
+        self.known: dict[str, Outcome] = {}
+        self.moved: dict[str, tuple[OperationKind, UUID, int]] = {}
+        self.said: list[tuple[GatewayRequest, Outcome]] = []
+        """All that it has ever told, as webhooks repeat it: at any time, in any order, any number of times."""
+        self._asked: dict[str, GatewayRequest] = {}
+        self._let_go: Counter[UUID] = Counter()
+
+    def tell(self, request: GatewayRequest) -> Outcome:
+        """A question arrives: nothing is executed."""
+        nothing = NotExecuted("no trace of it, nor will there be") if self.is_sure else Unknown("no trace of it")
+        return self.known.get(request.provider_key, nothing)
+
+    def receive(self, request: GatewayRequest, verdict: str) -> Outcome:
+        """A call arrives. Repeated keys get the first answer, whatever the verdict."""
+        key = request.provider_key
+        self._must_be_the_same(request)
+        self._must_be_possible(request)
+        assert key not in self.known or self.capabilities.idempotency_retention, "sent again where keys mean nothing"
+        if key not in self.known:
+            self._know(request, self._decide(request, verdict))
+        return self.known[key]
+
+    def _know(self, request: GatewayRequest, outcome: Outcome) -> None:
+        self.known[request.provider_key] = outcome
+        if isinstance(outcome, Succeeded | Declined | RequiresAction | Pending):
+            self.said.append((request, outcome))
+
+    def resolve(self, key: str, *, is_success: bool) -> None:
+        """What was pending, or was answered with a wrong amount, has its end."""
+        request, reference = self._asked[key], f"ref-{key}"
+        if is_success or key in self.moved:
+            self._know(request, self._execute(request) if key not in self.moved else self._success(request))
+        else:
+            self._know(request, Declined(DeclineReason.OTHER, reference=reference))
+
+    @property
+    def unresolved(self) -> list[str]:
+        """Keys whose answer is not yet the last word."""
+        return [key for key, outcome in self.known.items() if not self._is_last_word(key, outcome)]
+
+    def total(self, payment_id: UUID, *kinds: OperationKind) -> int:
+        """What operations of these kinds really moved."""
+        return sum(amount for kind, of, amount in self.moved.values() if of == payment_id and kind in kinds)
+
+    def released(self, payment_id: UUID) -> int:
+        """What is held no longer though nobody took it: voided, or left over by the only capture."""
+        return self.total(payment_id, OperationKind.VOID) + self._let_go[payment_id]
+
+    def _is_last_word(self, key: str, outcome: Outcome) -> bool:
+        if isinstance(outcome, Succeeded):
+            return outcome.amount_minor == self._asked[key].amount.minor
+        return isinstance(outcome, Declined | NotExecuted)
+
+    def _must_be_the_same(self, request: GatewayRequest) -> None:
+        """A repeated key with other parameters is an error at every provider."""
+        plain = request._replace(state=OperationState.DISPATCHED, attempts=1, lease_token=1, reference=None)
+        plain = plain._replace(first_dispatched_at=None)
+        assert self._asked.setdefault(request.provider_key, plain) == plain, "same key, other request"
+
+    def _must_be_possible(self, request: GatewayRequest) -> None:
+        assert request.kind in self.capabilities.operations, "it cannot do that at all"
+        assert request.amount.currency in self.capabilities.currencies, "it does not take that currency"
+        if request.provider_key in self.known:
+            return
+        if is_opening(request.kind):
+            limits = self.capabilities.limits.get(request.amount.currency, AmountLimits())
+            assert limits.minimum_minor <= request.amount.minor <= limits.maximum_minor, "beyond its limits"
+        else:
+            self._must_be_a_possible_part(request)
+
+    def _must_be_a_possible_part(self, request: GatewayRequest) -> None:
+        held = self.total(request.payment_id, OperationKind.AUTHORIZE)
+        taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
+        match request.kind:
+            case OperationKind.CAPTURE:
+                assert self.capabilities.partial_capture or request.amount.minor == held, "it cannot capture in part"
+                assert self.capabilities.multi_capture or not taken, "it cannot capture twice"
+            case OperationKind.REFUND:
+                assert self.capabilities.partial_refund or request.amount.minor == taken, "it cannot refund in part"
+            case _:
+                assert self.capabilities.cancel_waiting or held, "it cannot cancel what waits for its payer"
+
+    def _decide(self, request: GatewayRequest, verdict: str) -> Outcome:
+        reference, amount = f"ref-{request.provider_key}", request.amount.minor
+        is_opening = request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
+        match verdict:
+            case "decline":
+                return Declined(DeclineReason.REFUSED_BY_ISSUER, "do_not_honor", reference)
+            case "refuse":
+                return NotExecuted("a parameter was refused")
+            case "action" if is_opening:
+                return RequiresAction(reference, "redirect_to_url", "https://bank.example")
+            case "pending" | "action":
+                return Pending(reference)
+            case _:
+                outcome = self._execute(request)
+                is_lie = verdict == "other amount" and isinstance(outcome, Succeeded)
+                return Succeeded(reference, amount + 1) if is_lie else outcome
+
+    def _execute(self, request: GatewayRequest) -> Outcome:
+        """Do it, once. A void of what waits for its payer ends that, and there is nothing to release."""
+        held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
+        if request.kind is OperationKind.VOID and not held:
+            self._cancel_opening(request.payment_id)
+            self.moved[request.provider_key] = (request.kind, request.payment_id, 0)
+        elif request.kind is OperationKind.VOID and self.total(request.payment_id, OperationKind.CHARGE):
+            return NotExecuted("it is paid")
+        else:
+            self._move(request)
+        return self._success(request)
+
+    def _success(self, request: GatewayRequest) -> Outcome:
+        return Succeeded(f"ref-{request.provider_key}", request.amount.minor)
+
+    def _cancel_opening(self, payment_id: UUID) -> None:
+        for key, request in self._asked.items():
+            if request.payment_id == payment_id and is_opening(request.kind) and key not in self.moved:
+                self._know(request, Declined(DeclineReason.CANCELED, reference=f"ref-{key}"))
+
+    def _move(self, request: GatewayRequest) -> None:
+        self.moved[request.provider_key] = (request.kind, request.payment_id, request.amount.minor)
+        held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
+        taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
+        assert held >= taken + self.released(request.payment_id), "captured more than was held"
+        if request.kind is OperationKind.CAPTURE and not self.capabilities.multi_capture:
+            self._let_go[request.payment_id] = held - taken
+        assert taken >= self.total(request.payment_id, OperationKind.REFUND), "refunded more than was captured"
+        openings = [kind for kind, of, _ in self.moved.values() if of == request.payment_id and is_opening(kind)]
+        assert len(openings) <= 1, "charged twice"
+
+
+def is_opening(kind: OperationKind) -> bool:
+    """Whether it begins a payment."""
+    return kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
