@@ -195,8 +195,8 @@ def troubles_of(overview: Overview) -> list[str]:
 def _troubles_of(relay: RelayStatus) -> list[str]:
     found = []
     if relay.gap is not None:
-        found.append(f"{relay.slot}: {relay.gap}; events may be missing: `payments relay repair`")
-    if not relay.is_running:
+        found.append(f"{relay.slot} stands still: {relay.gap}; events may be missing: `payments relay repair`")
+    elif not relay.is_running:
         kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
     if relay.lag_seconds > LAG_SECONDS_MAX:

@@ -99,6 +99,7 @@ class PollSource:
         self._steps: deque[_Step] = deque()
         self._pause, _ = BLOCKED_SECONDS
         self._saved: _Step | None = None
+        self._is_rest_used = False
 
     async def open(self, desk: Desk) -> None:
         url = self._config.postgres_url
@@ -120,7 +121,7 @@ class PollSource:
             await self._start(system, 0)
         elif mark.system_identifier != system and mark.repair != "unproven":
             reason = "this is another Postgres server than before"
-            await refuse_gap(self._leader, self._config.slot, mark, reason, since=0)
+            await refuse_gap(self._leader, self._config.slot, reason, since=0)
         elif mark.repair is not None or mark.source != "poll":
             await self._start(system, mark.published_below if mark.system_identifier == system else 0)
         else:
@@ -180,6 +181,7 @@ class PollSource:
 
     async def _read_rest(self, rest: "psycopg.AsyncServerCursor[Any]") -> tuple[int, list[tuple[Any, ...]]]:
         assert self._end is not None, "a window with a rest has an end"
+        self._is_rest_used = True
         return self._end, await rest.fetchmany(PORTION)
 
     async def _stay_in_window(self, end: int, position: int) -> None:
@@ -191,10 +193,15 @@ class PollSource:
             await self._rest.execute(REST.encode(), {"begin": self._begin, "end": end, "position": position})
 
     async def _leave_window(self, end: int) -> None:
+        await self._close_rest()
+        self._begin, self._end, self._position = end, None, 0
+
+    async def _close_rest(self) -> None:
+        """The window may be sorted again: while Kafka takes nothing, an open cursor would keep VACUUM from its work."""
         if self._rest is not None:
             await self._rest.close()
             await self._reader.execute("COMMIT")
-        self._begin, self._end, self._position, self._rest = end, None, 0, None
+        self._rest = None
 
     async def _look_behind(self) -> None:
         """Nothing is final that was not read: look again soon, if something is there already."""
@@ -228,6 +235,9 @@ class PollSource:
         if self._listening is not None and self._listening.done():
             self._listening.result()
         self._is_woken = True  # A notice that got lost is made up for within the second.
+        if not self._is_rest_used:
+            await self._close_rest()
+        self._is_rest_used = False
         last = self._saved
         while self._steps and not self._steps[0].group.missing and (len(self._steps) > 1 or not self._left):
             last = self._steps.popleft()

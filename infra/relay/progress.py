@@ -9,12 +9,13 @@ from typing import Any, Final, Literal
 import psycopg
 
 from infra.relay.errors import GapFound
+from infra.relay.leadership import IS_LED, leadership_key
 
 Repair = Literal["unproven", "everything", "adopt"]
 
 FIND: Final = """
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below, window_end,
-           window_position, repair
+           window_position, repair, gap
       FROM relay_slots WHERE slot_name = %s
 """
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -42,12 +43,10 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
-REPAIR: Final = """
-    UPDATE relay_slots AS r SET repair = %s
-     WHERE slot_name = %s AND (
-           gap IS NOT NULL
-           OR NOT EXISTS (SELECT FROM pg_replication_slots AS s WHERE s.slot_name::text = r.slot_name AND s.active))
-"""
+REPAIR: Final = f"""
+    UPDATE relay_slots SET repair = %(repair)s
+     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {IS_LED})
+"""  # noqa: S608 - names from our own constants
 UNPROVEN: Final = """
     SELECT count(*), min(created_at), max(created_at) FROM outbox WHERE coalesce(xact, 0) >= %s
 """
@@ -64,6 +63,7 @@ class Mark:
     window_end: int | None
     window_position: int
     repair: Repair | None
+    gap: str | None
 
 
 async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
@@ -90,7 +90,7 @@ async def start_mark(
     await leader.execute(START.encode(), values)
 
 
-async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, mark: Mark, reason: str, *, since: int) -> None:
+async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, *, since: int) -> None:
     """Write the gap down, for who asks.
 
     Raises:
@@ -133,7 +133,8 @@ async def horizon(connection: psycopg.AsyncConnection) -> tuple[int, int]:
 
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
     """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend."""
-    return (await connection.execute(REPAIR, [repair, slot])).rowcount == 1
+    values = {"repair": repair, "slot": slot, "leadership": leadership_key(slot)[1]}
+    return (await connection.execute(REPAIR.encode(), values)).rowcount == 1
 
 
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:

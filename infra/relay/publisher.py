@@ -248,6 +248,8 @@ class Publisher:
         if len(batch) > 1 and isinstance(error, TOO_LARGE):
             lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2
         else:
+            # What made batches too large may be the event that goes now.
+            lane.batch_bytes_max = BATCH_BYTES_MAX
             self._refuse(lane, f"{type(error).__name__}: {error}")
 
     def _refuse(self, lane: _Lane, reason: str) -> None:

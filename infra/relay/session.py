@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-import zlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,6 +12,7 @@ import structlog
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.health import State, Status
+from infra.relay.leadership import leadership_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.poll_source import PollSource
 from infra.relay.prefix import Group
@@ -26,8 +26,6 @@ log = structlog.get_logger(__name__)
 
 SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {"wal": WalSource, "poll": PollSource}
 FLUSH_EVERY = 1000
-LEADERSHIP = 8146
-"""First half of the advisory lock's key: any number that only relays use. The second half is the slot's name."""
 LEADER_SETTINGS = "-c idle_session_timeout=10s -c lock_timeout=5s"
 """A leader that is frozen, not gone, loses its lock, as it loses its stream; and who holds a lock on its own row cannot
 make it wait for ever."""
@@ -267,11 +265,6 @@ class Session:
             await self._source.save()
             await self._source.finish()
         log.info("relay stopped", unacknowledged=self._publisher.unacknowledged)
-
-
-def leadership_key(slot: str) -> list[int]:
-    """The advisory lock that the active relay of a slot holds."""
-    return [LEADERSHIP, zlib.crc32(slot.encode()) - 2**31]
 
 
 def _forget_lag() -> None:

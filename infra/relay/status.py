@@ -7,7 +7,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
-from infra.relay.session import leadership_key
+from infra.relay.leadership import LEADERSHIP, leadership_key
 
 MARKS: Final = """
     SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
@@ -31,7 +31,7 @@ RELAYS: Final = """
     SELECT count(*) AS relays,
            count(*) FILTER (WHERE EXISTS (
                SELECT FROM pg_locks AS l WHERE l.pid = a.pid AND l.locktype = 'advisory' AND l.granted
-                  AND l.objid = %(half)s::bigint & 4294967295)) AS leaders
+                  AND l.classid = %(class)s AND l.objid = %(half)s::bigint & 4294967295)) AS leaders
       FROM pg_stat_activity AS a WHERE a.application_name = %(name)s AND a.datname = current_database()
 """
 QUARANTINE: Final = """
@@ -100,7 +100,7 @@ async def read_status(postgres_url: str) -> Overview:
 
 async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
     name = mark["slot_name"]
-    values = {"name": f"relay {name}"[:63], "half": leadership_key(name)[1]}
+    values = {"name": f"relay {name}"[:63], "class": LEADERSHIP, "half": leadership_key(name)[1]}
     (running,) = await _rows(connection, RELAYS, values)
     (quarantine,) = await _rows(connection, QUARANTINE, [name])
     return RelayStatus(

@@ -44,6 +44,14 @@ FIND_SLOT: Final = """
            (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint
       FROM pg_replication_slots WHERE slot_name = %s
 """
+# With a row filter, or without inserts, the log is as silent as without the table.
+IS_IN_PUBLICATION: Final = """
+    SELECT EXISTS (
+        SELECT FROM pg_publication_tables AS t JOIN pg_publication AS p USING (pubname)
+         WHERE pubname = %s AND p.pubinsert AND t.rowfilter IS NULL
+           AND format('%%I.%%I', t.schemaname, t.tablename)::regclass = 'outbox'::regclass)
+"""
+NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
 
 
 class WalSource:
@@ -90,13 +98,13 @@ class WalSource:
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
+        self._below = mark.published_below if mark.system_identifier == system else 0
         reason = _reason_for_doubt(mark, system, wal_status, position)
         if reason is not None:
-            since = mark.published_below if mark.system_identifier == system else 0
-            await refuse_gap(self._leader, self._config.slot, mark, reason, since=since)
+            await refuse_gap(self._leader, self._config.slot, reason, since=self._below)
+        await self._check_publication()
         await forget_gap(self._leader, self._config.slot)
         self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
-        self._below = mark.published_below
 
     async def _adopt(self, mark: Mark, system: str, position: int) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
@@ -162,12 +170,23 @@ class WalSource:
     # --- how far --------------------------------------------------------------------------------------------------
 
     async def save(self) -> None:
-        """First to the table, then to the slot: so a slot that is further on was moved by somebody else."""
+        """First to the table, then to the slot: so a slot that is further on was moved by somebody else.
+
+        Raises:
+            GapFound: the log has not brought us all that was committed since the last time.
+        """
+        await self._check_publication()
         lsn = self._prefix.advance(self._stream.wal_end)
         is_proof_due = bool(self._proofs) and self._proofs[0][0] <= lsn
         if lsn > self._saved and (self._has_news or is_proof_due or lsn - self._saved > IDLE_BYTES):
             await self._save(lsn)
         self._stream.confirm(self._saved)
+
+    async def _check_publication(self) -> None:
+        """Nothing in the log says that events are left out of it."""
+        row = await (await self._leader.execute(IS_IN_PUBLICATION, [self._config.publication])).fetchone()
+        if row is None or not row[0]:
+            await refuse_gap(self._leader, self._config.slot, NOT_IN_PUBLICATION, since=self._below)
 
     async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
@@ -202,6 +221,8 @@ class WalSource:
 
 
 def _reason_for_doubt(mark: Mark, system: str, wal_status: str, position: int) -> str | None:
+    if mark.gap == NOT_IN_PUBLICATION:
+        return mark.gap  # Being there again brings nothing back.
     if mark.system_identifier != system:
         return "this is another Postgres server than before"
     if wal_status == "missing":

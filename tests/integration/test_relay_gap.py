@@ -8,6 +8,7 @@ import pytest
 
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.wal_source import NOT_IN_PUBLICATION
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, rows_of, until
 
@@ -55,6 +56,11 @@ async def before_the_gap(config: RelayConfig, rows: list[Row]) -> None:
         await asyncio.sleep(3 * config.feedback_seconds)
 
 
+async def alter_publication(config: RelayConfig, change: str) -> None:
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await connection.execute(f"ALTER PUBLICATION {config.publication} {change}".encode())
+
+
 async def write_unread(config: RelayConfig, rows: list[Row], *damages: str) -> None:
     """Written while no relay runs; then the slot is damaged."""
     await commit(config.postgres_url, *([row] for row in rows))
@@ -90,6 +96,35 @@ async def test_a_damaged_slot_is_noticed_and_a_repair_publishes_what_was_missed(
     assert_first_deliveries_in_order(records, before + missed + after)
     async with running(config):
         assert metrics.GAP._value.get() == 0
+
+
+@wal_only
+@pytest.mark.parametrize(
+    ("damage", "mending"),
+    [
+        ("DROP TABLE outbox", "ADD TABLE outbox"),
+        ("SET TABLE outbox WHERE (payment_seq < 0)", "SET TABLE outbox"),
+        ("SET (publish = 'update')", "SET (publish = 'insert')"),
+    ],
+)
+async def test_what_the_publication_left_out_is_noticed_and_a_repair_publishes_it(
+    config: RelayConfig, damage: str, mending: str
+) -> None:
+    """The log does not say so, and being whole again brings nothing back."""
+    before, missed, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    await before_the_gap(config, before)
+    async with running(replace(config, gap_seconds=0.1)) as relay:
+        await alter_publication(config, damage)
+        await commit(config.postgres_url, missed)
+        await until(lambda: NOT_IN_PUBLICATION in relay.health.detail)
+    async with StandingStill(config) as standing:
+        await alter_publication(config, mending)
+        await commit(config.postgres_url, after)
+        await asyncio.sleep(0.5)
+        assert NOT_IN_PUBLICATION in standing.relay.health.detail
+        assert 10 <= await standing.decide("unproven") <= 15
+        records = await published(config, *before, *missed, *after)
+    assert_first_deliveries_in_order(records, before + missed + after)
 
 
 async def test_another_server_is_noticed_and_everything_retained_is_published(config: RelayConfig) -> None:
@@ -144,7 +179,6 @@ async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed
     assert ids(records) == [row.id for row in before + after]
 
 
-@wal_only
 async def test_an_active_relay_cannot_be_told_to_adopt_or_repair(config: RelayConfig) -> None:
     async with (
         running(config),

@@ -4,13 +4,17 @@ import asyncio
 import time
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
 
-from infra.relay import RelayConfig, poll_source
-from tests.integration.test_relay import config, published, running, slot, wal_only
-from tests.support.outbox import assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
+from infra.kafka.topics import ensure_topics
+from infra.local import EmbeddedKafka
+from infra.local.postgres import drop_database
+from infra.relay import RelayConfig, metrics, poll_source
+from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
+from tests.support.outbox import assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of, until
 
 __all__ = ["config"]
 
@@ -106,6 +110,31 @@ async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
         records = await published(config, *rows)
     assert_first_deliveries_in_order(records, rows)
     assert len(records) < len(rows) + poll_source.PORTION, "only what was not written down comes again"
+
+
+async def test_no_snapshot_is_kept_while_kafka_takes_nothing(postgres_url: str, own_kafka: EmbeddedKafka) -> None:
+    """VACUUM could remove nothing that was dead since: for as long as Kafka is away."""
+    config = RelayConfig(
+        postgres_url=postgres_url,
+        kafka_bootstrap=own_kafka.bootstrap,
+        topic="slow.events",
+        slot=f"test_{uuid4().hex[:12]}",
+        source="poll",
+        unacknowledged_max=4500,
+        feedback_seconds=0.1,
+    )
+    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 200)]
+    kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'relay' AND backend_xmin IS NOT NULL"
+    async with running(config):
+        with frozen(own_kafka.pid):
+            await commit(postgres_url, rows)
+            await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 4500)
+            await until(lambda: fetch_value(postgres_url, f"SELECT ({kept}) = 0"))
+        records = await published(config, *rows)
+    assert len(records) == len(rows)
+    assert_first_deliveries_in_order(records, rows)
+    drop_database(postgres_url)
 
 
 async def test_notices_are_on_only_while_a_relay_polls(config: RelayConfig) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
 
-from infra.relay import health
+from infra.relay import health, publisher
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
 from infra.relay.partitions import murmur2, partition_of
@@ -166,9 +166,10 @@ class FakeProducer:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
+        self.batch_bytes_max = publisher.BATCH_BYTES_MAX
 
     def create_batch(self) -> "FakeBatch":
-        return FakeBatch()
+        return FakeBatch(self.batch_bytes_max)
 
     async def send_batch(self, batch: "FakeBatch", topic: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -181,10 +182,14 @@ class FakeProducer:
 
 
 class FakeBatch:
-    def __init__(self) -> None:
+    def __init__(self, bytes_max: int) -> None:
         self.values: list[bytes] = []
+        self.bytes_max = bytes_max
 
-    def append(self, *, value: bytes, **_: Any) -> object:
+    def append(self, *, value: bytes, **_: Any) -> object | None:
+        """As aiokafka's: the first one always fits."""
+        if self.values and sum(map(len, self.values)) + len(value) > self.bytes_max:
+            return None
         self.values.append(value)
         return object()
 
@@ -237,6 +242,28 @@ class TestPublisher:
             await self.publish(b"3")
         assert self.producer.values == [[b"1"]]
         assert self.missing == [1, 1, 1]
+
+    async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They were made smaller to find it."""
+        sizes = []
+
+        async def start_producer(_: RelayConfig, batch_bytes_max: int) -> FakeProducer:
+            sizes.append(batch_bytes_max)
+            self.producer.batch_bytes_max = batch_bytes_max
+            return self.producer
+
+        monkeypatch.setattr(publisher, "_start_producer", start_producer)
+        await self.publish(b"1")
+        await self.publish(b"2")
+        await self.publish(b"33")
+        await self.answer(0)
+        for sent in (1, 2):
+            await self.publisher.flush()
+            await self.answer(sent, MessageSizeTooLargeError())
+        self.publisher.blocked.clear()
+        await self.publish(b"4")
+        assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4"]]
+        assert sizes == [1, publisher.BATCH_BYTES_MAX]
 
     async def test_a_batch_that_the_producer_gave_up_is_not_forgotten(self) -> None:
         await self.publish(b"1")
