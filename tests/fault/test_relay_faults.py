@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import json
-import os
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import psycopg
@@ -24,6 +23,8 @@ from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
 from infra.relay.scan import SCAN
 from tests.conftest import PARTITIONS, Topics
+from tests.support.outbox import until
+from tests.support.relay_process import RelayProcess
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 LATENCY_OF_TAKEOVER_SECONDS = 5.0
@@ -43,14 +44,6 @@ def write(url: str, rows: Iterable[tuple[str, int]], payload: str = "{}") -> Non
     keys, seqs = zip(*rows, strict=True)
     with psycopg.connect(url) as connection:
         connection.execute(INSERT, [payload, list(keys), list(seqs)])
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        await asyncio.sleep(0.01)
 
 
 class Subscriber:
@@ -106,7 +99,7 @@ async def running(config: RelayConfig, state: str = "active") -> AsyncIterator[R
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     try:
-        await until(lambda: relay.health.detail.startswith(state) or task.done(), f"relay {state}")
+        await until(lambda: relay.health.detail.startswith(state) or task.done())
         yield relay
     finally:
         stop.set()
@@ -155,42 +148,14 @@ async def subscriber(config: RelayConfig) -> AsyncIterator[Subscriber]:
         yield found
 
 
-class RelayProcess:
-    """A relay in a process of its own, to be killed."""
-
-    def __init__(self, config: RelayConfig) -> None:
-        self._config = config
-        environment = os.environ | {"RELAY_CONFIG": json.dumps(asdict(config))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "infra.relay"], env=environment, stdout=subprocess.DEVNULL
-        )
-
-    async def active(self) -> None:
-        await until(self._is_active, "the relay streams")
-
-    def _is_active(self) -> bool:
-        assert self._process.poll() is None, "the relay has ended"
-        with psycopg.connect(self._config.postgres_url) as connection:
-            query = "SELECT active FROM pg_replication_slots JOIN relay_slots USING (slot_name) WHERE slot_name = %s"
-            found = connection.execute(query, [self._config.slot]).fetchone()
-        return found is not None and bool(found[0])
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def terminate(self) -> int:
-        self._process.terminate()
-        return self._process.wait(20)
-
-
 @contextlib.contextmanager
 def relay_process(config: RelayConfig) -> Iterator[RelayProcess]:
-    process = RelayProcess(config)
-    try:
-        yield process
-    finally:
-        process.kill()
+    with tempfile.TemporaryDirectory() as directory:
+        process = RelayProcess(config, Path(directory) / "relay.log")
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class Load:
@@ -219,7 +184,7 @@ class Load:
     async def more(self, rounds: int = 30) -> None:
         """Wait for this many further transactions."""
         wanted = self.seq + rounds
-        await until(lambda: self.seq >= wanted, "the load goes on")
+        await until(lambda: self.seq >= wanted)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -244,7 +209,7 @@ async def test_a_relay_killed_again_and_again_under_load_skips_nothing(
     with Load(config.postgres_url) as load:
         for rounds in (1, 7, 20, 3):
             with relay_process(config) as relay:
-                await relay.active()
+                await relay.streams()
                 await load.more(rounds)
     with relay_process(config) as relay:
         await subscriber.read_all_of(config.postgres_url)
@@ -270,7 +235,7 @@ async def test_events_killed_after_kafkas_acknowledgement_and_before_the_slots_a
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
     with relay_process(replace(config, feedback_seconds=3600)) as relay:
-        await relay.active()
+        await relay.streams()
         write(config.postgres_url, [("a", seq) for seq in range(1, 51)])
         await subscriber.read_all_of(config.postgres_url)
     with relay_process(config):
@@ -287,7 +252,7 @@ async def test_the_slot_does_not_move_past_events_that_kafka_has_not_acknowledge
     broker = psutil.Process(own_kafka.pid)
     async with subscribed(config.kafka_bootstrap, config.topic) as subscriber:
         with relay_process(config) as relay:
-            await relay.active()
+            await relay.streams()
             broker.suspend()
             before = wal_position(postgres_url)
             write(postgres_url, [(payment, 1) for payment in PAYMENTS])
@@ -321,19 +286,19 @@ async def confirmations(url: str, slot: str, *, count: int) -> None:
             seen.add(connection.execute(query, [slot]).fetchone())
         return len(seen) > count
 
-    await until(is_enough, "the relay reports")
+    await until(is_enough)
 
 
 async def test_a_standby_takes_over_at_once_when_the_active_relay_is_killed(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
     with relay_process(config) as relay, Load(config.postgres_url) as load:
-        await relay.active()
+        await relay.streams()
         async with running(config, state="standby") as second:
             await load.more(10)
             relay.kill()
             killed_at = time.monotonic()
-            await until(lambda: second.health == (True, "active"), "the standby takes over")
+            await until(lambda: second.health == (True, "active"))
             assert time.monotonic() - killed_at < LATENCY_OF_TAKEOVER_SECONDS
             await load.more(10)
             load.stop()
@@ -350,7 +315,7 @@ async def test_nothing_is_missing_after_postgres_is_killed_under_load(
             for _ in range(2):
                 await load.more()
                 await asyncio.to_thread(own_postgres.kill)
-                await until(lambda: not relay.health.ready, "the relay notices")
+                await until(lambda: not relay.health.ready)
                 await asyncio.to_thread(own_postgres.restart)
             await load.more()
         await subscriber.read_all_of(own_postgres.url)
@@ -367,11 +332,11 @@ async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
         await asyncio.to_thread(own_kafka.kill)
     with relay_process(config) as relay:
         if is_streaming:
-            await relay.active()
+            await relay.streams()
             await asyncio.to_thread(own_kafka.kill)
             write(postgres_url, [("a", 1)])
         else:
-            await until(lambda: leaders(postgres_url) > 0, "the relay has begun")
+            await until(lambda: leaders(postgres_url) > 0)
         begun = time.monotonic()
         assert relay.terminate() == 0
         assert time.monotonic() - begun < 10
