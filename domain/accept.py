@@ -6,8 +6,8 @@ from domain.commands import AnyCommand, Command, OperationKind, Rejection, Rejec
 from domain.draft import Draft
 from domain.events import Replay
 from domain.operations import Operation, OperationState
-from domain.refusals import amount_of, refusal_of
-from domain.requests import OPENING, gateway_request
+from domain.refusals import amount_of, gateway_of, refusal_of
+from domain.requests import gateway_request
 
 
 def accept(draft: Draft, command: AnyCommand) -> None:
@@ -72,7 +72,7 @@ def _begin(draft: Draft, operation: Operation, command: Command) -> None:
         _reject(draft, operation, command, refused)
         return
     amount = amount_of(command, draft.payment)
-    gateway = draft.payment.gateway if command.kind not in OPENING else command.gateway or draft.rules.default_gateway
+    gateway = gateway_of(command, draft.payment, draft.rules)
     operation = operation.copy()
     operation.state = OperationState.DISPATCHED
     operation.amount_minor = amount
@@ -97,6 +97,8 @@ def _reserve(draft: Draft, command: Command, amount: int, gateway: str | None) -
             payment.gateway = gateway
             payment.currency = command.currency
             payment.amount_minor = amount
+        case OperationKind.VOID if payment.waiting_for_payer is not None:
+            pass  # What waits holds nothing yet, and what another attempt holds is not meant.
         case OperationKind.CAPTURE | OperationKind.VOID:
             payment.reserved_capture_minor = min(amount, payment.capturable_minor)
         case OperationKind.REFUND:

@@ -74,7 +74,8 @@ class Draft:
 
     def postpone(self, operation: Operation, state: OperationState, reference: str | None) -> None:
         """Keep it under way, released by its worker, to be looked at again."""
-        if reference is not None and operation.kind in OPENING:
+        if reference is not None and operation.kind in OPENING and not self.payment.has_money:
+            # Otherwise another attempt was paid meanwhile: captures and refunds are of that one.
             self.payment.gateway_payment_id = reference
         operation = operation.copy()
         operation.state = state

@@ -89,7 +89,8 @@ class Event(NamedTuple):
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
     `operation_number` is None for a rejection that left no operation behind, and for a dispute.
-    `told_before` is how the operation of a late success had ended, and `owed_minor` what must be returned of it.
+    `told_before` is how the operation of a late success had ended. `owed_minor` is what must be returned of a success,
+    since another attempt of the payment was paid, too.
     """
 
     kind: EventKind

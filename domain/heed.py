@@ -12,7 +12,7 @@ from domain.events import EventKind, PaymentStatus
 from domain.ledger import Account
 from domain.notices import Dispute, DisputeStage, Notice
 from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Succeeded
-from domain.requests import OPENING, gateway_request
+from domain.requests import gateway_request
 from domain.settle import fits, move, review, settle_outcome
 
 ENDED_WITHOUT_EFFECT: Final = (OperationState.DECLINED, OperationState.NOT_EXECUTED, OperationState.EXPIRED)
@@ -57,10 +57,11 @@ def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked:
     match notice.outcome:
         case Succeeded(amount_minor=moved) as outcome:
             is_ours = moved in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
-            if is_ours and _may_succeed_late(operation) and fits(draft, operation):
+            is_news = _may_succeed_late(operation)
+            if is_ours and is_news and fits(draft, operation):
                 _succeed_late(draft, operation, outcome)
             else:
-                draft.disagrees = not is_ours
+                draft.disagrees = is_news or not is_ours
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
         case Expired() if _is_open_hold(draft, operation):
@@ -73,22 +74,21 @@ def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked:
 
 def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     """What was called declined or expired was paid: it counts, and whoever was told otherwise is told again."""
-    amount, payment = operation.amount_minor or 0, draft.payment
-    told_before, has_money = operation.state, payment.authorized_minor > 0
-    is_gone = told_before is OperationState.EXPIRED or payment.status is PaymentStatus.CANCELED
-    if operation.kind not in OPENING or not has_money:
-        move(draft, operation.kind, amount, outcome)
-    else:
-        payment.authorized_minor += amount
-        payment.captured_minor += amount if operation.kind is OperationKind.CHARGE else 0
+    told_before = operation.state
+    was_let_go = told_before is OperationState.EXPIRED or draft.payment.status is PaymentStatus.CANCELED
+    # Of a hold: then its news came after the news of its end.
+    is_gone = operation.kind is OperationKind.AUTHORIZE and was_let_go
+    owed = move(draft, operation, outcome)
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
-    owed = amount if operation.kind in OPENING and has_money else 0
     draft.publish(
-        EventKind.LATE_SUCCESS, operation, reference=outcome.reference, told_before=told_before, owed_minor=owed
+        EventKind.LATE_SUCCESS,
+        operation,
+        reference=outcome.reference,
+        told_before=told_before,
+        owed_minor=0 if is_gone else owed,
     )
-    draft.book(operation.kind, amount)
-    if operation.kind is OperationKind.AUTHORIZE and is_gone:
-        # The news of the hold came after the news of its end.
+    draft.book(operation.kind, operation.amount_minor or 0)
+    if is_gone:
         _release_hold(draft, operation)
 
 
@@ -108,7 +108,8 @@ def _is_open_hold(draft: Draft, operation: Operation) -> bool:
 
 
 def _release_hold(draft: Draft, operation: Operation) -> None:
-    draft.payment.released_minor += draft.payment.capturable_minor
+    """Nothing is left of this hold; what another attempt holds stays."""
+    draft.payment.released_minor += min(draft.payment.capturable_minor, operation.amount_minor or 0)
     draft.publish(EventKind.AUTHORIZATION_EXPIRED, operation, reference=operation.reference)
 
 

@@ -51,6 +51,11 @@ class Payment:
         return Payment(*_values(self))
 
     @property
+    def has_money(self) -> bool:
+        """Whether something is held, or was captured; what was released is neither."""
+        return self.authorized_minor > self.released_minor
+
+    @property
     def capturable_minor(self) -> int:
         """Authorized, and neither captured, released nor reserved."""
         return self.authorized_minor - self.captured_minor - self.released_minor - self.reserved_capture_minor
@@ -80,7 +85,7 @@ class Payment:
         if self.captured_minor:
             return self._status_of_captured()
         if self.authorized_minor:
-            return PaymentStatus.AUTHORIZED if self.authorized_minor > self.released_minor else PaymentStatus.CANCELED
+            return PaymentStatus.AUTHORIZED if self.has_money else PaymentStatus.CANCELED
         current = self.under_way
         if current is None:
             if self.status in ENDED_WITHOUT_MONEY:

@@ -6,6 +6,7 @@ from domain.capabilities import AmountLimits
 from domain.commands import Command, OperationKind, Rejection, RejectionReason
 from domain.events import PaymentStatus
 from domain.payment import Payment
+from domain.requests import OPENING
 from domain.rules import Rules
 
 RETRYABLE_STATUSES = (PaymentStatus.CREATED, PaymentStatus.FAILED, PaymentStatus.EXPIRED)
@@ -20,6 +21,14 @@ def amount_of(command: Command, payment: Payment) -> int:
     if command.amount_minor is not None:
         return command.amount_minor
     return payment.refundable_minor if command.kind is OperationKind.REFUND else payment.capturable_minor
+
+
+def gateway_of(command: Command, payment: Payment, rules: Rules) -> str | None:
+    """Whose turn it is. A void is for what waits for the payer, which may be another gateway's than what is paid."""
+    if command.kind in OPENING:
+        return command.gateway or rules.default_gateway
+    waiting = payment.waiting_for_payer
+    return payment.gateway if waiting is None else waiting.gateway
 
 
 def refusal_of(command: Command, payment: Payment, *, now: datetime, rules: Rules) -> Rejection | None:
@@ -84,10 +93,11 @@ def _refusal_of_limits(command: Command, rules: Rules) -> Rejection | None:
 
 
 def _refusal_to_continue(command: Command, payment: Payment, rules: Rules) -> Rejection | None:
-    if payment.gateway is None:
+    gateway = gateway_of(command, payment, rules)
+    if gateway is None:
         message = f"payment {payment.payment_id} was never authorized or charged"
         return Rejection(RejectionReason.PAYMENT_NOT_FOUND, message, ("payment_id",))
-    return _mismatch(command, payment) or _refusal_of_gateway(command, payment.gateway, rules)
+    return _mismatch(command, payment) or _refusal_of_gateway(command, gateway, rules)
 
 
 def _mismatch(command: Command, payment: Payment) -> Rejection | None:
@@ -115,8 +125,8 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     amount = amount_of(command, payment)
     if payment.captured_minor == 0:
         return _invalid_state(payment, "nothing was captured, so there is nothing to refund; void it instead")
-    if amount > left or left == 0:
-        message = f"{amount} is more than the {left} minor units that can still be refunded"
+    if amount > left or left <= 0:
+        message = f"{amount} is more than the {max(left, 0)} minor units that can still be refunded"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
     if amount < payment.captured_minor and not rules.gateways[payment.gateway or ""].partial_refund:
         return _unsupported(f"gateway {payment.gateway} cannot refund in part", "amount_minor")

@@ -22,7 +22,7 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         provider_key=operation.provider_key,
         gateway=operation.gateway or "",
         amount=Money(operation.amount_minor, payment.currency),
-        gateway_payment_id=None if operation.kind in OPENING else payment.gateway_payment_id,
+        gateway_payment_id=None if operation.kind in OPENING else _target(payment, operation),
         reference=operation.reference,
         payment_method=command.payment_method,
         order_id=payment.order_id,
@@ -37,3 +37,9 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         lease_token=operation.lease_token,
         first_dispatched_at=operation.dispatched_at,
     )
+
+
+def _target(payment: Payment, operation: Operation) -> str | None:
+    """The provider's payment that it acts on: for a void, what waits for the payer, if something does."""
+    waiting = payment.waiting_for_payer if operation.kind is OperationKind.VOID else None
+    return payment.gateway_payment_id if waiting is None else waiting.reference

@@ -24,6 +24,7 @@ from domain.operations import (
     Unknown,
     Unreachable,
 )
+from domain.payment import Payment
 
 SUCCESS_EVENTS: Final = {
     OperationKind.AUTHORIZE: EventKind.AUTHORIZED,
@@ -47,16 +48,18 @@ def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None
     match outcome:
         case Succeeded(amount_minor=moved) if moved is not None and moved != operation.amount_minor:
             review(draft, operation, outcome.reference)
-        case Succeeded() if operation.kind is OperationKind.VOID and not draft.payment.authorized_minor:
+        case Succeeded() if operation.kind is OperationKind.VOID and _cancels_unpaid(draft):
             _cancel_unpaid(draft, operation, outcome)
-        case Succeeded() if not fits(draft, operation):
+        case Succeeded() if not fits(draft, operation) or _releases_nothing(draft, operation):
             review(draft, operation, outcome.reference)
         case Succeeded():
             _succeed(draft, operation, outcome)
         case Declined():
             _decline(draft, operation, outcome)
+            _end_void_of(draft, operation)
         case Expired():
             _expire(draft, operation, outcome)
+            _end_void_of(draft, operation)
         case NotExecuted(message):
             _fail(draft, operation, Rejection(RejectionReason.GATEWAY_REFUSED, message))
         case RequiresAction(reference):
@@ -86,6 +89,16 @@ def fits(draft: Draft, operation: Operation) -> bool:
             return True
 
 
+def _cancels_unpaid(draft: Draft) -> bool:
+    """Whether a void is of what waits for the payer, or waited; what another attempt holds is not touched by it."""
+    return draft.payment.is_cancelling() or not draft.payment.has_money
+
+
+def _releases_nothing(draft: Draft, operation: Operation) -> bool:
+    """Whether a void never had a hold to release; then what is held now is that of another attempt."""
+    return operation.kind is OperationKind.VOID and not draft.payment.reserved_capture_minor
+
+
 def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
     """The provider will not execute what waited for the payer, if no webhook has ended that one already."""
     waiting = draft.payment.waiting_for_payer
@@ -100,20 +113,21 @@ def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     amount = operation.amount_minor
     assert amount is not None, "a dispatched operation has an amount"
     draft.release_reservation(operation.kind)
-    move(draft, operation.kind, amount, outcome)
+    owed = move(draft, operation, outcome)
+    if operation.kind is OperationKind.AUTHORIZE and draft.payment.is_cancelling():
+        # It came about while it was being cancelled: the void that is under way releases it.
+        draft.payment.reserved_capture_minor = amount
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
-    draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference)
+    draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference, owed_minor=owed)
     draft.book(operation.kind, amount)
 
 
-def move(draft: Draft, kind: OperationKind, amount: int, outcome: Succeeded) -> None:
-    payment = draft.payment
-    match kind:
+def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
+    """Count what it moved; how much of that is owed to the payer, since another attempt was paid, too."""
+    payment, amount = draft.payment, operation.amount_minor or 0
+    match operation.kind:
         case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-            payment.authorized_minor = amount
-            payment.captured_minor = amount if kind is OperationKind.CHARGE else 0
-            payment.gateway_payment_id = outcome.reference
-            payment.authorization_expires_at = outcome.expires_at
+            return _open(payment, operation, outcome)
         case OperationKind.CAPTURE:
             payment.captured_minor += amount
             if not draft.rules.gateways[payment.gateway or ""].multi_capture:
@@ -123,7 +137,21 @@ def move(draft: Draft, kind: OperationKind, amount: int, outcome: Succeeded) -> 
         case OperationKind.REFUND:
             payment.refunded_minor += amount
         case _:
-            assert_never(kind)
+            assert_never(operation.kind)
+    return 0
+
+
+def _open(payment: Payment, operation: Operation, outcome: Succeeded) -> int:
+    """The first attempt that has money is the one that captures and refunds refer to."""
+    amount, is_first = operation.amount_minor or 0, not payment.has_money
+    payment.authorized_minor += amount
+    payment.captured_minor += amount if operation.kind is OperationKind.CHARGE else 0
+    if not is_first:
+        return amount
+    payment.gateway = operation.gateway
+    payment.gateway_payment_id = outcome.reference
+    payment.authorization_expires_at = outcome.expires_at
+    return 0
 
 
 def _decline(draft: Draft, operation: Operation, outcome: Declined) -> None:
@@ -147,6 +175,18 @@ def _expire(draft: Draft, operation: Operation, outcome: Expired) -> None:
     draft.finish(operation, OperationState.EXPIRED, outcome.reference)
     draft.payment.status = PaymentStatus.EXPIRED
     draft.publish(EventKind.EXPIRED, operation, reference=outcome.reference)
+
+
+def _end_void_of(draft: Draft, ended: Operation) -> None:
+    """What a void was to cancel has ended without it.
+
+    Where another attempt is paid, the void ends with that: sent again it would be about the payment that is paid.
+    """
+    void, payment = draft.payment.under_way, draft.payment
+    if void is None or void.kind is not OperationKind.VOID or payment.reserved_capture_minor or not payment.has_money:
+        return
+    draft.finish(void, OperationState.SUCCEEDED, ended.reference)
+    draft.publish(EventKind.VOIDED, void, reference=ended.reference)
 
 
 def _fail(draft: Draft, operation: Operation, rejection: Rejection) -> None:
@@ -202,7 +242,10 @@ def _retry_or_give_up(draft: Draft, operation: Operation, message: str) -> None:
 def _doubt(draft: Draft, operation: Operation) -> None:
     """No evidence. Look again later; past the deadline a person should look, too, but nothing is concluded."""
     if operation.state in (OperationState.PENDING, OperationState.REQUIRES_ACTION):
-        draft.postpone(operation, operation.state, operation.reference)
+        if _is_overdue(draft, operation):
+            review(draft, operation, operation.reference)
+        else:
+            draft.postpone(operation, operation.state, operation.reference)
         return
     assert operation.dispatched_at is not None, "a dispatched operation has a time"
     is_late = draft.now - operation.dispatched_at > draft.rules.retry.review_after

@@ -121,7 +121,9 @@ class Dispatcher:
         """How to ask about it, if it must not be sent (again)."""
         if request.state in WITH_THE_PROVIDER:
             return gateway.resume
-        return gateway.status if self._is_key_forgotten(gateway, request) else None
+        # What a person is to look at, and the provider has named, is not sent again: a stored answer would be old news.
+        is_known = request.state is OperationState.NEEDS_REVIEW and request.reference is not None
+        return gateway.status if is_known or self._is_key_forgotten(gateway, request) else None
 
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
         """Whether the provider may have dropped the key: repeating the call could then move money again.

@@ -80,7 +80,7 @@ class Reconciler:
             after = payment.authorization_expires_at, payment.payment_id
 
     async def _ask(self, payment: Payment, operation: Operation, limit: asyncio.Semaphore) -> Notified | None:
-        gateway = self._gateways.get(payment.gateway or "")
+        gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
             return None
         async with limit:

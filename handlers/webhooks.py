@@ -62,6 +62,12 @@ class Webhooks:
         except WebhookRefused as refused:
             log.warning("webhook refused", gateway=reader.gateway, verdict=refused.verdict, detail=refused.detail)
             return refused.verdict
+        except (ValueError, RecursionError) as error:
+            # Text that no parser or encoder takes. Its content is not logged: it is anybody's.
+            log.warning(
+                "webhook refused", gateway=reader.gateway, verdict=Verdict.MALFORMED, error=type(error).__name__
+            )
+            return Verdict.MALFORMED
         except StoreUnavailable as error:
             log.warning("webhook not stored", gateway=reader.gateway, error=str(error))
             return Verdict.UNAVAILABLE

@@ -1,8 +1,9 @@
 """The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
 
 Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
-say; only a replay has `original_event_id`. The models declare it and read it for clients; `write_event` builds the text
-without them, several times faster, and a test holds the two together.
+say; only a replay has `original_event_id`, and only a success that came twice has `owed_minor`. The models declare it
+and read it for clients; `write_event` builds the text without them, several times faster, and a test holds the two
+together.
 """
 
 import re
@@ -25,6 +26,10 @@ from handlers.messages.commands import command_type
 from handlers.messages.refusals import UnreadableReason
 
 _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
+_Owed = Annotated[
+    _Minor | None,
+    Field(description="Only where an earlier attempt was paid late, too: to be returned in any case."),
+]
 
 
 class _Wire(BaseModel):
@@ -90,12 +95,14 @@ class PaymentAuthorized(_WireEvent):
     """The amount is held for a later capture. Final for an authorize command."""
 
     type: Literal["payment.authorized.v1"]
+    owed_minor: _Owed = None
 
 
 class PaymentCaptured(_WireEvent):
     """The money was collected. Final for a charge or capture command."""
 
     type: Literal["payment.captured.v1"]
+    owed_minor: _Owed = None
 
 
 class PaymentVoided(_WireEvent):
@@ -348,6 +355,8 @@ def _particulars(event: Event) -> dict[str, Any]:
             assert event.rejection is not None, "an event that refuses a command says why"
             rejection = event.rejection
             return {"reason": str(rejection.reason), "message": rejection.message, "fields": rejection.fields}
+        case EventKind.AUTHORIZED | EventKind.CAPTURED if event.owed_minor:
+            return {"owed_minor": event.owed_minor}
         case EventKind.LATE_SUCCESS:
             return {"told_before": str(event.told_before), "owed_minor": event.owed_minor}
         case EventKind.DISPUTE_OPENED | EventKind.DISPUTE_CLOSED:

@@ -17,7 +17,8 @@ RECONNECT_SECONDS: Final = 1.0
 CHANNEL: Final = "payments_inbox"
 """Notified when something was stored, so that nobody has to look again and again."""
 
-# A payment counts only for its own gateway: a message that one provider signed says nothing about another's payment.
+# An operation counts only for its own gateway: a message that one provider signed says nothing about another's. A
+# payment may have been tried at several, so what names no operation counts if one of the payment's was this gateway's.
 ACCEPT: Final = """
     WITH given AS (
         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
@@ -25,29 +26,33 @@ ACCEPT: Final = """
             AS g(gateway, event_id, type, content, body, payment_id, number, gateway_payment_id, is_about_nothing,
                  place)
     ), found AS (
-        SELECT g.*, p.payment_id AS found_id, p.currency, o.state, o.amount_minor
+        SELECT g.*, p.currency, o.state, o.amount_minor,
+               CASE WHEN o.state IS NOT NULL OR (g.number IS NULL AND EXISTS (
+                             SELECT FROM operations AS tried
+                              WHERE tried.payment_id = p.payment_id AND tried.gateway = g.gateway))
+                    THEN p.payment_id END AS found_id
           FROM given AS g
           LEFT JOIN LATERAL (
-              SELECT payment_id, currency FROM payments
-               WHERE payment_id = g.payment_id AND gateway = g.gateway
+              SELECT payment_id, currency FROM payments WHERE payment_id = g.payment_id
               UNION ALL
               SELECT payment_id, currency FROM payments
                WHERE g.payment_id IS NULL AND gateway_payment_id = g.gateway_payment_id AND gateway = g.gateway
                LIMIT 1) AS p ON true
-          LEFT JOIN operations AS o ON o.payment_id = p.payment_id AND o.number = g.number
+          LEFT JOIN operations AS o
+            ON o.payment_id = p.payment_id AND o.number = g.number AND o.gateway = g.gateway
     ), stored AS (
         INSERT INTO inbox (gateway, event_id, type, content, body, payment_id, operation_number, due_at, applied_at)
         SELECT gateway, event_id, type, content, body, found_id, CASE WHEN state IS NOT NULL THEN number END,
                CASE WHEN NOT is_about_nothing THEN now() END, CASE WHEN is_about_nothing THEN now() END
           FROM found
-         WHERE is_about_nothing OR (found_id IS NOT NULL AND (number IS NULL OR state IS NOT NULL))
+         WHERE is_about_nothing OR found_id IS NOT NULL
          ORDER BY place
         ON CONFLICT (gateway, event_id) DO NOTHING
         RETURNING gateway, event_id
     ), told AS (
         SELECT pg_notify('payments_inbox', '') WHERE EXISTS (SELECT FROM stored)
     )
-    SELECT CASE WHEN number IS NULL OR state IS NOT NULL THEN found_id END AS payment_id,
+    SELECT found_id AS payment_id,
            EXISTS (SELECT FROM stored AS s WHERE s.gateway = f.gateway AND s.event_id = f.event_id) AS is_new,
            currency, state, amount_minor
       FROM found AS f LEFT JOIN told ON true ORDER BY place

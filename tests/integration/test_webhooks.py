@@ -20,10 +20,12 @@ from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.notices import BODY_BYTES_MAX
 from domain.operations import GatewayRequest, Outcome, RequiresAction
+from domain.ports import Received
 from handlers import metrics
 from handlers.heed import Heeder
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.store import create_pool
+from infra.sandbox.momo import IPN
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
@@ -169,6 +171,48 @@ async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres
     assert await kinds(postgres_url, payment_id) == ["requires_action"]
 
 
+async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one_was_tried_since(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        await value(postgres_url, "UPDATE payments SET gateway = 'other'")
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payment_id)) == 200
+            await until(lambda: applied(postgres_url))
+    assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
+    assert await value(postgres_url, "SELECT gateway FROM payments") == "stripe"
+
+
+async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_was_tried_at(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+    await value(postgres_url, "UPDATE payments SET gateway = 'other'")
+    plain = Received("stripe", "evt_1", "dispute", "{}", b"", payment_id)
+    given = [
+        plain,
+        plain._replace(gateway="momo"),
+        plain._replace(event_id="evt_2", operation_number=1),
+        plain._replace(gateway="momo", event_id="evt_2", operation_number=1),
+        plain._replace(event_id="evt_3", operation_number=2),
+        plain._replace(event_id="evt_4", payment_id=None, gateway_payment_id=f"ref_{payment_id}:1"),
+        plain._replace(gateway="other", event_id="evt_5", payment_id=None, gateway_payment_id=f"ref_{payment_id}:1"),
+    ]
+    pool = await create_pool(postgres_url, size=1)
+    accepted = await PostgresInbox(pool).accept(given)
+    pool.terminate()
+    assert [each.payment_id is not None for each in accepted] == [True, False, True, False, False, False, False]
+    assert [each.is_new for each in accepted] == [each.payment_id is not None for each in accepted]
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 2
+
+
 async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is_kept(postgres_url: str) -> None:
     payments = [new_payment_id() for _ in range(2)]
     gateway = StripeBooks()
@@ -237,6 +281,23 @@ async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_other
     await connection.close()
     assert left is not None
     assert tuple(left) == (450, 1_700)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        json.dumps(dict.fromkeys(IPN.split(), "x") | {"signature": "\ud800"}).encode(),
+        json.dumps(dict.fromkeys(IPN.split(), "\ud800") | {"signature": "x"}).encode(),
+    ],
+    ids=["deep", "signature", "text"],
+)
+async def test_what_no_parser_or_encoder_takes_is_malformed_and_nobodys_error(body: bytes) -> None:
+    own = {"momo_partner_code": "x", "momo_access_key": "x", "momo_secret_key": "x"}
+    settings = Settings(gateways=["momo"], default_gateway="momo", **own)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=Starlette(routes=WebhookService(settings).routes()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:
+        assert (await client.post("/webhooks/momo", content=body)).status_code == 400
 
 
 async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> None:

@@ -317,6 +317,8 @@ class PaymentMachine(RuleBasedStateMachine):
         assert began is not None, "a dispatched operation has a time"
         if request.state in WITH_THE_PROVIDER or (retention and self.shell.now - began > retention):
             return True
+        if request.state is OperationState.NEEDS_REVIEW and request.reference is not None:
+            return True
         return not retention and request.state is not OperationState.DISPATCHED
 
     def _land(self, flight: Flight, outcome: Outcome) -> None:

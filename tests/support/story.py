@@ -137,7 +137,8 @@ class Story:
         self.transfers += decision.transfers
 
     def _check_amounts(self, payment: Payment) -> None:
-        assert min(payment.capturable_minor, payment.refundable_minor) >= 0
+        # A dispute may take more than what was left: then less than nothing can be refunded.
+        assert min(payment.capturable_minor, payment.refundable_minor + payment.disputed_minor) >= 0
         assert min(payment.reserved_capture_minor, payment.reserved_refund_minor) >= 0
         clearing = sum(
             transfer.amount_minor * ((transfer.debit == "gateway_clearing") - (transfer.credit == "gateway_clearing"))

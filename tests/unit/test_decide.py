@@ -446,6 +446,20 @@ def test_what_the_provider_keeps_open_is_told_once_and_survives_lost_answers(
     assert story.kinds == [*events, "captured"]
 
 
+@pytest.mark.parametrize("outcome", [Pending("ref"), RequiresAction("ref", "redirect")], ids=["pending", "waiting"])
+def test_what_the_provider_keeps_open_and_then_does_not_know_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
+    story = told(processing)
+    story.answer(outcome)
+    story.claim()
+    story.now = START + RETRY.review_pending_after
+    story.answer(Unknown())
+    assert len(story.kinds) == 1
+    story.claim()
+    story.answer(Unknown())
+    assert story.kinds[1:] == ["needs_review"]
+    assert story.claim().reference == "ref"
+
+
 def test_an_answer_with_an_old_token_changes_nothing_and_the_new_holder_s_counts() -> None:
     story = told(processing)
     old = story.requests[-1].lease_token

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from domain.commands import OperationKind
 from domain.notices import Dispute, DisputeStage
 from domain.operations import Declined, DeclineReason, Expired, NotExecuted, Outcome, Pending, RequiresAction, Succeeded
 from tests.support.provider import CAPABILITIES
@@ -206,6 +207,118 @@ def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
+# --- several attempts -------------------------------------------------------------------------------------------------
+
+SECOND = RequiresAction("ref_2", "redirect", "https://bank.invalid/2")
+
+
+def tried_twice(kind: str = "charge", **first: Any) -> Story:
+    """Declined at one gateway, tried at another one where the payer is awaited; then the first one's money comes."""
+    gateways = {"books": replace(CAPABILITIES, **first), "other": CAPABILITIES}
+    told = Story(rules(gateways=gateways))
+    told.send(kind, "first")
+    told.answer(NO)
+    told.send(kind, "second", gateway="other")
+    told.answer(SECOND)
+    told.hear(PAID, 1)
+    assert told.kinds == ["declined", "requires_action", "late_success"]
+    return told
+
+
+def test_what_was_paid_first_is_what_captures_and_refunds_are_of() -> None:
+    told = tried_twice()
+    told.claim()
+    told.answer(SECOND)
+    told.send("refund")
+    told.hear(Expired("ref_2"), 2)
+    assert (told.requests[-1].kind, told.requests[-1].gateway) == ("refund", "books")
+    assert told.requests[-1].gateway_payment_id == "ref_1"
+
+
+def test_money_that_comes_twice_is_owed_back_whichever_attempt_comes_last() -> None:
+    told = tried_twice()
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    assert (told.last.kind, told.last.owed_minor) == ("captured", 10_000)
+    assert told.amounts() == (20_000, 20_000, 0, 0)
+    assert (told.last.snapshot.gateway, told.last.snapshot.gateway_payment_id) == ("books", "ref_1")
+
+
+@pytest.mark.parametrize("kind", ["charge", "authorize"])
+def test_a_void_cancels_the_attempt_that_waits_and_leaves_the_paid_one_alone(kind: str) -> None:
+    told = tried_twice(kind, operations=CAPABILITIES.operations - {OperationKind.VOID})
+    before = told.amounts()
+    told.send("void")
+    assert (told.requests[-1].gateway, told.requests[-1].gateway_payment_id) == ("other", "ref_2")
+    told.answer(Succeeded("ref_2"))
+    assert told.kinds[-2:] == ["declined", "voided"]
+    assert told.amounts() == before
+
+
+@pytest.mark.parametrize("end", [replace(GONE, reference="ref_2"), replace(NO, reference="ref_2")], ids=["gone", "no"])
+def test_a_void_ends_with_what_it_was_to_cancel_where_another_attempt_is_paid(end: Outcome) -> None:
+    told = tried_twice("authorize")
+    told.send("void")
+    told.hear(end, 2)
+    assert told.kinds[-2:] == ["declined", "voided"]
+    assert told.answer(Succeeded("ref_2")).is_stale
+    assert told.amounts() == (10_000, 0, 0, 0)
+    told.does("void", "of the hold")
+    assert (told.requests[-1].gateway, told.requests[-1].gateway_payment_id) == ("books", "ref_1")
+    assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+def test_a_void_that_had_no_hold_to_release_releases_no_other_attempts() -> None:
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send("authorize", "second")
+    told.answer(SECOND)
+    told.send("void")
+    told.hear(NO, 2)
+    told.hear(PAID, 1)
+    told.answer(Succeeded("ref_2"))
+    assert told.kinds[-2:] == ["late_success", "needs_review"]
+    assert told.amounts() == (10_000, 0, 0, 0)
+
+
+def held_and_let_go_in_the_wrong_order() -> Story:
+    """A hold that is over before we hear that there was one, and a second one that waits for the payer."""
+    told = waiting("authorize")
+    told.hear(GONE, 1)
+    told.send("authorize", "second")
+    told.answer(SECOND)
+    return told
+
+
+def test_the_end_of_one_attempts_hold_is_not_that_of_anothers() -> None:
+    told = held_and_let_go_in_the_wrong_order()
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    told.hear(PAID, 1)
+    assert told.kinds[-2:] == ["late_success", "authorization_expired"]
+    assert told.amounts() == (20_000, 0, 10_000, 0)
+    assert told.events[-2].owed_minor == 0
+    told.does("capture")
+    assert (told.requests[-1].gateway_payment_id, told.requests[-1].amount.minor) == ("ref_2", 10_000)
+
+
+def test_a_hold_that_is_gone_already_does_not_stand_in_the_way_of_the_next_one() -> None:
+    told = held_and_let_go_in_the_wrong_order()
+    told.hear(PAID, 1)
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    assert (told.last.kind, told.last.owed_minor) == ("authorized", 0)
+    assert told.last.snapshot.gateway_payment_id == "ref_2"
+
+
+def test_a_late_success_for_which_there_is_no_room_is_reported() -> None:
+    told = story()
+    told.does("authorize")
+    told.send("capture")
+    told.answer(NotExecuted("refused"))
+    told.does("void")
+    assert told.hear(Succeeded("ref_2", 10_000), 2).disagrees
+    assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
 # --- holds and refunds that end by themselves -------------------------------------------------------------------------
 
 
@@ -266,6 +379,15 @@ def test_disputed_money_cannot_be_refunded_until_it_is_won_back() -> None:
     told.hear(**dispute(DisputeStage.WON, 6_000))
     told.does("refund", "now", amount_minor=5_000)
     assert told.kinds == ["captured", "dispute_opened", "command_rejected", "dispute_closed", "refunded"]
+
+
+def test_nothing_is_refunded_where_a_dispute_took_more_than_was_left() -> None:
+    told = story()
+    told.does("charge")
+    told.does("refund", "part", amount_minor=4_000)
+    told.hear(**dispute(DisputeStage.OPENED, 10_000))
+    decision = told.send("refund", "all that remains")
+    assert (told.last.kind, decision.requests) == ("command_rejected", [])
 
 
 def test_a_dispute_in_a_foreign_currency_is_reported() -> None:

@@ -164,6 +164,15 @@ async def test_what_the_provider_is_known_to_have_is_asked_about_and_not_sent_ag
     assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
 
 
+async def test_what_a_person_is_to_look_at_is_only_asked_about_once_the_provider_has_named_it() -> None:
+    reviewed = request(state=OperationState.NEEDS_REVIEW, attempts=3)
+    gateway = ScriptedGateway(raising(AssertionError("sent again")))
+    await Bench(gateway).outcomes(reviewed._replace(reference="ref"))
+    assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
+    await Bench(gateway).outcomes(reviewed)
+    assert (gateway.asked, sum(gateway.calls.values())) == (1, 1)
+
+
 @pytest.mark.parametrize("attempts", [1, 2], ids=["a first attempt that slept", "a repeated attempt"])
 async def test_after_the_provider_may_have_forgotten_the_key_it_is_only_asked(attempts: int) -> None:
     gateway = ScriptedGateway(raising(AssertionError("sent again")))
