@@ -1,9 +1,10 @@
 """The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
 
@@ -47,6 +48,12 @@ WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
     "vnpay": lambda settings: VNPayWebhooks(vnpay_config(settings)),
     "momo": lambda settings: MoMoWebhooks(momo_config(settings)),
 }
+
+CREDENTIALS: Final[Mapping[str, Sequence[str]]] = {
+    "vnpay": ("vnpay_tmn_code", "vnpay_hash_secret"),
+    "momo": ("momo_partner_code", "momo_access_key", "momo_secret_key"),
+}
+"""What incoming messages are verified by. (Stripe's and PayPal's are verified by others, and all refused without.)"""
 
 new_id = uuid7
 
@@ -96,11 +103,12 @@ def create_gateways(settings: Settings) -> dict[str, Gateway]:
     """The gateways that this installation uses, by name.
 
     Raises:
-        ValueError: a configured name is unknown.
+        ValueError: a configured name is unknown, or its credentials are not set.
     """
     unknown = set(settings.gateways) - set(GATEWAYS)
     if unknown:
         raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
+    _check_credentials(settings)
     return {name: GATEWAYS[name](settings) for name in settings.gateways}
 
 
@@ -134,8 +142,24 @@ def create_calling(
     return Calling(dispatcher, settler, leases)
 
 
+def _check_credentials(settings: Settings) -> None:
+    names = [name for gateway in settings.gateways for name in CREDENTIALS.get(gateway, ())]
+    unset = [f"PAYMENTS_{name.upper()}" for name in names if not _plain(getattr(settings, name))]
+    if unset:
+        raise ValueError(f"PAYMENTS_GATEWAYS is {settings.gateways}, so these must be set: {', '.join(unset)}")
+
+
+def _plain(value: str | SecretStr) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
 def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
-    """How to read the webhooks of the gateways in use, by name; some send none, or cannot be verified as configured."""
+    """How to read the webhooks of the gateways in use, by name; some send none, or cannot be verified as configured.
+
+    Raises:
+        ValueError: the credentials of a gateway are not set. (Under an empty secret anybody could sign.)
+    """
+    _check_credentials(settings)
     names = set(settings.gateways) & WEBHOOKS.keys()
     if not settings.paypal_webhook_id:
         names -= {"paypal"}

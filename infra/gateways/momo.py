@@ -113,7 +113,6 @@ def is_signed(secret: SecretStr, text: str, signature: str) -> bool:
 DECLINES: Final[Mapping[int, DeclineReason]] = {
     1001: DeclineReason.INSUFFICIENT_FUNDS,
     1002: DeclineReason.REFUSED_BY_ISSUER,
-    1003: DeclineReason.CANCELED,
     1004: DeclineReason.LIMIT_EXCEEDED,
     1006: DeclineReason.CANCELED,
     1007: DeclineReason.INVALID_CARD_DATA,
@@ -128,7 +127,8 @@ DECLINES: Final[Mapping[int, DeclineReason]] = {
 PAID: Final = 0
 AUTHORIZED: Final = 9000
 WAITING: Final = 1000
-EXPIRED: Final = 1005
+EXPIRED: Final = frozenset({1003, 1005})
+"""The link's time is over; and the hold's, or it was cancelled: by us, or by MoMo itself."""
 UNKNOWN_ORDER: Final = 42
 DUPLICATES: Final = frozenset({40, 41})
 NOT_TAKEN: Final = frozenset({10, 43, 98})
@@ -147,7 +147,7 @@ def read_payment(code: int, reference: str, amount_minor: int) -> Outcome:
         return Succeeded(reference, amount_minor)
     if code in DECLINES:
         return Declined(DECLINES[code], str(code), reference)
-    return Expired(reference, str(code)) if code == EXPIRED else Pending(reference)
+    return Expired(reference, str(code)) if code in EXPIRED else Pending(reference)
 
 
 # --- the gateway ------------------------------------------------------------------------------------------------------
@@ -282,12 +282,15 @@ class MoMoGateway:
             raise GatewayUnreachable(NAME, f"not taken on (result {code})")
         if code in DECLINES and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
             return Declined(DECLINES[code], str(code), _order_of(request))
+        if code in EXPIRED and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
+            return Expired(_order_of(request), str(code))
         if code in (WAITING, 7000, 7002):
             return Pending(None)
-        found = await self.status(request) if code in DUPLICATES | {1081} | DECLINES.keys() | REFUSED else Unknown()
+        refusals = REFUSED | EXPIRED | DECLINES.keys()
+        found = await self.status(request) if code in DUPLICATES | {1081} | refusals else Unknown()
         if not isinstance(found, Unknown):
             return found
-        if code in REFUSED | DECLINES.keys() and request.state is OperationState.DISPATCHED:
+        if code in refusals and request.state is OperationState.DISPATCHED:
             return NotExecuted(f"MoMo refused it (result {code})", str(code))
         raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
 
@@ -315,7 +318,9 @@ class MoMoGateway:
     def _read_opening(self, request: GatewayRequest, answer: Answer) -> Outcome:
         code, order = _code(answer), _order_of(request)
         if code == WAITING:
-            return RequiresAction(order, "redirect")
+            # The link is told once: where that answer was lost nobody can pay, and nobody is sent anywhere.
+            is_told = request.state is OperationState.REQUIRES_ACTION
+            return RequiresAction(order, "redirect") if is_told else Pending(order)
         if code == UNKNOWN_ORDER or code in NOT_TAKEN or code in REFUSED:
             return Unknown(f"MoMo shows no such order (result {code})")
         if code == PAID and request.kind is OperationKind.AUTHORIZE:
@@ -350,15 +355,17 @@ def _read(response: httpx.Response, body: Answer) -> Answer:
         raise OutcomeUnknown(NAME, f"status {response.status_code} without JSON") from error
     if response.status_code >= 500 or not isinstance(answer, dict) or "resultCode" not in answer:
         raise OutcomeUnknown(NAME, f"status {response.status_code} without a result")
-    _check_echo(answer, body, "orderId", "requestId", "partnerCode")
+    names = ("orderId", "requestId", "partnerCode")
+    # Hypothesis: a request that is refused at the door may be answered without any of them.
+    _check_echo(answer, body, *(name for name in names if name in answer or _code(answer) not in REFUSED))
     return answer
 
 
 def _check_echo(answer: Answer, body: Answer, *names: str) -> None:
     """Answers are unsigned: what they say goes for nothing else than what was asked."""
     for name in names:
-        if name in answer and str(answer[name]) != str(body[name]):
-            raise GatewayContractBroken(NAME, f"the answer is about another {name}")
+        if str(answer.get(name)) != str(body[name]):
+            raise GatewayContractBroken(NAME, f"the answer does not repeat our {name}")
 
 
 def _code(answer: Answer) -> int:
@@ -475,7 +482,7 @@ def _notice(fields: Mapping[str, str]) -> Notice:
         code, amount = int(fields["resultCode"]), int(fields["amount"])
     except ValueError as error:
         raise WebhookRefused(Verdict.MALFORMED, "signed, but a number is none") from error
-    notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}", "ipn", currency="VND")
+    notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}:{amount}", "ipn", currency="VND")
     if marks is None:
         return notice._replace(gateway_payment_id=order, outcome=Pending(None))
     return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=read_payment(code, order, amount))

@@ -3,8 +3,8 @@
 Promise: a success or a refusal is reported only on PayPal's explicit word for this very operation; an order that is
 COMPLETED is not paid, the payments inside it tell. Whatever we cannot read is `Pending` or an `OutcomeUnknown`. Every
 POST carries a `PayPal-Request-Id` made of `request.provider_key` and the step. Every payment carries our marks:
-`custom_id` is `payment_id:operation_number` of the operation that opened the order (captures of a hold inherit it), and
-`invoice_id`, which PayPal takes once per account, is `payment_id:operation_number:kind` of the operation itself.
+`custom_id` is `payment_id.operation_number` of the operation that opened the order (captures of a hold inherit it), and
+`invoice_id`, which PayPal takes once per account, is `payment_id.operation_number.kind` of the operation itself.
 
 Plain httpx and not PayPal's SDK: `paypal-server-sdk` 2.4.0 blocks its thread, knows no webhooks, and its base address
 is an enum that no simulator fits.
@@ -202,15 +202,15 @@ class Marks(NamedTuple):
 
 def mark_of(request: GatewayRequest) -> str:
     """The `custom_id` of what this operation opens or refunds."""
-    return f"{request.payment_id}:{request.operation_number}"
+    return f"{request.payment_id}.{request.operation_number}"
 
 
 def invoice_of(request: GatewayRequest) -> str:
     """The `invoice_id` of the payment or refund that this operation makes: PayPal takes each one once."""
-    return f"{mark_of(request)}:{request.kind}"
+    return f"{mark_of(request)}.{request.kind}"
 
 
-_MARK: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}):([1-9][0-9]{0,8})(?::([a-z]{1,16}))?")
+_MARK: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([1-9][0-9]{0,8})(?:\.([a-z]{1,16}))?")
 
 
 def read_mark(text: object) -> Marks | None:
@@ -279,7 +279,8 @@ def _read_authorization(authorization: Json, order: Json, request: GatewayReques
             return Succeeded(reference, amount, _time(authorization.get("expiration_time")))
         case "DENIED":
             return _declined_payment(authorization, reference)
-        case "VOIDED" if not _payments(order)["captures"]:
+        case "VOIDED" if not _payments(order)["captures"] or request.state is OperationState.SUCCEEDED:
+            # Of a hold that is asked about after some of it was captured: what was left has lapsed.
             return Expired(reference, "VOIDED")
         case _:
             return Pending(reference)

@@ -36,6 +36,7 @@ from domain.money import MINOR_UNITS, Money
 from domain.operations import (
     Declined,
     DeclineReason,
+    Expired,
     GatewayRequest,
     NotExecuted,
     OperationState,
@@ -186,6 +187,8 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
             return Succeeded(intent.id, from_stripe_amount(held, request.amount.currency), expires_at(intent))
         case "succeeded" if request.kind is OperationKind.CHARGE:
             return Succeeded(intent.id, from_stripe_amount(intent.amount_received, request.amount.currency))
+        case "succeeded" | "canceled" if _is_lapsed(intent, request):
+            return Expired(intent.id, intent.cancellation_reason or "closed")
         case "succeeded":
             raise GatewayContractBroken(NAME, f"{intent.id} is captured although only a hold was asked for")
         case "requires_action" if intent.next_action is not None:
@@ -196,6 +199,13 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
             return Declined(DeclineReason.CANCELED, intent.cancellation_reason, intent.id)
         case _:
             return Pending(intent.id)
+
+
+def _is_lapsed(intent: stripe.PaymentIntent, request: GatewayRequest) -> bool:
+    """Whether a hold of which we captured a part was closed with that: nothing is left to capture."""
+    captured = Money(request.captured_minor, request.amount.currency)
+    is_asked_later = request.state is OperationState.SUCCEEDED and request.captured_minor > 0
+    return is_asked_later and intent.amount_received == to_stripe_amount(captured)
 
 
 def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:

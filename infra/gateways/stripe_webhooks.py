@@ -94,8 +94,8 @@ def _is_signed(body: bytes, header: str, secret: str) -> bool:
 
 
 def _timestamp(header: str) -> int:
-    """The `t` of a header whose signature was valid."""
-    return int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    """The `t` of a header whose signature was valid, read as the library reads it."""
+    return int(next(part.split("=")[1] for part in header.split(",") if part.startswith("t=")))
 
 
 def _notice(event: Mapping[str, Any]) -> Notice:
@@ -128,8 +128,7 @@ def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcom
             held = _minor(intent, "amount_capturable", "amount_received")
             return None, Succeeded(reference, held, expires_at(_sdk(intent)))
         case "succeeded" if intent["capture_method"] == "manual":
-            mark = intent["metadata"].get(LAST_CAPTURE)
-            return (int(mark), Succeeded(reference)) if mark else (None, None)
+            return _capture(intent)
         case "succeeded":
             return None, Succeeded(reference, _minor(intent, "amount_received"))
         case "payment_failed" if intent["last_payment_error"] is not None:
@@ -143,6 +142,16 @@ def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcom
             return None, Pending(reference)
         case _:
             return None, None
+
+
+def _capture(intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
+    """What was received in all is what the capture took, if none can have been before it."""
+    metadata = intent["metadata"]
+    mark = metadata.get(LAST_CAPTURE)
+    if not mark:
+        return None, None
+    is_first = int(mark) == int(metadata.get("operation_number", 0)) + 1
+    return int(mark), Succeeded(intent["id"], _minor(intent, "amount_received") if is_first else None)
 
 
 def _sdk(intent: Mapping[str, Any]) -> Any:

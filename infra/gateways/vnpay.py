@@ -48,6 +48,8 @@ HUNDREDTHS: Final = 100
 
 GRACE: Final = timedelta(minutes=15)
 """After the URL's end, in which a bank may still finish what the payer began (hypothesis: 60 to 90 s were observed)."""
+BEGUN_GRACE: Final = timedelta(days=1)
+"""The same where VNPay says that the payer began, and has neither paid nor failed (TransactionStatus 01)."""
 
 
 class VNPayConfig(BaseModel):
@@ -182,6 +184,8 @@ DECLINES: Final[Mapping[str, DeclineReason]] = {
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
 LATE: Final = frozenset({"08"})
+REFUND_TYPES: Final = frozenset({"02", "03"})
+"""TransactionType of a refund, in full or in part; 01 is a payment."""
 UNDECIDED: Final = frozenset({"01", "04", "05", "06", "07"})
 """TransactionStatus; what is not listed is undecided, too. 04 and 07 wait for people at VNPay or the bank."""
 
@@ -200,13 +204,13 @@ def read_payment(code: str | None, status: str, reference: str, amount_minor: in
     return Pending(reference)
 
 
-def read_refund(status: str, reference: str) -> Outcome:
-    """What TransactionStatus says of a refund that VNPay took on."""
+def read_refund(status: str, number: str | None, amount_minor: int) -> Outcome:
+    """What TransactionStatus says of a refund that VNPay took on; `number` is VNPay's own of it, if it told one."""
     if status == "00":
-        return Succeeded(reference)
+        return Succeeded(number or "", amount_minor)
     if status in ("02", "09"):
-        return Declined(DeclineReason.REFUND_FAILED, status, reference)
-    return Pending(reference)
+        return Declined(DeclineReason.REFUND_FAILED, status, number or "")
+    return Pending(number)
 
 
 # --- the gateway ------------------------------------------------------------------------------------------------------
@@ -270,7 +274,8 @@ class VNPayGateway:
         if code != "00":
             raise OutcomeUnknown(NAME, f"refund answered with code {code}")
         self._verify(answer, REFUND_ANSWER, body)
-        return read_refund(str(answer.get("vnp_TransactionStatus", "")), str(answer.get("vnp_TransactionNo", "")))
+        status, amount = str(answer.get("vnp_TransactionStatus", "")), _minor(answer.get("vnp_Amount"))
+        return read_refund(status, _own_number(answer, paid), amount)
 
     async def resume(self, request: GatewayRequest) -> Outcome:
         """Ask."""
@@ -289,10 +294,14 @@ class VNPayGateway:
         answer = await self._query(reference)
         if answer is None:
             return self._unpaid(request, reference)
-        if str(answer["vnp_TransactionType"]) != "01":
+        type_ = str(answer["vnp_TransactionType"])
+        if type_ in REFUND_TYPES:
             return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
+        if type_ != "01":
+            return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
-        return self._unpaid(request, reference) if isinstance(outcome, Pending) and _is_open(answer) else outcome
+        is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
+        return self._unpaid(request, reference, BEGUN_GRACE) if is_begun else outcome
 
     async def close(self) -> None:
         """Close the connections."""
@@ -324,9 +333,9 @@ class VNPayGateway:
     def _ends(self, reference: str) -> datetime:
         return _expires_at(reference, self._config)
 
-    def _unpaid(self, request: GatewayRequest, reference: str) -> Outcome:
+    def _unpaid(self, request: GatewayRequest, reference: str, grace: timedelta = GRACE) -> Outcome:
         """VNPay knows of no payment. The URL is good until its end, and what was begun may take a while longer."""
-        if datetime.now(UTC) < self._ends(reference) + GRACE:
+        if datetime.now(UTC) < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")
 
@@ -377,14 +386,16 @@ class VNPayGateway:
         """What the query of a charge says of one refund.
 
         Hypothesis: after a refund it tells of the latest one (type 02 or 03). Only one for this very amount is
-        believed, and only if no other could be meant, which goes for the first operation after the charge alone.
+        believed, and only if no other could be meant: it has the number that the answer to this refund told, or, where
+        none was told, this is the first operation after the charge.
         """
-        if answer is None or str(answer["vnp_TransactionType"]) not in ("02", "03"):
+        if answer is None or str(answer["vnp_TransactionType"]) not in REFUND_TYPES:
             return Unknown("VNPay shows no refund")
-        is_only = request.operation_number == 2 and _minor(answer["vnp_Amount"]) == request.amount.minor
-        if not is_only:
+        number, amount = str(answer["vnp_TransactionNo"]), _minor(answer["vnp_Amount"])
+        is_meant = request.operation_number == 2 if request.reference is None else request.reference == number
+        if not is_meant or amount != request.amount.minor:
             return Unknown("VNPay shows a refund that may be another one")
-        return read_refund(str(answer["vnp_TransactionStatus"]), str(answer["vnp_TransactionNo"]))
+        return read_refund(str(answer["vnp_TransactionStatus"]), number, amount)
 
     def _refund_body(self, request: GatewayRequest, paid: Mapping[str, Any]) -> dict[str, str]:
         ref, _, created = _charge_of(request).partition("@")
@@ -408,13 +419,11 @@ class VNPayGateway:
 
     async def _post(self, body: Mapping[str, str], signed: str) -> dict[str, Any]:
         sealed = {**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
-        response = await self._http.request("POST", self._config.api_url, json=sealed)
-        if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
-            raise GatewayUnreachable(NAME, "too many requests")
-        return _json(response)
+        return _json(await self._http.request("POST", self._config.api_url, json=sealed))
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
+    """The answer. Its HTTP statuses are not documented: whatever is not 200 proves nothing, 429 included."""
     try:
         answer = response.json()
     except ValueError as error:
@@ -429,8 +438,10 @@ def _charge_of(request: GatewayRequest) -> str:
     return request.gateway_payment_id
 
 
-def _is_open(answer: Mapping[str, Any]) -> bool:
-    return str(answer["vnp_TransactionStatus"]) == "01"
+def _own_number(answer: Mapping[str, Any], paid: Mapping[str, Any]) -> str | None:
+    """VNPay's number of the refund itself; None where it tells none, or that of the payment."""
+    number = str(answer.get("vnp_TransactionNo") or "0")
+    return None if number in ("0", str(paid.get("vnp_TransactionNo"))) else number
 
 
 def _minor(wire: Any) -> int:
@@ -493,6 +504,12 @@ class VNPayWebhooks:
         fields = {name: value for name, value in pairs if name.startswith("vnp_")}
         if len({name for name, _ in pairs}) != len(pairs):
             raise WebhookRefused(Verdict.MALFORMED, "a parameter occurs twice")
+        # What is read must be what was signed: an encoded name is read, and would be left out of the text as received.
+        # And the payer has a text that we signed ourselves: the payment URL.
+        if [name for name, _ in pairs] != [each.partition("=")[0] for each in query.split("&")]:
+            raise WebhookRefused(Verdict.FORGED, "a name is encoded")
+        if "vnp_Command" in fields:
+            raise WebhookRefused(Verdict.FORGED, "a request, not an IPN")
         signature = fields.pop("vnp_SecureHash", "")
         fields.pop("vnp_SecureHashType", None)
         # All of these are texts of the same values under the same secret, so that none is weaker than another.
@@ -523,7 +540,7 @@ def _notice(fields: Mapping[str, str]) -> Notice:
     ref, code, status = fields["vnp_TxnRef"], fields["vnp_ResponseCode"], fields["vnp_TransactionStatus"]
     number = fields.get("vnp_TransactionNo", "0")
     marks = marks_of(ref)
-    notice = Notice(NAME, f"{ref}:{number}:{code}:{status}", "ipn", currency="VND")
+    notice = Notice(NAME, f"{ref}:{number}:{code}:{status}:{fields['vnp_Amount']}", "ipn", currency="VND")
     if marks is None:
         return notice._replace(gateway_payment_id=ref, outcome=Pending(None))
     outcome = read_payment(code, status, "", _minor(fields["vnp_Amount"]))

@@ -314,7 +314,7 @@ class PayPalSimulator:
         order = self._order_of(request, given)
         wallet = ((order.get("payment_source") or {}).get("paypal") or {}).get("vault_id")
         unit = (order.get("purchase_units") or [{}])[0]
-        payment_id = str(unit.get("custom_id") or "").partition(":")[0] or None
+        payment_id = str(unit.get("custom_id") or "").partition(".")[0] or None
         key = request.headers.get("paypal-request-id")
         return Call(operation, request.url.path, key, order.get("_wallet") or wallet, payment_id)
 

@@ -505,7 +505,7 @@ def _new_order(given: PayPalObject) -> PayPalObject:
 
 
 def _payment_id(order: PayPalObject) -> str:
-    return str(order["purchase_units"][0].get("custom_id") or "").partition(":")[0]
+    return str(order["purchase_units"][0].get("custom_id") or "").partition(".")[0]
 
 
 def _order_links(order: PayPalObject, base_url: str) -> list[PayPalObject]:

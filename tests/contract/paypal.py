@@ -71,7 +71,7 @@ class PayPalSandbox:
 
     def charge(self, request_id: str | None, **unit: Any) -> httpx.Response:
         """Take USD 10.00 from a vaulted wallet, as a merchant without our gateway would."""
-        unit = {"custom_id": "p1:1", "amount": {"currency_code": "USD", "value": "10.00"}, **unit}
+        unit = {"custom_id": "p1.1", "amount": {"currency_code": "USD", "value": "10.00"}, **unit}
         body = {"intent": "CAPTURE", "purchase_units": [unit], "payment_source": {"paypal": {"vault_id": "good"}}}
         headers = {
             "Authorization": f"Bearer {self.token()}",

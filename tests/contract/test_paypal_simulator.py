@@ -924,7 +924,7 @@ def test_the_payers_page_leads_back_to_the_shop(paypal: PayPalSandbox) -> None:
     context = {"return_url": "https://shop.invalid/back", "cancel_url": "https://shop.invalid/cancel"}
     body = {
         "intent": "CAPTURE",
-        "purchase_units": [{"custom_id": "p1:1", "amount": {"currency_code": "USD", "value": "12.50"}}],
+        "purchase_units": [{"custom_id": "p1.1", "amount": {"currency_code": "USD", "value": "12.50"}}],
         "payment_source": {"paypal": {"experience_context": context}},
     }
     headers = {"Authorization": f"Bearer {paypal.token()}", "Prefer": "return=representation"}

@@ -1,10 +1,12 @@
-"""The documentation's matrix of gateways is the code's."""
+"""The documentation's matrix of gateways is the code's, and none is used without what verifies its messages."""
 
 from pathlib import Path
 
+import pytest
+
 from app.gateways_command import known_capabilities, rows
 from app.settings import Settings
-from app.wiring import GATEWAYS, WEBHOOKS
+from app.wiring import GATEWAYS, WEBHOOKS, create_gateways, create_webhook_readers
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gateways.md"
 
@@ -22,3 +24,24 @@ def test_the_documented_matrix_is_what_the_code_decides_by() -> None:
 
 def test_every_gateway_but_the_one_for_benchmarks_receives_webhooks() -> None:
     assert GATEWAYS.keys() - {"instant"} == WEBHOOKS.keys()
+
+
+CREDENTIALS = {
+    "vnpay": {"vnpay_tmn_code": "TEST1234", "vnpay_hash_secret": "secret"},
+    "momo": {"momo_partner_code": "MOMO", "momo_access_key": "access", "momo_secret_key": "secret"},
+}
+
+
+@pytest.mark.parametrize("gateway", CREDENTIALS)
+async def test_a_gateway_whose_secret_is_not_set_is_not_used_since_anybody_could_sign(gateway: str) -> None:
+    own = CREDENTIALS[gateway]
+    for missing in own:
+        lacking = {name: value for name, value in own.items() if name != missing}
+        settings = Settings(gateways=[gateway], default_gateway=gateway, **lacking)  # type: ignore[arg-type]
+        for create in (create_gateways, create_webhook_readers):
+            with pytest.raises(ValueError, match=f"PAYMENTS_{missing.upper()}"):
+                create(settings)
+    settings = Settings(gateways=[gateway], default_gateway=gateway, **own)  # type: ignore[arg-type]
+    for created in (create_gateways(settings), create_webhook_readers(settings)):
+        assert set(created) == {gateway}
+        await created[gateway].close()

@@ -262,6 +262,7 @@ async def test_what_cannot_be_read_is_malformed(body: bytes) -> None:
         (9000, Succeeded),
         (1001, Declined),
         (1006, Declined),
+        (1003, Expired),
         (1005, Expired),
         (1000, Pending),
         (7000, Pending),
@@ -275,6 +276,11 @@ async def test_what_a_message_says_of_the_operation_in_its_order_id(code: int, o
     assert isinstance(notice.outcome, outcome)
     if isinstance(notice.outcome, Succeeded):
         assert notice.outcome.amount_minor == 10_000
+
+
+async def test_another_amount_is_another_message() -> None:
+    ids = {(await MoMoWebhooks(config()).read(ipn(told(amount=each)))).event_id for each in (10_000, 9_999)}
+    assert len(ids) == 2
 
 
 def test_what_is_received_is_answered_with_no_content() -> None:
@@ -301,7 +307,8 @@ def gateway(handle: Handle | Exception) -> MoMoGateway:
         if isinstance(given, httpx.Response):
             return given
         echo = {name: body[name] for name in ("partnerCode", "orderId", "requestId")}
-        return httpx.Response(200, json=echo | {"amount": 10_000, "transId": 42} | given)
+        told = echo | {"amount": 10_000, "transId": 42} | given
+        return httpx.Response(200, json={name: value for name, value in told.items() if value is not None})
 
     built = MoMoGateway(config())
     built._http._client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="https://momo.invalid")
@@ -340,7 +347,16 @@ async def test_a_link_is_no_payment_and_the_same_request_has_the_same_body(kind:
 
 @pytest.mark.parametrize(
     ("code", "outcome"),
-    [(1001, Declined), (1006, Declined), (11, NotExecuted), (13, NotExecuted), (22, NotExecuted), (7000, Pending)],
+    [
+        (1001, Declined),
+        (1006, Declined),
+        (1003, Expired),
+        (1005, Expired),
+        (11, NotExecuted),
+        (13, NotExecuted),
+        (22, NotExecuted),
+        (7000, Pending),
+    ],
 )
 async def test_what_an_answer_says_at_the_first_attempt(code: int, outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(result(code)).charge(a(OperationKind.CHARGE)), outcome)
@@ -367,7 +383,7 @@ async def test_a_refusal_is_no_proof_once_an_attempt_is_unaccounted_for(code: in
             with pytest.raises(OutcomeUnknown):
                 await gateway(handle).refund(lost)
         else:
-            assert isinstance(await gateway(handle).charge(lost), RequiresAction)
+            assert await gateway(handle).charge(lost) == Pending(momo.order_id(PAYMENT_ID, 1))
 
 
 async def test_a_duplicate_is_looked_for() -> None:
@@ -382,12 +398,14 @@ async def test_a_duplicate_is_looked_for() -> None:
     [
         (OperationKind.CHARGE, 0, Succeeded),
         (OperationKind.CHARGE, 9000, Succeeded),
-        (OperationKind.CHARGE, 1000, RequiresAction),
+        (OperationKind.CHARGE, 1000, Pending),
+        (OperationKind.CHARGE, 1003, Expired),
         (OperationKind.CHARGE, 1005, Expired),
         (OperationKind.CHARGE, 7002, Pending),
         (OperationKind.CHARGE, 77, Pending),
         (OperationKind.CHARGE, 42, Unknown),
         (OperationKind.AUTHORIZE, 9000, Succeeded),
+        (OperationKind.AUTHORIZE, 1003, Expired),
         (OperationKind.CAPTURE, 0, Succeeded),
         (OperationKind.CAPTURE, 9000, Unknown),
         (OperationKind.CAPTURE, 1003, NotExecuted),
@@ -399,6 +417,22 @@ async def test_a_duplicate_is_looked_for() -> None:
 )
 async def test_what_a_query_is_evidence_of(kind: OperationKind, code: int, outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(lambda *_: {"resultCode": code}).status(a(kind)), outcome)
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"),
+    [
+        (OperationState.REQUIRES_ACTION, RequiresAction),
+        (OperationState.INDETERMINATE, Pending),
+        (OperationState.PENDING, Pending),
+        (OperationState.NEEDS_REVIEW, Pending),
+    ],
+)
+async def test_nobody_is_sent_to_a_link_that_was_lost_with_its_answer(
+    state: OperationState, outcome: type[Outcome]
+) -> None:
+    asked = a(OperationKind.CHARGE, state=state)
+    assert isinstance(await gateway(lambda *_: {"resultCode": 1000}).status(asked), outcome)
 
 
 async def test_a_refund_is_found_by_its_own_order_id_and_amount() -> None:
@@ -430,8 +464,17 @@ async def test_a_refund_names_the_payments_own_number() -> None:
 
 @pytest.mark.parametrize("name", ["orderId", "requestId", "partnerCode", "amount"])
 async def test_an_answer_about_something_else_is_not_believed(name: str) -> None:
-    with pytest.raises(GatewayContractBroken):
-        await gateway(lambda *_: {"resultCode": 0, name: "7"}).capture(a(OperationKind.CAPTURE))
+    for other in ("7", None):
+        with pytest.raises(GatewayContractBroken):
+            await gateway(lambda *_, given=other: {"resultCode": 0, name: given}).capture(a(OperationKind.CAPTURE))
+
+
+async def test_a_refusal_at_the_door_need_not_repeat_what_was_asked_and_must_not_contradict_it() -> None:
+    silent = {"partnerCode": None, "orderId": None, "requestId": None}
+    assert isinstance(await gateway(result(20, **silent)).charge(a(OperationKind.CHARGE)), NotExecuted)
+    for code, told in ((20, {"orderId": "7"}), (1006, silent)):
+        with pytest.raises(GatewayContractBroken):
+            await gateway(result(code, **told)).charge(a(OperationKind.CHARGE))
 
 
 @pytest.mark.parametrize(

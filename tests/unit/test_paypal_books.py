@@ -55,7 +55,7 @@ def test_no_sequence_of_requests_moves_more_than_the_order_is_worth(
 ) -> None:
     books = PayPalBooks()
     source = {"vault_id": wallet} if wallet else {}
-    unit = {"custom_id": "p1:1", **amount(1000)}
+    unit = {"custom_id": "p1.1", **amount(1000)}
     order = books.create({"intent": intent, "purchase_units": [unit], "payment_source": {"paypal": source}})
 
     for name, minor, which in steps:

@@ -138,7 +138,7 @@ def test_marks_are_read_as_they_were_written(request_: GatewayRequest) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [None, 7, "", "order-42", f"{PAYMENT_ID}", f"{PAYMENT_ID}:0", f"{PAYMENT_ID}:1:theft", f"{PAYMENT_ID}:1:"]
+    "text", [None, 7, "", "order-42", f"{PAYMENT_ID}", f"{PAYMENT_ID}.0", f"{PAYMENT_ID}.1.theft", f"{PAYMENT_ID}.1."]
 )
 def test_what_is_no_mark_of_ours_is_none(text: object) -> None:
     assert read_mark(text) is None
@@ -225,6 +225,11 @@ ASKED = RequiresAction("O1", "redirect", "https://x/pay", CREATED_AT + APPROVAL_
             AUTHORIZE,
             order("COMPLETED", authorizations=[payment("VOIDED")], captures=[payment("COMPLETED")]),
             Pending("O1"),
+        ),
+        (
+            AUTHORIZE._replace(state=OperationState.SUCCEEDED),
+            order("COMPLETED", authorizations=[payment("VOIDED")], captures=[payment("COMPLETED")]),
+            Expired("O1", "VOIDED"),
         ),
         (
             AUTHORIZE,

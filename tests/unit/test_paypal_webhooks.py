@@ -325,7 +325,7 @@ def event(name: str, resource: Json) -> Json:
 
 
 def resource(status: str, kind: OperationKind, *, number: int = 2, **fields: Any) -> Json:
-    marks = {"custom_id": f"{PAYMENT_ID}:1", "invoice_id": f"{PAYMENT_ID}:{number}:{kind}"}
+    marks = {"custom_id": f"{PAYMENT_ID}.1", "invoice_id": f"{PAYMENT_ID}.{number}.{kind}"}
     return {"id": "P1", "status": status, "amount": TEN, **marks, **RELATED, **fields}
 
 
@@ -402,7 +402,7 @@ def test_an_opening_without_its_orders_id_says_nothing() -> None:
 
 
 def test_an_approved_order_is_ripe_and_no_outcome() -> None:
-    order = {"id": "O1", "status": "APPROVED", "purchase_units": [{"custom_id": f"{PAYMENT_ID}:1"}]}
+    order = {"id": "O1", "status": "APPROVED", "purchase_units": [{"custom_id": f"{PAYMENT_ID}.1"}]}
 
     approved = read_event(event("CHECKOUT.ORDER.APPROVED", order))
     completed = read_event(event("CHECKOUT.ORDER.COMPLETED", order))
@@ -433,7 +433,7 @@ def test_a_dispute_is_won_or_lost_only_on_paypals_explicit_word(
         "status": status,
         "reason": "UNAUTHORISED",
         "dispute_amount": TEN,
-        "disputed_transactions": [{"seller_transaction_id": "P1", "custom": f"{PAYMENT_ID}:1"}],
+        "disputed_transactions": [{"seller_transaction_id": "P1", "custom": f"{PAYMENT_ID}.1"}],
         "dispute_outcome": {"outcome_code": code} if code else None,
     }
 

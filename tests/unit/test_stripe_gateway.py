@@ -13,8 +13,10 @@ from domain.money import MINOR_UNITS, Money
 from domain.operations import (
     Declined,
     DeclineReason,
+    Expired,
     GatewayRequest,
     NotExecuted,
+    OperationState,
     Outcome,
     Pending,
     RequiresAction,
@@ -152,6 +154,33 @@ def test_the_status_of_an_authorization_or_charge(
 def test_money_taken_where_only_a_hold_was_asked_for_is_a_broken_contract() -> None:
     with pytest.raises(GatewayContractBroken):
         read_opening(intent("succeeded", amount_received=1000), AUTHORIZE)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (intent("succeeded", amount_received=400), "closed"),
+        (intent("canceled", amount_received=400, cancellation_reason="automatic"), "automatic"),
+    ],
+)
+def test_a_hold_that_was_closed_with_what_we_captured_of_it_has_lapsed(
+    found: stripe.PaymentIntent, reason: str
+) -> None:
+    asked = AUTHORIZE._replace(state=OperationState.SUCCEEDED, captured_minor=400)
+    assert read_opening(found, asked) == Expired("pi_1", reason)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        AUTHORIZE._replace(state=OperationState.SUCCEEDED, captured_minor=300),
+        AUTHORIZE._replace(state=OperationState.SUCCEEDED),
+        AUTHORIZE._replace(captured_minor=400),
+    ],
+)
+def test_a_hold_of_which_others_took_something_is_a_broken_contract(asked: GatewayRequest) -> None:
+    with pytest.raises(GatewayContractBroken):
+        read_opening(intent("succeeded", amount_received=400), asked)
 
 
 def test_the_end_of_a_hold_is_read_from_the_expanded_charge() -> None:

@@ -42,7 +42,11 @@ def signed(body: bytes, at: int = SIGNED_AT, secret: str = SECRET) -> WebhookReq
 async def test_the_known_answer_is_accepted() -> None:
     assert hashlib.sha256(BODY).hexdigest() == "db28905526c238740ad53080d7d2e8de78c03c878806f7229858c68d88f48d36"
     for given in (reader(), reader("whsec_new", SECRET)):
-        for header in (f"t={SIGNED_AT},v1={V1}", f"t={SIGNED_AT},v1={'0' * 64},v1={V1}"):
+        for header in (
+            f"t={SIGNED_AT},v1={V1}",
+            f"t={SIGNED_AT},v1={'0' * 64},v1={V1}",
+            f"t={SIGNED_AT}=x,v1={V1}",
+        ):
             with pytest.raises(WebhookRefused, match="malformed"):  # the vector's object lacks a PaymentIntent's fields
                 await given.read(request(BODY, header))
 
@@ -61,6 +65,8 @@ async def test_the_known_answer_is_accepted() -> None:
         (BODY, f"t={SIGNED_AT},v1=é{V1}"),
         (BODY, ""),
         (BODY, "garbage"),
+        (BODY, f"t=yesterday,v1={V1}"),
+        (BODY, f"t=,v1={V1}"),
         (b"\xff\xfe", f"t={SIGNED_AT},v1={V1}"),
     ],
 )
@@ -152,6 +158,13 @@ async def test_the_last_capture_is_known_by_its_mark_and_without_one_nothing_is_
     object_["metadata"]["last_capture"] = "3"
     notice = await heard("payment_intent.succeeded", object_)
     assert (notice.operation_number, notice.outcome) == (3, Succeeded("pi_1"))
+
+
+async def test_what_the_first_capture_took_is_told_and_has_to_agree() -> None:
+    marks = {"payment_id": str(PAYMENT_ID), "operation_number": "3", "last_capture": "4"}
+    object_ = intent("succeeded", capture_method="manual", amount_received=1100, metadata=marks)
+    notice = await heard("payment_intent.succeeded", object_)
+    assert (notice.operation_number, notice.outcome) == (4, Succeeded("pi_1", 1100))
 
 
 @pytest.mark.parametrize(

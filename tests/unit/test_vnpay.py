@@ -188,6 +188,33 @@ async def test_what_cannot_be_read_is_malformed(query: str) -> None:
     assert refused.value.verdict is Verdict.MALFORMED
 
 
+async def test_the_payers_own_url_that_we_signed_is_no_callback() -> None:
+    action = await gateway(AssertionError()).charge(charge())
+    assert isinstance(action, RequiresAction)
+    assert action.url is not None
+    signed = action.url.partition("?")[2]
+    paid = ("ResponseCode=00", "TransactionStatus=00", "TransactionNo=1")
+    hidden = "&".join(f"%76np_{each}" for each in paid)
+    plain = "&".join(f"vnp_{each}" for each in paid)
+    for query in (signed, f"{signed}&{hidden}", f"{hidden}&{signed}", f"{signed}&{plain}"):
+        with pytest.raises(WebhookRefused) as refused:
+            await VNPayWebhooks(config()).read(ipn(query))
+        assert refused.value.verdict is Verdict.FORGED
+
+
+@pytest.mark.parametrize("name", ["%76np_PayDate", "vnp%5FPayDate", "vnp_Pay+Date", "x%79"])
+async def test_a_parameter_whose_name_is_encoded_was_not_signed(name: str) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await VNPayWebhooks(config()).read(ipn(f"{told()}&{name}=1"))
+    assert refused.value.verdict is Verdict.FORGED
+
+
+async def test_another_amount_is_another_message() -> None:
+    read = VNPayWebhooks(config()).read
+    ids = {(await read(ipn(told(vnp_Amount=each)))).event_id for each in ("1000000", "999900")}
+    assert len(ids) == 2
+
+
 async def test_what_was_signed_with_percent_encoded_spaces_is_accepted_too() -> None:
     fields = dict(parse_qsl(told()))
     fields.pop("vnp_SecureHash")
@@ -305,7 +332,9 @@ async def test_a_charge_is_a_signed_url_the_same_at_every_attempt() -> None:
         ({"TransactionStatus": "77"}, Pending),
         ({"TransactionStatus": "01"}, RequiresAction),
         ({"ResponseCode": "91"}, RequiresAction),
+        ({"TransactionType": "02"}, Succeeded),
         ({"TransactionType": "03", "Amount": "5000"}, Succeeded),
+        ({"TransactionType": "77"}, Pending),
     ],
 )
 async def test_what_a_query_says(told: dict[str, str], outcome: type[Outcome]) -> None:
@@ -319,6 +348,16 @@ async def test_nobody_paid_until_the_end_and_a_while_longer_so_it_has_expired() 
     ended = datetime.now(UTC) - timedelta(minutes=31)
     asked = charge()._replace(first_dispatched_at=ended)
     assert isinstance(await gateway(answered(ResponseCode="91")).status(asked), Expired)
+
+
+async def test_what_the_payer_began_has_a_day_to_end() -> None:
+    begun = gateway(answered(TransactionStatus="01"))
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24))
+    assert isinstance(await begun.status(asked), RequiresAction)
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24, minutes=16))
+    assert isinstance(await begun.status(asked), Expired)
+    # What is for people at VNPay or the bank to decide has no end of ours.
+    assert isinstance(await gateway(answered(TransactionStatus="04")).status(asked), Pending)
 
 
 @pytest.mark.parametrize("code", ["94", "99", "98", "08", "02", "97", "x"])
@@ -342,15 +381,27 @@ async def test_an_answer_that_vnpay_did_not_sign_or_that_is_about_another_paymen
         (httpx.ConnectError(""), GatewayUnreachable),
         (httpx.ReadTimeout(""), OutcomeUnknown),
         (httpx.RemoteProtocolError(""), OutcomeUnknown),
+        (httpx.Response(429), OutcomeUnknown),
+        (httpx.Response(503, json={}), OutcomeUnknown),
+        (httpx.Response(400, json={"vnp_ResponseCode": "91"}), OutcomeUnknown),
     ],
 )
 async def test_connections_that_fail_are_proof_only_if_nothing_was_sent(
-    failure: Exception, error: type[Exception]
+    failure: Exception | httpx.Response, error: type[Exception]
 ) -> None:
+    broken = gateway(failure if isinstance(failure, Exception) else lambda _: failure)
     with pytest.raises(error):
-        await gateway(failure).status(charge())
+        await broken.status(charge())
     with pytest.raises(GatewayUnreachable):  # the question before the refund failed, so no refund was sent
-        await gateway(failure).refund(refund())
+        await broken.refund(refund())
+
+
+async def test_a_refund_that_was_answered_with_too_many_requests_may_have_been_taken_on() -> None:
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        return httpx.Response(429) if body["vnp_Command"] == "refund" else answered()(body)
+
+    with pytest.raises(OutcomeUnknown):
+        await gateway(answer).refund(refund())
 
 
 @pytest.mark.parametrize(
@@ -378,6 +429,23 @@ async def test_what_becomes_of_a_refund(told: dict[str, str], outcome: type[Outc
     assert (body["vnp_TransactionType"], body["vnp_TransactionNo"]) == ("02", "14422574")
 
 
+@pytest.mark.parametrize(("number", "own"), [("14422575", "14422575"), ("14422574", None), ("0", None), ("", None)])
+async def test_a_refund_is_named_by_a_number_of_its_own_and_not_by_the_payments(number: str, own: str | None) -> None:
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        given = {"TransactionNo": number, "TransactionStatus": "05"} if body["vnp_Command"] == "refund" else {}
+        return answered(**given)(body)
+
+    assert await gateway(answer).refund(refund()) == Pending(own)
+
+
+async def test_a_refund_of_another_amount_than_asked_is_told_as_it_is() -> None:
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        given = {"TransactionNo": "7", "Amount": "500000"} if body["vnp_Command"] == "refund" else {}
+        return answered(**given)(body)
+
+    assert await gateway(answer).refund(refund()) == Succeeded("7", 5_000)
+
+
 @pytest.mark.parametrize("code", ["94", "99", "98", "08", "42"])
 async def test_a_refund_that_may_have_been_taken_on_is_unknown(code: str) -> None:
     def answer(body: dict[str, Any]) -> httpx.Response:
@@ -394,6 +462,15 @@ async def test_a_lost_refund_is_found_only_where_no_other_could_be_meant() -> No
     assert isinstance(await gateway(seen).status(lost._replace(operation_number=3)), Unknown)
     assert isinstance(await gateway(answered(TransactionType="03", Amount="500000")).status(lost), Unknown)
     assert isinstance(await gateway(answered()).status(lost), Unknown)
+
+
+async def test_a_refund_that_has_a_number_is_found_by_it_however_many_there_are() -> None:
+    seen = answered(TransactionType="03", TransactionNo="14422580", TransactionStatus="00")
+    waiting = refund(number=4, reference="14422580")._replace(state=OperationState.PENDING)
+    assert await gateway(seen).status(waiting) == Succeeded("14422580", 10_000)
+    assert isinstance(await gateway(seen).status(waiting._replace(reference="14422579")), Unknown)
+    first = waiting._replace(operation_number=2, reference="14422579")
+    assert isinstance(await gateway(seen).status(first), Unknown)
 
 
 def test_our_marks_come_back_and_what_is_not_ours_has_none() -> None:
