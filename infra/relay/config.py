@@ -18,7 +18,7 @@ class RelayConfig:
     slot: str = "payments_relay"
     publication: str = "payments_outbox"
     source: Literal["wal", "poll"] = "wal"
-    unacknowledged_max: int = 20_000
+    unacknowledged_max: int = 8_000
     unacknowledged_bytes_max: int = 64 * 1024 * 1024
     message_bytes_max: int = 4 * 1024 * 1024
     feedback_seconds: float = 1.0

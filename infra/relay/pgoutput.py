@@ -6,7 +6,7 @@ Source: https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.h
 from collections.abc import Callable
 from operator import itemgetter
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 INSERT, BEGIN, COMMIT, RELATION = b"IBCR"
 
@@ -16,10 +16,15 @@ _LENGTH = Struct(">i")
 _RELATION_HEAD = Struct(">xI")
 _INSERT_HEAD = Struct(">xIcH")
 _TEXT = ord("t")
+_SHORT_TEXT = b"t\0\0"
+"""What stands before the last two bytes of a short text's length. Nowhere else: Postgres has no text with a NUL."""
+SHORT_MESSAGE = 0xFFFF
+"""Up to this size a message has short texts only."""
 
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
 )  # fmt: skip
+OPTIONAL_COLUMN = "traceparent"
 
 
 class OutboxEvent(NamedTuple):
@@ -50,11 +55,18 @@ def read_commit(message: bytes) -> int:
     return end_lsn
 
 
+class _Layout(NamedTuple):
+    """Where a table has the columns of an event, and the one of them that may be NULL."""
+
+    pick: Callable[[list[Any]], tuple[Any, ...]]
+    optional: int
+
+
 class RowReader:
     """Reads inserts, by the column order that the server announced last for each table."""
 
     def __init__(self) -> None:
-        self._picks: dict[int, Callable[[list[bytes | None]], tuple[bytes | None, ...]]] = {}
+        self._layouts: dict[int, _Layout] = {}
 
     def learn(self, message: bytes) -> None:
         """Take in a Relation message.
@@ -63,24 +75,48 @@ class RowReader:
             ValueError: a column that events need is not there.
         """
         names = _column_names(message)
-        self._picks[_RELATION_HEAD.unpack_from(message)[0]] = itemgetter(*map(names.index, OUTBOX_COLUMNS))
+        pick = itemgetter(*map(names.index, OUTBOX_COLUMNS))
+        self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = _Layout(pick, names.index(OPTIONAL_COLUMN))
 
     def read(self, message: bytes) -> OutboxEvent:
         """An Insert message."""
         relation, _, count = _INSERT_HEAD.unpack_from(message)
-        values: list[bytes | None] = []
-        append, length_at = values.append, _LENGTH.unpack_from
-        position = _INSERT_HEAD.size
-        for _ in range(count):
-            # Text follows, or it is NULL: an insert has no unchanged TOAST, and binary was not asked for.
-            if message[position] == _TEXT:
-                start = position + 5
-                position = start + length_at(message, position + 1)[0]
-                append(message[start:position])
-            else:
-                append(None)
-                position += 1
-        return tuple.__new__(OutboxEvent, self._picks[relation](values))
+        pick, optional = self._layouts[relation]
+        if len(message) <= SHORT_MESSAGE:
+            # In one go: without a NULL there are as many pieces as columns, each with its length first.
+            pieces: list[Any] = message[_INSERT_HEAD.size :].split(_SHORT_TEXT)
+            if len(pieces) == count and _is_null_behind(pieces[optional]):
+                pieces[optional : optional + 1] = pieces[optional][:-1], None
+            if len(pieces) == count + 1:
+                del pieces[0]
+                id_, key, type_, payload, seq, source, version, time, trace = pick(pieces)
+                return tuple.__new__(
+                    OutboxEvent,
+                    (id_[2:], key[2:], type_[2:], payload[2:], seq[2:], source[2:], version[2:], time[2:],
+                     trace and trace[2:]),
+                )  # fmt: skip
+        return tuple.__new__(OutboxEvent, pick(_column_values(message, count)))
+
+
+def _is_null_behind(piece: bytes) -> bool:
+    """Whether one byte follows the text that this piece has room for: that of a NULL, which begins nothing."""
+    return len(piece) == 3 + int.from_bytes(piece[:2], "big")
+
+
+def _column_values(message: bytes, count: int) -> list[bytes | None]:
+    """Text, or NULL: an insert has no unchanged TOAST, and binary was not asked for."""
+    values: list[bytes | None] = []
+    append, length_at = values.append, _LENGTH.unpack_from
+    position = _INSERT_HEAD.size
+    for _ in range(count):
+        if message[position] == _TEXT:
+            start = position + 5
+            position = start + length_at(message, position + 1)[0]
+            append(message[start:position])
+        else:
+            append(None)
+            position += 1
+    return values
 
 
 def _column_names(message: bytes) -> list[str]:

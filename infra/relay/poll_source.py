@@ -17,6 +17,7 @@ import structlog
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
+from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.progress import (
     SAVE_WINDOW,
@@ -29,7 +30,7 @@ from infra.relay.progress import (
     start_mark,
 )
 from infra.relay.scan import COLUMNS, event_of
-from infra.relay.source import Desk, Take
+from infra.relay.source import Desk, Room, Take
 from infra.relay.stream import CONNECTION, with_settings
 
 log = structlog.get_logger(__name__)
@@ -145,20 +146,20 @@ class PollSource:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    async def read(self, take: Take) -> bool:
+    async def read(self, take: Take, room: Room) -> bool:
         if not self._left and (self._is_woken or self._rest is not None):
             await self._fetch()
-        return self._hand_over(take) or self._is_woken or self._rest is not None
+        self._hand_over(take, room)
+        return bool(self._left) or self._is_woken or self._rest is not None
 
-    def _hand_over(self, take: Take) -> bool:
-        """Give what is at hand; whether some of it is left."""
-        while self._left:
-            _, written_us, *columns = self._left.popleft()
-            group = self._steps[-1].group
-            group.committed_at_us = group.committed_at_us or written_us - _EPOCH_2000_US
-            if not take(event_of(tuple(columns)), group):
-                return True
-        return False
+    def _hand_over(self, take: Take, room: Room) -> None:
+        events: list[OutboxEvent] = []
+        size = 0
+        while self._left and len(events) < room.events and size < room.size:
+            events.append(event := event_of(self._left.popleft()))
+            size += len(event.payload)
+        if events:
+            take(events, self._steps[-1].group)
 
     async def _fetch(self) -> None:
         self._is_woken = False
@@ -168,8 +169,10 @@ class PollSource:
         else:
             await self._leave_window(end)
         if rows:
-            self._left.extend(rows)
-            self._steps.append(_Step(self._begin, self._end, self._position))
+            step = _Step(self._begin, self._end, self._position)
+            step.group.committed_at_us = rows[0][1] - _EPOCH_2000_US
+            self._steps.append(step)
+            self._left.extend(row[2:] for row in rows)
             self._is_woken = True
         else:
             await self._look_behind()

@@ -7,7 +7,7 @@ is little to do, large ones under load, and no timer in between.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from infra.relay.errors import KafkaAway
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
+from infra.relay.source import Room
 
 log = structlog.get_logger(__name__)
 
@@ -36,9 +37,7 @@ REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
 
 
-class _Pending(NamedTuple):
-    event: OutboxEvent
-    group: Group
+_Pending = tuple[OutboxEvent, Group]
 
 
 class Diverted(NamedTuple):
@@ -109,28 +108,36 @@ class Publisher:
         return cls(config, producer, partitions, on_progress)
 
     @property
-    def is_full(self) -> bool:
-        """Whether no more should be read until something is acknowledged."""
+    def room(self) -> Room:
+        """How much more may be read before something is acknowledged."""
         config = self._config
-        return (
-            self.unacknowledged >= config.unacknowledged_max
-            or self.unacknowledged_bytes >= config.unacknowledged_bytes_max
+        return Room(
+            config.unacknowledged_max - self.unacknowledged, config.unacknowledged_bytes_max - self.unacknowledged_bytes
         )
 
-    def publish(self, event: OutboxEvent, group: Group) -> None:
-        """Take an event over, to be sent by the next `flush`; its group counts it until it is acknowledged."""
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be read until something is acknowledged."""
+        return min(self.room) <= 0
+
+    def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
+        """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
         if not self.unacknowledged:
             self._progress_at = time.monotonic()
-        group.missing += 1
-        self.unacknowledged += 1
-        self.unacknowledged_bytes += len(event.payload)
-        if event.aggregateid in self.blocked:
-            self._diverted.append(Diverted(event, group, None))
-            return
-        lane = self._lanes[partition_of(event.aggregateid, len(self._lanes))]
-        if not (lane.pending or lane.in_flight):
-            self._due.add(lane)
-        lane.pending.append(_Pending(event, group))
+        group.missing += len(events)
+        self.unacknowledged += len(events)
+        lanes, partitions, blocked, size = self._lanes, len(self._lanes), self.blocked, 0
+        for event in events:
+            key = event.aggregateid
+            size += len(event.payload)
+            if key in blocked:
+                self._diverted.append(Diverted(event, group, None))
+                continue
+            lane = lanes[partition_of(key, partitions)]
+            if not (lane.pending or lane.in_flight):
+                self._due.add(lane)
+            lane.pending.append((event, group))
+        self.unacknowledged_bytes += size
 
     async def flush(self) -> None:
         """Send what waits in lanes with nothing on its way.
@@ -189,7 +196,7 @@ class Publisher:
         pending, in_flight, size_max = lane.pending, lane.in_flight, self._config.message_bytes_max
         now_ms = int(time.time() * 1000)
         while pending:
-            event = pending[0].event
+            event, _ = pending[0]
             if len(event.payload) > size_max:
                 break
             # None: the batch is full. The first event always fits; whether the broker takes it is its own decision.
@@ -221,19 +228,20 @@ class Publisher:
 
     def _acknowledge(self, lane: _Lane, batch: list[_Pending]) -> None:
         """These are on the topic for good."""
-        for event, group in batch:
-            self._settle(event, group)
+        self._settle(batch)
         metrics.EVENTS.inc(len(batch))
 
     def acknowledge_diverted(self, diverted: Iterable[Diverted]) -> None:
         """These are in quarantine for good."""
-        for event, group, _ in diverted:
-            self._settle(event, group)
+        self._settle([(event, group) for event, group, _ in diverted])
 
-    def _settle(self, event: OutboxEvent, group: Group) -> None:
-        group.missing -= 1
-        self.unacknowledged -= 1
-        self.unacknowledged_bytes -= len(event.payload)
+    def _settle(self, batch: list[_Pending]) -> None:
+        size = 0
+        for event, group in batch:
+            group.missing -= 1
+            size += len(event.payload)
+        self.unacknowledged -= len(batch)
+        self.unacknowledged_bytes -= size
         self._progress_at = time.monotonic()
 
     def take_diverted(self) -> list[Diverted]:
@@ -246,7 +254,7 @@ class Publisher:
         # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
         lane.is_producer_spent = True
         if len(batch) > 1 and isinstance(error, TOO_LARGE):
-            lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(each.event.payload) for each in batch)) // 2
+            lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(event.payload) for event, _ in batch)) // 2
         else:
             # What made batches too large may be the event that goes now.
             lane.batch_bytes_max = BATCH_BYTES_MAX
@@ -254,18 +262,18 @@ class Publisher:
 
     def _refuse(self, lane: _Lane, reason: str) -> None:
         """Divert the first event of this lane, and those of its payment that wait behind it; the others go on."""
-        key = lane.pending[0].event.aggregateid
-        self.blocked.add(key)
-        refused, *waiting = [each for each in lane.pending if each.event.aggregateid == key]
-        lane.pending = deque(each for each in lane.pending if each.event.aggregateid != key)
-        self._diverted += [Diverted(*refused, reason), *(Diverted(*each, None) for each in waiting)]
+        event, group = lane.pending[0]
+        self.blocked.add(key := event.aggregateid)
+        _, *waiting = [each for each in lane.pending if each[0].aggregateid == key]
+        lane.pending = deque(each for each in lane.pending if each[0].aggregateid != key)
+        self._diverted += [Diverted(event, group, reason), *(Diverted(*each, None) for each in waiting)]
         metrics.REFUSED.inc()
         log.error(
             "Kafka refuses an outbox event; its payment goes to quarantine",
-            outbox_id=refused.event.id.decode(),
+            outbox_id=event.id.decode(),
             payment_id=key.decode(),
-            type=refused.event.type.decode(),
-            payload_bytes=len(refused.event.payload),
+            type=event.type.decode(),
+            payload_bytes=len(event.payload),
             partition=lane.number,
             error=reason,
         )

@@ -125,7 +125,7 @@ class Session:
         publisher, group = self._publisher, Group()
 
         async def publish(event: OutboxEvent) -> None:
-            publisher.publish(event, group)
+            publisher.publish([event], group)
             if publisher.is_full or not group.missing % FLUSH_EVERY:
                 await self._flush()
             while publisher.is_full:
@@ -165,7 +165,7 @@ class Session:
         publisher = self._publisher
         while not self._stop.is_set():
             self._wake.clear()
-            is_more = not publisher.is_full and await self._source.read(self._take)
+            is_more = not publisher.is_full and await self._source.read(publisher.publish, publisher.room)
             await self._flush()
             await self._keep_up()
             if is_more and not publisher.is_full:
@@ -173,10 +173,6 @@ class Session:
             else:
                 await self._rest()
         await self._finish()
-
-    def _take(self, event: OutboxEvent, group: Group) -> bool:
-        self._publisher.publish(event, group)
-        return not self._publisher.is_full
 
     async def _rest(self) -> None:
         """Wait for more events, an acknowledgement, the next tick or the end, whichever is first."""
@@ -227,8 +223,7 @@ class Session:
     async def _publish_again(self, due: list[OutboxEvent]) -> bool:
         """Whether Kafka has taken or refused them all; not so if the relay is to stop meanwhile."""
         group = Group()
-        for event in due:
-            self._publisher.publish(event, group)
+        self._publisher.publish(due, group)
         while group.missing and not self._stop.is_set():
             await self._source.save()  # Postgres ends the stream of who is silent.
             await self._progress()

@@ -1,13 +1,20 @@
 """What a source of events is to a session; `wal_source.py` and `poll_source.py` are the two there are."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 
-Take = Callable[[OutboxEvent, Group], bool]
-"""Takes an event over and counts it in its group; False if no more should be read for now."""
+Take = Callable[[Sequence[OutboxEvent], Group], None]
+"""Takes events over, and counts them in their group until they are acknowledged."""
+
+
+class Room(NamedTuple):
+    """How much may be handed over: so many events, and none after `size` bytes of payload."""
+
+    events: int
+    size: int
 
 
 class Desk(NamedTuple):
@@ -28,8 +35,8 @@ class Source(Protocol):
         """
         ...
 
-    async def read(self, take: Take) -> bool:
-        """Hand over what has arrived, up to a portion; whether there may be more."""
+    async def read(self, take: Take, room: Room) -> bool:
+        """Hand over what has arrived, up to a portion that `room` is there for; whether there may be more."""
         ...
 
     def watch(self, on_ready: Callable[[], None]) -> None:

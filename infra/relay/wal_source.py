@@ -13,7 +13,7 @@ import structlog
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotOfAnother
-from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, RowReader, read_begin, read_commit
+from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, OutboxEvent, RowReader, read_begin, read_commit
 from infra.relay.prefix import Group, Prefix
 from infra.relay.progress import (
     SAVE_LSN,
@@ -27,7 +27,7 @@ from infra.relay.progress import (
     start_mark,
 )
 from infra.relay.scan import scan
-from infra.relay.source import Desk, Take
+from infra.relay.source import Desk, Room, Take
 from infra.relay.stream import ReplicationStream
 
 log = structlog.get_logger(__name__)
@@ -136,18 +136,25 @@ class WalSource:
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    async def read(self, take: Take) -> bool:
+    async def read(self, take: Take, room: Room) -> bool:
         receive, read = self._stream.receive, self._rows.read
-        for _ in range(PORTION):
+        events: list[OutboxEvent] = []
+        message, size = None, 0
+        for _ in range(min(PORTION, room.events)):
             message = receive()
             if message is None:
-                return False
+                break
             if message[0] == INSERT:
-                if not take(read(message), self._group):
-                    return True
+                event = read(message)
+                events.append(event)
+                size += len(event.payload)
+                if size >= room.size:
+                    break
             else:
+                events = _hand_over(events, self._group, take)
                 self._take(message)
-        return True
+        _hand_over(events, self._group, take)
+        return message is not None
 
     def _take(self, message: bytes) -> None:
         match message[0]:
@@ -218,6 +225,14 @@ class WalSource:
     async def close(self) -> None:
         if hasattr(self, "_stream"):
             await self._stream.close()
+
+
+def _hand_over(events: list[OutboxEvent], group: Group, take: Take) -> list[OutboxEvent]:
+    """Give a transaction's events on, together; a new list for the next ones."""
+    if events:
+        take(events, group)
+        return []
+    return events
 
 
 def _reason_for_doubt(mark: Mark, system: str, wal_status: str, position: int) -> str | None:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg
@@ -130,13 +131,23 @@ async def make_topic(bootstrap: str, name: str) -> None:
         await admin.create_topics([NewTopic(name, PARTITIONS, 1)])
 
 
+wal_only = pytest.mark.parametrize("source", ["wal"], indirect=True)
+
+
+@pytest.fixture(params=["wal", "poll"])
+def source(request: pytest.FixtureRequest) -> Any:
+    """Every test holds for both, but for those about the slot."""
+    return request.param
+
+
 @pytest.fixture
-def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> RelayConfig:
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> RelayConfig:
     return RelayConfig(
         postgres_url=postgres_url,
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"relay_{uuid.uuid4().hex[:12]}",
+        source=source,
         feedback_seconds=0.1,
         retry_seconds_max=0.5,
     )
@@ -217,6 +228,7 @@ async def test_a_relay_killed_again_and_again_under_load_skips_nothing(
     assert_first_deliveries_are_in_order(subscriber.records)
 
 
+@wal_only
 async def test_a_relay_killed_while_it_catches_up_begins_the_scan_again(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
@@ -231,7 +243,7 @@ async def test_a_relay_killed_while_it_catches_up_begins_the_scan_again(
     assert_first_deliveries_are_in_order(subscriber.records)
 
 
-async def test_events_killed_after_kafkas_acknowledgement_and_before_the_slots_are_repeated_with_the_same_bytes(
+async def test_events_killed_after_kafkas_acknowledgement_and_before_it_is_noted_are_repeated_with_the_same_bytes(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
     with relay_process(replace(config, feedback_seconds=3600)) as relay:
@@ -244,6 +256,7 @@ async def test_events_killed_after_kafkas_acknowledgement_and_before_the_slots_a
     assert messages[:50] == messages[50:]
 
 
+@wal_only
 async def test_the_slot_does_not_move_past_events_that_kafka_has_not_acknowledged(
     postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig
 ) -> None:
@@ -306,15 +319,17 @@ async def test_a_standby_takes_over_at_once_when_the_active_relay_is_killed(
     assert_first_deliveries_are_in_order(subscriber.records)
 
 
-async def test_nothing_is_missing_after_postgres_is_killed_under_load(
-    own_postgres: EmbeddedPostgres, config: RelayConfig, subscriber: Subscriber
+@pytest.mark.parametrize("end", ["kill", "stop"])
+async def test_nothing_is_missing_after_postgres_was_away_under_load(
+    own_postgres: EmbeddedPostgres, config: RelayConfig, subscriber: Subscriber, end: str
 ) -> None:
+    """Ended by SIGKILL, after which it recovers, and in good order while clients are connected."""
     config = replace(config, postgres_url=own_postgres.url)
     async with running(config) as relay:
         with Load(own_postgres.url) as load:
             for _ in range(2):
                 await load.more()
-                await asyncio.to_thread(own_postgres.kill)
+                await asyncio.to_thread(getattr(own_postgres, end))
                 await until(lambda: not relay.health.ready)
                 await asyncio.to_thread(own_postgres.restart)
             await load.more()
@@ -362,6 +377,7 @@ DAMAGES = {
 }
 
 
+@wal_only
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 async def test_a_slot_that_cannot_be_trusted_is_made_anew_and_no_row_is_left_out(
     config: RelayConfig, subscriber: Subscriber, damage: str, capsys: pytest.CaptureFixture[str]
@@ -379,6 +395,7 @@ async def test_a_slot_that_cannot_be_trusted_is_made_anew_and_no_row_is_left_out
     assert "retained events were published from the table" in capsys.readouterr().out
 
 
+@wal_only
 async def test_the_scan_takes_payment_seq_as_a_number_wherever_transactions_began(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:

@@ -32,13 +32,16 @@ TAKEOVERS = int(os.environ.get("PAYMENTS_TEST_TAKEOVERS", "2"))
 StartRelay = Callable[[], RelayProcess]
 
 
-@pytest.fixture
-def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[RelayConfig]:
+@pytest.fixture(params=["wal", "poll"])
+def config(
+    request: pytest.FixtureRequest, postgres_url: str, kafka_bootstrap: str, topics: Topics
+) -> Iterator[RelayConfig]:
     yield RelayConfig(
         postgres_url=postgres_url,
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"kills_{uuid4().hex[:12]}",
+        source=request.param,
     )
     drop_database(postgres_url)
 

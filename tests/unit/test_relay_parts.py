@@ -125,7 +125,7 @@ class TestPgoutput:
         assert rows.read(insert(*EVENT)).traceparent is None
 
     def test_bytes_that_look_like_framing_survive(self) -> None:
-        event = EVENT._replace(payload=b'"n\\u0000t\x00\x00\x00\x01 \xc4\x91"')
+        event = EVENT._replace(payload=b'"n\\u0000tt\x01\x02n \xc4\x91tn"n')
         rows = RowReader()
         rows.learn(relation(*OUTBOX_COLUMNS))
         assert rows.read(insert(*event)) == event
@@ -206,7 +206,7 @@ class TestPublisher:
     async def publish(self, *values: bytes) -> None:
         for value in values:
             self.groups.append(Group())
-            self.publisher.publish(EVENT._replace(payload=value), self.groups[-1])
+            self.publisher.publish([EVENT._replace(payload=value)], self.groups[-1])
         await self.publisher.flush()
 
     async def answer(self, number: int, error: Exception | None = None) -> None:
