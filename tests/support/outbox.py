@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 import psycopg
 
 INSERT = """
-    INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
-    SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::int[], %s::text[], %s::text[])
+    INSERT INTO outbox (id, aggregateid, payment_seq, payload, type, occurred_at, traceparent, source, specversion)
+    SELECT * FROM unnest(%s::uuid[], %s::text[], %s::int[], %s::text[], %s::text[], %s::text[], %s::text[],
+                         %s::text[], %s::text[])
 """
 
 
@@ -23,6 +24,8 @@ class Row(NamedTuple):
     type: str = "payment.captured.v1"
     occurred_at: str = "2026-01-02T03:04:05.000006Z"
     traceparent: str | None = None
+    source: str = "/payments"
+    specversion: str = "1.0"
 
 
 def rows_of(key: str, count: int, *, first: int = 1, payload: str = "{}") -> list[Row]:
@@ -32,8 +35,8 @@ def rows_of(key: str, count: int, *, first: int = 1, payload: str = "{}") -> lis
 
 async def insert(connection: psycopg.AsyncConnection, rows: Iterable[Row]) -> None:
     """Insert within whatever transaction the connection is in."""
-    columns = [(str(row.id), row.key, row.type, row.payload, row.seq, row.occurred_at, row.traceparent) for row in rows]
-    await connection.execute(INSERT, [list(column) for column in zip(*columns, strict=True)])
+    columns = zip(*(row._replace(id=str(row.id)) for row in rows), strict=True)  # type: ignore[arg-type]
+    await connection.execute(INSERT, [list(column) for column in columns])
 
 
 async def commit(url: str, *transactions: Iterable[Row]) -> None:

@@ -59,7 +59,7 @@ def message_of(record: Any) -> Message:
 
 
 def varied_transactions(count: int, seed: int = 1) -> list[list[Row]]:
-    """`count` rows of some 50 payments, in transactions of one to twelve rows; the same for the same seed."""
+    """`count` rows of 45 payments, in transactions of one to twelve rows; the same for the same seed."""
     choose = random.Random(seed)
     keys = [*(f"pay_{number:04}" for number in range(40)), "pay_Đ4", "ключ", "a b/c", "支払い-🧾", "x" * 300]
     next_seq = dict.fromkeys(keys, 1)
@@ -81,11 +81,41 @@ def _row(choose: random.Random, key: str, seq: int) -> Row:
         UUID(int=choose.getrandbits(128), version=4),
         key,
         seq,
-        choose.choice(PAYLOADS),
+        choose.choice((choose.choice(PAYLOADS), _document(choose))),
         choose.choice(TYPES),
         f"2026-01-02T03:04:05.{choose.randrange(10**6):06}Z",
-        choose.choice((None, TRACEPARENT)),
+        choose.choice((None, TRACEPARENT, "")),
+        choose.choice(("/payments", "//đơn vị/1", "")),
+        choose.choice(("1.0", "1.1")),
     )
+
+
+def _document(choose: random.Random) -> str:
+    """JSON of any shape, with the spaces and escapes that one of several writers would put in."""
+    spaces = choose.choice(((", ", ": "), (",", ":"), (" ,\t", " :\n")))
+    return json.dumps(_value(choose, depth=4), ensure_ascii=choose.random() < 0.5, separators=spaces)
+
+
+def _value(choose: random.Random, depth: int) -> object:
+    match choose.randrange(8 if depth else 6):
+        case 0:
+            return choose.choice((None, True, False, "", 0))
+        case 1:
+            return choose.randrange(-(2 ** choose.randrange(1, 200)), 2**70)
+        case 2:
+            return choose.uniform(-1, 1) * 10 ** choose.randrange(-300, 300)
+        case 3 | 4 | 5:
+            return _text(choose)
+        case 6:
+            return [_value(choose, depth - 1) for _ in range(choose.randrange(5))]
+        case _:
+            return {_text(choose): _value(choose, depth - 1) for _ in range(choose.randrange(5))}
+
+
+def _text(choose: random.Random) -> str:
+    """Letters of every length in UTF-8, quotes and control characters; no NUL and no lone surrogate: JSON has none."""
+    ranges = ((0x20, 0x7F), (1, 0x20), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))
+    return "".join(chr(choose.randrange(*choose.choice(ranges))) for _ in range(choose.randrange(12)))
 
 
 async def create_slot(config: RelayConfig) -> None:
