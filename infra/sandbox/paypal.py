@@ -374,7 +374,11 @@ class PayPalSimulator:
 
     async def _verify(self, request: Request) -> Response:
         """PayPal's online verification. The event is taken in the form that `json.dumps` gives it without spaces."""
-        given = _body_of(await request.body())
+        try:
+            self._authenticate(request)
+            given = _body_of(await request.body())
+        except Refusal as refusal:
+            return _error(refusal)
         body = json.dumps(given.get("webhook_event"), separators=(",", ":")).encode()
         is_signed = self._signer.is_signed(
             transmission_id=str(given.get("transmission_id")),

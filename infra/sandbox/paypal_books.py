@@ -11,7 +11,7 @@ What a payer's wallet does is told by its name, as a `vault_id` or when an order
 `pending`            the payment is PENDING until it is settled
 `pending-refund`     as good as any, but its refunds are PENDING until they are settled
 `asks`               a vaulted one that needs the payer's consent all the same
-`unknown`            no such vault id
+`unknown`            no vault id that may be used (any more)
 anything else        pays; the names in `faults.FIRST_ATTEMPT` fail once in their way before
 """
 
@@ -36,6 +36,23 @@ KINDS: Final = ("orders", "authorizations", "captures", "refunds", "disputes")
 _ALPHABET: Final = "ABCDEFGHJKLMNPRSTUVWXY0123456789"
 
 
+MESSAGES: Final = {
+    "INVALID_REQUEST": "Request is not well-formed, syntactically incorrect, or violates schema.",
+    "AUTHENTICATION_FAILURE": (
+        "Authentication failed due to missing authorization header, or invalid authentication credentials."
+    ),
+    "RESOURCE_NOT_FOUND": "The specified resource does not exist.",
+    "RESOURCE_CONFLICT": "The server has detected a conflict while processing this request.",
+    "UNPROCESSABLE_ENTITY": (
+        "The requested action could not be performed, semantically incorrect, or failed business validation."
+    ),
+    "RATE_LIMIT_REACHED": "Too many requests. Blocked due to rate limiting.",
+    "INTERNAL_SERVER_ERROR": "An internal server error occurred.",
+    "SERVICE_UNAVAILABLE": "Service Unavailable.",
+}
+"""PayPal's sentence for each kind of error."""
+
+
 class Refusal(Exception):
     """An error answer in PayPal's form. `is_remembered` is True for what is the result of an execution."""
 
@@ -45,7 +62,7 @@ class Refusal(Exception):
         self.is_remembered = is_remembered
         self.body: PayPalObject = {
             "name": name,
-            "message": "The requested action could not be performed.",
+            "message": MESSAGES[name],
             "debug_id": new_id(13).lower(),
             "details": [{"issue": issue, "description": f"See {issue}."}] if issue else [],
             "links": [],
@@ -140,7 +157,7 @@ class PayPalBooks:
         wallet = order["payment_source"]["paypal"].get("vault_id")
         order["_wallet"] = wallet
         if wallet == "unknown":
-            raise unprocessable("TOKEN_ID_NOT_FOUND")
+            raise unprocessable("TOKEN_EXPIRED")
         if wallet is None or wallet == "asks":
             return self.keep("orders", order)
         if wallet.startswith("declined-"):
@@ -216,7 +233,7 @@ class PayPalBooks:
             **fields,
         }
         if status == "PENDING":
-            part["status_details"] = {"reason": "PENDING_REVIEW"}
+            part["status_details"] = {"reason": "ECHECK" if kind == "refunds" else "PENDING_REVIEW"}
         if status in ("DECLINED", "DENIED"):
             part["processor_response"] = {"response_code": "5120"}
         self.keep(kind, part)

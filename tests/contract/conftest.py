@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from domain.ports import Gateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
+from tests.contract.paypal_schemas import recorded, violations
 from tests.support.sandbox import running_sandbox
 
 
@@ -87,3 +88,11 @@ async def connect(request: pytest.FixtureRequest, simulator: Simulator) -> Async
 @pytest.fixture
 def gateway(connect: Callable[..., Gateway]) -> Gateway:
     return connect()
+
+
+@pytest.fixture
+def as_documented(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a gateway and PayPal say to each other during the test is as PayPal's own documents have it."""
+    with recorded(monkeypatch) as exchanges:
+        yield
+    assert [told for each in exchanges for told in violations(each)] == []

@@ -29,6 +29,8 @@ from handlers.dispatch import WITH_THE_PROVIDER
 from tests.contract.gateway_requests import a_request, follow_up
 from tests.contract.paypal import PayPalSandbox, paypal_gateway, running_paypal
 
+pytestmark = pytest.mark.usefixtures("as_documented")
+
 FAULTS = ("cut_before", "cut_after", "429", "503", "500_after", "truncated", "garbage", "409")
 FINAL = (Succeeded, Declined, NotExecuted, Expired)
 ATTEMPTS_MAX = 200

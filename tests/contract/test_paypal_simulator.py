@@ -45,7 +45,10 @@ from tests.contract.paypal import (
     paypal_gateway,
     running_paypal,
 )
+from tests.contract.paypal_schemas import OF_TOMORROW, Exchange, as_answer, violations
 from tests.support.sandbox import start_sandbox
+
+pytestmark = pytest.mark.usefixtures("as_documented")
 
 KINDS = list(OperationKind)
 OPENINGS = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
@@ -324,7 +327,7 @@ async def test_an_execution_that_was_turned_away_leaves_the_consent_for_later(
 async def test_a_refusal_to_execute_is_no_proof_that_nothing_was_executed_before(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
-    request, action = await asked(gateway, OperationKind.CHARGE)
+    request, action = await asked(gateway, OperationKind.AUTHORIZE)
     paypal.approve(action.reference)
     paypal.fault("decline", operation="confirm", code="ACTION_DOES_NOT_MATCH_INTENT")
 
@@ -335,7 +338,7 @@ async def test_a_refusal_to_execute_is_no_proof_that_nothing_was_executed_before
 async def test_paypals_word_on_the_order_itself_is_believed(
     gateway: Gateway, paypal: PayPalSandbox, issue: str
 ) -> None:
-    request, action = await asked(gateway, OperationKind.CHARGE)
+    request, action = await asked(gateway, OperationKind.AUTHORIZE)
     paypal.approve(action.reference)
     paypal.fault("decline", operation="confirm", code=issue)
 
@@ -356,7 +359,7 @@ async def test_an_order_that_another_key_executed_is_read_and_not_executed_again
     assert paypal.executed_charges(request.payment_id) == 1
 
 
-@pytest.mark.parametrize("wallet", ["declined-INSTRUMENT_DECLINED", "refused"])
+@pytest.mark.parametrize("wallet", ["declined-TRANSACTION_REFUSED", "refused"])
 @pytest.mark.parametrize("kind", OPENINGS)
 async def test_a_wallet_that_is_refused_after_the_approval_is_a_decline(
     gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind, wallet: str
@@ -448,7 +451,7 @@ async def test_a_refusal_is_a_value_and_repeating_it_charges_nothing(
 
 
 @pytest.mark.parametrize("kind", OPENINGS)
-@pytest.mark.parametrize("status", ["COMPLETED", "DECLINED", "A_STATUS_OF_TOMORROW"])
+@pytest.mark.parametrize("status", ["COMPLETED", "DECLINED", OF_TOMORROW])
 async def test_a_pending_payment_ends_as_paypal_says(
     gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind, status: str
 ) -> None:
@@ -631,7 +634,9 @@ async def test_several_refunds_add_up_and_no_more_than_was_captured_goes_back(
     assert paypal.effect(charge[0].payment_id) == (0, 1250, 1250)
 
 
-@pytest.mark.parametrize(("status", "expected"), [("COMPLETED", Succeeded), ("FAILED", Declined), ("NEW", Pending)])
+@pytest.mark.parametrize(
+    ("status", "expected"), [("COMPLETED", Succeeded), ("FAILED", Declined), (OF_TOMORROW, Pending)]
+)
 async def test_a_pending_refund_ends_as_paypal_says(
     gateway: Gateway, paypal: PayPalSandbox, status: str, expected: type[Outcome]
 ) -> None:
@@ -769,7 +774,7 @@ def inbox(paypal: PayPalSandbox) -> Iterator[Inbox]:
     with Inbox() as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        paypal.post("webhooks", url=f"http://127.0.0.1:{server.server_port}/webhooks/paypal", webhook_id="WH-CONTRACT")
+        paypal.post("webhooks", url=f"http://127.0.0.1:{server.server_port}/webhooks/paypal", webhook_id="1CONTRACT2")
         yield server
         paypal.post("webhooks", url=None)
         server.shutdown()
@@ -780,16 +785,30 @@ def inbox(paypal: PayPalSandbox) -> Iterator[Inbox]:
 async def webhooks(paypal: PayPalSandbox) -> AsyncIterator[PayPalWebhooks]:
     secret = SecretStr("s")
     reader = PayPalWebhooks(
-        PayPalConfig(client_id="contract", client_secret=secret, api_base=paypal.url, webhook_id="WH-CONTRACT")
+        PayPalConfig(client_id="contract", client_secret=secret, api_base=paypal.url, webhook_id="1CONTRACT2")
     )
     yield reader
     await reader.close()
 
 
+RESOURCES = {
+    "checkout-order": "/v2/checkout/orders",
+    "authorization": "/v2/payments/authorizations",
+    "capture": "/v2/payments/captures",
+    "refund": "/v2/payments/refunds",
+}
+"""Where what a webhook tells of can be asked for. (Disputes are another API's.)"""
+
+
 async def notices(webhooks: PayPalWebhooks, inbox: Inbox, count: int) -> dict[str, Notice]:
-    """What came, by type."""
-    read = [await webhooks.read(each) for each in await inbox.wait_for(count)]
-    return {each.type: each for each in read}
+    """What came, by type: as PayPal documents its events, and in each the object as it answers with it."""
+    requests = await inbox.wait_for(count)
+    for event in (json.loads(each.body) for each in requests):
+        path = RESOURCES.get(event["resource_type"])
+        resource = [as_answer(f"{path}/ID", event["resource"])] if path else []
+        for each in (as_answer("/v1/notifications/webhooks-events/ID", event), *resource):
+            assert violations(each) == []
+    return {each.type: each for each in [await webhooks.read(each) for each in requests]}
 
 
 @pytest.mark.parametrize("kind", OPENINGS)
@@ -860,14 +879,17 @@ async def test_paypal_itself_confirms_its_webhooks_and_no_others(
     [sent] = await inbox.wait_for(1)
     names = ("auth_algo", "cert_url", "transmission_id", "transmission_sig", "transmission_time")
     given: dict[str, Any] = {name: sent.headers["paypal-" + name.replace("_", "-")] for name in names}
-    given |= {"webhook_id": "WH-CONTRACT", "webhook_event": json.loads(sent.body)}
+    given |= {"webhook_id": "1CONTRACT2", "webhook_event": json.loads(sent.body)}
+
+    headers = {"Authorization": f"Bearer {paypal.token()}"}
 
     answers = [
-        paypal.http.post("/v1/notifications/verify-webhook-signature", json=each).json()["verification_status"]
+        paypal.http.post("/v1/notifications/verify-webhook-signature", json=each, headers=headers)
         for each in (given, given | {"webhook_id": "other"})
     ]
 
-    assert answers == ["SUCCESS", "FAILURE"]
+    assert [each.json()["verification_status"] for each in answers] == ["SUCCESS", "FAILURE"]
+    assert [told for each in answers for told in violations(Exchange(each.request, each))] == []
 
 
 # --- the simulator itself -------------------------------------------------------------------------------------------
