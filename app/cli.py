@@ -306,7 +306,8 @@ def reconcile(
     Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
     is in doubt, pending, or waits for the payer. Only a provider's word ends anything.
 
-    --day compares the provider's own list with our books, both ways, and exits with 1 if they differ.
+    --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
+    offer a list: payments gateways.
 
     Example: payments reconcile --now --dry-run
     """

@@ -5,7 +5,8 @@ It changes nothing. A difference is a question for a person, or for the sweep, i
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -15,11 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from app import wiring
+from app.differences import Booked, Difference, of_movements, of_payments
 from app.settings import Settings
-from domain.money import Money
-from domain.ports import Statement
+from domain.errors import GatewayError
+from domain.operations import UNDER_WAY
+from domain.ports import Gateway, Movements, Statements
 
-OURS: Final = """
+PAYMENTS: Final = """
     SELECT p.payment_id, p.gateway_payment_id, p.currency, p.captured_minor, p.refunded_minor,
            (SELECT min(o.state) FROM operations AS o
              WHERE o.payment_id = p.payment_id AND o.due_at IS NOT NULL) AS open_state
@@ -27,95 +30,120 @@ OURS: Final = """
      WHERE p.gateway = $1 AND p.gateway_payment_id IS NOT NULL
        AND (p.gateway_payment_id = ANY($2::text[]) OR (p.created_at >= $3 AND p.created_at < $4))
 """
+OPERATIONS: Final = """
+    SELECT o.payment_id, o.number, o.kind = 'refund' AS is_refund, o.state, o.state = ANY($2::text[]) AS is_open,
+           p.currency, o.amount_minor, o.reference, o.dispatched_at, o.settled_at
+      FROM operations AS o JOIN payments AS p ON p.payment_id = o.payment_id
+     WHERE o.gateway = $1 AND o.kind IN ('charge', 'capture', 'refund') AND o.dispatched_at IS NOT NULL
+"""
+# The ledger says which payments to look at: what is settled is booked in the same transaction. It has no index by time,
+# which only this would use, and so is read through.
+OF_DAY: Final = f"""{OPERATIONS}
+       AND o.payment_id IN (SELECT payment_id FROM ledger WHERE booked_at >= $3 AND booked_at < $4)
+       AND o.state = 'succeeded' AND o.settled_at >= $3 AND o.settled_at < $4
+"""  # noqa: S608 - constants of this module
+OF_PAYMENTS: Final = f"{OPERATIONS} AND o.payment_id = ANY($3::uuid[])"
 MARGIN: Final = timedelta(minutes=5)
 """Clocks differ, and a payment is created with us before it is with the provider: what stands at the day's edges is
 looked for beyond them before it is called missing."""
 
 
-class Difference(NamedTuple):
-    """One payment on which the books differ. Amounts are ours and theirs; None where one side does not know it."""
+class NoList(ValueError):
+    """The provider offers no list of what it did, so that there is nothing to compare with."""
 
-    gateway_payment_id: str
-    payment_id: str | None
-    what: str
-    ours: str
-    theirs: str
-    likely_cause: str
+    def __init__(self, gateway: str) -> None:
+        super().__init__(
+            f"{gateway} offers no list of a day's payments; what is open there is asked about one by one: "
+            "payments reconcile --now"
+        )
+        self.gateway = gateway
+
+
+class ListUnreadable(ValueError):
+    """The provider's list could not be read to its end: nothing was compared."""
+
+
+class Day(NamedTuple):
+    """From midnight until before the next one, in UTC."""
+
+    start: datetime
+    end: datetime
 
 
 def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: bool) -> int:
     """Print the differences of a UTC day; the exit code, 1 if there are any.
 
     Raises:
-        ValueError: the gateway is not in use here, or its provider offers no list.
+        NoList: the provider offers none. As JSON that is an answer like any other (`error`), with exit code 1.
+        ListUnreadable: the provider's list could not be read.
+        ValueError: the gateway is not in use here.
     """
     name = gateway or settings.default_gateway
-    count, found = asyncio.run(_compare(settings, name, day))
+    head = {"gateway": name, "day": day.isoformat()}
+    try:
+        count, found = asyncio.run(_compare(settings, name, day))
+    except NoList as error:
+        if not as_json:
+            raise
+        Console().print_json(json.dumps(head | {"error": "no_list", "message": str(error)}))
+        return 1
     if as_json:
-        told = {"gateway": name, "day": day.isoformat(), "payments": count}
-        Console().print_json(json.dumps(told | {"differences": [each._asdict() for each in found]}))
+        told = head | {"listed": count, "differences": [each._asdict() for each in found]}
+        Console().print_json(json.dumps(told))
     else:
         _print(name, day, count, found)
     return 1 if found else 0
 
 
 async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[Difference]]:
+    start = datetime.combine(day, time(), UTC)
+    whole = Day(start, start + timedelta(days=1))
+    async with _gateway(settings, name) as gateway:
+        if not isinstance(gateway, Movements | Statements):
+            raise NoList(name)
+        connection = await asyncpg.connect(settings.postgres_url)
+        try:
+            if isinstance(gateway, Movements):
+                return await _compare_movements(connection, name, gateway, whole)
+            return await _compare_payments(connection, name, gateway, whole)
+        except GatewayError as error:
+            raise ListUnreadable(f"the list of {name} could not be read, so nothing was compared: {error}") from error
+        finally:
+            await connection.close()
+
+
+@asynccontextmanager
+async def _gateway(settings: Settings, name: str) -> AsyncIterator[Gateway]:
     if name not in settings.gateways:
         raise ValueError(f"gateway {name} is not one of {settings.gateways}")
     gateway = wiring.GATEWAYS[name](settings)
-    if not hasattr(gateway, "statements"):
-        await gateway.close()
-        raise ValueError(f"{name} offers no list of a day's payments")
-    start = datetime.combine(day, time(), UTC)
-    end = start + timedelta(days=1)
     try:
-        listed = [each async for each in gateway.statements(start - MARGIN, end + MARGIN)]
+        yield gateway
     finally:
         await gateway.close()
+
+
+async def _compare_payments(
+    connection: "asyncpg.Connection[Any]", name: str, gateway: Statements, day: Day
+) -> tuple[int, list[Difference]]:
+    listed = [each async for each in gateway.statements(day.start - MARGIN, day.end + MARGIN)]
     theirs = {each.gateway_payment_id: each for each in listed}
-    connection = await asyncpg.connect(settings.postgres_url)
-    try:
-        rows = await connection.fetch(OURS, name, list(theirs), start, end)
-    finally:
-        await connection.close()
-    ours = {row["gateway_payment_id"]: row for row in rows}
-    return len(theirs), [
-        each for key in sorted(ours.keys() | theirs.keys()) for each in _differences(key, ours, theirs)
-    ]
+    rows = await connection.fetch(PAYMENTS, name, list(theirs), *day)
+    return len(theirs), of_payments({row["gateway_payment_id"]: row for row in rows}, theirs)
 
 
-def _differences(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Statement]) -> list[Difference]:
-    own, other = ours.get(key), theirs.get(key)
-    if own is None:
-        assert other is not None, "one of the two knows it"
-        return [_unknown_here(other)] if other.captured_minor else []
-    payment_id = str(own["payment_id"])
-    if other is None:
-        return [Difference(key, payment_id, "not at the provider", "", "", "another account, or another day there")]
-    found = []
-    for what, mine, yours in (
-        ("captured", own["captured_minor"], other.captured_minor),
-        ("refunded", own["refunded_minor"], other.refunded_minor),
-    ):
-        if mine != yours or own["currency"] != other.currency:
-            amounts = str(Money(mine, own["currency"])), str(Money(yours, other.currency))
-            found.append(Difference(key, payment_id, what, *amounts, _cause(own["open_state"], what, mine, yours)))
-    return found
-
-
-def _unknown_here(other: Statement) -> Difference:
-    marked = str(other.payment_id) if other.payment_id else None
-    cause = "an answer that was lost: see whether it is open" if marked else "not made by this service"
-    theirs = str(Money(other.captured_minor, other.currency))
-    return Difference(other.gateway_payment_id, marked, "not in our books", "", theirs, cause)
-
-
-def _cause(open_state: str | None, what: str, mine: int, yours: int) -> str:
-    if open_state is not None:
-        return f"an operation is still open ({open_state}): `payments reconcile --now`"
-    if what == "refunded" and yours > mine:
-        return "a refund made in the provider's portal, or not settled there yet"
-    return "changed outside of this service"
+async def _compare_movements(
+    connection: "asyncpg.Connection[Any]", name: str, gateway: Movements, day: Day
+) -> tuple[int, list[Difference]]:
+    """The list begins where the first of ours was sent, which may be days before its answer was known."""
+    states = sorted(UNDER_WAY)
+    ours = [Booked(*row) for row in await connection.fetch(OF_DAY, name, states, *day)]
+    since = min([day.start, *(each.dispatched_at for each in ours)])
+    theirs = [each async for each in gateway.movements(since - MARGIN, day.end + MARGIN)]
+    marked = sorted({each.payment_id for each in theirs if each.payment_id is not None})
+    known = [Booked(*row) for row in await connection.fetch(OF_PAYMENTS, name, states, marked)]
+    count = sum(day.start <= each.moved_at < day.end for each in theirs)
+    return count, of_movements(ours, known, theirs, start=day.start, end=day.end)
 
 
 def _print(name: str, day: date, count: int, found: list[Difference]) -> None:
@@ -127,4 +155,4 @@ def _print(name: str, day: date, count: int, found: list[Difference]) -> None:
         for each in found:
             table.add_row(*(text or "" for text in each))
         console.print(table)
-    console.print(f"{name}, {day}: {count:,} payments there, {len(found):,} differences.")
+    console.print(f"{name}, {day}: {count:,} listed there, {len(found):,} differences.")

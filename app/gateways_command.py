@@ -10,11 +10,17 @@ from rich.table import Table
 
 from app import wiring
 from app.settings import Settings
-from domain.capabilities import Capabilities
+from domain.capabilities import Capabilities, Listing
 from domain.commands import OperationKind
 from domain.money import Money
 
 YES, NO = "yes", "no"
+LISTS = {
+    Listing.NONE: "not offered by the provider",
+    Listing.PAYMENTS: "by its payments",
+    Listing.MOVEMENTS: "by its captures and refunds",
+}
+"""How `payments reconcile --day` compares."""
 
 
 def list_gateways(settings: Settings, *, as_json: bool) -> int:
@@ -58,6 +64,7 @@ def described(given: Capabilities) -> dict[str, Any]:
         "currencies": _currencies(given),
         "limits": _limits(given),
         "a repeated key is safe for": _retention(given.idempotency_retention),
+        "a day's books are compared": LISTS[given.listing],
     }
 
 

@@ -3,8 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 
 from domain.commands import OperationKind
+
+
+class Listing(StrEnum):
+    """How a provider lists what it did in a time, for a comparison with our books."""
+
+    NONE = "none"
+    PAYMENTS = "payments"
+    """The payments created in it, each with what became of it until now (`domain.ports.Statements`)."""
+    MOVEMENTS = "movements"
+    """Each capture and refund made in it, whenever its payment was created (`domain.ports.Movements`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +47,6 @@ class Capabilities:
 
     Zero: the provider knows no keys, so an attempt whose answer is lost is never sent again.
     """
+    listing: Listing = Listing.NONE
     limits: Mapping[str, AmountLimits] = field(default_factory=dict)
     """The provider's own bounds by currency; an installation may narrow them."""

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 from uuid import UUID
 
 from domain.capabilities import Capabilities
@@ -63,8 +63,38 @@ class Statement(NamedTuple):
     refunded_minor: int
 
 
+class Movement(NamedTuple):
+    """Money that a provider took for us or returned, as it lists it, in our minor units. `reference` is the movement's.
+
+    `payment_id` and `operation_number` are our marks. Without a number no operation of ours is known to have caused it:
+    somebody else did, at the provider's pages.
+    """
+
+    reference: str
+    moved_at: datetime
+    is_refund: bool
+    currency: str
+    amount_minor: int
+    payment_id: UUID | None = None
+    operation_number: int | None = None
+
+
+@runtime_checkable
+class Movements(Protocol):
+    """A gateway whose provider lists each capture and refund, for a comparison of whole days (`Listing.MOVEMENTS`)."""
+
+    def movements(self, since: datetime, until: datetime) -> AsyncIterator[Movement]:
+        """Every capture and refund that the provider made from `since` until before `until`.
+
+        Raises:
+            GatewayError: the list could not be read to its end.
+        """
+        ...
+
+
+@runtime_checkable
 class Statements(Protocol):
-    """A gateway whose provider lists what it did, for a comparison of whole days."""
+    """A gateway whose provider lists its payments, for a comparison of whole days (`Listing.PAYMENTS`)."""
 
     def statements(self, since: datetime, until: datetime) -> AsyncIterator[Statement]:
         """Every payment that the provider created from `since` until before `until`.

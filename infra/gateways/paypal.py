@@ -22,13 +22,13 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, assert_never
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 from uuid import UUID
 
 import httpx
@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
 
-from domain.capabilities import AmountLimits, Capabilities
+from domain.capabilities import AmountLimits, Capabilities, Listing
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import MINOR_UNITS, Money
@@ -65,6 +65,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Movement
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "paypal"
@@ -589,8 +590,26 @@ class PayPalHttp:
         except PayPalRefused as refused:
             if refused.status == 404:
                 return None
-            failure = GatewayUnreachable if refused.status in REFUSED_AT_THE_DOOR else OutcomeUnknown
-            raise failure(NAME, f"no answer to a question: {refused}") from refused
+            raise _unanswered(refused) from refused
+
+    async def search(self, since: datetime, until: datetime, page: int) -> Json | None:
+        """A page of what PayPal executed in this time, None where that is more than it tells at once.
+
+        Raises:
+            GatewayUnreachable, OutcomeUnknown: as for `get`.
+        """
+        query = {
+            "start_date": since.strftime(SEARCH_TIME),
+            "end_date": until.strftime(SEARCH_TIME),
+            "page_size": str(SEARCH_PAGE),
+            "page": str(page),
+        }
+        try:
+            return await self._call("GET", f"/v1/reporting/transactions?{urlencode(query)}")
+        except PayPalRefused as refused:
+            if refused.names(frozenset({"RESULTSET_TOO_LARGE"})):
+                return None
+            raise _unanswered(refused) from refused
 
     async def post(self, path: str, body: Json | None, *, request_id: str) -> Json:
         """The answer to a request that is executed at most once per `request_id`; an empty answer is an empty object.
@@ -659,6 +678,11 @@ class PayPalHttp:
         return _Token(value, time.monotonic() + max(seconds - TOKEN_MARGIN_SECONDS, seconds / 2))
 
 
+def _unanswered(refused: PayPalRefused) -> GatewayError:
+    failure = GatewayUnreachable if refused.status in REFUSED_AT_THE_DOOR else OutcomeUnknown
+    return failure(NAME, f"no answer to a question: {refused}")
+
+
 def _read(response: httpx.Response) -> Json:
     """Raises PayPalRefused for a 4xx in PayPal's form, OutcomeUnknown for a 5xx, GatewayContractBroken for the rest."""
     status, body = response.status_code, _json(response.content)
@@ -703,6 +727,7 @@ class PayPalGateway:
             off_session=False,  # a stored wallet (`vault:`) never asks for the payer
             cancel_waiting=True,
             idempotency_retention=timedelta(hours=5),  # PayPal promises 6 for orders, 45 days for what follows them
+            listing=Listing.MOVEMENTS,
             limits={code: AmountLimits(minimum_minor=10 ** MINOR_UNITS[code]) for code in WHOLE & config.currencies},
         )
 
@@ -812,6 +837,28 @@ class PayPalGateway:
             case _:
                 assert_never(request.kind)
 
+    async def movements(self, since: datetime, until: datetime) -> AsyncIterator[Movement]:
+        """Every capture and refund of this time, as Transaction Search tells them: up to three hours late.
+
+        The app at PayPal needs the permission for it.
+
+        Raises:
+            GatewayError: the list could not be read to its end.
+
+        Source: https://developer.paypal.com/docs/api/transaction-search/v1/
+        """
+        seen: set[str] = set()
+        begin, end = (each.astimezone(UTC).replace(microsecond=0) for each in (since, until))
+        while begin < end:
+            stop = min(begin + SEARCH_RANGE, end)
+            async for told in self._transactions(begin, stop):
+                movement = _understood(_movement, told)
+                # A transaction may stand on two pages, if others come while they are read.
+                if movement is not None and movement.reference not in seen and begin <= movement.moved_at < stop:
+                    seen.add(movement.reference)
+                    yield movement
+            begin = stop
+
     async def close(self) -> None:
         """Close the connections."""
         await self._api.close()
@@ -906,6 +953,31 @@ class PayPalGateway:
         if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_recent:
             return Expired(request.reference, "RESOURCE_NOT_FOUND")
         return Unknown("PayPal shows no such order")
+
+    # --- lists ------------------------------------------------------------------------------------------------------
+
+    async def _transactions(self, since: datetime, until: datetime) -> AsyncIterator[Json]:
+        """What PayPal tells of this time, which is halved until it is no more than PayPal tells at once."""
+        page, pages = 1, 1
+        while page <= pages:
+            answer = await self._api.search(since, until, page)
+            if answer is None and page == 1:
+                async for told in self._halves(since, until):
+                    yield told
+                return
+            if answer is None:
+                raise OutcomeUnknown(NAME, "the list grew too long while it was read")
+            for told in _understood(_told, answer):
+                yield told
+            page, pages = page + 1, _understood(_pages, answer)
+
+    async def _halves(self, since: datetime, until: datetime) -> AsyncIterator[Json]:
+        middle = (since + (until - since) / 2).replace(microsecond=0)
+        if middle <= since:
+            raise GatewayContractBroken(NAME, "there is more in a second than PayPal tells at once")
+        for begin, end in ((since, middle), (middle, until)):
+            async for told in self._transactions(begin, end):
+                yield told
 
     # --- shared steps -----------------------------------------------------------------------------------------------
 
@@ -1067,6 +1139,60 @@ def _linked(stored: Json, path: str) -> str | None:
         if link.get("rel") == "up" and path in str(link.get("href")):
             return str(link["href"]).rsplit("/", 1)[-1]
     return None
+
+
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+SEARCH_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+SEARCH_PAGE: Final = 500
+SEARCH_RANGE: Final = timedelta(days=31)
+"""The longest time of one question, and the largest page."""
+
+RECEIVED: Final = "T00"
+REFUNDED: Final = "T1107"
+"""Event codes: a payment from account to account, of which we see both directions, and a refund by the merchant.
+
+Others are fees, disputes, reversals by PayPal, holds. Source:
+https://developer.paypal.com/docs/transaction-search/transaction-event-codes/.
+"""
+EXECUTED: Final = frozenset({"S", "V"})
+"""Transaction statuses: successful, and successful but refunded in full since. Pending and denied moved nothing."""
+
+
+def _told(answer: Json) -> list[Json]:
+    return [each["transaction_info"] for each in answer.get("transaction_details") or ()]
+
+
+def _pages(answer: Json) -> int:
+    return int(answer.get("total_pages") or 0)
+
+
+def _movement(told: Json) -> Movement | None:
+    """A capture or refund, None for what is neither, or has not been executed.
+
+    What is reported of a refund may be the marks of its capture, so the kind in the mark has to agree; the movement is
+    then known by its id, which is also the refund's.
+    """
+    code, amount = str(told["transaction_event_code"]), told["transaction_amount"]
+    is_refund, is_negative = code == REFUNDED, str(amount["value"]).startswith("-")
+    if told["transaction_status"] not in EXECUTED or not (is_refund or code.startswith(RECEIVED)):
+        return None
+    if is_refund != is_negative:
+        return None  # Money that we sent, or a refund that came back to us.
+    own, inherited = read_mark(told.get("invoice_id")), read_mark(told.get("custom_field"))
+    marks, kinds = own or inherited, (OperationKind.REFUND,) if is_refund else CAPTURES
+    moved_at = _time(told["transaction_initiation_date"])
+    if moved_at is None:
+        raise GatewayContractBroken(NAME, "a transaction without a time")
+    return Movement(
+        reference=str(told["transaction_id"]),
+        moved_at=moved_at,
+        is_refund=is_refund,
+        currency=str(amount["currency_code"]),
+        amount_minor=_minor({**amount, "value": str(amount["value"]).removeprefix("-")}),
+        payment_id=marks.payment_id if marks else None,
+        operation_number=own.operation_number if own is not None and own.kind in kinds else None,
+    )
 
 
 # --- webhooks -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from stripe.params import (
     RefundCreateParams,
 )
 
-from domain.capabilities import AmountLimits, Capabilities
+from domain.capabilities import AmountLimits, Capabilities, Listing
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import MINOR_UNITS, Money
@@ -504,6 +504,7 @@ class StripeGateway:
             off_session=True,
             cancel_waiting=True,
             idempotency_retention=timedelta(hours=23),  # Stripe promises 24
+            listing=Listing.PAYMENTS,
             limits={
                 currency: AmountLimits(
                     MINIMUMS.get(currency, 1), from_stripe_amount(_maximum_in_stripes_units(currency), currency)

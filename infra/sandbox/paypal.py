@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
@@ -54,6 +54,10 @@ Execution = Callable[[Request, PayPalObject], tuple[str, PayPalObject]]
 
 OWN: Final = "/_sandbox/paypal"
 TOKEN_SECONDS: Final = 31_668
+SEARCH_RANGE: Final = timedelta(days=31)
+SEARCH_PAGE: Final = 500
+SEARCH_ITEMS: Final = 10_000
+"""What Transaction Search tells of at once: the longest time, the largest page, and the most items of all pages."""
 WEBHOOK_ID: Final = "1JE4291016473214C"
 
 
@@ -152,6 +156,7 @@ class PayPalSimulator:
                 lambda request, given: ("refunds", books().refund(request.path_params["id"], given)),
             ),
             self._reading("/v2/payments/refunds/{id}", "refunds"),
+            Route("/v1/reporting/transactions", self._search, methods=["GET"]),
             Route(CERTIFICATES + "{id}", self._certificate, methods=["GET"]),
             Route("/v1/notifications/verify-webhook-signature", self._verify, methods=["POST"]),
         ]
@@ -344,6 +349,42 @@ class PayPalSimulator:
 
         return Route(path, endpoint, methods=["GET"])
 
+    # --- Transaction Search -----------------------------------------------------------------------------------------
+
+    async def _search(self, request: Request) -> Response:
+        """What moved money in a time, by pages; here without delay."""
+        await asyncio.sleep(self.latency_seconds)
+        fault = self.faults.pick(Call("search", request.url.path))
+        broken = _before(fault)
+        if broken is not None:
+            return broken
+        try:
+            self._authenticate(request)
+            return spoiled(fault, JSONResponse(self._found(request)))
+        except Refusal as refusal:
+            return _error(refusal)
+
+    def _found(self, request: Request) -> PayPalObject:
+        since, until = (_moment(request.query_params.get(name)) for name in ("start_date", "end_date"))
+        size, page = _whole(request.query_params.get("page_size", "100")), _whole(request.query_params.get("page", "1"))
+        if not since <= until <= since + SEARCH_RANGE or not 1 <= size <= SEARCH_PAGE or page < 1:
+            raise invalid("INVALID_PARAMETER_VALUE")
+        found = self.books.transactions(since, until)
+        if len(found) > SEARCH_ITEMS:
+            raise Refusal(400, "RESULTSET_TOO_LARGE")
+        shown = found[(page - 1) * size : page * size]
+        answer = {
+            "account_number": "SANDBOX1",
+            "start_date": request.query_params["start_date"],
+            "end_date": request.query_params["end_date"],
+            "last_refreshed_datetime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "page": page,
+            "total_items": len(found),
+            "total_pages": -(-len(found) // size),
+            "links": [{"href": str(request.url), "rel": "self", "method": "GET"}],
+        }
+        return answer | ({"transaction_details": [{"transaction_info": each} for each in shown]} if shown else {})
+
     # --- webhooks ---------------------------------------------------------------------------------------------------
 
     def _send(self, event: Event, base_url: str) -> None:
@@ -501,6 +542,22 @@ def _internal_error() -> Response:
 
 def _error(refusal: Refusal) -> Response:
     return JSONResponse(refusal.body, refusal.status, headers={"PayPal-Debug-Id": refusal.body["debug_id"]})
+
+
+def _moment(text: str | None) -> datetime:
+    try:
+        read = datetime.fromisoformat(text or "")
+    except ValueError as error:
+        raise invalid("INVALID_PARAMETER_SYNTAX" if text else "MISSING_REQUIRED_PARAMETER") from error
+    if read.tzinfo is None:
+        raise invalid("INVALID_PARAMETER_SYNTAX")
+    return read
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise invalid("INVALID_PARAMETER_SYNTAX")
+    return int(text)
 
 
 def _json_of(done: Done) -> dict[str, Any]:

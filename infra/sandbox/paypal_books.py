@@ -37,6 +37,9 @@ _ALPHABET: Final = "ABCDEFGHJKLMNPRSTUVWXY0123456789"
 
 
 MESSAGES: Final = {
+    "RESULTSET_TOO_LARGE": (
+        "Result set size is greater than the maximum limit. Change the filter criteria and try again."
+    ),
     "INVALID_REQUEST": "Request is not well-formed, syntactically incorrect, or violates schema.",
     "AUTHENTICATION_FAILURE": (
         "Authentication failed due to missing authorization header, or invalid authentication credentials."
@@ -369,6 +372,18 @@ class PayPalBooks:
         if invoice_id in self._invoices:
             raise unprocessable("DUPLICATE_INVOICE_ID")
 
+    # --- what was executed ------------------------------------------------------------------------------------------
+
+    def transactions(self, since: datetime, until: datetime) -> list[PayPalObject]:
+        """What moved money in this time, both ends included, as Transaction Search tells it; oldest first."""
+        found = [
+            _transaction(kind, each)
+            for kind in ("captures", "refunds")
+            for each in self.tables[kind].values()
+            if each["status"] not in DEAD and since <= datetime.fromisoformat(each["create_time"]) <= until
+        ]
+        return sorted(found, key=lambda each: (each["transaction_initiation_date"], each["transaction_id"]))
+
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _tell_of(self, kind: str, part: PayPalObject) -> None:
@@ -440,6 +455,10 @@ _EVENTS: Final = {
     ("refunds", "PENDING"): "PAYMENT.REFUND.PENDING",
     ("refunds", "FAILED"): "PAYMENT.REFUND.FAILED",
 }
+
+
+TRANSACTION_STATUSES: Final = {"COMPLETED": "S", "PARTIALLY_REFUNDED": "S", "REFUNDED": "V"}
+"""As Transaction Search calls what has moved; anything else is pending there."""
 
 
 def new_id(length: int) -> str:
@@ -543,6 +562,25 @@ def _part_links(kind: str, part: PayPalObject, base_url: str) -> list[PayPalObje
         {"href": f"{base_url}/v2/payments/{kind}/{part['id']}", "rel": "self", "method": "GET"},
         {"href": f"{base_url}{up}", "rel": "up", "method": "GET"},
     ]
+
+
+def _transaction(kind: str, part: PayPalObject) -> PayPalObject:
+    """A capture or refund in the form of the account's books: money that goes out is negative."""
+    amount, is_refund = part["amount"], kind == "refunds"
+    related = part.get("_capture") or part.get("_hold")
+    told = {
+        "transaction_id": part["id"],
+        "paypal_reference_id": related or part["_order"],
+        "paypal_reference_id_type": "TXN" if related else "ODR",
+        "transaction_event_code": "T1107" if is_refund else "T0006",
+        "transaction_initiation_date": part["create_time"],
+        "transaction_updated_date": part["create_time"],
+        "transaction_amount": {**amount, "value": f"-{amount['value']}"} if is_refund else amount,
+        "transaction_status": TRANSACTION_STATUSES.get(part["status"], "P"),
+        "instrument_type": "PAYPAL",
+    }
+    marks = {"invoice_id": part.get("invoice_id"), "custom_field": part.get("custom_id")}
+    return told | {name: mark for name, mark in marks.items() if mark is not None}
 
 
 def _now(later: timedelta = timedelta(0)) -> str:

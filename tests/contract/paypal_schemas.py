@@ -25,6 +25,7 @@ DOCUMENTS: Final = {
     "/v2/checkout/": "checkout_orders_v2",
     "/v2/payments/": "payments_payment_v2",
     "/v1/notifications/": "notifications_webhooks_v1",
+    "/v1/reporting/": "reporting_transactions_v1",
 }
 OF_TOMORROW: Final = "A_STATUS_OF_TOMORROW"
 """What PayPal may say one day: no document knows it, and tests have the simulator say it on purpose."""

@@ -7,6 +7,7 @@ request of the gateway is among it, and that a wrong one would be noticed.
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from domain.commands import OperationKind
 from domain.money import Money
 from domain.operations import OperationState, Pending, RequiresAction, Succeeded
-from domain.ports import Gateway
+from domain.ports import Gateway, Movements
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
 from tests.contract.paypal import PAYS, PayPalSandbox, paypal_gateway, running_paypal
 from tests.contract.paypal_schemas import Exchange, recorded, violations
@@ -29,6 +30,7 @@ REQUESTS = {
     "POST /v2/payments/authorizations/{id}/void",
     "POST /v2/payments/captures/{id}/refund",
     "GET /v2/payments/refunds/{id}",
+    "GET /v1/reporting/transactions",
 }
 """All that the gateway ever asks of PayPal, but for the access token."""
 
@@ -77,6 +79,14 @@ async def a_refund_that_the_order_does_not_list(gateway: Gateway, paypal: PayPal
     assert isinstance(await gateway.status(request._replace(reference=pending.reference)), Pending)
 
 
+async def what_was_moved_is_listed(gateway: Gateway) -> None:
+    assert isinstance(gateway, Movements)
+    now = datetime.now(UTC)
+    listed = [each async for each in gateway.movements(now - timedelta(hours=1), now + timedelta(hours=1))]
+    assert {each.is_refund for each in listed} == {False, True}
+    assert [each async for each in gateway.movements(now - timedelta(days=2), now - timedelta(days=1))] == []
+
+
 async def test_everything_that_the_gateway_and_paypal_say_is_as_documented(
     gateway: Gateway, paypal: PayPalSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +95,7 @@ async def test_everything_that_the_gateway_and_paypal_say_is_as_documented(
         await approved(gateway, paypal, OperationKind.CHARGE)
         await captured_in_parts_released_and_refunded(gateway)
         await a_refund_that_the_order_does_not_list(gateway, paypal)
+        await what_was_moved_is_listed(gateway)
     assert [told for each in exchanges for told in violations(each)] == []
     said = {_place(each.request) for each in exchanges} - {"POST /v1/oauth2/token"}
     assert said == REQUESTS

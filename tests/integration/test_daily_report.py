@@ -5,13 +5,16 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
-from app.daily_report import report_day
+from app.daily_report import ListUnreadable, NoList, report_day
 from app.settings import Settings
+from tests.contract.paypal import PAYS, PayPalSandbox, paypal_gateway
 from tests.contract.providers import Stripe
+from tests.support.provider import BookkeepingGateway
 from tests.support.sandbox import running_sandbox
 from tests.support.service import delivery, new_payment_id, running_worker, value
 
@@ -71,7 +74,127 @@ def post(http: httpx.Client, path: str, form: dict[str, Any]) -> None:
     http.post(f"/v1/{path}", data=form, headers=AUTHORIZATION).raise_for_status()
 
 
-async def test_a_provider_without_a_list_is_said_so() -> None:
-    settings = Settings(gateways=["momo"], default_gateway="momo")
-    with pytest.raises(ValueError, match="offers no list"):
-        await asyncio.to_thread(report_day, settings, datetime.now(UTC).date(), None, as_json=True)
+# --- PayPal: movement by movement -------------------------------------------------------------------------------------
+
+
+class NotReallyPayPal(BookkeepingGateway):
+    """What is paid here is in our books alone."""
+
+    name = "paypal"
+
+
+def report_of_today(settings: Settings, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]]]:
+    """How many movements PayPal lists today, and where we differ."""
+    code = report_day(settings, datetime.now(UTC).date(), None, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert code == bool(told["differences"])
+    return told["listed"], told["differences"]
+
+
+async def test_each_capture_and_refund_is_held_against_paypals_list(
+    postgres_url: str, sandbox_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(
+        postgres_url=postgres_url,
+        gateways=["paypal"],
+        default_gateway="paypal",
+        paypal_client_id="report",
+        paypal_client_secret="secret",
+        paypal_api_base=sandbox_url,
+    )
+    paid, held, lost, changed, ours_alone = (new_payment_id() for _ in range(5))
+
+    async def differences() -> tuple[int, list[dict[str, str]]]:
+        return await asyncio.to_thread(report_of_today, settings, capsys)
+
+    with httpx.Client(base_url=sandbox_url) as http:
+        paypal = PayPalSandbox(sandbox_url, http)
+        gateway = paypal_gateway(sandbox_url)
+        async with running_worker(postgres_url, gateway) as worker:
+
+            async def does(kind: str, payment_id: UUID, key: str, **fields: Any) -> None:
+                method = {"payment_method": PAYS} if kind in ("charge", "authorize") else {}
+                await worker.accept(delivery(kind, payment_id, f"{payment_id}-{key}", **method | fields))
+                await worker.idle()
+
+            await does("charge", paid, "refused", payment_method="vault:refused")
+            for each in (paid, lost, changed):
+                if each is lost:
+                    paypal.fault("cut_after", operation="create", payment_id=str(lost), times=1)
+                await does("charge", each, "charge")
+            await does("refund", paid, "part", amount_minor=2_500)
+            await does("authorize", held, "hold")
+            await does("capture", held, "part", amount_minor=4_000)
+            await does("capture", held, "rest")
+            await does("refund", held, "refund", amount_minor=6_000)
+
+            listed, [found] = await differences()
+            assert (listed, found["payment_id"], found["what"]) == (7, str(lost), "captured")
+            assert (found["ours"], found["theirs"]) == ("indeterminate", "USD 100.00")
+            assert "still open" in found["likely_cause"]
+
+            await value(postgres_url, "UPDATE operations SET due_at = now() WHERE state = 'indeterminate' RETURNING 1")
+            await worker.sweep.sweep_once()
+            await worker.idle()
+        await gateway.close()
+        assert await differences() == (7, [])
+
+        async with running_worker(postgres_url, NotReallyPayPal()) as worker:
+            await worker.accept(delivery("charge", ours_alone, "ours"))
+            await worker.idle()
+        paypal.charge("somebody else's").raise_for_status()
+        reference = await value(postgres_url, "SELECT gateway_payment_id FROM payments WHERE payment_id = $1", paid)
+        [capture] = paypal.order(reference)["purchase_units"][0]["payments"]["captures"]
+        refund_in_the_portal(paypal, capture["id"])
+        await value(
+            postgres_url, "UPDATE operations SET amount_minor = 9_900 WHERE payment_id = $1 RETURNING 1", changed
+        )
+        listed, found_now = await differences()
+    told = sorted((each["what"], str(each["payment_id"]), each["ours"], each["theirs"]) for each in found_now)
+    assert listed == 9
+    assert told == sorted([
+        ("captured", str(changed), "USD 99.00", "USD 100.00"),
+        ("not at the provider", str(ours_alone), "captured USD 100.00", ""),
+        ("not in our books", "None", "", "USD 10.00"),
+        ("not in our books", str(paid), "", "USD 5.00"),
+    ])  # fmt: skip
+    causes = {each["theirs"]: each["likely_cause"] for each in found_now}
+    assert causes["USD 10.00"] == "not made by this service"
+    assert causes["USD 5.00"] == "a refund made in the provider's portal"
+
+
+def refund_in_the_portal(paypal: PayPalSandbox, capture_id: str) -> None:
+    """Without marks of its own: it carries over those of the capture."""
+    answer = paypal.http.post(
+        f"/v2/payments/captures/{capture_id}/refund",
+        json={"amount": {"currency_code": "USD", "value": "5.00"}},
+        headers={"Authorization": f"Bearer {paypal.token()}", "PayPal-Request-Id": "portal"},
+    )
+    answer.raise_for_status()
+
+
+async def test_a_list_that_cannot_be_read_is_said_so_and_nothing_is_called_missing(
+    postgres_url: str, sandbox_url: str
+) -> None:
+    own = {"paypal_client_id": "x", "paypal_client_secret": "x", "paypal_api_base": sandbox_url}
+    settings = Settings(postgres_url=postgres_url, gateways=["paypal"], default_gateway="paypal", **own)  # type: ignore[arg-type]
+    with httpx.Client(base_url=sandbox_url) as http:
+        PayPalSandbox(sandbox_url, http).fault("503", operation="search", times=1)
+        with pytest.raises(ListUnreadable, match="nothing was compared"):
+            await asyncio.to_thread(report_day, settings, datetime.now(UTC).date(), None, as_json=True)
+
+
+@pytest.mark.parametrize("gateway", ["vnpay", "momo"])
+def test_a_provider_without_a_list_is_said_so(gateway: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, today = Settings(gateways=[gateway], default_gateway=gateway), datetime.now(UTC).date()
+    with pytest.raises(NoList, match=f"{gateway} offers no list") as refused:
+        report_day(settings, today, None, as_json=False)
+    assert refused.value.gateway == gateway
+    assert report_day(settings, today, None, as_json=True) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["gateway"], told["error"]) == (gateway, "no_list")
+
+
+def test_a_gateway_that_is_not_used_here_has_no_books_to_compare() -> None:
+    with pytest.raises(ValueError, match="not one of"):
+        report_day(Settings(), datetime.now(UTC).date(), "paypal", as_json=True)

@@ -7,6 +7,8 @@ import pytest
 from app.gateways_command import known_capabilities, rows
 from app.settings import Settings
 from app.wiring import GATEWAYS, WEBHOOKS, create_gateways, create_webhook_readers
+from domain.capabilities import Listing
+from domain.ports import Movements, Statements
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gateways.md"
 
@@ -24,6 +26,15 @@ def test_the_documented_matrix_is_what_the_code_decides_by() -> None:
 
 def test_every_gateway_but_the_one_for_benchmarks_receives_webhooks() -> None:
     assert GATEWAYS.keys() - {"instant"} == WEBHOOKS.keys()
+
+
+async def test_a_gateway_lists_what_it_declares_to_list() -> None:
+    ways = {Listing.NONE: (), Listing.PAYMENTS: (Statements,), Listing.MOVEMENTS: (Movements,)}
+    for create in GATEWAYS.values():
+        gateway = create(Settings())
+        fits = tuple(each for each in (Statements, Movements) if isinstance(gateway, each))
+        assert fits == ways[gateway.capabilities.listing]
+        await gateway.close()
 
 
 CREDENTIALS = {

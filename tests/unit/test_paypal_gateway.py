@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -23,6 +24,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Movement
 from infra.gateways.paypal import (
     APPROVAL_WINDOW,
     CURRENCIES,
@@ -484,3 +486,160 @@ def test_an_error_says_nothing_that_paypal_or_the_sender_wrote() -> None:
 
     assert "Jane" not in f"{refused('TRANSACTION_REFUSED')} {odd} {odd.code}"
     assert "secret" not in f"{refused('TRANSACTION_REFUSED')!r}"
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+DAY = datetime(2026, 11, 22, tzinfo=UTC)
+
+
+def listed(name: str = "T1", **fields: Any) -> Json:
+    """A capture as Transaction Search tells it, with PayPal's way of writing a time zone."""
+    told = {
+        "transaction_id": name,
+        "transaction_event_code": "T0006",
+        "transaction_initiation_date": "2026-11-22T20:00:00+0000",
+        "transaction_amount": TEN,
+        "transaction_status": "S",
+        "invoice_id": invoice_of(CAPTURE),
+        "custom_field": mark_of(CHARGE),
+    }
+    return {"transaction_info": told | fields}
+
+
+MINUS_TEN = TEN | {"value": "-10.00"}
+REFUNDED = {"transaction_event_code": "T1107", "transaction_amount": MINUS_TEN, "invoice_id": invoice_of(REFUND)}
+
+
+class Search:
+    """PayPal's answers to the list; what it was asked for, and how much it tells of at once."""
+
+    def __init__(self, *found: Json, at_once: int = 10_000) -> None:
+        self.asked: list[dict[str, str]] = []
+        self._found = found
+        self._at_once = at_once
+
+    def gateway(self) -> PayPalGateway:
+        built = PayPalGateway(config())
+        transport = httpx.MockTransport(self._answer)
+        built._api._http._client = httpx.AsyncClient(transport=transport, base_url=LIVE)
+        return built
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, json={"access_token": "t", "expires_in": 9_000})
+        asked = dict(request.url.params)
+        self.asked.append(asked)
+        since, until = (datetime.fromisoformat(asked[name]) for name in ("start_date", "end_date"))
+        found = [each for each in self._found if since <= _began(each) <= until]
+        if len(found) > self._at_once:
+            return httpx.Response(400, json={"name": "RESULTSET_TOO_LARGE", "debug_id": "d"})
+        page, size = int(asked["page"]), int(asked["page_size"])
+        told: Json = {"transaction_details": found[(page - 1) * size : page * size]}
+        return httpx.Response(200, json=told | {"total_pages": -(-len(found) // size)})
+
+
+def _began(told: Json) -> datetime:
+    return datetime.fromisoformat(told["transaction_info"]["transaction_initiation_date"])
+
+
+async def movements(search: Search, since: datetime = DAY, until: datetime = DAY + timedelta(days=1)) -> list[Movement]:
+    gateway = search.gateway()
+    found = [each async for each in gateway.movements(since, until)]
+    await gateway.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "marks"),
+    [
+        ({}, (False, PAYMENT_ID, 2)),
+        ({"transaction_status": "V"}, (False, PAYMENT_ID, 2)),
+        ({"invoice_id": invoice_of(CHARGE)}, (False, PAYMENT_ID, 1)),
+        (REFUNDED, (True, PAYMENT_ID, 2)),
+        # Refunded at PayPal's pages: with the marks of the capture, which are not the refund's.
+        (REFUNDED | {"invoice_id": invoice_of(CAPTURE)}, (True, PAYMENT_ID, None)),
+        (REFUNDED | {"invoice_id": "order-7"}, (True, PAYMENT_ID, None)),
+        ({"invoice_id": "order-7", "custom_field": "x"}, (False, None, None)),
+    ],
+)
+async def test_a_listed_movement_is_that_of_the_operation_whose_marks_it_carries(fields: Json, marks: object) -> None:
+    [found] = await movements(Search(listed(**fields)))
+    assert (found.is_refund, found.payment_id, found.operation_number) == marks
+    assert (found.reference, found.currency, found.amount_minor) == ("T1", "USD", 1000)
+    assert found.moved_at == CREATED_AT
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"transaction_status": "P"},
+        {"transaction_status": "D"},
+        {"transaction_event_code": "T0006", "transaction_amount": MINUS_TEN},
+        {"transaction_event_code": "T1107"},
+        {"transaction_event_code": "T0107", "transaction_amount": MINUS_TEN},
+        {"transaction_event_code": "T1106", "transaction_amount": MINUS_TEN},
+        {"transaction_event_code": "T1201", "transaction_amount": MINUS_TEN},
+        {"transaction_event_code": "T1300"},
+    ],
+    ids=["pending", "denied", "sent by us", "refunded to us", "fee", "reversal", "chargeback", "hold"],
+)
+async def test_what_is_no_capture_or_refund_of_ours_or_moved_nothing_is_passed_over(fields: Json) -> None:
+    assert await movements(Search(listed(**fields), listed("T2"))) == await movements(Search(listed("T2")))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"transaction_amount": {"currency_code": "USD", "value": "ten"}},
+        {"transaction_initiation_date": None},
+        {"transaction_event_code": None, "transaction_status": None, "transaction_amount": None},
+    ],
+)
+async def test_a_list_that_cannot_be_read_is_not_cut_short(fields: Json) -> None:
+    search = Search()
+    search._answer = lambda request: httpx.Response(  # type: ignore[method-assign]
+        200, json={"access_token": "t", "expires_in": 9_000, "transaction_details": [listed(), listed("T2", **fields)]}
+    )
+    with pytest.raises(GatewayContractBroken):
+        await movements(search)
+
+
+async def test_a_list_of_many_pages_is_read_to_its_end_and_each_movement_counts_once() -> None:
+    search = Search(*(listed(f"T{number}") for number in range(1_200)), listed("T7"))
+    assert len(await movements(search)) == 1_200
+    assert [each["page"] for each in search.asked] == ["1", "2", "3"]
+
+
+async def test_what_is_too_much_for_one_answer_is_asked_for_in_parts() -> None:
+    times = [DAY + timedelta(minutes=number) for number in range(100)]
+    found = [listed(f"T{n}", transaction_initiation_date=f"{at:%Y-%m-%dT%H:%M:%S}Z") for n, at in enumerate(times)]
+    search = Search(*found, at_once=30)
+    assert sorted(each.moved_at for each in await movements(search)) == times
+    assert len(search.asked) > 4
+
+
+async def test_what_is_too_much_in_a_second_is_no_list() -> None:
+    with pytest.raises(GatewayContractBroken):
+        await movements(Search(*(listed(f"T{number}") for number in range(3)), at_once=2))
+
+
+async def test_a_long_time_is_asked_for_month_by_month_and_ends_before_its_end() -> None:
+    days = [DAY + timedelta(days=number) for number in (0, 31, 62, 70)]
+    found = [listed(f"T{n}", transaction_initiation_date=f"{at:%Y-%m-%dT%H:%M:%S}Z") for n, at in enumerate(days)]
+    search = Search(*found)
+    assert [each.moved_at for each in await movements(search, DAY, days[-1])] == days[:-1]
+    for each in search.asked:
+        since, until = (datetime.fromisoformat(each[name]) for name in ("start_date", "end_date"))
+        assert until - since <= timedelta(days=31)
+
+
+async def test_an_app_that_may_not_search_is_told_so() -> None:
+    search = Search()
+    search._answer = lambda request: (  # type: ignore[method-assign]
+        httpx.Response(200, json={"access_token": "t", "expires_in": 9_000})
+        if request.method == "POST"
+        else httpx.Response(403, json={"name": "NOT_AUTHORIZED", "debug_id": "d"})
+    )
+    with pytest.raises(GatewayUnreachable, match="NOT_AUTHORIZED"):
+        await movements(search)
