@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -19,11 +19,9 @@ from rich.console import Console
 
 from app.up import simulated
 from benchmarks.load import make_charges, percentile
+from benchmarks.service import Bench
 from infra.gateways.transport import SmallPools
 from infra.local.server import free_port
-
-if TYPE_CHECKING:
-    from benchmarks.__main__ import Bench
 
 SECRET: Final = "whsec_bench"
 CONNECTIONS: Final = 200
@@ -70,7 +68,7 @@ FULL: Final = GatewayPlan(webhooks=60_000, steady_seconds=20, stuck_operations=1
 class GatewayBench:
     """The measurements, over the servers and processes of the service's bench."""
 
-    def __init__(self, bench: "Bench", plan: GatewayPlan) -> None:
+    def __init__(self, bench: Bench, plan: GatewayPlan) -> None:
         self._bench = bench
         self._plan = plan
         self.results: dict[str, Any] = {}
