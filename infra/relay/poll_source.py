@@ -1,16 +1,16 @@
 """Events from the table itself, for databases without logical replication.
 
-Transaction ids and sequences commit out of order, so `id > last` would lose events. What all transactions below the
-oldest running one wrote is final: that is a window. Within a window the order is that of `position`, which is taken
-while the payment is locked; a transaction that waited for another ends after it, so that no payment is split the wrong
-way round between two windows. NOTIFY wakes the reader; its trigger is on only while a relay polls.
+Transaction ids and sequences commit out of order, so `id > last` would lose events. A window is what one snapshot sees
+and the one before did not. A transaction that waited for another's lock on a payment is seen by no snapshot that does
+not see the other one, too; within a window the order is that of `position`, which is taken while the payment is locked.
+NOTIFY wakes the reader; its trigger is on only while a relay polls.
 """
 
 import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Self
 
 import psycopg
 import structlog
@@ -29,45 +29,80 @@ from infra.relay.progress import (
     set_notify,
     start_mark,
 )
-from infra.relay.scan import COLUMNS, event_of
+from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of, rows_at_once
 from infra.relay.source import Desk, Room, Take
 from infra.relay.stream import CONNECTION, with_settings
 
 log = structlog.get_logger(__name__)
 
 PORTION: Final = 2000
-BLOCKED_SECONDS: Final = (0.001, 0.05)
-"""How soon to look again while events are visible behind a transaction that still runs: it may end without a word."""
 
-# The horizon and the rows are of one snapshot. A bound window is finished, whatever has happened since.
+LOOK: Final = "SELECT pg_current_snapshot()::text"
+WINDOW: Final = """
+    (SELECT * FROM outbox WHERE xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])
+     UNION ALL
+     SELECT * FROM outbox WHERE xact = ANY(%(late)s::bigint[]))
+"""
+"""From `first` on those that had ended, and before it those that ended late."""
+_WRITTEN: Final = "(extract(epoch FROM o.created_at) * 1000000)::bigint"
 READ: Final = f"""
-    WITH w AS MATERIALIZED (
-        SELECT coalesce(%(end)s, pg_snapshot_xmin(pg_current_snapshot())::text::bigint) AS "end")
-    SELECT w."end", r.*
-      FROM w LEFT JOIN LATERAL (
-        SELECT o.position AS at, (extract(epoch FROM o.created_at) * 1000000)::bigint AS written_us, {COLUMNS}
-          FROM outbox AS o
-         WHERE o.xact >= %(begin)s AND o.xact < w."end" AND o.position > %(position)s
-         ORDER BY o.position LIMIT {PORTION}) AS r ON true
-     ORDER BY r.at
-"""  # noqa: S608 - names from our own constants
-REST: Final = f"""
-    SELECT o.position, (extract(epoch FROM o.created_at) * 1000000)::bigint, {COLUMNS} FROM outbox AS o
-     WHERE o.xact >= %(begin)s AND o.xact < %(end)s AND o.position > %(position)s
+    SELECT o.position, o.size, {_WRITTEN}, {COLUMNS}
+      FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
+              FROM (SELECT * FROM {WINDOW} AS o WHERE o.position > %(position)s
+                     ORDER BY o.position LIMIT {PORTION}) AS o) AS o
+     WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
      ORDER BY o.position
 """  # noqa: S608 - names from our own constants
-OLD: Final = f"""
-    SELECT 0, 0, {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
+LARGEST: Final = f"""
+    SELECT coalesce(max(octet_length(o.payload)), 0) FROM {WINDOW} AS o WHERE o.position > %(position)s
 """  # noqa: S608 - names from our own constants
-BLOCKED: Final = "SELECT EXISTS (SELECT FROM outbox WHERE xact >= %s)"
+REST: Final = f"""
+    SELECT o.position, 0, {_WRITTEN}, {COLUMNS} FROM {WINDOW} AS o WHERE o.position > %(position)s ORDER BY o.position
+"""  # noqa: S608 - names from our own constants
+OLD: Final = f"""
+    SELECT {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
+"""  # noqa: S608 - names from our own constants
+LARGEST_OLD: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox WHERE xact IS NULL"
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 _EPOCH_2000_US: Final = 946_684_800_000_000
+
+
+class Snapshot(NamedTuple):
+    """Which transactions had ended at a moment: all below `below`, and those below `end` that are not `open`."""
+
+    below: int
+    end: int
+    open: frozenset[int]
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """From Postgres's own form, `xmin:xmax:xip,…`."""
+        below, end, open_ = text.split(":")
+        return cls(int(below), int(end), frozenset(map(int, filter(None, open_.split(",")))))
+
+    @classmethod
+    def of_all_below(cls, transaction: int) -> Self:
+        """As if just those had ended."""
+        return cls(max(transaction, 1), max(transaction, 1), frozenset())
+
+    def __str__(self) -> str:
+        return f"{self.below}:{self.end}:{','.join(map(str, sorted(self.open)))}"
+
+    def until(self, later: "Snapshot", position: int) -> dict[str, Any]:
+        """Values for `WINDOW`: what `later` sees and this does not, behind `position`."""
+        return {
+            "first": self.end,
+            "end": later.end,
+            "open": list(later.open),
+            "late": list(self.open - later.open),
+            "position": position,
+        }
 
 
 class _Step:
     """A portion that was handed over, and the position that it leads to."""
 
-    def __init__(self, begin: int, end: int | None, position: int) -> None:
+    def __init__(self, begin: Snapshot, end: Snapshot | None, position: int) -> None:
         self.begin, self.end, self.position = begin, end, position
         self.group = Group()
 
@@ -93,12 +128,13 @@ class PollSource:
         self._listening: asyncio.Task[None] | None = None
         self._on_ready: Callable[[], None] | None = None
         self._is_woken = True
-        self._begin, self._position = 0, 0
-        self._end: int | None = None
+        self._begin, self._position = Snapshot.of_all_below(0), 0
+        self._end: Snapshot | None = None
         self._rest: psycopg.AsyncServerCursor[Any] | None = None
         self._left: deque[tuple[Any, ...]] = deque()
         self._steps: deque[_Step] = deque()
-        self._pause, _ = BLOCKED_SECONDS
+        self._at_once = PORTION
+        self._proven, self._unproven_end = 0, 0
         self._saved: _Step | None = None
         self._is_rest_used = False
 
@@ -115,31 +151,42 @@ class PollSource:
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
         is_moved = mark is not None and mark.system_identifier != system
-        if mark is None or mark.repair == "everything" or (is_moved and mark.repair == "unproven"):
-            if is_moved:
-                await forget_transactions(self._leader)
-            await self._publish_old(desk)
-            await self._start(system, 0)
-        elif mark.system_identifier != system and mark.repair != "unproven":
+        if mark is None or mark.repair == "everything":
+            await self._begin_at(desk, system, 0, is_moved=is_moved)
+        elif is_moved and mark.repair != "unproven":
             reason = "this is another Postgres server than before"
             await refuse_gap(self._leader, self._config.slot, reason, since=0)
         elif mark.repair is not None or mark.source != "poll":
-            await self._start(system, mark.published_below if mark.system_identifier == system else 0)
+            await self._begin_at(desk, system, 0 if is_moved else mark.published_below, is_moved=is_moved)
         else:
             await forget_gap(self._leader, self._config.slot)
-            self._begin, self._end, self._position = mark.published_below, mark.window_end, mark.window_position
+            self._go_on(mark)
 
-    async def _start(self, system: str, begin: int) -> None:
-        self._begin = begin
-        await start_mark(self._leader, self._config.slot, system=system, source="poll", lsn=0, below=begin)
+    async def _begin_at(self, desk: Desk, system: str, below: int, *, is_moved: bool) -> None:
+        if is_moved:
+            await forget_transactions(self._leader)
+        if not below:
+            await self._publish_old(desk)
+        self._begin = Snapshot.of_all_below(below)
+        await start_mark(self._leader, self._config.slot, system=system, source="poll", lsn=0, below=below)
+
+    def _go_on(self, mark: Mark) -> None:
+        if mark.window_begin is None:
+            self._begin = Snapshot.of_all_below(mark.published_below)
+        else:
+            self._begin = Snapshot.read(mark.window_begin)
+            self._end = None if mark.window_end is None else Snapshot.read(mark.window_end)
+            self._position = mark.window_position
+        self._proven, self._unproven_end = mark.published_below, self._begin.end
 
     async def _publish_old(self, desk: Desk) -> None:
         """Rows from before there was an order to poll by."""
         count = 0
         async with self._reader.transaction(), self._reader.cursor("old") as cursor:
+            cursor.itersize = await rows_at_once(self._reader, LARGEST_OLD)
             await cursor.execute(OLD.encode())
             async for row in cursor:
-                await desk.publish(event_of(row[2:]))
+                await desk.publish(event_of(row))
                 count += 1
         await desk.drained()
         metrics.RESCANNED.inc(count)
@@ -163,39 +210,55 @@ class PollSource:
 
     async def _fetch(self) -> None:
         self._is_woken = False
-        end, rows = await (self._read_window() if self._rest is None else self._read_rest(self._rest))
-        if len(rows) == PORTION:
+        is_inside, end = self._end is not None, self._end or await self._look()
+        rows = await (self._read_window(end) if self._rest is None else self._read_rest(self._rest))
+        if rows and (len(rows) >= self._at_once or rows[-1][1] >= PORTION_BYTES):
             await self._stay_in_window(end, rows[-1][0])
         else:
             await self._leave_window(end)
         if rows:
-            step = _Step(self._begin, self._end, self._position)
-            step.group.committed_at_us = rows[0][1] - _EPOCH_2000_US
-            self._steps.append(step)
-            self._left.extend(row[2:] for row in rows)
             self._is_woken = True
-        else:
-            await self._look_behind()
+            self._unproven_end = end.end
+        if rows or is_inside or self._is_proof_due():
+            self._note(rows)
 
-    async def _read_window(self) -> tuple[int, list[tuple[Any, ...]]]:
-        values = {"begin": self._begin, "end": self._end, "position": self._position}
-        found = await (await self._reader.execute(READ.encode(), values)).fetchall()
-        return found[0][0], [row[1:] for row in found if row[1] is not None]
+    def _is_proof_due(self) -> bool:
+        """What was running beside the last events has ended since, so that they are below what has."""
+        return self._proven < self._begin.below and self._proven < self._unproven_end
 
-    async def _read_rest(self, rest: "psycopg.AsyncServerCursor[Any]") -> tuple[int, list[tuple[Any, ...]]]:
-        assert self._end is not None, "a window with a rest has an end"
+    def _note(self, rows: list[tuple[Any, ...]]) -> None:
+        """Once these are acknowledged, what is written down may move to where the reader is now."""
+        step = _Step(self._begin, self._end, self._position)
+        if rows:
+            step.group.committed_at_us = rows[0][2] - _EPOCH_2000_US
+        self._steps.append(step)
+        self._left.extend(row[3:] for row in rows)
+        self._proven = self._begin.below
+
+    async def _look(self) -> Snapshot:
+        row = await (await self._reader.execute(LOOK)).fetchone()
+        assert row is not None, "the query always gives a row"
+        return Snapshot.read(row[0])
+
+    async def _read_window(self, end: Snapshot) -> list[tuple[Any, ...]]:
+        values = self._begin.until(end, self._position)
+        return await (await self._reader.execute(READ.encode(), values)).fetchall()
+
+    async def _read_rest(self, rest: "psycopg.AsyncServerCursor[Any]") -> list[tuple[Any, ...]]:
         self._is_rest_used = True
-        return self._end, await rest.fetchmany(PORTION)
+        return await rest.fetchmany(self._at_once)
 
-    async def _stay_in_window(self, end: int, position: int) -> None:
+    async def _stay_in_window(self, end: Snapshot, position: int) -> None:
         """A large window is sorted once, and read on by a cursor."""
         self._end, self._position = end, position
         if self._rest is None:
+            values = self._begin.until(end, position)
             await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            self._at_once = min(PORTION, await rows_at_once(self._reader, LARGEST, values))
             self._rest = self._reader.cursor("rest")
-            await self._rest.execute(REST.encode(), {"begin": self._begin, "end": end, "position": position})
+            await self._rest.execute(REST.encode(), values)
 
-    async def _leave_window(self, end: int) -> None:
+    async def _leave_window(self, end: Snapshot) -> None:
         await self._close_rest()
         self._begin, self._end, self._position = end, None, 0
 
@@ -204,16 +267,7 @@ class PollSource:
         if self._rest is not None:
             await self._rest.close()
             await self._reader.execute("COMMIT")
-        self._rest = None
-
-    async def _look_behind(self) -> None:
-        """Nothing is final that was not read: look again soon, if something is there already."""
-        row = await (await self._reader.execute(BLOCKED, [self._begin])).fetchone()
-        if row is None or not row[0]:
-            self._pause = BLOCKED_SECONDS[0]
-            return
-        asyncio.get_running_loop().call_later(self._pause, self._wake)
-        self._pause = min(2 * self._pause, BLOCKED_SECONDS[1])
+        self._rest, self._at_once = None, PORTION
 
     def _wake(self) -> None:
         self._is_woken = True
@@ -246,7 +300,13 @@ class PollSource:
             last = self._steps.popleft()
         if last is None or last is self._saved:
             return
-        values = {"slot": self._config.slot, "below": last.begin, "end": last.end, "position": last.position}
+        values = {
+            "slot": self._config.slot,
+            "below": last.begin.below,
+            "begin": str(last.begin),
+            "end": None if last.end is None else str(last.end),
+            "position": last.position,
+        }
         await self._leader.execute(SAVE_WINDOW.encode(), values)
         self._saved = last
 

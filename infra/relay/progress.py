@@ -14,8 +14,8 @@ from infra.relay.leadership import IS_LED, leadership_key
 Repair = Literal["unproven", "everything", "adopt"]
 
 FIND: Final = """
-    SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below, window_end,
-           window_position, repair, gap
+    SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
+           window_begin::text, window_end::text, window_position, repair, gap
       FROM relay_slots WHERE slot_name = %s
 """
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -27,17 +27,17 @@ START: Final = """
     VALUES (%(slot)s, %(system)s, %(source)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(events)s)
     ON CONFLICT (slot_name) DO UPDATE
        SET system_identifier = excluded.system_identifier, source = excluded.source,
-           confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below, window_end = NULL,
-           window_position = 0, gap = NULL, repair = NULL, repaired_events = excluded.repaired_events,
-           caught_up_at = now(), updated_at = now()
+           confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below, window_begin = NULL,
+           window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
+           repaired_events = excluded.repaired_events, caught_up_at = now(), updated_at = now()
 """
 SAVE_LSN: Final = """
     UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
 SAVE_WINDOW: Final = """
-    UPDATE relay_slots SET published_below = %(below)s, window_end = %(end)s, window_position = %(position)s,
-                           updated_at = now()
+    UPDATE relay_slots SET published_below = %(below)s, window_begin = %(begin)s, window_end = %(end)s,
+                           window_position = %(position)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
 NOTIFIES: Final = """
@@ -60,7 +60,8 @@ class Mark:
     source: str
     confirmed_lsn: int | None
     published_below: int
-    window_end: int | None
+    window_begin: str | None
+    window_end: str | None
     window_position: int
     repair: Repair | None
     gap: str | None

@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.publisher import Diverted
+from infra.relay.scan import PORTION_BYTES
 
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
@@ -30,10 +31,14 @@ KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name
 DUE: Final = f"""
     SELECT {", ".join(f"{name}::text" for name in OUTBOX_COLUMNS)} FROM relay_quarantine
      WHERE slot_name = %s AND state <> 'dropped'
-       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
-                            WHERE slot_name = %s AND state <> 'dropped'
-                            GROUP BY aggregateid HAVING bool_or(state = 'retry') OR NOT bool_or(state = 'refused')
-                            ORDER BY min(number) LIMIT {PAYMENTS_AT_ONCE})
+       AND aggregateid IN (
+           SELECT aggregateid
+             FROM (SELECT aggregateid, sum(octet_length(payload)) AS size,
+                          sum(sum(octet_length(payload))) OVER (ORDER BY min(number)) AS size_to_here
+                     FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'
+                    GROUP BY aggregateid HAVING bool_or(state = 'retry') OR NOT bool_or(state = 'refused')
+                    ORDER BY min(number) LIMIT {PAYMENTS_AT_ONCE}) AS due
+            WHERE size_to_here - size < {PORTION_BYTES})
      ORDER BY payment_seq
 """  # noqa: S608 - names from our own constant
 DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])"

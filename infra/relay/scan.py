@@ -1,14 +1,16 @@
 """Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.stream import CONNECTION
 
-ROWS_AT_ONCE: Final = 500
+ROWS_AT_ONCE: Final = 2000
+PORTION_BYTES: Final = 8 * 1024 * 1024
+"""How much is read from the table at once, however large its rows are."""
 COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
 
 # created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock: only
@@ -17,9 +19,17 @@ COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
 SCAN: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constant
+LARGEST: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox"
 SCAN_SINCE: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o WHERE o.xact >= {{since}} ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constant
+
+
+async def rows_at_once(connection: psycopg.AsyncConnection, largest: str, values: dict[str, Any] | None = None) -> int:
+    """How many rows may be fetched in one go, if the query `largest` tells the bytes of the largest payload."""
+    row = await (await connection.execute(largest.encode(), values)).fetchone()
+    assert row is not None, "an aggregate always gives a row"
+    return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
 
 
 async def scan(
@@ -41,7 +51,7 @@ async def _publish_all(
 ) -> int:
     count = 0
     async with connection.cursor("outbox_scan") as cursor:
-        cursor.itersize = ROWS_AT_ONCE
+        cursor.itersize = await rows_at_once(connection, LARGEST)
         await cursor.execute((SCAN_SINCE.format(since=since) if since else SCAN).encode())
         async for row in cursor:
             await publish(event_of(row))

@@ -16,7 +16,9 @@ MARKS: Final = """
            coalesce(extract(epoch FROM now() - (
                SELECT min(created_at) FROM outbox
                 WHERE xact >= r.published_below
-                  AND (r.source <> 'poll' OR xact >= coalesce(r.window_end, 0) OR position > r.window_position)
+                  AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_begin))
+                  AND (r.window_end IS NULL OR position > r.window_position
+                       OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_end))
            )), 0)::float AS lag_seconds
       FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
      ORDER BY r.slot_name

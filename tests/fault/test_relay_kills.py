@@ -12,20 +12,32 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import psutil
 import psycopg
 import pytest
 
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from tests.conftest import Topics
-from tests.support.outbox import Row, assert_first_deliveries_in_order, complete, ids, insert, until
+from tests.support.outbox import (
+    Row,
+    assert_first_deliveries_in_order,
+    commit,
+    complete,
+    ids,
+    insert,
+    rows_of,
+    until,
+)
 from tests.support.relay_process import RelayProcess
 from tests.support.topic import read_until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 TAKEOVER_SECONDS = 2.0
+MEMORY_BYTES_MAX = 250 * 2**20
 KILLS = int(os.environ.get("PAYMENTS_TEST_KILLS", "5"))
 TAKEOVERS = int(os.environ.get("PAYMENTS_TEST_TAKEOVERS", "2"))
 
@@ -133,6 +145,24 @@ async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
     await assert_all_arrived(config, rows)
     print(f"takeovers: median {sorted(took)[len(took) // 2]:.2f} s, slowest of {len(took)}: {max(took):.2f} s")
     assert max(took) < TAKEOVER_SECONDS
+
+
+async def test_large_events_cost_no_more_memory_than_small_ones(config: RelayConfig, start_relay: StartRelay) -> None:
+    """A backlog of them, read from the table: 300 MB, some at a time."""
+    large = f'"{"x" * 500_000}"'
+    rows = [row for number in range(20) for row in rows_of(f"pay_{number}", 30, payload=large)]
+    for at in range(0, len(rows), 20):
+        await commit(config.postgres_url, rows[at : at + 20])
+    relay, peak = psutil.Process(start_relay().pid), 0
+
+    def is_published(records: list[Any]) -> bool:
+        nonlocal peak
+        peak = max(peak, relay.memory_info().rss)
+        return is_complete(records)
+
+    is_complete = complete(rows)
+    await read_until(config.kafka_bootstrap, config.topic, is_published, timeout_seconds=90)
+    assert peak < MEMORY_BYTES_MAX
 
 
 async def test_a_frozen_relay_loses_its_place_and_does_no_harm_when_it_wakes(
