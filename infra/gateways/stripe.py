@@ -179,8 +179,9 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     """What a PaymentIntent says about the authorization or charge that created it.
 
     Raises:
-        GatewayContractBroken: money was captured although only a hold was asked for.
+        GatewayContractBroken: another currency; or money was captured although only a hold was asked for.
     """
+    _check_currency(intent, request)
     match intent.status:
         case "requires_capture" if request.kind is OperationKind.AUTHORIZE:
             held = intent.amount_capturable + intent.amount_received
@@ -217,8 +218,10 @@ def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     Everything else is no evidence.
 
     Raises:
-        GatewayContractBroken: marked as captured by this operation, but the amounts or the status deny it.
+        GatewayContractBroken: another currency; or marked as captured by this operation, but the amounts or the status
+            deny it.
     """
+    _check_currency(intent, request)
     if _mark(intent) != str(request.operation_number):
         if intent.status == "canceled" and intent.amount_received == 0:
             return NotExecuted(f"the hold of {intent.id} was released before the capture", intent.cancellation_reason)
@@ -237,7 +240,11 @@ def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
 
     Releasing is the same whoever does it, so the state is the evidence: `canceled` without money received, or closed
     as `succeeded` with exactly the voided amount not received (after partial captures).
+
+    Raises:
+        GatewayContractBroken: another currency.
     """
+    _check_currency(intent, request)
     released = intent.amount - intent.amount_received
     match intent.status:
         case "canceled" if intent.amount_received == 0:
@@ -251,7 +258,12 @@ def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
 
 
 def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
-    """What a Refund says. `requires_action` waits for the payer outside of our reach, so it is pending."""
+    """What a Refund says. `requires_action` waits for the payer outside of our reach, so it is pending.
+
+    Raises:
+        GatewayContractBroken: another currency.
+    """
+    _check_currency(refund, request)
     match refund.status:
         case "succeeded":
             return Succeeded(refund.id, from_stripe_amount(refund.amount, request.amount.currency))
@@ -259,6 +271,11 @@ def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
             return Declined(DeclineReason.REFUND_FAILED, getattr(refund, "failure_reason", None), refund.id)
         case _:
             return Pending(refund.id)
+
+
+def _check_currency(told: stripe.PaymentIntent | stripe.Refund, request: GatewayRequest) -> None:
+    if told.currency.upper() != request.amount.currency:
+        raise GatewayContractBroken(NAME, f"{told.id} is in {told.currency}, not in {request.amount.currency}")
 
 
 def expires_at(intent: stripe.PaymentIntent) -> datetime | None:
