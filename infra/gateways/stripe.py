@@ -95,7 +95,8 @@ class StripeConfig(BaseModel):
     """How to reach Stripe. `api_base` is None for the real one; the key decides between live and test mode.
 
     `multi_capture` asks for several captures per authorization, which Stripe grants per account and card
-    (https://docs.stripe.com/payments/multicapture); where False, the first capture releases the rest.
+    (https://docs.stripe.com/payments/multicapture); where False, the first capture releases the rest. Where True, a
+    capture of a part is refused with a card that has no multicapture.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -109,7 +110,7 @@ class StripeConfig(BaseModel):
     max_connections: int = 64
     return_url: str = "https://example.invalid/return"
     """Where Stripe sends the payer's browser after 3-D Secure."""
-    multi_capture: bool = True
+    multi_capture: bool = False
 
 
 # --- amounts and metadata -------------------------------------------------------------------------------------------
@@ -682,8 +683,8 @@ class StripeGateway:
             }
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
-        if self._config.multi_capture:  # the parameter is refused where multicapture is not available
-            params["final_capture"] = is_final
+        if self._config.multi_capture and not is_final:
+            params["final_capture"] = False  # Stripe's default is True; either is refused without multicapture
         return await self._post(
             request,
             lambda options: self._api.payment_intents.capture_async(_payment_of(request), params, options),
