@@ -1472,15 +1472,20 @@ https://developer.paypal.com/docs/api/customer-disputes/v1/.
 
 
 def _dispute_notice(notice: Notice, resource: Json) -> Notice:
-    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries."""
+    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries.
+
+    What was lost is what the payer got back, where PayPal tells it, which may be a part of what was disputed.
+    """
     disputed = (resource.get("disputed_transactions") or [{}])[0]
     marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))
-    amount, transaction = resource["dispute_amount"], disputed.get("seller_transaction_id")
-    outcome = str((resource.get("dispute_outcome") or {}).get("outcome_code"))
-    is_resolved = resource.get("status") == "RESOLVED"
+    transaction = disputed.get("seller_transaction_id")
+    outcome = (resource.get("dispute_outcome") or {}) if resource.get("status") == "RESOLVED" else {}
+    stage = DISPUTE_STAGES.get(str(outcome.get("outcome_code")), DisputeStage.OPENED)
+    returned = outcome.get("amount_refunded") if stage is DisputeStage.LOST else None
+    amount = returned or resource["dispute_amount"]
     dispute = Dispute(
         dispute_id=str(resource["dispute_id"]),
-        stage=DISPUTE_STAGES.get(outcome, DisputeStage.OPENED) if is_resolved else DisputeStage.OPENED,
+        stage=stage,
         amount_minor=_minor(amount),
         currency=str(amount["currency_code"]),
         reason=_code(resource["reason"]) if resource.get("reason") else None,
