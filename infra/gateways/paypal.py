@@ -87,6 +87,9 @@ VAULT: Final = "vault:"
 APPROVAL_WINDOW: Final = timedelta(hours=6)
 """How long a payer may take to approve an order. Unconfirmed; it is told to the payer's side, nothing is concluded."""
 
+EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
+"""The shortest time that PayPal is said to leave a payer. An order that is gone sooner is no order that expired."""
+
 EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
 """The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
 
@@ -945,12 +948,13 @@ class PayPalGateway:
     def _gone(self, request: GatewayRequest) -> Outcome:
         """PayPal denies that the order exists. That it expired is believed while an execution is not in doubt.
 
+        Not before its time can be over: an order that was created a moment ago may not show everywhere at PayPal yet.
         PayPal keeps an order that was paid; for how long is unconfirmed, so an order that is gone after days, when
         nobody looked, is a question for a person.
         """
         began = request.first_dispatched_at
-        is_recent = began is None or datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
-        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_recent:
+        is_its_time = began is not None and EXPIRY_SHOWS_AFTER <= datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
+        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_its_time:
             return Expired(request.reference, "RESOURCE_NOT_FOUND")
         return Unknown("PayPal shows no such order")
 
