@@ -198,9 +198,18 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
         case "requires_payment_method" if intent.last_payment_error is not None:
             return declined(intent.last_payment_error, intent.id)
         case "canceled" if intent.amount_received == 0:
-            return Declined(DeclineReason.CANCELED, intent.cancellation_reason, intent.id)
+            return canceled(intent.id, intent.cancellation_reason)
         case _:
             return Pending(intent.id)
+
+
+def canceled(reference: str, reason: str | None) -> Expired:
+    """What a PaymentIntent says that was canceled before any money was received, in a webhook as in an answer.
+
+    Stripe cancels what is past its time, and so can people in the dashboard: it is the same end, nothing more moves.
+    What we cancel ourselves is ended by our void.
+    """
+    return Expired(reference, reason)
 
 
 def _is_lapsed(intent: stripe.PaymentIntent, request: GatewayRequest) -> bool:

@@ -125,11 +125,10 @@ def test_metadata_is_cut_to_stripes_limits_and_our_marks_win() -> None:
         (REQUEST, intent("a_status_of_tomorrow"), Pending("pi_1")),
         (REQUEST, intent("requires_action"), Pending("pi_1")),
         (REQUEST, intent("canceled", amount_received=1), Pending("pi_1")),
-        (
-            REQUEST,
-            intent("canceled", cancellation_reason="expired"),
-            Declined(DeclineReason.CANCELED, "expired", "pi_1"),
-        ),
+        (REQUEST, intent("canceled", cancellation_reason="expired"), Expired("pi_1", "expired")),
+        (REQUEST, intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
+        (REQUEST, intent("canceled", cancellation_reason="abandoned"), Expired("pi_1", "abandoned")),
+        (AUTHORIZE, intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
         (
             REQUEST,
             intent("requires_payment_method", last_payment_error=FAILED),
