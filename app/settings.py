@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     stripe_api_base: str | None = None
     stripe_timeout_seconds: float = 20.0
     stripe_return_url: str = "https://example.invalid/return"
+    stripe_multi_capture: bool = False
+    """Whether Stripe grants this account several captures of one hold. Where not, the first one releases the rest."""
     stripe_webhook_secrets: list[SecretStr] = []
     """Of the endpoint /webhooks/stripe; two while one is being rolled. None: every webhook is refused."""
     paypal_client_id: str = ""

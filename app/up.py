@@ -280,6 +280,7 @@ def simulated(simulator: str, http: str) -> dict[str, str]:
         STRIPE_BASE: simulator,
         "PAYMENTS_GATEWAYS": os.environ.get("PAYMENTS_GATEWAYS") or ALL_GATEWAYS,
         "PAYMENTS_STRIPE_API_KEY": SIMULATOR_KEY,
+        "PAYMENTS_STRIPE_MULTI_CAPTURE": "true",
         "PAYMENTS_STRIPE_WEBHOOK_SECRETS": json.dumps([f"whsec_{secrets.token_hex(16)}"]),
         "PAYMENTS_PAYPAL_API_BASE": simulator,
         "PAYMENTS_PAYPAL_CLIENT_ID": "simulator",

@@ -34,6 +34,7 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
             timeout_seconds=settings.stripe_timeout_seconds,
             max_connections=settings.concurrency_of("stripe"),
             return_url=settings.stripe_return_url,
+            multi_capture=settings.stripe_multi_capture,
         )
     ),
     "paypal": lambda settings: PayPalGateway(paypal_config(settings)),

@@ -114,13 +114,16 @@ def _release_hold(draft: Draft, operation: Operation) -> None:
 
 
 def _dispute(draft: Draft, dispute: Dispute) -> None:
-    """Book what the payer's bank took back, or gave back; each stage of a dispute counts once, in any order."""
+    """Book what the payer's bank took back, or gave back; each stage of a dispute counts once, in any order.
+
+    What was lost may be less than what was disputed, or more: the amount told last counts.
+    """
     kept = draft.payment.disputes
     if draft.is_foreign(dispute.currency):
         draft.disagrees = True
     elif disputes.is_news(kept, dispute):
         before = disputes.disputed(kept, dispute.dispute_id)
-        after = 0 if dispute.stage is DisputeStage.WON else before or dispute.amount_minor
+        after = 0 if dispute.stage is DisputeStage.WON else dispute.amount_minor
         draft.payment.disputed_minor += after - before
         draft.payment.disputes = disputes.remember(kept, dispute.dispute_id, dispute.stage, after)
         draft.publish_dispute(dispute)

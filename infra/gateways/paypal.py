@@ -87,6 +87,9 @@ VAULT: Final = "vault:"
 APPROVAL_WINDOW: Final = timedelta(hours=6)
 """How long a payer may take to approve an order. Unconfirmed; it is told to the payer's side, nothing is concluded."""
 
+EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
+"""The shortest time that PayPal is said to leave a payer. An order that is gone sooner is no order that expired."""
+
 EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
 """The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
 
@@ -945,12 +948,13 @@ class PayPalGateway:
     def _gone(self, request: GatewayRequest) -> Outcome:
         """PayPal denies that the order exists. That it expired is believed while an execution is not in doubt.
 
+        Not before its time can be over: an order that was created a moment ago may not show everywhere at PayPal yet.
         PayPal keeps an order that was paid; for how long is unconfirmed, so an order that is gone after days, when
         nobody looked, is a question for a person.
         """
         began = request.first_dispatched_at
-        is_recent = began is None or datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
-        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_recent:
+        is_its_time = began is not None and EXPIRY_SHOWS_AFTER <= datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
+        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_its_time:
             return Expired(request.reference, "RESOURCE_NOT_FOUND")
         return Unknown("PayPal shows no such order")
 
@@ -1472,15 +1476,20 @@ https://developer.paypal.com/docs/api/customer-disputes/v1/.
 
 
 def _dispute_notice(notice: Notice, resource: Json) -> Notice:
-    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries."""
+    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries.
+
+    What was lost is what the payer got back, where PayPal tells it, which may be a part of what was disputed.
+    """
     disputed = (resource.get("disputed_transactions") or [{}])[0]
     marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))
-    amount, transaction = resource["dispute_amount"], disputed.get("seller_transaction_id")
-    outcome = str((resource.get("dispute_outcome") or {}).get("outcome_code"))
-    is_resolved = resource.get("status") == "RESOLVED"
+    transaction = disputed.get("seller_transaction_id")
+    outcome = (resource.get("dispute_outcome") or {}) if resource.get("status") == "RESOLVED" else {}
+    stage = DISPUTE_STAGES.get(str(outcome.get("outcome_code")), DisputeStage.OPENED)
+    returned = outcome.get("amount_refunded") if stage is DisputeStage.LOST else None
+    amount = returned or resource["dispute_amount"]
     dispute = Dispute(
         dispute_id=str(resource["dispute_id"]),
-        stage=DISPUTE_STAGES.get(outcome, DisputeStage.OPENED) if is_resolved else DisputeStage.OPENED,
+        stage=stage,
         amount_minor=_minor(amount),
         currency=str(amount["currency_code"]),
         reason=_code(resource["reason"]) if resource.get("reason") else None,

@@ -95,7 +95,8 @@ class StripeConfig(BaseModel):
     """How to reach Stripe. `api_base` is None for the real one; the key decides between live and test mode.
 
     `multi_capture` asks for several captures per authorization, which Stripe grants per account and card
-    (https://docs.stripe.com/payments/multicapture); where False, the first capture releases the rest.
+    (https://docs.stripe.com/payments/multicapture); where False, the first capture releases the rest. Where True, a
+    capture of a part is refused with a card that has no multicapture.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -109,7 +110,7 @@ class StripeConfig(BaseModel):
     max_connections: int = 64
     return_url: str = "https://example.invalid/return"
     """Where Stripe sends the payer's browser after 3-D Secure."""
-    multi_capture: bool = True
+    multi_capture: bool = False
 
 
 # --- amounts and metadata -------------------------------------------------------------------------------------------
@@ -179,8 +180,9 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     """What a PaymentIntent says about the authorization or charge that created it.
 
     Raises:
-        GatewayContractBroken: money was captured although only a hold was asked for.
+        GatewayContractBroken: another currency; or money was captured although only a hold was asked for.
     """
+    _check_currency(intent, request)
     match intent.status:
         case "requires_capture" if request.kind is OperationKind.AUTHORIZE:
             held = intent.amount_capturable + intent.amount_received
@@ -196,9 +198,18 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
         case "requires_payment_method" if intent.last_payment_error is not None:
             return declined(intent.last_payment_error, intent.id)
         case "canceled" if intent.amount_received == 0:
-            return Declined(DeclineReason.CANCELED, intent.cancellation_reason, intent.id)
+            return canceled(intent.id, intent.cancellation_reason)
         case _:
             return Pending(intent.id)
+
+
+def canceled(reference: str, reason: str | None) -> Expired:
+    """What a PaymentIntent says that was canceled before any money was received, in a webhook as in an answer.
+
+    Stripe cancels what is past its time, and so can people in the dashboard: it is the same end, nothing more moves.
+    What we cancel ourselves is ended by our void.
+    """
+    return Expired(reference, reason)
 
 
 def _is_lapsed(intent: stripe.PaymentIntent, request: GatewayRequest) -> bool:
@@ -217,8 +228,10 @@ def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     Everything else is no evidence.
 
     Raises:
-        GatewayContractBroken: marked as captured by this operation, but the amounts or the status deny it.
+        GatewayContractBroken: another currency; or marked as captured by this operation, but the amounts or the status
+            deny it.
     """
+    _check_currency(intent, request)
     if _mark(intent) != str(request.operation_number):
         if intent.status == "canceled" and intent.amount_received == 0:
             return NotExecuted(f"the hold of {intent.id} was released before the capture", intent.cancellation_reason)
@@ -237,7 +250,11 @@ def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
 
     Releasing is the same whoever does it, so the state is the evidence: `canceled` without money received, or closed
     as `succeeded` with exactly the voided amount not received (after partial captures).
+
+    Raises:
+        GatewayContractBroken: another currency.
     """
+    _check_currency(intent, request)
     released = intent.amount - intent.amount_received
     match intent.status:
         case "canceled" if intent.amount_received == 0:
@@ -251,7 +268,12 @@ def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
 
 
 def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
-    """What a Refund says. `requires_action` waits for the payer outside of our reach, so it is pending."""
+    """What a Refund says. `requires_action` waits for the payer outside of our reach, so it is pending.
+
+    Raises:
+        GatewayContractBroken: another currency.
+    """
+    _check_currency(refund, request)
     match refund.status:
         case "succeeded":
             return Succeeded(refund.id, from_stripe_amount(refund.amount, request.amount.currency))
@@ -259,6 +281,11 @@ def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
             return Declined(DeclineReason.REFUND_FAILED, getattr(refund, "failure_reason", None), refund.id)
         case _:
             return Pending(refund.id)
+
+
+def _check_currency(told: stripe.PaymentIntent | stripe.Refund, request: GatewayRequest) -> None:
+    if told.currency.upper() != request.amount.currency:
+        raise GatewayContractBroken(NAME, f"{told.id} is in {told.currency}, not in {request.amount.currency}")
 
 
 def expires_at(intent: stripe.PaymentIntent) -> datetime | None:
@@ -665,8 +692,8 @@ class StripeGateway:
             }
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
-        if self._config.multi_capture:  # the parameter is refused where multicapture is not available
-            params["final_capture"] = is_final
+        if self._config.multi_capture and not is_final:
+            params["final_capture"] = False  # Stripe's default is True; either is refused without multicapture
         return await self._post(
             request,
             lambda options: self._api.payment_intents.capture_async(_payment_of(request), params, options),

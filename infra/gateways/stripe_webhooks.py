@@ -26,7 +26,7 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, RequiresAction, Succeeded
-from infra.gateways.stripe import LAST_CAPTURE, NAME, declined, expires_at, from_stripe_amount, redirect_url
+from infra.gateways.stripe import LAST_CAPTURE, NAME, canceled, declined, expires_at, from_stripe_amount, redirect_url
 
 TOLERANCE_SECONDS: Final = 300
 
@@ -134,7 +134,7 @@ def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcom
         case "payment_failed" if intent["last_payment_error"] is not None:
             return None, declined(_sdk(intent).last_payment_error, reference)
         case "canceled" if intent["amount_received"] == 0:
-            return None, Expired(reference, intent["cancellation_reason"])
+            return None, canceled(reference, intent["cancellation_reason"])
         case "requires_action" if intent["next_action"] is not None:
             action = _sdk(intent).next_action
             return None, RequiresAction(reference, action.type, redirect_url(action))

@@ -300,6 +300,9 @@ class VNPayGateway:
         if type_ != "01":
             return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
+        if isinstance(outcome, Declined) and datetime.now(UTC) >= self._ends(reference):
+            # A query has no code beside the status: what failed by the URL's end is told as the IPN's 11 tells it.
+            return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, BEGUN_GRACE) if is_begun else outcome
 

@@ -165,14 +165,15 @@ class Books:
     def capture(self, reference: str, params: Params) -> StripeObject:
         forms.allow(params, CAPTURE_PARAMS)
         intent = self.payment_intent(reference)
-        marks, is_final = forms.metadata(params), forms.boolean(params, "final_capture", default=True)
+        marks = forms.metadata(params)
+        told = forms.boolean(params, "final_capture", default=True) if "final_capture" in params else None
         amount = forms.integer(params, "amount_to_capture", minimum=0, default=intent["amount_capturable"])
         if intent["status"] != "requires_capture":
             raise _unexpected_state(intent, "captured")
         charge = self.charges[intent["latest_charge"]]
-        _check_capture(intent, charge, amount, is_final=is_final)
+        _check_capture(intent, charge, amount, told)
         left = intent["amount_capturable"] - amount
-        is_closed = is_final or left == 0
+        is_closed = told is not False or left == 0
         intent["metadata"].update(marks)
         intent["amount_received"] += amount
         intent.update(
@@ -489,17 +490,18 @@ def _new_charge(intent: StripeObject, card: cards.Card, *, is_held: bool) -> Str
     }
 
 
-def _check_capture(intent: StripeObject, charge: StripeObject, amount: int, *, is_final: bool) -> None:
+def _check_capture(intent: StripeObject, charge: StripeObject, amount: int, is_final: bool | None) -> None:
     if amount > intent["amount_capturable"]:
         message = "The payment could not be captured because the requested capture amount is greater than the hold."
         raise Refused(400, message, code="amount_too_large", param="amount_to_capture", payment_intent=intent)
     if amount % MULTIPLES.get(intent["currency"], 1):
         raise invalid(f"Amounts in {intent['currency']} must be whole", param="amount_to_capture")
-    if amount == 0 and not (is_final and intent["amount_received"]):
+    if amount == 0 and not (is_final is not False and intent["amount_received"]):
         message = "This value must be greater than or equal to 1."
         raise Refused(400, message, code="parameter_invalid_integer", param="amount", payment_intent=intent)
-    if not is_final and charge["payment_method_details"]["card"]["multicapture"]["status"] != "available":
-        raise Refused(400, "final_capture=false needs multicapture, which is not available.", param="final_capture")
+    has_several = charge["payment_method_details"]["card"]["multicapture"]["status"] == "available"
+    if not has_several and is_final is not None:
+        raise Refused(400, "final_capture needs multicapture, which is not available.", param="final_capture")
 
 
 def _next_action(intent: StripeObject, return_url: str | None) -> StripeObject:

@@ -51,11 +51,9 @@ def stripe_simulator(stripe_url: str) -> Iterator[Simulator]:
         yield Simulator(stripe_url, http)
 
 
-def stripe_gateway(url: str, *, timeout_seconds: float = 10, **settings: Any) -> StripeGateway:
-    config = StripeConfig(
-        api_key=SecretStr("sk_test_contract"), api_base=url, timeout_seconds=timeout_seconds, **settings
-    )
-    return StripeGateway(config)
+def stripe_gateway(url: str, **settings: Any) -> StripeGateway:
+    given = {"timeout_seconds": 10, "multi_capture": True} | settings
+    return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=url, **given))
 
 
 GATEWAYS: dict[str, tuple[str, Callable[..., Gateway]]] = {"stripe": ("stripe_simulator", stripe_gateway)}

@@ -120,7 +120,7 @@ class PayPalWallet(PayPal):
         self.http.post(f"/_sandbox/paypal/orders/{action.reference}/approve").raise_for_status()
 
     def refuse(self, action: RequiresAction) -> None:
-        self.http.post(f"/_sandbox/paypal/orders/{action.reference}/expire").raise_for_status()
+        self.http.post(f"/_sandbox/paypal/orders/{action.reference}/deny").raise_for_status()
 
 
 class VNPay(Provider):

@@ -290,6 +290,19 @@ async def test_captures_of_one_hold_are_told_apart(gateway: Gateway, simulator: 
     assert effect(simulator, last) == (0, 1250, 0)
 
 
+async def test_a_card_without_several_captures_is_captured_as_a_whole_but_not_in_part(
+    gateway: Gateway, simulator: Simulator
+) -> None:
+    hold = await opened(gateway, payment_method="pm_card_credit_disableEnterpriseCardFeatures")
+    part = follow_up(*hold, OperationKind.CAPTURE, amount=Money(400, "USD"), is_final=False)
+    whole = follow_up(*hold, OperationKind.CAPTURE, number=3)
+
+    assert isinstance(await run(gateway, part), NotExecuted)
+    assert effect(simulator, part) == (1250, 0, 0)
+    assert isinstance(await run(gateway, whole), Succeeded)
+    assert effect(simulator, whole) == (0, 1250, 0)
+
+
 @pytest.mark.parametrize("fault", [None, *AFTER])
 async def test_what_is_left_after_a_partial_capture_can_be_released(
     gateway: Gateway, simulator: Simulator, fault: str | None

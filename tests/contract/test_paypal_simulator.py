@@ -382,13 +382,15 @@ async def test_an_order_that_the_payer_denied_is_declined(gateway: Gateway, payp
     assert await gateway.resume(request) == Declined(DeclineReason.CANCELED, "VOIDED", action.reference)
 
 
-async def test_an_order_that_is_gone_has_expired_only_while_nothing_is_in_doubt(
+async def test_an_order_that_is_gone_has_expired_only_in_its_time_and_while_nothing_is_in_doubt(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
-    request, action = await asked(gateway, OperationKind.CHARGE)
+    created, action = await asked(gateway, OperationKind.CHARGE)
     paypal.expire(action.reference)
+    request = created._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=4))
     long_ago = datetime.now(UTC) - timedelta(days=4)
 
+    assert isinstance(await gateway.resume(created), Unknown)
     assert await gateway.resume(request) == Expired(action.reference, "RESOURCE_NOT_FOUND")
     assert isinstance(await gateway.resume(request._replace(state=OperationState.PENDING)), Unknown)
     assert isinstance(await gateway.resume(request._replace(first_dispatched_at=long_ago)), Unknown)

@@ -411,6 +411,24 @@ def test_a_dispute_ends_the_same_in_whatever_order_it_is_told(end: DisputeStage)
     assert len(ends) == 1
 
 
+@pytest.mark.parametrize("lost_minor", [4_000, 6_000, 10_000])
+def test_a_dispute_takes_what_it_ended_with_and_not_what_it_began_with(lost_minor: int) -> None:
+    told = story()
+    told.does("charge")
+    told.hear(**dispute(DisputeStage.OPENED, 6_000))
+    told.hear(**dispute(DisputeStage.LOST, lost_minor))
+    told.hear(**dispute(DisputeStage.OPENED, 6_000))
+    assert told.payment is not None
+    assert told.payment.disputed_minor == lost_minor
+    assert told.last.amount_minor == lost_minor
+    balance = sum(
+        each.amount_minor if each.debit == "customer_disputes" else -each.amount_minor
+        for each in told.transfers
+        if "customer_disputes" in (each.debit, each.credit)
+    )
+    assert balance == lost_minor
+
+
 # --- any order --------------------------------------------------------------------------------------------------------
 
 SCENARIOS = {

@@ -56,3 +56,8 @@ async def test_a_gateway_whose_secret_is_not_set_is_not_used_since_anybody_could
     for created in (create_gateways(settings), create_webhook_readers(settings)):
         assert set(created) == {gateway}
         await created[gateway].close()
+
+
+@pytest.mark.parametrize("is_granted", [False, True])
+def test_stripe_captures_several_times_where_the_installation_says_that_it_may(*, is_granted: bool) -> None:
+    assert known_capabilities(Settings(stripe_multi_capture=is_granted))["stripe"].multi_capture is is_granted

@@ -1,8 +1,9 @@
 """MoMo: signatures, by vectors that its own gateway produced, and the result table: what is not known ends nothing."""
 
+import base64
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -278,6 +279,36 @@ async def test_what_a_message_says_of_the_operation_in_its_order_id(code: int, o
         assert notice.outcome.amount_minor == 10_000
 
 
+@pytest.mark.parametrize(
+    ("kind", "code", "outcome"),
+    [
+        (OperationKind.AUTHORIZE, 9000, Succeeded),
+        (OperationKind.AUTHORIZE, 0, Pending),
+        (OperationKind.AUTHORIZE, 1003, Expired),
+        (OperationKind.CHARGE, 0, Succeeded),
+        (OperationKind.CHARGE, 9000, Succeeded),
+    ],
+)
+async def test_money_taken_where_only_a_hold_was_asked_for_is_no_hold_by_a_message_either(
+    kind: OperationKind, code: int, outcome: type[Outcome]
+) -> None:
+    given = told(resultCode=code, extraData=momo.extra_data(kind))
+    assert isinstance((await MoMoWebhooks(config()).read(ipn(given))).outcome, outcome)
+
+
+async def test_a_hold_is_asked_about_after_a_while_since_momo_tells_no_end_of_it() -> None:
+    asked = a(OperationKind.AUTHORIZE, reference=momo.order_id(PAYMENT_ID, 1))
+    by_question = await gateway(lambda path, body: {"resultCode": 9000}).status(asked)
+    by_ipn = (await MoMoWebhooks(config()).read(ipn(told(resultCode=9000)))).outcome
+    for outcome in (by_question, by_ipn):
+        assert isinstance(outcome, Succeeded)
+        assert outcome.expires_at is not None
+        until = outcome.expires_at - datetime.now(UTC)
+        assert timedelta(0) < until <= config().hold_window
+    paid = await gateway(lambda path, body: {"resultCode": 0}).status(a(OperationKind.CHARGE))
+    assert paid == Succeeded(momo.order_id(PAYMENT_ID, 1), 10_000)
+
+
 async def test_another_amount_is_another_message() -> None:
     ids = {(await MoMoWebhooks(config()).read(ipn(told(amount=each)))).event_id for each in (10_000, 9_999)}
     assert len(ids) == 2
@@ -340,6 +371,7 @@ async def test_a_link_is_no_payment_and_the_same_request_has_the_same_body(kind:
         assert outcome == RequiresAction(momo.order_id(PAYMENT_ID, 1), "redirect", "https://momo.invalid/pay")
     assert bodies[0] == bodies[1]
     assert (bodies[0]["autoCapture"], bodies[0]["amount"]) == (captures, 10_000)
+    assert json.loads(base64.b64decode(bodies[0]["extraData"])) == {"kind": kind}
     access, secret = K1
     assert momo.is_signed(secret, momo.signed_text(access, bodies[0], momo.CREATE), bodies[0]["signature"])
     assert len(bodies[0]["orderId"]) <= 50

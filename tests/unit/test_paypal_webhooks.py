@@ -444,6 +444,27 @@ def test_a_dispute_is_won_or_lost_only_on_paypals_explicit_word(
     assert notice.outcome is None
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"), [("RESOLVED_BUYER_FAVOUR", (DisputeStage.LOST, 400)), ("DENIED", (DisputeStage.WON, 1000))]
+)
+def test_a_dispute_that_was_lost_in_part_took_what_the_payer_got_back(
+    code: str, expected: tuple[DisputeStage, int]
+) -> None:
+    returned = {"currency_code": "USD", "value": "4.00"}
+    given = {
+        "dispute_id": "PP-D-1",
+        "status": "RESOLVED",
+        "dispute_amount": TEN,
+        "disputed_transactions": [{"seller_transaction_id": "P1"}],
+        "dispute_outcome": {"outcome_code": code, "amount_refunded": returned},
+    }
+
+    dispute = read_event(event("CUSTOMER.DISPUTE.RESOLVED", given)).dispute
+
+    assert dispute is not None
+    assert (dispute.stage, dispute.amount_minor) == expected
+
+
 def test_a_dispute_without_our_mark_names_paypals_transaction() -> None:
     given = {"dispute_id": "D", "dispute_amount": TEN, "disputed_transactions": [{"seller_transaction_id": "P1"}]}
 

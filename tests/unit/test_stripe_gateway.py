@@ -1,5 +1,6 @@
 """Amounts, metadata and the status table of the Stripe gateway."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -57,6 +58,7 @@ def intent(status: str, **fields: Any) -> stripe.PaymentIntent:
         "amount": 1000,
         "amount_capturable": 0,
         "amount_received": 0,
+        "currency": "usd",
         "cancellation_reason": None,
         "last_payment_error": None,
         "latest_charge": "ch_1",
@@ -123,11 +125,10 @@ def test_metadata_is_cut_to_stripes_limits_and_our_marks_win() -> None:
         (REQUEST, intent("a_status_of_tomorrow"), Pending("pi_1")),
         (REQUEST, intent("requires_action"), Pending("pi_1")),
         (REQUEST, intent("canceled", amount_received=1), Pending("pi_1")),
-        (
-            REQUEST,
-            intent("canceled", cancellation_reason="expired"),
-            Declined(DeclineReason.CANCELED, "expired", "pi_1"),
-        ),
+        (REQUEST, intent("canceled", cancellation_reason="expired"), Expired("pi_1", "expired")),
+        (REQUEST, intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
+        (REQUEST, intent("canceled", cancellation_reason="abandoned"), Expired("pi_1", "abandoned")),
+        (AUTHORIZE, intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
         (
             REQUEST,
             intent("requires_payment_method", last_payment_error=FAILED),
@@ -252,8 +253,28 @@ def test_the_status_of_a_refund(status: str | None, outcome: Outcome) -> None:
         "id": "re_1",
         "object": "refund",
         "amount": 1000,
+        "currency": "usd",
         "status": status,
         "failure_reason": "lost_or_stolen_card",
     }
 
     assert read_refund(stripe.Refund.construct_from(given, "sk_test_x"), REQUEST) == outcome
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (read_opening, intent("succeeded", amount_received=1000, currency="eur")),
+        (read_capture, intent("succeeded", amount_received=1000, metadata=MARKED, currency="eur")),
+        (read_void, intent("canceled", currency="eur")),
+        (
+            read_refund,
+            stripe.Refund.construct_from(
+                {"id": "re_1", "object": "refund", "amount": 1000, "currency": "eur", "status": "succeeded"}, None
+            ),
+        ),
+    ],
+)
+def test_an_answer_in_another_currency_is_a_broken_contract(read: Callable[..., Outcome], found: Any) -> None:
+    with pytest.raises(GatewayContractBroken, match="eur"):
+        read(found, REQUEST)

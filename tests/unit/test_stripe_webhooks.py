@@ -7,11 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import stripe
 from pydantic import SecretStr
 
 from domain.notices import DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
-from domain.operations import Declined, DeclineReason, Expired, Pending, RequiresAction, Succeeded
+from domain.operations import Declined, DeclineReason, Expired, OperationState, Pending, RequiresAction, Succeeded
+from infra.gateways.stripe import read_opening
 from infra.gateways.stripe_webhooks import StripeWebhooks
+from tests.contract.gateway_requests import a_request
 from tests.support.service import new_payment_id
 
 SECRET = "whsec_5WbX5kEWLlfzsGNjH64I8lOOqUB6e8FH"
@@ -206,3 +209,11 @@ async def test_a_dispute_is_found_by_the_providers_payment(status: str, stage: D
 async def test_an_unknown_type_says_nothing() -> None:
     notice = await heard("customer.created", {"id": "cus_1"})
     assert (notice.event_id, notice.outcome, notice.dispute) == ("evt_1", None, None)
+
+
+@pytest.mark.parametrize("reason", ["automatic", "expired", "abandoned", "requested_by_customer", None])
+async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(reason: str | None) -> None:
+    object_ = intent("canceled", cancellation_reason=reason)
+    asked = a_request(payment_id=PAYMENT_ID, reference="pi_1", state=OperationState.REQUIRES_ACTION)
+    told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked)
+    assert (await heard("payment_intent.canceled", object_)).outcome == told == Expired("pi_1", reason)

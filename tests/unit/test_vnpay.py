@@ -350,6 +350,16 @@ async def test_nobody_paid_until_the_end_and_a_while_longer_so_it_has_expired() 
     assert isinstance(await gateway(answered(ResponseCode="91")).status(asked), Expired)
 
 
+async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it_as_an_ipn_tells_it() -> None:
+    failed = gateway(answered(TransactionStatus="02"))
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=14))
+    assert isinstance(await failed.status(asked), Declined)
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=16))
+    assert isinstance(await failed.status(asked), Expired)
+    by_ipn = await VNPayWebhooks(config()).read(ipn(told(vnp_ResponseCode="11", vnp_TransactionStatus="02")))
+    assert isinstance(by_ipn.outcome, Expired)
+
+
 async def test_what_the_payer_began_has_a_day_to_end() -> None:
     begun = gateway(answered(TransactionStatus="01"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24))
