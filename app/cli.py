@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.command_line import AsJson, DataDir, default_data_dir, fail, find_settings, read_settings, readable_errors
+from app.command_line import (
+    AsJson,
+    DataDir,
+    default_data_dir,
+    fail,
+    find_settings,
+    read_service_settings,
+    read_settings,
+    readable_errors,
+)
 from app.dlq_commands import dlq
 from app.relay_commands import relay
 
@@ -330,7 +339,8 @@ def gateways(as_json: AsJson = False) -> None:
     """What each gateway can do, and what is refused."""
     from app.gateways_command import list_gateways
 
-    raise typer.Exit(list_gateways(read_settings(), as_json=as_json))
+    with readable_errors():
+        raise typer.Exit(list_gateways(read_settings(), as_json=as_json))
 
 
 # --- its processes ----------------------------------------------------------------------------------------------------
@@ -343,7 +353,7 @@ def worker() -> None:
     Any number of it may run."""
     from app.processes import run_worker
 
-    run_worker(read_settings())
+    run_worker(read_service_settings())
 
 
 @app.command()
@@ -356,7 +366,7 @@ def http(
     The metrics are those of all processes. It also keeps the outbox's partitions."""
     from app.processes import run_http
 
-    settings = read_settings()
+    settings = read_service_settings()
     given = {"http_host": host, "http_port": port}
     run_http(settings.model_copy(update={name: value for name, value in given.items() if value is not None}))
 
@@ -370,13 +380,19 @@ def sandbox(
         str | None, typer.Option(help="Send webhooks here, say http://127.0.0.1:8080/webhooks.", show_default="none")
     ] = None,
 ) -> None:
-    """The provider simulator alone.
+    """Stripe, PayPal, VNPay and MoMo, simulated, behind one address.
 
-    Point PAYMENTS_STRIPE_API_BASE at it; any key that begins with sk_ opens it. Webhooks are signed with the first of
-    PAYMENTS_STRIPE_WEBHOOK_SECRETS."""
+    Prints the settings that have the service use them, to be put into the environment of all its processes. Webhooks
+    are signed as the simulators' own settings say, so --webhooks-to needs PAYMENTS_STRIPE_WEBHOOK_SECRETS (the first
+    signs) and PAYMENTS_PAYPAL_WEBHOOK_ID, the same as the service's."""
     from app.processes import run_sandbox
+    from app.sandbox_command import check_sandbox, introduce
 
-    run_sandbox(read_settings(), host, port, state_file=state_file, webhooks_to=webhooks_to)
+    settings = read_settings()
+    with readable_errors():
+        check_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
+    introduce(host, port, webhooks_to=webhooks_to)
+    run_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -19,6 +20,9 @@ DataDir = Annotated[
     Path | None,
     typer.Option(envvar="PAYMENTS_DATA_DIR", help="Where data and logs are kept.", show_default=".local"),
 ]
+UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
+"""Postgres' codes for a table, column, type or function that is not there."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
 
 
@@ -40,13 +44,41 @@ def find_settings(data_dir: Path | None, *, needs: str) -> "Settings":
 def read_settings() -> "Settings":
     """Settings by the environment; what cannot be read or cannot work together is a message, and the end."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from app.settings import Settings
 
     try:
         return Settings()
+    except SettingsError as error:
+        fail(f"the settings in the environment cannot be used\n  {_not_json(str(error))}")
     except ValidationError as error:
         fail("the settings in the environment cannot be used\n" + "\n".join(_complaints(error)))
+
+
+def read_service_settings() -> "Settings":
+    """Settings of a process that uses the gateways: they are known, and have what they need."""
+    from app import wiring
+
+    settings = read_settings()
+    with readable_errors():
+        wiring.check_gateways(settings)
+    return settings
+
+
+def _not_json(told: str) -> str:
+    """What to write for a list or a map that is no JSON; never what is written there, which may be a secret."""
+    from app.settings import Settings
+
+    found = re.search(r'field "(\w+)"', told)
+    if found is None:
+        return told
+    name = found[1]
+    default = Settings.model_fields[name].default
+    example = '{"a": …, "b": …}' if isinstance(default, dict) else '["a", "b"]'
+    if name == "gateways":
+        example = '["stripe", "paypal"]'
+    return f"PAYMENTS_{name.upper()} is no JSON; write it like PAYMENTS_{name.upper()}='{example}'"
 
 
 def _complaints(error: "ValidationError") -> Iterator[str]:
@@ -82,11 +114,23 @@ def _advice(error: Exception) -> str | None:
 
     from domain.errors import StoreUnavailable
 
+    if _lacks_schema(error):
+        return "The database is not at this version's schema: run `payments migrate`."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
     if isinstance(error, (OSError, asyncpg.PostgresError, psycopg.Error, SQLAlchemyError, StoreUnavailable)):
         return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
     return None
+
+
+def _lacks_schema(error: BaseException | None) -> bool:
+    """Whether Postgres answered that there is no such table, column, type or function."""
+    while error is not None:
+        code = getattr(error, "sqlstate", None) or getattr(getattr(error, "orig", None), "sqlstate", None)
+        if code in UNDEFINED:
+            return True
+        error = error.__cause__
+    return False
 
 
 def fail(message: str) -> NoReturn:

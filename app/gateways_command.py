@@ -24,7 +24,12 @@ LISTS = {
 
 
 def list_gateways(settings: Settings, *, as_json: bool) -> int:
-    """Print the matrix of all gateways that this release has; the exit code."""
+    """Print the matrix of all gateways that this release has; the exit code.
+
+    Raises:
+        ValueError: a configured name is none of them.
+    """
+    wiring.check_names(settings)
     known = known_capabilities(settings)
     if as_json:
         Console().print_json(json.dumps({name: described(each) for name, each in known.items()}))

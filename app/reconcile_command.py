@@ -1,21 +1,20 @@
 """`payments reconcile`: what the providers say of everything that is open, now.
 
-A dry run only asks. Otherwise this process does once what workers do all along: it takes over what is not being worked
-on, asks or repeats under the same key, and saves the answers through the write path.
+That is: operations that nobody is working on, and holds past their end. A dry run only asks. Otherwise this process
+does once what workers do all along: it takes over what is not being worked on, asks or repeats under the same key, and
+saves the answers through the write path.
 """
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from app import wiring
 from app.settings import Settings
@@ -26,6 +25,7 @@ from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
 from handlers.messages.commands import command_from_content
+from handlers.reconcile import HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from infra.postgres.store import PostgresStore, create_pool
 
@@ -36,7 +36,7 @@ AT_ONCE: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One open operation, and the provider's word on it."""
+    """One open operation or hold past its end, and the provider's word on it."""
 
     payment_id: UUID
     operation: str
@@ -49,12 +49,19 @@ class Found:
 
 def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_json: bool) -> int:
     """Ask about what is open, print it, and unless it is a dry run apply it; the exit code."""
-    found = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
+    found, there_are = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
         lines = [{name: str(getattr(each, name)) for name in Found.__slots__} for each in found]
         Console().print_json(json.dumps(lines))
     else:
         _print(found, dry_run=dry_run)
+    if there_are > ASKED_MAX:
+        Console(stderr=True).print(
+            f"These are the first {ASKED_MAX:,} of {there_are:,} open operations, those that are due soonest; "
+            "the others were not asked about.",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
 
 
@@ -63,25 +70,29 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
     if not found:
         console.print("Nothing is open that is not being worked on.")
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("payment", "operation", "gateway", "state", "amount", "age", "the provider says"):
-        table.add_column(name, justify="right" if name in ("amount", "age") else "left", overflow="fold")
     for each in found:
-        table.add_row(*(str(getattr(each, name)) for name in Found.__slots__))
-    console.print(table)
+        age = f" for {each.age}" if each.age else ""
+        told = f"{each.payment_id}  {each.operation} at {each.gateway}, {each.amount}, {each.state}{age}"
+        for line in (told, f"    the provider says: {each.answer}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(
-        "Nothing was changed." if dry_run else "Applied. `payments show PAYMENT_ID` tells what became of one."
+        "\nNothing was changed." if dry_run else "\nApplied. `payments show PAYMENT_ID` tells what became of one."
     )
 
 
 # --- a dry run --------------------------------------------------------------------------------------------------------
 
 
-async def _ask(settings: Settings, payment_id: UUID | None) -> list[Found]:
+async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
+    """What is said of open operations and of holds past their end, and how many operations are open."""
     async with _parts(settings) as (store, gateways):
+        there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
         limit = asyncio.Semaphore(AT_ONCE)
-        return list(await asyncio.gather(*(_asked(gateways, *each, limit) for each in open_operations)))
+        found = list(await asyncio.gather(*(_asked(gateways, *each, limit) for each in open_operations)))
+        async for answers in ask_about_holds(store, gateways, payment_id):
+            found += [_hold(each) for each in answers]
+        return found, there_are
 
 
 async def _asked(
@@ -101,21 +112,23 @@ async def _asked(
 # --- for real ---------------------------------------------------------------------------------------------------------
 
 
-async def _apply(settings: Settings, payment_id: UUID | None) -> list[Found]:
+async def _apply(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
+    """What was said and applied; nothing is left out."""
     async with _parts(settings) as (store, gateways):
         found: list[Found] = []
-        async with _working(settings, store, gateways, found) as (sweep, is_idle):
+        async with _working(settings, store, gateways, found) as (sweep, is_idle, reconciler):
             await store.make_due(payment_id)
             while await sweep.sweep_once() == CLAIMED_MAX:
                 await is_idle()
             await is_idle()
-        return [each for each in found if payment_id in (None, each.payment_id)]
+            await reconciler.reconcile_holds(payment_id)
+        return [each for each in found if payment_id in (None, each.payment_id)], 0
 
 
 @asynccontextmanager
 async def _working(
     settings: Settings, store: PostgresStore, gateways: dict[str, Gateway], found: list[Found]
-) -> AsyncIterator[tuple[Sweep, Callable[[], Awaitable[None]]]]:
+) -> AsyncIterator[tuple[Sweep, Callable[[], Awaitable[None]], Reconciler]]:
     """A worker's parts without Kafka; every answer is noted in `found`, too."""
     rules, redis = wiring.create_rules(settings, gateways), wiring.connect_redis(settings)
     limits = {name: min(AT_ONCE, settings.concurrency_of(name)) for name in gateways}
@@ -139,9 +152,16 @@ async def _working(
 
     dispatcher.on_answer = on_answer
     sweep = Sweep(store=store, submit=submit, room=lambda: CLAIMED_MAX, lease=rules.retry.lease, interval_seconds=1)
+    reconciler = Reconciler(
+        store=store,
+        gateways=gateways,
+        write_path=write_path,
+        interval=timedelta(seconds=settings.reconcile_interval_seconds),
+        on_answer=lambda answer: found.append(_hold(answer)),
+    )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
-        yield sweep, is_idle
+        yield sweep, is_idle, reconciler
     finally:
         for loop in loops:
             loop.cancel()
@@ -172,6 +192,13 @@ def _found(request: GatewayRequest, answer: str) -> Found:
         _age(request.first_dispatched_at),
         answer,
     )
+
+
+def _hold(answer: HoldAnswer) -> Found:
+    payment, operation = answer.payment, answer.operation
+    request = gateway_request(payment, operation, command_from_content(operation.content))
+    found = _found(request, said(answer.outcome) if answer.outcome else answer.why_not)
+    return replace(found, state="a hold past its end", age=_age(payment.authorization_expires_at))
 
 
 def said(outcome: Outcome) -> str:

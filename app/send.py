@@ -3,14 +3,17 @@
 import asyncio
 import json
 import time
+from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 
 from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_final
 from app.settings import Settings
 from domain.money import Money
 
 DONE, REFUSED, NO_RESULT = 0, 2, 3
+REQUIRES_ACTION: Final = "payment.requires_action.v1"
 
 
 def send_and_report(
@@ -24,6 +27,9 @@ def send_and_report(
     try:
         return asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
     except NoResultYet as late:
+        if late.last is not None and late.last["type"] == REQUIRES_ACTION:
+            aside.print(_payer_awaited(late.last, command), highlight=False, soft_wrap=True)
+            return NO_RESULT
         aside.print(_advice(late, command, timeout_seconds), highlight=False, soft_wrap=True)
         return NO_RESULT
 
@@ -85,6 +91,19 @@ def _why(event: WireEvent) -> str:
             return f"{event['cause']}; waiting"
         case _:
             return ""
+
+
+def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> str:
+    """All is well: it is the payer's turn."""
+    action = event["action"]
+    until = f" until {action['expires_at']}" if action["expires_at"] else ""
+    return (
+        f"[yellow]No result yet: the payer is awaited{until}.[/] The result follows when they have acted.\n"
+        f"  Payer goes to: {escape(action['url'] or action['type'])}\n"
+        f"  Look:          payments show {command.payment_id}\n"
+        f"  Cancel:        payments send void --payment-id {command.payment_id} (where the provider can: payments "
+        "gateways)"
+    )
 
 
 def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from functools import cached_property
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -10,6 +10,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from domain.capabilities import AmountLimits
 from domain.money import MINOR_UNITS
 from domain.rules import RetryPolicy
+
+NOWHERE: Final = "https://example.invalid"
+"""Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
 
 
 class Settings(BaseSettings):
@@ -35,7 +38,7 @@ class Settings(BaseSettings):
     stripe_api_key: SecretStr = SecretStr("")
     stripe_api_base: str | None = None
     stripe_timeout_seconds: float = 20.0
-    stripe_return_url: str = "https://example.invalid/return"
+    stripe_return_url: str = f"{NOWHERE}/return"
     stripe_multi_capture: bool = False
     """Whether Stripe grants this account several captures of one hold. Where not, the first one releases the rest."""
     stripe_webhook_secrets: list[SecretStr] = []
@@ -47,19 +50,19 @@ class Settings(BaseSettings):
     """Of the webhook at PayPal that calls /webhooks/paypal; without it none is received."""
     paypal_allows_plain_http: bool = False
     """Only for a simulator in the same private network, such as docker-compose's."""
-    paypal_return_url: str = "https://example.invalid/return"
-    paypal_cancel_url: str = "https://example.invalid/cancel"
+    paypal_return_url: str = f"{NOWHERE}/return"
+    paypal_cancel_url: str = f"{NOWHERE}/cancel"
     vnpay_tmn_code: str = ""
     vnpay_hash_secret: SecretStr = SecretStr("")
     vnpay_pay_url: str = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
     vnpay_api_url: str = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
-    vnpay_return_url: str = "https://example.invalid/return"
+    vnpay_return_url: str = f"{NOWHERE}/return"
     momo_partner_code: str = ""
     momo_access_key: str = ""
     momo_secret_key: SecretStr = SecretStr("")
     momo_api_base: str = "https://test-payment.momo.vn"
-    momo_redirect_url: str = "https://example.invalid/return"
-    momo_ipn_url: str = "https://example.invalid/webhooks/momo"
+    momo_redirect_url: str = f"{NOWHERE}/return"
+    momo_ipn_url: str = f"{NOWHERE}/webhooks/momo"
     """Our own /webhooks/momo, as MoMo reaches it."""
 
     currencies: list[str] = sorted(MINOR_UNITS)

@@ -34,6 +34,14 @@ PREFERRED_HTTP_PORT: Final = 8080
 SIMULATOR_KEY: Final = "sk_test_simulator"
 ALL_GATEWAYS: Final = '["stripe", "paypal", "vnpay", "momo"]'
 STRIPE_BASE: Final = "PAYMENTS_STRIPE_API_BASE"
+RETURNS: Final = (
+    "PAYMENTS_STRIPE_RETURN_URL",
+    "PAYMENTS_PAYPAL_RETURN_URL",
+    "PAYMENTS_PAYPAL_CANCEL_URL",
+    "PAYMENTS_VNPAY_RETURN_URL",
+    "PAYMENTS_MOMO_REDIRECT_URL",
+)
+"""Where payers come back to: here there is no shop."""
 SERVICE: Final = ("worker", "relay", "http")
 
 
@@ -295,6 +303,7 @@ def simulated(simulator: str, http: str) -> dict[str, str]:
         "PAYMENTS_MOMO_SECRET_KEY": momo.SECRET,
         "PAYMENTS_MOMO_API_BASE": simulator,
         "PAYMENTS_MOMO_IPN_URL": f"{http}/webhooks/momo",
+        **{name: os.environ.get(name) or f"{http}/" for name in RETURNS},
     }
 
 

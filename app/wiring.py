@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
 
-from app.settings import Settings
+from app.settings import NOWHERE, Settings
 from domain.capabilities import AmountLimits
 from domain.notices import WebhookReader
 from domain.ports import Gateway, PaymentStore
@@ -55,6 +55,14 @@ CREDENTIALS: Final[Mapping[str, Sequence[str]]] = {
     "momo": ("momo_partner_code", "momo_access_key", "momo_secret_key"),
 }
 """What incoming messages are verified by. (Stripe's and PayPal's are verified by others, and all refused without.)"""
+
+ADDRESSES: Final[Mapping[str, Sequence[str]]] = {
+    "stripe": ("stripe_return_url",),
+    "paypal": ("paypal_return_url", "paypal_cancel_url"),
+    "vnpay": ("vnpay_return_url",),
+    "momo": ("momo_redirect_url", "momo_ipn_url"),
+}
+"""Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
 
 new_id = uuid7
 
@@ -104,12 +112,9 @@ def create_gateways(settings: Settings) -> dict[str, Gateway]:
     """The gateways that this installation uses, by name.
 
     Raises:
-        ValueError: a configured name is unknown, or its credentials are not set.
+        ValueError: as `check_gateways`.
     """
-    unknown = set(settings.gateways) - set(GATEWAYS)
-    if unknown:
-        raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
-    _check_credentials(settings)
+    check_gateways(settings)
     return {name: GATEWAYS[name](settings) for name in settings.gateways}
 
 
@@ -143,11 +148,32 @@ def create_calling(
     return Calling(dispatcher, settler, leases)
 
 
-def _check_credentials(settings: Settings) -> None:
-    names = [name for gateway in settings.gateways for name in CREDENTIALS.get(gateway, ())]
-    unset = [f"PAYMENTS_{name.upper()}" for name in names if not _plain(getattr(settings, name))]
+def check_names(settings: Settings) -> None:
+    """See that every configured gateway exists.
+
+    Raises:
+        ValueError: one does not.
+    """
+    unknown = set(settings.gateways) - set(GATEWAYS)
+    if unknown:
+        raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
+
+
+def check_gateways(settings: Settings) -> None:
+    """See that the configured gateways exist, and have what they cannot do without.
+
+    Raises:
+        ValueError: one does not exist, or its credentials or our own addresses are not set.
+    """
+    check_names(settings)
+    names = [name for needs in (CREDENTIALS, ADDRESSES) for each in settings.gateways for name in needs.get(each, ())]
+    unset = [f"PAYMENTS_{name.upper()}" for name in names if not _is_set(_plain(getattr(settings, name)))]
     if unset:
         raise ValueError(f"PAYMENTS_GATEWAYS is {settings.gateways}, so these must be set: {', '.join(unset)}")
+
+
+def _is_set(value: str) -> bool:
+    return bool(value) and not value.startswith(NOWHERE)
 
 
 def _plain(value: str | SecretStr) -> str:
@@ -158,9 +184,9 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
     """How to read the webhooks of the gateways in use, by name; some send none, or cannot be verified as configured.
 
     Raises:
-        ValueError: the credentials of a gateway are not set. (Under an empty secret anybody could sign.)
+        ValueError: as `check_gateways`. (Under an empty secret anybody could sign.)
     """
-    _check_credentials(settings)
+    check_gateways(settings)
     names = set(settings.gateways) & WEBHOOKS.keys()
     if not settings.paypal_webhook_id:
         names -= {"paypal"}

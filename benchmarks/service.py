@@ -71,6 +71,7 @@ class Bench:
             "PAYMENTS_CONSUMER_GROUP": f"bench-{run}",
             "PAYMENTS_STRIPE_API_BASE": f"http://127.0.0.1:{self.sandbox_port}",
             "PAYMENTS_STRIPE_API_KEY": "sk_test_bench",
+            "PAYMENTS_STRIPE_RETURN_URL": "https://shop.invalid/return",
         }
         self.machine = Machine(ROOT / ".local" / "bench-logs", environment)
 

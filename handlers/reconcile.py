@@ -7,9 +7,10 @@ and the sweep's to ask about. Time alone changes nothing here either: the provid
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
+from uuid import UUID
 
 import structlog
 
@@ -32,16 +33,42 @@ AT_ONCE: Final = 8
 """Questions at a time: this is the least urgent of all that is asked of a provider."""
 
 
+class HoldAnswer(NamedTuple):
+    """A hold past its end, and its provider's word on it; None where it could not be asked now, and why not."""
+
+    payment: Payment
+    operation: Operation
+    outcome: Outcome | None
+    why_not: str = ""
+
+
+async def ask_about_holds(
+    store: PaymentStore, gateways: Mapping[str, Gateway], payment_id: UUID | None = None
+) -> AsyncIterator[list[HoldAnswer]]:
+    """What the providers say of every hold past its end, of one payment or of all, page by page. Changes nothing."""
+    limit = asyncio.Semaphore(AT_ONCE)
+    async for page in _pages(store):
+        wanted = [each for each in page if payment_id in (None, each[0].payment_id)]
+        yield list(await asyncio.gather(*(_ask(gateways, *each, limit) for each in wanted)))
+
+
 class Reconciler:
     """Looks through lapsed holds every `interval`, with jitter. Several workers may; they ask twice, at worst."""
 
     def __init__(
-        self, *, store: PaymentStore, gateways: Mapping[str, Gateway], write_path: WritePath, interval: timedelta
+        self,
+        *,
+        store: PaymentStore,
+        gateways: Mapping[str, Gateway],
+        write_path: WritePath,
+        interval: timedelta,
+        on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
     ) -> None:
         self._store = store
         self._gateways = gateways
         self._write_path = write_path
         self._interval = interval
+        self._on_answer = on_answer
 
     async def run(self) -> None:
         """Look until cancelled; an unavailable Postgres is tried again at the next turn."""
@@ -61,42 +88,52 @@ class Reconciler:
                 metrics.OLDEST_DOUBT.set(seconds)
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def reconcile_holds(self) -> int:
-        """Ask about every hold past its end; how many there were."""
+    async def reconcile_holds(self, payment_id: UUID | None = None) -> int:
+        """Ask about every hold past its end, of one payment or of all, and apply what is said; how many there were."""
         found = 0
-        async for page in self._pages():
-            limit = asyncio.Semaphore(AT_ONCE)
-            answers = await asyncio.gather(*(self._ask(*each, limit) for each in page))
-            await self._write_path.apply([each for each in answers if each is not None])
-            found += len(page)
+        async for answers in ask_about_holds(self._store, self._gateways, payment_id):
+            await self._write_path.apply([told for each in answers if (told := _notified(each)) is not None])
+            for each in answers:
+                self._on_answer(each)
+            found += len(answers)
         return found
 
-    async def _pages(self) -> AsyncIterator[list[tuple[Payment, Operation]]]:
-        after: Place | None = None
-        while page := await self._store.find_lapsed_holds(after=after, limit=PAGE):
-            yield page
-            payment = page[-1][0]
-            assert payment.authorization_expires_at is not None, "it was found by this"
-            after = payment.authorization_expires_at, payment.payment_id
 
-    async def _ask(self, payment: Payment, operation: Operation, limit: asyncio.Semaphore) -> Notified | None:
-        gateway = self._gateways.get(operation.gateway or "")
-        if gateway is None:
-            return None
-        async with limit:
-            outcome = await _word_of(gateway, payment, operation)
-        metrics.RECONCILED.labels(gateway.name, type(outcome).__name__ if outcome else "no_answer").inc()
-        if outcome is None:
-            return None
-        notice = Notice(gateway.name, "", "status", payment.payment_id, operation.number, outcome=outcome)
-        return Notified(None, payment.payment_id, notice, operation)
+async def _pages(store: PaymentStore) -> AsyncIterator[list[tuple[Payment, Operation]]]:
+    after: Place | None = None
+    while page := await store.find_lapsed_holds(after=after, limit=PAGE):
+        yield page
+        payment = page[-1][0]
+        assert payment.authorization_expires_at is not None, "it was found by this"
+        after = payment.authorization_expires_at, payment.payment_id
 
 
-async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> Outcome | None:
-    """What the provider says of the authorization; None where it cannot be asked now."""
+async def _ask(
+    gateways: Mapping[str, Gateway], payment: Payment, operation: Operation, limit: asyncio.Semaphore
+) -> HoldAnswer:
+    gateway = gateways.get(operation.gateway or "")
+    if gateway is None:
+        return HoldAnswer(payment, operation, None, "this gateway is not configured here")
+    async with limit:
+        answer = await _word_of(gateway, payment, operation)
+    word = type(answer.outcome).__name__ if answer.outcome else "no_answer"
+    metrics.RECONCILED.labels(gateway.name, word).inc()
+    return answer
+
+
+async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> HoldAnswer:
     request = gateway_request(payment, operation, command_from_content(operation.content, operation.traceparent))
     try:
-        return await gateway.status(request)
+        return HoldAnswer(payment, operation, await gateway.status(request))
     except GatewayError as error:
         log.info("hold not asked about", payment=str(payment.payment_id), error=str(error))
+        return HoldAnswer(payment, operation, None, f"no answer: {error.message}")
+
+
+def _notified(answer: HoldAnswer) -> Notified | None:
+    """The word as an input of the write path, if there is one."""
+    if answer.outcome is None:
         return None
+    payment_id, operation = answer.payment.payment_id, answer.operation
+    notice = Notice(operation.gateway or "", "", "status", payment_id, operation.number, outcome=answer.outcome)
+    return Notified(None, payment_id, notice, operation)

@@ -134,11 +134,14 @@ RENEW_LEASES = """
       FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS x(payment_id, number, lease_token)
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
 """
+# What nobody is working on: it waits for its next attempt, or its worker has not answered within the lease.
+NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now()) AND ($1::uuid IS NULL OR payment_id = $1)"
 FIND_UNDER_WAY = f"""
     SELECT {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))} FROM operations AS o
-     WHERE due_at IS NOT NULL AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
+     WHERE {NOT_AT_WORK}
      ORDER BY due_at LIMIT $2
 """
+COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK}"
 MAKE_DUE = """
     UPDATE operations SET due_at = now()
      WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
@@ -266,11 +269,20 @@ class PostgresStore:
                 return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:
-        """Operations that wait for their next attempt, soonest first: of one payment, or of all. Claims nothing."""
+        """Operations that nobody is working on, soonest due first: of one payment, or of all. Claims nothing.
+
+        They wait for their next attempt, or their worker's lease ran out without an answer.
+        """
         with translated():
             async with self._pool.acquire() as connection:
                 operations = [_operation(row) for row in await connection.fetch(FIND_UNDER_WAY, payment_id, limit)]
                 return await _with_payments(connection, operations)
+
+    async def count_under_way(self, payment_id: UUID | None) -> int:
+        """How many operations nobody is working on."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                return int(await connection.fetchval(COUNT_UNDER_WAY, payment_id))
 
     async def make_due(self, payment_id: UUID | None) -> int:
         """Have operations that wait for their next attempt claimed at once; how many there are."""

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import pytest
 from app.client import AmountUnusable, minor_units
 from app.settings import Settings
 from app.show import Wanted, list_payments
+from app.wiring import ADDRESSES, CREDENTIALS
+from infra.local.server import free_port
 
 PAYMENTS = [sys.executable, "-m", "app.cli"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,6 +170,105 @@ def test_without_servers_send_says_how_to_start_them(tmp_path: Path) -> None:
     assert "payments up" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["worker", "http", "up", "gateways"])
+def test_a_setting_that_is_no_json_says_what_to_write(tmp_path: Path, command: str) -> None:
+    done = run(command, data_dir=tmp_path, PAYMENTS_GATEWAYS="stripe")
+    assert done.returncode == 1
+    assert """PAYMENTS_GATEWAYS is no JSON; write it like PAYMENTS_GATEWAYS='["stripe", "paypal"]'""" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_secret_that_is_no_json_is_not_printed(tmp_path: Path) -> None:
+    done = run("worker", data_dir=tmp_path, PAYMENTS_STRIPE_WEBHOOK_SECRETS="whsec_secret")
+    assert "PAYMENTS_STRIPE_WEBHOOK_SECRETS is no JSON" in done.stderr
+    assert "whsec_secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["worker", "http"])
+def test_a_process_whose_gateways_lack_settings_names_them(tmp_path: Path, command: str) -> None:
+    done = run(command, data_dir=tmp_path, PAYMENTS_GATEWAYS='["stripe", "vnpay", "momo"]')
+    assert done.returncode == 1
+    for name in ("STRIPE_RETURN_URL", "VNPAY_HASH_SECRET", "VNPAY_RETURN_URL", "MOMO_SECRET_KEY", "MOMO_IPN_URL"):
+        assert f"PAYMENTS_{name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_gateway_is_told_by_the_matrix(tmp_path: Path) -> None:
+    done = run("gateways", data_dir=tmp_path, PAYMENTS_GATEWAYS='["stripe", "strip"]')
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "PAYMENTS_GATEWAYS names ['strip']; known are" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["list"], ["reconcile", "--now", "--dry-run"], ["maintain"]], ids=" ".join)
+def test_a_database_without_a_schema_says_to_migrate(
+    empty_postgres_url: str, tmp_path: Path, command: list[str]
+) -> None:
+    instant = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
+    done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=empty_postgres_url, **instant)
+    assert done.returncode == 1
+    assert "run `payments migrate`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SIGNING = {"PAYMENTS_STRIPE_WEBHOOK_SECRETS": '["whsec_cli"]', "PAYMENTS_PAYPAL_WEBHOOK_ID": "1JE"}
+
+
+def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) -> None:
+    port, state_file = str(free_port()), tmp_path / "not" / "yet" / "books.jsonl"
+    command = [*PAYMENTS, "sandbox", "--port", port, "--state-file", str(state_file)]
+    command += ["--webhooks-to", "http://127.0.0.1:9999/webhooks"]
+    log = tmp_path / "sandbox.out"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path, **SIGNING), stdout=output)
+    try:
+        books = f"http://127.0.0.1:{port}/_sandbox"
+        wait_until(lambda: process.poll() is not None or _answers(books))
+        taken = run("sandbox", "--port", port, data_dir=tmp_path)
+        assert taken.returncode == 1
+        assert f"port {port} of 127.0.0.1 is in use" in taken.stderr
+    finally:
+        process.terminate()
+        process.wait(30)
+    told = log.read_text()
+    assert books in told
+    given = dict(re.findall("^export (PAYMENTS_[A-Z_]+)=(.*)$", told, re.MULTILINE))
+    assert given["PAYMENTS_MOMO_IPN_URL"] == "http://127.0.0.1:9999/webhooks/momo"
+    told_settings = {name: shlex.split(value)[0] for name, value in given.items()}
+    assert run("gateways", data_dir=tmp_path, **told_settings).returncode == 0
+    for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
+        assert told_settings[f"PAYMENTS_{needed.upper()}"]
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_simulator_signs_no_webhooks_with_nothing(tmp_path: Path) -> None:
+    for missing in SIGNING:
+        rest = {name: value for name, value in SIGNING.items() if name != missing}
+        done = run("sandbox", "--webhooks-to", "http://127.0.0.1:9999/webhooks", data_dir=tmp_path, **rest)
+        assert done.returncode == 1
+        assert f"--webhooks-to needs {missing}" in done.stderr
+
+
+def test_the_simulators_help_names_all_four(tmp_path: Path) -> None:
+    told = run("sandbox", "--help", data_dir=tmp_path).stdout
+    assert all(name in told for name in ("Stripe", "PayPal", "VNPay", "MoMo"))
+
+
+def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
+    done = up.run(
+        "send", "charge", "--amount-minor", "50000", "--currency", "VND", "--gateway", "vnpay", "--timeout", "5"
+    )
+    assert done.returncode == 3
+    assert "the payer is awaited until" in done.stderr
+    assert re.search(r"Payer goes to: +http://\S+/paymentv2/vpcpay\.html\?\S+", done.stderr)
+    assert "running?" not in done.stderr
+
+
 def test_a_charge_is_captured(up: Up) -> None:
     code, event = up.send(*new_charge())
     assert (code, event["type"]) == (0, "payment.captured.v1")
@@ -304,7 +407,7 @@ def test_a_process_that_cannot_start_is_named_with_the_end_of_its_log(tmp_data_d
     names = {"PAYMENTS_GATEWAYS": '["nonsense"]', "PAYMENTS_DEFAULT_GATEWAY": "nonsense"}
     done = run("up", data_dir=tmp_data_dir, **names)
     assert done.returncode == 1
-    assert "worker ended while starting" in done.stdout
+    assert re.search("(worker|http) ended while starting", done.stdout)
     assert "PAYMENTS_GATEWAYS names ['nonsense']" in done.stdout
     assert not (tmp_data_dir / "stack.json").exists()
 

@@ -30,6 +30,7 @@ INDEXES = {
     "CLAIM_DUE": {"operations_due", "operations_pkey"},
     "IN_DOUBT": {"operations_in_doubt"},
     "FIND_UNDER_WAY": {"operations_due"},
+    "COUNT_UNDER_WAY": {"operations_due"},
     "MAKE_DUE": {"operations_due"},
     "FIND_LAPSED_HOLDS": {"payments_pending_captures", "operations_pkey"},
     "RENEW_LEASES": {"operations_pkey"},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app import reconcile_command
 from app.reconcile_command import reconcile
 from app.settings import Settings
 from domain.commands import OperationKind
@@ -87,3 +88,62 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
     kinds = [each["type"] for each in await events_of(postgres_url, payment_id)]
     released = ["payment.authorization_expired.v1"] if isinstance(word, Expired) else []
     assert kinds == ["payment.authorized.v1", *released]
+
+
+def here(postgres_url: str, redis_url: str) -> Settings:
+    return Settings(postgres_url=postgres_url, redis_url=redis_url, gateways=["instant"], default_gateway="instant")
+
+
+async def test_a_dry_run_tells_of_what_crashed_and_not_of_what_is_being_worked_on(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crashed, at_work = new_payment_id(), new_payment_id()
+    await in_doubt(postgres_url, crashed, at_work)
+    leased = "UPDATE operations SET state = 'dispatched', is_leased = true, due_at = now() + $2 WHERE payment_id = $1"
+    await value(postgres_url, leased, crashed, timedelta(seconds=-1))
+    await value(postgres_url, leased, at_work, timedelta(minutes=1))
+    told = await run(here(postgres_url, redis_url), capsys, dry_run=True)
+    assert [(each["payment_id"], each["state"]) for each in told] == [(str(crashed), "dispatched")]
+
+
+async def test_holds_past_their_end_are_asked_about_at_once_and_in_a_dry_run_too(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payments = [new_payment_id(), new_payment_id()]
+    async with running_worker(postgres_url, Instant()) as worker:
+        await worker.accept(*(delivery("authorize", each, f"key-{each}") for each in payments))
+        await worker.idle()
+    await value(postgres_url, "UPDATE payments SET authorization_expires_at = now() - interval '5 hours'")
+    settings = here(postgres_url, redis_url)
+    for dry_run in (True, False):
+        told = await run(settings, capsys, dry_run=dry_run)
+        assert {each["payment_id"] for each in told} == {str(each) for each in payments}
+        assert {(each["operation"], each["state"], each["age"]) for each in told} == {
+            ("authorize 1", "a hold past its end", "5 h")
+        }
+        (told,) = await run(settings, capsys, dry_run=dry_run, payment=payments[0])
+        assert told["payment_id"] == str(payments[0])
+
+
+async def test_a_dry_run_that_leaves_something_out_says_so(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile_command, "ASKED_MAX", 2)
+    await in_doubt(postgres_url, *(new_payment_id() for _ in range(3)))
+    settings = here(postgres_url, redis_url)
+    await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True)
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)) == 2
+    assert "the first 2 of 3" in told.err
+
+
+async def test_a_narrow_screen_does_not_break_the_providers_word(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    payment = new_payment_id()
+    await in_doubt(postgres_url, payment)
+    await asyncio.to_thread(reconcile, here(postgres_url, redis_url), None, dry_run=True, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{payment}  charge 1 at instant, USD 100.00, indeterminate")
+    assert lines[1].startswith("    the provider says: succeeded (reference ")

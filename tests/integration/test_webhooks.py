@@ -31,6 +31,7 @@ from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
 SECRET = "whsec_test"
+SHOP = "https://shop.invalid/return"
 
 
 class StripeBooks(BookkeepingGateway):
@@ -45,7 +46,7 @@ def waits(request: GatewayRequest) -> Outcome | None:
 
 @asynccontextmanager
 async def receiving(postgres_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    settings = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET])
+    settings = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP)
     service = WebhookService(settings)
     running = asyncio.create_task(service.run())
     transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
@@ -294,6 +295,7 @@ async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_other
 )
 async def test_what_no_parser_or_encoder_takes_is_malformed_and_nobodys_error(body: bytes) -> None:
     own = {"momo_partner_code": "x", "momo_access_key": "x", "momo_secret_key": "x"}
+    own |= {"momo_redirect_url": SHOP, "momo_ipn_url": SHOP}
     settings = Settings(gateways=["momo"], default_gateway="momo", **own)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app=Starlette(routes=WebhookService(settings).routes()))
     async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:
@@ -301,7 +303,8 @@ async def test_what_no_parser_or_encoder_takes_is_malformed_and_nobodys_error(bo
 
 
 async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> None:
-    service = WebhookService(Settings(postgres_url="postgresql://127.0.0.1:1/none", stripe_webhook_secrets=[SECRET]))
+    away = "postgresql://127.0.0.1:1/none"
+    service = WebhookService(Settings(postgres_url=away, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP))
     running = asyncio.create_task(service.run())
     transport = httpx.ASGITransport(app=Starlette(routes=service.routes()))
     async with httpx.AsyncClient(transport=transport, base_url="http://payments.test") as client:

@@ -19,6 +19,7 @@ QUICK = {
     "PAYMENTS_RETRY_DELAY_MAX_SECONDS": "1",
     "PAYMENTS_SWEEP_INTERVAL_SECONDS": "0.2",
     "PAYMENTS_STRIPE_API_KEY": "sk_test_faults",
+    "PAYMENTS_STRIPE_RETURN_URL": "https://shop.invalid/return",
 }
 
 

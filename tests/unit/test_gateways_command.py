@@ -37,22 +37,32 @@ async def test_a_gateway_lists_what_it_declares_to_list() -> None:
         await gateway.close()
 
 
-CREDENTIALS = {
-    "vnpay": {"vnpay_tmn_code": "TEST1234", "vnpay_hash_secret": "secret"},
-    "momo": {"momo_partner_code": "MOMO", "momo_access_key": "access", "momo_secret_key": "secret"},
+SHOP = "https://shop.invalid/return"
+NEEDED = {
+    "stripe": {"stripe_return_url": SHOP},
+    "paypal": {"paypal_return_url": SHOP, "paypal_cancel_url": SHOP},
+    "vnpay": {"vnpay_tmn_code": "TEST1234", "vnpay_hash_secret": "secret", "vnpay_return_url": SHOP},
+    "momo": {
+        "momo_partner_code": "MOMO",
+        "momo_access_key": "access",
+        "momo_secret_key": "secret",
+        "momo_redirect_url": SHOP,
+        "momo_ipn_url": SHOP,
+    },
 }
 
 
-@pytest.mark.parametrize("gateway", CREDENTIALS)
-async def test_a_gateway_whose_secret_is_not_set_is_not_used_since_anybody_could_sign(gateway: str) -> None:
-    own = CREDENTIALS[gateway]
+@pytest.mark.parametrize("gateway", NEEDED)
+async def test_a_gateway_is_not_used_without_what_verifies_its_messages_and_where_it_sends_payers(gateway: str) -> None:
+    own = NEEDED[gateway]
     for missing in own:
         lacking = {name: value for name, value in own.items() if name != missing}
         settings = Settings(gateways=[gateway], default_gateway=gateway, **lacking)  # type: ignore[arg-type]
         for create in (create_gateways, create_webhook_readers):
             with pytest.raises(ValueError, match=f"PAYMENTS_{missing.upper()}"):
                 create(settings)
-    settings = Settings(gateways=[gateway], default_gateway=gateway, **own)  # type: ignore[arg-type]
+    more = {"paypal_webhook_id": "1JE4291016473214C"} if gateway == "paypal" else {}
+    settings = Settings(gateways=[gateway], default_gateway=gateway, **own, **more)  # type: ignore[arg-type]
     for created in (create_gateways(settings), create_webhook_readers(settings)):
         assert set(created) == {gateway}
         await created[gateway].close()
