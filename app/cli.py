@@ -319,7 +319,7 @@ def reconcile(
     """What the providers say of all that is open.
 
     Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
-    is in doubt, pending, or waits for the payer. Only a provider's word ends anything.
+    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything.
 
     --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
     offer a list: payments gateways.
@@ -414,7 +414,7 @@ def sandbox(
     settings = read_settings()
     with readable_errors():
         check_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
-    introduce(host, port, webhooks_to=webhooks_to)
+    introduce(settings, host, port, webhooks_to=webhooks_to)
     run_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
 
 

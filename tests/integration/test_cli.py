@@ -249,6 +249,7 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
     assert given["PAYMENTS_MOMO_IPN_URL"] == "http://127.0.0.1:9999/webhooks/momo"
     told_settings = {name: shlex.split(value)[0] for name, value in given.items()}
     assert run("gateways", data_dir=tmp_path, **told_settings).returncode == 0
+    assert told_settings["PAYMENTS_PAYPAL_WEBHOOK_ID"] == SIGNING["PAYMENTS_PAYPAL_WEBHOOK_ID"]
     for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
         assert told_settings[f"PAYMENTS_{needed.upper()}"]
 
