@@ -307,29 +307,52 @@ def reconcile(
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
     ] = None,
     gateway: Annotated[str | None, typer.Option(help="With --day: whose.", show_default="the default")] = None,
+    operation: Annotated[int | None, typer.Option(help="With --as: the operation's number.")] = None,
+    verdict: Annotated[
+        str | None, typer.Option("--as", help="succeeded or not-executed: end an operation that needs review.")
+    ] = None,
+    evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is kept, and published.")] = None,
+    reference: Annotated[str | None, typer.Option(help="With --as succeeded: the provider's id of it.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """What the providers say of all that is open.
 
     Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
-    is in doubt, pending, or waits for the payer. Only a provider's word ends anything.
+    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything.
 
     --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
     offer a list: payments gateways.
+
+    --as ends one operation that needs review as a person found out, where the provider will never tell: with --payment,
+    --operation and --evidence. Nothing else can be ended so.
 
     Example: payments reconcile --now --dry-run
     """
     from app.daily_report import report_day
     from app.reconcile_command import reconcile as reconcile_now
+    from app.ruling_command import Finding, rule
+    from infra.observability.logs import configure_logs
 
-    if now == (day is not None):
-        fail("say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books")
+    if now + (day is not None) + (verdict is not None) != 1:
+        fail(
+            "say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
+            "an operation that needs review"
+        )
+    if verdict is None and (operation, evidence, reference) != (None, None, None):
+        fail("--operation, --evidence and --reference go with --as")
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
     if day is not None:
         with readable_errors():
             raise typer.Exit(report_day(settings, day.date(), gateway, as_json=as_json))
     wanted = None if payment is None else _uuid(payment)
+    if verdict is not None:
+        if wanted is None or operation is None or evidence is None or dry_run:
+            fail("--as needs --payment, --operation and --evidence, and has no --dry-run")
+        with readable_errors():
+            finding = Finding(wanted, operation, verdict, evidence, reference)
+            raise typer.Exit(rule(settings, finding, as_json=as_json))
     with readable_errors():
         raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))
 
@@ -391,7 +414,7 @@ def sandbox(
     settings = read_settings()
     with readable_errors():
         check_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
-    introduce(host, port, webhooks_to=webhooks_to)
+    introduce(settings, host, port, webhooks_to=webhooks_to)
     run_sandbox(settings, host, port, state_file=state_file, webhooks_to=webhooks_to)
 
 

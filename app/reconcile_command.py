@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from rich.console import Console
@@ -27,6 +27,7 @@ from domain.requests import gateway_request
 from handlers.messages.commands import command_from_content
 from handlers.reconcile import HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
+from handlers.write_path import WritePath
 from infra.postgres.store import PostgresStore, create_pool
 
 ASKED_MAX: Final = 1_000
@@ -85,7 +86,7 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
 
 async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
     """What is said of open operations and of holds past their end, and how many operations are open."""
-    async with _parts(settings) as (store, gateways):
+    async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
         limit = asyncio.Semaphore(AT_ONCE)
@@ -114,22 +115,33 @@ async def _asked(
 
 async def _apply(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
     """What was said and applied; nothing is left out."""
-    async with _parts(settings) as (store, gateways):
+    async with connected(settings) as (store, gateways):
         found: list[Found] = []
-        async with _working(settings, store, gateways, found) as (sweep, is_idle, reconciler):
+        async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
-            while await sweep.sweep_once() == CLAIMED_MAX:
-                await is_idle()
-            await is_idle()
-            await reconciler.reconcile_holds(payment_id)
+            while await parts.sweep.sweep_once() == CLAIMED_MAX:
+                await parts.is_idle()
+            await parts.is_idle()
+            await parts.reconciler.reconcile_holds(payment_id)
         return [each for each in found if payment_id in (None, each.payment_id)], 0
 
 
+class Parts(NamedTuple):
+    """A worker's parts without Kafka."""
+
+    write_path: WritePath
+    submit: Callable[[list[GatewayRequest]], None]
+    sweep: Sweep
+    reconciler: Reconciler
+    is_idle: Callable[[], Awaitable[None]]
+    """Returns when nothing is in hand."""
+
+
 @asynccontextmanager
-async def _working(
-    settings: Settings, store: PostgresStore, gateways: dict[str, Gateway], found: list[Found]
-) -> AsyncIterator[tuple[Sweep, Callable[[], Awaitable[None]], Reconciler]]:
-    """A worker's parts without Kafka; every answer is noted in `found`, too."""
+async def working(
+    settings: Settings, store: PostgresStore, gateways: dict[str, Gateway], note: Callable[[Found], None]
+) -> AsyncIterator[Parts]:
+    """Have the parts at work in the block; every answer is noted, too."""
     rules, redis = wiring.create_rules(settings, gateways), wiring.connect_redis(settings)
     limits = {name: min(AT_ONCE, settings.concurrency_of(name)) for name in gateways}
     write_path = wiring.create_write_path(store, rules, redis)
@@ -143,7 +155,7 @@ async def _working(
     def on_answer(answer: Answer) -> None:
         request = asked.get((answer.payment_id, answer.operation_number))
         if request is not None:
-            found.append(_found(request, said(answer.outcome)))
+            note(_found(request, said(answer.outcome)))
         settler.add(answer)
 
     async def is_idle() -> None:
@@ -157,11 +169,11 @@ async def _working(
         gateways=gateways,
         write_path=write_path,
         interval=timedelta(seconds=settings.reconcile_interval_seconds),
-        on_answer=lambda answer: found.append(_hold(answer)),
+        on_answer=lambda answer: note(_hold(answer)),
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
-        yield sweep, is_idle, reconciler
+        yield Parts(write_path, submit, sweep, reconciler, is_idle)
     finally:
         for loop in loops:
             loop.cancel()
@@ -170,7 +182,8 @@ async def _working(
 
 
 @asynccontextmanager
-async def _parts(settings: Settings) -> AsyncIterator[tuple[PostgresStore, dict[str, Gateway]]]:
+async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, dict[str, Gateway]]]:
+    """The store and the gateways of this installation, closed at the end of the block."""
     async with AsyncExitStack() as stack:
         gateways = wiring.create_gateways(settings)
         for gateway in gateways.values():

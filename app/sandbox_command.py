@@ -67,19 +67,24 @@ def _check_address(host: str, port: int) -> None:
         raise SandboxUnusable(f"{host} port {port} cannot be listened on: {error.strerror or error}") from error
 
 
-def introduce(host: str, port: int, *, webhooks_to: str | None) -> None:
+def introduce(settings: Settings, host: str, port: int, *, webhooks_to: str | None) -> None:
     """Print where it is, and the settings of a service that uses it."""
     simulator = f"http://{HOST if host in ANYWHERE else host}:{port}"
     typer.echo(f"Stripe, PayPal, VNPay and MoMo, simulated: {simulator}\nTheir books: {simulator}/_sandbox\n")
     typer.echo("# Settings that have the service use all four:")
-    for name, value in _settings(simulator, webhooks_to).items():
+    given = _settings(simulator, webhooks_to)
+    if settings.paypal_webhook_id:
+        given["PAYMENTS_PAYPAL_WEBHOOK_ID"] = settings.paypal_webhook_id
+    for name, value in given.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
     if webhooks_to is None:
-        typer.echo("# No webhooks are sent: the service asks instead. To have them sent: --webhooks-to.")
+        typer.echo(
+            "# Of the four only MoMo sends webhooks now; the others are asked. To have all send them: --webhooks-to."
+        )
 
 
 def _settings(simulator: str, webhooks_to: str | None) -> dict[str, str]:
-    """Those of `payments up`, but for the secret, which the caller chose."""
+    """Those of `payments up`, but for the secret of Stripe's webhooks, which the caller chooses."""
     http = f"http://{HOST}:{PREFERRED_HTTP_PORT}"
     if webhooks_to is not None:
         url = urlsplit(webhooks_to)

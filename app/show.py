@@ -202,6 +202,7 @@ def _events_table(events: tuple[OutboxRow, ...]) -> Table:
     for event in events:
         body = json.loads(event.payload)
         note = "replayed" if body["replayed"] else body.get("decline_reason") or body.get("reason") or body.get("cause")
+        note = f"decided by a person: {body['evidence']}" if "evidence" in body else note
         table.add_row(str(event.payment_seq), event.type, event.occurred_at, note or "")
     return table
 

@@ -2,7 +2,8 @@
 
 Operations of one payment run one at a time, in the order accepted: what arrives meanwhile waits as `received` and is
 decided as soon as the operation before it has its outcome. `accept.py` has what a command does, `settle.py` what a
-gateway's answer does, `heed.py` what a webhook does, and `draft.py` the steps that they share.
+gateway's answer does, `heed.py` what a webhook does, `ruling.py` what a person's finding does, and `draft.py`
+the steps that they share.
 """
 
 from datetime import datetime
@@ -10,11 +11,12 @@ from typing import assert_never
 from uuid import UUID
 
 from domain.accept import accept, repeat
-from domain.decision import Answer, Decision, Delivery, Input, Notified
+from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.draft import Draft
 from domain.heed import heed
 from domain.payment import Payment
 from domain.rules import Rules
+from domain.ruling import rule
 from domain.settle import settle
 
 
@@ -35,6 +37,8 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
             settle(draft, given)
         case Notified():
             heed(draft, given)
+        case Ruling():
+            rule(draft, given)
         case _:
             assert_never(given)
     return draft.decision()

@@ -8,7 +8,7 @@ from domain.commands import AnyCommand
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.notices import Notice
-from domain.operations import GatewayRequest, Operation, Outcome
+from domain.operations import GatewayRequest, NotExecuted, Operation, Outcome, Succeeded
 from domain.payment import Payment
 
 
@@ -41,14 +41,27 @@ class Notified(NamedTuple):
     operation: Operation | None = None
 
 
-Input = Delivery | Answer | Notified
+class Ruling(NamedTuple):
+    """What a person found out about an operation that needs review, where its provider will never tell us.
+
+    `evidence` says how they know; the event that ends the operation repeats it.
+    """
+
+    payment_id: UUID
+    operation_number: int
+    outcome: Succeeded | NotExecuted
+    evidence: str
+
+
+Input = Delivery | Answer | Notified | Ruling
 
 
 class Decision(NamedTuple):
     """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
 
-    `is_stale` marks an answer whose lease was taken over: it changes nothing. `disagrees` marks a provider's word that
-    contradicts what it said before, and that changes nothing either: a person must look.
+    `is_stale` marks an answer whose lease was taken over, or a ruling where none is needed: it changes nothing.
+    `disagrees` marks a provider's word that contradicts what it said before, and that changes nothing either: a person
+    must look.
     """
 
     payment: Payment

@@ -90,7 +90,7 @@ class Event(NamedTuple):
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
     `operation_number` is None for a rejection that left no operation behind, and for a dispute.
     `told_before` is how the operation of a late success had ended. `owed_minor` is what must be returned of a success,
-    since another attempt of the payment was paid, too.
+    since another attempt of the payment was paid, too. `evidence` is there where a person decided, not the provider.
     """
 
     kind: EventKind
@@ -115,6 +115,7 @@ class Event(NamedTuple):
     replays_due: int = 0
     """How many more deliveries of the command are owed this (final) event."""
     traceparent: str | None = None
+    evidence: str | None = None
 
     @property
     def is_final(self) -> bool:

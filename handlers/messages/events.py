@@ -1,9 +1,9 @@
 """The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
 
 Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
-say; only a replay has `original_event_id`, and only a success that came twice has `owed_minor`. The models declare it
-and read it for clients; `write_event` builds the text without them, several times faster, and a test holds the two
-together.
+say; only a replay has `original_event_id`, only a success that came twice has `owed_minor`, and only what a person
+decided has `evidence`. The models declare it and read it for clients; `write_event` builds the text without them,
+several times faster, and a test holds the two together.
 """
 
 import re
@@ -29,6 +29,11 @@ _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
 _Owed = Annotated[
     _Minor | None,
     Field(description="Only where an earlier attempt was paid late, too: to be returned in any case."),
+]
+
+_Evidence = Annotated[
+    str | None,
+    Field(description="Only where a person decided, since the provider gives no evidence: how they know."),
 ]
 
 
@@ -96,6 +101,7 @@ class PaymentAuthorized(_WireEvent):
 
     type: Literal["payment.authorized.v1"]
     owed_minor: _Owed = None
+    evidence: _Evidence = None
 
 
 class PaymentCaptured(_WireEvent):
@@ -103,18 +109,21 @@ class PaymentCaptured(_WireEvent):
 
     type: Literal["payment.captured.v1"]
     owed_minor: _Owed = None
+    evidence: _Evidence = None
 
 
 class PaymentVoided(_WireEvent):
     """The hold was released. Final for a void command."""
 
     type: Literal["payment.voided.v1"]
+    evidence: _Evidence = None
 
 
 class PaymentRefunded(_WireEvent):
     """The money was returned. Final for a refund command."""
 
     type: Literal["payment.refunded.v1"]
+    evidence: _Evidence = None
 
 
 class PaymentDeclined(_WireEvent):
@@ -152,6 +161,7 @@ class PaymentCommandRejected(_WireEvent):
     reason: RejectionReason
     message: Annotated[str, Field(description="For people: what is wrong and what to do. Do not switch over it.")]
     fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
+    evidence: _Evidence = None
 
 
 class PaymentExpired(_WireEvent):
@@ -293,6 +303,8 @@ def write_event(event: Event, event_id: UUID) -> str:
         **_particulars(event),
         "payment": _payment_state(snapshot),
     }
+    if event.evidence is not None:
+        body["evidence"] = event.evidence
     return to_json(body).decode()
 
 

@@ -210,6 +210,20 @@ def test_a_database_without_a_schema_says_to_migrate(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (["--as", "succeeded"], "--as needs --payment, --operation and --evidence"),
+        (["--as", "succeeded", "--now"], "say --now"),
+        (["--now", "--evidence", "seen"], "go with --as"),
+    ],
+)
+def test_a_ruling_that_is_not_whole_says_what_is_missing(tmp_path: Path, given: list[str], advice: str) -> None:
+    done = run("reconcile", *given, data_dir=tmp_path, PAYMENTS_POSTGRES_URL="postgresql://127.0.0.1:1/none")
+    assert done.returncode == 1
+    assert advice in done.stderr
+
+
 SIGNING = {"PAYMENTS_STRIPE_WEBHOOK_SECRETS": '["whsec_cli"]', "PAYMENTS_PAYPAL_WEBHOOK_ID": "1JE"}
 
 
@@ -235,6 +249,7 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
     assert given["PAYMENTS_MOMO_IPN_URL"] == "http://127.0.0.1:9999/webhooks/momo"
     told_settings = {name: shlex.split(value)[0] for name, value in given.items()}
     assert run("gateways", data_dir=tmp_path, **told_settings).returncode == 0
+    assert told_settings["PAYMENTS_PAYPAL_WEBHOOK_ID"] == SIGNING["PAYMENTS_PAYPAL_WEBHOOK_ID"]
     for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
         assert told_settings[f"PAYMENTS_{needed.upper()}"]
 

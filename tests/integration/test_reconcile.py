@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from app import reconcile_command
 from app.reconcile_command import reconcile
+from app.ruling_command import Finding, RulingRefused, rule
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.operations import Expired, GatewayRequest, Outcome, Succeeded, Unknown
@@ -147,3 +151,84 @@ async def test_a_narrow_screen_does_not_break_the_providers_word(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{payment}  charge 1 at instant, USD 100.00, indeterminate")
     assert lines[1].startswith("    the provider says: succeeded (reference ")
+
+
+async def in_review(postgres_url: str) -> Any:
+    """A payment whose refund's answer was lost, that its provider gives no evidence of, and that a person must see."""
+    gateway, payment = Instant(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment, f"charge-{payment}"))
+        await worker.idle()
+        gateway.outcome = lambda request: Unknown("lost")
+        given = delivery("refund", payment, f"refund-{payment}"), delivery("refund", payment, f"later-{payment}")
+        await worker.accept(*given)
+        await worker.idle()
+    await value(postgres_url, "UPDATE operations SET state = 'needs_review' WHERE number = 2")
+    return payment
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ends"), [("succeeded", ["refunded", "command_rejected"]), ("not-executed", ["command_rejected"])]
+)
+async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
+    postgres_url: str, redis_url: str, verdict: str, ends: list[str]
+) -> None:
+    payment, evidence = await in_review(postgres_url), "VNPay portal, refund 14333333"
+    command = [sys.executable, "-m", "app.cli", "reconcile", "--payment", str(payment), "--operation", "2"]
+    command += ["--as", verdict, "--evidence", evidence, "--json"]
+    instant = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
+    servers = {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_REDIS_URL": redis_url}
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=os.environ | servers | instant, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    event = json.loads(done.stdout)
+    assert (event["operation_number"], event["evidence"]) == (2, evidence)
+    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    (record,) = [each for each in logged if each["event"] == "a person decided an outcome"]
+    assert (record["payment"], record["outcome"], record["evidence"]) == (str(payment), verdict, evidence)
+
+    events = [each for each in await events_of(postgres_url, payment) if each["operation_number"] != 1]
+    finals = [each["type"].split(".")[1] for each in events if each["type"] != "payment.pending.v1"]
+    # What waited was decided by it: refused where nothing is left, carried out otherwise.
+    assert finals == (ends if verdict == "succeeded" else [*ends, "refunded"])
+    assert [each.get("evidence") for each in events if each["payment_seq"] == event["payment_seq"]] == [evidence]
+    kept = await value(postgres_url, "SELECT result::jsonb->>'evidence' FROM operations WHERE number = 2")
+    assert kept == evidence
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 10_000
+    with pytest.raises(RulingRefused, match="a person decides only what is needs_review"):
+        await asyncio.to_thread(
+            rule, here(postgres_url, redis_url), Finding(payment, 2, verdict, evidence), as_json=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"number": 1}, "operation 1 is succeeded"),
+        ({"number": 9}, "has no operation 9"),
+        ({"verdict": "declined"}, "--as is succeeded or not-executed"),
+        ({"evidence": " "}, "how you know"),
+        ({"evidence": "card 4111 1111 1111 1111"}, "card number"),
+    ],
+)
+async def test_a_ruling_that_cannot_be_is_refused_and_changes_nothing(
+    postgres_url: str, redis_url: str, given: dict[str, Any], why: str
+) -> None:
+    payment = await in_review(postgres_url)
+    before = await events_of(postgres_url, payment)
+    finding = Finding(payment, 2, "succeeded", "the portal")._replace(**given)
+    with pytest.raises(RulingRefused, match=why):
+        await asyncio.to_thread(rule, here(postgres_url, redis_url), finding, as_json=True)
+    assert await events_of(postgres_url, payment) == before
+
+
+async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: str, redis_url: str) -> None:
+    payment = new_payment_id()
+    await in_doubt(postgres_url, payment)
+    await value(postgres_url, "UPDATE operations SET state = 'needs_review'")
+    finding, settings = Finding(payment, 1, "succeeded", "the portal"), here(postgres_url, redis_url)
+    with pytest.raises(RulingRefused, match="--reference"):
+        await asyncio.to_thread(rule, settings, finding, as_json=True)
+    assert await asyncio.to_thread(rule, settings, finding._replace(reference="pay_77"), as_json=True) == 0
+    assert await value(postgres_url, "SELECT gateway_payment_id FROM payments") == "pay_77"

@@ -7,11 +7,11 @@ from typing import Any
 from uuid import UUID
 
 from domain.decide import decide
-from domain.decision import Answer, Decision, Delivery, Input, Notified
+from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.events import Event, Replay
 from domain.ledger import Transfer
 from domain.notices import Notice
-from domain.operations import GatewayRequest, Operation, OperationState, Outcome, Succeeded
+from domain.operations import GatewayRequest, NotExecuted, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
 from domain.requests import gateway_request
 from domain.rules import Rules
@@ -61,6 +61,10 @@ class Story:
         """The answer to a question about an operation that has ended."""
         notice = Notice("books", "", "status", self.payment_id, number, outcome=outcome)
         return self.give(Notified(None, self.payment_id, notice, self._stored(number)))
+
+    def rule(self, outcome: Succeeded | NotExecuted, number: int = 1, evidence: str = "seen in the portal") -> Decision:
+        """A person decides."""
+        return self.give(Ruling(self.payment_id, number, outcome, evidence))
 
     def _stored(self, number: int) -> Operation | None:
         stored = self.operations.get(number)

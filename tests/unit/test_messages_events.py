@@ -35,7 +35,8 @@ def written(event: Event) -> dict[str, Any]:
 
 def optional(event: Event) -> set[str]:
     """What this event need not have."""
-    return {"original_event_id"} if event.kind is EventKind.LATE_SUCCESS else {"original_event_id", "owed_minor"}
+    rare = {"original_event_id", "evidence"}
+    return rare if event.kind is EventKind.LATE_SUCCESS else rare | {"owed_minor"}
 
 
 def test_every_kind_of_event_has_its_model_and_example() -> None:
@@ -75,6 +76,15 @@ def test_a_success_that_came_twice_says_what_is_owed(type_: str) -> None:
     read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(owed_minor=1_250), EVENT_ID).encode())
     assert isinstance(read, PaymentAuthorized | PaymentCaptured)
     assert read.owed_minor == 1_250
+
+
+def test_what_a_person_decided_carries_how_they_know_and_so_does_its_replay() -> None:
+    told = 'VNPay portal, "replayed":false'
+    for name in ("authorized", "captured", "voided", "refunded", "command_rejected"):
+        text = write_event(EVENT_EXAMPLES[f"payment.{name}.v1"]._replace(evidence=told), EVENT_ID)
+        for each in (text, write_replay(text, uuid4()).text):
+            read = read_event(each.encode())
+            assert getattr(read, "evidence") == told  # noqa: B009 - not every event has it
 
 
 def test_texts_that_look_like_marks_survive_a_replay() -> None:

@@ -1,0 +1,143 @@
+"""`payments reconcile --as`: a person ends an operation that needs review, where its provider never gives evidence.
+
+Through the write path, like a provider's word. The evidence stands in the event and in the operation's stored result.
+"""
+
+import asyncio
+import getpass
+import json
+from typing import Final, NamedTuple
+from uuid import UUID
+
+import structlog
+from rich.console import Console
+
+from app.reconcile_command import connected, working
+from app.settings import Settings
+from domain.decision import Ruling
+from domain.operations import NotExecuted, Operation, OperationState, Succeeded
+from domain.requests import OPENING
+from handlers.messages.card_numbers import holds_card_number
+from infra.postgres.store import PostgresStore
+
+log = structlog.get_logger(__name__)
+
+SUCCEEDED: Final = "succeeded"
+NOT_EXECUTED: Final = "not-executed"
+EVIDENCE_MAX: Final = 500
+"""Characters: where to look, not what is found there."""
+
+
+class RulingRefused(ValueError):
+    """Nothing was changed; the message says why."""
+
+
+class Finding(NamedTuple):
+    """What a person says of an operation. `verdict` is `succeeded` or `not-executed`."""
+
+    payment_id: UUID
+    number: int
+    verdict: str
+    evidence: str
+    reference: str | None = None
+
+
+def rule(settings: Settings, finding: Finding, *, as_json: bool) -> int:
+    """End the operation as was found, print its final event, and return the exit code.
+
+    Raises:
+        RulingRefused: it does not need review, or what is said of it cannot be.
+    """
+    if finding.verdict not in (SUCCEEDED, NOT_EXECUTED):
+        raise RulingRefused(f"--as is {SUCCEEDED} or {NOT_EXECUTED}")
+    finding = finding._replace(evidence=_usable(finding.evidence))
+    result = asyncio.run(_rule(settings, finding))
+    if as_json:
+        Console().print_json(result)
+    else:
+        told = f"operation {finding.number} is {finding.verdict}: {json.loads(result)['type']} is on its way."
+        Console().print(f"{finding.payment_id}  {told}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _usable(evidence: str) -> str:
+    evidence = evidence.strip()
+    if not evidence or len(evidence) > EVIDENCE_MAX or not evidence.isprintable():
+        raise RulingRefused(f"--evidence says in one line of up to {EVIDENCE_MAX} characters how you know")
+    if holds_card_number(evidence):
+        raise RulingRefused("--evidence is published, and may not hold a card number")
+    return evidence
+
+
+async def _rule(settings: Settings, finding: Finding) -> str:
+    async with connected(settings) as (store, gateways):
+        operation = await _operation(store, finding)
+        outcome = _outcome(operation, finding)
+        async with working(settings, store, gateways, lambda found: None) as parts:
+            given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
+            applied = await parts.write_path.apply([given])
+            for refused in applied.refused:
+                raise RulingRefused(f"nothing was changed: {refused.error}")
+            # What waited for this operation goes on at once.
+            parts.submit(applied.requests)
+            await parts.is_idle()
+        result = _result(await _operation(store, finding), finding.evidence)
+    log.warning(
+        "a person decided an outcome",
+        payment=str(finding.payment_id),
+        operation=finding.number,
+        outcome=finding.verdict,
+        evidence=finding.evidence,
+        reference=finding.reference,
+        user=_user(),
+    )
+    return result
+
+
+async def _operation(store: PostgresStore, finding: Finding) -> Operation:
+    payment_id, number = finding.payment_id, finding.number
+    async with store.begin() as transaction:
+        found = await transaction.operations_at([(payment_id, number)])
+    if not found:
+        raise RulingRefused(f"payment {payment_id} has no operation {number}: payments show {payment_id}")
+    return found[payment_id, number]
+
+
+def _outcome(operation: Operation, finding: Finding) -> Succeeded | NotExecuted:
+    if operation.state is not OperationState.NEEDS_REVIEW:
+        raise RulingRefused(
+            f"operation {operation.number} is {operation.state}: a person decides only what is "
+            f"{OperationState.NEEDS_REVIEW}; of all else the provider's word is awaited, or was heard"
+        )
+    if finding.verdict == NOT_EXECUTED:
+        return NotExecuted("a person found that the provider did not execute it")
+    known = finding.reference or operation.reference
+    if known is None and operation.kind in OPENING:
+        raise RulingRefused(
+            f"a {operation.kind} that succeeded needs --reference, the provider's id of the payment: captures and "
+            "refunds name it"
+        )
+    return Succeeded(known or "")
+
+
+def _result(operation: Operation, evidence: str) -> str:
+    """The final event that the ruling led to.
+
+    Raises:
+        RulingRefused: it led to none.
+    """
+    if operation.result is not None and json.loads(operation.result).get("evidence") == evidence:
+        return operation.result
+    if operation.state is OperationState.NEEDS_REVIEW:
+        raise RulingRefused(
+            "nothing was changed: the payment's amounts leave no room for it (payments show tells them), so that "
+            "something else is wrong, too"
+        )
+    raise RulingRefused(f"nothing was changed by this: meanwhile the provider's word came, and it is {operation.state}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

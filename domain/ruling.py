@@ -1,0 +1,29 @@
+"""What a person's finding does to an operation whose provider will never give evidence."""
+
+from domain.accept import begin_waiting
+from domain.decision import Ruling
+from domain.draft import Draft
+from domain.events import Event, Replay
+from domain.operations import Operation, OperationState
+from domain.settle import settle_outcome
+
+
+def rule(draft: Draft, given: Ruling) -> None:
+    """End an operation that needs review as the person found. Of any other, only evidence of the provider counts.
+
+    It ends as on the provider's word, so that a later one is heard as late as it is. Where the amounts leave no room
+    for it, it still needs review.
+    """
+    operation = draft.under_way(given.operation_number)
+    if operation is None or operation.state is not OperationState.NEEDS_REVIEW:
+        draft.is_stale = True
+        return
+    settle_outcome(draft, operation, given.outcome)
+    draft.events = [_with_evidence(each, operation, given.evidence) for each in draft.events]
+    begin_waiting(draft)
+
+
+def _with_evidence(event: Event | Replay, operation: Operation, evidence: str) -> Event | Replay:
+    if isinstance(event, Replay) or event.operation_number != operation.number:
+        return event
+    return event._replace(evidence=evidence, reference=event.reference or operation.reference)
