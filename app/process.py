@@ -11,25 +11,36 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from infra.last_resort import end_within
+
 log = structlog.get_logger(__name__)
 
 Main = Callable[[asyncio.Event], Awaitable[None]]
 """Runs until the event is set."""
 
 
-def run(main: Main, *, app: ASGIApp, host: str, port: int) -> None:
-    """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process."""
+def run(main: Main, *, app: ASGIApp, host: str, port: int, end_seconds: float | None = None) -> None:
+    """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process.
+
+    If it has not ended `end_seconds` after the signal, it ends all the same, with `last_resort.STATUS`.
+    """
     # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a third of the CPU.
     gc.set_threshold(100_000, 50, 100)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_live(main, app, host, port))
+        runner.run(_live(main, app, host, port, end_seconds))
 
 
-async def _live(main: Main, app: ASGIApp, host: str, port: int) -> None:
+async def _live(main: Main, app: ASGIApp, host: str, port: int, end_seconds: float | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        stop.set()
+        if end_seconds is not None:
+            end_within(end_seconds)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     async with asyncio.TaskGroup() as group:
         server = _Server(
             uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, proxy_headers=False)

@@ -33,13 +33,14 @@ def run_relay(settings: Settings) -> None:
     from infra.relay import Relay
 
     configure_logs("relay", as_json=settings.log_json)
-    relay = Relay(relay_config(settings))
+    config = relay_config(settings)
+    relay = Relay(config)
 
     async def check() -> str | None:
         return relay.trouble
 
     app = create_process_app(checks={"relay": check})
-    run(relay.run, app=app, host=settings.http_host, port=settings.relay_port)
+    run(relay.run, app=app, host=settings.http_host, port=settings.relay_port, end_seconds=config.end_seconds)
 
 
 def relay_config(settings: Settings) -> "RelayConfig":

@@ -5,16 +5,23 @@ import json
 import os
 import signal
 
+from infra.last_resort import end_within
 from infra.relay import Relay, RelayConfig
 
 
 async def main() -> None:
     """Relay until SIGTERM. `RELAY_CONFIG` holds the fields of `RelayConfig` as a JSON object."""
+    config = RelayConfig(**json.loads(os.environ["RELAY_CONFIG"]))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        stop.set()
+        end_within(config.end_seconds)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await Relay(RelayConfig(**json.loads(os.environ["RELAY_CONFIG"]))).run(stop)
+        loop.add_signal_handler(number, end)
+    await Relay(config).run(stop)
 
 
 if __name__ == "__main__":

@@ -33,3 +33,8 @@ class RelayConfig:
     """How long Kafka may acknowledge nothing before the relay calls itself not ready."""
     stop_seconds: float = 10.0
     """How long a stop waits for Kafka; what is unacknowledged by then is published again by the next relay."""
+
+    @property
+    def end_seconds(self) -> float:
+        """When a process that was told to stop ends, though Postgres neither answers nor hangs up."""
+        return self.stop_seconds + 5

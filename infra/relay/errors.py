@@ -6,6 +6,7 @@ RelayError
 ├── SlotMissing       the slot does not exist              RECONNECT, and find that there is a gap
 ├── GapFound          events may be missing                STOP, say which, wait for `payments relay repair`
 ├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
+├── ColumnMissing     the log leaves out what events need  RECONNECT, and say so until the publication is mended
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
 """
 
@@ -46,6 +47,10 @@ class SlotOfAnother(RelayError):
     def __init__(self, slot: str, owner: str) -> None:
         self.slot, self.owner = slot, owner
         super().__init__(f"slot {slot!r} belongs to {owner}: give this relay another slot name")
+
+
+class ColumnMissing(RelayError):
+    """The publication does not have all of the outbox's columns that events need."""
 
 
 class KafkaAway(RelayError):

@@ -8,6 +8,12 @@ from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 
+import structlog
+
+from infra.relay.errors import ColumnMissing
+
+log = structlog.get_logger(__name__)
+
 INSERT, BEGIN, COMMIT, RELATION = b"IBCR"
 
 _BEGIN = Struct(">xqq")
@@ -24,6 +30,7 @@ SHORT_MESSAGE = 0xFFFF
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
 )  # fmt: skip
+OUTBOX = "outbox"
 OPTIONAL_COLUMN = "traceparent"
 
 
@@ -66,22 +73,31 @@ class RowReader:
     """Reads inserts, by the column order that the server announced last for each table."""
 
     def __init__(self) -> None:
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, _Layout | None] = {}
 
     def learn(self, message: bytes) -> None:
-        """Take in a Relation message.
+        """Take in a Relation message; rows of another table than the outbox are none of ours.
 
         Raises:
-            ValueError: a column that events need is not there.
+            ColumnMissing: one that events need is not there.
         """
+        if _table_name(message) != OUTBOX:
+            log.warning("the publication has another table, too; its rows are skipped", table=_table_name(message))
+            self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = None
+            return
         names = _column_names(message)
+        if missing := {*OUTBOX_COLUMNS} - {*names}:
+            raise ColumnMissing(f"the publication leaves out columns of the outbox: {', '.join(sorted(missing))}")
         pick = itemgetter(*map(names.index, OUTBOX_COLUMNS))
         self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = _Layout(pick, names.index(OPTIONAL_COLUMN))
 
-    def read(self, message: bytes) -> OutboxEvent:
-        """An Insert message."""
+    def read(self, message: bytes) -> OutboxEvent | None:
+        """An Insert message; None if it is not of the outbox."""
         relation, _, count = _INSERT_HEAD.unpack_from(message)
-        pick, optional = self._layouts[relation]
+        layout = self._layouts[relation]
+        if layout is None:
+            return None
+        pick, optional = layout
         if len(message) <= SHORT_MESSAGE:
             # In one go: without a NULL there are as many pieces as columns, each with its length first.
             pieces: list[Any] = message[_INSERT_HEAD.size :].split(_SHORT_TEXT)
@@ -117,6 +133,11 @@ def _column_values(message: bytes, count: int) -> list[bytes | None]:
             append(None)
             position += 1
     return values
+
+
+def _table_name(message: bytes) -> str:
+    start = message.index(0, 5) + 1
+    return message[start : message.index(0, start)].decode()
 
 
 def _column_names(message: bytes) -> list[str]:

@@ -15,7 +15,7 @@ Repair = Literal["unproven", "everything", "adopt"]
 
 FIND: Final = """
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
-           window_begin::text, window_end::text, window_position, repair, gap
+           window_begin::text, window_end::text, window_position, repair, gap, publication
       FROM relay_slots WHERE slot_name = %s
 """
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -23,16 +23,19 @@ NOW: Final = """
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
 """
 START: Final = """
-    INSERT INTO relay_slots (slot_name, system_identifier, source, confirmed_lsn, published_below, repaired_events)
-    VALUES (%(slot)s, %(system)s, %(source)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(events)s)
+    INSERT INTO relay_slots (slot_name, system_identifier, source, confirmed_lsn, published_below, repaired_events,
+                             publication)
+    VALUES (%(slot)s, %(system)s, %(source)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(events)s, %(publication)s)
     ON CONFLICT (slot_name) DO UPDATE
        SET system_identifier = excluded.system_identifier, source = excluded.source,
            confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below, window_begin = NULL,
            window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
-           repaired_events = excluded.repaired_events, caught_up_at = now(), updated_at = now()
+           repaired_events = excluded.repaired_events, publication = excluded.publication, caught_up_at = now(),
+           updated_at = now()
 """
 SAVE_LSN: Final = """
-    UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s, updated_at = now()
+    UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s,
+                           publication = %(publication)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
 SAVE_WINDOW: Final = """
@@ -65,6 +68,7 @@ class Mark:
     window_position: int
     repair: Repair | None
     gap: str | None
+    publication: str | None
 
 
 async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
@@ -77,7 +81,15 @@ async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
 
 
 async def start_mark(
-    leader: psycopg.AsyncConnection, slot: str, *, system: str, source: str, lsn: int, below: int, events: int = 0
+    leader: psycopg.AsyncConnection,
+    slot: str,
+    *,
+    system: str,
+    source: str,
+    lsn: int,
+    below: int,
+    events: int = 0,
+    publication: str | None = None,
 ) -> None:
     """All retained events below `below` are published, and nothing is known to be amiss."""
     values: dict[str, Any] = {
@@ -87,6 +99,7 @@ async def start_mark(
         "lsn": lsn,
         "below": below,
         "events": events,
+        "publication": publication,
     }
     await leader.execute(START.encode(), values)
 
@@ -136,6 +149,11 @@ async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair:
     """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend."""
     values = {"repair": repair, "slot": slot, "leadership": leadership_key(slot)[1]}
     return (await connection.execute(REPAIR.encode(), values)).rowcount == 1
+
+
+async def withdraw_repair(connection: psycopg.AsyncConnection, slot: str) -> None:
+    """Nobody is asked to do anything about this relay's slot."""
+    await connection.execute("UPDATE relay_slots SET repair = NULL WHERE slot_name = %s", [slot])
 
 
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:

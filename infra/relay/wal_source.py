@@ -13,7 +13,17 @@ import structlog
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotOfAnother
-from infra.relay.pgoutput import BEGIN, COMMIT, INSERT, RELATION, OutboxEvent, RowReader, read_begin, read_commit
+from infra.relay.pgoutput import (
+    BEGIN,
+    COMMIT,
+    INSERT,
+    OUTBOX_COLUMNS,
+    RELATION,
+    OutboxEvent,
+    RowReader,
+    read_begin,
+    read_commit,
+)
 from infra.relay.prefix import Group, Prefix
 from infra.relay.progress import (
     SAVE_LSN,
@@ -25,6 +35,7 @@ from infra.relay.progress import (
     refuse_gap,
     set_notify,
     start_mark,
+    withdraw_repair,
 )
 from infra.relay.scan import scan
 from infra.relay.source import Desk, Room, Take
@@ -44,14 +55,21 @@ FIND_SLOT: Final = """
            (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint
       FROM pg_replication_slots WHERE slot_name = %s
 """
-# With a row filter, or without inserts, the log is as silent as without the table.
-IS_IN_PUBLICATION: Final = """
+# With a row filter, or without inserts, the log is as silent as without the table. The second column changes with
+# whatever is done to the publication: what was committed while the table was left out is not in the log.
+PUBLICATION: Final = """
     SELECT EXISTS (
-        SELECT FROM pg_publication_tables AS t JOIN pg_publication AS p USING (pubname)
-         WHERE pubname = %s AND p.pubinsert AND t.rowfilter IS NULL
-           AND format('%%I.%%I', t.schemaname, t.tablename)::regclass = 'outbox'::regclass)
+        SELECT FROM pg_publication_tables AS t
+         WHERE t.pubname = p.pubname AND p.pubinsert AND t.rowfilter IS NULL
+           AND t.attnames::text[] @> %(columns)s::text[]
+           AND format('%%I.%%I', t.schemaname, t.tablename)::regclass = 'outbox'::regclass),
+           concat_ws(' ', p.oid, p.xmin, r.oid, r.xmin)
+      FROM pg_publication AS p
+      LEFT JOIN pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid = 'outbox'::regclass
+     WHERE p.pubname = %(name)s
 """
 NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
+PUBLICATION_CHANGED: Final = "the publication was changed or made anew since"
 
 
 class WalSource:
@@ -68,12 +86,15 @@ class WalSource:
         self._below = 0
         self._proofs: deque[tuple[int, int]] = deque()
         self._has_news = False
+        self._publication: str | None = None
+        """As it was when what is in the log began to count."""
 
     async def open(self, desk: Desk) -> None:
         self._stream = await ReplicationStream.connect(self._config.postgres_url)
         await set_notify(self._leader, is_on=False)
         system = await self._stream.system_identifier()
         mark = await find_mark(self._leader, self._config.slot)
+        _, self._publication = await self._ask_publication()
         await self._prepare(desk, system, mark)
         await self._stream.start(self._config.slot, self._config.publication)
 
@@ -94,6 +115,10 @@ class WalSource:
         elif mark.repair == "adopt" and wal_status not in ("missing", "lost"):
             await self._adopt(mark, system, position)
         else:
+            if mark.repair == "adopt":
+                # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
+                log.warning("no slot to adopt", slot=self._config.slot)
+                await withdraw_repair(self._leader, self._config.slot)
             await self._trust(mark, system, wal_status, position)
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
@@ -102,6 +127,7 @@ class WalSource:
         reason = _reason_for_doubt(mark, system, wal_status, position)
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, since=self._below)
+        self._publication = mark.publication or self._publication
         await self._check_publication()
         await forget_gap(self._leader, self._config.slot)
         self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
@@ -132,7 +158,8 @@ class WalSource:
             log.warning("retained events were published from the table", slot=self._config.slot, events=count)
 
     async def _start_mark(self, system: str, **values: Any) -> None:
-        await start_mark(self._leader, self._config.slot, system=system, source="wal", **values)
+        values |= {"source": "wal", "publication": self._publication}
+        await start_mark(self._leader, self._config.slot, system=system, **values)
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
@@ -146,6 +173,8 @@ class WalSource:
                 break
             if message[0] == INSERT:
                 event = read(message)
+                if event is None:
+                    continue
                 events.append(event)
                 size += len(event.payload)
                 if size >= room.size:
@@ -191,9 +220,15 @@ class WalSource:
 
     async def _check_publication(self) -> None:
         """Nothing in the log says that events are left out of it."""
-        row = await (await self._leader.execute(IS_IN_PUBLICATION, [self._config.publication])).fetchone()
-        if row is None or not row[0]:
-            await refuse_gap(self._leader, self._config.slot, NOT_IN_PUBLICATION, since=self._below)
+        is_whole, publication = await self._ask_publication()
+        if not is_whole or publication != self._publication:
+            reason = PUBLICATION_CHANGED if is_whole else NOT_IN_PUBLICATION
+            await refuse_gap(self._leader, self._config.slot, reason, since=self._below)
+
+    async def _ask_publication(self) -> tuple[bool, str | None]:
+        values = {"name": self._config.publication, "columns": list(OUTBOX_COLUMNS)}
+        row = await (await self._leader.execute(PUBLICATION.encode(), values)).fetchone()
+        return (False, None) if row is None else (row[0], row[1])
 
     async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
@@ -201,7 +236,8 @@ class WalSource:
             self._proofs.append((position, xact))
         self._has_news = not self._prefix.is_empty
         below = self._proven(lsn)
-        await self._leader.execute(SAVE_LSN.encode(), {"slot": self._config.slot, "lsn": lsn, "below": below})
+        values = {"slot": self._config.slot, "lsn": lsn, "below": below, "publication": self._publication}
+        await self._leader.execute(SAVE_LSN.encode(), values)
         self._saved, self._below = lsn, below
 
     def _proven(self, lsn: int) -> int:
@@ -236,7 +272,7 @@ def _hand_over(events: list[OutboxEvent], group: Group, take: Take) -> list[Outb
 
 
 def _reason_for_doubt(mark: Mark, system: str, wal_status: str, position: int) -> str | None:
-    if mark.gap == NOT_IN_PUBLICATION:
+    if mark.gap in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED):
         return mark.gap  # Being there again brings nothing back.
     if mark.system_identifier != system:
         return "this is another Postgres server than before"

@@ -20,6 +20,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import ConsumerRecord
 
+from infra import last_resort
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
 from infra.relay.scan import SCAN
@@ -355,6 +356,26 @@ async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
         begun = time.monotonic()
         assert relay.terminate() == 0
         assert time.monotonic() - begun < 10
+
+
+async def test_a_stop_ends_though_postgres_neither_answers_nor_hangs_up(
+    own_postgres: EmbeddedPostgres, config: RelayConfig
+) -> None:
+    """Frozen: no error comes, from no connection."""
+    config = replace(config, postgres_url=own_postgres.url, stop_seconds=0.5)
+    with relay_process(config) as relay:
+        await relay.streams()
+        server = psutil.Process(own_postgres.pid)
+        everyone = [server, *server.children(recursive=True)]
+        for each in everyone:
+            each.suspend()
+        try:
+            begun = time.monotonic()
+            assert await asyncio.to_thread(relay.terminate) in (0, last_resort.STATUS)
+            assert time.monotonic() - begun < config.end_seconds + 5
+        finally:
+            for each in everyone:
+                each.resume()
 
 
 LEADERS = """

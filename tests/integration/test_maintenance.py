@@ -339,7 +339,9 @@ async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscribe
     await aged.connection.execute("SELECT pg_create_logical_replication_slot('idle', 'pgoutput')")
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
-    assert report.kept_because == ("slot idle is inactive",)
+    assert (
+        "slot idle is inactive" in report.kept_because
+    )  # The other one may not have confirmed yet; nobody waits for it.
     await aged.connection.execute("SELECT pg_drop_replication_slot('idle')")
     assert (await aged.maintain()).dropped
 

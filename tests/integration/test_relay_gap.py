@@ -1,6 +1,7 @@
 """No gap is passed silently: the relay stands still, says which events may be missing, and a repair publishes them."""
 
 import asyncio
+import contextlib
 from dataclasses import replace
 
 import psycopg
@@ -8,7 +9,7 @@ import pytest
 
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
-from infra.relay.wal_source import NOT_IN_PUBLICATION
+from infra.relay.wal_source import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, rows_of, until
 
@@ -123,6 +124,61 @@ async def test_what_the_publication_left_out_is_noticed_and_a_repair_publishes_i
         await asyncio.sleep(0.5)
         assert NOT_IN_PUBLICATION in standing.relay.health.detail
         assert 10 <= await standing.decide("unproven") <= 15
+        records = await published(config, *before, *missed, *after)
+    assert_first_deliveries_in_order(records, before + missed + after)
+
+
+@wal_only
+@pytest.mark.parametrize("is_running", [False, True], ids=["while none runs", "before the next look"])
+async def test_a_publication_that_is_whole_again_is_not_taken_for_one_that_always_was(
+    config: RelayConfig, *, is_running: bool
+) -> None:
+    before, missed, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    await before_the_gap(config, before)
+    async with contextlib.AsyncExitStack() as stack:
+        if is_running:
+            await stack.enter_async_context(running(replace(config, feedback_seconds=1, gap_seconds=0.1)))
+        await alter_publication(config, "DROP TABLE outbox")
+        await commit(config.postgres_url, missed)
+        await alter_publication(config, "ADD TABLE outbox")
+    async with StandingStill(config) as standing:
+        assert PUBLICATION_CHANGED in standing.relay.health.detail
+        await commit(config.postgres_url, after)
+        await standing.decide("unproven")
+        records = await published(config, *before, *missed, *after)
+    assert_first_deliveries_in_order(records, before + missed + after)
+
+
+@wal_only
+async def test_another_table_in_the_publication_is_none_of_ours(config: RelayConfig) -> None:
+    before, after = (rows_of("pay_a", 5, first=first) for first in (1, 6))
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await connection.execute("CREATE TABLE stranger (id int PRIMARY KEY)")
+    async with running(config):
+        await commit(config.postgres_url, before)
+        await alter_publication(config, "ADD TABLE stranger")
+        await fetch_value(config.postgres_url, "INSERT INTO stranger VALUES (1) RETURNING id")
+        await commit(config.postgres_url, after)
+        records = await published(config, *before, *after)
+    assert_first_deliveries_in_order(records, before + after)
+
+
+@wal_only
+async def test_an_adoption_does_not_wait_for_a_slot_that_is_made_later(config: RelayConfig) -> None:
+    """Nobody has published up to where that one will stand."""
+    before, missed, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    await before_the_gap(config, before)
+    await write_unread(config, missed, DROP)
+    async with StandingStill(config) as standing:
+        async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+            assert await request_repair(connection, config.slot, "adopt")
+        asked = "SELECT count(*) FROM relay_slots WHERE repair IS NOT NULL"
+        await until(lambda: fetch_value(config.postgres_url, f"SELECT ({asked}) = 0"))
+        await fetch_value(config.postgres_url, CREATE, config.slot)
+        await commit(config.postgres_url, after)
+        await asyncio.sleep(0.5)
+        assert not standing.relay.health.ready
+        await standing.decide("unproven")
         records = await published(config, *before, *missed, *after)
     assert_first_deliveries_in_order(records, before + missed + after)
 

@@ -7,6 +7,7 @@ from aiokafka.partitioner import murmur2 as aiokafka_murmur2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.relay.errors import ColumnMissing
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
 from infra.relay.prefix import Prefix
@@ -59,8 +60,15 @@ def test_a_table_that_was_announced_anew_is_read_by_its_new_columns() -> None:
 
 
 def test_a_table_without_a_needed_column_is_refused() -> None:
-    with pytest.raises(ValueError, match="traceparent"):
+    with pytest.raises(ColumnMissing, match="traceparent"):
         reader([*OUTBOX_COLUMNS[:-1]])
+
+
+def test_rows_of_another_table_are_skipped() -> None:
+    rows = reader([*OUTBOX_COLUMNS])
+    rows.learn(relation(6, ["id"]).replace(b"outbox", b"others"))
+    assert rows.read(insert(6, [b"1"])) is None
+    assert rows.read(insert(5, [*EVENT])) == EVENT
 
 
 def texts(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
