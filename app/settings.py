@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     vnpay_pay_url: str = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
     vnpay_api_url: str = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
     vnpay_return_url: str = f"{NOWHERE}/return"
+    vnpay_question_interval_seconds: float = Field(300.0, ge=0)
+    """VNPay is asked about one payment no more often: it would answer 94, asked too soon."""
     momo_partner_code: str = ""
     momo_access_key: str = ""
     momo_secret_key: SecretStr = SecretStr("")

@@ -298,6 +298,7 @@ def simulated(simulator: str, http: str) -> dict[str, str]:
         "PAYMENTS_VNPAY_HASH_SECRET": vnpay.SECRET,
         "PAYMENTS_VNPAY_PAY_URL": f"{simulator}/paymentv2/vpcpay.html",
         "PAYMENTS_VNPAY_API_URL": f"{simulator}/merchant_webapi/api/transaction",
+        "PAYMENTS_VNPAY_QUESTION_INTERVAL_SECONDS": "0",
         "PAYMENTS_MOMO_PARTNER_CODE": momo.PARTNER,
         "PAYMENTS_MOMO_ACCESS_KEY": momo.ACCESS,
         "PAYMENTS_MOMO_SECRET_KEY": momo.SECRET,

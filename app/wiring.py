@@ -1,7 +1,7 @@
 """The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 from pydantic import SecretStr
@@ -92,6 +92,7 @@ def vnpay_config(settings: Settings) -> VNPayConfig:
         pay_url=settings.vnpay_pay_url,
         api_url=settings.vnpay_api_url,
         return_url=settings.vnpay_return_url,
+        question_interval=timedelta(seconds=settings.vnpay_question_interval_seconds),
         max_connections=settings.concurrency_of("vnpay"),
     )
 

@@ -47,6 +47,8 @@ class Capabilities:
 
     Zero: the provider knows no keys, so an attempt whose answer is lost is never sent again.
     """
+    question_interval: timedelta = timedelta(0)
+    """The provider refuses to be asked about one payment again sooner than this."""
     listing: Listing = Listing.NONE
     limits: Mapping[str, AmountLimits] = field(default_factory=dict)
     """The provider's own bounds by currency; an installation may narrow them."""

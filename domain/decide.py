@@ -14,6 +14,7 @@ from domain.accept import accept, repeat
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.draft import Draft
 from domain.heed import heed
+from domain.operations import NotExecuted, Outcome
 from domain.payment import Payment
 from domain.rules import Rules
 from domain.ruling import rule
@@ -35,6 +36,7 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
                 repeat(draft, given.command, given.stored)
         case Answer():
             settle(draft, given)
+            _doubt_hold(draft, given.outcome)
         case Notified():
             heed(draft, given)
         case Ruling():
@@ -42,6 +44,12 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
         case _:
             assert_never(given)
     return draft.decision()
+
+
+def _doubt_hold(draft: Draft, outcome: Outcome) -> None:
+    """A hold that could not be captured is asked about soon, as one that is past its end: only that word ends it."""
+    if isinstance(outcome, NotExecuted) and outcome.is_hold_gone and not draft.is_stale:
+        draft.payment.authorization_expires_at = draft.now
 
 
 def _payment_id(given: Input) -> UUID:

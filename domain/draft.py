@@ -20,7 +20,7 @@ from domain.operations import (
 )
 from domain.payment import Payment
 from domain.requests import OPENING
-from domain.rules import Rules
+from domain.rules import Rules, not_before
 
 BOOKINGS: Final = {
     OperationKind.CHARGE: (Account.GATEWAY_CLEARING, Account.CUSTOMER_SALES),
@@ -86,13 +86,13 @@ class Draft:
 
     def _delay_in(self, state: OperationState, operation: Operation) -> timedelta:
         retry = self.rules.retry
-        match state:
-            case OperationState.NEEDS_REVIEW:
-                return retry.review_poll_interval
-            case OperationState.PENDING | OperationState.REQUIRES_ACTION:
-                return min(retry.poll_interval, retry.delay(operation.attempts, operation.payment_id))
-            case _:
-                return retry.delay(operation.attempts, operation.payment_id)
+        delay = retry.delay(operation.attempts, operation.payment_id)
+        if state is OperationState.NEEDS_REVIEW:
+            delay = retry.review_poll_interval
+        elif state in (OperationState.PENDING, OperationState.REQUIRES_ACTION):
+            delay = min(retry.poll_interval, delay)
+        gateway = self.rules.gateways.get(operation.gateway or "")
+        return delay if gateway is None else not_before(delay, gateway.question_interval, operation.payment_id)
 
     def finish(self, operation: Operation, state: OperationState, reference: str | None) -> None:
         """It has its outcome."""

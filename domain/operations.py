@@ -118,6 +118,8 @@ class NotExecuted:
 
     message: str
     code: str | None = None
+    is_hold_gone: bool = False
+    """For a capture: since the hold that it was of seems to have ended, which is to be asked about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,11 @@ class RetryPolicy:
         return doubled * (0.75 + (payment_id.int % 1024) / 2048)
 
 
+def not_before(delay: timedelta, least: timedelta, payment_id: UUID) -> timedelta:
+    """`delay`, but no less than `least`, and then spread upwards by up to a quarter."""
+    return max(delay, least * (1 + (payment_id.int % 1024) / 4096))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """What this installation accepts."""

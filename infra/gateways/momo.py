@@ -136,7 +136,8 @@ DECLINES: Final[Mapping[int, DeclineReason]] = {
 PAID: Final = 0
 AUTHORIZED: Final = 9000
 WAITING: Final = 1000
-EXPIRED: Final = frozenset({1003, 1005})
+RELEASED: Final = 1003
+EXPIRED: Final = frozenset({RELEASED, 1005})
 """The link's time is over; and the hold's, or it was cancelled: by us, or by MoMo itself."""
 UNKNOWN_ORDER: Final = 42
 DUPLICATES: Final = frozenset({40, 41})
@@ -244,7 +245,7 @@ class MoMoGateway:
             case OperationKind.CAPTURE:
                 return _read_confirmed(await self._query(_payment_of(request)), request, PAID)
             case OperationKind.VOID:
-                return _read_confirmed(await self._query(_payment_of(request)), request, 1003)
+                return _read_confirmed(await self._query(_payment_of(request)), request, RELEASED)
             case OperationKind.REFUND:
                 return _read_refunded(await self._query(_payment_of(request)), request)
 
@@ -301,7 +302,8 @@ class MoMoGateway:
         if not isinstance(found, Unknown):
             return found
         if code in refusals and request.state is OperationState.DISPATCHED:
-            return NotExecuted(f"MoMo refused it (result {code})", str(code))
+            is_hold_gone = code == RELEASED and request.kind is OperationKind.CAPTURE
+            return NotExecuted(f"MoMo refused it (result {code})", str(code), is_hold_gone)
         raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
 
     async def _ask_first(self, request: GatewayRequest) -> Answer:
@@ -410,8 +412,8 @@ def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Out
     code = _code(answer)
     if code == wanted:
         return Succeeded(str(answer.get("transId") or request.provider_key))
-    if request.kind is OperationKind.CAPTURE and code == 1003:
-        return NotExecuted("the hold was released before the capture", str(code))
+    if request.kind is OperationKind.CAPTURE and code == RELEASED:
+        return NotExecuted("the hold was released before the capture", str(code), is_hold_gone=True)
     return Unknown(f"MoMo shows result {code}")
 
 

@@ -312,7 +312,8 @@ def read_captures(order: Json, request: GatewayRequest) -> Outcome:
         return read_capture(own, request)
     holds = _payments(order)["authorizations"]
     if holds and not _taken(order) and all(each["status"] in ("VOIDED", "DENIED") for each in holds):
-        return NotExecuted(f"the hold of order {order['id']} was released before the capture", "AUTHORIZATION_VOIDED")
+        message = f"the hold of order {order['id']} was released before the capture"
+        return NotExecuted(message, "AUTHORIZATION_VOIDED", is_hold_gone=True)
     return Unknown(f"order {order['id']} shows no trace of operation {request.operation_number}")
 
 

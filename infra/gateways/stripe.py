@@ -234,7 +234,8 @@ def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     _check_currency(intent, request)
     if _mark(intent) != str(request.operation_number):
         if intent.status == "canceled" and intent.amount_received == 0:
-            return NotExecuted(f"the hold of {intent.id} was released before the capture", intent.cancellation_reason)
+            message = f"the hold of {intent.id} was released before the capture"
+            return NotExecuted(message, intent.cancellation_reason, is_hold_gone=True)
         return Unknown(f"{intent.id} shows no trace of operation {request.operation_number}")
     if intent.status == "processing":
         return Pending(intent.id)

@@ -68,6 +68,8 @@ class VNPayConfig(BaseModel):
     timeout_seconds: float = 20.0
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
+    question_interval: timedelta = timedelta(minutes=5)
+    """Between two queries of one TxnRef, else VNPay answers 94. From an older table of VNPay's: 5 minutes."""
 
 
 # --- names and times --------------------------------------------------------------------------------------------------
@@ -220,20 +222,21 @@ class VNPayGateway:
     """A sale by redirect, its query, and refunds. Create it inside the event loop that uses it."""
 
     name = NAME
-    capabilities = Capabilities(
-        operations=frozenset({OperationKind.CHARGE, OperationKind.REFUND}),
-        currencies=frozenset({"VND"}),
-        partial_capture=False,
-        multi_capture=False,
-        partial_refund=True,
-        off_session=False,
-        cancel_waiting=False,  # an unpaid URL stays payable until its end
-        idempotency_retention=timedelta(0),
-        limits={"VND": AmountLimits(5_000, 999_999_999)},
-    )
 
     def __init__(self, config: VNPayConfig) -> None:
         self._config = config
+        self.capabilities = Capabilities(
+            operations=frozenset({OperationKind.CHARGE, OperationKind.REFUND}),
+            currencies=frozenset({"VND"}),
+            partial_capture=False,
+            multi_capture=False,
+            partial_refund=True,
+            off_session=False,
+            cancel_waiting=False,  # an unpaid URL stays payable until its end
+            idempotency_retention=timedelta(0),
+            question_interval=config.question_interval,
+            limits={"VND": AmountLimits(5_000, 999_999_999)},
+        )
         self._http = ProviderHttp(
             NAME,
             max_connections=config.max_connections,

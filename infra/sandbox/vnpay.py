@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import html
 import json
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta, timezone
@@ -92,6 +93,8 @@ class VNPaySimulator:
         self.ipn_url: str | None = None
         self.amount_off_by = 0
         self.latency_seconds = 0.0
+        self.question_interval_seconds = 0.0
+        self._asked_at: dict[str, float] = {}
         self.sender = WebhookSender()
         self.faults = Faults()
         self._tmn_code = tmn_code
@@ -116,6 +119,7 @@ class VNPaySimulator:
     def reset(self) -> None:
         """Forget everything but the latency."""
         self._payments.clear()
+        self._asked_at.clear()
         self.faults = Faults()
         self._journal.rewrite(iter(()))
 
@@ -250,7 +254,18 @@ class VNPaySimulator:
         payment = self._payments.get(str(body["vnp_TxnRef"]))
         if payment is None or payment["created"] != body["vnp_TransactionDate"]:
             return self._respond(body, {"ResponseCode": "91", "Message": "Transaction not found"})
-        return self._query(body, payment) if command == "querydr" else self._refund(body, payment)
+        if command != "querydr":
+            return self._refund(body, payment)
+        if self._is_too_soon(payment["ref"]):
+            return self._respond(body, {"ResponseCode": "94", "Message": "Duplicate request"})
+        return self._query(body, payment)
+
+    def _is_too_soon(self, reference: str) -> bool:
+        if not self.question_interval_seconds:
+            return False
+        now, before = time.monotonic(), self._asked_at.get(reference)
+        self._asked_at[reference] = now
+        return before is not None and now - before < self.question_interval_seconds
 
     def _query(self, body: Mapping[str, Any], payment: Payment) -> Response:
         """The latest that happened to the payment: itself, or its last refund."""
@@ -326,11 +341,15 @@ class VNPaySimulator:
         return JSONResponse(payment)
 
     async def _configure(self, request: Request) -> Response:
-        """`ipn_url`, `latency_ms`, `amount_off_by` (dong), `refunds_wait`, and the sender's manners."""
+        """`ipn_url`, `latency_ms`, `amount_off_by` (dong), `refunds_wait`, and the sender's manners.
+
+        And `question_interval_seconds`, within which a question asked again is answered with 94; 0 is none.
+        """
         given = dict(await request.json())
         self.ipn_url = given.pop("ipn_url", self.ipn_url)
         self.latency_seconds = float(given.pop("latency_ms", self.latency_seconds * 1000)) / 1000
         self.amount_off_by = int(given.pop("amount_off_by", 0))
+        self.question_interval_seconds = float(given.pop("question_interval_seconds", 0))
         self.refunds_wait = bool(given.pop("refunds_wait", False))
         self.sender.behave(given)
         return JSONResponse({"ipn_url": self.ipn_url})

@@ -6,6 +6,7 @@ A new gateway adds one class here and one line to `PROVIDERS`, and the whole sui
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -135,6 +136,7 @@ class VNPay(Provider):
             pay_url=f"{self.url}/paymentv2/vpcpay.html",
             api_url=f"{self.url}/merchant_webapi/api/transaction",
             timeout_seconds=5,
+            question_interval=timedelta(0),  # as the simulator has it
         )
         return VNPayGateway(config)
 

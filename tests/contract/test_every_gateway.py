@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import httpx
@@ -300,4 +301,20 @@ async def test_a_question_without_an_answer_ends_nothing(till: Till, fault: str)
     asked = request._replace(state=OperationState.PENDING, reference=outcome.reference, attempts=3)
     till.provider.fault(fault, "read", request.payment_id)
     assert isinstance(await till.send(asked), Unknown | Unreachable)
+    assert isinstance(await till.send(asked), Succeeded)
+
+
+@pytest.mark.parametrize("till", ["vnpay"], indirect=True)
+async def test_vnpay_asked_again_too_soon_says_nothing(till: Till) -> None:
+    request = till.a(CHARGE)
+    outcome = await till.finish(request)
+    assert isinstance(outcome, Succeeded)
+    asked = request._replace(state=OperationState.PENDING, reference=outcome.reference, attempts=3)
+    configure = partial(till.provider.http.post, f"{till.provider.own}/configure")
+    try:
+        configure(json={"question_interval_seconds": 300}).raise_for_status()
+        assert isinstance(await till.send(asked), Succeeded)
+        assert isinstance(await till.send(asked), Unknown)
+    finally:
+        configure(json={}).raise_for_status()
     assert isinstance(await till.send(asked), Succeeded)

@@ -332,6 +332,19 @@ def test_a_hold_that_the_provider_let_go_cannot_be_captured_any_more() -> None:
     assert told.amounts() == (10_000, 4_000, 6_000, 0)
 
 
+@pytest.mark.parametrize("is_hold_gone", [True, False])
+def test_a_capture_that_failed_since_the_hold_is_gone_leads_to_a_question_about_it(*, is_hold_gone: bool) -> None:
+    told = story()
+    told.does("authorize")
+    told.send("capture")
+    told.answer(NotExecuted("it was released", "1003", is_hold_gone))
+    assert told.payment is not None
+    assert told.payment.authorization_expires_at == (told.now if is_hold_gone else None)
+    assert (told.kinds, told.amounts()) == (["authorized", "command_rejected"], (10_000, 0, 0, 0))
+    told.learn(Expired("ref_1", "1003"))
+    assert told.kinds[-1] == "authorization_expired"
+
+
 def test_an_old_refusal_does_not_end_a_hold_and_the_answer_to_a_question_does() -> None:
     told = story()
     told.does("authorize")

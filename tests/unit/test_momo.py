@@ -494,6 +494,16 @@ async def test_a_refund_names_the_payments_own_number() -> None:
     assert bodies["refund"]["orderId"] == momo.order_id(PAYMENT_ID, 2)
 
 
+@pytest.mark.parametrize("seen", [1003, 42])
+async def test_a_capture_of_what_was_released_says_that_the_hold_is_gone(seen: int) -> None:
+    def handle(path: str, _: dict[str, Any]) -> dict[str, Any]:
+        return {"resultCode": seen if path == "query" else 1003}
+
+    outcome = await gateway(handle).capture(a(OperationKind.CAPTURE))
+    assert isinstance(outcome, NotExecuted)
+    assert outcome.is_hold_gone
+
+
 @pytest.mark.parametrize("name", ["orderId", "requestId", "partnerCode", "amount"])
 async def test_an_answer_about_something_else_is_not_believed(name: str) -> None:
     for other in ("7", None):

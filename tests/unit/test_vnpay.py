@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 from uuid import UUID
@@ -28,9 +29,12 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.rules import RetryPolicy
 from infra.gateways import vnpay
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
 from tests.contract.gateway_requests import a_request
+from tests.support.service import rules
+from tests.support.story import Story
 
 SECRET = SecretStr("test_secret")
 PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
@@ -487,3 +491,20 @@ def test_our_marks_come_back_and_what_is_not_ours_has_none() -> None:
     assert vnpay.marks_of(vnpay.txn_ref(PAYMENT_ID, 12)) == (PAYMENT_ID, 12)
     for foreign in ("166117", PAYMENT_ID.hex, f"{PAYMENT_ID}0001", ""):
         assert vnpay.marks_of(foreign) is None
+
+
+async def test_vnpay_is_asked_about_one_payment_no_more_often_than_it_answers() -> None:
+    built = gateway(AssertionError())
+    told = Story(rules(RetryPolicy(), gateways={"vnpay": built.capabilities}, default_gateway="vnpay"))
+    told.send("charge", amount_minor=100_000, currency="VND")
+    told.answer(RequiresAction("ref", "redirect", "https://vnpay.invalid"))
+    asked = [told.now]
+    answers: list[Outcome] = [Unknown("asked too soon"), Pending("ref")]
+    for outcome in answers * 5:
+        told.claim()
+        asked.append(told.now)
+        told.answer(outcome)
+    gaps = [later - earlier for earlier, later in pairwise(asked)]
+    assert min(gaps) >= built.capabilities.question_interval == timedelta(minutes=5)
+    assert max(gaps) <= timedelta(minutes=6, seconds=15)
+    await built.close()
