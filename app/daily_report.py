@@ -22,13 +22,23 @@ from domain.errors import GatewayError
 from domain.operations import UNDER_WAY
 from domain.ports import Gateway, Movements, Statements
 
-PAYMENTS: Final = """
-    SELECT p.payment_id, p.gateway_payment_id, p.currency, p.captured_minor, p.refunded_minor,
+# Attempt by attempt, as several may have been paid: captures and refunds are of the one that the payment refers to.
+ATTEMPTS: Final = """
+    SELECT a.reference AS gateway_payment_id, a.payment_id, p.currency,
+           CASE WHEN a.kind = 'charge' AND a.state = 'succeeded' THEN a.amount_minor ELSE 0 END
+               + CASE WHEN p.is_of THEN p.captures_minor ELSE 0 END AS captured_minor,
+           CASE WHEN p.is_of THEN p.refunded_minor ELSE 0 END AS refunded_minor,
            (SELECT min(o.state) FROM operations AS o
-             WHERE o.payment_id = p.payment_id AND o.due_at IS NOT NULL) AS open_state
-      FROM payments AS p
-     WHERE p.gateway = $1 AND p.gateway_payment_id IS NOT NULL
-       AND (p.gateway_payment_id = ANY($2::text[]) OR (p.created_at >= $3 AND p.created_at < $4))
+             WHERE o.payment_id = a.payment_id AND o.due_at IS NOT NULL) AS open_state
+      FROM operations AS a
+      CROSS JOIN LATERAL (
+          SELECT currency, refunded_minor, gateway = a.gateway AND gateway_payment_id = a.reference AS is_of,
+                 (SELECT coalesce(sum(c.amount_minor), 0)::bigint FROM operations AS c
+                   WHERE c.payment_id = a.payment_id AND c.kind = 'capture' AND c.state = 'succeeded') AS captures_minor
+            FROM payments WHERE payment_id = a.payment_id) AS p
+     WHERE a.gateway = $1 AND a.kind IN ('authorize', 'charge') AND a.reference IS NOT NULL
+       AND (a.reference = ANY($2::text[])
+            OR (a.dispatched_at >= $3 AND a.dispatched_at < $4 AND (a.state = 'succeeded' OR p.is_of)))
 """
 OPERATIONS: Final = """
     SELECT o.payment_id, o.number, o.kind = 'refund' AS is_refund, o.state, o.state = ANY($2::text[]) AS is_open,
@@ -71,7 +81,7 @@ class Day(NamedTuple):
 
 
 def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: bool) -> int:
-    """Print the differences of a UTC day; the exit code, 1 if there are any.
+    """Print the differences of a UTC day; the exit code, 1 if there are any, 2 if the day has not begun.
 
     Raises:
         NoList: the provider offers none. As JSON that is an answer like any other (`error`), with exit code 1.
@@ -79,7 +89,10 @@ def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: b
         ValueError: the gateway is not in use here.
     """
     name = gateway or settings.default_gateway
-    head = {"gateway": name, "day": day.isoformat()}
+    today = datetime.now(UTC).date()
+    if day > today:
+        return _refuse_to_come(name, day, as_json=as_json)
+    head = {"gateway": name, "day": day.isoformat(), "is_over": day < today}
     try:
         count, found = asyncio.run(_compare(settings, name, day))
     except NoList as error:
@@ -92,7 +105,19 @@ def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: b
         Console().print_json(json.dumps(told))
     else:
         _print(name, day, count, found)
+        if day == today:
+            Console().print("The day is not over yet (UTC): what is to come is not in this.")
     return 1 if found else 0
+
+
+def _refuse_to_come(name: str, day: date, *, as_json: bool) -> int:
+    message = f"{day} has not begun in UTC, so there is nothing to compare yet"
+    if as_json:
+        told = {"gateway": name, "day": day.isoformat(), "error": "day_to_come", "message": message}
+        Console().print_json(json.dumps(told))
+    else:
+        Console(stderr=True).print(f"payments: {message}")
+    return 2
 
 
 async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[Difference]]:
@@ -128,7 +153,7 @@ async def _compare_payments(
 ) -> tuple[int, list[Difference]]:
     listed = [each async for each in gateway.statements(day.start - MARGIN, day.end + MARGIN)]
     theirs = {each.gateway_payment_id: each for each in listed}
-    rows = await connection.fetch(PAYMENTS, name, list(theirs), *day)
+    rows = await connection.fetch(ATTEMPTS, name, list(theirs), *day)
     return len(theirs), of_payments({row["gateway_payment_id"]: row for row in rows}, theirs)
 
 

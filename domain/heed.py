@@ -89,7 +89,7 @@ def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> Non
     )
     draft.book(operation.kind, operation.amount_minor or 0)
     if is_gone:
-        _release_hold(draft, operation)
+        _release_hold(draft, draft.changed[operation.number])
 
 
 def _reverse_refund(draft: Draft, operation: Operation) -> None:
@@ -104,12 +104,28 @@ def _reverse_refund(draft: Draft, operation: Operation) -> None:
 def _is_open_hold(draft: Draft, operation: Operation) -> bool:
     """Whether it is an authorization that still holds money, with none of our own operations at work on it."""
     is_hold = operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED
-    return is_hold and draft.payment.capturable_minor > 0 and draft.payment.under_way is None
+    return is_hold and _held_minor(draft, operation) > 0 and draft.payment.under_way is None
+
+
+def _is_another(draft: Draft, operation: Operation) -> bool:
+    """Whether it is not the attempt that captures, voids and refunds refer to."""
+    payment = draft.payment
+    return (operation.gateway, operation.reference) != (payment.gateway, payment.gateway_payment_id)
+
+
+def _held_minor(draft: Draft, operation: Operation) -> int:
+    """What may be left of this hold."""
+    payment = draft.payment
+    left = payment.owed_held_minor if _is_another(draft, operation) else payment.capturable_minor
+    return min(left, operation.amount_minor or 0)
 
 
 def _release_hold(draft: Draft, operation: Operation) -> None:
     """Nothing is left of this hold; what another attempt holds stays."""
-    draft.payment.released_minor += min(draft.payment.capturable_minor, operation.amount_minor or 0)
+    released = _held_minor(draft, operation)
+    draft.payment.released_minor += released
+    if _is_another(draft, operation):
+        draft.payment.owed_held_minor -= released
     draft.publish(EventKind.AUTHORIZATION_EXPIRED, operation, reference=operation.reference)
 
 

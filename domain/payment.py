@@ -45,6 +45,10 @@ class Payment:
     authorization_expires_at: datetime | None = None
     disputes: str | None = None
     """Every dispute that was heard of, as `domain.disputes` writes it; None for almost every payment."""
+    owed_held_minor: int = 0
+    """Of what is authorized: held by other attempts than the one that captures, voids and refunds refer to."""
+    owed_captured_minor: int = 0
+    """Of what is captured: taken by such other attempts."""
     operations: tuple[Operation, ...] = ()
 
     def copy(self) -> "Payment":
@@ -52,18 +56,25 @@ class Payment:
 
     @property
     def has_money(self) -> bool:
-        """Whether something is held, or was captured; what was released is neither."""
-        return self.authorized_minor > self.released_minor
+        """Whether the attempt that captures, voids and refunds refer to holds something, or captured it."""
+        elsewhere = self.owed_held_minor + self.owed_captured_minor
+        return self.authorized_minor > self.released_minor + elsewhere
 
     @property
     def capturable_minor(self) -> int:
-        """Authorized, and neither captured, released nor reserved."""
-        return self.authorized_minor - self.captured_minor - self.released_minor - self.reserved_capture_minor
+        """Authorized, and neither captured, released, reserved nor held by another attempt."""
+        spent = self.captured_minor + self.released_minor + self.reserved_capture_minor
+        return self.authorized_minor - spent - self.owed_held_minor
 
     @property
     def refundable_minor(self) -> int:
         """Captured, and neither refunded, disputed nor reserved."""
-        return self.captured_minor - self.refunded_minor - self.disputed_minor - self.reserved_refund_minor
+        return self.own_captured_minor - self.refunded_minor - self.disputed_minor - self.reserved_refund_minor
+
+    @property
+    def own_captured_minor(self) -> int:
+        """Captured from the attempt that captures, voids and refunds refer to."""
+        return self.captured_minor - self.owed_captured_minor
 
     @property
     def under_way(self) -> Operation | None:
@@ -85,7 +96,8 @@ class Payment:
         if self.captured_minor:
             return self._status_of_captured()
         if self.authorized_minor:
-            return PaymentStatus.AUTHORIZED if self.has_money else PaymentStatus.CANCELED
+            is_held = self.authorized_minor > self.released_minor
+            return PaymentStatus.AUTHORIZED if is_held else PaymentStatus.CANCELED
         current = self.under_way
         if current is None:
             if self.status in ENDED_WITHOUT_MONEY:

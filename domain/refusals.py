@@ -123,12 +123,12 @@ def _refusal_to_capture(command: Command, payment: Payment, rules: Rules) -> Rej
 def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Rejection | None:
     left = payment.refundable_minor
     amount = amount_of(command, payment)
-    if payment.captured_minor == 0:
+    if payment.own_captured_minor == 0:
         return _invalid_state(payment, "nothing was captured, so there is nothing to refund; void it instead")
     if amount > left or left <= 0:
         message = f"{amount} is more than the {max(left, 0)} minor units that can still be refunded"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
-    if amount < payment.captured_minor and not rules.gateways[payment.gateway or ""].partial_refund:
+    if amount < payment.own_captured_minor and not rules.gateways[payment.gateway or ""].partial_refund:
         return _unsupported(f"gateway {payment.gateway} cannot refund in part", "amount_minor")
     return None
 

@@ -31,7 +31,7 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         off_session=command.off_session,
         # What a void does not need is left out of it: the payment may change while one is under way, its request not.
         is_final=operation.kind is not OperationKind.CAPTURE or payment.capturable_minor == 0,
-        captured_minor=0 if operation.kind is OperationKind.VOID else payment.captured_minor,
+        captured_minor=0 if operation.kind is OperationKind.VOID else payment.own_captured_minor,
         state=operation.state,
         attempts=operation.attempts,
         lease_token=operation.lease_token,
@@ -40,6 +40,14 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
 
 
 def _target(payment: Payment, operation: Operation) -> str | None:
-    """The provider's payment that it acts on: for a void, what waits for the payer, if something does."""
-    waiting = payment.waiting_for_payer if operation.kind is OperationKind.VOID else None
-    return payment.gateway_payment_id if waiting is None else waiting.reference
+    """The provider's payment that it acts on: for a void, what waits for the payer, if something does.
+
+    What waited may have been paid beside another attempt: then the void, which reserved nothing, has its reference.
+    """
+    if operation.kind is not OperationKind.VOID:
+        return payment.gateway_payment_id
+    waiting = payment.waiting_for_payer
+    if waiting is not None:
+        return waiting.reference
+    own = payment.gateway_payment_id
+    return own if payment.reserved_capture_minor else operation.reference or own

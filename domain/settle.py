@@ -50,7 +50,7 @@ def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None
             review(draft, operation, outcome.reference)
         case Succeeded() if operation.kind is OperationKind.VOID and _cancels_unpaid(draft):
             _cancel_unpaid(draft, operation, outcome)
-        case Succeeded() if not fits(draft, operation) or _releases_nothing(draft, operation):
+        case Succeeded() if not fits(draft, operation):
             review(draft, operation, outcome.reference)
         case Succeeded():
             _succeed(draft, operation, outcome)
@@ -81,10 +81,12 @@ def fits(draft: Draft, operation: Operation) -> bool:
     """
     amount, payment = operation.amount_minor or 0, draft.payment
     match operation.kind:
+        case OperationKind.VOID if operation.is_under_way and releases_another(payment):
+            return amount <= payment.owed_held_minor
         case OperationKind.CAPTURE | OperationKind.VOID:
             return amount <= payment.capturable_minor + payment.reserved_capture_minor
         case OperationKind.REFUND:
-            return amount <= payment.captured_minor - payment.refunded_minor
+            return amount <= payment.own_captured_minor - payment.refunded_minor
         case _:
             return True
 
@@ -94,9 +96,9 @@ def _cancels_unpaid(draft: Draft) -> bool:
     return draft.payment.is_cancelling() or not draft.payment.has_money
 
 
-def _releases_nothing(draft: Draft, operation: Operation) -> bool:
-    """Whether a void never had a hold to release; then what is held now is that of another attempt."""
-    return operation.kind is OperationKind.VOID and not draft.payment.reserved_capture_minor
+def releases_another(payment: Payment) -> bool:
+    """Whether the void that is under way is of an attempt that waited and was paid meanwhile, beside the first one."""
+    return not payment.reserved_capture_minor
 
 
 def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
@@ -112,14 +114,27 @@ def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
 def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     amount = operation.amount_minor
     assert amount is not None, "a dispatched operation has an amount"
+    if operation.kind is OperationKind.VOID and releases_another(draft.payment):
+        draft.payment.owed_held_minor -= amount
     draft.release_reservation(operation.kind)
     owed = move(draft, operation, outcome)
     if operation.kind is OperationKind.AUTHORIZE and draft.payment.is_cancelling():
-        # It came about while it was being cancelled: the void that is under way releases it.
-        draft.payment.reserved_capture_minor = amount
+        _leave_to_void(draft, amount, outcome.reference, is_owed=bool(owed))
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
     draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference, owed_minor=owed)
     draft.book(operation.kind, amount)
+
+
+def _leave_to_void(draft: Draft, amount: int, reference: str, *, is_owed: bool) -> None:
+    """It came about while it was being cancelled: the void that is under way releases it, at every attempt."""
+    if not is_owed:
+        draft.payment.reserved_capture_minor = amount
+        return
+    for each in draft.payment.operations:
+        if each.kind is OperationKind.VOID and each.is_under_way:
+            void = each.copy()
+            void.reference = reference
+            draft.keep(void)
 
 
 def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
@@ -142,11 +157,14 @@ def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
 
 
 def _open(payment: Payment, operation: Operation, outcome: Succeeded) -> int:
-    """The first attempt that has money is the one that captures and refunds refer to."""
+    """The first attempt that has money is the one that captures, voids and refunds refer to."""
     amount, is_first = operation.amount_minor or 0, not payment.has_money
+    is_charge = operation.kind is OperationKind.CHARGE
     payment.authorized_minor += amount
-    payment.captured_minor += amount if operation.kind is OperationKind.CHARGE else 0
+    payment.captured_minor += amount if is_charge else 0
     if not is_first:
+        payment.owed_captured_minor += amount if is_charge else 0
+        payment.owed_held_minor += 0 if is_charge else amount
         return amount
     payment.gateway = operation.gateway
     payment.gateway_payment_id = outcome.reference

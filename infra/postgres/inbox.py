@@ -19,6 +19,7 @@ CHANNEL: Final = "payments_inbox"
 
 # An operation counts only for its own gateway: a message that one provider signed says nothing about another's. A
 # payment may have been tried at several, so what names no operation counts if one of the payment's was this gateway's.
+# What carries no mark of ours is found by the provider's payment: the one that is referred to, or another attempt's.
 ACCEPT: Final = """
     WITH given AS (
         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
@@ -37,6 +38,11 @@ ACCEPT: Final = """
               UNION ALL
               SELECT payment_id, currency FROM payments
                WHERE g.payment_id IS NULL AND gateway_payment_id = g.gateway_payment_id AND gateway = g.gateway
+              UNION ALL
+              SELECT payment_id, (SELECT currency FROM payments WHERE payments.payment_id = attempt.payment_id)
+                FROM operations AS attempt
+               WHERE g.payment_id IS NULL AND reference = g.gateway_payment_id AND gateway = g.gateway
+                 AND kind IN ('authorize', 'charge')
                LIMIT 1) AS p ON true
           LEFT JOIN operations AS o
             ON o.payment_id = p.payment_id AND o.number = g.number AND o.gateway = g.gateway

@@ -273,7 +273,9 @@ class PaymentRepository:
             sa.select(payments)
             # Literal: a bound value would not match the partial index.
             .where(sa.literal_column("payments.status IN ('authorized', 'partially_captured')"))
-            .where(p.authorized_minor > p.captured_minor + p.released_minor + p.reserved_capture_minor)
+            .where(
+                p.authorized_minor > p.captured_minor + p.released_minor + p.reserved_capture_minor + p.owed_held_minor
+            )
             .order_by(p.authorization_expires_at, p.id)
             .limit(_page_size(limit))
         )

@@ -39,6 +39,8 @@ payments: Final = sa.Table(
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("authorization_expires_at", _Time),
     sa.Column("disputes", sa.Text),
+    sa.Column("owed_held_minor", sa.BigInteger, nullable=False),
+    sa.Column("owed_captured_minor", sa.BigInteger, nullable=False),
     sa.Column("created_at", _Time, nullable=False, server_default=sa.func.now()),
     sa.Column("updated_at", _Time, nullable=False, server_default=sa.func.now()),
 )

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +12,9 @@ import pytest
 
 from app.daily_report import ListUnreadable, NoList, report_day
 from app.settings import Settings
+from domain.decision import Notified
+from domain.notices import Notice
+from domain.operations import Declined, DeclineReason, Outcome, Succeeded
 from tests.contract.paypal import PAYS, PayPalSandbox, paypal_gateway
 from tests.contract.providers import Stripe
 from tests.support.provider import BookkeepingGateway
@@ -58,9 +61,11 @@ async def test_every_difference_is_found_and_nothing_else(
         )
         await asyncio.to_thread(post, http, "refunds", {"payment_intent": reference, "amount": "1000"})
         await value(
-            postgres_url, "UPDATE payments SET gateway_payment_id = 'pi_gone' WHERE payment_id = $1 RETURNING 1",
+            postgres_url,
+            """WITH attempt AS (UPDATE operations SET reference = 'pi_gone' WHERE payment_id = $1)
+               UPDATE payments SET gateway_payment_id = 'pi_gone' WHERE payment_id = $1 RETURNING 1""",
             payments[2],
-        )  # fmt: skip
+        )
         assert await differences() == [
             ("not at the provider", ""),
             ("not in our books", "USD 100.00"),
@@ -69,9 +74,43 @@ async def test_every_difference_is_found_and_nothing_else(
         ]
 
 
-def post(http: httpx.Client, path: str, form: dict[str, Any]) -> None:
-    """What somebody else does at the provider, with our account."""
-    http.post(f"/v1/{path}", data=form, headers=AUTHORIZATION).raise_for_status()
+def post(http: httpx.Client, path: str, form: dict[str, Any]) -> str:
+    """What somebody else does at the provider, with our account; the id of what came of it."""
+    answer = http.post(f"/v1/{path}", data=form, headers=AUTHORIZATION).raise_for_status()
+    return str(answer.json()["id"])
+
+
+class NotReallyStripe(BookkeepingGateway):
+    """Its payments were made at the provider beforehand."""
+
+    name = "stripe"
+
+
+async def test_a_payment_that_was_paid_by_two_attempts_is_compared_attempt_by_attempt(
+    postgres_url: str, sandbox_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(postgres_url=postgres_url, stripe_api_base=sandbox_url, stripe_api_key="sk_test_report")
+    paid = {"amount": "10000", "currency": "usd", "payment_method": "pm_card_visa", "confirm": "true"}
+    payment_id, gateway, today = new_payment_id(), NotReallyStripe(), datetime.now(UTC).date()
+    with httpx.Client(base_url=sandbox_url) as http:
+        first, second = [await asyncio.to_thread(post, http, "payment_intents", paid) for _ in range(2)]
+        outcomes: dict[int, Outcome] = {1: Declined(DeclineReason.OTHER, None, first), 2: Succeeded(second, 10_000)}
+        gateway.outcome = lambda request: outcomes.get(request.operation_number)
+        async with running_worker(postgres_url, gateway) as worker:
+            for key in ("first", "second"):
+                await worker.accept(delivery("charge", payment_id, key))
+                await worker.idle()
+            late = Notice("stripe", "", "", payment_id, 1, outcome=Succeeded(first, 10_000))
+            await worker.write_path.apply([Notified(None, payment_id, late)])
+        assert await value(postgres_url, "SELECT (captured_minor, owed_captured_minor)::text FROM payments") == (
+            "(20000,10000)"
+        )
+        assert await asyncio.to_thread(report_day, settings, today, None, as_json=False) == 0
+        assert "not over yet" in capsys.readouterr().out
+        await asyncio.to_thread(post, http, "refunds", {"payment_intent": first})
+        assert await asyncio.to_thread(report_day, settings, today, None, as_json=True) == 1
+        found = json.loads(capsys.readouterr().out)["differences"]
+        assert [(each["provider_reference"], each["what"]) for each in found] == [(first, "refunded")]
 
 
 # --- PayPal: movement by movement -------------------------------------------------------------------------------------
@@ -193,6 +232,14 @@ def test_a_provider_without_a_list_is_said_so(gateway: str, capsys: pytest.Captu
     assert report_day(settings, today, None, as_json=True) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["gateway"], told["error"]) == (gateway, "no_list")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_day_that_has_not_begun_is_refused(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    tomorrow = datetime.now(UTC).date() + timedelta(days=1)
+    assert report_day(Settings(), tomorrow, None, as_json=as_json) == 2
+    told = capsys.readouterr()
+    assert "has not begun" in (told.out if as_json else told.err)
 
 
 def test_a_gateway_that_is_not_used_here_has_no_books_to_compare() -> None:

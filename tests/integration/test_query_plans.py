@@ -36,7 +36,7 @@ INDEXES = {
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "HEED_NOTICES": {"inbox_pkey"},
-    "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_pkey"},
+    "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_attempt", "operations_pkey"},
     "CLAIM": {"inbox_due", "inbox_pkey"},
     "FORGET": {"inbox_pkey"},
     "SAVE": {"payments_payment_id_key", "operations_pkey", "inbox_pkey"},

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.notices import BODY_BYTES_MAX
-from domain.operations import GatewayRequest, Outcome, RequiresAction
+from domain.operations import Declined, DeclineReason, GatewayRequest, Outcome, RequiresAction, Succeeded
 from domain.ports import Received
 from handlers import metrics
 from handlers.heed import Heeder
@@ -209,9 +209,9 @@ async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_
     pool = await create_pool(postgres_url, size=1)
     accepted = await PostgresInbox(pool).accept(given)
     pool.terminate()
-    assert [each.payment_id is not None for each in accepted] == [True, False, True, False, False, False, False]
+    assert [each.payment_id is not None for each in accepted] == [True, False, True, False, False, True, False]
     assert [each.is_new for each in accepted] == [each.payment_id is not None for each in accepted]
-    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 2
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
 
 
 async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is_kept(postgres_url: str) -> None:
@@ -266,6 +266,30 @@ async def test_a_dispute_finds_its_payment_by_the_providers_id(postgres_url: str
         "captured", "dispute_opened", "dispute_closed", "command_rejected",
     ]  # fmt: skip
     assert await value(postgres_url, "SELECT disputed_minor FROM payments") == 4_000
+
+
+def declines_the_first(request: GatewayRequest) -> Outcome:
+    if request.operation_number == 1:
+        return Declined(DeclineReason.AUTHENTICATION_FAILED, "authentication_failed", "pi_first")
+    return Succeeded("pi_second", request.amount.minor)
+
+
+async def test_a_dispute_of_an_attempt_that_was_paid_late_finds_its_payment(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = declines_the_first
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        for key in ("first", "second"):
+            await worker.accept(delivery("charge", payment_id, key))
+            await worker.idle()
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payment_id, "evt_late", id="pi_first")) == 200
+            await until(lambda: applied(postgres_url))
+            dispute = {"id": "dp_1", "amount": 10_000, "currency": "usd", "payment_intent": "pi_first"}
+            told = {"id": "evt_dispute", "object": "event", "type": "charge.dispute.closed"}
+            assert await send(client, told | {"data": {"object": dispute | {"status": "lost"}}}) == 200
+            await until(lambda: applied(postgres_url))
+    assert await kinds(postgres_url, payment_id) == ["declined", "captured", "late_success", "dispute_closed"]
+    assert await value(postgres_url, "SELECT disputed_minor FROM payments") == 10_000
 
 
 async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_others(postgres_url: str) -> None:

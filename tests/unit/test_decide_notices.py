@@ -281,6 +281,65 @@ def test_a_void_that_had_no_hold_to_release_releases_no_other_attempts() -> None
     assert told.amounts() == (10_000, 0, 0, 0)
 
 
+def test_a_void_of_what_was_paid_meanwhile_releases_that_and_not_what_was_paid_first() -> None:
+    told = tried_twice("authorize")
+    told.send("void")
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    assert (told.last.kind, told.last.owed_minor) == ("authorized", 10_000)
+    again = told.claim()
+    assert (again.gateway, again.gateway_payment_id) == ("other", "ref_2")
+    told.answer(Succeeded("ref_2"))
+    assert told.amounts() == (20_000, 0, 10_000, 0)
+    told.does("capture")
+    assert (told.requests[-1].gateway_payment_id, told.requests[-1].amount.minor) == ("ref_1", 10_000)
+    assert told.amounts() == (20_000, 10_000, 10_000, 0)
+
+
+def paid_twice(first: str, second: str) -> Story:
+    """Declined, then tried again with success; then the declined attempt's money comes, too."""
+    told = story()
+    told.send(first, "first")
+    told.answer(NO)
+    told.does(second, "second")
+    told.hear(PAID, 1)
+    assert (told.last.kind, told.last.owed_minor) == ("late_success", 10_000)
+    return told
+
+
+def test_a_void_releases_what_its_attempt_holds_and_no_other_attempts_hold() -> None:
+    told = paid_twice("authorize", "authorize")
+    told.does("void")
+    assert (told.requests[-1].gateway_payment_id, told.requests[-1].amount.minor) == ("ref_2", 10_000)
+    assert told.amounts() == (20_000, 0, 10_000, 0)
+    told.send("void", "again")
+    assert told.kinds[-2:] == ["voided", "command_rejected"]
+    told.hear(GONE, 1)
+    assert (told.last.kind, told.last.snapshot.status) == ("authorization_expired", "canceled")
+    assert told.amounts() == (20_000, 0, 20_000, 0)
+
+
+@pytest.mark.parametrize("first", ["authorize", "charge"])
+def test_a_capture_is_of_what_its_attempt_holds_and_knows_what_was_captured_of_that(first: str) -> None:
+    told = paid_twice(first, "authorize")
+    told.does("capture")
+    request = told.requests[-1]
+    assert (request.amount.minor, request.captured_minor, request.is_final) == (10_000, 0, True)
+    told.send("capture", "again")
+    assert told.last.kind == "command_rejected"
+
+
+def test_a_refund_is_of_what_its_attempt_took() -> None:
+    told = paid_twice("charge", "charge")
+    told.does("refund")
+    assert (told.requests[-1].gateway_payment_id, told.requests[-1].amount.minor) == ("ref_2", 10_000)
+    assert told.requests[-1].captured_minor == 10_000
+    told.send("refund", "again", amount_minor=1)
+    assert told.last.kind == "command_rejected"
+    told = paid_twice("charge", "authorize")
+    told.send("refund")
+    assert told.last.kind == "command_rejected"
+
+
 def held_and_let_go_in_the_wrong_order() -> Story:
     """A hold that is over before we hear that there was one, and a second one that waits for the payer."""
     told = waiting("authorize")
