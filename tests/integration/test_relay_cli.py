@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ __all__ = ["config", "source"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-async def payments_relay(config: RelayConfig, *arguments: str) -> subprocess.CompletedProcess[str]:
+async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PAYMENTS_POSTGRES_URL": config.postgres_url,
         "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka_bootstrap,
         "PAYMENTS_EVENTS_TOPIC": config.topic,
         "PAYMENTS_RELAY_SLOT": config.slot,
-        "COLUMNS": "200",
+        "COLUMNS": str(columns),
     }
     command = [sys.executable, "-m", "app.cli", "relay", *arguments]
     return await asyncio.to_thread(
@@ -125,7 +126,7 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         shown = json.loads((await payments_relay(config, "quarantine", "show", str(poisoned[1].id))).stdout)
         assert shown[0]["payload"] == poisoned[1].payload
         again = await payments_relay(config, "quarantine", "retry", "pay_0001")
-        assert (again.returncode, "are in quarantine now" in again.stdout) == (1, True)
+        assert (again.returncode, "2 of them are in quarantine again" in again.stdout) == (1, True)
         dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
         assert (dropped.returncode, "1 of 1 dropped" in dropped.stdout) == (0, True)
         await published(config, other[2])
@@ -135,6 +136,49 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         assert (retried.returncode, "all published" in retried.stdout) == (0, True)
         records = await published(config, *poisoned, other[0], other[2])
     assert [each for each in ids(records) if each in {row.id for row in poisoned}] == [row.id for row in poisoned]
+
+
+@wal_only
+async def test_the_ids_in_a_narrow_list_can_be_given_to_retry_and_drop(config: RelayConfig) -> None:
+    poisoned = [row._replace(key="3f6b2a5e-8f5c-4a4e-9a3c-0123456789ab") for row in poisoned_payment()]
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+        listed = await payments_relay(config, "quarantine", "list", columns=80)
+    for row in poisoned[1:]:
+        (line,) = [each for each in listed.stdout.splitlines() if str(row.id) in each]
+        assert row.key in line
+
+
+@wal_only
+async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: RelayConfig) -> None:
+    poisoned = poisoned_payment()
+    other = [row._replace(key="pay_0009", payload=f'"{"x" * 3_000_000}"') for row in poisoned_payment()[1:2]]
+    async with running(config):
+        await commit(config.postgres_url, poisoned, other)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 3 FROM relay_quarantine"))
+        await set_topic_limit(config, 2_500_000)
+        retried = await payments_relay(config, "quarantine", "retry", "pay_0001")
+        assert (retried.returncode, "asked for 2 events: all published" in retried.stdout) == (0, True), retried.stdout
+        await published(config, *poisoned)
+        assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
+        nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
+        assert nothing.returncode == 1
+        assert "Nothing of that is in quarantine" in nothing.stdout
+
+
+@wal_only
+async def test_a_replay_to_a_topic_that_is_not_there_says_so_at_once(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 3)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    absent = f"{config.topic}.absent"
+    started = time.monotonic()
+    done = await payments_relay(config, "replay", "--payment", "pay_a", "--to", absent)
+    assert (done.returncode, f"there is no topic {absent}: create it" in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.splitlines()) < 5
+    assert time.monotonic() - started < 15
 
 
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
