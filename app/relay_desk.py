@@ -23,13 +23,15 @@ from infra.kafka.topics import has_topic
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
-from infra.relay.status import Overview, RelayStatus, read_status
+from infra.relay.status import Overview, RelayStatus, is_led, read_status
 
 T = TypeVar("T")
 
 LAG_SECONDS_MAX = 60.0
 ROW_WIDTH_MIN = 160
 """Of `quarantine list`; narrower, the two ids would leave nothing to the rest."""
+SAY_EVERY_SECONDS = 5.0
+"""How often a wait says how far it is, where nobody would see a line change."""
 HELD_FOR_NOBODY = 64 * 1024 * 1024
 """Bytes of log that an inactive slot may keep before it is worth a person's look."""
 
@@ -91,10 +93,16 @@ class RelayDesk:
         return asyncio.run(self._wait_for_repair(timeout_seconds))
 
     async def _wait_for_repair(self, timeout_seconds: float) -> int:
-        deadline = time.monotonic() + timeout_seconds
+        started = time.monotonic()
+        said_at = started
         async with await self._connect() as connection:
-            with self._out.status("asked the relay; waiting for it …"):
-                while time.monotonic() < deadline:
+            with self._out.status("asked the relay; waiting for it …") as shown:
+                while (now := time.monotonic()) < started + timeout_seconds:
+                    text = f"{now - started:.0f} s: {await self._repairing(connection)}"
+                    shown.update(text)
+                    if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
+                        said_at = now
+                        self._out.print(text)
                     _, repair, events = await find_repair(connection, self._slot)
                     if repair is None:
                         self._out.print(f"done: {events} events published; the relay goes on")
@@ -102,6 +110,11 @@ class RelayDesk:
                     await asyncio.sleep(0.2)
         self._out.print("asked, and not done yet: a relay does it as soon as it runs")
         return 1
+
+    async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
+        if await is_led(connection, self._slot):
+            return "a relay is at it: it makes the slot anew and publishes"
+        return "no relay is at it yet; one that stands before a gap looks every 2 s"
 
     # --- quarantine ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +242,11 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     elif not relay.is_running:
         kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if relay.source == "poll" and relay.retained_bytes is not None:
+        found.append(
+            f"{relay.slot}: it polls, and the slot that it had before keeps {_bytes(relay.retained_bytes)} of log for"
+            f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
+        )
     if relay.lag_seconds > LAG_SECONDS_MAX:
         found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from app import relay_desk
+from app.settings import Settings
 from infra.kafka.topics import ensure_topics
-from infra.relay import RelayConfig
+from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
 from tests.conftest import PARTITIONS
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
@@ -68,13 +70,12 @@ async def test_status_tells_how_it_is(config: RelayConfig) -> None:
 
 def running_standby(config: RelayConfig) -> Any:
     class Standby:
-        async def __aenter__(self) -> None:
-            from infra.relay import Relay
-
+        async def __aenter__(self) -> Relay:
             self.stop = asyncio.Event()
             relay = Relay(config)
             self.task = asyncio.create_task(relay.run(self.stop))
             await until(lambda: relay.health.detail == "standby")
+            return relay
 
         async def __aexit__(self, *exception: object) -> None:
             self.stop.set()
@@ -93,6 +94,43 @@ async def test_status_names_a_slot_that_keeps_log_for_nobody(
         status = json.loads((await payments_relay(config, "status", "--json")).stdout)
     assert [each["slot"] for each in status["strangers"]] == [f"{config.slot}_old"]
     await fetch_value(config.postgres_url, DROP, f"{config.slot}_old")
+
+
+@wal_only
+async def test_status_names_the_slot_that_a_poll_has_left_behind(config: RelayConfig) -> None:
+    """And what it keeps is no lag of the poll's."""
+    async with running(replace(config, source="wal")):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    metrics.LAG_BYTES.set(0)
+    async with running(replace(config, source="poll")):
+        await commit(config.postgres_url, rows_of("pay_b", 3))
+        retained = metrics.RETAINED_BYTES.labels(config.slot)._value
+        await until(lambda: retained.get() > 0)
+        status = await payments_relay(config, "status", "--json")
+        told = json.loads(status.stdout)
+        assert metrics.LAG_BYTES._value.get() == 0
+    assert status.returncode == 1
+    assert f"SELECT pg_drop_replication_slot('{config.slot}')" in told["troubles"][0]
+    assert told["relays"][0]["lag_bytes"] is None
+
+
+async def test_a_standby_that_goes_round_stays_ready(config: RelayConfig) -> None:
+    async with running(config), running_standby(replace(config, stalled_seconds=0.5)) as standby:
+        await asyncio.sleep(1.2)
+        assert standby.health == (True, "standby")
+
+
+@wal_only
+async def test_a_repair_that_lasts_says_how_long_and_who_is_at_it(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    monkeypatch.setattr(relay_desk, "SAY_EVERY_SECONDS", 0.5)
+    desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
+    waited = await asyncio.to_thread(desk.repair, everything=False, dry_run=False, timeout_seconds=2.0)
+    assert waited == 1
+    assert "1 s: no relay is at it yet" in capsys.readouterr().out
 
 
 @wal_only
