@@ -133,6 +133,6 @@ def _lacks_schema(error: BaseException | None) -> bool:
     return False
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, *, code: int = 1) -> NoReturn:
     typer.secho(f"payments: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
-    raise typer.Exit(1)
+    raise typer.Exit(code)

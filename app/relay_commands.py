@@ -92,7 +92,8 @@ def replay(  # noqa: PLR0917 - Typer passes by name
 ) -> None:
     """Publish retained events once more.
 
-    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out.
+    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out. The topic has
+    to be there: if not, the exit code is 2.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """

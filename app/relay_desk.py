@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from datetime import datetime
 from typing import TypeVar
 
 import psycopg
@@ -12,18 +13,25 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
+from app.command_line import fail
 from app.processes import relay_config
 from app.settings import Settings
 from app.show import moment
+from infra.kafka.topics import has_topic
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
-from infra.relay.status import Overview, RelayStatus, read_status
+from infra.relay.status import Overview, RelayStatus, is_led, read_status
 
 T = TypeVar("T")
 
 LAG_SECONDS_MAX = 60.0
+ROW_WIDTH_MIN = 160
+"""Of `quarantine list`; narrower, the two ids would leave nothing to the rest."""
+SAY_EVERY_SECONDS = 5.0
+"""How often a wait says how far it is, where nobody would see a line change."""
 HELD_FOR_NOBODY = 64 * 1024 * 1024
 """Bytes of log that an inactive slot may keep before it is worth a person's look."""
 
@@ -85,10 +93,16 @@ class RelayDesk:
         return asyncio.run(self._wait_for_repair(timeout_seconds))
 
     async def _wait_for_repair(self, timeout_seconds: float) -> int:
-        deadline = time.monotonic() + timeout_seconds
+        started = time.monotonic()
+        said_at = started
         async with await self._connect() as connection:
-            with self._out.status("asked the relay; waiting for it …"):
-                while time.monotonic() < deadline:
+            with self._out.status("asked the relay; waiting for it …") as shown:
+                while (now := time.monotonic()) < started + timeout_seconds:
+                    text = f"{now - started:.0f} s: {await self._repairing(connection)}"
+                    shown.update(text)
+                    if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
+                        said_at = now
+                        self._out.print(text)
                     _, repair, events = await find_repair(connection, self._slot)
                     if repair is None:
                         self._out.print(f"done: {events} events published; the relay goes on")
@@ -96,6 +110,11 @@ class RelayDesk:
                     await asyncio.sleep(0.2)
         self._out.print("asked, and not done yet: a relay does it as soon as it runs")
         return 1
+
+    async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
+        if await is_led(connection, self._slot):
+            return "a relay is at it: it makes the slot anew and publishes"
+        return "no relay is at it yet; one that stands before a gap looks every 2 s"
 
     # --- quarantine ---------------------------------------------------------------------------------------------------
 
@@ -105,10 +124,16 @@ class RelayDesk:
         if as_json:
             print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
             return 0
-        table = Table(*names, box=box.SIMPLE)
+        if not rows:
+            self._out.print("Nothing is in quarantine.")
+            return 0
+        table = Table(box=box.SIMPLE)
+        for name in names:
+            # Ids are there to be copied: whole and on one line, even if the rest has to break, or the line runs over.
+            table.add_column(name, no_wrap=name in {"event", "payment"}, overflow="fold")
         for row in rows:
-            table.add_row(*(f"{each:%Y-%m-%d %H:%M:%S}" if hasattr(each, "hour") else str(each) for each in row))
-        self._out.print(table if rows else "Nothing is in quarantine.")
+            table.add_row(*(Text(_cell(each)) for each in row))
+        Console(width=max(self._out.width, ROW_WIDTH_MIN)).print(table)
         return 0
 
     def show_quarantine(self, name: str) -> int:
@@ -117,28 +142,33 @@ class RelayDesk:
         return 0 if rows else 1
 
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
-        asked = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
-        if not asked:
+        events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
+        if not events:
             self._out.print("Nothing of that is in quarantine.")
             return 1
-        return self._wait_for_quarantine(f"asked for {asked} events", timeout_seconds)
+        return self._wait_for_quarantine(events, timeout_seconds)
 
-    def _wait_for_quarantine(self, asked: str, timeout_seconds: float) -> int:
-        deadline = time.monotonic() + timeout_seconds
+    def _wait_for_quarantine(self, events: set[str], timeout_seconds: float) -> int:
+        """Until the relay has tried each of `events`; what else is in quarantine does not matter here."""
+        deadline, asked = time.monotonic() + timeout_seconds, f"asked for {len(events)} events"
         with self._out.status(f"{asked}; waiting for the relay …"):
             while time.monotonic() < deadline:
-                rows = self._at_quarantine(lambda desk: desk.entries(with_dropped=False, limit=10_000))
-                if all(row[4] != "retry" for row in rows):
-                    self._out.print(f"{asked}: " + (f"{len(rows)} are in quarantine now" if rows else "all published"))
-                    return 1 if rows else 0
+                states = self._at_quarantine(lambda desk: desk.states(events))
+                if "retry" not in states:
+                    still = f"{len(states)} of them are in quarantine again"
+                    self._out.print(f"{asked}: {still if states else 'all published'}")
+                    return 1 if states else 0
                 time.sleep(0.3)
         self._out.print(f"{asked}; no relay has taken them up yet. One does when it runs.")
         return 1
 
     def drop(self, names: list[str], *, why: str) -> int:
         dropped = self._at_quarantine(lambda desk: desk.drop(names, why=why))
+        if not dropped:
+            self._out.print("Nothing of that is in quarantine; `drop` takes the ids of events. Nothing is dropped.")
+            return 1
         self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
-        return 0 if dropped == len(names) else 1
+        return 0 if dropped == len(set(names)) else 1
 
     # --- replay -------------------------------------------------------------------------------------------------------
 
@@ -151,6 +181,8 @@ class RelayDesk:
         )
         target = topic or self._settings.events_topic
         replay = Replay(relay_config(self._settings), selection, topic=target, rate=rate)
+        if not dry_run:
+            self._check_topic(target)
         count = asyncio.run(replay.count())
         if dry_run or not count:
             self._out.print(f"{count} events would be published to {target}")
@@ -160,6 +192,17 @@ class RelayDesk:
             done = asyncio.run(replay.run(lambda published: progress.update(task, completed=published)))
         self._out.print(f"{done} events published again to {target}")
         return 0
+
+    def _check_topic(self, topic: str) -> None:
+        """A producer would wait long for a topic that is not there, and then blame Kafka."""
+        bootstrap = self._settings.kafka_bootstrap
+        if not asyncio.run(has_topic(bootstrap, topic)):
+            fail(
+                f"there is no topic {topic}: create it, with as many partitions as {self._settings.events_topic}:\n"
+                f"kafka-topics.sh --bootstrap-server {bootstrap} --create --topic {topic}"
+                f" --partitions {self._settings.topic_partitions}",
+                code=2,
+            )
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
@@ -199,6 +242,11 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     elif not relay.is_running:
         kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if relay.source == "poll" and relay.retained_bytes is not None:
+        found.append(
+            f"{relay.slot}: it polls, and the slot that it had before keeps {_bytes(relay.retained_bytes)} of log for"
+            f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
+        )
     if relay.lag_seconds > LAG_SECONDS_MAX:
         found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
@@ -221,6 +269,10 @@ def _relay_table(relay: RelayStatus) -> Table:
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _cell(fact: object) -> str:
+    return f"{fact:%Y-%m-%d %H:%M:%S}" if isinstance(fact, datetime) else str(fact)
 
 
 def _bytes(count: int | None) -> str:

@@ -1,10 +1,11 @@
 """All settings, read once from the environment (`PAYMENTS_…`); nothing below `app` reads the environment."""
 
+import re
 from datetime import timedelta
 from functools import cached_property
 from typing import Final, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.capabilities import AmountLimits
@@ -96,6 +97,7 @@ class Settings(BaseSettings):
     """name → base URL of the worker's and relay's own HTTP, whose metrics the HTTP process shows, too"""
 
     relay_slot: str = "payments_relay"
+    """Names the relay and its replication slot; relays of one name are one relay and its standbys."""
     relay_source: Literal["wal", "poll"] = "wal"
     outbox_retention_days: int = 14
     inbox_retention_days: int = 35
@@ -103,6 +105,13 @@ class Settings(BaseSettings):
     outbox_days_ahead: int = 7
     maintenance_interval_seconds: float = 3600.0
     log_json: bool = True
+
+    @field_validator("relay_slot")
+    @classmethod
+    def _is_a_slot_name(cls, name: str) -> str:
+        if re.fullmatch("[a-z0-9_]{1,63}", name) is None:
+            raise ValueError(f"{name!r} is no name for a slot: lower-case letters, digits and _, at most 63 of them")
+        return name
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

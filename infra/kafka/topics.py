@@ -1,4 +1,4 @@
-"""Creates the topics that the service speaks on, where they are missing."""
+"""Whether topics exist; creates those that the service speaks on, where they are missing."""
 
 from collections.abc import Mapping
 
@@ -19,6 +19,20 @@ async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, replic
         topics = [NewTopic(name, partitions[name], replication_factor) for name in sorted(missing)]
         if topics:
             _check(await admin.create_topics(topics))
+    finally:
+        await admin.close()
+
+
+async def has_topic(bootstrap: str, name: str) -> bool:
+    """Whether there is such a topic; to ask creates none.
+
+    Raises:
+        KafkaError: the broker cannot be reached.
+    """
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        return name in await admin.list_topics()
     finally:
         await admin.close()
 

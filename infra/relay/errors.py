@@ -30,13 +30,20 @@ class SlotMissing(RelayError):
 
 
 class GapFound(RelayError):
-    """Events may never have been published; nothing goes on before somebody decides (docs/operations/relay.md)."""
+    """Events may never have been published; nothing goes on before somebody decides (docs/operations/relay.md).
 
-    def __init__(self, reason: str, events: int, first: datetime | None, last: datetime | None) -> None:
-        self.reason, self.events = reason, events
+    Of transactions below `since` all are proven to be published.
+    """
+
+    def __init__(self, reason: str, *, since: int) -> None:
+        self.reason, self.since = reason, since
+        super().__init__(f"{reason}. `payments relay repair` publishes what has no proof of publication")
+
+    def told_with(self, events: int, first: datetime | None, last: datetime | None) -> str:
+        """The message, with how many events have no proof, and when the first and the last were written."""
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
-        super().__init__(
-            f"{reason}: {events} retained events have no proof of publication{span}."
+        return (
+            f"{self.reason}: {events} retained events have no proof of publication{span}."
             " `payments relay repair` publishes them"
         )
 

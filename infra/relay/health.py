@@ -19,6 +19,14 @@ class State(StrEnum):
     STOPPED = "stopped"
 
 
+GOING_ROUND = (State.ACTIVE, State.STANDBY)
+"""Ready, as long as they beat."""
+GAP_KNOWN = (State.GAP, State.ACTIVE, State.STANDBY, State.STOPPED)
+"""Who is in any other state does not know yet whether there is a gap: what was true last goes on."""
+NOT_LEADING = (State.STANDBY, State.STOPPED)
+"""The slot is another's; a leader shows what it keeps of the log also before a gap, and while Kafka is away."""
+
+
 class RelayHealth(NamedTuple):
     """`ready`: it publishes, or would take over; `detail` says what it does, or what keeps it from it."""
 
@@ -34,17 +42,28 @@ class Status:
         self._beat_at = time.monotonic()
         self.state = State.STARTING
         self._detail = ""
+        self._is_before_gap = False
         self.trouble: str | None = None
         """What keeps an active relay from publishing; kept up to date by its session."""
         self.enter(State.STARTING)
 
     def enter(self, state: State, detail: str = "") -> None:
-        """Change to `state`; an earlier trouble is over."""
+        """Change to `state`; an earlier trouble is over.
+
+        A gap is not: to look whether it is still there is no other state, and no broken connection closes it.
+        """
+        if self.state is State.GAP and state is State.CATCHING_UP:
+            self.beat()
+            return
+        if state in GAP_KNOWN:
+            self._is_before_gap = state is State.GAP
+        if state in NOT_LEADING:
+            metrics.RETAINED_BYTES.clear()
         self.state, self._detail, self.trouble = state, detail, None
         self.beat()
         for each in State:
             metrics.STATE.labels(each.value).set(each is state)
-        metrics.GAP.set(state is State.GAP)
+        metrics.GAP.set(self._is_before_gap)
 
     def beat(self) -> None:
         """Its session goes round; one that is stuck, whatever it waits for, soon does not."""
@@ -56,7 +75,7 @@ class Status:
         if self.trouble is not None:
             return RelayHealth(ready=False, detail=f"{self.state}: {self.trouble}")
         silent = time.monotonic() - self._beat_at
-        if self.state is State.ACTIVE and silent > self._stalled_seconds:
+        if self.state in GOING_ROUND and silent > self._stalled_seconds:
             return RelayHealth(ready=False, detail=f"{self.state}: it has stood still for {silent:.0f} s")
         detail = f"{self.state}: {self._detail}" if self._detail else str(self.state)
-        return RelayHealth(ready=self.state in (State.ACTIVE, State.STANDBY), detail=detail)
+        return RelayHealth(ready=self.state in GOING_ROUND, detail=detail)

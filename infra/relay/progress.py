@@ -108,12 +108,10 @@ async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, *,
     """Write the gap down, for who asks.
 
     Raises:
-        GapFound: always; it says which events may be missing.
+        GapFound: always.
     """
     await leader.execute("UPDATE relay_slots SET gap = %s WHERE slot_name = %s", [reason, slot])
-    row = await (await leader.execute(UNPROVEN.encode(), [since])).fetchone()
-    assert row is not None, "an aggregate always gives a row"
-    raise GapFound(reason, *row)
+    raise GapFound(reason, since=since)
 
 
 async def forget_gap(leader: psycopg.AsyncConnection, slot: str) -> None:
@@ -166,6 +164,11 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
     mark = await find_mark(connection, slot)
-    row = await (await connection.execute(UNPROVEN.encode(), [mark.published_below if mark else 0])).fetchone()
+    return await count_since(connection, mark.published_below if mark else 0)
+
+
+async def count_since(connection: psycopg.AsyncConnection, since: int) -> tuple[int, Any, Any]:
+    """The same, where proof ends at the transaction `since`. It reads the whole outbox."""
+    row = await (await connection.execute(UNPROVEN.encode(), [since])).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return row

@@ -4,7 +4,7 @@ What lies here counts as delivered to the log's reader, so other payments go on 
 payment's events in their order; `drop` gives one up for ever, with the reason that somebody gave.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -61,6 +61,10 @@ RETRY: Final = """
        AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
                             WHERE slot_name = %(slot)s AND state <> 'dropped'
                               AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
+    RETURNING id::text
+"""
+STATES: Final = """
+    SELECT state FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])
 """
 DROP: Final = """
     WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
@@ -137,10 +141,14 @@ class QuarantineDesk:
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             return await (await cursor.execute(SHOW, [self._slot, name, name])).fetchall()
 
-    async def retry(self, names: Sequence[str], *, everything: bool = False) -> int:
-        """Have the relay try all events of the payments that these events or payments name; how many events."""
+    async def retry(self, names: Sequence[str], *, everything: bool = False) -> set[str]:
+        """Have the relay try all events of the payments that these events or payments name; the ids of the events."""
         values = {"slot": self._slot, "names": list(names), "all": everything}
-        return (await self._connection.execute(RETRY.encode(), values)).rowcount
+        return {row[0] for row in await (await self._connection.execute(RETRY.encode(), values)).fetchall()}
+
+    async def states(self, events: Collection[str]) -> list[str]:
+        """The states of those of these events that are still here."""
+        return [row[0] for row in await (await self._connection.execute(STATES, [self._slot, list(events)])).fetchall()]
 
     async def drop(self, names: Sequence[str], *, why: str) -> int:
         """Give these events up for ever; what waited behind them is tried. How many are dropped now."""

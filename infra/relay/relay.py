@@ -17,7 +17,9 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
+from infra.relay.progress import count_since
 from infra.relay.session import Session
+from infra.relay.stream import CONNECTION
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +34,7 @@ class Relay:
         self._config = config
         self._status = Status(stalled_seconds=config.stalled_seconds)
         self._failures = 0
+        self._gap_reason: str | None = None
 
     @property
     def health(self) -> RelayHealth:
@@ -53,13 +56,24 @@ class Relay:
                 self._status.enter(State.STANDBY)
                 await self._pause(stop, self._config.standby_seconds)
             except GapFound as error:
-                self._status.enter(State.GAP, str(error))
-                log.error("the relay stands still: events may be missing", slot=self._config.slot, error=str(error))
+                await self._stand_still(error)
                 await self._pause(stop, self._config.gap_seconds)
             except (RelayError, KafkaError, psycopg.Error, OSError) as error:
                 self._failures = 0 if time.monotonic() - started > LONG_SECONDS else self._failures + 1
                 await self._reconnect(stop, error)
         self._status.enter(State.STOPPED)
+
+    async def _stand_still(self, gap: GapFound) -> None:
+        """Tell a gap that is new. What may be missing is counted once: to count reads the whole outbox."""
+        if self._status.state is State.GAP and self._gap_reason == gap.reason:
+            return
+        self._gap_reason, text = gap.reason, str(gap)
+        self._status.enter(State.GAP, text)
+        with contextlib.suppress(psycopg.Error, OSError):
+            async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection:
+                text = gap.told_with(*await count_since(connection, gap.since))
+        self._status.enter(State.GAP, text)
+        log.error("the relay stands still: events may be missing", slot=self._config.slot, error=text)
 
     async def _reconnect(self, stop: asyncio.Event, error: Exception) -> None:
         server = "kafka" if isinstance(error, (KafkaAway, KafkaError)) else "postgres"

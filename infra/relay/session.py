@@ -114,6 +114,7 @@ class Session:
         key = leadership_key(self._config.slot)
         while True:
             row = await (await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key)).fetchone()
+            self._status.beat()
             if row is not None and row[0]:
                 return connection
             if self._status.state is not State.STANDBY:
@@ -236,8 +237,11 @@ class Session:
         """
         while True:
             row = await (await leader.execute(LAG.encode(), [self._config.slot])).fetchone()
-            if row is not None:
-                metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
+            if row is None:
+                metrics.RETAINED_BYTES.clear()
+            else:
+                if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
+                    metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
                 metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
             await asyncio.sleep(WATCH_SECONDS)
 
@@ -266,7 +270,6 @@ def _forget_lag() -> None:
     """Who does not stream has no lag; a former leader must not go on showing its last one."""
     for gauge in (metrics.LAG_SECONDS, metrics.LAG_BYTES, metrics.UNACKNOWLEDGED, metrics.QUARANTINED):
         gauge.set(0)
-    metrics.RETAINED_BYTES.clear()
 
 
 def _age(commit_us: int | None) -> float:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
-from infra.relay.leadership import LEADERSHIP, leadership_key
+from infra.relay.leadership import IS_LED, LEADERSHIP, leadership_key
 
 MARKS: Final = """
     SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
@@ -47,7 +47,11 @@ LAST_EVENT: Final = "SELECT created_at FROM outbox WHERE xact IS NOT NULL ORDER 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayStatus:
-    """One relay by its slot's name. Bytes are of the write-ahead log, None without a slot."""
+    """One relay by its slot's name. Bytes are of the write-ahead log, None without a slot.
+
+    Before a gap none is running: one that looks whether the gap is still there publishes nothing. A poll has no
+    `lag_bytes`; a slot that it has is left over from logical replication.
+    """
 
     slot: str
     source: str
@@ -100,6 +104,12 @@ async def read_status(postgres_url: str) -> Overview:
         )
 
 
+async def is_led(connection: psycopg.AsyncConnection, slot: str) -> bool:
+    """Whether a relay of this name holds the lock of its leader now."""
+    row = await (await connection.execute(f"SELECT {IS_LED}", {"leadership": leadership_key(slot)[1]})).fetchone()
+    return row is not None and bool(row[0])
+
+
 async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
     name = mark["slot_name"]
     values = {"name": f"relay {name}"[:63], "class": LEADERSHIP, "half": leadership_key(name)[1]}
@@ -108,10 +118,10 @@ async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: di
     return RelayStatus(
         slot=name,
         source=mark["source"],
-        is_running=running["leaders"] > 0,
+        is_running=running["leaders"] > 0 and mark["gap"] is None,
         standbys=running["relays"] - running["leaders"],
         slot_state=_slot_state(mark),
-        lag_bytes=_integer(mark["lag_bytes"]),
+        lag_bytes=_integer(mark["lag_bytes"]) if mark["source"] == "wal" else None,
         lag_seconds=round(mark["lag_seconds"], 3),
         retained_bytes=_integer(mark["retained_bytes"]),
         saved_at=mark["updated_at"],

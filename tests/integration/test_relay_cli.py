@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app import relay_desk
+from app.settings import Settings
 from infra.kafka.topics import ensure_topics
-from infra.relay import RelayConfig
+from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
 from tests.conftest import PARTITIONS
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
@@ -26,13 +29,13 @@ __all__ = ["config", "source"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-async def payments_relay(config: RelayConfig, *arguments: str) -> subprocess.CompletedProcess[str]:
+async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PAYMENTS_POSTGRES_URL": config.postgres_url,
         "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka_bootstrap,
         "PAYMENTS_EVENTS_TOPIC": config.topic,
         "PAYMENTS_RELAY_SLOT": config.slot,
-        "COLUMNS": "200",
+        "COLUMNS": str(columns),
     }
     command = [sys.executable, "-m", "app.cli", "relay", *arguments]
     return await asyncio.to_thread(
@@ -67,13 +70,12 @@ async def test_status_tells_how_it_is(config: RelayConfig) -> None:
 
 def running_standby(config: RelayConfig) -> Any:
     class Standby:
-        async def __aenter__(self) -> None:
-            from infra.relay import Relay
-
+        async def __aenter__(self) -> Relay:
             self.stop = asyncio.Event()
             relay = Relay(config)
             self.task = asyncio.create_task(relay.run(self.stop))
             await until(lambda: relay.health.detail == "standby")
+            return relay
 
         async def __aexit__(self, *exception: object) -> None:
             self.stop.set()
@@ -92,6 +94,43 @@ async def test_status_names_a_slot_that_keeps_log_for_nobody(
         status = json.loads((await payments_relay(config, "status", "--json")).stdout)
     assert [each["slot"] for each in status["strangers"]] == [f"{config.slot}_old"]
     await fetch_value(config.postgres_url, DROP, f"{config.slot}_old")
+
+
+@wal_only
+async def test_status_names_the_slot_that_a_poll_has_left_behind(config: RelayConfig) -> None:
+    """And what it keeps is no lag of the poll's."""
+    async with running(replace(config, source="wal")):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    metrics.LAG_BYTES.set(0)
+    async with running(replace(config, source="poll")):
+        await commit(config.postgres_url, rows_of("pay_b", 3))
+        retained = metrics.RETAINED_BYTES.labels(config.slot)._value
+        await until(lambda: retained.get() > 0)
+        status = await payments_relay(config, "status", "--json")
+        told = json.loads(status.stdout)
+        assert metrics.LAG_BYTES._value.get() == 0
+    assert status.returncode == 1
+    assert f"SELECT pg_drop_replication_slot('{config.slot}')" in told["troubles"][0]
+    assert told["relays"][0]["lag_bytes"] is None
+
+
+async def test_a_standby_that_goes_round_stays_ready(config: RelayConfig) -> None:
+    async with running(config), running_standby(replace(config, stalled_seconds=0.5)) as standby:
+        await asyncio.sleep(1.2)
+        assert standby.health == (True, "standby")
+
+
+@wal_only
+async def test_a_repair_that_lasts_says_how_long_and_who_is_at_it(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    monkeypatch.setattr(relay_desk, "SAY_EVERY_SECONDS", 0.5)
+    desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
+    waited = await asyncio.to_thread(desk.repair, everything=False, dry_run=False, timeout_seconds=2.0)
+    assert waited == 1
+    assert "1 s: no relay is at it yet" in capsys.readouterr().out
 
 
 @wal_only
@@ -125,7 +164,7 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         shown = json.loads((await payments_relay(config, "quarantine", "show", str(poisoned[1].id))).stdout)
         assert shown[0]["payload"] == poisoned[1].payload
         again = await payments_relay(config, "quarantine", "retry", "pay_0001")
-        assert (again.returncode, "are in quarantine now" in again.stdout) == (1, True)
+        assert (again.returncode, "2 of them are in quarantine again" in again.stdout) == (1, True)
         dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
         assert (dropped.returncode, "1 of 1 dropped" in dropped.stdout) == (0, True)
         await published(config, other[2])
@@ -135,6 +174,49 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         assert (retried.returncode, "all published" in retried.stdout) == (0, True)
         records = await published(config, *poisoned, other[0], other[2])
     assert [each for each in ids(records) if each in {row.id for row in poisoned}] == [row.id for row in poisoned]
+
+
+@wal_only
+async def test_the_ids_in_a_narrow_list_can_be_given_to_retry_and_drop(config: RelayConfig) -> None:
+    poisoned = [row._replace(key="3f6b2a5e-8f5c-4a4e-9a3c-0123456789ab") for row in poisoned_payment()]
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+        listed = await payments_relay(config, "quarantine", "list", columns=80)
+    for row in poisoned[1:]:
+        (line,) = [each for each in listed.stdout.splitlines() if str(row.id) in each]
+        assert row.key in line
+
+
+@wal_only
+async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: RelayConfig) -> None:
+    poisoned = poisoned_payment()
+    other = [row._replace(key="pay_0009", payload=f'"{"x" * 3_000_000}"') for row in poisoned_payment()[1:2]]
+    async with running(config):
+        await commit(config.postgres_url, poisoned, other)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 3 FROM relay_quarantine"))
+        await set_topic_limit(config, 2_500_000)
+        retried = await payments_relay(config, "quarantine", "retry", "pay_0001")
+        assert (retried.returncode, "asked for 2 events: all published" in retried.stdout) == (0, True), retried.stdout
+        await published(config, *poisoned)
+        assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
+        nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
+        assert nothing.returncode == 1
+        assert "Nothing of that is in quarantine" in nothing.stdout
+
+
+@wal_only
+async def test_a_replay_to_a_topic_that_is_not_there_says_so_at_once(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 3)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    absent = f"{config.topic}.absent"
+    started = time.monotonic()
+    done = await payments_relay(config, "replay", "--payment", "pay_a", "--to", absent)
+    assert (done.returncode, f"there is no topic {absent}: create it" in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.splitlines()) < 5
+    assert time.monotonic() - started < 15
 
 
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:

@@ -8,7 +8,9 @@ import psycopg
 import pytest
 
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay import relay as relay_module
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.status import read_status
 from infra.relay.wal_source import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, rows_of, until
@@ -189,7 +191,7 @@ async def test_another_server_is_noticed_and_everything_retained_is_published(co
     await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
     async with StandingStill(config) as standing:
         assert "another Postgres server" in standing.relay.health.detail
-        assert "10 retained events" in standing.relay.health.detail
+        await until(lambda: "10 retained events" in standing.relay.health.detail)
         await standing.decide("unproven")
         await until(lambda: standing.relay.health.detail == "active")
         records = await published(config, *rows, *rows)
@@ -210,6 +212,36 @@ async def test_rows_of_another_servers_transactions_are_published_by_a_repair(co
         await standing.decide("unproven")
         await commit(config.postgres_url, more)
         await published(config, *known, *late, *more)
+
+
+@wal_only
+async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    async def counting(connection: psycopg.AsyncConnection, since: int) -> tuple[int, None, None]:
+        counts.append(since)
+        return 5, None, None
+
+    monkeypatch.setattr(relay_module, "count_since", counting)
+    await before_the_gap(config, rows_of("pay_a", 5))
+    await alter_publication(config, "DROP TABLE outbox")
+    samples = set()
+    async with StandingStill(config) as standing:
+        await until(lambda: "5 retained events" in standing.relay.health.detail)
+        ends = asyncio.get_running_loop().time() + 2
+        while asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(0)
+            retained = [sample for metric in metrics.RETAINED_BYTES.collect() for sample in metric.samples]
+            samples.add((standing.relay.health.detail[:3], metrics.GAP._value.get(), len(retained)))
+        (told,) = (await read_status(config.postgres_url)).relays
+    assert samples == {("gap", 1.0, 1)}
+    assert len(counts) == 1
+    assert not told.is_running
+    assert not [each for metric in metrics.RETAINED_BYTES.collect() for each in metric.samples], (
+        "a relay that is off knows nothing of its slot"
+    )
 
 
 @wal_only

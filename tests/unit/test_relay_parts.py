@@ -10,9 +10,10 @@ import psycopg
 import pytest
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
 
-from infra.relay import health, publisher
+from infra.relay import health, metrics, publisher
 from infra.relay.config import RelayConfig
 from infra.relay.errors import ColumnMissing, KafkaAway
+from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
 from infra.relay.prefix import TIDY_ABOVE, Group, Prefix
@@ -31,6 +32,30 @@ EVENT = OutboxEvent(
     occurred_at=b"2026-01-02T03:04:05.000006Z",
     traceparent=None,
 )
+
+
+class TestStatus:
+    @pytest.mark.parametrize("state", [State.ACTIVE, State.STANDBY])
+    def test_who_does_not_go_round_is_not_ready(self, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 1000.0
+        monkeypatch.setattr("infra.relay.health.time.monotonic", lambda: now)
+        status = Status(stalled_seconds=15)
+        status.enter(state)
+        now += 10
+        status.beat()
+        now += 14
+        assert status.health.ready
+        now += 2
+        assert not status.health.ready
+        assert "stood still for 16 s" in status.health.detail
+
+    def test_a_gap_lasts_until_the_relay_is_active_or_another_leads(self) -> None:
+        status = Status(stalled_seconds=15)
+        told = []
+        for state in (State.GAP, State.CATCHING_UP, State.RECONNECTING, State.CATCHING_UP, State.ACTIVE):
+            status.enter(state)
+            told.append((status.state.value, metrics.GAP._value.get()))
+        assert told == [("gap", 1), ("gap", 1), ("reconnecting", 1), ("catching_up", 1), ("active", 0)]
 
 
 class TestPrefix:
