@@ -20,7 +20,14 @@ from app.processes import relay_config
 from app.settings import Settings
 from app.show import moment
 from infra.kafka.topics import has_topic
-from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.progress import (
+    Repair,
+    count_unproven,
+    find_repair,
+    find_slot_state,
+    request_repair,
+    withdraw_adopt,
+)
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
@@ -81,7 +88,18 @@ class RelayDesk:
         return self._decide("everything" if everything else "unproven", timeout_seconds)
 
     def adopt(self, *, timeout_seconds: float) -> int:
-        return self._decide("adopt", timeout_seconds)
+        state = self._ask(lambda connection: find_slot_state(connection, self._slot))
+        if state in ("missing", "lost"):
+            self._out.print(
+                f"Nothing to adopt: slot {self._slot!r} is {state}. `payments relay repair` closes the gap."
+            )
+            return 1
+        try:
+            return self._decide("adopt", timeout_seconds)
+        finally:
+            # It was asked of the slot as it is now; a relay that starts some day would do it to another one.
+            if self._ask(lambda connection: withdraw_adopt(connection, self._slot)):
+                self._out.print("The request to adopt is withdrawn: ask again when a relay runs.")
 
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
         if not self._ask(lambda connection: request_repair(connection, self._slot, repair)):
@@ -103,7 +121,10 @@ class RelayDesk:
                     if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
                         said_at = now
                         self._out.print(text)
-                    _, repair, events = await find_repair(connection, self._slot)
+                    gap, repair, events = await find_repair(connection, self._slot)
+                    if repair is None and gap is not None:
+                        self._out.print(f"not done, the relay stands still: {gap}")
+                        return 1
                     if repair is None:
                         self._out.print(f"done: {events} events published; the relay goes on")
                         return 0

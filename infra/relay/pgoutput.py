@@ -74,6 +74,7 @@ class RowReader:
 
     def __init__(self) -> None:
         self._layouts: dict[int, _Layout | None] = {}
+        self._skipped: set[int] = set()
 
     def learn(self, message: bytes) -> None:
         """Take in a Relation message; rows of another table than the outbox are none of ours.
@@ -82,7 +83,7 @@ class RowReader:
             ColumnMissing: one that events need is not there.
         """
         if _table_name(message) != OUTBOX:
-            log.warning("the publication has another table, too; its rows are skipped", table=_table_name(message))
+            # Its partitions are announced, too, and nothing else is said of them.
             self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = None
             return
         names = _column_names(message)
@@ -96,6 +97,7 @@ class RowReader:
         relation, _, count = _INSERT_HEAD.unpack_from(message)
         layout = self._layouts[relation]
         if layout is None:
+            self._skip(relation)
             return None
         pick, optional = layout
         if len(message) <= SHORT_MESSAGE:
@@ -112,6 +114,11 @@ class RowReader:
                      trace and trace[2:]),
                 )  # fmt: skip
         return tuple.__new__(OutboxEvent, pick(_column_values(message, count)))
+
+    def _skip(self, relation: int) -> None:
+        if relation not in self._skipped:
+            self._skipped.add(relation)
+            log.warning("the publication has another table, too: its rows are skipped", relation=relation)
 
 
 def _is_null_behind(piece: bytes) -> bool:

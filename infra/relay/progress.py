@@ -149,9 +149,20 @@ async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair:
     return (await connection.execute(REPAIR.encode(), values)).rowcount == 1
 
 
-async def withdraw_repair(connection: psycopg.AsyncConnection, slot: str) -> None:
-    """Nobody is asked to do anything about this relay's slot."""
-    await connection.execute("UPDATE relay_slots SET repair = NULL WHERE slot_name = %s", [slot])
+async def withdraw_adopt(connection: psycopg.AsyncConnection, slot: str) -> bool:
+    """Nobody is to adopt any more: what a slot that is made later has passed, nobody has looked at.
+
+    False if nobody was to.
+    """
+    query = "UPDATE relay_slots SET repair = NULL WHERE slot_name = %s AND repair = 'adopt'"
+    return (await connection.execute(query, [slot])).rowcount == 1
+
+
+async def find_slot_state(connection: psycopg.AsyncConnection, slot: str) -> str:
+    """The slot's `wal_status`, or `missing`."""
+    query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s"
+    row = await (await connection.execute(query, [slot])).fetchone()
+    return "missing" if row is None else str(row[0])
 
 
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:

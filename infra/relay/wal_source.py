@@ -35,7 +35,7 @@ from infra.relay.progress import (
     refuse_gap,
     set_notify,
     start_mark,
-    withdraw_repair,
+    withdraw_adopt,
 )
 from infra.relay.scan import scan
 from infra.relay.source import Desk, Room, Take
@@ -118,7 +118,7 @@ class WalSource:
             if mark.repair == "adopt":
                 # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
                 log.warning("no slot to adopt", slot=self._config.slot)
-                await withdraw_repair(self._leader, self._config.slot)
+                await withdraw_adopt(self._leader, self._config.slot)
             await self._trust(mark, system, wal_status, position)
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:

@@ -195,6 +195,36 @@ async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
     assert_first_deliveries_in_order(records, rows)
 
 
+async def test_a_relay_that_ends_inside_a_large_transaction_begins_it_again(config: RelayConfig) -> None:
+    rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 100, payload='{"n":1}')]
+    # Little may be on its way at a time, so that it ends with a part of the transaction published.
+    relay = Relay(replace(config, unacknowledged_max=10))
+    task = asyncio.create_task(relay.run(asyncio.Event()))
+    await until(lambda: relay.health.detail == "active")
+    before = metrics.EVENTS._value.get()
+    await commit(config.postgres_url, rows)
+    await until(lambda: metrics.EVENTS._value.get() > before)
+    task.cancel()
+    await asyncio.wait([task])
+    assert metrics.EVENTS._value.get() < before + len(rows), "it had published all of it"
+    async with running(config):
+        records = await published(config, *rows)
+    assert_first_deliveries_in_order(records, rows)
+
+
+async def test_rows_that_were_copied_are_all_published(config: RelayConfig) -> None:
+    """Rows of one COPY share a record of the log. Ours never write so, since other relays lose all but one of them."""
+    rows = rows_of("pay_a", 50)
+    statement = "COPY outbox (id, aggregateid, payment_seq, payload, type, occurred_at, source, specversion) FROM STDIN"
+    async with running(config):
+        connect = psycopg.AsyncConnection.connect
+        async with await connect(config.postgres_url) as connection, connection.cursor().copy(statement) as copy:
+            for row in rows:
+                await copy.write_row([*row[:6], *row[7:]])
+        records = await published(config, *rows)
+    assert ids(records) == [row.id for row in rows]
+
+
 # --- the slot ---------------------------------------------------------------------------------------------------------
 
 

@@ -250,3 +250,17 @@ async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) ->
     await commit(config.postgres_url, later)
     done = await payments_relay(replace(config), "replay", "--payment", "pay_a", "--dry-run")
     assert "3 events would be published" in done.stdout
+
+
+@wal_only
+async def test_adopt_refuses_a_slot_that_is_gone_and_withdraws_what_no_relay_took_up(config: RelayConfig) -> None:
+    query = "SELECT repair IS NULL FROM relay_slots WHERE slot_name = %s"
+    async with running(config):
+        pass
+    unanswered = await payments_relay(config, "adopt", "--timeout", "0.5")
+    assert (unanswered.returncode, "withdrawn" in unanswered.stdout) == (1, True)
+    assert await fetch_value(config.postgres_url, query, config.slot)
+    await fetch_value(config.postgres_url, DROP, config.slot)
+    refused = await payments_relay(config, "adopt")
+    assert (refused.returncode, "is missing" in refused.stdout) == (1, True)
+    assert await fetch_value(config.postgres_url, query, config.slot)

@@ -160,6 +160,15 @@ class TestPgoutput:
             RowReader().learn(relation(*(name for name in OUTBOX_COLUMNS if name != "payment_seq")))
 
 
+@pytest.mark.parametrize(
+    ("key", "partition"),
+    [("pay_0001", 5), ("pay_0002", 1), ("pay_0005", 8), ("pay_0006", 3), ("pay_0013", 11), ("pay_Đ4", 10)],
+)
+def test_partitions_among_twelve_are_those_of_javas_algorithm(key: str, partition: int) -> None:
+    """A number that is no power of two: the sign bit and the remainder count."""
+    assert partition_of(key.encode(), 12) == partition
+
+
 def test_headers_stand_in_the_order_of_the_contract_with_null_where_the_column_is() -> None:
     assert headers_of(EVENT) == [
         ("id", b"0197a3c0-0000-7000-8000-000000000001"),
