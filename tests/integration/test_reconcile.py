@@ -75,8 +75,9 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
             interval=timedelta(seconds=60),
         )
         assert await reconciler.reconcile_holds() == 0
-        # Another attempt may have been paid since, at another gateway: a hold is asked about at its own.
-        await value(postgres_url, "UPDATE payments SET authorization_expires_at = now(), gateway = 'other' RETURNING 1")
+        # Another attempt was paid before, at another gateway: a hold is asked about at its own.
+        another = "gateway = 'other', authorized_minor = 2 * authorized_minor, owed_held_minor = authorized_minor"
+        await value(postgres_url, f"UPDATE payments SET authorization_expires_at = now(), {another} RETURNING 1")
         asked: list[GatewayRequest] = []
 
         async def status(request: GatewayRequest) -> Outcome:
