@@ -12,6 +12,8 @@ RelayError
 
 from datetime import datetime
 
+from infra.relay.snapshot import Snapshot
+
 
 class RelayError(Exception):
     """A session of the relay cannot go on."""
@@ -32,11 +34,11 @@ class SlotMissing(RelayError):
 class GapFound(RelayError):
     """Events may never have been published; nothing goes on before somebody decides (docs/operations/relay.md).
 
-    Of transactions below `since` all are proven to be published.
+    Of transactions that `published` sees all are proven to be published.
     """
 
-    def __init__(self, reason: str, *, since: int) -> None:
-        self.reason, self.since = reason, since
+    def __init__(self, reason: str, published: Snapshot) -> None:
+        self.reason, self.published = reason, published
         super().__init__(f"{reason}. `payments relay repair` publishes what has no proof of publication")
 
     def told_with(self, events: int, first: datetime | None, last: datetime | None) -> str:

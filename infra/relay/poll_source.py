@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final
 
 import psycopg
 import structlog
@@ -23,13 +23,14 @@ from infra.relay.progress import (
     SAVE_WINDOW,
     Mark,
     find_mark,
-    forget_gap,
     forget_transactions,
     refuse_gap,
     set_notify,
     start_mark,
+    trust_mark,
 )
 from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of, rows_at_once
+from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Room, Take
 from infra.relay.stream import CONNECTION, with_settings
 
@@ -67,38 +68,6 @@ SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 _EPOCH_2000_US: Final = 946_684_800_000_000
 
 
-class Snapshot(NamedTuple):
-    """Which transactions had ended at a moment: all below `below`, and those below `end` that are not `open`."""
-
-    below: int
-    end: int
-    open: frozenset[int]
-
-    @classmethod
-    def read(cls, text: str) -> Self:
-        """From Postgres's own form, `xmin:xmax:xip,…`."""
-        below, end, open_ = text.split(":")
-        return cls(int(below), int(end), frozenset(map(int, filter(None, open_.split(",")))))
-
-    @classmethod
-    def of_all_below(cls, transaction: int) -> Self:
-        """As if just those had ended."""
-        return cls(max(transaction, 1), max(transaction, 1), frozenset())
-
-    def __str__(self) -> str:
-        return f"{self.below}:{self.end}:{','.join(map(str, sorted(self.open)))}"
-
-    def until(self, later: "Snapshot", position: int) -> dict[str, Any]:
-        """Values for `WINDOW`: what `later` sees and this does not, behind `position`."""
-        return {
-            "first": self.end,
-            "end": later.end,
-            "open": list(later.open),
-            "late": list(self.open - later.open),
-            "position": position,
-        }
-
-
 class _Step:
     """A portion that was handed over, and the position that it leads to."""
 
@@ -128,7 +97,7 @@ class PollSource:
         self._listening: asyncio.Task[None] | None = None
         self._on_ready: Callable[[], None] | None = None
         self._is_woken = True
-        self._begin, self._position = Snapshot.of_all_below(0), 0
+        self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
         self._rest: psycopg.AsyncServerCursor[Any] | None = None
         self._left: deque[tuple[Any, ...]] = deque()
@@ -150,34 +119,33 @@ class PollSource:
         await self._prepare(desk, row[0], await find_mark(self._leader, self._config.slot))
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
+        published = NOTHING if mark is None else mark.published_on(system)
         is_moved = mark is not None and mark.system_identifier != system
         if mark is None or mark.repair == "everything":
-            await self._begin_at(desk, system, 0, is_moved=is_moved)
-        elif is_moved and mark.repair != "unproven":
-            reason = "this is another Postgres server than before"
-            await refuse_gap(self._leader, self._config.slot, reason, since=0)
-        elif mark.repair is not None or mark.source != "poll":
-            await self._begin_at(desk, system, 0 if is_moved else mark.published_below, is_moved=is_moved)
+            await self._begin_at(desk, system, NOTHING, is_moved=is_moved)
+        elif mark.repair is not None and not (is_moved and mark.repair == "adopt"):
+            await self._begin_at(desk, system, published, is_moved=is_moved)
+        elif (reason := mark.reason_for_doubt(system, self._config.topic)) is not None:
+            await refuse_gap(self._leader, self._config.slot, reason, published)
+        elif mark.source != "poll":
+            await self._begin_at(desk, system, published, is_moved=False)
         else:
-            await forget_gap(self._leader, self._config.slot)
-            self._go_on(mark)
+            await trust_mark(self._leader, self._config)
+            self._go_on(mark, published)
 
-    async def _begin_at(self, desk: Desk, system: str, below: int, *, is_moved: bool) -> None:
+    async def _begin_at(self, desk: Desk, system: str, published: Snapshot, *, is_moved: bool) -> None:
         if is_moved:
             await forget_transactions(self._leader)
-        if not below:
+        if published == NOTHING:
             await self._publish_old(desk)
-        self._begin = Snapshot.of_all_below(below)
-        await start_mark(self._leader, self._config.slot, system=system, source="poll", lsn=0, below=below)
+        self._begin = published
+        await start_mark(self._leader, self._config, system, published)
 
-    def _go_on(self, mark: Mark) -> None:
-        if mark.window_begin is None:
-            self._begin = Snapshot.of_all_below(mark.published_below)
-        else:
-            self._begin = Snapshot.read(mark.window_begin)
-            self._end = None if mark.window_end is None else Snapshot.read(mark.window_end)
-            self._position = mark.window_position
-        self._proven, self._unproven_end = mark.published_below, self._begin.end
+    def _go_on(self, mark: Mark, published: Snapshot) -> None:
+        self._begin = published
+        self._end = None if mark.window_end is None else Snapshot.read(mark.window_end)
+        self._position = mark.window_position
+        self._proven, self._unproven_end = published.below, published.end
 
     async def _publish_old(self, desk: Desk) -> None:
         """Rows from before there was an order to poll by."""

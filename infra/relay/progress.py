@@ -1,6 +1,7 @@
 """A relay's own record of how far it came, one row of `relay_slots`, and what it proves when something looks wrong.
 
-`confirmed_lsn`: the slot is never told more. `published_below`: every event of a transaction below is on the topic.
+`confirmed_lsn`: the slot is never told more. `window_begin`: every event of a transaction that this snapshot sees is on
+the topic; `published_below` is its lower end.
 """
 
 from dataclasses import dataclass
@@ -8,34 +9,37 @@ from typing import Any, Final, Literal
 
 import psycopg
 
+from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound
 from infra.relay.leadership import IS_LED, leadership_key
+from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
 
 FIND: Final = """
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
-           window_begin::text, window_end::text, window_position, repair, gap, publication
+           window_begin::text, window_end::text, window_position, repair, gap, publication, topic
       FROM relay_slots WHERE slot_name = %s
 """
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
 NOW: Final = """
-    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
+    SELECT pg_current_snapshot()::text, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
 """
 START: Final = """
-    INSERT INTO relay_slots (slot_name, system_identifier, source, confirmed_lsn, published_below, repaired_events,
-                             publication)
-    VALUES (%(slot)s, %(system)s, %(source)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(events)s, %(publication)s)
+    INSERT INTO relay_slots (slot_name, system_identifier, source, topic, confirmed_lsn, published_below, window_begin,
+                             repaired_events, publication)
+    VALUES (%(slot)s, %(system)s, %(source)s, %(topic)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(published)s,
+            %(events)s, %(publication)s)
     ON CONFLICT (slot_name) DO UPDATE
-       SET system_identifier = excluded.system_identifier, source = excluded.source,
-           confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below, window_begin = NULL,
-           window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
+       SET system_identifier = excluded.system_identifier, source = excluded.source, topic = excluded.topic,
+           confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below,
+           window_begin = excluded.window_begin, window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
            repaired_events = excluded.repaired_events, publication = excluded.publication, caught_up_at = now(),
            updated_at = now()
 """
 SAVE_LSN: Final = """
     UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s,
-                           publication = %(publication)s, updated_at = now()
+                           window_begin = %(published)s, publication = %(publication)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
 SAVE_WINDOW: Final = """
@@ -50,9 +54,12 @@ REPAIR: Final = f"""
     UPDATE relay_slots SET repair = %(repair)s
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {IS_LED})
 """  # noqa: S608 - names from our own constants
-UNPROVEN: Final = """
-    SELECT count(*), min(created_at), max(created_at) FROM outbox WHERE coalesce(xact, 0) >= %s
+COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
+TRUST: Final = """
+    UPDATE relay_slots SET gap = NULL, topic = %(topic)s
+     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR topic IS DISTINCT FROM %(topic)s)
 """
+ANOTHER_SERVER: Final = "this is another Postgres server than before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,24 @@ class Mark:
     repair: Repair | None
     gap: str | None
     publication: str | None
+    topic: str | None
+    """None from before it was written down."""
+
+    def published_on(self, system: str) -> Snapshot:
+        """What is proven to be on the topic. Ids of another server's transactions mean nothing, and prove nothing."""
+        if self.system_identifier != system:
+            return NOTHING
+        if self.window_begin is None:
+            return Snapshot.of_all_below(self.published_below)
+        return Snapshot.read(self.window_begin)
+
+    def reason_for_doubt(self, system: str, topic: str) -> str | None:
+        """Why a relay of whatever source must not simply go on from here."""
+        if self.system_identifier != system:
+            return ANOTHER_SERVER
+        if self.topic not in (None, topic):
+            return f"the events before went to topic {self.topic}, and this relay is to publish to {topic}"
+        return None
 
 
 async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
@@ -82,41 +107,40 @@ async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
 
 async def start_mark(
     leader: psycopg.AsyncConnection,
-    slot: str,
-    *,
+    config: RelayConfig,
     system: str,
-    source: str,
-    lsn: int,
-    below: int,
+    published: Snapshot,
+    *,
+    lsn: int = 0,
     events: int = 0,
     publication: str | None = None,
 ) -> None:
-    """All retained events below `below` are published, and nothing is known to be amiss."""
+    """All retained events that `published` sees are on the topic, and nothing is known to be amiss."""
     values: dict[str, Any] = {
-        "slot": slot,
+        "slot": config.slot,
         "system": system,
-        "source": source,
+        "source": config.source,
+        "topic": config.topic,
         "lsn": lsn,
-        "below": below,
         "events": events,
         "publication": publication,
     }
-    await leader.execute(START.encode(), values)
+    await leader.execute(START.encode(), values | published.proof)
 
 
-async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, *, since: int) -> None:
+async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, published: Snapshot) -> None:
     """Write the gap down, for who asks.
 
     Raises:
         GapFound: always.
     """
     await leader.execute("UPDATE relay_slots SET gap = %s WHERE slot_name = %s", [reason, slot])
-    raise GapFound(reason, since=since)
+    raise GapFound(reason, published)
 
 
-async def forget_gap(leader: psycopg.AsyncConnection, slot: str) -> None:
+async def trust_mark(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
     """Everything is as it was left."""
-    await leader.execute("UPDATE relay_slots SET gap = NULL WHERE slot_name = %s AND gap IS NOT NULL", [slot])
+    await leader.execute(TRUST, {"slot": config.slot, "topic": config.topic})
 
 
 async def forget_transactions(leader: psycopg.AsyncConnection) -> None:
@@ -136,11 +160,11 @@ async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> None:
             )
 
 
-async def horizon(connection: psycopg.AsyncConnection) -> tuple[int, int]:
-    """A transaction id below which all have ended, and a position of the log that is behind all of these."""
+async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:
+    """A position of the log that is behind the commits of all that the snapshot sees."""
     row = await (await connection.execute(NOW.encode())).fetchone()
     assert row is not None, "the query always gives a row"
-    return row[0], row[1]
+    return row[1], Snapshot.read(row[0])
 
 
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
@@ -175,11 +199,11 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
     mark = await find_mark(connection, slot)
-    return await count_since(connection, mark.published_below if mark else 0)
+    return await count_beyond(connection, mark.published_on(mark.system_identifier) if mark else NOTHING)
 
 
-async def count_since(connection: psycopg.AsyncConnection, since: int) -> tuple[int, Any, Any]:
-    """The same, where proof ends at the transaction `since`. It reads the whole outbox."""
-    row = await (await connection.execute(UNPROVEN.encode(), [since])).fetchone()
+async def count_beyond(connection: psycopg.AsyncConnection, published: Snapshot) -> tuple[int, Any, Any]:
+    """The same, where `published` is what is proven. It reads the whole outbox."""
+    row = await (await connection.execute(COUNT_UNPROVEN.encode(), published.proof)).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return row

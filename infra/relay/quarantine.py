@@ -12,7 +12,7 @@ from psycopg.rows import dict_row
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.publisher import Diverted
-from infra.relay.scan import PORTION_BYTES
+from infra.relay.scan import PORTION_BYTES, event_of
 
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
@@ -109,7 +109,7 @@ class Quarantine:
         A portion: there may be more payments.
         """
         rows = await (await self._leader.execute(DUE.encode(), [self._slot, self._slot])).fetchall()
-        return [OutboxEvent._make(None if value is None else value.encode() for value in row) for row in rows]
+        return [event_of(row) for row in rows]
 
     async def mark_due(self, keys: Sequence[bytes]) -> None:
         """All that is here of these payments is being tried; what Kafka refuses again is put in anew."""

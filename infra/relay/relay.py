@@ -17,7 +17,7 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
-from infra.relay.progress import count_since
+from infra.relay.progress import count_beyond
 from infra.relay.session import Session
 from infra.relay.stream import CONNECTION
 
@@ -71,7 +71,7 @@ class Relay:
         self._status.enter(State.GAP, text)
         with contextlib.suppress(psycopg.Error, OSError):
             async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection:
-                text = gap.told_with(*await count_since(connection, gap.since))
+                text = gap.told_with(*await count_beyond(connection, gap.published))
         self._status.enter(State.GAP, text)
         log.error("the relay stands still: events may be missing", slot=self._config.slot, error=text)
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 import psycopg
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 from infra.relay.stream import CONNECTION
 
 ROWS_AT_ONCE: Final = 2000
@@ -20,9 +21,9 @@ SCAN: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constant
 LARGEST: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox"
-SCAN_SINCE: Final = f"""
-    SELECT {COLUMNS} FROM outbox AS o WHERE o.xact >= {{since}} ORDER BY o.aggregateid, o.payment_seq
-"""  # noqa: S608 - names from our own constant
+SCAN_UNPROVEN: Final = f"""
+    SELECT {COLUMNS} FROM outbox AS o WHERE {UNPROVEN} ORDER BY o.aggregateid, o.payment_seq
+"""  # noqa: S608 - names from our own constants
 
 
 async def rows_at_once(connection: psycopg.AsyncConnection, largest: str, values: dict[str, Any] | None = None) -> int:
@@ -33,26 +34,24 @@ async def rows_at_once(connection: psycopg.AsyncConnection, largest: str, values
 
 
 async def scan(
-    url: str, snapshot: str, publish: Callable[[OutboxEvent], Awaitable[None]], *, since: int
-) -> tuple[int, int]:
-    """Publish what `snapshot` shows of transactions from `since` on; how many, and below which all are seen now."""
+    url: str, snapshot: str, publish: Callable[[OutboxEvent], Awaitable[None]], published: Snapshot
+) -> tuple[int, Snapshot]:
+    """Publish what the exported `snapshot` shows, and `published` does not; how many, and what is published now."""
     async with await psycopg.AsyncConnection.connect(url, **(CONNECTION | {"autocommit": False})) as connection:
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         await connection.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'".encode())
-        row = await (
-            await connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint")
-        ).fetchone()
+        row = await (await connection.execute("SELECT pg_current_snapshot()::text")).fetchone()
         assert row is not None, "the query always gives a row"
-        return await _publish_all(connection, publish, since), row[0]
+        return await _publish_all(connection, publish, published), Snapshot.read(row[0])
 
 
 async def _publish_all(
-    connection: psycopg.AsyncConnection, publish: Callable[[OutboxEvent], Awaitable[None]], since: int
+    connection: psycopg.AsyncConnection, publish: Callable[[OutboxEvent], Awaitable[None]], published: Snapshot
 ) -> int:
     count = 0
     async with connection.cursor("outbox_scan") as cursor:
         cursor.itersize = await rows_at_once(connection, LARGEST)
-        await cursor.execute((SCAN_SINCE.format(since=since) if since else SCAN).encode())
+        await cursor.execute((SCAN if published == NOTHING else SCAN_UNPROVEN).encode(), published.proof)
         async for row in cursor:
             await publish(event_of(row))
             count += 1

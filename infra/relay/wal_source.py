@@ -28,16 +28,17 @@ from infra.relay.prefix import Group, Prefix
 from infra.relay.progress import (
     SAVE_LSN,
     Mark,
+    ended_by_now,
     find_mark,
-    forget_gap,
     forget_transactions,
-    horizon,
     refuse_gap,
     set_notify,
     start_mark,
+    trust_mark,
     withdraw_adopt,
 )
 from infra.relay.scan import scan
+from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Room, Take
 from infra.relay.stream import ReplicationStream
 
@@ -83,8 +84,8 @@ class WalSource:
         self._rows = RowReader()
         self._group = Group()
         self._saved = 0
-        self._below = 0
-        self._proofs: deque[tuple[int, int]] = deque()
+        self._published = NOTHING
+        self._proofs: deque[tuple[int, Snapshot]] = deque()
         self._has_news = False
         self._publication: str | None = None
         """As it was when what is in the log began to count."""
@@ -103,63 +104,66 @@ class WalSource:
         if row is not None and (row[1] or row[2] != "pgoutput"):
             raise SlotOfAnother(self._config.slot, f"database {row[0]!r}, plugin {row[2]!r}")
         wal_status, position = row[3:] if row is not None else ("missing", 0)
+        published = NOTHING if mark is None else mark.published_on(system)
         if mark is None:
-            await self._catch_up(desk, system, "first start", since=0)
+            await self._catch_up(desk, system, "first start", NOTHING)
         elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
             await forget_transactions(self._leader)
-            await self._catch_up(desk, system, "repair on another server", since=0)
+            await self._catch_up(desk, system, "repair on another server", NOTHING)
         elif mark.repair == "everything":
-            await self._catch_up(desk, system, "repair", since=0)
-        elif mark.repair == "unproven" or (mark.source == "poll" and mark.system_identifier == system):
-            await self._catch_up(desk, system, mark.repair or "another source before", since=mark.published_below)
+            await self._catch_up(desk, system, "repair", NOTHING)
+        elif mark.repair == "unproven":
+            await self._catch_up(desk, system, "repair", published)
+        elif mark.source == "poll" and mark.reason_for_doubt(system, self._config.topic) is None:
+            await self._catch_up(desk, system, "another source before", published)
         elif mark.repair == "adopt" and wal_status not in ("missing", "lost"):
-            await self._adopt(mark, system, position)
+            await self._adopt(system, position, published)
         else:
             if mark.repair == "adopt":
                 # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
                 log.warning("no slot to adopt", slot=self._config.slot)
                 await withdraw_adopt(self._leader, self._config.slot)
+            self._published = published
             await self._trust(mark, system, wal_status, position)
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
-        self._below = mark.published_below if mark.system_identifier == system else 0
-        reason = _reason_for_doubt(mark, system, wal_status, position)
+        reason = mark.reason_for_doubt(system, self._config.topic) or _reason_for_doubt(mark, wal_status, position)
         if reason is not None:
-            await refuse_gap(self._leader, self._config.slot, reason, since=self._below)
+            await refuse_gap(self._leader, self._config.slot, reason, self._published)
         self._publication = mark.publication or self._publication
         await self._check_publication()
-        await forget_gap(self._leader, self._config.slot)
+        await trust_mark(self._leader, self._config)
         self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
 
-    async def _adopt(self, mark: Mark, system: str, position: int) -> None:
+    async def _adopt(self, system: str, position: int, published: Snapshot) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
         log.warning("slot adopted where it stands", slot=self._config.slot)
-        self._saved, self._below = position, mark.published_below if mark.system_identifier == system else 0
-        await self._start_mark(system, lsn=self._saved, below=self._below)
+        await self._start_mark(system, position, published)
 
-    async def _catch_up(self, desk: Desk, system: str, reason: str, *, since: int) -> None:
-        """Make the slot anew and publish every row from `since` on that was committed before it.
+    async def _catch_up(self, desk: Desk, system: str, reason: str, published: Snapshot) -> None:
+        """Make the slot anew and publish every row beyond `published` that was committed before it.
 
         Only when all of it is acknowledged this is written down; ended before, it begins again.
         """
-        log.warning("slot made anew: publishing from the table", slot=self._config.slot, reason=reason, since=since)
-        if await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone() is not None:
-            await self._stream.drop_slot(self._config.slot)
-        snapshot = await self._stream.create_slot(self._config.slot)
-        count, self._below = await scan(self._config.postgres_url, snapshot, desk.publish, since=since)
+        slot = self._config.slot
+        log.warning("slot made anew: publishing from the table", slot=slot, reason=reason, beyond=str(published))
+        if await (await self._leader.execute(FIND_SLOT, [slot])).fetchone() is not None:
+            await self._stream.drop_slot(slot)
+        snapshot = await self._stream.create_slot(slot)
+        count, published = await scan(self._config.postgres_url, snapshot, desk.publish, published)
         await desk.drained()
         metrics.RESCANNED.inc(count)
-        row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
+        row = await (await self._leader.execute(FIND_SLOT, [slot])).fetchone()
         assert row is not None, "the slot was just made"
-        self._saved = row[4]
-        await self._start_mark(system, lsn=self._saved, below=self._below, events=count)
+        await self._start_mark(system, row[4], published, events=count)
         if count:
-            log.warning("retained events were published from the table", slot=self._config.slot, events=count)
+            log.warning("retained events were published from the table", slot=slot, events=count)
 
-    async def _start_mark(self, system: str, **values: Any) -> None:
-        values |= {"source": "wal", "publication": self._publication}
-        await start_mark(self._leader, self._config.slot, system=system, **values)
+    async def _start_mark(self, system: str, lsn: int, published: Snapshot, *, events: int = 0) -> None:
+        self._saved, self._published = lsn, published
+        values: dict[str, Any] = {"lsn": lsn, "events": events, "publication": self._publication}
+        await start_mark(self._leader, self._config, system, published, **values)
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
@@ -223,7 +227,7 @@ class WalSource:
         is_whole, publication = await self._ask_publication()
         if not is_whole or publication != self._publication:
             reason = PUBLICATION_CHANGED if is_whole else NOT_IN_PUBLICATION
-            await refuse_gap(self._leader, self._config.slot, reason, since=self._below)
+            await refuse_gap(self._leader, self._config.slot, reason, self._published)
 
     async def _ask_publication(self) -> tuple[bool, str | None]:
         values = {"name": self._config.publication, "columns": list(OUTBOX_COLUMNS)}
@@ -232,20 +236,13 @@ class WalSource:
 
     async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
-            xact, position = await horizon(self._leader)
-            self._proofs.append((position, xact))
+            self._proofs.append(await ended_by_now(self._leader))
         self._has_news = not self._prefix.is_empty
-        below = self._proven(lsn)
-        values = {"slot": self._config.slot, "lsn": lsn, "below": below, "publication": self._publication}
-        await self._leader.execute(SAVE_LSN.encode(), values)
-        self._saved, self._below = lsn, below
-
-    def _proven(self, lsn: int) -> int:
-        """Below which transaction all is published, if the log is up to `lsn`."""
-        below = self._below
         while self._proofs and self._proofs[0][0] <= lsn:
-            below = max(below, self._proofs.popleft()[1])
-        return below
+            _, self._published = self._proofs.popleft()
+        values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
+        await self._leader.execute(SAVE_LSN.encode(), values)
+        self._saved = lsn
 
     def answer(self) -> None:
         if self._stream.is_reply_wanted:
@@ -271,11 +268,9 @@ def _hand_over(events: list[OutboxEvent], group: Group, take: Take) -> list[Outb
     return events
 
 
-def _reason_for_doubt(mark: Mark, system: str, wal_status: str, position: int) -> str | None:
+def _reason_for_doubt(mark: Mark, wal_status: str, position: int) -> str | None:
     if mark.gap in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED):
         return mark.gap  # Being there again brings nothing back.
-    if mark.system_identifier != system:
-        return "this is another Postgres server than before"
     if wal_status == "missing":
         return "the slot has disappeared"
     if wal_status == "lost":

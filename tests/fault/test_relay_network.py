@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
@@ -26,15 +27,18 @@ STALL_SECONDS = 5
 
 
 @pytest.fixture(params=["wal", "poll"])
-def config(
-    request: pytest.FixtureRequest, postgres_url: str, kafka_bootstrap: str, topics: Topics
-) -> Iterator[RelayConfig]:
+def source(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> Iterator[RelayConfig]:
     yield RelayConfig(
         postgres_url=postgres_url,
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"network_{uuid4().hex[:12]}",
-        source=request.param,
+        source=source,
     )
     drop_database(postgres_url)
 
@@ -99,7 +103,11 @@ async def test_a_network_that_swallows_everything_for_a_while_skips_nothing(
 
 @pytest.mark.parametrize("fault", [cut_again_and_again, stall_for_a_while])
 async def test_the_same_between_relay_and_kafka_skips_nothing(
-    postgres_url: str, tmp_data_dir: Path, tmp_path: Path, fault: Callable[[Proxy, RelayConfig], Awaitable[None]]
+    postgres_url: str,
+    tmp_data_dir: Path,
+    tmp_path: Path,
+    source: Any,
+    fault: Callable[[Proxy, RelayConfig], Awaitable[None]],
 ) -> None:
     kafka = ProxiedKafka(tmp_data_dir)
     async with Proxy() as proxy:
@@ -108,7 +116,9 @@ async def test_the_same_between_relay_and_kafka_skips_nothing(
         try:
             await ensure_topics(kafka.bootstrap, {"events": 8})
             slot = f"network_{uuid4().hex[:12]}"
-            config = RelayConfig(postgres_url=postgres_url, kafka_bootstrap=kafka.bootstrap, topic="events", slot=slot)
+            config = RelayConfig(
+                postgres_url=postgres_url, kafka_bootstrap=kafka.bootstrap, topic="events", slot=slot, source=source
+            )
             through = replace(config, kafka_bootstrap=f"{proxy.target[0]}:{proxy.port}")
             with streaming(through, tmp_path / "relay.log") as relay:
                 await relay.streams()

@@ -10,10 +10,25 @@ import pytest
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.replay import Replay, Selection
+from infra.relay.snapshot import Snapshot
 from infra.relay.status import read_status
 from infra.relay.wal_source import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
+from tests.conftest import Topics
 from tests.integration.test_relay import config, published, running, source, wal_only
-from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, rows_of, until
+from tests.support.outbox import (
+    Row,
+    assert_first_deliveries_in_order,
+    commit,
+    complete,
+    fetch_value,
+    ids,
+    insert,
+    open_transaction,
+    rows_of,
+    until,
+)
+from tests.support.topic import read_until
 
 __all__ = ["config", "source"]
 
@@ -220,11 +235,11 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
 ) -> None:
     counts = []
 
-    async def counting(connection: psycopg.AsyncConnection, since: int) -> tuple[int, None, None]:
-        counts.append(since)
+    async def counting(connection: psycopg.AsyncConnection, published: Snapshot) -> tuple[int, None, None]:
+        counts.append(published)
         return 5, None, None
 
-    monkeypatch.setattr(relay_module, "count_since", counting)
+    monkeypatch.setattr(relay_module, "count_beyond", counting)
     await before_the_gap(config, rows_of("pay_a", 5))
     await alter_publication(config, "DROP TABLE outbox")
     samples = set()
@@ -319,3 +334,61 @@ async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
     async with running(config):
         records = await published(config, *first, *second, *third)
     assert_first_deliveries_in_order(records, first + second + third)
+
+
+async def published_beside_a_long_transaction(config: RelayConfig, rows: list[Row]) -> psycopg.AsyncConnection:
+    """It still runs when the relay has ended. To make a slot would have waited for its end."""
+    async with running(config):
+        long = await open_transaction(config.postgres_url)
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        await asyncio.sleep(3 * config.feedback_seconds)
+    return long
+
+
+async def test_what_is_published_beside_a_long_transaction_is_proven(config: RelayConfig) -> None:
+    """No lag is told, a replay finds it, and a repair would leave it out."""
+    async with await published_beside_a_long_transaction(config, rows_of("pay_a", 5)):
+        (told,) = (await read_status(config.postgres_url)).relays
+        assert told.lag_seconds == 0
+        assert await Replay(config, Selection(), topic=config.topic, rate=1).count() == 5
+        assert await StandingStill(config).unproven() == 0
+
+
+@wal_only
+async def test_a_repair_after_a_long_transaction_repeats_nothing_and_skips_nothing(config: RelayConfig) -> None:
+    rows, late, missed = rows_of("pay_a", 5), rows_of("pay_b", 2), rows_of("pay_a", 5, first=6)
+    async with await published_beside_a_long_transaction(config, rows) as long:
+        await insert(long, late)
+    await write_unread(config, missed, DROP)
+    async with StandingStill(config) as standing:
+        assert await standing.decide("unproven") == 7
+        records = await published(config, *rows, *late, *missed)
+    assert sorted(ids(records)) == sorted(row.id for row in rows + late + missed)
+
+
+async def test_a_relay_with_another_topic_does_not_go_on_where_this_one_ended(
+    config: RelayConfig, topics: Topics
+) -> None:
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await commit(config.postgres_url, late)
+    async with StandingStill(replace(config, topic=topics.dlq)) as standing:
+        assert f"went to topic {config.topic}" in standing.relay.health.detail
+    async with running(config):
+        assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
+        assert await fetch_value(config.postgres_url, "SELECT gap IS NULL FROM relay_slots")
+
+
+async def test_a_change_of_topic_that_somebody_confirms_repeats_and_skips_nothing(
+    config: RelayConfig, topics: Topics
+) -> None:
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await commit(config.postgres_url, late)
+    async with StandingStill(replace(config, topic=topics.dlq)) as standing:
+        await standing.decide("adopt")
+        records = await read_until(config.kafka_bootstrap, topics.dlq, complete(late))
+    assert ids(records) == [row.id for row in late]
+    async with running(replace(config, topic=topics.dlq)):
+        pass

@@ -14,7 +14,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig, metrics, poll_source
-from infra.relay.poll_source import Snapshot
+from infra.relay.snapshot import Snapshot
 from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
 from tests.support.outbox import (
     Row,
@@ -23,6 +23,7 @@ from tests.support.outbox import (
     fetch_value,
     ids,
     insert,
+    open_transaction,
     rows_of,
     until,
 )
@@ -37,17 +38,10 @@ def source(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-async def open_transaction(config: RelayConfig) -> psycopg.AsyncConnection:
-    """One that has its transaction id already."""
-    connection = await psycopg.AsyncConnection.connect(config.postgres_url)
-    await connection.execute("SELECT pg_current_xact_id()")
-    return connection
-
-
 async def test_a_transaction_that_began_earlier_and_ends_later_is_not_passed_over(config: RelayConfig) -> None:
     early, late = rows_of("pay_early", 3), rows_of("pay_late", 3)
     async with running(config):
-        async with await open_transaction(config) as connection:
+        async with await open_transaction(config.postgres_url) as connection:
             await insert(connection, early)
             await commit(config.postgres_url, late)
             await asyncio.sleep(0.5)
@@ -61,7 +55,7 @@ async def test_a_payments_events_keep_their_order_though_the_second_ones_transac
     """The older transaction waited for the payment's lock; it is the later one all the same."""
     first, second = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     async with running(config):
-        async with await open_transaction(config) as older:
+        async with await open_transaction(config.postgres_url) as older:
             await commit(config.postgres_url, first)
             await insert(older, second)
         records = await published(config, *first, *second)
@@ -72,7 +66,7 @@ async def test_the_order_holds_with_a_third_transaction_between(config: RelayCon
     """The third one has an id between theirs, and still runs when both have ended: it does not part them."""
     first, second = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
     async with running(config):
-        async with await open_transaction(config) as older, await open_transaction(config):
+        async with await open_transaction(config.postgres_url) as older, await open_transaction(config.postgres_url):
             await commit(config.postgres_url, first)
             await insert(older, second)
             await older.commit()
@@ -110,7 +104,7 @@ async def write_to_some(config: RelayConfig, choose: random.Random) -> list[Row]
 
 async def test_an_open_transaction_holds_up_nobody(config: RelayConfig) -> None:
     newer = rows_of("pay_a", 5)
-    async with running(replace(config, feedback_seconds=30)), await open_transaction(config):
+    async with running(replace(config, feedback_seconds=30)), await open_transaction(config.postgres_url):
         await commit(config.postgres_url, newer)
         await published(config, *newer)
 
@@ -120,7 +114,7 @@ async def test_what_is_published_is_proven_once_what_ran_beside_it_has_ended(con
     rows = rows_of("pay_a", 5)
     proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"
     async with running(config):
-        async with await open_transaction(config):
+        async with await open_transaction(config.postgres_url):
             await commit(config.postgres_url, rows)
             await published(config, *rows)
             assert not await fetch_value(config.postgres_url, proven, config.slot)

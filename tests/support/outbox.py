@@ -46,6 +46,13 @@ async def commit(url: str, *transactions: Iterable[Row]) -> None:
             await insert(connection, rows)
 
 
+async def open_transaction(url: str) -> psycopg.AsyncConnection:
+    """One that has its transaction id already."""
+    connection = await psycopg.AsyncConnection.connect(url)
+    await connection.execute("SELECT pg_current_xact_id()")
+    return connection
+
+
 async def fetch_value(url: str, query: str, *parameters: object) -> Any:
     """The first value of the first row, or None."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:

@@ -1,26 +1,27 @@
-"""The relay's parts without servers: the acknowledged prefix, the log's messages, headers, partitions."""
+"""The relay's parts without servers: health, headers, partitions, lanes."""
 
 import asyncio
 import socket
-import struct
 from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
+from aiokafka.partitioner import murmur2 as aiokafka_murmur2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.relay import health, metrics, publisher
 from infra.relay.config import RelayConfig
-from infra.relay.errors import ColumnMissing, KafkaAway
+from infra.relay.errors import KafkaAway
 from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
-from infra.relay.prefix import TIDY_ABOVE, Group, Prefix
+from infra.relay.pgoutput import OutboxEvent
+from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher, headers_of
 from infra.relay.stream import ReplicationStream
 
-RELATION_ID = 16_400
 EVENT = OutboxEvent(
     id=b"0197a3c0-0000-7000-8000-000000000001",
     aggregateid="pay_Đ4".encode(),
@@ -56,108 +57,6 @@ class TestStatus:
             status.enter(state)
             told.append((status.state.value, metrics.GAP._value.get()))
         assert told == [("gap", 1), ("gap", 1), ("reconnecting", 1), ("catching_up", 1), ("active", 0)]
-
-
-class TestPrefix:
-    def test_stays_before_a_transaction_that_misses_an_acknowledgement(self) -> None:
-        prefix = Prefix()
-        first, second = prefix.begin(1), prefix.begin(2)
-        first.missing, second.missing = 2, 1
-        first.end_lsn, second.end_lsn = 100, 200
-        second.missing -= 1
-        assert prefix.advance(wal_end=900) == 0
-        first.missing -= 1
-        assert prefix.advance(wal_end=900) == 0
-        first.missing -= 1
-        assert prefix.advance(wal_end=150) == 200
-
-    def test_stops_at_the_end_of_the_last_complete_transaction(self) -> None:
-        prefix = Prefix()
-        groups = [prefix.begin(number) for number in range(3)]
-        for number, group in enumerate(groups):
-            group.end_lsn = 100 * (number + 1)
-        groups[2].missing = 1
-        assert prefix.advance(wal_end=900) == 200
-        assert prefix.oldest_commit_us == 2
-
-    def test_never_stops_within_a_transaction(self) -> None:
-        prefix = Prefix()
-        open_one = prefix.begin(1)
-        open_one.missing = 1
-        open_one.missing -= 1
-        assert prefix.advance(wal_end=900) == 0, "all its events so far are acknowledged, but its COMMIT was not read"
-        open_one.end_lsn = 100
-        assert prefix.advance(wal_end=100) == 100
-
-    def test_follows_the_log_when_nothing_is_under_way_and_never_goes_back(self) -> None:
-        prefix = Prefix()
-        assert prefix.advance(wal_end=500) == 500
-        group = prefix.begin(1)
-        group.end_lsn = 300
-        assert prefix.advance(wal_end=400) == 500
-        assert prefix.oldest_commit_us is None
-
-    def test_does_not_keep_what_is_complete_behind_a_transaction_that_waits_for_long(self) -> None:
-        prefix = Prefix()
-        stuck = prefix.begin(1)
-        stuck.missing, stuck.end_lsn = 1, 10
-        for lsn in range(20, 500_000, 2):
-            prefix.begin(2).end_lsn = lsn
-            if not lsn % 1000:
-                assert prefix.advance(wal_end=lsn) == 0
-        assert len(prefix._groups) < 2 * TIDY_ABOVE
-        late = prefix.begin(3)
-        late.missing, late.end_lsn = 1, 500_000
-        stuck.missing = 0
-        assert prefix.advance(wal_end=600_000) == 499_998
-        late.missing = 0
-        assert prefix.advance(wal_end=500_000) == 500_000
-
-
-def relation(*columns: str, relation_id: int = RELATION_ID) -> bytes:
-    head = struct.pack(">cI", b"R", relation_id) + b"public\0outbox\0" + struct.pack(">cH", b"d", len(columns))
-    return head + b"".join(b"\0" + name.encode() + b"\0" + struct.pack(">Ii", 25, -1) for name in columns)
-
-
-def insert(*values: bytes | None, relation_id: int = RELATION_ID) -> bytes:
-    columns = (b"n" if value is None else b"t" + struct.pack(">i", len(value)) + value for value in values)
-    return struct.pack(">cIcH", b"I", relation_id, b"N", len(values)) + b"".join(columns)
-
-
-class TestPgoutput:
-    def test_begin_says_when_it_was_committed_and_commit_where_to_resume(self) -> None:
-        assert read_begin(struct.pack(">cqqi", b"B", 0x16_B374D8, 800_000_000_000_001, 733)) == 800_000_000_000_001
-        assert read_commit(struct.pack(">cBqqq", b"C", 0, 0x16_B374D8, 0x16_B37508, 8)) == 0x16_B37508
-
-    def test_a_row_is_read_by_column_names_not_by_their_order(self) -> None:
-        names = ["created_at", *reversed(OUTBOX_COLUMNS), "aggregatetype"]
-        values = [b"2026-01-02 03:04:05+00", *reversed(EVENT), b"payment"]
-        rows = RowReader()
-        rows.learn(relation(*names))
-        assert rows.read(insert(*values)) == EVENT
-
-    def test_a_changed_table_is_learned_again(self) -> None:
-        rows = RowReader()
-        rows.learn(relation(*OUTBOX_COLUMNS))
-        assert rows.read(insert(*EVENT)) == EVENT
-        rows.learn(relation("added", *OUTBOX_COLUMNS))
-        assert rows.read(insert(b"?", *EVENT)) == EVENT
-
-    def test_empty_and_null_differ(self) -> None:
-        rows = RowReader()
-        rows.learn(relation(*OUTBOX_COLUMNS))
-        assert rows.read(insert(*EVENT._replace(traceparent=b""))) == EVENT._replace(traceparent=b"")
-        assert rows.read(insert(*EVENT)) == EVENT
-
-    def test_bytes_that_look_like_framing_survive(self) -> None:
-        event = EVENT._replace(payload=b'"n\\u0000tt\x01\x02n \xc4\x91tn"n')
-        rows = RowReader()
-        rows.learn(relation(*OUTBOX_COLUMNS))
-        assert rows.read(insert(*event)) == event
-
-    def test_a_table_without_a_column_that_events_need_is_refused(self) -> None:
-        with pytest.raises(ColumnMissing, match="payment_seq"):
-            RowReader().learn(relation(*(name for name in OUTBOX_COLUMNS if name != "payment_seq")))
 
 
 @pytest.mark.parametrize(
@@ -323,6 +222,11 @@ class TestPublisher:
 )
 def test_partitions_are_those_that_debezium_chose(key: str, partition: int) -> None:
     assert partition_of(key.encode(), 8) == partition
+
+
+@given(st.binary(max_size=100))
+def test_murmur2_is_the_one_of_aiokafkas_producers(key: bytes) -> None:
+    assert murmur2(key) == aiokafka_murmur2(key)
 
 
 def test_murmur2_is_that_of_javas_client() -> None:
