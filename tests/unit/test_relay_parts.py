@@ -12,7 +12,7 @@ from aiokafka.partitioner import murmur2 as aiokafka_murmur2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.relay import health, metrics, publisher
+from infra.relay import health, metrics, publisher, wal_source
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
 from infra.relay.health import State, Status
@@ -20,7 +20,9 @@ from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher, headers_of
+from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
+from infra.relay.wal_source import WalSource
 
 EVENT = OutboxEvent(
     id=b"0197a3c0-0000-7000-8000-000000000001",
@@ -268,3 +270,28 @@ async def test_a_lost_connection_is_no_longer_watched() -> None:
     assert not asyncio.get_running_loop().remove_reader(ours.fileno())
     ours.close()
     theirs.close()
+
+
+class Writes:
+    """A leader's connection that remembers what is written down."""
+
+    def __init__(self) -> None:
+        self.published: list[str] = []
+
+    async def execute(self, _: bytes, values: dict[str, Any]) -> None:
+        self.published.append(values["published"])
+
+
+async def test_what_a_snapshot_sees_is_proven_only_once_the_log_is_acknowledged_beyond_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def ended_by_now(_: object) -> tuple[int, Snapshot]:
+        return 250, Snapshot(7, 9, frozenset({8}))
+
+    monkeypatch.setattr(wal_source, "ended_by_now", ended_by_now)
+    writes: Any = Writes()
+    source = WalSource(RelayConfig(postgres_url="", kafka_bootstrap="", topic="t"), writes)
+    source._has_news = True
+    for acknowledged in (100, 249, 250):
+        await source._save(acknowledged)
+    assert writes.published == ["1:1:", "1:1:", "7:9:8"]
