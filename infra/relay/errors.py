@@ -8,6 +8,7 @@ RelayError
 ├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
 ├── ColumnMissing     the log leaves out what events need  RECONNECT, and say so until the publication is mended
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
+    └── TopicMissing  there is no such topic               RECONNECT, and say so until there is
 """
 
 from datetime import datetime
@@ -64,3 +65,7 @@ class ColumnMissing(RelayError):
 
 class KafkaAway(RelayError):
     """Events could not be published."""
+
+
+class TopicMissing(KafkaAway):
+    """There is no topic to publish to."""

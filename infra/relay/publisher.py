@@ -17,11 +17,12 @@ from aiokafka.errors import (
     InvalidTopicError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
+    UnknownTopicOrPartitionError,
 )
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway
+from infra.relay.errors import KafkaAway, TopicMissing
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
@@ -32,6 +33,8 @@ log = structlog.get_logger(__name__)
 BATCH_BYTES_MAX = 262_144
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
+TOPIC_SECONDS = 5.0
+"""How long a topic that was just made may take until the broker knows of it."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
@@ -97,11 +100,12 @@ class Publisher:
         """A publisher to the topic's partitions as they are now.
 
         Raises:
-            KafkaError: the brokers cannot be reached, or the topic does not exist.
+            KafkaError: the brokers cannot be reached.
+            TopicMissing: the topic does not exist.
         """
         producer = await _start_producer(config, BATCH_BYTES_MAX)
         try:
-            partitions = len(await producer.partitions_for(config.topic))
+            partitions = await _count_partitions(producer, config.topic)
         except BaseException:
             await _abandon(producer)
             raise
@@ -298,6 +302,14 @@ async def _start_producer(config: RelayConfig, batch_bytes_max: int) -> AIOKafka
         await _abandon(producer)
         raise
     return producer
+
+
+async def _count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
+    try:
+        async with asyncio.timeout(TOPIC_SECONDS):
+            return len(await producer.partitions_for(topic))
+    except (TimeoutError, UnknownTopicOrPartitionError) as error:
+        raise TopicMissing(f"there is no topic {topic}: create it, or set PAYMENTS_EVENTS_TOPIC to one") from error
 
 
 async def _abandon(producer: AIOKafkaProducer) -> None:

@@ -399,3 +399,18 @@ async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:
     stop.set()
     await task
     assert ids(records) == [row.id for row in first + second]
+
+
+async def test_a_topic_that_is_not_there_is_named_and_waited_for(
+    config: RelayConfig, kafka_bootstrap: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing, rows = replace(config, topic=f"{config.topic}.later"), rows_of("pay_a", 3)
+    relay, stop = Relay(missing), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    await until(lambda: "TopicMissing" in relay.health.detail)
+    await commit(config.postgres_url, rows)
+    await ensure_topics(kafka_bootstrap, {missing.topic: 8})
+    assert_first_deliveries_in_order(await published(missing, *rows), rows)
+    assert f"there is no topic {missing.topic}" in capfd.readouterr().out
+    stop.set()
+    await asyncio.wait_for(task, 30)

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from aiokafka import AIOKafkaConsumer
 
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
@@ -66,6 +67,24 @@ async def test_only_the_payment_of_a_refused_event_waits(config: RelayConfig, de
         (event,) = await desk.show(str(poisoned[1].id))
         assert event["payload"] == HUGE
         assert "MessageSizeTooLarge" in event["reason"]
+
+
+async def test_a_topic_that_kafka_refuses_for_good_moves_nothing_but_quarantine(
+    config: RelayConfig, desk: QuarantineDesk
+) -> None:
+    """A topic of Kafka's own; a consumer's group makes it."""
+    consumer = AIOKafkaConsumer(config.topic, bootstrap_servers=config.kafka_bootstrap, group_id=config.slot)
+    await consumer.start()
+    await consumer.stop()
+    async with running(replace(config, topic="__consumer_offsets")):
+        await commit(config.postgres_url, rows_of("pay_0001", 2), rows_of("pay_0002", 1))
+        held = {("pay_0001", 1, "refused"), ("pay_0001", 2, "waiting"), ("pay_0002", 1, "refused")}
+
+        async def are_held() -> bool:
+            return set(await entries(desk)) == held
+
+        await until(are_held)
+        assert "InvalidTopic" in (await desk.entries(with_dropped=False, limit=9))[0][5]
 
 
 async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, desk: QuarantineDesk) -> None:
