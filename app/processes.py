@@ -61,6 +61,7 @@ def run_http(settings: Settings) -> None:
     from app.http import create_http_app
     from app.maintenance import Maintenance
     from app.process import run
+    from app.slots import watch_slots
     from app.webhooks import WebhookService
 
     configure_logs("http", as_json=settings.log_json)
@@ -71,11 +72,12 @@ def run_http(settings: Settings) -> None:
     async def main(stop: asyncio.Event) -> None:
         receiving = asyncio.create_task(webhooks.run())
         maintaining = asyncio.create_task(maintenance.run(stop))
+        watching = asyncio.create_task(watch_slots(settings.postgres_url))
         # Webhooks end only with an error, which ends the process.
         done, _ = await asyncio.wait((receiving, maintaining), return_when=asyncio.FIRST_COMPLETED)
-        for task in (receiving, maintaining):
+        for task in (receiving, maintaining, watching):
             task.cancel()
-        await asyncio.gather(receiving, maintaining, return_exceptions=True)
+        await asyncio.gather(receiving, maintaining, watching, return_exceptions=True)
         for task in done:
             task.result()
 

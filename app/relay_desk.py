@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
 import psycopg
@@ -17,14 +18,19 @@ from rich.text import Text
 
 from app.command_line import fail
 from app.processes import relay_config
+from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
 from app.show import moment
 from infra.kafka.topics import has_topic
+from infra.relay.gaps import advice_on, is_about_topic
 from infra.relay.progress import (
     Repair,
+    count_retained,
     count_unproven,
+    find_blocker,
     find_repair,
     find_slot_state,
+    find_source,
     request_repair,
     withdraw_adopt,
 )
@@ -34,13 +40,10 @@ from infra.relay.status import Overview, RelayStatus, is_led, read_status
 
 T = TypeVar("T")
 
-LAG_SECONDS_MAX = 60.0
 ROW_WIDTH_MIN = 160
 """Of `quarantine list`; narrower, the two ids would leave nothing to the rest."""
 SAY_EVERY_SECONDS = 5.0
 """How often a wait says how far it is, where nobody would see a line change."""
-HELD_FOR_NOBODY = 64 * 1024 * 1024
-"""Bytes of log that an inactive slot may keep before it is worth a person's look."""
 
 
 class RelayDesk:
@@ -65,10 +68,12 @@ class RelayDesk:
     def _print_status(self, overview: Overview, troubles: list[str]) -> None:
         for relay in overview.relays:
             self._out.print(_relay_table(relay))
-        if not overview.relays:
+        for name in overview.starting:
+            self._out.print(f"relay {name}: its first start publishes what is in the outbox, and is not done yet")
+        if not overview.relays and not overview.starting:
             self._out.print("No relay has ever run on this database.")
         for stranger in overview.strangers:
-            kept = _bytes(stranger.retained_bytes)
+            kept = in_bytes(stranger.retained_bytes)
             self._out.print(
                 f"other slot: {stranger.slot}, {'active' if stranger.is_active else 'inactive'}, keeps {kept}"
             )
@@ -79,17 +84,25 @@ class RelayDesk:
     # --- repair and adopt ---------------------------------------------------------------------------------------------
 
     def repair(self, *, everything: bool, dry_run: bool, timeout_seconds: float) -> int:
-        events, first, last = self._ask(lambda connection: count_unproven(connection, self._slot))
-        self._out.print(
-            f"{events} retained events have no proof of publication" + (f", from {first} to {last}" if events else "")
-        )
+        count = count_retained if everything else partial(count_unproven, slot=self._slot)
+        events, first, last = self._ask(count)
+        what = "events are retained" if everything else "retained events have no proof of publication"
+        self._out.print(f"{events} {what}" + (f", from {first} to {last}" if events else ""))
         if dry_run:
             return 0
+        gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
+        if gap is not None and is_about_topic(gap) and not everything:
+            self._out.print(
+                f"Not done: {gap}. A mistake? Then what waits would go to the wrong topic: {advice_on(gap)}."
+                " `payments relay repair --everything` publishes all that is retained to the new topic."
+            )
+            return 1
         return self._decide("everything" if everything else "unproven", timeout_seconds)
 
     def adopt(self, *, timeout_seconds: float) -> int:
+        is_polled = self._ask(lambda connection: find_source(connection, self._slot)) == "poll"
         state = self._ask(lambda connection: find_slot_state(connection, self._slot))
-        if state in ("missing", "lost"):
+        if not is_polled and state in ("missing", "lost"):
             self._out.print(
                 f"Nothing to adopt: slot {self._slot!r} is {state}. `payments relay repair` closes the gap."
             )
@@ -126,13 +139,16 @@ class RelayDesk:
                         self._out.print(f"not done, the relay stands still: {gap}")
                         return 1
                     if repair is None:
-                        self._out.print(f"done: {events} events published; the relay goes on")
+                        self._out.print(f"done{f': {events} events published' if events else ''}; the relay goes on")
                         return 0
                     await asyncio.sleep(0.2)
-        self._out.print("asked, and not done yet: a relay does it as soon as it runs")
+        self._out.print("asked, and not done yet: is a relay running?")
         return 1
 
     async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
+        if (blocker := await find_blocker(connection, self._slot)) is not None:
+            pid, since = blocker
+            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of backend {pid}"
         if await is_led(connection, self._slot):
             return "a relay is at it: it makes the slot anew and publishes"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
@@ -241,48 +257,14 @@ class RelayDesk:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
 
 
-def troubles_of(overview: Overview) -> list[str]:
-    """What a person should look at, each with what to do."""
-    troubles = []
-    for relay in overview.relays:
-        troubles += _troubles_of(relay)
-    for stranger in overview.strangers:
-        if not stranger.is_active and (stranger.retained_bytes or 0) > HELD_FOR_NOBODY:
-            kept = _bytes(stranger.retained_bytes)
-            troubles.append(
-                f"slot {stranger.slot} keeps {kept} of log and nobody reads it: if its reader is off for good,"
-                f" SELECT pg_drop_replication_slot('{stranger.slot}')"
-            )
-    return troubles
-
-
-def _troubles_of(relay: RelayStatus) -> list[str]:
-    found = []
-    if relay.gap is not None:
-        found.append(f"{relay.slot} stands still: {relay.gap}; events may be missing: `payments relay repair`")
-    elif not relay.is_running:
-        kept = f" and its slot keeps {_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
-        found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
-    if relay.source == "poll" and relay.retained_bytes is not None:
-        found.append(
-            f"{relay.slot}: it polls, and the slot that it had before keeps {_bytes(relay.retained_bytes)} of log for"
-            f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
-        )
-    if relay.lag_seconds > LAG_SECONDS_MAX:
-        found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
-    if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
-        found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
-    return found
-
-
 def _relay_table(relay: RelayStatus) -> Table:
     table = Table(show_header=False, box=box.SIMPLE, title=f"relay {relay.slot}", title_justify="left")
-    lag = "" if relay.lag_bytes is None else f"{_bytes(relay.lag_bytes)}, "
+    lag = "" if relay.lag_bytes is None else f"{in_bytes(relay.lag_bytes)}, "
     quarantine = ", ".join(f"{count} {name}" for name, count in relay.quarantine.items() if count) or "empty"
     rows = {
         "source": relay.source,
         "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
-        "slot": f"{relay.slot_state}" + (f", keeps {_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
+        "slot": f"{relay.slot_state}" + (f", keeps {in_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
         "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {relay.saved_at:%H:%M:%S}, when it was last written down)",
         "quarantine": quarantine,
         "gap": relay.gap or "none",
@@ -294,12 +276,3 @@ def _relay_table(relay: RelayStatus) -> Table:
 
 def _cell(fact: object) -> str:
     return f"{fact:%Y-%m-%d %H:%M:%S}" if isinstance(fact, datetime) else str(fact)
-
-
-def _bytes(count: int | None) -> str:
-    size = float(count or 0)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -15,7 +15,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
-from tenacity import wait_random_exponential
+from tenacity import wait_exponential_jitter, wait_random_exponential
 from tenacity.wait import wait_base
 
 from domain.decision import Delivery
@@ -38,8 +38,8 @@ CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
 COMMIT_INTERVAL_SECONDS = 0.05
 RETRIES_BEFORE_PARKING = 5
-HEALING_WAIT = wait_random_exponential(multiplier=0.1, max=2)
-"""Some four seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
+HEALING_WAIT = wait_exponential_jitter(initial=0.2, max=2, jitter=0.2)
+"""Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
 
 
 class CommandConsumer:

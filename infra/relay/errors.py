@@ -13,6 +13,7 @@ RelayError
 
 from datetime import datetime
 
+from infra.relay.gaps import advice_on
 from infra.relay.snapshot import Snapshot
 
 
@@ -40,15 +41,12 @@ class GapFound(RelayError):
 
     def __init__(self, reason: str, published: Snapshot) -> None:
         self.reason, self.published = reason, published
-        super().__init__(f"{reason}. `payments relay repair` publishes what has no proof of publication")
+        super().__init__(f"{reason}: {advice_on(reason)}")
 
     def told_with(self, events: int, first: datetime | None, last: datetime | None) -> str:
         """The message, with how many events have no proof, and when the first and the last were written."""
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
-        return (
-            f"{self.reason}: {events} retained events have no proof of publication{span}."
-            " `payments relay repair` publishes them"
-        )
+        return f"{self.reason}: {events} retained events have no proof of publication{span}: {advice_on(self.reason)}"
 
 
 class SlotOfAnother(RelayError):

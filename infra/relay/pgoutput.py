@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 INSERT, BEGIN, COMMIT, RELATION = b"IBCR"
 
-_BEGIN = Struct(">xqq")
+_BEGIN = Struct(">xqqI")
 _COMMIT = Struct(">xBqqq")
 _LENGTH = Struct(">i")
 _RELATION_HEAD = Struct(">xI")
@@ -48,11 +48,10 @@ class OutboxEvent(NamedTuple):
     traceparent: bytes | None
 
 
-def read_begin(message: bytes) -> int:
-    """When the transaction of a Begin message was committed, in µs since 2000-01-01 UTC."""
-    _, committed_at_us = _BEGIN.unpack_from(message)
-    assert isinstance(committed_at_us, int)
-    return committed_at_us
+def read_begin(message: bytes) -> tuple[int, int]:
+    """When the transaction of a Begin message was committed, in µs since 2000-01-01 UTC, and its id's lower 32 bits."""
+    _, committed_at_us, xid = _BEGIN.unpack_from(message)
+    return committed_at_us, xid
 
 
 def read_commit(message: bytes) -> int:

@@ -21,8 +21,10 @@ from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.progress import (
     SAVE_WINDOW,
+    SYSTEM,
     Mark,
     find_mark,
+    forget_future_transactions,
     forget_transactions,
     refuse_gap,
     set_notify,
@@ -64,7 +66,6 @@ OLD: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constants
 LARGEST_OLD: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox WHERE xact IS NULL"
-SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 _EPOCH_2000_US: Final = 946_684_800_000_000
 
 
@@ -96,7 +97,7 @@ class PollSource:
         self._listener: psycopg.AsyncConnection
         self._listening: asyncio.Task[None] | None = None
         self._on_ready: Callable[[], None] | None = None
-        self._is_woken = True
+        self._is_woken, self._is_notified = True, False
         self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
         self._rest: psycopg.AsyncServerCursor[Any] | None = None
@@ -111,7 +112,7 @@ class PollSource:
         url = self._config.postgres_url
         self._reader = await connect_reader(url)
         self._listener = await psycopg.AsyncConnection.connect(url, application_name="relay", **CONNECTION)
-        await set_notify(self._leader, is_on=True)
+        self._is_notified = await set_notify(self._leader, is_on=True)
         await self._listener.execute("LISTEN payments_outbox")
         self._listening = asyncio.create_task(self._listen())
         row = await (await self._leader.execute(SYSTEM)).fetchone()
@@ -121,6 +122,8 @@ class PollSource:
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
         published = NOTHING if mark is None else mark.published_on(system)
         is_moved = mark is not None and mark.system_identifier != system
+        if mark is None:
+            await forget_future_transactions(self._leader)
         if mark is None or mark.repair == "everything":
             await self._begin_at(desk, system, NOTHING, is_moved=is_moved)
         elif mark.repair is not None and not (is_moved and mark.repair == "adopt"):
@@ -260,6 +263,8 @@ class PollSource:
         if self._listening is not None and self._listening.done():
             self._listening.result()
         self._is_woken = True  # A notice that got lost is made up for within the second.
+        if not self._is_notified:
+            self._is_notified = await set_notify(self._leader, is_on=True)
         if not self._is_rest_used:
             await self._close_rest()
         self._is_rest_used = False

@@ -4,6 +4,7 @@
 the topic; `published_below` is its lower end.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -11,6 +12,7 @@ import psycopg
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound
+from infra.relay.gaps import ANOTHER_SERVER, another_topic
 from infra.relay.leadership import IS_LED, leadership_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
@@ -55,11 +57,21 @@ REPAIR: Final = f"""
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {IS_LED})
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
+FIND_BLOCKER: Final = """
+    SELECT a.pid, a.xact_start FROM pg_stat_activity AS a
+     WHERE a.backend_xid IS NOT NULL
+       AND EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL)
+     ORDER BY a.xact_start LIMIT 1
+"""
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR topic IS DISTINCT FROM %(topic)s)
 """
-ANOTHER_SERVER: Final = "this is another Postgres server than before"
+SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
+# What a snapshot takes for the future, and is there, was written by another server's transactions.
+FORGET_FUTURE: Final = """
+    UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +103,8 @@ class Mark:
         """Why a relay of whatever source must not simply go on from here."""
         if self.system_identifier != system:
             return ANOTHER_SERVER
-        if self.topic not in (None, topic):
-            return f"the events before went to topic {self.topic}, and this relay is to publish to {topic}"
+        if self.topic is not None and self.topic != topic:
+            return another_topic(self.topic, topic)
         return None
 
 
@@ -148,16 +160,25 @@ async def forget_transactions(leader: psycopg.AsyncConnection) -> None:
     await leader.execute("UPDATE outbox SET xact = NULL WHERE xact IS NOT NULL")
 
 
-async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> None:
-    """Whether every insert into the outbox wakes a poller."""
+async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
+    """Rows of a restored outbox whose transactions, by their ids, are still to come here: they would never be seen."""
+    await leader.execute(FORGET_FUTURE)
+
+
+async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
+    """Whether every insert into the outbox wakes a poller. False if that is not so yet: somebody writes for long."""
     row = await (await leader.execute(NOTIFIES)).fetchone()
-    if row is not None and row[0] != is_on:
+    if row is None or row[0] == is_on:
+        return True
+    with contextlib.suppress(psycopg.errors.LockNotAvailable):
         async with leader.transaction():
-            # The lock waits for those who write, and lets others wait: not for long.
-            await leader.execute("SET LOCAL lock_timeout = '1s'")
+            # The lock waits for those who write, and lets others wait: hardly at all.
+            await leader.execute("SET LOCAL lock_timeout = '100ms'")
             await leader.execute(
                 f"ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
             )
+        return True
+    return False
 
 
 async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:
@@ -189,6 +210,18 @@ async def find_slot_state(connection: psycopg.AsyncConnection, slot: str) -> str
     return "missing" if row is None else str(row[0])
 
 
+async def find_source(connection: psycopg.AsyncConnection, slot: str) -> str | None:
+    """What the relay of this name reads, or read last."""
+    row = await (await connection.execute("SELECT source FROM relay_slots WHERE slot_name = %s", [slot])).fetchone()
+    return None if row is None else str(row[0])
+
+
+async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any] | None:
+    """The backend whose transaction a slot that is being made waits for, and since when it runs."""
+    row = await (await connection.execute(FIND_BLOCKER, [slot])).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:
     """The gap that the relay stands before, what it was told to do, and how many events its last repair published."""
     query = "SELECT gap, repair, repaired_events FROM relay_slots WHERE slot_name = %s"
@@ -199,7 +232,13 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
     mark = await find_mark(connection, slot)
-    return await count_beyond(connection, mark.published_on(mark.system_identifier) if mark else NOTHING)
+    row = await (await connection.execute(SYSTEM)).fetchone()
+    return await count_beyond(connection, mark.published_on(row[0]) if mark and row else NOTHING)
+
+
+async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any, Any]:
+    """How many events are retained, and when the first and the last were written."""
+    return await count_beyond(connection, NOTHING)
 
 
 async def count_beyond(connection: psycopg.AsyncConnection, published: Snapshot) -> tuple[int, Any, Any]:

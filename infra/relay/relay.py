@@ -1,7 +1,7 @@
 """The relay: publishes every committed outbox row, at least once, in commit order per payment.
 
-The slot's confirmed position is the only progress: it moves past a commit when Kafka has acknowledged every event up to
-it. A session ends with any error, and the next one begins at that position; so events may repeat, and none is skipped.
+Its progress (`relay_slots`, and with `wal` the slot's position) moves past a commit when Kafka has acknowledged every
+event up to it. A session ends with any error, and the next one begins there; so events may repeat, and none is skipped.
 """
 
 import asyncio

@@ -27,7 +27,9 @@ MATCHING: Final = """
        AND (%(type)s::text IS NULL OR o.type = %(type)s)
        AND (%(since)s::timestamptz IS NULL OR o.created_at >= %(since)s)
        AND (%(until)s::timestamptz IS NULL OR o.created_at < %(until)s)
-       AND EXISTS (SELECT FROM relay_slots AS r WHERE r.slot_name = %(slot)s
+       AND EXISTS (SELECT FROM relay_slots AS r JOIN pg_control_system() AS s
+                       ON s.system_identifier::text = r.system_identifier
+                    WHERE r.slot_name = %(slot)s
                       AND (coalesce(o.xact, 0) < r.published_below
                            OR pg_visible_in_snapshot(o.xact::text::xid8, r.window_begin)))
        AND NOT EXISTS (SELECT FROM relay_quarantine AS q WHERE q.slot_name = %(slot)s AND q.id = o.id)

@@ -1,5 +1,6 @@
 """Which transactions had ended at a moment, as Postgres tells it: the relay's measure of what is published."""
 
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple, Self
 
 UNPROVEN: Final = """
@@ -34,6 +35,11 @@ class Snapshot(NamedTuple):
     def proof(self) -> dict[str, Any]:
         """Values for `UNPROVEN`."""
         return {"below": self.below, "published": str(self)}
+
+    def unseen(self, xids: Iterable[int]) -> list[int]:
+        """Of recent transactions, known by the lower 32 bits of their ids, those that it does not take for ended."""
+        end, open_ = self.end % 2**32, {each % 2**32 for each in self.open}
+        return [xid for xid in xids if xid in open_ or (xid - end) % 2**32 < 2**31]
 
     def until(self, later: "Snapshot", position: int) -> dict[str, Any]:
         """Values for a poll's `WINDOW`: what `later` sees and this does not, behind `position`."""

@@ -11,6 +11,8 @@ from infra.relay.leadership import IS_LED, LEADERSHIP, leadership_key
 
 MARKS: Final = """
     SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
+           s.active AND EXISTS (SELECT FROM pg_stat_activity AS a
+                                 WHERE a.pid = s.active_pid AND a.application_name <> 'relay') AS is_anothers,
            pg_current_wal_flush_lsn() - s.confirmed_flush_lsn AS lag_bytes,
            pg_current_wal_lsn() - s.restart_lsn AS retained_bytes,
            coalesce(extract(epoch FROM now() - (
@@ -28,6 +30,7 @@ STRANGERS: Final = """
       FROM pg_replication_slots
      WHERE database = current_database() AND NOT temporary
        AND slot_name::text NOT IN (SELECT slot_name FROM relay_slots)
+       AND slot_name::text <> ALL(%s)
 """
 RELAYS: Final = """
     SELECT count(*) AS relays,
@@ -42,7 +45,15 @@ QUARANTINE: Final = """
            count(DISTINCT aggregateid) FILTER (WHERE state <> 'dropped') AS payments
       FROM relay_quarantine WHERE slot_name = %s
 """
-LAST_EVENT: Final = "SELECT created_at FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1"
+LAST_EVENT: Final = """
+    SELECT coalesce((SELECT created_at FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1),
+                    (SELECT max(created_at) FROM outbox)) AS created_at
+"""
+STARTING: Final = """
+    SELECT DISTINCT substr(application_name, 7) AS slot_name FROM pg_stat_activity
+     WHERE application_name LIKE 'relay %' AND datname = current_database()
+       AND substr(application_name, 7) NOT IN (SELECT slot_name FROM relay_slots)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +67,8 @@ class RelayStatus:
     slot: str
     source: str
     is_running: bool
+    is_anothers: bool
+    """Somebody else reads from its slot; its relays stand by."""
     standbys: int
     slot_state: str
     lag_bytes: int | None
@@ -79,9 +92,13 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """All relays of this database, other slots that hold its log, and when the newest event was written."""
+    """All relays of this database, other slots that hold its log, and when the newest event was written.
+
+    `starting` are the names of relays whose first start has not come to its end: nothing of theirs is written down.
+    """
 
     relays: list[RelayStatus]
+    starting: list[str]
     strangers: list[Stranger]
     last_event_at: datetime | None
 
@@ -96,11 +113,13 @@ async def read_status(postgres_url: str) -> Overview:
         postgres_url, autocommit=True, row_factory=dict_row, connect_timeout=5
     ) as connection:
         marks = await _rows(connection, MARKS)
-        last = await _rows(connection, LAST_EVENT)
+        starting = [row["slot_name"] for row in await _rows(connection, STARTING)]
+        (last,) = await _rows(connection, LAST_EVENT)
         return Overview(
             relays=[await _relay(connection, mark) for mark in marks],
-            strangers=[_stranger(row) for row in await _rows(connection, STRANGERS)],
-            last_event_at=last[0]["created_at"] if last else None,
+            starting=starting,
+            strangers=[_stranger(row) for row in await _rows(connection, STRANGERS, [starting])],
+            last_event_at=last["created_at"],
         )
 
 
@@ -118,7 +137,8 @@ async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: di
     return RelayStatus(
         slot=name,
         source=mark["source"],
-        is_running=running["leaders"] > 0 and mark["gap"] is None,
+        is_running=running["leaders"] > 0 and mark["gap"] is None and not mark["is_anothers"],
+        is_anothers=bool(mark["is_anothers"]),
         standbys=running["relays"] - running["leaders"],
         slot_state=_slot_state(mark),
         lag_bytes=_integer(mark["lag_bytes"]) if mark["source"] == "wal" else None,

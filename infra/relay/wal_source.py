@@ -12,7 +12,16 @@ import structlog
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
-from infra.relay.errors import SlotOfAnother
+from infra.relay.errors import SlotBusy, SlotOfAnother
+from infra.relay.gaps import (
+    ANOTHER_SERVER,
+    NOT_IN_PUBLICATION,
+    PUBLICATION_CHANGED,
+    SLOT_AHEAD,
+    SLOT_LOST,
+    SLOT_MISSING,
+    gap_of,
+)
 from infra.relay.pgoutput import (
     BEGIN,
     COMMIT,
@@ -30,6 +39,7 @@ from infra.relay.progress import (
     Mark,
     ended_by_now,
     find_mark,
+    forget_future_transactions,
     forget_transactions,
     refuse_gap,
     set_notify,
@@ -53,7 +63,7 @@ PROOFS_MAX: Final = 1000
 
 FIND_SLOT: Final = """
     SELECT database, database IS DISTINCT FROM current_database(), plugin, wal_status,
-           (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint
+           (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint, active
       FROM pg_replication_slots WHERE slot_name = %s
 """
 # With a row filter, or without inserts, the log is as silent as without the table. The second column changes with
@@ -69,8 +79,6 @@ PUBLICATION: Final = """
       LEFT JOIN pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid = 'outbox'::regclass
      WHERE p.pubname = %(name)s
 """
-NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
-PUBLICATION_CHANGED: Final = "the publication was changed or made anew since"
 
 
 class WalSource:
@@ -87,6 +95,8 @@ class WalSource:
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
         self._has_news = False
+        self._taken: list[int] = []
+        """Transactions that no proof sees yet: the log has a commit before snapshots do."""
         self._publication: str | None = None
         """As it was when what is in the log began to count."""
 
@@ -103,9 +113,12 @@ class WalSource:
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
         if row is not None and (row[1] or row[2] != "pgoutput"):
             raise SlotOfAnother(self._config.slot, f"database {row[0]!r}, plugin {row[2]!r}")
-        wal_status, position = row[3:] if row is not None else ("missing", 0)
+        wal_status, position, is_active = row[3:] if row is not None else ("missing", 0, False)
+        if is_active or position is None:
+            raise SlotBusy(f"somebody else reads from slot {self._config.slot}, or is making it")
         published = NOTHING if mark is None else mark.published_on(system)
         if mark is None:
+            await forget_future_transactions(self._leader)
             await self._catch_up(desk, system, "first start", NOTHING)
         elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
             await forget_transactions(self._leader)
@@ -128,16 +141,19 @@ class WalSource:
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
-        reason = mark.reason_for_doubt(system, self._config.topic) or _reason_for_doubt(mark, wal_status, position)
+        self._publication = mark.publication or self._publication
+        reason = mark.reason_for_doubt(system, self._config.topic)
+        if reason != ANOTHER_SERVER:  # There, slot and publication are others anyway.
+            of_publication = _remembered(mark) or await self._doubt_about_publication()
+            reason = gap_of((reason, _doubt_about_slot(mark, wal_status, position), of_publication))
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
-        self._publication = mark.publication or self._publication
-        await self._check_publication()
         await trust_mark(self._leader, self._config)
         self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
 
     async def _adopt(self, system: str, position: int, published: Snapshot) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
+        await forget_future_transactions(self._leader)
         log.warning("slot adopted where it stands", slot=self._config.slot)
         await self._start_mark(system, position, published)
 
@@ -192,7 +208,9 @@ class WalSource:
     def _take(self, message: bytes) -> None:
         match message[0]:
             case kind if kind == BEGIN:
-                self._group = self._prefix.begin(read_begin(message))
+                committed_at_us, xid = read_begin(message)
+                self._group = self._prefix.begin(committed_at_us)
+                self._taken.append(xid)
             case kind if kind == COMMIT:
                 self._group.end_lsn = read_commit(message)
                 self._has_news = True
@@ -224,10 +242,15 @@ class WalSource:
 
     async def _check_publication(self) -> None:
         """Nothing in the log says that events are left out of it."""
-        is_whole, publication = await self._ask_publication()
-        if not is_whole or publication != self._publication:
-            reason = PUBLICATION_CHANGED if is_whole else NOT_IN_PUBLICATION
+        reason = await self._doubt_about_publication()
+        if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
+
+    async def _doubt_about_publication(self) -> str | None:
+        is_whole, publication = await self._ask_publication()
+        if is_whole and publication == self._publication:
+            return None
+        return PUBLICATION_CHANGED if is_whole else NOT_IN_PUBLICATION
 
     async def _ask_publication(self) -> tuple[bool, str | None]:
         values = {"name": self._config.publication, "columns": list(OUTBOX_COLUMNS)}
@@ -236,8 +259,11 @@ class WalSource:
 
     async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
-            self._proofs.append(await ended_by_now(self._leader))
-        self._has_news = not self._prefix.is_empty
+            position, snapshot = await ended_by_now(self._leader)
+            self._proofs.append((position, snapshot))
+            # Long before, if it waits for a synchronous standby.
+            self._taken = snapshot.unseen(self._taken)
+        self._has_news = bool(self._taken) or not self._prefix.is_empty
         while self._proofs and self._proofs[0][0] <= lsn:
             _, self._published = self._proofs.popleft()
         values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
@@ -268,13 +294,14 @@ def _hand_over(events: list[OutboxEvent], group: Group, take: Take) -> list[Outb
     return events
 
 
-def _reason_for_doubt(mark: Mark, wal_status: str, position: int) -> str | None:
-    if mark.gap in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED):
-        return mark.gap  # Being there again brings nothing back.
-    if wal_status == "missing":
-        return "the slot has disappeared"
-    if wal_status == "lost":
-        return "the server has removed log that the slot needed"
+def _remembered(mark: Mark) -> str | None:
+    """What was told of the publication before: being whole again brings nothing back."""
+    return next((each for each in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED) if each in (mark.gap or "")), None)
+
+
+def _doubt_about_slot(mark: Mark, wal_status: str, position: int) -> str | None:
+    if wal_status in ("missing", "lost"):
+        return SLOT_MISSING if wal_status == "missing" else SLOT_LOST
     if mark.confirmed_lsn is not None and position > mark.confirmed_lsn:
-        return "the slot stands further on than this relay ever confirmed"
+        return SLOT_AHEAD
     return None

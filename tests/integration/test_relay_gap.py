@@ -9,11 +9,11 @@ import pytest
 
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
+from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import read_status
-from infra.relay.wal_source import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
 from tests.conftest import Topics
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (

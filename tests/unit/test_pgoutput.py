@@ -77,5 +77,5 @@ def test_any_row_is_read_as_it_was_written(columns: list[str], odd: dict[str, by
 
 
 def test_begin_and_commit_tell_the_time_and_where_to_resume() -> None:
-    assert read_begin(struct.pack(">cqqI", b"B", 111, 222, 3)) == 222
+    assert read_begin(struct.pack(">cqqI", b"B", 111, 222, 3)) == (222, 3)
     assert read_commit(struct.pack(">cBqqq", b"C", 0, 111, 222, 333)) == 222

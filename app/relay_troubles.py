@@ -1,0 +1,62 @@
+"""What is wrong with the relays of a database, and what to do about each: the last lines of `payments relay status`."""
+
+from infra.relay.gaps import advice_on
+from infra.relay.status import Overview, RelayStatus
+
+LAG_SECONDS_MAX = 60.0
+HELD_FOR_NOBODY = 64 * 1024 * 1024
+"""Bytes of log that an inactive slot may keep before it is worth a person's look."""
+
+
+def troubles_of(overview: Overview) -> list[str]:
+    """What a person should look at, each with what to do."""
+    troubles = []
+    for relay in overview.relays:
+        troubles += _troubles_of(relay)
+    is_anyone_there = overview.relays or overview.starting or any(each.is_active for each in overview.strangers)
+    if overview.last_event_at is not None and not is_anyone_there:
+        troubles.append("events are written, and no relay has ever run here: start one, `payments relay`")
+    for stranger in overview.strangers:
+        if not stranger.is_active and (stranger.retained_bytes or 0) > HELD_FOR_NOBODY:
+            kept = in_bytes(stranger.retained_bytes)
+            troubles.append(
+                f"slot {stranger.slot} keeps {kept} of log and nobody reads it: if its reader is off for good,"
+                f" SELECT pg_drop_replication_slot('{stranger.slot}')"
+            )
+    return troubles
+
+
+def _troubles_of(relay: RelayStatus) -> list[str]:
+    found = []
+    if relay.gap is not None:
+        found.append(f"{relay.slot} stands still: {relay.gap}; events may be missing: {advice_on(relay.gap)}")
+    elif relay.is_anothers:
+        found.append(
+            f"{relay.slot}: somebody else reads from its slot (Debezium?), and publishes, if it is meant to; to come"
+            " back: docs/operations/hand-over-to-debezium.md"
+        )
+    elif "lost" in relay.slot_state:
+        found.append(f"{relay.slot}: its slot is lost, and no relay is active: start one, which will tell of a gap")
+    elif not relay.is_running:
+        kept = f" and its slot keeps {in_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
+        found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if relay.source == "poll" and relay.retained_bytes is not None:
+        found.append(
+            f"{relay.slot}: it polls, and the slot that it had before keeps {in_bytes(relay.retained_bytes)} of log for"
+            f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
+        )
+    if relay.lag_seconds > LAG_SECONDS_MAX:
+        found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
+    if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
+        found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
+    return found
+
+
+def in_bytes(count: int | None) -> str:
+    """A size as a person reads it."""
+    size = float(count or 0)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,40 @@
+"""Why a relay stands still, and what a person does about it (docs/operations/relay.md)."""
+
+from collections.abc import Iterable
+from typing import Final
+
+ANOTHER_SERVER: Final = "this is another Postgres server than before"
+SLOT_MISSING: Final = "the slot has disappeared"
+SLOT_LOST: Final = "the server has removed log that the slot needed"
+SLOT_AHEAD: Final = "the slot stands further on than this relay ever confirmed"
+NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
+PUBLICATION_CHANGED: Final = "the publication was changed or made anew since"
+_ANOTHER_TOPIC: Final = "the events before went to topic"
+
+_REPAIR: Final = "`payments relay repair` publishes what has no proof of publication"
+
+
+def another_topic(before: str, now: str) -> str:
+    """The reason where somebody changed the topic."""
+    return f"{_ANOTHER_TOPIC} {before}, and this relay is to publish to {now}"
+
+
+def gap_of(reasons: Iterable[str | None]) -> str | None:
+    """All of them in one text: who settles one must know of the others. None without any."""
+    return "; and ".join(filter(None, reasons)) or None
+
+
+def is_about_topic(gap: str) -> bool:
+    """Whether another topic is among the reasons."""
+    return _ANOTHER_TOPIC in gap
+
+
+def advice_on(gap: str) -> str:
+    """What to do."""
+    if is_about_topic(gap):
+        return "set PAYMENTS_EVENTS_TOPIC back; if the change is meant, and is the only reason, `payments relay adopt`"
+    if gap == SLOT_AHEAD:
+        return f"if Debezium moved it, `payments relay adopt`; otherwise {_REPAIR}"
+    if gap == ANOTHER_SERVER:
+        return f"if its address is right, {_REPAIR}"
+    return _REPAIR
