@@ -17,11 +17,12 @@ from app.settings import Settings
 from infra.kafka.topics import ensure_topics
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
-from tests.conftest import PARTITIONS
+from infra.relay.stream import ReplicationStream
+from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
 from tests.integration.test_relay_gap import DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
-from tests.support.outbox import Row, commit, fetch_value, ids, rows_of, until
+from tests.support.outbox import Row, commit, fetch_value, ids, open_transaction, rows_of, until
 from tests.support.topic import read_until
 
 __all__ = ["config", "source"]
@@ -264,3 +265,69 @@ async def test_adopt_refuses_a_slot_that_is_gone_and_withdraws_what_no_relay_too
     refused = await payments_relay(config, "adopt")
     assert (refused.returncode, "is missing" in refused.stdout) == (1, True)
     assert await fetch_value(config.postgres_url, query, config.slot)
+
+
+@wal_only
+async def test_a_slot_that_another_reads_from_is_told_and_not_adopted_under_its_feet(config: RelayConfig) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    other = await ReplicationStream.connect(config.postgres_url)
+    await other._connection.execute("SET application_name = 'Debezium'")
+    await other.start(config.slot, config.publication)
+    async with running_standby(config):
+        status = await payments_relay(config, "status")
+        assert status.returncode == 1
+        assert "somebody else reads from its slot" in status.stdout
+        adopt = await payments_relay(config, "adopt", "--timeout", "2")
+        assert adopt.returncode == 1
+        assert "withdrawn" in adopt.stdout
+    await other.close()
+
+
+async def test_events_without_any_relay_are_a_trouble_and_a_first_start_is_told(config: RelayConfig) -> None:
+    await commit(config.postgres_url, rows_of("pay_a", 3))
+    never = await payments_relay(config, "status")
+    assert never.returncode == 1
+    assert "no relay has ever run here: start one" in never.stdout
+    if config.source == "poll":
+        return  # Its first start is over at once.
+    async with await open_transaction(config.postgres_url):
+        relay, stop = Relay(config), asyncio.Event()
+        task = asyncio.create_task(relay.run(stop))
+        await until(lambda: relay.health.detail == "catching_up")
+        starting = await payments_relay(config, "status")
+        assert (starting.returncode, f"relay {config.slot}: its first start" in starting.stdout) == (0, True)
+        stop.set()
+        await task
+
+
+@wal_only
+async def test_a_repair_that_waits_for_a_transaction_names_it(config: RelayConfig) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    await fetch_value(config.postgres_url, DROP, config.slot)
+    relay, stop = Relay(replace(config, gap_seconds=0.1)), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    await until(lambda: relay.health.detail.startswith("gap"))
+    async with await open_transaction(config.postgres_url) as long:
+        waiting = await payments_relay(config, "repair", "--timeout", "8")
+        assert waiting.returncode == 1
+        assert f"of backend {long.info.backend_pid}" in waiting.stdout
+    await until(lambda: relay.health.detail == "active")
+    stop.set()
+    await task
+
+
+async def test_a_repair_does_not_publish_to_a_topic_that_was_mistyped(config: RelayConfig, topics: Topics) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    mistyped = replace(config, topic=topics.dlq, gap_seconds=0.1)
+    relay, stop = Relay(mistyped), asyncio.Event()
+    task = asyncio.create_task(relay.run(stop))
+    await until(lambda: relay.health.detail.startswith("gap"))
+    refused = await payments_relay(mistyped, "repair")
+    assert refused.returncode == 1
+    assert "set PAYMENTS_EVENTS_TOPIC back" in " ".join(refused.stdout.split())
+    assert (await payments_relay(mistyped, "adopt")).returncode == 0
+    stop.set()
+    await task

@@ -7,9 +7,10 @@ from dataclasses import replace
 import psycopg
 import pytest
 
+from infra.local import EmbeddedPostgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
-from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED
+from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
@@ -392,3 +393,130 @@ async def test_a_change_of_topic_that_somebody_confirms_repeats_and_skips_nothin
     assert ids(records) == [row.id for row in late]
     async with running(replace(config, topic=topics.dlq)):
         pass
+
+
+@wal_only
+@pytest.mark.parametrize("damage", ["slot", "publication"])
+async def test_another_topic_hides_no_other_reason(config: RelayConfig, topics: Topics, damage: str) -> None:
+    """Whoever adopts the new topic must know that events were left out, too."""
+    rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    if damage == "slot":
+        await write_unread(config, missed, ADVANCE)
+    else:
+        await alter_publication(config, "DROP TABLE outbox")
+        await commit(config.postgres_url, missed)
+        await alter_publication(config, "ADD TABLE outbox")
+    async with StandingStill(replace(config, topic=topics.dlq)) as standing:
+        reason = SLOT_AHEAD if damage == "slot" else PUBLICATION_CHANGED
+        assert f"went to topic {config.topic}, " in standing.relay.health.detail
+        assert f"; and {reason}" in standing.relay.health.detail
+    async with StandingStill(config) as standing:
+        assert reason in standing.relay.health.detail
+        await standing.decide("unproven")
+        assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
+
+
+async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
+    own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
+) -> None:
+    config = RelayConfig(
+        postgres_url=own_postgres.url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, feedback_seconds=0.1
+    )
+    rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await commit(config.postgres_url, missed)
+    await lose_the_slot(config.postgres_url)
+    async with StandingStill(config) as standing:
+        assert SLOT_LOST in standing.relay.health.detail
+        assert await standing.decide("unproven") == 5
+        assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
+
+
+async def lose_the_slot(url: str) -> None:
+    """By more log than the server may keep for it."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.execute("CREATE TABLE other (text text)")
+        query = "SELECT wal_status = 'lost' FROM pg_replication_slots"
+        while not await fetch_value(url, query):
+            await connection.execute("INSERT INTO other SELECT repeat('x', 1000) FROM generate_series(1, 8000)")
+            await connection.execute("SELECT pg_switch_wal()")
+            await connection.execute("CHECKPOINT")
+
+
+@wal_only
+async def test_a_slot_that_somebody_else_is_making_is_waited_for(config: RelayConfig) -> None:
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await fetch_value(config.postgres_url, DROP, config.slot)
+    async with await open_transaction(config.postgres_url) as long:
+        making = asyncio.create_task(fetch_value(config.postgres_url, CREATE, config.slot))
+        query = "SELECT confirmed_flush_lsn IS NULL FROM pg_replication_slots WHERE slot_name = %s"
+        await until(lambda: fetch_value(config.postgres_url, query, config.slot))
+        relay, stop = Relay(replace(config, gap_seconds=0.1)), asyncio.Event()
+        task = asyncio.create_task(relay.run(stop))
+        await until(lambda: relay.health.detail == "standby")
+        await long.rollback()
+    await making
+    await until(lambda: relay.health.detail.startswith(f"gap: {SLOT_AHEAD}"))
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await request_repair(connection, config.slot, "unproven")
+    await commit(config.postgres_url, late)
+    assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
+    stop.set()
+    await task
+
+
+async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactions(config: RelayConfig) -> None:
+    """From a server that had counted further than this one, and without the row of its relay."""
+    theirs, ours = rows_of("pay_a", 5), rows_of("pay_b", 5)
+    await commit(config.postgres_url, theirs)
+    await fetch_value(config.postgres_url, "UPDATE outbox SET xact = xact + 1000000000 RETURNING 1")
+    async with running(config):
+        await commit(config.postgres_url, ours)
+        assert_first_deliveries_in_order(await published(config, *theirs, *ours), theirs + ours)
+        await until(lambda: is_all_proven(config))
+
+
+async def is_all_proven(config: RelayConfig) -> bool:
+    return (await StandingStill(config).unproven(), (await read_status(config.postgres_url)).relays[0].lag_seconds) == (
+        0,
+        0,
+    )
+
+
+async def test_on_another_server_nothing_counts_as_published(config: RelayConfig) -> None:
+    """A replay leaves out what has had no first delivery here, and a dry run counts what a repair will publish."""
+    await before_the_gap(config, rows_of("pay_a", 5))
+    await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
+    assert await StandingStill(config).unproven() == 5
+    assert await Replay(config, Selection(), topic=config.topic, rate=1).count() == 0
+
+
+async def test_an_event_that_a_synchronous_standby_holds_back_is_proven_in_the_end(
+    own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
+) -> None:
+    """It is in the log, and on the topic, long before any snapshot sees it; and no other event comes after it."""
+    config = RelayConfig(
+        postgres_url=own_postgres.url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, feedback_seconds=0.1
+    )
+    row = rows_of("pay_a", 1)
+    async with running(config):
+        await set_synchronous_standby(config.postgres_url, "nobody")
+        committing = asyncio.create_task(commit(config.postgres_url, row))
+        await published(config, *row)
+        await asyncio.sleep(5 * config.feedback_seconds)
+        assert not await fetch_value(config.postgres_url, "SELECT count(*) FROM outbox")
+        await set_synchronous_standby(config.postgres_url, "")
+        await committing
+        await until(lambda: is_all_proven(config))
+
+
+async def set_synchronous_standby(url: str, name: str) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute("SET synchronous_commit = local")
+        # What the relay writes down must not wait for a standby that is not there.
+        await connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'".encode())
+        await connection.execute("SELECT pg_reload_conf()")

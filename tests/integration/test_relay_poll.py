@@ -222,3 +222,19 @@ async def test_notices_are_on_only_while_a_relay_polls(config: RelayConfig) -> N
 async def test_the_slot_of_a_wal_relay_survives_a_fail_over(config: RelayConfig) -> None:
     async with running(config):
         assert await slot(config, "failover")
+
+
+async def test_a_switch_of_source_waits_for_no_long_writer_and_holds_nobody_up(config: RelayConfig) -> None:
+    """NOTIFY is switched on when that is possible; until then it looks once a second."""
+    rows = rows_of("pay_b", 20)
+    async with running(replace(config, source="wal")):
+        long = await open_transaction(config.postgres_url)
+        await insert(long, rows_of("pay_a", 1))
+    async with running(replace(config, feedback_seconds=1)):
+        started = time.monotonic()
+        await commit(config.postgres_url, *([row] for row in rows))
+        assert time.monotonic() - started < 1
+        await published(config, *rows)
+        await long.rollback()
+        await long.close()
+        await until(lambda: fetch_value(config.postgres_url, NOTIFIES))
