@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Final
 
-from domain import disputes
+from domain import disputes, external
 from domain.accept import begin_waiting
 from domain.commands import OperationKind
 from domain.decision import Notified
@@ -23,6 +23,10 @@ def heed(draft: Draft, given: Notified) -> None:
     notice = given.notice
     if notice.dispute is not None:
         _dispute(draft, notice.dispute)
+    if notice.external is not None:
+        given = given._replace(operation=external.known_as(given))
+        if given.operation is None:
+            external.take_note(draft, given, notice.external)
     if given.operation is None:
         return
     current = draft.under_way(given.operation.number)
