@@ -1,8 +1,9 @@
 """Money that moved without us: somebody refunded or captured in the provider's pages, and a webhook tells of it.
 
 It carries no mark of ours, so it is known by the provider's id alone, and kept as an operation that no command asked
-for: any number of deliveries, in any order, count once. The worst mistake here would be to count our own refund a second
-time, should a provider ever tell of one without our marks. So nothing is taken for somebody else's while it may be ours.
+for: any number of deliveries, in any order, count once. The worst mistake here would be to count our own refund a
+second time, should a provider ever tell of one without our marks. So nothing is taken for somebody else's while it may
+be ours.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def _count(draft: Draft, given: Notified, external: External) -> None:
 
 
 def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
-    """Whether it is of the attempt that captures and refunds refer to; if it does not say so, there must be no other."""
+    """Whether it is of the attempt that captures and refunds refer to; if it does not say, there must be no other."""
     if notice.gateway_payment_id is not None:
         return (notice.gateway, notice.gateway_payment_id) == (payment.gateway, payment.gateway_payment_id)
     return notice.gateway == payment.gateway and not payment.owed_captured_minor and not payment.owed_held_minor

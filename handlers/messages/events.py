@@ -79,13 +79,9 @@ class _WireEvent(_Wire):
     ]
     command_id: Annotated[
         UUID | None,
-        Field(
-            description="Derived from the command's content, the same for each delivery of it; null where none caused it."
-        ),
+        Field(description="Derived from the command's content, the same for each delivery; null where none caused it."),
     ]
-    command_type: Annotated[
-        str | None, Field(description="Null where no command caused it: a dispute, the provider's pages.")
-    ]
+    command_type: Annotated[str | None, Field(description="Null where no command caused it, such as a dispute.")]
     idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
     operation_number: Annotated[
         int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
@@ -203,13 +199,13 @@ class PaymentRefundFailed(_WireEvent):
 
 
 class PaymentRefundedExternally(_WireEvent):
-    """Somebody returned money in the provider's pages, without a command. It is counted in `payment.refunded_minor`."""
+    """Somebody returned money in the provider's pages, without a command. `payment.refunded_minor` counts it."""
 
     type: Literal["payment.refunded_externally.v1"]
 
 
 class PaymentCapturedExternally(_WireEvent):
-    """Somebody captured a hold in the provider's pages, without a command. It is counted in `payment.captured_minor`."""
+    """Somebody captured a hold in the provider's pages, without a command. `payment.captured_minor` counts it."""
 
     type: Literal["payment.captured_externally.v1"]
 

@@ -67,7 +67,8 @@ def test_what_was_returned_cannot_be_returned_again_by_a_command() -> None:
 
 
 def test_a_refund_that_came_back_is_taken_back_and_any_order_of_the_news_ends_the_same() -> None:
-    for order in set(permutations([RETURNED, RETURNED, CAME_BACK, CAME_BACK, Pending("re_portal")])):
+    news: list[Outcome] = [RETURNED, RETURNED, CAME_BACK, CAME_BACK, Pending("re_portal")]
+    for order in set(permutations(news)):
         told = paid()
         for each in order:
             assert not told.hear_external(each, 4_000).disagrees
