@@ -55,14 +55,22 @@ def _may_have_ended(known: Sequence[Operation]) -> bool:
 
 def _count(draft: Draft, given: Notified, external: External) -> None:
     notice, payment = given.notice, draft.payment
-    if draft.is_foreign(notice.currency) or _may_have_ended(given.known) or not _is_of_paid_attempt(payment, notice):
+    has_room = 0 < external.amount_minor <= _room(payment, external.kind)
+    if draft.is_foreign(notice.currency) or _may_have_ended(given.known):
         draft.disagrees = True
-    elif 0 < external.amount_minor <= _room(payment, external.kind):
+    elif has_room and _is_of_paid_attempt(payment, notice):
         _book(draft, notice, external)
-    elif payment.under_way is not None:
-        draft.is_postponed = True  # What is under way may make room for it, or bring about what it is of.
+    elif payment.under_way is not None or _is_fresh(draft, external):
+        # What is under way may make room for it, or turn out to be what it is of; and so may news that is on its way.
+        draft.is_postponed = True
     else:
         draft.disagrees = True
+
+
+def _is_fresh(draft: Draft, external: External) -> bool:
+    """Whether it was a while ago at most: providers tell in any order, of a refund before its capture, say."""
+    moved_at = external.moved_at
+    return moved_at is not None and draft.now - moved_at < draft.rules.retry.review_after
 
 
 def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
@@ -73,9 +81,12 @@ def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
 
 
 def _room(payment: Payment, kind: OperationKind) -> int:
-    """How much of it the amounts bear, beside what is reserved for our own operation under way."""
+    """How much of it the amounts bear, beside what is reserved for our own operation under way.
+
+    None for a capture then: our own request tells what was captured before it, and must stay the same when repeated.
+    """
     if kind is OperationKind.CAPTURE:
-        return payment.capturable_minor
+        return 0 if payment.under_way is not None else payment.capturable_minor
     return payment.own_captured_minor - payment.refunded_minor - payment.reserved_refund_minor
 
 

@@ -105,7 +105,15 @@ def _notice(event: Mapping[str, Any]) -> Notice:
     object_, type_ = event["data"]["object"], event["type"]
     notice = Notice(NAME, str(event["id"]), str(type_))
     read = READERS.get(type_)
-    return notice if read is None else read(notice, object_)
+    return notice if read is None else _dated(read(notice, object_), event)
+
+
+def _dated(notice: Notice, event: Mapping[str, Any]) -> Notice:
+    """A capture has no time of its own in the object that tells of it; the event has one."""
+    external = notice.external
+    if external is None or external.moved_at is not None:
+        return notice
+    return notice._replace(external=external._replace(moved_at=datetime.fromtimestamp(event["created"], UTC)))
 
 
 def _of_payment(notice: Notice, intent: Mapping[str, Any]) -> Notice:

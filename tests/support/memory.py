@@ -45,7 +45,7 @@ class MemoryShell:
         self.events: list[Event | Replay] = []
         self.all_told: list[Told] = []
         self.booked: list[Transfer] = []
-        self.postponed: list[Input] = []
+        self.disagreeing: list[Notified] = []
         self._by_key: dict[str, tuple[UUID, int]] = {}
 
     # --- what the state machine drives ------------------------------------------------------------------------------
@@ -100,9 +100,10 @@ class MemoryShell:
         decision = decide(payment, given, now=self.now, rules=self.rules)
         assert _copies(payment, given) == before, "decide changed what it was given"
         if decision.is_stale or decision.is_postponed:
-            self.postponed += [given] if decision.is_postponed else []
             assert not any((decision.events, decision.operations, decision.requests, decision.transfers))
             return []
+        if decision.disagrees and isinstance(given, Notified):
+            self.disagreeing.append(given)
         self.payments[payment_id] = replace(decision.payment, version=1)
         results = {}
         for event in decision.events:

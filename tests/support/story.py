@@ -64,7 +64,8 @@ class Story:
         """A webhook about money that moved without a mark of ours."""
         payment_at_gateway = self.payment.gateway_payment_id if self.payment else None
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, None, payment_at_gateway)
-        self.heard.append(notice._replace(outcome=outcome, external=External(kind, amount), **facts))
+        told = {"outcome": outcome, "external": External(kind, amount)} | facts
+        self.heard.append(notice._replace(**told))
         known = tuple(each for each in self.operations.values() if each.kind is kind)
         return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], known=known))
 

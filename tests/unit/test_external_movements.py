@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 
 from domain.commands import OperationKind
+from domain.notices import External
 from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded, Unknown
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, rules
@@ -187,6 +188,19 @@ def test_a_refund_of_a_charge_that_we_do_not_know_to_be_paid_waits_for_its_answe
     assert told.kinds == ["pending", "captured", "refunded_externally"]
 
 
+def test_news_in_the_wrong_order_is_put_off_for_a_while_and_then_for_a_person() -> None:
+    told = held()
+    refund = External(OperationKind.REFUND, 4_000, told.now)
+    assert told.hear_external(RETURNED, external=refund).is_postponed
+    told.hear_external(Succeeded("ch_1", 10_000), 10_000, CAPTURE)
+    told.hear_external(RETURNED, external=refund)
+    assert told.kinds == ["authorized", "captured_externally", "refunded_externally"]
+    too_much = External(OperationKind.REFUND, 6_001, told.now)
+    assert told.hear_external(Succeeded("re_2"), external=too_much).is_postponed
+    told.wait(seconds=QUICK_RETRY.review_after.total_seconds())
+    assert told.hear_external(Succeeded("re_2"), external=too_much).disagrees
+
+
 # --- captures ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +233,19 @@ def test_a_capture_beside_our_own_capture_or_void_waits_for_its_outcome(kind: st
     told.answer(Succeeded("ref_2", 10_000))
     assert told.hear_external(Succeeded("ref_2", 10_000), 10_000, CAPTURE).disagrees == (kind == "void")
     assert told.amounts() == ((10_000, 10_000, 0, 0) if kind == "capture" else (10_000, 0, 10_000, 0))
+
+
+def test_a_capture_changes_no_request_of_ours_that_may_be_repeated() -> None:
+    told = held(multi_capture=True)
+    told.send("capture", amount_minor=3_000)
+    told.answer(Pending("ref_2"))
+    before = told.requests[-1]
+    assert told.hear_external(Succeeded("cap_1", 7_000), 7_000, CAPTURE).is_postponed
+    again = told.claim()
+    assert (again.is_final, again.captured_minor) == (before.is_final, before.captured_minor) == (False, 0)
+    told.answer(Succeeded("ref_2", 3_000))
+    told.hear_external(Succeeded("cap_1", 7_000), 7_000, CAPTURE)
+    assert told.amounts() == (10_000, 10_000, 0, 0)
 
 
 def test_a_capture_that_was_refused_there_is_no_news() -> None:
