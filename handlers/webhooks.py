@@ -51,7 +51,7 @@ class Webhooks:
         reader = self._readers[gateway]
         verdict = await self._verdict(reader, request)
         metrics.WEBHOOKS.labels(gateway, verdict.value).inc()
-        return reader.answer(verdict)
+        return reader.answer(verdict, request)
 
     async def _verdict(self, reader: WebhookReader, request: WebhookRequest) -> Verdict:
         if len(request.body) > BODY_BYTES_MAX or len(request.query) > BODY_BYTES_MAX:

@@ -1279,7 +1279,7 @@ class PayPalWebhooks:
         _verify(certificate, signature, self._config.webhook_id, request)
         return _notice(request.body)
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         """The status alone; PayPal reads no more of an answer."""
         return WebhookAnswer(ANSWERS[verdict])
 

@@ -73,7 +73,7 @@ class StripeWebhooks:
         except (ValueError, KeyError, TypeError, AttributeError, GatewayContractBroken) as error:
             raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         return WebhookAnswer(ANSWERS.get(verdict, 200))
 
     async def close(self) -> None:

@@ -554,7 +554,7 @@ async def test_a_signed_body_that_makes_no_sense_is_malformed(body: bytes) -> No
 
 
 async def test_every_verdict_has_an_answer_and_only_what_was_stored_is_a_success(webhooks: PayPalWebhooks) -> None:
-    answers = {each: webhooks.answer(each).status for each in Verdict}
+    answers = {each: webhooks.answer(each, WebhookRequest("POST", "", {}, b"", BEGAN)).status for each in Verdict}
 
     stored = {Verdict.STORED, Verdict.DUPLICATE, Verdict.ALREADY_FINAL, Verdict.AMOUNT_DIFFERS}
     assert {each for each, status in answers.items() if status == 200} == stored
