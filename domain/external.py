@@ -94,6 +94,8 @@ def _book(draft: Draft, notice: Notice, external: External) -> None:
     assert isinstance(notice.outcome, Succeeded), "only what was executed is booked"
     operation = _operation(draft, notice, external, OperationState.SUCCEEDED)
     move(draft, operation, notice.outcome)
+    if external.is_final:
+        draft.payment.released_minor += draft.payment.capturable_minor
     draft.keep(operation)
     draft.publish(EVENTS[operation.kind], operation, reference=operation.reference)
     draft.book(operation.kind, external.amount_minor)

@@ -32,11 +32,15 @@ class Dispute(NamedTuple):
 
 
 class External(NamedTuple):
-    """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it."""
+    """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it.
+
+    `is_final` means of a capture that it leaves nothing to capture: the rest of the hold was let go.
+    """
 
     kind: OperationKind
     amount_minor: int
     moved_at: datetime | None = None
+    is_final: bool = False
 
 
 class WebhookRequest(NamedTuple):

@@ -1439,7 +1439,8 @@ def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind,
         return notice
     kind = OperationKind.CAPTURE if is_capture else OperationKind.REFUND
     outcome = _event_outcome(kind, resource, notice.gateway_payment_id)
-    external = External(kind, _minor(resource["amount"]), _time(resource.get("create_time")))
+    is_final = is_capture and resource.get("final_capture") is True
+    external = External(kind, _minor(resource["amount"]), _time(resource.get("create_time")), is_final)
     return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
 
 

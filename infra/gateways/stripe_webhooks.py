@@ -135,7 +135,7 @@ def _external_capture(notice: Notice, intent: Mapping[str, Any]) -> Notice:
     """By the charge's id, which no operation of ours is known by. It is told when it has closed the PaymentIntent."""
     amount = _minor(intent, "amount_received")
     outcome = Succeeded(str(intent["latest_charge"] or intent["id"]), amount)
-    return notice._replace(outcome=outcome, external=External(OperationKind.CAPTURE, amount))
+    return notice._replace(outcome=outcome, external=External(OperationKind.CAPTURE, amount, is_final=True))
 
 
 def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:

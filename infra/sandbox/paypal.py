@@ -12,7 +12,7 @@ Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{o
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
 `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is left:
-`authorizations/{id}/capture|void`, `captures/{id}/refund`.
+`authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
 """
 
 import asyncio
@@ -169,7 +169,10 @@ class PayPalSimulator:
             "authorizations/{id}/void": lambda r: ("authorizations", books().void(r.path_params["id"])),
             "authorizations/{id}/capture": lambda r: (
                 "captures",
-                books().capture(r.path_params["id"], self._of_amount(r, "authorizations")),
+                books().capture(
+                    r.path_params["id"],
+                    self._of_amount(r, "authorizations") | {"final_capture": r.query_params.get("final") == "true"},
+                ),
             ),
             "captures/{id}/refund": lambda r: (
                 "refunds",

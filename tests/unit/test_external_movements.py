@@ -225,6 +225,14 @@ def test_captures_of_one_hold_add_up_where_there_may_be_several() -> None:
     assert told.last.snapshot.status == "refunded"
 
 
+def test_the_last_capture_releases_the_rest_though_there_might_have_been_several() -> None:
+    told = held(multi_capture=True)
+    last = External(CAPTURE, 4_000, is_final=True)
+    told.hear_external(Succeeded("cap_1", 4_000), external=last, kind=CAPTURE)
+    assert told.amounts() == (10_000, 4_000, 6_000, 0)
+    assert told.last.snapshot.status == "captured"
+
+
 @pytest.mark.parametrize("kind", ["capture", "void"])
 def test_a_capture_beside_our_own_capture_or_void_waits_for_its_outcome(kind: str) -> None:
     told = held()

@@ -433,6 +433,14 @@ def test_what_somebody_did_at_paypals_pages_has_no_mark_of_its_own(
     assert notice == expected
 
 
+@pytest.mark.parametrize("is_final", [True, False])
+def test_a_capture_at_paypals_pages_says_whether_it_was_the_last_one(*, is_final: bool) -> None:
+    given = resource("COMPLETED", OperationKind.AUTHORIZE, final_capture=is_final)
+    notice = read_event(event("PAYMENT.CAPTURE.COMPLETED", given))
+
+    assert notice.external == External(OperationKind.CAPTURE, 1000, is_final=is_final)
+
+
 def test_a_refund_without_any_mark_is_of_the_order_that_it_names_and_a_capture_without_one_of_somebody_elses() -> None:
     refund = read_event(event("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.REFUND, **UNMARKED)))
     assert (refund.payment_id, refund.gateway_payment_id) == (None, "O1")
