@@ -81,13 +81,14 @@ def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
 
 
 def _room(payment: Payment, kind: OperationKind) -> int:
-    """How much of it the amounts bear, beside what is reserved for our own operation under way.
+    """How much of it the amounts bear, beside what is disputed or reserved for our own operation under way.
 
-    None for a capture then: our own request tells what was captured before it, and must stay the same when repeated.
+    What a lost dispute took may be called a refund, too. And a capture waits for whatever is under way: our own request
+    tells what was captured before it, and must stay the same when it is repeated.
     """
     if kind is OperationKind.CAPTURE:
         return 0 if payment.under_way is not None else payment.capturable_minor
-    return payment.own_captured_minor - payment.refunded_minor - payment.reserved_refund_minor
+    return payment.refundable_minor
 
 
 def _book(draft: Draft, notice: Notice, external: External) -> None:

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 
 from domain.commands import OperationKind
-from domain.notices import External
+from domain.notices import Dispute, DisputeStage, External
 from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded, Unknown
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, rules
@@ -106,6 +106,15 @@ def test_where_two_attempts_are_paid_it_must_say_of_which_it_is() -> None:
     assert told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1").disagrees
     assert not told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_2").disagrees
     assert told.amounts() == (20_000, 20_000, 0, 4_000)
+
+
+def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
+    told = paid()
+    told.hear(dispute=Dispute("dp_1", DisputeStage.LOST, 7_000, "USD", "fraudulent"), operation_number=None)
+    assert told.hear_external(RETURNED, 4_000).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.hear_external(Succeeded("re_rest", 3_000), 3_000)
+    assert told.amounts() == (10_000, 10_000, 0, 3_000)
 
 
 # --- our own refunds, told without our marks --------------------------------------------------------------------------
