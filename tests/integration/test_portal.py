@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from app.daily_report import report_day
 from app.settings import Settings
+from app.show import show_payment
 from app.webhooks import WebhookService
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
@@ -224,6 +225,9 @@ async def test_a_refund_is_in_the_books_beside_our_own_and_no_difference(
     booked = "SELECT sum(amount_minor)::bigint FROM ledger WHERE debit = 'customer_refunds'"
     assert await value(postgres_url, booked) == 10_000
     assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == refund
+    shown = Settings(postgres_url=postgres_url)
+    assert await asyncio.to_thread(show_payment, shown, payment_id, as_json=False) == 0
+    assert "pages)" in capsys.readouterr().out
 
 
 async def test_a_capture_is_in_the_books_and_can_be_refunded(
