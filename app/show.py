@@ -193,7 +193,8 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
     table = _table("#", "operation", "amount", "state", "provider's id", "idempotency key")
     for each in operations:
         amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
-        table.add_row(str(each.number), each.kind, amount, each.state, each.reference or "", each.idempotency_key or "")
+        key = "(in the provider's pages)" if each.is_external else each.idempotency_key
+        table.add_row(str(each.number), each.kind, amount, each.state, each.reference or "", key or "")
     return table
 
 

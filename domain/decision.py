@@ -32,13 +32,15 @@ class Notified(NamedTuple):
     """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
 
     `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
-    for what did not come by itself: the answer to a question about an operation that has ended.
+    for what did not come by itself: the answer to a question about an operation that has ended. `known` is for what
+    carries no mark of ours (`Notice.external`): all operations of that kind that the payment has, under way or ended.
     """
 
     notice_id: int | None
     payment_id: UUID
     notice: Notice
     operation: Operation | None = None
+    known: Sequence[Operation] = ()
 
 
 class Ruling(NamedTuple):
@@ -61,7 +63,8 @@ class Decision(NamedTuple):
 
     `is_stale` marks an answer whose lease was taken over, or a ruling where none is needed: it changes nothing.
     `disagrees` marks a provider's word that contradicts what it said before, and that changes nothing either: a person
-    must look.
+    must look. `is_postponed` marks one that cannot be understood before what is under way has its outcome: it changes
+    nothing, and is to be given again later.
     """
 
     payment: Payment
@@ -71,3 +74,4 @@ class Decision(NamedTuple):
     transfers: Sequence[Transfer] = ()
     is_stale: bool = False
     disagrees: bool = False
+    is_postponed: bool = False

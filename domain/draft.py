@@ -43,13 +43,21 @@ class Draft:
     transfers: list[Transfer] = field(default_factory=list)
     is_stale: bool = False
     disagrees: bool = False
+    is_postponed: bool = False
 
     def decision(self) -> Decision:
         """The payment, its status derived, and all that is new."""
         self._derive()
         changed = tuple(self.changed.values())
         return Decision(
-            self.payment, self.events, changed, self.requests, self.transfers, self.is_stale, self.disagrees
+            self.payment,
+            self.events,
+            changed,
+            self.requests,
+            self.transfers,
+            self.is_stale,
+            self.disagrees,
+            self.is_postponed,
         )
 
     def _derive(self) -> None:
@@ -129,9 +137,9 @@ class Draft:
         """Something happened to `operation`: the next event of its payment."""
         self.events.append(
             self._next_event(kind)._replace(
-                command=operation.kind,
+                command=None if operation.is_external else operation.kind,
                 idempotency_key=operation.idempotency_key,
-                fingerprint=operation.fingerprint,
+                fingerprint=operation.fingerprint or None,
                 operation_number=operation.number,
                 amount_minor=operation.amount_minor,
                 reference=reference,

@@ -28,6 +28,8 @@ class EventKind(StrEnum):
     REFUND_FAILED = "refund_failed"
     DISPUTE_OPENED = "dispute_opened"
     DISPUTE_CLOSED = "dispute_closed"
+    REFUNDED_EXTERNALLY = "refunded_externally"
+    CAPTURED_EXTERNALLY = "captured_externally"
 
 
 FINAL_EVENTS = frozenset(
@@ -85,7 +87,8 @@ class PaymentSnapshot(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One thing that happened to a payment, mostly because of one command; a dispute names none.
+    """One thing that happened to a payment, mostly because of one command; a dispute, or what somebody did in the
+    provider's pages, names none.
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
     `operation_number` is None for a rejection that left no operation behind, and for a dispute.
@@ -120,6 +123,11 @@ class Event(NamedTuple):
     @property
     def is_final(self) -> bool:
         return self.kind in FINAL_EVENTS
+
+    @property
+    def is_result(self) -> bool:
+        """Whether its operation is stored with it: what ends a command, or the news of what no command asked for."""
+        return self.operation_number is not None and (self.is_final or self.fingerprint is None)
 
 
 class Replay(NamedTuple):

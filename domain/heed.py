@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Final
 
-from domain import disputes
+from domain import disputes, external
 from domain.accept import begin_waiting
 from domain.commands import OperationKind
 from domain.decision import Notified
@@ -23,6 +23,10 @@ def heed(draft: Draft, given: Notified) -> None:
     notice = given.notice
     if notice.dispute is not None:
         _dispute(draft, notice.dispute)
+    if notice.external is not None:
+        given = given._replace(operation=external.known_as(given))
+        if given.operation is None:
+            external.take_note(draft, given, notice.external)
     if given.operation is None:
         return
     current = draft.under_way(given.operation.number)
@@ -61,7 +65,7 @@ def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked:
             if is_ours and is_news and fits(draft, operation):
                 _succeed_late(draft, operation, outcome)
             else:
-                draft.disagrees = is_news or not is_ours
+                draft.disagrees = is_news or not is_ours or _is_another_refund(operation, outcome)
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
         case Expired() if _is_open_hold(draft, operation):
@@ -70,6 +74,12 @@ def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked:
             _release_hold(draft, operation)
         case _:
             pass  # Old news: it was true before what ended the operation.
+
+
+def _is_another_refund(operation: Operation, outcome: Succeeded) -> bool:
+    """Whether the provider returned the money twice, by its own ids: with our mark on both, one of them is too many."""
+    is_done = operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED
+    return is_done and bool(operation.reference) and outcome.reference not in ("", operation.reference)
 
 
 def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:

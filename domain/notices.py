@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
+from domain.commands import OperationKind
 from domain.operations import Outcome
 
 BODY_BYTES_MAX = 262_144
@@ -30,6 +31,18 @@ class Dispute(NamedTuple):
     reason: str | None = None
 
 
+class External(NamedTuple):
+    """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it.
+
+    `is_final` means of a capture that it leaves nothing to capture: the rest of the hold was let go.
+    """
+
+    kind: OperationKind
+    amount_minor: int
+    moved_at: datetime | None = None
+    is_final: bool = False
+
+
 class WebhookRequest(NamedTuple):
     """An HTTP request as it came. `query` is the raw query string, `headers` have lower-case names."""
 
@@ -48,6 +61,8 @@ class Notice(NamedTuple):
     `outcome` is evidence about that operation, as strong as the answer to a status query; None with no `dispute` is a
     message that says nothing about money: stored, and ignored. `currency` is that of the outcome's amount.
     `is_ripe` means that an operation which waits should be resumed now: the payer consented.
+    `external` is set where money moved without a mark of ours; then `outcome` has the provider's id of that, and
+    `gateway_payment_id` is what it was made of, where the message tells it.
     """
 
     gateway: str
@@ -60,6 +75,12 @@ class Notice(NamedTuple):
     currency: str | None = None
     dispute: Dispute | None = None
     is_ripe: bool = False
+    external: External | None = None
+
+    @property
+    def is_about_nothing(self) -> bool:
+        """Whether it says nothing about money."""
+        return self.outcome is None and self.dispute is None and not self.is_ripe
 
 
 class Verdict(StrEnum):
@@ -111,7 +132,7 @@ class WebhookReader(Protocol):
         """
         ...
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer: ...
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer: ...
 
     async def close(self) -> None:
         """Give up what it holds open, if anything."""

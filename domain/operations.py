@@ -143,6 +143,9 @@ Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecute
 class Operation:
     """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted.
 
+    What somebody did in the provider's pages is one, too, so that it is known by its reference: without a key, a
+    fingerprint or content, for no command asked for it.
+
     Not frozen, for speed (docs/decisions/0005): `decide` changes only the copies that it makes for itself.
     """
 
@@ -188,6 +191,11 @@ class Operation:
     @property
     def is_open(self) -> bool:
         return self.state in OPEN
+
+    @property
+    def is_external(self) -> bool:
+        """Whether no command asked for it: somebody did it in the provider's pages."""
+        return not self.fingerprint
 
 
 _values = attrgetter(*(each.name for each in fields(Operation)))

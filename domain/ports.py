@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from uuid import UUID
 
 from domain.capabilities import Capabilities
+from domain.commands import OperationKind
 from domain.ledger import Transfer
 from domain.operations import GatewayRequest, Operation, OperationState, Outcome
 from domain.payment import Payment
@@ -147,6 +148,12 @@ class WriteTransaction(Protocol):
 
     async def operations_at(self, places: Iterable[tuple[UUID, int]]) -> dict[tuple[UUID, int], Operation]:
         """The operations that exist at these payments and numbers, whether open or ended."""
+        ...
+
+    async def operations_of_kind(
+        self, places: Iterable[tuple[UUID, OperationKind]]
+    ) -> dict[tuple[UUID, OperationKind], list[Operation]]:
+        """All operations of these payments and kinds, whether open or ended, in the order accepted."""
         ...
 
     async def save(self, changes: Changes) -> None:

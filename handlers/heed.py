@@ -15,7 +15,6 @@ from domain.decision import Notified
 from domain.errors import PaymentsError
 from domain.operations import GatewayRequest
 from domain.ports import Inbox, StoredNotice
-from handlers import metrics
 from handlers.messages.notices import read_notice
 from handlers.write_path import WritePath
 
@@ -60,7 +59,6 @@ class Heeder:
             log.error(
                 "webhook not applied; it will be tried again", notice=str(refused.given), error=str(refused.error)
             )
-        metrics.NOTICES_APPLIED.inc(len(notices) - len(applied.refused) - len(applied.not_tried))
         return len(claimed)
 
 

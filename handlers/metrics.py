@@ -59,6 +59,9 @@ NOTICES_DISAGREEING = Counter(
     "payments_notices_disagreeing_total", "Webhooks that contradict what is known: somebody must look", ["gateway"]
 )
 NOTICES_APPLIED = Counter("payments_notices_applied_total", "Webhooks applied to their payments")
+NOTICES_POSTPONED = Counter(
+    "payments_notices_postponed_total", "Times that a webhook was put off until what is under way has its outcome"
+)
 CIRCUIT_OPEN = Gauge("payments_gateway_circuit_open", "1 while nothing but questions is sent to a gateway", ["gateway"])
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")

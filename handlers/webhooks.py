@@ -51,7 +51,7 @@ class Webhooks:
         reader = self._readers[gateway]
         verdict = await self._verdict(reader, request)
         metrics.WEBHOOKS.labels(gateway, verdict.value).inc()
-        return reader.answer(verdict)
+        return reader.answer(verdict, request)
 
     async def _verdict(self, reader: WebhookReader, request: WebhookRequest) -> Verdict:
         if len(request.body) > BODY_BYTES_MAX or len(request.query) > BODY_BYTES_MAX:
@@ -112,16 +112,12 @@ def _received(notice: Notice, body: bytes) -> Received:
         payment_id=notice.payment_id,
         operation_number=notice.operation_number,
         gateway_payment_id=notice.gateway_payment_id,
-        is_about_nothing=_is_about_nothing(notice),
+        is_about_nothing=notice.is_about_nothing,
     )
 
 
-def _is_about_nothing(notice: Notice) -> bool:
-    return notice.outcome is None and notice.dispute is None and not notice.is_ripe
-
-
 def _judge(notice: Notice, known: Accepted) -> Verdict:
-    if _is_about_nothing(notice):
+    if notice.is_about_nothing:
         return Verdict.STORED if known.is_new else Verdict.DUPLICATE
     if known.payment_id is None:
         return Verdict.UNKNOWN_PAYMENT

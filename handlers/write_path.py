@@ -13,6 +13,7 @@ from uuid import UUID
 
 import structlog
 
+from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Decision, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
@@ -162,7 +163,8 @@ class WritePath:
         for payment in payments.values():
             _read_waiting(payment)
         named = await transaction.operations_at({place for each in inputs if (place := _place(each)) is not None})
-        return _Known(payments, stored, named)
+        of_kind = await transaction.operations_of_kind({kin for each in inputs if (kin := _kin(each)) is not None})
+        return _Known(payments, stored, named, of_kind)
 
 
 def _payment_id(given: Input) -> UUID:
@@ -176,6 +178,13 @@ def _place(given: Input) -> tuple[UUID, int] | None:
     return given.payment_id, given.notice.operation_number
 
 
+def _kin(given: Input) -> tuple[UUID, OperationKind] | None:
+    """Among which operations a notice without a mark may be known."""
+    if not isinstance(given, Notified) or given.notice.external is None:
+        return None
+    return given.payment_id, given.notice.external.kind
+
+
 WAITING: Final = (OperationState.RECEIVED, OperationState.REQUIRES_ACTION)
 
 
@@ -186,15 +195,17 @@ def _read_waiting(payment: Payment) -> None:
             operation.command = command_from_content(operation.content, operation.traceparent)
 
 
-NOTHING: Final[Mapping[Any, Operation]] = {}
+NOTHING: Final[Mapping[Any, Any]] = {}
 
 
 class _Known(NamedTuple):
-    """What is known about the payments of a batch: `stored` by idempotency key, `named` by notices."""
+    """What is known about the payments of a batch: `stored` by idempotency key, `named` by notices, `of_kind` for those
+    that name none."""
 
     payments: dict[UUID, Payment]
     stored: Mapping[str, Operation] = NOTHING
     named: Mapping[tuple[UUID, int], Operation] = NOTHING
+    of_kind: Mapping[tuple[UUID, OperationKind], Sequence[Operation]] = NOTHING
 
 
 class _Batch:
@@ -215,6 +226,7 @@ class _Batch:
         self._payments = dict(known.payments)
         self._stored = dict(known.stored)
         self._named = known.named
+        self._of_kind = known.of_kind
         self._operations: dict[tuple[UUID, int], Operation] = {}
         self._touched: dict[UUID, None] = {}
         self._transfers: list[Transfer] = []
@@ -223,6 +235,7 @@ class _Batch:
         self._notices: list[int] = []
         self._duplicates = 0
         self._stale = 0
+        self._postponed = 0
         self._disagreeing: list[Notified] = []
         self._healed: list[Operation] = []
 
@@ -233,10 +246,13 @@ class _Batch:
         if isinstance(given, Delivery):
             given = self._with_stored(given, payment)
         elif isinstance(given, Notified):
-            given = self._with_named(given, payment)
-            if given.notice_id is not None:
-                self._notices.append(given.notice_id)
+            given = self._with_known(self._with_named(given, payment), payment)
         decision = decide(payment, given, now=self._now, rules=self._rules)
+        if decision.is_postponed:
+            self._postponed += 1
+            return
+        if isinstance(given, Notified) and given.notice_id is not None:
+            self._notices.append(given.notice_id)
         if decision.disagrees and isinstance(given, Notified):
             self._disagreeing.append(given)
         if decision.is_stale:
@@ -263,6 +279,16 @@ class _Batch:
             return given
         own = next((each for each in payment.operations if each.number == place[1]), None)
         return given._replace(operation=own or self._operations.get(place) or self._named.get(place))
+
+    def _with_known(self, given: Notified, payment: Payment | None) -> Notified:
+        """The notice with all that it may be about where it names nothing, as the inputs before it left that."""
+        kin = _kin(given)
+        if kin is None or payment is None:
+            return given
+        latest = {each.number: each for each in self._of_kind.get(kin, ())}
+        latest |= {number: each for (of, number), each in self._operations.items() if (of, each.kind) == kin}
+        latest |= {each.number: each for each in payment.operations if each.kind is kin[1]}
+        return given._replace(known=tuple(latest.values()))
 
     def _gather(self, payment_id: UUID, decision: Decision, before: Payment | None) -> None:
         results = [self._publish(event) for event in decision.events]
@@ -291,7 +317,7 @@ class _Batch:
         row = _outbox_row(event, self._new_id())
         self._events.append(event)
         self._outbox.append(row)
-        if not event.is_final or event.operation_number is None:
+        if not event.is_result:
             return None, None
         for _ in range(event.replays_due):
             self._replay(event.payment_id, row.payload, event.traceparent)
@@ -348,6 +374,8 @@ class _Batch:
     def _count(self) -> None:
         metrics.DUPLICATES.inc(self._duplicates)
         metrics.STALE_ANSWERS.inc(self._stale)
+        metrics.NOTICES_APPLIED.inc(len(self._notices))
+        metrics.NOTICES_POSTPONED.inc(self._postponed)
         for operation in self._healed:
             metrics.HEALED.labels(operation.gateway or "", operation.state.value).inc()
         for given in self._disagreeing:
@@ -358,7 +386,7 @@ class _Batch:
         for event in self._events:
             metrics.results(event.command, event.kind).inc()
         for operation in self._operations.values():
-            if operation.result is not None and operation.dispatched_at is not None:
+            if operation.result is not None and operation.dispatched_at is not None and not operation.is_external:
                 seconds = (self._now - operation.dispatched_at).total_seconds()
                 metrics.result_seconds(operation.kind).observe(seconds)
 

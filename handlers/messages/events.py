@@ -79,9 +79,9 @@ class _WireEvent(_Wire):
     ]
     command_id: Annotated[
         UUID | None,
-        Field(description="Derived from the command's content, the same for each delivery of it; null for a dispute."),
+        Field(description="Derived from the command's content, the same for each delivery; null where none caused it."),
     ]
-    command_type: Annotated[str | None, Field(description="Null for a dispute, which no command caused.")]
+    command_type: Annotated[str | None, Field(description="Null where no command caused it, such as a dispute.")]
     idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
     operation_number: Annotated[
         int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
@@ -190,9 +190,24 @@ class PaymentAuthorizationExpired(_WireEvent):
 
 
 class PaymentRefundFailed(_WireEvent):
-    """A refund that had been reported as done came back: the payer has not got the money and is still owed it."""
+    """A refund that had been reported as done came back: the payer has not got the money and is still owed it.
+
+    It may be one that somebody made in the provider's pages; then there is no command, and perhaps no earlier report.
+    """
 
     type: Literal["payment.refund_failed.v1"]
+
+
+class PaymentRefundedExternally(_WireEvent):
+    """Somebody returned money in the provider's pages, without a command. `payment.refunded_minor` counts it."""
+
+    type: Literal["payment.refunded_externally.v1"]
+
+
+class PaymentCapturedExternally(_WireEvent):
+    """Somebody captured a hold in the provider's pages, without a command. `payment.captured_minor` counts it."""
+
+    type: Literal["payment.captured_externally.v1"]
 
 
 class DisputeState(_Wire):
@@ -233,6 +248,8 @@ WireEvent = (
     | PaymentRefundFailed
     | PaymentDisputeOpened
     | PaymentDisputeClosed
+    | PaymentRefundedExternally
+    | PaymentCapturedExternally
 )
 
 EVENT_MODELS: Final[Mapping[str, type[WireEvent]]] = {
@@ -251,6 +268,8 @@ EVENT_MODELS: Final[Mapping[str, type[WireEvent]]] = {
     "payment.refund_failed.v1": PaymentRefundFailed,
     "payment.dispute_opened.v1": PaymentDisputeOpened,
     "payment.dispute_closed.v1": PaymentDisputeClosed,
+    "payment.refunded_externally.v1": PaymentRefundedExternally,
+    "payment.captured_externally.v1": PaymentCapturedExternally,
 }
 """Every event that this service writes, by its `type`."""
 

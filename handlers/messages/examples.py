@@ -114,6 +114,11 @@ def _dispute(stage: DisputeStage, payment_seq: int, disputed_minor: int) -> Even
     return event._replace(command=None, idempotency_key=None, fingerprint=None)
 
 
+def _external(kind: EventKind, command: OperationKind, snapshot: PaymentSnapshot, **particulars: Any) -> Event:
+    event = _example(kind, command, "", snapshot, payment_seq=2, operation_number=2, **particulars)
+    return event._replace(command=None, idempotency_key=None, fingerprint=None)
+
+
 EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
     "payment.authorized.v1": _example(
         EventKind.AUTHORIZED, OperationKind.AUTHORIZE, "order-1001-authorize", _AUTHORIZED
@@ -220,5 +225,14 @@ EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
     ),
     "payment.dispute_opened.v1": _dispute(DisputeStage.OPENED, 2, 1250),
     "payment.dispute_closed.v1": _dispute(DisputeStage.WON, 3, 0),
+    "payment.refunded_externally.v1": _external(
+        EventKind.REFUNDED_EXTERNALLY,
+        OperationKind.REFUND,
+        _CAPTURED._replace(status=PaymentStatus.PARTIALLY_REFUNDED, refunded_minor=250),
+        amount_minor=250,
+    ),
+    "payment.captured_externally.v1": _external(
+        EventKind.CAPTURED_EXTERNALLY, OperationKind.CAPTURE, _CAPTURED, reference="ch_77aa"
+    ),
 }
 """By `type`, in the domain's words; `write_event` makes them messages."""

@@ -10,13 +10,14 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
-from domain.notices import Dispute, Notice
+from domain.notices import Dispute, External, Notice
 from domain.operations import Declined, Expired, Pending, RequiresAction, Succeeded
 
 _OUTCOMES: Final[Mapping[str, TypeAdapter[Any]]] = {
     each.__name__: TypeAdapter(each) for each in (Succeeded, Declined, Expired, Pending, RequiresAction)
 }
 _DISPUTE: Final = TypeAdapter(Dispute)
+_EXTERNAL: Final = TypeAdapter(External)
 
 
 def write_notice(notice: Notice) -> str:
@@ -29,6 +30,8 @@ def write_notice(notice: Notice) -> str:
         "dispute": None if notice.dispute is None else notice.dispute._asdict(),
         "is_ripe": notice.is_ripe,
     }
+    if notice.external is not None:
+        body |= {"external": notice.external._asdict(), "gateway_payment_id": notice.gateway_payment_id}
     return to_json(body).decode()
 
 
@@ -39,14 +42,16 @@ def read_notice(content: str, *, gateway: str, event_id: str, type_: str, operat
         ValueError: it is none.
     """
     body = from_json(content)
-    outcome, dispute = body["outcome"], body["dispute"]
+    outcome, dispute, external = body["outcome"], body["dispute"], body.get("external")
     return Notice(
         gateway,
         event_id,
         type_,
         operation_number=operation_number,
+        gateway_payment_id=body.get("gateway_payment_id"),
         outcome=None if outcome is None else _OUTCOMES[outcome.pop("is")].validate_python(outcome),
         currency=body["currency"],
         dispute=None if dispute is None else _DISPUTE.validate_python(dispute),
         is_ripe=body["is_ripe"],
+        external=None if external is None else _EXTERNAL.validate_python(external),
     )

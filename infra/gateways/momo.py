@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from urllib.parse import parse_qsl
 from uuid import UUID, uuid4
 
 import httpx
@@ -440,12 +441,20 @@ ANSWERS: Final[Mapping[Verdict, int]] = {
     Verdict.UNKNOWN_PAYMENT: 404,
     Verdict.UNAVAILABLE: 503,
 }
-"""Any other is 204, MoMo's word for "received". An unknown order may be one that another installation just opened, so
-it is refused, and MoMo may send it again."""
+"""Any other is 204, MoMo's word for "received"; a browser, which would stay where it is then, is shown a text with 200.
+An unknown order may be one that another installation just opened, so it is refused, and MoMo may send it again."""
+
+
+BACK_TO_THE_SHOP: Final = b"MoMo's result of this payment was received. You may go back to the shop.\n"
+NOT_RECEIVED: Final = b"This result was not received. The shop will ask MoMo for it; you may go back there.\n"
 
 
 class MoMoWebhooks:
-    """The IPN: a POST of signed JSON. Fits `domain.notices.WebhookReader`."""
+    """The IPN, a POST of signed JSON, and the return of the payer's browser, a GET.
+
+    Fits `domain.notices.WebhookReader`. The return is evidence, too: MoMo signs the same fields of both in one way,
+    so that whoever has one could send the other, and only MoMo can make either. What both tell counts once.
+    """
 
     gateway = NAME
 
@@ -453,12 +462,12 @@ class MoMoWebhooks:
         self._config = config
 
     async def read(self, request: WebhookRequest) -> Notice:
-        """Verify and read one IPN; of its fields only the signed ones count.
+        """Verify and read one IPN, or one return; of its fields only the signed ones count.
 
         Raises:
             WebhookRefused: FORGED or MALFORMED.
         """
-        fields = _plain(request.body)
+        fields = _returned(request.query) if request.method == "GET" else _plain(request.body)
         try:
             text = signed_text(self._config.access_key, fields, IPN)
             signature = str(fields["signature"])
@@ -470,8 +479,12 @@ class MoMoWebhooks:
             raise WebhookRefused(Verdict.FORGED, "signed for another partner")
         return _notice(fields, request.received_at + self._config.hold_window)
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
-        return WebhookAnswer(ANSWERS.get(verdict, 204))
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
+        """MoMo reads the status; the payer reads a text, which does not say whether they paid: the shop knows."""
+        status = ANSWERS.get(verdict, 204)
+        if request.method != "GET":
+            return WebhookAnswer(status)
+        return WebhookAnswer(200, BACK_TO_THE_SHOP) if status == 204 else WebhookAnswer(status, NOT_RECEIVED)
 
     async def close(self) -> None:
         """Nothing is held open."""
@@ -486,6 +499,18 @@ def _plain(body: bytes) -> dict[str, str]:
     if not isinstance(fields, dict):
         raise WebhookRefused(Verdict.MALFORMED, "no object")
     return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def _returned(query: str) -> dict[str, str]:
+    """The texts in a query string, in which a plus is a space; each name once, for all of them are signed."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise WebhookRefused(Verdict.MALFORMED, "no query string") from error
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise WebhookRefused(Verdict.MALFORMED, "a parameter occurs twice")
+    return fields
 
 
 def _notice(fields: Mapping[str, str], ask_at: datetime) -> Notice:

@@ -46,6 +46,7 @@ from domain.notices import (
     BODY_BYTES_MAX,
     Dispute,
     DisputeStage,
+    External,
     Notice,
     Verdict,
     WebhookAnswer,
@@ -1278,7 +1279,7 @@ class PayPalWebhooks:
         _verify(certificate, signature, self._config.webhook_id, request)
         return _notice(request.body)
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         """The status alone; PayPal reads no more of an answer."""
         return WebhookAnswer(ANSWERS[verdict])
 
@@ -1415,16 +1416,32 @@ def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, 
     """Evidence about the operation that the invoice id names, if it is one that makes such a resource.
 
     Somebody else's refund at PayPal's pages may carry over the invoice id of the capture, and captures carry over the
-    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment.
+    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment: then it
+    is somebody else's, or ours of which PayPal did not repeat the invoice id.
     """
     inherited, own = read_mark(resource.get("custom_id")), read_mark(resource.get("invoice_id"))
     marks = own or inherited
     known = notice._replace(payment_id=marks.payment_id if marks else None, gateway_payment_id=_order_of(resource))
     if own is None or own.kind not in kinds:
-        return known
+        return _external_notice(known, resource, kinds)
     outcome = _event_outcome(own.kind, resource, known.gateway_payment_id)
     currency = resource["amount"]["currency_code"] if outcome is not None else None
     return known._replace(operation_number=own.operation_number, outcome=outcome, currency=currency)
+
+
+def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
+    """A refund that our refunds have not marked, or a capture of a hold that our captures have not.
+
+    Captures always carry over the mark of their order, so one without it is of somebody else's order.
+    """
+    is_capture = OperationKind.CAPTURE in kinds and notice.payment_id is not None
+    if not is_capture and OperationKind.REFUND not in kinds:
+        return notice
+    kind = OperationKind.CAPTURE if is_capture else OperationKind.REFUND
+    outcome = _event_outcome(kind, resource, notice.gateway_payment_id)
+    is_final = is_capture and resource.get("final_capture") is True
+    external = External(kind, _minor(resource["amount"]), _time(resource.get("create_time")), is_final)
+    return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
 
 
 def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) -> Outcome | None:
@@ -1438,7 +1455,7 @@ def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) ->
             return read_capture(resource, request)
         case OperationKind.CHARGE if order_id is not None:
             return _as_opening(read_capture(resource, request), {"id": order_id})
-        case OperationKind.AUTHORIZE if order_id is not None and resource["status"] != "VOIDED":
+        case OperationKind.AUTHORIZE if order_id is not None:
             return _read_authorization(resource, {"id": order_id}, request)
         case _:
             return None

@@ -9,16 +9,19 @@ Sources: https://docs.stripe.com/webhooks, https://docs.stripe.com/api/events/ty
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
 import stripe
 from pydantic import SecretStr
 
+from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken
 from domain.notices import (
     Dispute,
     DisputeStage,
+    External,
     Notice,
     Verdict,
     WebhookAnswer,
@@ -70,7 +73,7 @@ class StripeWebhooks:
         except (ValueError, KeyError, TypeError, AttributeError, GatewayContractBroken) as error:
             raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         return WebhookAnswer(ANSWERS.get(verdict, 200))
 
     async def close(self) -> None:
@@ -102,19 +105,37 @@ def _notice(event: Mapping[str, Any]) -> Notice:
     object_, type_ = event["data"]["object"], event["type"]
     notice = Notice(NAME, str(event["id"]), str(type_))
     read = READERS.get(type_)
-    return notice if read is None else read(notice, object_)
+    return notice if read is None else _dated(read(notice, object_), event)
+
+
+def _dated(notice: Notice, event: Mapping[str, Any]) -> Notice:
+    """A capture has no time of its own in the object that tells of it; the event has one."""
+    external = notice.external
+    if external is None or external.moved_at is not None:
+        return notice
+    return notice._replace(external=external._replace(moved_at=datetime.fromtimestamp(event["created"], UTC)))
 
 
 def _of_payment(notice: Notice, intent: Mapping[str, Any]) -> Notice:
     number, outcome = _evidence(notice.type, intent)
     payment_id, marked = _marks(intent)
-    return notice._replace(
-        payment_id=payment_id,
-        operation_number=marked if number is None else number,
-        gateway_payment_id=intent["id"],
-        outcome=outcome,
-        currency=intent["currency"].upper(),
-    )
+    known = notice._replace(payment_id=payment_id, gateway_payment_id=intent["id"], currency=intent["currency"].upper())
+    if payment_id is not None and _is_external_capture(notice.type, intent):
+        return _external_capture(known, intent)
+    return known._replace(operation_number=marked if number is None else number, outcome=outcome)
+
+
+def _is_external_capture(type_: str, intent: Mapping[str, Any]) -> bool:
+    """Whether a hold of ours was captured, and none of our own captures left its mark on it."""
+    is_of_hold = type_ == "payment_intent.succeeded" and intent["capture_method"] == "manual"
+    return is_of_hold and not intent["metadata"].get(LAST_CAPTURE)
+
+
+def _external_capture(notice: Notice, intent: Mapping[str, Any]) -> Notice:
+    """By the charge's id, which no operation of ours is known by. It is told when it has closed the PaymentIntent."""
+    amount = _minor(intent, "amount_received")
+    outcome = Succeeded(str(intent["latest_charge"] or intent["id"]), amount)
+    return notice._replace(outcome=outcome, external=External(OperationKind.CAPTURE, amount, is_final=True))
 
 
 def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
@@ -149,7 +170,7 @@ def _capture(intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
     metadata = intent["metadata"]
     mark = metadata.get(LAST_CAPTURE)
     if not mark:
-        return None, None
+        return None, None  # Somebody else's.
     is_first = int(mark) == int(metadata.get("operation_number", 0)) + 1
     return int(mark), Succeeded(intent["id"], _minor(intent, "amount_received") if is_first else None)
 
@@ -170,13 +191,25 @@ def _of_expired_charge(notice: Notice, given: Mapping[str, Any]) -> Notice:
 def _of_refund(notice: Notice, given: Mapping[str, Any]) -> Notice:
     payment_id, number = _marks(given)
     currency = given["currency"].upper()
-    return notice._replace(
-        payment_id=payment_id,
-        operation_number=number,
-        gateway_payment_id=given["payment_intent"],
-        outcome=_refund_outcome(given, currency) if number is not None else None,
-        currency=currency,
-    )
+    known = notice._replace(payment_id=payment_id, gateway_payment_id=given["payment_intent"], currency=currency)
+    if number is not None:
+        return known._replace(operation_number=number, outcome=_refund_outcome(given, currency))
+    return known if _is_release(given) else _external_refund(known, given, currency)
+
+
+def _is_release(given: Mapping[str, Any]) -> bool:
+    """Whether nothing was returned that had been taken: Stripe calls it a refund, too, when a hold is let go.
+
+    It then has no entry on our balance. Hypothesis for what a partial capture leaves; of a hold that has lapsed it is
+    documented, by a reason of its own.
+    """
+    return given.get("reason") == "expired_uncaptured_charge" or not given.get("balance_transaction")
+
+
+def _external_refund(notice: Notice, given: Mapping[str, Any], currency: str) -> Notice:
+    moved_at = datetime.fromtimestamp(given["created"], UTC)
+    external = External(OperationKind.REFUND, from_stripe_amount(given["amount"], currency), moved_at)
+    return notice._replace(outcome=_refund_outcome(given, currency), external=external)
 
 
 def _refund_outcome(given: Mapping[str, Any], currency: str) -> Outcome:

@@ -183,6 +183,10 @@ DECLINES: Final[Mapping[str, DeclineReason]] = {
 }
 """ResponseCode of an IPN whose TransactionStatus says that it failed. Source: the table of pay.html."""
 
+STATUS_DECLINES: Final[Mapping[str, DeclineReason]] = {"11": DeclineReason.CANCELED}
+"""TransactionStatus that tells why, which is all that a query has. 02 is every other failure: what an IPN calls 24 (the
+payer cancelled) a query may only call 02, and then nobody can tell it from the rest."""
+
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
 LATE: Final = frozenset({"08"})
@@ -202,7 +206,8 @@ def read_payment(code: str | None, status: str, reference: str, amount_minor: in
     if status in LATE or (status in FAILED and code == "11"):
         return Expired(reference, code or status)
     if status in FAILED:
-        return Declined(DECLINES.get(code or "", DeclineReason.OTHER), code or status, reference)
+        reason = DECLINES.get(code or "") or STATUS_DECLINES.get(status, DeclineReason.OTHER)
+        return Declined(reason, code or status, reference)
     return Pending(reference)
 
 
@@ -495,7 +500,7 @@ class VNPayWebhooks:
         except (KeyError, ValueError, GatewayContractBroken) as error:
             raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
 
-    def answer(self, verdict: Verdict) -> WebhookAnswer:
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         code, message = ANSWERS.get(verdict, ("99", "Unknown error"))
         return WebhookAnswer(200, f'{{"RspCode":"{code}","Message":"{message}"}}'.encode(), "application/json")
 

@@ -53,6 +53,11 @@ OPERATIONS_AT = f"""
     SELECT {OPERATION_COLUMNS} FROM operations
      WHERE (payment_id, number) IN (SELECT * FROM unnest($1::uuid[], $2::integer[]))
 """
+OPERATIONS_OF_KIND = f"""
+    SELECT {OPERATION_COLUMNS} FROM operations
+     WHERE (payment_id, kind) IN (SELECT * FROM unnest($1::uuid[], $2::text[]))
+     ORDER BY payment_id, number
+"""
 FIND_OPERATIONS = f"SELECT {OPERATION_COLUMNS} FROM operations WHERE idempotency_key = ANY($1::text[])"
 
 # A row that exists already is another worker's: the count tells, and the batch is decided again.
@@ -355,6 +360,19 @@ class PostgresTransaction:
             return {}
         rows = await self._connection.fetch(OPERATIONS_AT, *zip(*wanted, strict=True))
         return {(row["payment_id"], row["number"]): _operation(row) for row in rows}
+
+    async def operations_of_kind(
+        self, places: Iterable[tuple[UUID, OperationKind]]
+    ) -> dict[tuple[UUID, OperationKind], list[Operation]]:
+        """All operations of these payments and kinds, whether open or ended, in the order accepted."""
+        wanted = list(places)
+        if not wanted:
+            return {}
+        found: dict[tuple[UUID, OperationKind], list[Operation]] = {}
+        for row in await self._connection.fetch(OPERATIONS_OF_KIND, *zip(*wanted, strict=True)):
+            operation = _operation(row)
+            found.setdefault((operation.payment_id, operation.kind), []).append(operation)
+        return found
 
     async def save(self, changes: Changes) -> None:
         """Write it all.

@@ -292,6 +292,7 @@ class Books:
             "id": f"re_{token_hex(12)}",
             "object": "refund",
             "amount": amount,
+            "balance_transaction": f"txn_{token_hex(12)}",
             "charge": intent["latest_charge"],
             "created": _now(),
             "currency": intent["currency"],

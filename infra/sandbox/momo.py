@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
@@ -159,7 +160,8 @@ class MoMoSimulator:
         if not MINIMUM <= int(body["amount"]) <= MAXIMUM:
             return _answer(body, 22, "amount out of range")
         order = {
-            name: body[name] for name in ("orderId", "requestId", "amount", "orderInfo", "ipnUrl", "extraData")
+            name: body[name]
+            for name in ("orderId", "requestId", "amount", "orderInfo", "ipnUrl", "redirectUrl", "extraData")
         } | {"captures": body.get("autoCapture", True), "code": WAITING, "transId": 0, "refunds": []}
         self._keep(order)
         url = f"{str(request.base_url).rstrip('/')}/v2/gateway/pay?t={body['orderId']}"
@@ -213,10 +215,13 @@ class MoMoSimulator:
             return HTMLResponse("no such order", 404)
         if request.method == "POST":
             is_paid = request.query_params.get("success") == "true"
-            return self._decide(order, int(request.query_params.get("code", 0 if is_paid else 1006)))
+            answer = self._decide(order, int(request.query_params.get("code", 0 if is_paid else 1006)))
+            is_browser = request.query_params.get("redirect") == "true"
+            return RedirectResponse(self._way_back(order), 303) if is_browser else answer
         name = html.escape(order["orderId"])
         buttons = "".join(
-            f'<form method="post" action="?t={name}&amp;success={value}"><button>{label}</button></form>'
+            f'<form method="post" action="?t={name}&amp;redirect=true&amp;success={value}">'
+            f"<button>{label}</button></form>"
             for value, label in (("true", "Pay"), ("false", "Refuse"))
         )
         return HTMLResponse(f"<!doctype html><title>MoMo sandbox</title><h1>{name}</h1>{buttons}")
@@ -231,7 +236,17 @@ class MoMoSimulator:
             self._tell(order)
         return JSONResponse(order)
 
+    def _way_back(self, order: Order) -> str:
+        """Where the payer's browser goes then, with what the IPN says, too."""
+        return f"{order['redirectUrl']}?{urlencode(self._signed(order))}"
+
     def _tell(self, order: Order) -> None:
+        body = json.dumps(self._signed(order), ensure_ascii=False).encode()
+        outgoing = Outgoing(order["ipnUrl"], body, {"content-type": "application/json"})
+        if order["ipnUrl"].startswith("http://"):  # a real merchant's is https, and none of a simulator's business
+            self.sender.send(lambda: outgoing)
+
+    def _signed(self, order: Order) -> dict[str, Any]:
         fields = {
             "partnerCode": PARTNER,
             "orderId": order["orderId"],
@@ -246,10 +261,7 @@ class MoMoSimulator:
             "responseTime": _now(),
             "extraData": order["extraData"],
         }
-        body = json.dumps(fields | {"signature": _sign(fields, IPN)}, ensure_ascii=False).encode()
-        outgoing = Outgoing(order["ipnUrl"], body, {"content-type": "application/json"})
-        if order["ipnUrl"].startswith("http://"):  # a real merchant's is https, and none of a simulator's business
-            self.sender.send(lambda: outgoing)
+        return fields | {"signature": _sign(fields, IPN)}
 
     # --- its own pages ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ is `confirm`, a release `cancel`, and a request for an access token `token`; `pa
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
-`latency`, `webhooks`, `reset`.
+`latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is left:
+`authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
 """
 
 import asyncio
@@ -165,6 +166,18 @@ class PayPalSimulator:
         books = self.books_now
         own: dict[str, Callable[[Request], tuple[str, PayPalObject]]] = {
             "authorizations/{id}/expire": lambda r: ("authorizations", books().void(r.path_params["id"])),
+            "authorizations/{id}/void": lambda r: ("authorizations", books().void(r.path_params["id"])),
+            "authorizations/{id}/capture": lambda r: (
+                "captures",
+                books().capture(
+                    r.path_params["id"],
+                    self._of_amount(r, "authorizations") | {"final_capture": r.query_params.get("final") == "true"},
+                ),
+            ),
+            "captures/{id}/refund": lambda r: (
+                "refunds",
+                books().refund(r.path_params["id"], self._of_amount(r, "captures")),
+            ),
             "orders/{id}/expire": lambda r: ("orders", books().expire(r.path_params["id"])),
             "captures/{id}/dispute": lambda r: ("disputes", books().dispute(r.path_params["id"])),
             "refunds/{id}/unlist": lambda r: ("refunds", books().unlist(r.path_params["id"])),
@@ -490,6 +503,12 @@ class PayPalSimulator:
             return JSONResponse(self.books.shown(kind, changed, _base(request)))
 
         return endpoint
+
+    def _of_amount(self, request: Request, kind: str) -> PayPalObject:
+        """What a person asks for at PayPal's pages: `?amount=`, such as 5.00, in the currency of what it is of."""
+        value = request.query_params.get("amount")
+        whole = self.books.find(kind, request.path_params["id"])["amount"]
+        return {} if value is None else {"amount": {**whole, "value": value}}
 
     def _settle(self, request: Request) -> tuple[str, PayPalObject]:
         """`?status=` of a pending authorization, capture or refund."""

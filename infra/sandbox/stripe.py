@@ -11,7 +11,7 @@ import asyncio
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -427,6 +427,18 @@ def _with_address(intent: StripeObject, request: Request) -> StripeObject:
     return intent
 
 
+IN_THE_DASHBOARD: Final[Mapping[str, Callable[[Books, Request], StripeObject]]] = {
+    "refund": lambda books, request: books.refund(
+        {"payment_intent": request.path_params["intent"], **request.query_params}
+    ),
+    "capture": lambda books, request: books.capture(
+        request.path_params["intent"],
+        {"amount_to_capture": amount} if (amount := request.query_params.get("amount")) else {},
+    ),
+    "cancel": lambda books, request: books.cancel(request.path_params["intent"], {}),
+}
+"""What a person may do there, of `?amount=` or of all that is left: without the marks of any API client."""
+
 ROUTES: Final = [
     Route("/v1/payment_intents", _mutation("create", _created), methods=["POST"]),
     Route("/v1/payment_intents", _reading(_list_payment_intents), methods=["GET"]),
@@ -474,6 +486,10 @@ ROUTES: Final = [
         "/_sandbox/payment_intents/{intent}/expire",
         _own(lambda books, request: books.expire(request.path_params["intent"])),
         methods=["POST"],
+    ),
+    *(
+        Route(f"/_sandbox/payment_intents/{{intent}}/{path}", _own(change), methods=["POST"])
+        for path, change in IN_THE_DASHBOARD.items()
     ),
     Route(
         "/_sandbox/refunds/{refund}/settle",

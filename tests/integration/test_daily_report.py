@@ -199,7 +199,7 @@ async def test_each_capture_and_refund_is_held_against_paypals_list(
     ])  # fmt: skip
     causes = {each["theirs"]: each["likely_cause"] for each in found_now}
     assert causes["USD 10.00"] == "not made by this service"
-    assert causes["USD 5.00"] == "a refund made in the provider's portal"
+    assert causes["USD 5.00"].startswith("a refund made in the provider's portal")
 
 
 def refund_in_the_portal(paypal: PayPalSandbox, capture_id: str) -> None:

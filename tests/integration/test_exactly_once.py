@@ -187,6 +187,7 @@ class _ClaimingBlock:
         self.lock_payments = self._transaction.lock_payments
         self.find_operations = self._transaction.find_operations
         self.operations_at = self._transaction.operations_at
+        self.operations_of_kind = self._transaction.operations_of_kind
         return self
 
     async def save(self, changes: Changes) -> None:

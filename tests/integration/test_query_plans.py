@@ -35,6 +35,7 @@ INDEXES = {
     "FIND_LAPSED_HOLDS": {"payments_pending_captures", "operations_pkey"},
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
+    "OPERATIONS_OF_KIND": {"operations_pkey"},
     "HEED_NOTICES": {"inbox_pkey"},
     "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_attempt", "operations_pkey"},
     "CLAIM": {"inbox_due", "inbox_pkey"},

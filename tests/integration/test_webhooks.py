@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 
 from app.settings import Settings
 from app.webhooks import WebhookService
+from domain.commands import OperationKind
 from domain.notices import BODY_BYTES_MAX
 from domain.operations import Declined, DeclineReason, GatewayRequest, Outcome, RequiresAction, Succeeded
 from domain.ports import Received
@@ -336,3 +337,67 @@ async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> N
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+def refunded(
+    payment_id: UUID, event_id: str, *, refund: str, amount: int = 4_000, seconds_ago: int = 0
+) -> dict[str, Any]:
+    """A refund without a mark of ours."""
+    given = {"id": refund, "object": "refund", "amount": amount, "currency": "usd", "status": "succeeded"}
+    given |= {
+        "payment_intent": f"ref_{payment_id}:1",
+        "created": int(time.time()) - seconds_ago,
+        "balance_transaction": "txn_1",
+    }
+    return {"id": event_id, "object": "event", "type": "refund.created", "data": {"object": given | {"metadata": {}}}}
+
+
+async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_once(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.lose_answer = lambda request: request.kind is OperationKind.REFUND
+    ours = f"ref_{payment_id}:2"
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        await worker.accept(delivery("refund", payment_id, "refund", amount_minor=4_000))
+        await worker.idle()
+        async with heeding(postgres_url, worker) as heeder:
+            before = metrics.NOTICES_POSTPONED._value.get()
+            assert await send(client, refunded(payment_id, "evt_1", refund=ours)) == 200
+
+            async def is_put_off() -> bool:
+                return bool(metrics.NOTICES_POSTPONED._value.get() > before)
+
+            await until(is_put_off)
+            assert await kinds(postgres_url, payment_id) == ["captured", "pending"]
+            assert not await applied(postgres_url)
+            gateway.lose_answer = lambda request: False
+            await value(postgres_url, "UPDATE operations SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
+            await worker.sweep.sweep_once()
+            await worker.idle()
+            await value(postgres_url, "UPDATE inbox SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
+            heeder.arrived.set()
+            await until(lambda: applied(postgres_url))
+    assert await kinds(postgres_url, payment_id) == ["captured", "pending", "refunded"]
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
+    assert await value(postgres_url, "SELECT count(*) FROM operations") == 2
+
+
+async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        for number in range(5):
+            assert await send(client, refunded(payment_id, f"evt_{number}", refund="re_portal")) == 200
+        async with heeding(postgres_url, worker):
+            await until(lambda: applied(postgres_url))
+            assert await send(client, refunded(payment_id, "evt_late", refund="re_portal")) == 200
+            before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
+            too_much = refunded(payment_id, "evt_too_much", refund="re_other", amount=6_001, seconds_ago=7_200)
+            assert await send(client, too_much) == 200
+            await until(lambda: applied(postgres_url))
+            assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
+            assert await send(client, refunded(new_payment_id(), "evt_of_nobody", refund="re_nobodys")) == 404
+    assert await kinds(postgres_url, payment_id) == ["captured", "refunded_externally"]
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000

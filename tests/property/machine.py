@@ -33,20 +33,21 @@ from domain.commands import AnyCommand, Command, OperationKind, RejectionReason
 from domain.decision import Answer, Delivery, Input, Notified
 from domain.ledger import Account, Transfer
 from domain.money import MINOR_UNITS
-from domain.notices import Notice
+from domain.notices import External, Notice
 from domain.operations import (
     GatewayRequest,
     Operation,
     OperationState,
     Outcome,
     RequiresAction,
+    Succeeded,
     Unknown,
     Unreachable,
 )
 from domain.payment import Payment
 from domain.rules import RetryPolicy, Rules
 from handlers.dispatch import WITH_THE_PROVIDER
-from tests.property.provider import Provider
+from tests.property.provider import Movement, Provider
 from tests.support.memory import START, Told
 from tests.support.service import delivery, rules
 
@@ -55,6 +56,7 @@ GATEWAYS: Final = known_capabilities(Settings())
 
 PAYMENTS = (UUID(int=1 << 64), UUID(int=2 << 64))
 KEYS = tuple(f"key-{number}" for number in range(60))
+MOVEMENTS = (OperationKind.CAPTURE, OperationKind.REFUND)
 WITHOUT_EFFECT = (OperationState.REJECTED, OperationState.DECLINED, OperationState.NOT_EXECUTED)
 UNSUPPORTED = RejectionReason.UNSUPPORTED_BY_GATEWAY
 EARLIER_REASONS = (
@@ -128,6 +130,7 @@ verdicts = st.sampled_from([*["success"] * 6, "decline", "refuse", "pending", "a
 payment_ids = st.sampled_from((*PAYMENTS[:1] * 3, *PAYMENTS[1:]))
 keys = st.sampled_from(KEYS)
 somewhere = st.integers(0, 1000)
+percents = st.sampled_from([1, 50, 100])
 openings = st.builds(
     lambda kind, payment, key, amount, currency, expiry: Ask(
         kind, payment, key, {"amount_minor": amount, "currency": currency} | expiry
@@ -226,6 +229,48 @@ class PaymentMachine(RuleBasedStateMachine):
         told = None if ripe else outcome
         notice = Notice(self.gateway, "", "", request.payment_id, request.operation_number, outcome=told, is_ripe=ripe)
         self._take_off(self.shell.apply([Notified(None, request.payment_id, notice)] * times))
+
+    @precondition(lambda self: self.provider.movable)
+    @rule(which=somewhere, percent=percents, key=st.one_of(st.none(), keys))
+    def somebody_acts_in_the_providers_pages(self, which: int, percent: int, key: str | None) -> None:
+        """Beside a command of ours, if there is a key for one. We hear of it at once, and perhaps again."""
+        payment_id, kind = self.provider.movable[which % len(self.provider.movable)]
+        if key is not None:
+            self._deliver([delivery(str(kind), payment_id, key)])
+        self.provider.move_externally(payment_id, kind, percent)
+        self.a_webhook_without_a_mark_arrives(len(self.provider.external) - 1, 1)
+
+    @precondition(lambda self: self.provider.movable)
+    @rule(which=somewhere, key=keys, percent=percents, times=st.integers(1, 3))
+    def our_own_is_told_without_its_mark_before_it_is_answered(
+        self, which: int, key: str, percent: int, times: int
+    ) -> None:
+        payment_id, kind = self.provider.movable[which % len(self.provider.movable)]
+        amount = max(1, self.provider.left(payment_id, kind) * percent // 100)
+        self._deliver([delivery(str(kind), payment_id, key, amount_minor=amount)])
+        for flight in [each for each in self.flights if each.request.kind in MOVEMENTS and each.answer is None]:
+            flight.answer = self._call(flight, "success")
+            if isinstance(flight.answer, Succeeded):
+                self._hear_unmarked(flight.request, flight.answer, times)
+
+    @precondition(lambda self: self.provider.external)
+    @rule(which=somewhere, times=st.integers(1, 3))
+    def a_webhook_without_a_mark_arrives(self, which: int, times: int) -> None:
+        moved = self.provider.external[which % len(self.provider.external)]
+        self._hear_unmarked(moved, Succeeded(moved.reference, moved.amount_minor), times)
+
+    @precondition(lambda self: self.provider.executed(*MOVEMENTS))
+    @rule(which=somewhere, times=st.integers(1, 3))
+    def our_own_is_told_without_its_mark(self, which: int, times: int) -> None:
+        executed = self.provider.executed(*MOVEMENTS)
+        self._hear_unmarked(*executed[which % len(executed)], times)
+
+    def _hear_unmarked(self, moved: Movement | GatewayRequest, outcome: Succeeded, times: int) -> None:
+        payment_id = moved.payment_id
+        told = Notice(self.gateway, "", "", payment_id, outcome=outcome)
+        external = External(moved.kind, outcome.amount_minor or 0, self.shell.now)
+        told = told._replace(gateway_payment_id=self.provider.opened(payment_id), external=external)
+        self._take_off(self.shell.apply([Notified(None, payment_id, told)] * times))
 
     @rule(asks=st.lists(continuations, min_size=1, max_size=3))
     def commands_get_through(self, asks: list[Ask]) -> None:
@@ -368,6 +413,8 @@ class PaymentMachine(RuleBasedStateMachine):
         answers = Counter(each.idempotency_key for each in told if each.is_final)
         open_keys = set()
         for operation in self.shell.operations():
+            if operation.is_external:
+                continue
             assert first[operation.payment_id, operation.number] == (not operation.is_open)
             if operation.is_open:
                 open_keys.add(operation.idempotency_key)
@@ -378,7 +425,9 @@ class PaymentMachine(RuleBasedStateMachine):
     @invariant()
     def no_end_contradicts_the_provider(self) -> None:
         for operation in self.shell.operations():
-            has_moved = operation.provider_key in self.provider.moved
+            has_moved = (
+                operation.reference if operation.is_external else operation.provider_key
+            ) in self.provider.moved
             if operation.state is OperationState.SUCCEEDED:
                 assert has_moved, "a success without an effect"
             if operation.state in WITHOUT_EFFECT and has_moved:
@@ -434,6 +483,8 @@ class PaymentMachine(RuleBasedStateMachine):
             for operation in under_way:
                 self._take_off(self.shell.claim(operation.payment_id, operation.number))
         assert not [each for each in self.shell.operations() if each.is_open], "an operation without an end"
+        for number in 2 * list(range(len(self.provider.external))):  # What was put off comes again.
+            self.a_webhook_without_a_mark_arrives(number, 2)
         self.amounts_are_within_bounds_and_equal_to_the_ledger()
         self.events_are_gap_free()
         self.every_command_that_ended_has_one_result_and_each_delivery_its_answer()

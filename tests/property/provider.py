@@ -1,6 +1,7 @@
 """The provider of the state machine: its books, its keys, and what it declares that it can do."""
 
 from collections import Counter
+from typing import NamedTuple
 from uuid import UUID
 
 from domain.capabilities import AmountLimits, Capabilities
@@ -33,6 +34,8 @@ class Provider:
         self.moved: dict[str, tuple[OperationKind, UUID, int]] = {}
         self.said: list[tuple[GatewayRequest, Outcome]] = []
         """All that it has ever told, as webhooks repeat it: at any time, in any order, any number of times."""
+        self.external: list[Movement] = []
+        """What somebody did in its pages."""
         self._asked: dict[str, GatewayRequest] = {}
         self._let_go: Counter[UUID] = Counter()
 
@@ -63,6 +66,40 @@ class Provider:
             self._know(request, self._execute(request) if key not in self.moved else self._success(request))
         else:
             self._know(request, Declined(DeclineReason.OTHER, reference=reference))
+
+    def move_externally(self, payment_id: UUID, kind: OperationKind, percent: int) -> None:
+        """Somebody refunds or captures a part of what is left, in the provider's pages."""
+        left = self.left(payment_id, kind)
+        amount = left if not self.capabilities.partial_capture else max(1, left * percent // 100)
+        reference = f"portal-{len(self.external)}"
+        self.external.append(Movement(payment_id, kind, amount, reference))
+        self.moved[reference] = (kind, payment_id, amount)
+        self._let_go_of_the_rest(payment_id, kind)
+
+    @property
+    def movable(self) -> list[tuple[UUID, OperationKind]]:
+        """Of which payments somebody may yet refund or capture something."""
+        paid = sorted({of for _, of, _ in self.moved.values()})
+        kinds = (OperationKind.CAPTURE, OperationKind.REFUND)
+        return [(of, kind) for of in paid for kind in kinds if self.left(of, kind) > 0]
+
+    def executed(self, *kinds: OperationKind) -> list[tuple[GatewayRequest, Succeeded]]:
+        """What it has told us of operations of these kinds that it executed."""
+        return [(request, told) for request, told in self.said if request.kind in kinds and isinstance(told, Succeeded)]
+
+    def opened(self, payment_id: UUID) -> str:
+        """What it calls the payment."""
+        return next(f"ref-{key}" for key, (kind, of, _) in self.moved.items() if of == payment_id and is_opening(kind))
+
+    def left(self, payment_id: UUID, kind: OperationKind) -> int:
+        """What may yet be refunded or captured."""
+        taken = self.total(payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
+        if kind is OperationKind.REFUND:
+            return taken - self.total(payment_id, OperationKind.REFUND)
+        return self.total(payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE) - taken - self.released(payment_id)
+
+    def _was_touched(self, payment_id: UUID) -> bool:
+        return any(each.payment_id == payment_id for each in self.external)
 
     @property
     def unresolved(self) -> list[str]:
@@ -100,6 +137,8 @@ class Provider:
             self._must_be_a_possible_part(request)
 
     def _must_be_a_possible_part(self, request: GatewayRequest) -> None:
+        if self._was_touched(request.payment_id):
+            return  # We may not have heard of it when we asked.
         held = self.total(request.payment_id, OperationKind.AUTHORIZE)
         taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
         match request.kind:
@@ -136,6 +175,10 @@ class Provider:
             self.moved[request.provider_key] = (request.kind, request.payment_id, 0)
         elif request.kind is OperationKind.VOID and self.total(request.payment_id, OperationKind.CHARGE):
             return NotExecuted("it is paid")
+        elif self._was_touched(request.payment_id) and request.amount.minor > self.left(
+            request.payment_id, request.kind
+        ):
+            return NotExecuted("somebody has taken or returned it in the provider's pages")
         else:
             self._move(request)
         return self._success(request)
@@ -148,16 +191,28 @@ class Provider:
             if request.payment_id == payment_id and is_opening(request.kind) and key not in self.moved:
                 self._know(request, Declined(DeclineReason.CANCELED, reference=f"ref-{key}"))
 
+    def _let_go_of_the_rest(self, payment_id: UUID, kind: OperationKind) -> None:
+        if kind is OperationKind.CAPTURE and not self.capabilities.multi_capture:
+            self._let_go[payment_id] += self.left(payment_id, kind)
+
     def _move(self, request: GatewayRequest) -> None:
         self.moved[request.provider_key] = (request.kind, request.payment_id, request.amount.minor)
         held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
         taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
         assert held >= taken + self.released(request.payment_id), "captured more than was held"
-        if request.kind is OperationKind.CAPTURE and not self.capabilities.multi_capture:
-            self._let_go[request.payment_id] = held - taken
+        self._let_go_of_the_rest(request.payment_id, request.kind)
         assert taken >= self.total(request.payment_id, OperationKind.REFUND), "refunded more than was captured"
         openings = [kind for kind, of, _ in self.moved.values() if of == request.payment_id and is_opening(kind)]
         assert len(openings) <= 1, "charged twice"
+
+
+class Movement(NamedTuple):
+    """Money that moved without us."""
+
+    payment_id: UUID
+    kind: OperationKind
+    amount_minor: int
+    reference: str
 
 
 def is_opening(kind: OperationKind) -> bool:

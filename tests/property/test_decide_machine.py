@@ -6,6 +6,7 @@ each gateway; `--hypothesis-seed` repeats one, `-k momo` chooses a gateway.
 
 import pytest
 
+from domain.operations import Succeeded
 from domain.rules import Rules
 from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules, schedules_asked_for
 from tests.support.memory import MemoryShell
@@ -15,7 +16,15 @@ class DecideMachine(PaymentMachine):
     """`decide` alone."""
 
     def new_shell(self, given: Rules) -> Shell:
-        return MemoryShell(given)
+        self.memory = MemoryShell(given)
+        return self.memory
+
+    def teardown(self) -> None:
+        """What disagrees is not heard again: nothing that the provider did in its pages may be lost so."""
+        super().teardown()
+        acts = {each.reference for each in self.provider.external}
+        heard = [each.notice.outcome for each in self.memory.disagreeing if each.notice.external is not None]
+        assert not [each for each in heard if isinstance(each, Succeeded) and each.reference in acts]
 
 
 @pytest.mark.parametrize("gateway", GATEWAYS)

@@ -45,6 +45,7 @@ class MemoryShell:
         self.events: list[Event | Replay] = []
         self.all_told: list[Told] = []
         self.booked: list[Transfer] = []
+        self.disagreeing: list[Notified] = []
         self._by_key: dict[str, tuple[UUID, int]] = {}
 
     # --- what the state machine drives ------------------------------------------------------------------------------
@@ -94,13 +95,15 @@ class MemoryShell:
             place = self._by_key.get(given.command.idempotency_key or "")
             given = Delivery(given.command, self.all_operations[place] if place else None)
         elif isinstance(given, Notified):
-            given = given._replace(operation=self._named(given))
+            given = given._replace(operation=self._named(given), known=self._known(given))
         before = _copies(payment, given)
         decision = decide(payment, given, now=self.now, rules=self.rules)
         assert _copies(payment, given) == before, "decide changed what it was given"
-        if decision.is_stale:
+        if decision.is_stale or decision.is_postponed:
             assert not any((decision.events, decision.operations, decision.requests, decision.transfers))
             return []
+        if decision.disagrees and isinstance(given, Notified):
+            self.disagreeing.append(given)
         self.payments[payment_id] = replace(decision.payment, version=1)
         results = {}
         for event in decision.events:
@@ -119,6 +122,15 @@ class MemoryShell:
             stored.command = command_from_content(stored.content)
         return stored
 
+    def _known(self, given: Notified) -> list[Operation]:
+        """As the write path reads it: all operations of the kind that something without a mark is."""
+        external, own = given.notice.external, given.payment_id
+        return [
+            each
+            for (of, _), each in self.all_operations.items()
+            if external is not None and (of, each.kind) == (own, external.kind)
+        ]
+
     def _tell(self, event: Event | Replay) -> tuple[int | None, str | None]:
         self.events.append(event)
         if isinstance(event, Replay):
@@ -135,7 +147,7 @@ class MemoryShell:
             reason=event.rejection.reason if event.rejection else None,
         )
         self.all_told.append(told)
-        if not event.is_final or event.operation_number is None:
+        if not event.is_result:
             return None, None
         result = json.dumps(told[1:])
         for _ in range(event.replays_due):

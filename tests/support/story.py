@@ -6,11 +6,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.events import Event, Replay
 from domain.ledger import Transfer
-from domain.notices import Notice
+from domain.notices import External, Notice
 from domain.operations import GatewayRequest, NotExecuted, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
 from domain.requests import gateway_request
@@ -56,6 +57,17 @@ class Story:
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, number, outcome=outcome)
         self.heard.append(notice._replace(**facts))
         return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number)))
+
+    def hear_external(
+        self, outcome: Outcome, amount: int = 10_000, kind: OperationKind = OperationKind.REFUND, **facts: Any
+    ) -> Decision:
+        """A webhook about money that moved without a mark of ours."""
+        payment_at_gateway = self.payment.gateway_payment_id if self.payment else None
+        notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, None, payment_at_gateway)
+        told = {"outcome": outcome, "external": External(kind, amount)} | facts
+        self.heard.append(notice._replace(**told))
+        known = tuple(each for each in self.operations.values() if each.kind is kind)
+        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], known=known))
 
     def learn(self, outcome: Outcome, number: int = 1) -> Decision:
         """The answer to a question about an operation that has ended."""
@@ -121,7 +133,8 @@ class Story:
         assert decision.payment.last_seq == first + len(sequence) - 1
 
     def _keep(self, decision: Decision) -> None:
-        if decision.is_stale:
+        if decision.is_stale or decision.is_postponed:
+            assert not any((decision.events, decision.operations, decision.requests, decision.transfers))
             return
         results = {event.operation_number: event for event in decision.events if isinstance(event, Event)}
         for event in decision.events:
@@ -131,8 +144,8 @@ class Story:
                 self.replays.append(event)
         for operation in decision.operations:
             final = results.get(operation.number)
-            if final is not None and final.is_final:
-                assert operation.result is None, "a command has one final result"
+            if final is not None and final.is_result:
+                assert operation.result is None or operation.is_external, "a command has one final result"
                 operation.result = final.kind.value
                 self.replays += [Replay(self.payment_id, final.kind.value)] * final.replays_due
             self.operations[operation.number] = operation

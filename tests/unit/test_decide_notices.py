@@ -435,6 +435,16 @@ def test_a_refund_that_came_back_is_owed_again_and_books_are_even() -> None:
     assert told.last.kind == "refunded"
 
 
+def test_a_refund_that_was_executed_twice_is_for_a_person_to_look_at() -> None:
+    told = story()
+    told.does("charge")
+    told.does("refund", amount_minor=4_000)
+    assert not told.hear(Succeeded("ref_2", 4_000), 2).disagrees
+    assert not told.hear(Succeeded("", 4_000), 2).disagrees
+    assert told.hear(Succeeded("ref_other", 4_000), 2).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
+
+
 # --- disputes ---------------------------------------------------------------------------------------------------------
 
 

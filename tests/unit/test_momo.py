@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import httpx
@@ -315,13 +316,65 @@ async def test_another_amount_is_another_message() -> None:
 
 
 def test_what_is_received_is_answered_with_no_content() -> None:
-    answers = {each: MoMoWebhooks(config()).answer(each).status for each in Verdict}
+    answers = {each: MoMoWebhooks(config()).answer(each, ipn({})).status for each in Verdict}
     assert {each for each, status in answers.items() if status == 204} == {
         Verdict.STORED,
         Verdict.DUPLICATE,
         Verdict.ALREADY_FINAL,
         Verdict.AMOUNT_DIFFERS,
     }
+
+
+# --- the return of the payer's browser --------------------------------------------------------------------------------
+
+
+def returned(fields: dict[str, Any]) -> WebhookRequest:
+    return WebhookRequest("GET", urlencode(fields), {}, b"", datetime.now(UTC))
+
+
+@pytest.mark.parametrize("vector", [name for name, (_, _, signed, _) in VECTORS.items() if signed == momo.IPN])
+async def test_a_return_that_momo_signed_is_verified(vector: str) -> None:
+    (access, secret), fields, _, signature = VECTORS[vector]
+    reader = MoMoWebhooks(config((access, secret), fields["partnerCode"]))
+    notice = await reader.read(returned(fields | {"signature": signature, "userFee": "0"}))
+    assert notice.outcome == Pending(None)
+
+
+async def test_a_return_is_the_same_message_as_the_ipn() -> None:
+    reader = MoMoWebhooks(config())
+    by_browser, by_ipn = await reader.read(returned(told())), await reader.read(ipn(told()))
+    assert by_browser == by_ipn
+    assert by_ipn.outcome == Succeeded(momo.order_id(PAYMENT_ID, 1), 10_000)
+
+
+@pytest.mark.parametrize(
+    "fields", [told() | {"resultCode": 9000}, told() | {"signature": "0" * 64}, told(partnerCode="OTHER")]
+)
+async def test_an_altered_return_is_forged(fields: dict[str, Any]) -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await MoMoWebhooks(config()).read(returned(fields))
+    assert refused.value.verdict is Verdict.FORGED
+
+
+@pytest.mark.parametrize("more", ["&resultCode=0", "&a", "&%ff=%ff"])
+async def test_a_return_that_cannot_be_read_is_malformed(more: str) -> None:
+    given = returned(told(resultCode=1006))
+    for query in (given.query + more, "", more):
+        with pytest.raises(WebhookRefused) as refused:
+            await MoMoWebhooks(config()).read(given._replace(query=query))
+        assert refused.value.verdict is Verdict.MALFORMED
+
+
+def test_a_browser_is_shown_a_text() -> None:
+    reader = MoMoWebhooks(config())
+    answers = {each: reader.answer(each, returned({})) for each in Verdict}
+    assert {each for each, answer in answers.items() if answer.status == 200} == {
+        Verdict.STORED,
+        Verdict.DUPLICATE,
+        Verdict.ALREADY_FINAL,
+        Verdict.AMOUNT_DIFFERS,
+    }
+    assert all(answer.body for answer in answers.values())
 
 
 # --- the gateway, with MoMo's answers replaced at the HTTP boundary ---------------------------------------------------

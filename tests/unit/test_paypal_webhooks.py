@@ -19,8 +19,17 @@ import pytest
 from pydantic import SecretStr
 
 from domain.commands import OperationKind
-from domain.notices import BODY_BYTES_MAX, Dispute, DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
-from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded
+from domain.notices import (
+    BODY_BYTES_MAX,
+    Dispute,
+    DisputeStage,
+    External,
+    Notice,
+    Verdict,
+    WebhookRefused,
+    WebhookRequest,
+)
+from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
 from infra.gateways.paypal import CERTIFICATE_BYTES_MAX, SANDBOX, Json, PayPalConfig, PayPalWebhooks, read_event
 
 WEBHOOK_ID = "1JE4291016473214C"
@@ -372,10 +381,6 @@ def test_an_event_is_evidence_about_the_operation_that_its_invoice_id_names(
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CAPTURE)),
-        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CHARGE)),
-        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE, invoice_id=None)),
-        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE)),
         ("PAYMENT.AUTHORIZATION.VOIDED", resource("COMPLETED", OperationKind.CAPTURE)),
         ("PAYMENT.CAPTURE.REVERSED", resource("COMPLETED", OperationKind.CAPTURE)),
         ("PAYMENT.CAPTURE.OF_TOMORROW", resource("COMPLETED", OperationKind.CHARGE)),
@@ -385,12 +390,70 @@ def test_a_mark_that_another_object_carried_over_names_the_payment_only(name: st
     notice = read_event(event(name, given))
 
     assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, None, None)
+    assert notice.external is None
 
 
-def test_a_released_hold_says_nothing_about_the_authorization_itself() -> None:
-    notice = read_event(event("PAYMENT.AUTHORIZATION.VOIDED", resource("VOIDED", OperationKind.AUTHORIZE)))
+BEGAN = datetime(2026, 11, 22, 20, tzinfo=UTC)
+UNMARKED: Json = {"custom_id": None, "invoice_id": None}
 
-    assert (notice.payment_id, notice.outcome) == (PAYMENT_ID, None)
+
+@pytest.mark.parametrize(
+    ("name", "given", "kind", "outcome"),
+    [
+        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CAPTURE), "refund", Succeeded("P1", 1000)),
+        ("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.CHARGE), "refund", Succeeded("P1", 1000)),
+        (
+            "PAYMENT.CAPTURE.REFUNDED",
+            resource("COMPLETED", OperationKind.REFUND, invoice_id=None),
+            "refund",
+            Succeeded("P1", 1000),
+        ),
+        (
+            "PAYMENT.REFUND.FAILED",
+            resource("FAILED", OperationKind.CHARGE),
+            "refund",
+            Declined(DeclineReason.REFUND_FAILED, "FAILED", "P1"),
+        ),
+        (
+            "PAYMENT.CAPTURE.COMPLETED",
+            resource("COMPLETED", OperationKind.CAPTURE, invoice_id=None),
+            "capture",
+            Succeeded("P1", 1000),
+        ),
+        ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE), "capture", Succeeded("P1", 1000)),
+    ],
+)
+def test_what_somebody_did_at_paypals_pages_has_no_mark_of_its_own(
+    name: str, given: Json, kind: str, outcome: Outcome
+) -> None:
+    notice = read_event(event(name, given | {"create_time": "2026-11-22T20:00:00Z"}))
+
+    external = External(OperationKind(kind), 1000, BEGAN)
+    expected = Notice("paypal", "WH-1", name, PAYMENT_ID, None, "O1", outcome, "USD", external=external)
+    assert notice == expected
+
+
+@pytest.mark.parametrize("is_final", [True, False])
+def test_a_capture_at_paypals_pages_says_whether_it_was_the_last_one(*, is_final: bool) -> None:
+    given = resource("COMPLETED", OperationKind.AUTHORIZE, final_capture=is_final)
+    notice = read_event(event("PAYMENT.CAPTURE.COMPLETED", given))
+
+    assert notice.external == External(OperationKind.CAPTURE, 1000, is_final=is_final)
+
+
+def test_a_refund_without_any_mark_is_of_the_order_that_it_names_and_a_capture_without_one_of_somebody_elses() -> None:
+    refund = read_event(event("PAYMENT.CAPTURE.REFUNDED", resource("COMPLETED", OperationKind.REFUND, **UNMARKED)))
+    assert (refund.payment_id, refund.gateway_payment_id) == (None, "O1")
+    assert refund.external == External(OperationKind.REFUND, 1000)
+    capture = read_event(event("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE, **UNMARKED)))
+    assert capture.is_about_nothing
+
+
+def test_a_hold_that_was_released_has_ended_whoever_released_it() -> None:
+    given = resource("VOIDED", OperationKind.AUTHORIZE, number=1)
+    notice = read_event(event("PAYMENT.AUTHORIZATION.VOIDED", given))
+
+    assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, 1, Expired("O1", "VOIDED"))
 
 
 def test_an_opening_without_its_orders_id_says_nothing() -> None:
@@ -499,7 +562,7 @@ async def test_a_signed_body_that_makes_no_sense_is_malformed(body: bytes) -> No
 
 
 async def test_every_verdict_has_an_answer_and_only_what_was_stored_is_a_success(webhooks: PayPalWebhooks) -> None:
-    answers = {each: webhooks.answer(each).status for each in Verdict}
+    answers = {each: webhooks.answer(each, WebhookRequest("POST", "", {}, b"", BEGAN)).status for each in Verdict}
 
     stored = {Verdict.STORED, Verdict.DUPLICATE, Verdict.ALREADY_FINAL, Verdict.AMOUNT_DIFFERS}
     assert {each for each, status in answers.items() if status == 200} == stored

@@ -10,7 +10,8 @@ import pytest
 import stripe
 from pydantic import SecretStr
 
-from domain.notices import DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
+from domain.commands import OperationKind
+from domain.notices import DisputeStage, External, Notice, Verdict, WebhookRefused, WebhookRequest
 from domain.operations import Declined, DeclineReason, Expired, OperationState, Pending, RequiresAction, Succeeded
 from infra.gateways.stripe import read_opening
 from infra.gateways.stripe_webhooks import StripeWebhooks
@@ -105,8 +106,8 @@ async def test_signed_but_unreadable_is_malformed(body: bytes) -> None:
 
 
 async def heard(type_: str, object_: dict[str, Any]) -> Notice:
-    body = json.dumps({"id": "evt_1", "object": "event", "type": type_, "data": {"object": object_}}).encode()
-    return await reader().read(signed(body))
+    event = {"id": "evt_1", "object": "event", "type": type_, "created": SIGNED_AT - 1, "data": {"object": object_}}
+    return await reader().read(signed(json.dumps(event).encode()))
 
 
 def intent(status: str, **fields: Any) -> dict[str, Any]:
@@ -155,9 +156,14 @@ async def test_an_event_is_evidence_about_the_operation_whose_marks_it_carries(t
     assert (notice.gateway_payment_id, notice.currency) == ("pi_1", "USD")
 
 
-async def test_the_last_capture_is_known_by_its_mark_and_without_one_nothing_is_concluded() -> None:
-    object_ = intent("succeeded", capture_method="manual", amount_received=1250)
-    assert (await heard("payment_intent.succeeded", object_)).outcome is None
+async def test_the_last_capture_is_known_by_its_mark_and_without_one_it_is_somebody_elses() -> None:
+    object_ = intent("succeeded", capture_method="manual", amount_received=1250, latest_charge="ch_1")
+    notice = await heard("payment_intent.succeeded", object_)
+    assert (notice.payment_id, notice.operation_number, notice.gateway_payment_id) == (PAYMENT_ID, None, "pi_1")
+    assert notice.outcome == Succeeded("ch_1", 1250)
+    told_at = datetime.fromtimestamp(SIGNED_AT - 1, UTC)
+    assert notice.external == External(OperationKind.CAPTURE, 1250, told_at, is_final=True)
+    assert (await heard("payment_intent.succeeded", object_ | {"metadata": {}})).is_about_nothing
     object_["metadata"]["last_capture"] = "3"
     notice = await heard("payment_intent.succeeded", object_)
     assert (notice.operation_number, notice.outcome) == (3, Succeeded("pi_1"))
@@ -185,7 +191,20 @@ async def test_a_refund_tells_its_own_operation(status: str, outcome: object) ->
     refund = {"id": "re_1", "amount": 500, "currency": "usd", "payment_intent": "pi_1", "status": status}
     notice = await heard("refund.updated", refund | {"metadata": metadata})
     assert (notice.payment_id, notice.operation_number, notice.outcome) == (PAYMENT_ID, 2, outcome)
-    assert (await heard("refund.created", refund | {"metadata": {}})).outcome is None
+    assert notice.external is None
+    unmarked = refund | {"metadata": {}, "created": SIGNED_AT, "balance_transaction": "txn_1"}
+    notice = await heard("refund.created", unmarked)
+    assert (notice.payment_id, notice.operation_number, notice.outcome) == (None, None, outcome)
+    assert notice.gateway_payment_id == "pi_1"
+    assert notice.external == External(OperationKind.REFUND, 500, datetime.fromtimestamp(SIGNED_AT, UTC))
+
+
+@pytest.mark.parametrize(
+    "facts", [{"balance_transaction": None}, {"reason": "expired_uncaptured_charge", "balance_transaction": "txn_1"}]
+)
+async def test_a_hold_that_was_let_go_is_no_refund_though_stripe_calls_it_one(facts: dict[str, Any]) -> None:
+    refund = {"id": "re_1", "amount": 500, "currency": "usd", "payment_intent": "pi_1", "status": "succeeded"}
+    assert (await heard("refund.created", refund | {"created": SIGNED_AT, "metadata": {}} | facts)).is_about_nothing
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ async def test_what_was_signed_with_percent_encoded_spaces_is_accepted_too() -> 
         ("51", "02", Declined(DeclineReason.INSUFFICIENT_FUNDS, "51", "")),
         ("13", "02", Declined(DeclineReason.AUTHENTICATION_FAILED, "13", "")),
         ("42", "02", Declined(DeclineReason.OTHER, "42", "")),
+        ("42", "11", Declined(DeclineReason.CANCELED, "42", "")),
         ("11", "02", Expired("", "11")),
         ("11", "08", Expired("", "11")),
         # Debited and suspected, reversed, codes of tomorrow, and what contradicts itself: nothing is concluded.
@@ -255,7 +256,7 @@ async def test_only_two_zeros_are_a_payment_and_only_a_failed_status_is_a_refusa
 
 
 def test_each_verdict_is_answered_as_vnpay_demands() -> None:
-    codes = {each: json.loads(VNPayWebhooks(config()).answer(each).body)["RspCode"] for each in Verdict}
+    codes = {each: json.loads(VNPayWebhooks(config()).answer(each, ipn(told())).body)["RspCode"] for each in Verdict}
     assert codes == {
         Verdict.STORED: "00",
         Verdict.DUPLICATE: "02",

@@ -1,0 +1,130 @@
+"""Money that moved without us: somebody refunded or captured in the provider's pages, and a webhook tells of it.
+
+It carries no mark of ours, so it is known by the provider's id alone, and kept as an operation that no command asked
+for: any number of deliveries, in any order, count once. The worst mistake here would be to count our own refund a
+second time, should a provider ever tell of one without our marks. So nothing is taken for somebody else's while it may
+be ours.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from domain.commands import OperationKind
+from domain.decision import Notified
+from domain.draft import Draft
+from domain.events import EventKind
+from domain.notices import External, Notice
+from domain.operations import Declined, Operation, OperationState, Succeeded
+from domain.payment import Payment
+from domain.settle import move
+
+EVENTS: Final = {
+    OperationKind.REFUND: EventKind.REFUNDED_EXTERNALLY,
+    OperationKind.CAPTURE: EventKind.CAPTURED_EXTERNALLY,
+}
+
+
+def known_as(given: Notified) -> Operation | None:
+    """The operation that this is, ours or one that was told before; None if it was never heard of."""
+    reference = _reference(given.notice)
+    return next((each for each in given.known if reference is not None and each.reference == reference), None)
+
+
+def take_note(draft: Draft, given: Notified, external: External) -> None:
+    """A movement that was never heard of: count it, if it is surely not ours and there is room for it."""
+    match given.notice.outcome:
+        case Succeeded() | Declined() if _may_be_under_way(given.known):
+            draft.is_postponed = True
+        case Succeeded():
+            _count(draft, given, external)
+        case Declined() if external.kind is OperationKind.REFUND:
+            _note_failure(draft, given.notice, external)
+        case _:
+            pass  # Not final: its end will be told, too.
+
+
+def _may_be_under_way(known: Sequence[Operation]) -> bool:
+    """Whether it may be our own, of which we do not know yet what the provider calls it: its answer will tell."""
+    return any(each.is_under_way and not each.reference for each in known)
+
+
+def _may_have_ended(known: Sequence[Operation]) -> bool:
+    """Whether it may be our own that was called done without the provider's id of it, as a person may."""
+    return any(each.state is OperationState.SUCCEEDED and not each.reference for each in known)
+
+
+def _count(draft: Draft, given: Notified, external: External) -> None:
+    notice, payment = given.notice, draft.payment
+    has_room = 0 < external.amount_minor <= _room(payment, external.kind)
+    if draft.is_foreign(notice.currency) or _may_have_ended(given.known):
+        draft.disagrees = True
+    elif has_room and _is_of_paid_attempt(payment, notice):
+        _book(draft, notice, external)
+    elif payment.under_way is not None or _is_fresh(draft, external):
+        # What is under way may make room for it, or turn out to be what it is of; and so may news that is on its way.
+        draft.is_postponed = True
+    else:
+        draft.disagrees = True
+
+
+def _is_fresh(draft: Draft, external: External) -> bool:
+    """Whether it was a while ago at most: providers tell in any order, of a refund before its capture, say."""
+    moved_at = external.moved_at
+    return moved_at is not None and draft.now - moved_at < draft.rules.retry.review_after
+
+
+def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
+    """Whether it is of the attempt that captures and refunds refer to; if it does not say, there must be no other."""
+    if notice.gateway_payment_id is not None:
+        return (notice.gateway, notice.gateway_payment_id) == (payment.gateway, payment.gateway_payment_id)
+    return notice.gateway == payment.gateway and not payment.owed_captured_minor and not payment.owed_held_minor
+
+
+def _room(payment: Payment, kind: OperationKind) -> int:
+    """How much of it the amounts bear, beside what is disputed or reserved for our own operation under way.
+
+    What a lost dispute took may be called a refund, too. And a capture waits for whatever is under way: our own request
+    tells what was captured before it, and must stay the same when it is repeated.
+    """
+    if kind is OperationKind.CAPTURE:
+        return 0 if payment.under_way is not None else payment.capturable_minor
+    return payment.refundable_minor
+
+
+def _book(draft: Draft, notice: Notice, external: External) -> None:
+    assert isinstance(notice.outcome, Succeeded), "only what was executed is booked"
+    operation = _operation(draft, notice, external, OperationState.SUCCEEDED)
+    move(draft, operation, notice.outcome)
+    if external.is_final:
+        draft.payment.released_minor += draft.payment.capturable_minor
+    draft.keep(operation)
+    draft.publish(EVENTS[operation.kind], operation, reference=operation.reference)
+    draft.book(operation.kind, external.amount_minor)
+
+
+def _note_failure(draft: Draft, notice: Notice, external: External) -> None:
+    """It failed before we heard of it: nothing moved in sum, and an older word of its success must not count."""
+    operation = _operation(draft, notice, external, OperationState.DECLINED)
+    draft.keep(operation)
+    draft.publish(EventKind.REFUND_FAILED, operation, reference=operation.reference)
+
+
+def _operation(draft: Draft, notice: Notice, external: External, state: OperationState) -> Operation:
+    draft.payment.last_operation += 1
+    return Operation(
+        payment_id=draft.payment.payment_id,
+        number=draft.payment.last_operation,
+        kind=external.kind,
+        idempotency_key=None,
+        fingerprint=b"",
+        content="",
+        state=state,
+        amount_minor=external.amount_minor,
+        gateway=notice.gateway,
+        reference=_reference(notice),
+        dispatched_at=external.moved_at or draft.now,
+    )
+
+
+def _reference(notice: Notice) -> str | None:
+    return notice.outcome.reference if isinstance(notice.outcome, Succeeded | Declined) else None

@@ -1,0 +1,270 @@
+"""What a person does in a provider's pages, over real HTTP: signed webhooks bring it into the books, each once."""
+
+import asyncio
+import json
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+import uvicorn
+from pydantic import SecretStr
+from starlette.applications import Starlette
+
+from app.daily_report import report_day
+from app.settings import Settings
+from app.show import show_payment
+from app.webhooks import WebhookService
+from domain.ports import Gateway
+from infra.gateways.paypal import PayPalConfig, PayPalGateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
+from tests.contract.paypal import PAYS, PayPalSandbox
+from tests.integration.test_consumer import until
+from tests.integration.test_webhooks import SECRET, SHOP, applied, heeding, kinds
+from tests.support.sandbox import running_sandbox
+from tests.support.service import InProcessWorker, delivery, new_payment_id, running_worker, value
+
+WEBHOOK_ID = "1PORTAL"
+
+
+class Portal(ABC):
+    """A provider's pages, and what our service needs to know of that provider."""
+
+    name: str
+    payment_method: str
+
+    def __init__(self, url: str, http: httpx.Client) -> None:
+        self.url = url
+        self.http = http
+
+    @abstractmethod
+    def gateway(self) -> Gateway: ...
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def send_webhooks_to(self, url: str) -> None: ...
+
+    @abstractmethod
+    def refund(self, reference: str, cents: int) -> str: ...
+
+    @abstractmethod
+    def capture(self, reference: str, cents: int) -> str: ...
+
+    @abstractmethod
+    def void(self, reference: str) -> None: ...
+
+    def post(self, path: str, **given: Any) -> dict[str, Any]:
+        return dict(self.http.post(path, **given).raise_for_status().json())
+
+
+class Dashboard(Portal):
+    name, payment_method = "stripe", "pm_card_visa"
+
+    def gateway(self) -> Gateway:
+        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_portal"), api_base=self.url))
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "stripe_api_base": self.url,
+            "stripe_api_key": "sk_test_portal",
+            "stripe_webhook_secrets": [SECRET],
+            "stripe_return_url": SHOP,
+        }
+
+    def send_webhooks_to(self, url: str) -> None:
+        self.post("/_sandbox/webhooks", json={"url": url, "secret": SECRET})
+
+    def refund(self, reference: str, cents: int) -> str:
+        return str(self.post(f"/_sandbox/payment_intents/{reference}/refund?amount={cents}")["id"])
+
+    def capture(self, reference: str, cents: int) -> str:
+        return str(self.post(f"/_sandbox/payment_intents/{reference}/capture?amount={cents}")["latest_charge"])
+
+    def void(self, reference: str) -> None:
+        self.post(f"/_sandbox/payment_intents/{reference}/cancel")
+
+
+class PayPalsPages(Portal):
+    name, payment_method = "paypal", PAYS
+
+    def gateway(self) -> Gateway:
+        return PayPalGateway(PayPalConfig(client_id="portal", client_secret=SecretStr("secret"), api_base=self.url))
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "gateways": ["paypal"],
+            "default_gateway": "paypal",
+            "paypal_client_id": "portal",
+            "paypal_client_secret": "secret",
+            "paypal_api_base": self.url,
+            "paypal_webhook_id": WEBHOOK_ID,
+            "paypal_return_url": SHOP,
+            "paypal_cancel_url": SHOP,
+        }
+
+    def send_webhooks_to(self, url: str) -> None:
+        self.post("/_sandbox/paypal/webhooks", json={"url": url, "webhook_id": WEBHOOK_ID})
+
+    def refund(self, reference: str, cents: int) -> str:
+        capture = self._part(reference, "captures")
+        return str(self.post(f"/_sandbox/paypal/captures/{capture}/refund?amount={cents / 100:.2f}")["id"])
+
+    def capture(self, reference: str, cents: int) -> str:
+        hold = self._part(reference, "authorizations")
+        return str(self.post(f"/_sandbox/paypal/authorizations/{hold}/capture?amount={cents / 100:.2f}")["id"])
+
+    def void(self, reference: str) -> None:
+        self.post(f"/_sandbox/paypal/authorizations/{self._part(reference, 'authorizations')}/void")
+
+    def _part(self, reference: str, kind: str) -> str:
+        return str(PayPalSandbox(self.url, self.http).order(reference)["purchase_units"][0]["payments"][kind][-1]["id"])
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[tuple[str, httpx.Client]]:
+    with running_sandbox() as url, httpx.Client(base_url=url) as http:
+        yield url, http
+
+
+@pytest.fixture(params=[Dashboard, PayPalsPages], ids=lambda each: each.name)
+def portal(request: pytest.FixtureRequest, sandbox: tuple[str, httpx.Client]) -> Portal:
+    made = request.param(*sandbox)
+    assert isinstance(made, Portal)
+    return made
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[str]:
+    """Our webhooks on a port of their own."""
+    service = WebhookService(settings)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(Starlette(routes=service.routes()), log_level="warning"))
+        tasks = [asyncio.create_task(service.run()), asyncio.create_task(server.serve([listener]))]
+
+        async def is_ready() -> bool:
+            return server.started and await service.checks()["webhooks"]() is None
+
+        await until(is_ready)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await tasks[1]
+            tasks[0].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def told_by(portal: Portal, postgres_url: str) -> AsyncIterator[InProcessWorker]:
+    """A worker that hears of what happens at the provider."""
+    gateway = portal.gateway()
+    async with (
+        running_worker(postgres_url, gateway) as worker,
+        serving(Settings(postgres_url=postgres_url, **portal.settings())) as url,
+        heeding(postgres_url, worker),
+    ):
+        await asyncio.to_thread(portal.send_webhooks_to, f"{url}/webhooks/{portal.name}")
+        yield worker
+    await gateway.close()
+
+
+async def opened(worker: InProcessWorker, portal: Portal, postgres_url: str, kind: str) -> tuple[UUID, str]:
+    """A payment of USD 100.00, and what the provider calls it."""
+    payment_id = new_payment_id()
+    await worker.accept(delivery(kind, payment_id, f"{payment_id}-open", payment_method=portal.payment_method))
+    await worker.idle()
+    found = "SELECT gateway_payment_id FROM payments WHERE payment_id = $1"
+    return payment_id, str(await value(postgres_url, found, payment_id))
+
+
+async def heard(postgres_url: str, payment_id: UUID, kind: str, times: int = 1) -> None:
+    async def is_told() -> bool:
+        return (await kinds(postgres_url, payment_id)).count(kind) == times
+
+    await until(is_told)
+    await until(lambda: applied(postgres_url))
+
+
+async def differences(
+    portal: Portal, postgres_url: str, payment_id: UUID, capsys: pytest.CaptureFixture[str]
+) -> list[dict[str, Any]]:
+    """What today's books and the provider's list differ on; the provider has payments of other tests, too."""
+    settings = Settings(postgres_url=postgres_url, **portal.settings())
+    today = datetime.now(UTC).date()
+    capsys.readouterr()
+    await asyncio.to_thread(report_day, settings, today, portal.name, as_json=True)
+    found = json.loads(capsys.readouterr().out)["differences"]
+    return [each for each in found if each["payment_id"] == str(payment_id)]
+
+
+async def test_a_refund_is_in_the_books_beside_our_own_and_no_difference(
+    postgres_url: str, portal: Portal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "charge")
+        refund = await asyncio.to_thread(portal.refund, reference, 4_000)
+        await heard(postgres_url, payment_id, "refunded_externally")
+        await worker.accept(delivery("refund", payment_id, "too much", amount_minor=6_001))
+        await worker.accept(delivery("refund", payment_id, "the rest", amount_minor=6_000))
+        await worker.idle()
+        await heard(postgres_url, payment_id, "refunded")
+        assert await differences(portal, postgres_url, payment_id, capsys) == []
+    assert await kinds(postgres_url, payment_id) == [
+        "captured", "refunded_externally", "command_rejected", "refunded",
+    ]  # fmt: skip
+    assert await value(postgres_url, "SELECT (status, refunded_minor)::text FROM payments") == "(refunded,10000)"
+    booked = "SELECT sum(amount_minor)::bigint FROM ledger WHERE debit = 'customer_refunds'"
+    assert await value(postgres_url, booked) == 10_000
+    assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == refund
+    shown = Settings(postgres_url=postgres_url)
+    assert await asyncio.to_thread(show_payment, shown, payment_id, as_json=False) == 0
+    assert "pages)" in capsys.readouterr().out
+
+
+async def test_a_capture_is_in_the_books_and_can_be_refunded(
+    postgres_url: str, portal: Portal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
+        capture = await asyncio.to_thread(portal.capture, reference, 10_000)
+        await heard(postgres_url, payment_id, "captured_externally")
+        await worker.accept(delivery("refund", payment_id, "refund", amount_minor=2_500))
+        await worker.idle()
+        await heard(postgres_url, payment_id, "refunded")
+        assert await differences(portal, postgres_url, payment_id, capsys) == []
+    assert await kinds(postgres_url, payment_id) == ["authorized", "captured_externally", "refunded"]
+    assert await value(postgres_url, "SELECT (captured_minor, refunded_minor)::text FROM payments") == "(10000,2500)"
+    assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == capture
+
+
+async def test_a_hold_that_was_released_cannot_be_captured_any_more(postgres_url: str, portal: Portal) -> None:
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
+        await asyncio.to_thread(portal.void, reference)
+        await heard(postgres_url, payment_id, "authorization_expired")
+        await worker.accept(delivery("capture", payment_id, "capture"))
+    assert await kinds(postgres_url, payment_id) == ["authorized", "authorization_expired", "command_rejected"]
+    assert await value(postgres_url, "SELECT (status, released_minor)::text FROM payments") == "(canceled,10000)"
+
+
+async def test_a_refund_in_the_dashboard_that_came_back_is_taken_back(
+    postgres_url: str, sandbox: tuple[str, httpx.Client]
+) -> None:
+    portal = Dashboard(*sandbox)
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "charge")
+        refund = await asyncio.to_thread(portal.refund, reference, 4_000)
+        await heard(postgres_url, payment_id, "refunded_externally")
+        await asyncio.to_thread(portal.post, f"/_sandbox/refunds/{refund}/settle?status=failed")
+        await heard(postgres_url, payment_id, "refund_failed")
+    assert await value(postgres_url, "SELECT (status, refunded_minor)::text FROM payments") == "(captured,0)"
+    assert await value(postgres_url, "SELECT state FROM operations WHERE idempotency_key IS NULL") == "declined"

@@ -1,0 +1,278 @@
+"""What somebody does in the provider's pages counts once, in any order; our own is never counted a second time."""
+
+from dataclasses import replace
+from datetime import timedelta
+from itertools import permutations
+
+import pytest
+
+from domain.commands import OperationKind
+from domain.notices import Dispute, DisputeStage, External
+from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded, Unknown
+from tests.support.provider import CAPABILITIES
+from tests.support.service import QUICK_RETRY, rules
+from tests.support.story import Story
+
+CAPTURE = OperationKind.CAPTURE
+RETURNED = Succeeded("re_portal", 4_000)
+CAME_BACK = Declined(DeclineReason.REFUND_FAILED, None, "re_portal")
+OWN = "ref_2"
+"""What the provider calls our own refund."""
+
+
+def story() -> Story:
+    return Story(rules(replace(QUICK_RETRY, review_after=timedelta(minutes=10))))
+
+
+def paid() -> Story:
+    told = story()
+    told.does("charge")
+    return told
+
+
+def held(*, multi_capture: bool = False) -> Story:
+    told = Story(rules(gateways={"books": replace(CAPABILITIES, multi_capture=multi_capture)}))
+    told.does("authorize")
+    return told
+
+
+# --- refunds ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refund_counts_once_however_often_it_is_told() -> None:
+    told = paid()
+    for _ in range(3):
+        told.hear_external(RETURNED, 4_000)
+    assert told.kinds == ["captured", "refunded_externally"]
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
+    assert (told.last.amount_minor, told.last.reference) == (4_000, "re_portal")
+    assert (told.last.command, told.last.idempotency_key, told.last.fingerprint) == (None, None, None)
+    assert told.last.snapshot.status == "partially_refunded"
+    assert told.state(2) == "succeeded"
+
+
+def test_two_refunds_of_the_same_amount_are_two() -> None:
+    told = paid()
+    told.hear_external(RETURNED, 4_000)
+    told.hear_external(Succeeded("re_other", 4_000), 4_000)
+    assert told.amounts() == (10_000, 10_000, 0, 8_000)
+
+
+def test_what_was_returned_cannot_be_returned_again_by_a_command() -> None:
+    told = paid()
+    told.hear_external(RETURNED, 4_000)
+    told.send("refund", "too much", amount_minor=6_001)
+    assert told.last.kind == "command_rejected"
+    told.does("refund", "the rest", amount_minor=6_000)
+    assert told.amounts() == (10_000, 10_000, 0, 10_000)
+
+
+def test_a_refund_that_came_back_is_taken_back_and_any_order_of_the_news_ends_the_same() -> None:
+    news: list[Outcome] = [RETURNED, RETURNED, CAME_BACK, CAME_BACK, Pending("re_portal")]
+    for order in set(permutations(news)):
+        told = paid()
+        for each in order:
+            assert not told.hear_external(each, 4_000).disagrees
+        assert told.amounts() == (10_000, 10_000, 0, 0)
+        assert told.kinds[-1] == "refund_failed"
+        assert told.kinds.count("refund_failed") == 1
+        assert told.state(2) == "declined"
+
+
+@pytest.mark.parametrize("amount", [10_001, 0, -1])
+def test_what_does_not_fit_changes_nothing_and_is_for_a_person(amount: int) -> None:
+    told = paid()
+    assert told.hear_external(RETURNED, amount).disagrees
+    assert told.kinds == ["captured"]
+
+
+def test_another_currency_gateway_or_attempt_changes_nothing_and_is_for_a_person() -> None:
+    told = paid()
+    assert told.hear_external(RETURNED, 4_000, currency="EUR").disagrees
+    assert told.hear_external(RETURNED, 4_000, gateway="other").disagrees
+    assert told.hear_external(RETURNED, 4_000, gateway_payment_id="another attempt's").disagrees
+    assert told.kinds == ["captured"]
+    told.hear_external(RETURNED, 4_000, currency="USD", gateway_payment_id=None)
+    assert told.kinds == ["captured", "refunded_externally"]
+
+
+def test_where_two_attempts_are_paid_it_must_say_of_which_it_is() -> None:
+    told = story()
+    told.send("charge", "first")
+    told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
+    told.does("charge", "second")
+    told.hear(Succeeded("ref_1", 10_000), 1)
+    assert told.hear_external(RETURNED, 4_000, gateway_payment_id=None).disagrees
+    assert told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1").disagrees
+    assert not told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_2").disagrees
+    assert told.amounts() == (20_000, 20_000, 0, 4_000)
+
+
+def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
+    told = paid()
+    told.hear(dispute=Dispute("dp_1", DisputeStage.LOST, 7_000, "USD", "fraudulent"), operation_number=None)
+    assert told.hear_external(RETURNED, 4_000).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.hear_external(Succeeded("re_rest", 3_000), 3_000)
+    assert told.amounts() == (10_000, 10_000, 0, 3_000)
+
+
+# --- our own refunds, told without our marks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [None, Unknown("timeout")], ids=["in flight", "in doubt"])
+def test_what_may_be_our_own_is_put_off_until_its_answer_and_never_counted_twice(first: Outcome | None) -> None:
+    told = paid()
+    told.send("refund", amount_minor=4_000)
+    if first is not None:
+        told.answer(first)
+        told.claim()
+    unmarked = Succeeded(OWN, 4_000)
+    assert told.hear_external(unmarked, 4_000).is_postponed
+    assert told.hear_external(replace(CAME_BACK, reference=OWN), 4_000).is_postponed
+    told.answer(unmarked)
+    assert not told.hear_external(unmarked, 4_000).disagrees
+    assert told.kinds.count("refunded") == 1
+    assert "refunded_externally" not in told.kinds
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
+    told.hear_external(replace(CAME_BACK, reference=OWN), 4_000)
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_our_own_that_the_provider_called_pending_is_ended_by_it() -> None:
+    told = paid()
+    told.send("refund", amount_minor=4_000)
+    told.answer(Pending(OWN))
+    told.hear_external(Succeeded(OWN, 4_000), 4_000)
+    assert told.kinds == ["captured", "pending", "refunded"]
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
+
+
+def test_one_that_a_person_called_done_without_the_providers_id_may_be_this_one() -> None:
+    told = paid()
+    told.send("refund", amount_minor=4_000)
+    told.wait(minutes=11)
+    told.answer(Unknown("timeout"))
+    told.rule(Succeeded(""), 2)
+    assert told.kinds[-1] == "refunded"
+    assert told.hear_external(RETURNED, 4_000).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
+
+
+# --- beside what is under way -----------------------------------------------------------------------------------------
+
+
+def test_a_refund_beside_our_own_that_is_pending_counts_at_once_if_there_is_room_for_both() -> None:
+    told = paid()
+    told.send("refund", amount_minor=4_000)
+    told.answer(Pending(OWN))
+    told.hear_external(Succeeded("re_portal", 6_000), 6_000)
+    told.claim()
+    told.answer(Succeeded(OWN, 4_000))
+    assert told.kinds == ["captured", "pending", "refunded_externally", "refunded"]
+    assert told.amounts() == (10_000, 10_000, 0, 10_000)
+
+
+@pytest.mark.parametrize("is_ours_done", [True, False])
+def test_where_there_is_no_room_for_both_ours_has_its_outcome_first(*, is_ours_done: bool) -> None:
+    told = paid()
+    told.send("refund", amount_minor=4_000)
+    told.answer(Pending(OWN))
+    theirs = Succeeded("re_portal", 7_000)
+    assert told.hear_external(theirs, 7_000).is_postponed
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.claim()
+    told.answer(Succeeded(OWN, 4_000) if is_ours_done else replace(CAME_BACK, reference=OWN))
+    assert told.hear_external(theirs, 7_000).disagrees == is_ours_done
+    assert told.amounts() == (10_000, 10_000, 0, 4_000 if is_ours_done else 7_000)
+
+
+def test_a_refund_of_a_charge_that_we_do_not_know_to_be_paid_waits_for_its_answer() -> None:
+    told = story()
+    told.send("charge")
+    told.answer(Pending("ref_1"))
+    assert told.hear_external(RETURNED, 4_000).is_postponed
+    told.hear(Succeeded("ref_1", 10_000))
+    told.hear_external(RETURNED, 4_000)
+    assert told.kinds == ["pending", "captured", "refunded_externally"]
+
+
+def test_news_in_the_wrong_order_is_put_off_for_a_while_and_then_for_a_person() -> None:
+    told = held()
+    refund = External(OperationKind.REFUND, 4_000, told.now)
+    assert told.hear_external(RETURNED, external=refund).is_postponed
+    told.hear_external(Succeeded("ch_1", 10_000), 10_000, CAPTURE)
+    told.hear_external(RETURNED, external=refund)
+    assert told.kinds == ["authorized", "captured_externally", "refunded_externally"]
+    too_much = External(OperationKind.REFUND, 6_001, told.now)
+    assert told.hear_external(Succeeded("re_2"), external=too_much).is_postponed
+    told.wait(seconds=QUICK_RETRY.review_after.total_seconds())
+    assert told.hear_external(Succeeded("re_2"), external=too_much).disagrees
+
+
+# --- captures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_capture_counts_once_and_releases_the_rest_where_the_first_one_is_the_only_one() -> None:
+    told = held()
+    for _ in range(2):
+        told.hear_external(Succeeded("ch_1", 4_000), 4_000, CAPTURE)
+    assert told.kinds == ["authorized", "captured_externally"]
+    assert told.amounts() == (10_000, 4_000, 6_000, 0)
+    told.send("capture")
+    assert told.last.kind == "command_rejected"
+
+
+def test_captures_of_one_hold_add_up_where_there_may_be_several() -> None:
+    told = held(multi_capture=True)
+    told.does("capture", amount_minor=3_000)
+    told.hear_external(Succeeded("cap_1", 4_000), 4_000, CAPTURE)
+    assert told.hear_external(Succeeded("cap_2", 3_001), 3_001, CAPTURE).disagrees
+    told.hear_external(Succeeded("cap_2", 3_000), 3_000, CAPTURE)
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    told.hear_external(RETURNED, 10_000)
+    assert told.last.snapshot.status == "refunded"
+
+
+def test_the_last_capture_releases_the_rest_though_there_might_have_been_several() -> None:
+    told = held(multi_capture=True)
+    last = External(CAPTURE, 4_000, is_final=True)
+    told.hear_external(Succeeded("cap_1", 4_000), external=last, kind=CAPTURE)
+    assert told.amounts() == (10_000, 4_000, 6_000, 0)
+    assert told.last.snapshot.status == "captured"
+
+
+@pytest.mark.parametrize("kind", ["capture", "void"])
+def test_a_capture_beside_our_own_capture_or_void_waits_for_its_outcome(kind: str) -> None:
+    told = held()
+    told.send(kind)
+    assert told.hear_external(Succeeded("ref_2", 10_000), 10_000, CAPTURE).is_postponed
+    told.answer(Succeeded("ref_2", 10_000))
+    assert told.hear_external(Succeeded("ref_2", 10_000), 10_000, CAPTURE).disagrees == (kind == "void")
+    assert told.amounts() == ((10_000, 10_000, 0, 0) if kind == "capture" else (10_000, 0, 10_000, 0))
+
+
+def test_a_capture_changes_no_request_of_ours_that_may_be_repeated() -> None:
+    told = held(multi_capture=True)
+    told.send("capture", amount_minor=3_000)
+    told.answer(Pending("ref_2"))
+    before = told.requests[-1]
+    assert told.hear_external(Succeeded("cap_1", 7_000), 7_000, CAPTURE).is_postponed
+    again = told.claim()
+    assert (again.is_final, again.captured_minor) == (before.is_final, before.captured_minor) == (False, 0)
+    told.answer(Succeeded("ref_2", 3_000))
+    told.hear_external(Succeeded("cap_1", 7_000), 7_000, CAPTURE)
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_a_capture_that_was_refused_there_is_no_news() -> None:
+    told = held()
+    assert not told.hear_external(Declined(DeclineReason.OTHER, None, "cap_1"), 4_000, CAPTURE).disagrees
+    assert told.kinds == ["authorized"]
+
+
+def test_a_hold_of_which_nothing_is_left_cannot_have_been_captured() -> None:
+    told = held()
+    told.does("void")
+    assert told.hear_external(Succeeded("ch_1", 10_000), 10_000, CAPTURE).disagrees
+    assert told.amounts() == (10_000, 0, 10_000, 0)
