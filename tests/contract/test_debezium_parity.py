@@ -1,6 +1,7 @@
 """A subscriber cannot tell our relay from the real Debezium: held by golden messages, and by running both."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -163,10 +164,8 @@ async def test_debezium_takes_over_and_gives_back_while_payments_go_on(
     async with debezium(config, tmp_data_dir):
         await grows()
         await asyncio.sleep(1.5)  # It writes its offsets, and confirms them, every second.
-    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
-        await until(lambda: is_free(config))
-        assert await request_repair(connection, config.slot, "adopt")
-    async with our_relay(config):
+    await until(lambda: is_free(config))
+    async with adopting_relay(config):
         await grows()
         rows = list(writing)
         records = await read_until(config.kafka_bootstrap, config.topic, complete(rows))
@@ -178,6 +177,21 @@ async def test_debezium_takes_over_and_gives_back_while_payments_go_on(
     assert len({(message_of(each).key, message_of(each).value, message_of(each).headers) for each in of_rows}) == len(
         rows
     )
+
+
+@contextlib.asynccontextmanager
+async def adopting_relay(config: RelayConfig) -> AsyncIterator[None]:
+    """It is started first, and stands still until somebody says that Debezium has published."""
+    adopting = asyncio.create_task(adopt(config))
+    async with our_relay(config):
+        await adopting
+        yield
+
+
+async def adopt(config: RelayConfig) -> None:
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await until(lambda: fetch_value(config.postgres_url, "SELECT gap IS NOT NULL FROM relay_slots"))
+        assert await request_repair(connection, config.slot, "adopt")
 
 
 async def is_free(config: RelayConfig) -> bool:
