@@ -22,12 +22,13 @@ from domain.errors import GatewayError
 from domain.operations import UNDER_WAY
 from domain.ports import Gateway, Movements, Statements
 
-# Attempt by attempt, as several may have been paid: captures and refunds are of the one that the payment refers to.
+# Attempt by attempt, as several may have been paid: captures and refunds are of the one that the payment refers to, but
+# for refunds in the provider's pages, whose content is the attempt that they are of.
 ATTEMPTS: Final = """
     SELECT a.reference AS gateway_payment_id, a.payment_id, p.currency,
            CASE WHEN a.kind = 'charge' AND a.state = 'succeeded' THEN a.amount_minor ELSE 0 END
                + CASE WHEN p.is_of THEN p.captures_minor ELSE 0 END AS captured_minor,
-           CASE WHEN p.is_of THEN p.refunded_minor ELSE 0 END AS refunded_minor,
+           CASE WHEN p.is_of THEN p.refunded_minor - r.of_others_minor ELSE r.of_this_minor END AS refunded_minor,
            (SELECT min(o.state) FROM operations AS o
              WHERE o.payment_id = a.payment_id AND o.due_at IS NOT NULL) AS open_state
       FROM operations AS a
@@ -36,6 +37,12 @@ ATTEMPTS: Final = """
                  (SELECT coalesce(sum(c.amount_minor), 0)::bigint FROM operations AS c
                    WHERE c.payment_id = a.payment_id AND c.kind = 'capture' AND c.state = 'succeeded') AS captures_minor
             FROM payments WHERE payment_id = a.payment_id) AS p
+      CROSS JOIN LATERAL (
+          SELECT coalesce(sum(amount_minor) FILTER (WHERE content = a.reference), 0)::bigint AS of_this_minor,
+                 coalesce(sum(amount_minor) FILTER (WHERE content NOT IN ('', a.reference)), 0)::bigint
+                     AS of_others_minor
+            FROM operations
+           WHERE payment_id = a.payment_id AND kind = 'refund' AND state = 'succeeded' AND idempotency_key IS NULL) AS r
      WHERE a.gateway = $1 AND a.kind IN ('authorize', 'charge') AND a.reference IS NOT NULL
        AND (a.reference = ANY($2::text[])
             OR (a.dispatched_at >= $3 AND a.dispatched_at < $4 AND (a.state = 'succeeded' OR p.is_of)))

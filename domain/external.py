@@ -55,11 +55,12 @@ def _may_have_ended(known: Sequence[Operation]) -> bool:
 
 def _count(draft: Draft, given: Notified, external: External) -> None:
     notice, payment = given.notice, draft.payment
-    has_room = 0 < external.amount_minor <= _room(payment, external.kind)
+    is_owed = not _is_of_paid_attempt(payment, notice)
+    room = _owed(notice, payment, external.kind) if is_owed else _room(payment, external.kind)
     if draft.is_foreign(notice.currency) or _may_have_ended(given.known):
         draft.disagrees = True
-    elif has_room and _is_of_paid_attempt(payment, notice):
-        _book(draft, notice, external)
+    elif 0 < external.amount_minor <= room:
+        _book(draft, notice, external, is_owed=is_owed)
     elif payment.under_way is not None or _is_fresh(draft, external):
         # What is under way may make room for it, or turn out to be what it is of; and so may news that is on its way.
         draft.is_postponed = True
@@ -91,10 +92,18 @@ def _room(payment: Payment, kind: OperationKind) -> int:
     return payment.refundable_minor
 
 
-def _book(draft: Draft, notice: Notice, external: External) -> None:
+def _owed(notice: Notice, payment: Payment, kind: OperationKind) -> int:
+    """How much of another attempt's money is still to be returned, if this is a refund of that."""
+    is_of_another = notice.gateway_payment_id is not None and kind is OperationKind.REFUND
+    return payment.owed_captured_minor if is_of_another else 0
+
+
+def _book(draft: Draft, notice: Notice, external: External, *, is_owed: bool) -> None:
     assert isinstance(notice.outcome, Succeeded), "only what was executed is booked"
     operation = _operation(draft, notice, external, OperationState.SUCCEEDED)
     move(draft, operation, notice.outcome)
+    if is_owed:
+        draft.payment.owed_captured_minor -= external.amount_minor
     if external.is_final:
         draft.payment.released_minor += draft.payment.capturable_minor
     draft.keep(operation)
@@ -117,7 +126,7 @@ def _operation(draft: Draft, notice: Notice, external: External, state: Operatio
         kind=external.kind,
         idempotency_key=None,
         fingerprint=b"",
-        content="",
+        content=notice.gateway_payment_id or "",
         state=state,
         amount_minor=external.amount_minor,
         gateway=notice.gateway,

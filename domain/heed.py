@@ -106,6 +106,8 @@ def _reverse_refund(draft: Draft, operation: Operation) -> None:
     """A refund that the provider had called done came back: the money is ours again, and still owed."""
     amount = operation.amount_minor or 0
     draft.payment.refunded_minor -= amount
+    if operation.is_external and operation.content not in ("", draft.payment.gateway_payment_id):
+        draft.payment.owed_captured_minor += amount
     draft.finish(operation, OperationState.DECLINED, operation.reference)
     draft.publish(EventKind.REFUND_FAILED, operation, reference=operation.reference)
     draft.transfer(Account.GATEWAY_CLEARING, Account.CUSTOMER_REFUNDS, amount)

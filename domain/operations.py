@@ -143,8 +143,8 @@ Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecute
 class Operation:
     """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted.
 
-    What somebody did in the provider's pages is one, too, so that it is known by its reference: without a key, a
-    fingerprint or content, for no command asked for it.
+    What somebody did in the provider's pages is one, too, so that it is known by its reference: without a key or a
+    fingerprint, for no command asked for it. Its content is the provider's payment that it is of, if that was told.
 
     Not frozen, for speed (docs/decisions/0005): `decide` changes only the copies that it makes for itself.
     """

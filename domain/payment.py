@@ -48,7 +48,7 @@ class Payment:
     owed_held_minor: int = 0
     """Of what is authorized: held by other attempts than the one that captures, voids and refunds refer to."""
     owed_captured_minor: int = 0
-    """Of what is captured: taken by such other attempts."""
+    """Of what is captured: taken by such other attempts, and not returned."""
     operations: tuple[Operation, ...] = ()
 
     def copy(self) -> "Payment":
@@ -73,7 +73,7 @@ class Payment:
 
     @property
     def own_captured_minor(self) -> int:
-        """Captured from the attempt that captures, voids and refunds refer to."""
+        """Captured from the attempt that captures, voids and refunds refer to; and by others, if it was returned."""
         return self.captured_minor - self.owed_captured_minor
 
     @property

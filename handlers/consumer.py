@@ -38,7 +38,7 @@ CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
 COMMIT_INTERVAL_SECONDS = 0.05
 RETRIES_BEFORE_PARKING = 5
-HEALING_WAIT = wait_exponential_jitter(initial=0.2, max=2, jitter=0.2)
+HEALING_WAIT = wait_exponential_jitter(multiplier=0.2, max=2, jitter=0.2)
 """Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from app.daily_report import ListUnreadable, NoList, report_day
 from app.settings import Settings
+from domain.commands import OperationKind
 from domain.decision import Notified
-from domain.notices import Notice
+from domain.notices import External, Notice
 from domain.operations import Declined, DeclineReason, Outcome, Succeeded
 from tests.contract.paypal import PAYS, PayPalSandbox, paypal_gateway
 from tests.contract.providers import Stripe
@@ -111,6 +112,11 @@ async def test_a_payment_that_was_paid_by_two_attempts_is_compared_attempt_by_at
         assert await asyncio.to_thread(report_day, settings, today, None, as_json=True) == 1
         found = json.loads(capsys.readouterr().out)["differences"]
         assert [(each["provider_reference"], each["what"]) for each in found] == [(first, "refunded")]
+        async with running_worker(postgres_url, gateway) as worker:
+            outcome, returned = Succeeded("re_1", 10_000), External(OperationKind.REFUND, 10_000)
+            told = Notice("stripe", "", "", payment_id, None, first, outcome, "USD", external=returned)
+            await worker.write_path.apply([Notified(None, payment_id, told)])
+        assert await asyncio.to_thread(report_day, settings, today, None, as_json=True) == 0
 
 
 # --- PayPal: movement by movement -------------------------------------------------------------------------------------

@@ -30,6 +30,22 @@ def paid() -> Story:
     return told
 
 
+def paid_twice() -> Story:
+    """The money of the first attempt came after the second one's, and is owed."""
+    told = story()
+    told.send("charge", "first")
+    told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
+    told.does("charge", "second")
+    told.hear(Succeeded("ref_1", 10_000), 1)
+    return told
+
+
+def sums(told: Story) -> tuple[int, int, int]:
+    """Owed, returned, and what our commands may still return."""
+    assert told.payment is not None
+    return told.payment.owed_captured_minor, told.payment.refunded_minor, told.payment.refundable_minor
+
+
 def held(*, multi_capture: bool = False) -> Story:
     told = Story(rules(gateways={"books": replace(CAPABILITIES, multi_capture=multi_capture)}))
     told.does("authorize")
@@ -96,16 +112,23 @@ def test_another_currency_gateway_or_attempt_changes_nothing_and_is_for_a_person
     assert told.kinds == ["captured", "refunded_externally"]
 
 
+def test_what_another_attempt_took_is_owed_no_more_once_it_was_returned() -> None:
+    """As docs/operations/reconciliation.md has it: in the provider's pages."""
+    told = paid_twice()
+    told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1")
+    assert sums(told) == (6_000, 4_000, 10_000)
+    told.hear_external(Succeeded("re_rest", 6_000), 6_000, gateway_payment_id="ref_1")
+    assert sums(told) == (0, 10_000, 10_000)
+    assert told.hear_external(Succeeded("re_more", 1), 1, gateway_payment_id="ref_1").disagrees
+    told.hear_external(CAME_BACK, 4_000, gateway_payment_id="ref_1")
+    assert sums(told) == (4_000, 6_000, 10_000)
+
+
 def test_where_two_attempts_are_paid_it_must_say_of_which_it_is() -> None:
-    told = story()
-    told.send("charge", "first")
-    told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
-    told.does("charge", "second")
-    told.hear(Succeeded("ref_1", 10_000), 1)
+    told = paid_twice()
     assert told.hear_external(RETURNED, 4_000, gateway_payment_id=None).disagrees
-    assert told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1").disagrees
     assert not told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_2").disagrees
-    assert told.amounts() == (20_000, 20_000, 0, 4_000)
+    assert sums(told) == (10_000, 4_000, 6_000)
 
 
 def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
