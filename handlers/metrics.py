@@ -45,7 +45,9 @@ CALL_SECONDS = Histogram(
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
 )
 RECONCILED = Counter(
-    "payments_reconciled_total", "Lapsed holds that providers were asked about, by answer", ["gateway", "answer"]
+    "payments_reconciled_total",
+    "What was stuck (an operation that was taken over, a hold past its end) and asked about, or repeated, by answer",
+    ["gateway", "subject", "answer"],
 )
 IN_DOUBT = Gauge("payments_operations_in_doubt", "Operations whose outcome is unknown: money may have moved")
 OLDEST_DOUBT = Gauge(
@@ -60,6 +62,11 @@ NOTICES_DISAGREEING = Counter(
 )
 NOTICES_APPLIED = Counter("payments_notices_applied_total", "Webhooks applied to their payments")
 CIRCUIT_OPEN = Gauge("payments_gateway_circuit_open", "1 while nothing but questions is sent to a gateway", ["gateway"])
+RESTING = Gauge(
+    "payments_gateway_resting",
+    "1 while a provider has asked for fewer requests: only payers' own are sent",
+    ["gateway"],
+)
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
 
@@ -74,6 +81,12 @@ def results(command: OperationKind | None, result: EventKind) -> Counter:
 def calls(gateway: str, operation: OperationKind, outcome: str) -> Counter:
     """The counter of these labels, found once."""
     return CALLS.labels(gateway, operation.value, outcome)
+
+
+@cache
+def checked(gateway: str, subject: str, answer: str) -> Counter:
+    """The counter of these labels, found once."""
+    return RECONCILED.labels(gateway, subject, answer)
 
 
 @cache

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,8 @@ from app.ruling_command import Finding, RulingRefused, rule
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.operations import Expired, GatewayRequest, Outcome, Succeeded, Unknown
-from handlers.reconcile import Reconciler
+from handlers.pace import Pace
+from handlers.reconcile import Asker, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import delivery, events_of, new_payment_id, running_worker, value
@@ -24,6 +26,10 @@ from tests.support.service import delivery, events_of, new_payment_id, running_w
 
 class Instant(BookkeepingGateway):
     name = "instant"
+
+
+def asker_of(gateway: BookkeepingGateway) -> Asker:
+    return Asker({gateway.name: gateway}, {gateway.name: Pace(time.monotonic, gateway)})
 
 
 async def in_doubt(postgres_url: str, *payments: Any) -> None:
@@ -70,9 +76,10 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
         pool = await create_pool(postgres_url, size=1)
         reconciler = Reconciler(
             store=PostgresStore(pool),
-            gateways={"books": gateway},
+            asker=asker_of(gateway),
             write_path=worker.write_path,
             interval=timedelta(seconds=60),
+            cut_off=timedelta(hours=1),
         )
         assert await reconciler.reconcile_holds() == 0
         # Another attempt was paid before, at another gateway: a hold is asked about at its own.
@@ -86,7 +93,7 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
 
         gateway.status = status  # type: ignore[method-assign]
         assert await reconciler.reconcile_holds() == 1
-        await reconciler.reconcile_holds()
+        await reconciler.reconcile_holds_now()
         pool.terminate()
     assert asked[0].kind is OperationKind.AUTHORIZE
     assert asked[0].reference == f"ref_{payment_id}:1"

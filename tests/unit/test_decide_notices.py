@@ -398,7 +398,8 @@ def test_a_capture_that_failed_since_the_hold_is_gone_leads_to_a_question_about_
     told.send("capture")
     told.answer(NotExecuted("it was released", "1003", is_hold_gone))
     assert told.payment is not None
-    assert told.payment.authorization_expires_at == (told.now if is_hold_gone else None)
+    end_unknown = told.now + told.rules.retry.hold_end_unknown_after
+    assert told.payment.authorization_expires_at == (told.now if is_hold_gone else end_unknown)
     assert (told.kinds, told.amounts()) == (["authorized", "command_rejected"], (10_000, 0, 0, 0))
     told.learn(Expired("ref_1", "1003"))
     assert told.kinds[-1] == "authorization_expired"
