@@ -204,6 +204,10 @@ class PaymentStore(Protocol):
         """How many operations are in doubt, and for how many seconds the oldest has been under way."""
         ...
 
+    async def stuck(self) -> Mapping[str, "Stuck"]:
+        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
+        ...
+
     async def claim_holds(
         self, payment_id: UUID | None = None, *, limit: int, first_delay: timedelta, delay_max: timedelta
     ) -> list["LapsedHold"]:
@@ -230,6 +234,14 @@ class PaymentStore(Protocol):
 
 Place = tuple[datetime, UUID]
 """Where a list of holds goes on: when the last one is due, and its payment's id."""
+
+
+class Stuck(NamedTuple):
+    """How many, for how many seconds the oldest has been, and for how many one has been due at most."""
+
+    number: int
+    oldest_seconds: float
+    overdue_seconds: float
 
 
 class LapsedHold(NamedTuple):

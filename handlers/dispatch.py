@@ -102,7 +102,7 @@ class Dispatcher:
         metrics.calls(given.request.gateway, given.request.kind, word).inc()
         if given.is_stuck:
             metrics.checked(given.request.gateway, "operation", word).inc()
-        self._answer(given.request, outcome)
+        self._answer(given.request, outcome, was_stuck=given.is_stuck)
 
     async def _outcome_in(self, lane: "_Lane", request: GatewayRequest) -> Outcome:
         question = self._question(lane.gateway, request)
@@ -114,8 +114,9 @@ class Dispatcher:
         lane.breaker.note(outcome)
         return outcome
 
-    def _answer(self, request: GatewayRequest, outcome: Outcome) -> None:
-        self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
+    def _answer(self, request: GatewayRequest, outcome: Outcome, *, was_stuck: bool = False) -> None:
+        token = request.lease_token
+        self.on_answer(Answer(request.payment_id, request.operation_number, token, outcome, was_stuck))
 
     async def _outcome(self, call: Call, request: GatewayRequest) -> Outcome:
         assert not self._store.in_transaction(), "a gateway is never called inside a transaction"

@@ -54,7 +54,23 @@ OLDEST_DOUBT = Gauge(
     "payments_operations_in_doubt_oldest_seconds", "For how long the oldest of them has been under way"
 )
 HEALED = Counter(
-    "payments_operations_healed_total", "Operations in doubt that ended by the provider's word", ["gateway", "state"]
+    "payments_operations_healed_total",
+    "What was stuck (in doubt, taken over, a hold past its end) and ended by the provider's word",
+    ["gateway", "state"],
+)
+DISAGREEING = Counter(
+    "payments_reconciled_disagreeing_total",
+    "Providers' answers that contradict what is booked: somebody must look",
+    ["gateway"],
+)
+STUCK = Gauge(
+    "payments_stuck", "Open operations that nobody is working on just now, and holds past their end", ["subject"]
+)
+STUCK_OLDEST = Gauge(
+    "payments_stuck_oldest_seconds", "For how long the oldest of them has been under way, or past its end", ["subject"]
+)
+STUCK_OVERDUE = Gauge(
+    "payments_stuck_overdue_seconds", "For how long one of them has been due to be asked about, at most", ["subject"]
 )
 WEBHOOKS = Counter("payments_webhooks_total", "Webhooks received, by what became of them", ["gateway", "verdict"])
 NOTICES_DISAGREEING = Counter(

@@ -112,12 +112,16 @@ class Reconciler:
                 log.warning("reconciliation postponed", error=str(error))
 
     async def watch(self) -> None:
-        """Keep the metrics of what is in doubt, until cancelled."""
+        """Keep the metrics of what is in doubt and what is stuck, until cancelled."""
         while True:
             with contextlib.suppress(PaymentsError):
                 count, seconds = await self._store.in_doubt()
                 metrics.IN_DOUBT.set(count)
                 metrics.OLDEST_DOUBT.set(seconds)
+                for subject, stuck in (await self._store.stuck()).items():
+                    metrics.STUCK.labels(subject).set(stuck.number)
+                    metrics.STUCK_OLDEST.labels(subject).set(stuck.oldest_seconds)
+                    metrics.STUCK_OVERDUE.labels(subject).set(stuck.overdue_seconds)
             await asyncio.sleep(WATCH_SECONDS)
 
     async def reconcile_holds(self, payment_id: UUID | None = None) -> int:

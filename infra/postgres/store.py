@@ -21,7 +21,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
-from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place
+from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place, Stuck
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 """A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
@@ -152,13 +152,14 @@ RENEW_LEASES = """
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
 """
 # What nobody is working on: it waits for its next attempt, or its worker has not answered within the lease.
-NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now()) AND ($1::uuid IS NULL OR payment_id = $1)"
+NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now())"
+OF_ONE = "($1::uuid IS NULL OR payment_id = $1)"
 FIND_UNDER_WAY = f"""
     SELECT {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))} FROM operations AS o
-     WHERE {NOT_AT_WORK}
+     WHERE {NOT_AT_WORK} AND {OF_ONE}
      ORDER BY due_at LIMIT $2
 """
-COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK}"
+COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK} AND {OF_ONE}"
 MAKE_DUE = """
     UPDATE operations SET due_at = now()
      WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
@@ -193,18 +194,27 @@ CLAIM_HOLDS = f"""
 # bounds how much of the index is read.
 LAPSED = (
     f"{HOLDING} AND authorization_expires_at <= now() AND {HOLD_DUE} <= now() + interval '1 day'"
-    " AND open_operations = 0 AND ($1::uuid IS NULL OR payment_id = $1)"
+    " AND open_operations = 0"
 )
 FIND_LAPSED_HOLDS = f"""
     SELECT {HOLD_COLUMNS}
       FROM (SELECT * FROM payments
-             WHERE {LAPSED} AND {HOLD_DUE} >= coalesce($2::timestamptz, '-infinity')
+             WHERE {LAPSED} AND {OF_ONE} AND {HOLD_DUE} >= coalesce($2::timestamptz, '-infinity')
                AND ($2 IS NULL OR ({HOLD_DUE}, payment_id) > ($2, $3))
              ORDER BY {HOLD_DUE}, payment_id LIMIT $4) AS p
       JOIN {HELD_BY}
      ORDER BY {HOLD_DUE}, p.payment_id
 """
-MAKE_HOLDS_DUE = f"UPDATE payments SET hold_due_at = NULL WHERE {LAPSED} AND hold_due_at > now()"
+MAKE_HOLDS_DUE = f"UPDATE payments SET hold_due_at = NULL WHERE {LAPSED} AND {OF_ONE} AND hold_due_at > now()"
+STUCK = f"""
+    SELECT 'operation' AS subject, count(*) AS number, extract(epoch FROM now() - min(dispatched_at))::float AS oldest,
+           extract(epoch FROM now() - min(due_at))::float AS overdue
+      FROM operations WHERE {NOT_AT_WORK}
+    UNION ALL
+    SELECT 'hold', count(*), extract(epoch FROM now() - min(authorization_expires_at))::float,
+           extract(epoch FROM now() - min({HOLD_DUE}))::float
+      FROM payments WHERE {LAPSED}
+"""
 IN_DOUBT = """
     SELECT count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
      WHERE state IN ('indeterminate', 'needs_review')
@@ -349,6 +359,15 @@ class PostgresStore:
                 row = await connection.fetchrow(IN_DOUBT)
         assert row is not None, "a count has a row"
         return row["count"], row["seconds"] or 0.0
+
+    async def stuck(self) -> dict[str, Stuck]:
+        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                rows = await connection.fetch(STUCK)
+        return {
+            row["subject"]: Stuck(row["number"], row["oldest"] or 0.0, max(row["overdue"] or 0.0, 0.0)) for row in rows
+        }
 
     async def claim_holds(
         self, payment_id: UUID | None = None, *, limit: int, first_delay: timedelta, delay_max: timedelta

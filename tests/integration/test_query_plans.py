@@ -35,6 +35,7 @@ INDEXES = {
     "FIND_LAPSED_HOLDS": {"payments_hold_due", "operations_pkey"},
     "CLAIM_HOLDS": {"payments_hold_due", "payments_pkey", "operations_pkey"},
     "MAKE_HOLDS_DUE": {"payments_hold_due"},
+    "STUCK": {"operations_due_by_gateway", "payments_hold_due"},
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "HEED_NOTICES": {"inbox_pkey"},

@@ -368,6 +368,22 @@ def test_a_hold_that_is_gone_already_does_not_stand_in_the_way_of_the_next_one()
     assert told.last.snapshot.gateway_payment_id == "ref_2"
 
 
+@pytest.mark.parametrize("kind", ["charge", "authorize"])
+@pytest.mark.parametrize("days", [2, 9, None])
+def test_the_earliest_end_of_the_open_holds_is_when_they_are_asked_about(kind: str, days: int | None) -> None:
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send(kind, "second")
+    own = told.now + timedelta(days=5)
+    told.answer(Succeeded("ref_2", 10_000, own if kind == "authorize" else None))
+    end = None if days is None else told.now + timedelta(days=days)
+    told.hear(Succeeded("ref_1", 10_000, end))
+    assert told.payment is not None
+    unknown = told.now + told.rules.retry.hold_end_unknown_after
+    assert told.payment.authorization_expires_at == min(end or unknown, own if kind == "authorize" else end or unknown)
+
+
 def test_a_late_success_for_which_there_is_no_room_is_reported() -> None:
     told = story()
     told.does("authorize")
