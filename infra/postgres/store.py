@@ -122,8 +122,8 @@ SAVE = f"""
 # SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
 # called the gateway. Gateway by gateway, found by steps from one name to the next: one that is full ($3 and $4 say how
 # much each has room for), with however much is due there, keeps none of the others' from being found.
-CLAIM_DUE = f"""
-    WITH RECURSIVE named AS (
+DUE = """
+    named AS (
         (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
         UNION ALL
         SELECT (SELECT o.gateway FROM operations AS o WHERE o.due_at IS NOT NULL AND o.gateway > n.gateway
@@ -139,6 +139,9 @@ CLAIM_DUE = f"""
                 WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now()
                 ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS d
     )
+"""
+CLAIM_DUE = f"""
+    WITH RECURSIVE {DUE}
     UPDATE operations AS o
        SET state = CASE WHEN o.is_leased AND o.state = 'dispatched' THEN 'indeterminate' ELSE o.state END,
            lease_token = o.lease_token + 1, attempts = o.attempts + 1, is_leased = true, due_at = now() + $2::interval
@@ -174,13 +177,16 @@ HOLD_COLUMNS = f"""
 HELD_BY = "operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'"
 # The claim itself puts the next question off, so that several workers share the holds, and one that ends in the middle
 # of it leaves them to be asked about at their next time. Spread downwards, since $4 is the latest that may be.
-CLAIM_HOLDS = f"""
-    WITH due AS MATERIALIZED (
+HOLDS_DUE = f"""
+    due AS MATERIALIZED (
         SELECT id FROM payments
          WHERE {HOLDING} AND {HOLD_DUE} <= now() AND open_operations = 0
            AND ($2::uuid IS NULL OR payment_id = $2)
          ORDER BY {HOLD_DUE} LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
-    ), claimed AS (
+    )
+"""
+CLAIM_HOLDS = f"""
+    WITH {HOLDS_DUE}, claimed AS (
         UPDATE payments AS p
            SET hold_due_at = now() + (0.75 + random() / 4)
                            * least($4::interval, $3::interval * (2.0 ^ least(p.hold_questions, 20))::float),
