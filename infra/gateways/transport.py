@@ -31,11 +31,13 @@ class Rest:
     """For how long the provider wants fewer requests, by its own answers: 429, or 503 with a time.
 
     As long as `Retry-After` says; without one a second, doubled with every refusal in a row. Spread upwards, so that
-    not all workers are back at once.
+    not all workers are back at once. However often payers are refused meanwhile, it comes to its end, and something is
+    asked again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._since = 0.0
         self._until = 0.0
         self._refusals = 0
 
@@ -52,9 +54,10 @@ class Rest:
             self._refusals = 0 if not self.seconds() else self._refusals
             return
         if not self.seconds():
-            self._refusals += 1
-        seconds = min(REST_SECONDS_MAX, told or 2.0 ** min(self._refusals - 1, 20))
-        self._until = max(self._until, self._clock() + seconds * random.uniform(1, 1.25))  # noqa: S311 - spreads load
+            self._since, self._refusals = self._clock(), self._refusals + 1
+        end = self._clock() + (told or 2.0 ** min(self._refusals - 1, 20))
+        seconds = min(REST_SECONDS_MAX, end - self._since)
+        self._until = max(self._until, self._since + seconds * random.uniform(1, 1.25))  # noqa: S311 - spreads load
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -76,3 +76,14 @@ async def test_every_answer_of_a_provider_is_noted() -> None:
     async with httpx.AsyncClient(transport=pools) as client:
         await client.get("http://provider.invalid")
     assert rest.seconds() >= 20
+
+
+def test_it_comes_to_its_end_though_payers_are_refused_all_the_time() -> None:
+    now = 1000.0
+    rest = Rest(lambda: now)
+    rest.note(told(429, "60"))
+    while rest.seconds():
+        now += 1
+        if rest.seconds():
+            rest.note(told(429, "60"))
+    assert REST_SECONDS_MAX <= now - 1000 <= REST_SECONDS_MAX * 1.25 + 1
