@@ -1,6 +1,7 @@
 """What is stuck is asked about at a pace; a provider that wants to rest is asked nothing that can wait."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -51,12 +52,12 @@ def turns(per_second: float, checks: Sequence[float]) -> list[float]:
 def test_no_second_has_more_turns_than_allowed_however_late_one_comes(per_second: int, late: float) -> None:
     taken = turns(per_second, [number * late for number in range(int(10 / late))])
     most = max(sum(each <= other < each + 1 for other in taken) for each in taken[:: max(1, len(taken) // 500)])
-    assert most <= per_second
+    assert most <= math.ceil(0.95 * per_second)
 
 
 @pytest.mark.parametrize("per_second", [20, 300, 2000])
 def test_one_that_comes_in_time_has_nearly_all_of_them(per_second: int) -> None:
-    assert len(turns(per_second, [number * 0.002 for number in range(5_000)])) >= 10 * per_second * 0.9
+    assert len(turns(per_second, [number * 0.002 for number in range(5_000)])) >= 10 * per_second * 0.86
 
 
 def paced(gateway: BookkeepingGateway, per_second: float | None = None, *, limit: int = 50) -> Bench:
