@@ -90,6 +90,16 @@ async def test_statement_walks_its_indexes(name: str, pinned: asyncpg.Connection
         assert f" {index} " in plan, plan
 
 
+@pytest.mark.parametrize("name", ["CLAIM_DUE", "CLAIM_HOLDS"])
+async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
+    name: str, pinned: asyncpg.Connection
+) -> None:
+    """In the order of the index, up to the limit; sorted first, all of it would be read."""
+    plan = await generic_plan(pinned, STATEMENTS[name])
+    assert "Limit" in plan, plan
+    assert "Sort" not in plan, plan
+
+
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:
     """What a worker prepares on its first day is what it runs on its hundredth."""
     settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}

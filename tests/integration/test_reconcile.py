@@ -335,6 +335,39 @@ async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(pos
     pool.terminate()
 
 
+class Resting(StillHeld):
+    """Asks for fewer requests for `rest` seconds."""
+
+    rest = 0.0
+
+    def rests_seconds(self) -> float:
+        return self.rest
+
+
+async def test_while_a_provider_rests_what_is_stuck_there_stays_due_for_whoever_may_ask_first(
+    postgres_url: str,
+) -> None:
+    gateway, payment, later = Resting(), new_payment_id(), new_payment_id()
+    gateway.outcome = lambda request: Pending(request.provider_key) if request.payment_id == payment else None
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment, "first"))
+        await worker.idle()
+        await value(postgres_url, "UPDATE operations SET due_at = now()")
+        gateway.rest = 100.0
+        assert await worker.sweep.sweep_once() == 0
+        await worker.accept(delivery("charge", later, "second"))
+        await worker.idle()
+        assert await value(postgres_url, "SELECT array_agg(status ORDER BY id) FROM payments") == [
+            "processing",
+            "captured",
+        ]
+        assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
+        gateway.rest = 0.0
+        assert await worker.sweep.sweep_once() == 1
+        await worker.idle()
+    assert await value(postgres_url, "SELECT array_agg(status ORDER BY id) FROM payments") == ["captured", "captured"]
+
+
 def here(postgres_url: str, redis_url: str) -> Settings:
     return Settings(postgres_url=postgres_url, redis_url=redis_url, gateways=["instant"], default_gateway="instant")
 

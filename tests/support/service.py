@@ -106,6 +106,7 @@ async def running_worker(
         store=store,
         submit=dispatcher.resubmit,
         room=lambda: 500,
+        rooms=lambda: dispatcher.rooms,
         lease=chosen.retry.lease,
         interval_seconds=0.05,
     )
