@@ -100,6 +100,13 @@ async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
     assert "Sort" not in plan, plan
 
 
+async def test_what_is_due_of_a_gateway_is_read_past_no_other_gateways(pinned: asyncpg.Connection) -> None:
+    plan = await generic_plan(pinned, STATEMENTS["CLAIM_DUE"])
+    assert re.search(
+        r"Index Cond: \(\(gateway = [\w.]+\) AND \(due_at IS NOT NULL\) AND \(due_at <= now\(\)\)\)", plan
+    ), plan
+
+
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:
     """What a worker prepares on its first day is what it runs on its hundredth."""
     settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
