@@ -35,7 +35,7 @@ LATEST: Final = 1.25
 """Of the interval between two rounds, which is spread by a quarter."""
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
-"""Questions at a time: this is the least urgent of all that is asked of a provider."""
+"""Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
 
 
 class HoldAnswer(NamedTuple):
@@ -53,7 +53,7 @@ class Asker:
     def __init__(self, gateways: Mapping[str, Gateway], paces: Mapping[str, Pace]) -> None:
         self._gateways = gateways
         self._paces = paces
-        self._limit = asyncio.Semaphore(AT_ONCE)
+        self._limits = {name: asyncio.Semaphore(AT_ONCE) for name in gateways}
 
     async def ask(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
         """What they say of each."""
@@ -63,7 +63,7 @@ class Asker:
         gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
             return HoldAnswer(payment, operation, None, "this gateway is not configured here")
-        async with self._limit:
+        async with self._limits[gateway.name]:
             await self._paces[gateway.name].turn()
             answer = await _word_of(gateway, payment, operation)
         word = type(answer.outcome).__name__ if answer.outcome else "no_answer"

@@ -238,7 +238,7 @@ class _Batch:
             if given.notice_id is not None:
                 self._notices.append(given.notice_id)
         decision = decide(payment, given, now=self._now, rules=self._rules)
-        if decision.disagrees and isinstance(given, Notified):
+        if decision.disagrees and isinstance(given, Notified) and given.notice_id is not None:
             self._disagreeing.append(given)
         if decision.is_stale:
             self._stale += 1
@@ -254,8 +254,9 @@ class _Batch:
             self._healed += [(each, each.state.value) for each in ended if was_stuck or _was_in_doubt(before, each)]
         if isinstance(given, Answer) and isinstance(given.outcome, Succeeded):
             self._contradicted += [each for each in decision.operations if each.state is OperationState.NEEDS_REVIEW]
-        if isinstance(given, Notified) and given.notice_id is None and given.operation and decision.events:
-            self._healed.append((given.operation, "hold_released"))
+        if isinstance(given, Notified) and given.notice_id is None and given.operation is not None:
+            self._healed += [(given.operation, "hold_released")] if decision.events else []
+            self._contradicted += [given.operation] if decision.disagrees else []
 
     def _with_stored(self, delivery: Delivery, payment: Payment | None) -> Delivery:
         stored = self._stored.get(delivery.command.idempotency_key or "")
@@ -365,10 +366,9 @@ class _Batch:
             metrics.DISAGREEING.labels(operation.gateway or "").inc()
             log.error("provider's answer contradicts what is booked", key=operation.provider_key)
         for given in self._disagreeing:
-            counter = metrics.DISAGREEING if given.notice_id is None else metrics.NOTICES_DISAGREEING
-            counter.labels(given.notice.gateway).inc()
+            metrics.NOTICES_DISAGREEING.labels(given.notice.gateway).inc()
             log.error(
-                "provider contradicts what is known", payment=str(given.payment_id), event_id=given.notice.event_id
+                "webhook contradicts what is known", payment=str(given.payment_id), event_id=given.notice.event_id
             )
         for event in self._events:
             metrics.results(event.command, event.kind).inc()

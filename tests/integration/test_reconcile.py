@@ -25,6 +25,7 @@ from domain.decision import Notified
 from domain.errors import GatewayUnreachable
 from domain.notices import Notice
 from domain.operations import Declined, DeclineReason, Expired, GatewayRequest, Outcome, Pending, Succeeded, Unknown
+from domain.ports import Gateway
 from handlers.pace import Pace
 from handlers.reconcile import Asker, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
@@ -141,6 +142,15 @@ class StillHeld(BookkeepingGateway):
         self.asked[request.payment_id] += 1
         await asyncio.sleep(0)
         return Succeeded(request.reference or "", request.amount.minor)
+
+
+class Resting(StillHeld):
+    """Asks for fewer requests for `rest` seconds."""
+
+    rest = 0.0
+
+    def rests_seconds(self) -> float:
+        return self.rest
 
 
 async def lapsed_holds(postgres_url: str, worker: InProcessWorker, count: int) -> list[UUID]:
@@ -296,6 +306,37 @@ async def test_a_hold_is_counted_as_checked_and_once_its_end_is_known_as_healed(
     assert [after - then for after, then in zip(counts(), before, strict=True)] == [1, 1]
 
 
+async def test_a_hold_of_which_the_provider_tells_another_amount_is_counted_as_disagreeing(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    async with running_worker(postgres_url, gateway) as worker:
+        (payment,) = await lapsed_holds(postgres_url, worker, 1)
+        gateway.answers[f"{payment}:1"] = Succeeded(f"ref_{payment}:1", 9_999)
+        before = sample("payments_reconciled_disagreeing_total", gateway="books")
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+        assert sample("payments_reconciled_disagreeing_total", gateway="books") == before + 1
+
+
+async def test_holds_of_a_provider_that_rests_keep_no_others_waiting(postgres_url: str) -> None:
+    resting, free = Resting(), StillHeld()
+    resting.rest, free.name = 100.0, "free"
+    async with running_worker(postgres_url, free) as worker:
+        payments = await lapsed_holds(postgres_url, worker, 20)
+    theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
+    await value(postgres_url, theirs, payments[:19])
+    gateways: dict[str, Gateway] = {"books": resting, "free": free}
+    paces = {name: Pace(time.monotonic, each) for name, each in gateways.items()}
+    pool = await create_pool(postgres_url, size=1)
+    holds = await PostgresStore(pool).find_lapsed_holds(limit=50)
+    pool.terminate()
+    asking = asyncio.create_task(Asker(gateways, paces).ask(holds))
+    async with asyncio.timeout(5):
+        while not free.asked:
+            await asyncio.sleep(0.01)
+    asking.cancel()
+    assert (list(free.asked), list(resting.asked)) == ([payments[19]], [])
+
+
 async def test_how_much_is_stuck_and_for_how_long_is_told_of_operations_and_holds(postgres_url: str) -> None:
     gateway = StillHeld()
     async with running_worker(postgres_url, gateway) as worker:
@@ -333,15 +374,6 @@ async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(pos
     claimed = await store.claim_due(limit=8, lease=lease, rooms={"busy": 3, "free": 100})
     assert Counter(operation.gateway for _, operation in claimed) == {"busy": 3, "free": 5, "removed": 2}
     pool.terminate()
-
-
-class Resting(StillHeld):
-    """Asks for fewer requests for `rest` seconds."""
-
-    rest = 0.0
-
-    def rests_seconds(self) -> float:
-        return self.rest
 
 
 async def test_while_a_provider_rests_what_is_stuck_there_stays_due_for_whoever_may_ask_first(
