@@ -21,7 +21,7 @@ from app.up import simulated
 from benchmarks.finder import time_finders
 from benchmarks.load import make_charges, percentile
 from benchmarks.service import Bench
-from benchmarks.watch import Calls, Memory
+from benchmarks.watch import Memory
 from infra.gateways.transport import SmallPools
 from infra.local.server import free_port
 
@@ -144,26 +144,27 @@ class GatewayBench:
     async def _reconcile(self, *, concurrency: int, per_second: int) -> dict[str, Any]:
         count, machine = self._plan.stuck_operations, self._bench.machine
         await self._open_payments(count, "instant", "pending", "-1 second")
-        load, calls = await self._bench.load(), Calls(f"{self._bench.worker_url}/metrics")
+        load = await self._bench.load()
         started = time.perf_counter()
         await self._bench.start_service(
             PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(PROVIDER_MS),
             PAYMENTS_GATEWAY_CONCURRENCY=json.dumps({"instant": concurrency}),
             PAYMENTS_GATEWAY_QUESTIONS_PER_SECOND=json.dumps({"instant": per_second}),
         )
-        async with self._memory.watch("worker", "relay"), calls.watch():
+        async with self._memory.watch("worker", "relay"):
             ended = await load.count_results(count, stall_seconds=30)
         await load.stop()
         machine.stop()
         await self._forget()
+        seen = machine.logged("worker", "instant gateway")
         return {
             "operations": count,
             "provider_ms": PROVIDER_MS,
             "operations_per_second": round(count / (ended - started)),
             "limit_at_once": concurrency,
-            "most_at_once": calls.at_once,
+            "most_at_once": seen["most_at_once"],
             "limit_per_second": per_second,
-            "most_in_a_second": calls.most_in_a_second,
+            "most_in_a_second": seen["most_in_a_second"],
         }
 
     async def _finder(self) -> None:

@@ -102,11 +102,6 @@ class Bench:
         await self._ready("PAYMENTS_RELAY_PORT")
 
     @property
-    def worker_url(self) -> str:
-        """The worker's own HTTP."""
-        return f"http://127.0.0.1:{self._ports['PAYMENTS_WORKER_PORT']}"
-
-    @property
     def partitions(self) -> int:
         return PARTITIONS
 
