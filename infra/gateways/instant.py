@@ -7,6 +7,7 @@ payments run.
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
 
@@ -37,8 +38,9 @@ class InstantGateway:
     name = "instant"
     capabilities = _CAPABILITIES
 
-    def __init__(self, latency_seconds: float = 0.0) -> None:
+    def __init__(self, latency_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._latency_seconds = latency_seconds
+        self._clock = clock
         self._begun: deque[float] = deque()
         self._under_way = 0
         self.most_at_once = 0
@@ -78,7 +80,7 @@ class InstantGateway:
         return Succeeded(f"instant_{request.provider_key}", request.amount.minor)
 
     def _note(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._begun.append(now)
         while self._begun[0] <= now - 1:
             self._begun.popleft()
