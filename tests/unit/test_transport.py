@@ -13,17 +13,12 @@ def told(status: int, retry_after: str | None = None) -> httpx.Response:
     return httpx.Response(status, headers={} if retry_after is None else {"retry-after": retry_after})
 
 
-def in_a_minute() -> str:
-    return format_datetime(datetime.now(UTC) + timedelta(seconds=61), usegmt=True)
-
-
 @pytest.mark.parametrize(
     ("response", "least", "most"),
     [
         (told(429), 1, 1.25),
         (told(429, "30"), 30, 37.5),
         (told(503, "30"), 30, 37.5),
-        (told(429, in_a_minute()), 59, 77),
         (told(429, "86400"), REST_SECONDS_MAX, REST_SECONDS_MAX * 1.25),
         (told(429, "0"), 1, 1.25),
         (told(429, "-5"), 1, 1.25),
@@ -39,6 +34,12 @@ def test_a_rest_is_as_long_as_is_asked_for_if_that_is_sane(response: httpx.Respo
     rest = Rest(lambda: 1000.0)
     rest.note(response)
     assert least <= rest.seconds() <= most
+
+
+def test_a_rest_may_be_asked_for_until_a_date() -> None:
+    rest = Rest(lambda: 1000.0)
+    rest.note(told(429, format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)))
+    assert 90 <= rest.seconds() <= 125
 
 
 def test_without_a_time_it_doubles_with_every_refusal_in_a_row_up_to_a_bound() -> None:
