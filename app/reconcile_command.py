@@ -25,7 +25,8 @@ from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
 from handlers.messages.commands import command_from_content
-from handlers.reconcile import HoldAnswer, Reconciler, ask_about_holds
+from handlers.pace import Pace
+from handlers.reconcile import Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.store import PostgresStore, create_pool
@@ -89,21 +90,26 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found]
     async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
-        limit = asyncio.Semaphore(AT_ONCE)
-        found = list(await asyncio.gather(*(_asked(gateways, *each, limit) for each in open_operations)))
-        async for answers in ask_about_holds(store, gateways, payment_id):
+        limit, paces = asyncio.Semaphore(AT_ONCE), wiring.create_paces(settings, gateways)
+        found = list(await asyncio.gather(*(_asked(gateways, paces, *each, limit) for each in open_operations)))
+        async for answers in ask_about_holds(store, Asker(gateways, paces), payment_id):
             found += [_hold(each) for each in answers]
         return found, there_are
 
 
 async def _asked(
-    gateways: dict[str, Gateway], payment: Payment, operation: Operation, limit: asyncio.Semaphore
+    gateways: dict[str, Gateway],
+    paces: dict[str, Pace],
+    payment: Payment,
+    operation: Operation,
+    limit: asyncio.Semaphore,
 ) -> Found:
     request = gateway_request(payment, operation, command_from_content(operation.content))
     gateway = gateways.get(request.gateway)
     if gateway is None:
         return _found(request, "this gateway is not configured here")
     async with limit:
+        await paces[gateway.name].turn()
         try:
             return _found(request, said(await gateway.status(request)))
         except GatewayError as error:
@@ -119,10 +125,10 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> tuple[list[Foun
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
-            while await parts.sweep.sweep_once() == CLAIMED_MAX:
+            while await parts.sweep.sweep_once() >= CLAIMED_MAX:
                 await parts.is_idle()
             await parts.is_idle()
-            await parts.reconciler.reconcile_holds(payment_id)
+            await parts.reconciler.reconcile_holds_now(payment_id)
         return [each for each in found if payment_id in (None, each.payment_id)], 0
 
 
@@ -145,12 +151,13 @@ async def working(
     rules, redis = wiring.create_rules(settings, gateways), wiring.connect_redis(settings)
     limits = {name: min(AT_ONCE, settings.concurrency_of(name)) for name in gateways}
     write_path = wiring.create_write_path(store, rules, redis)
-    dispatcher, settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits)
+    paces = wiring.create_paces(settings, gateways)
+    dispatcher, settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
     asked: dict[tuple[UUID, int], GatewayRequest] = {}
 
-    def submit(requests: list[GatewayRequest]) -> None:
+    def resubmit(requests: list[GatewayRequest]) -> None:
         asked.update({(each.payment_id, each.operation_number): each for each in requests})
-        dispatcher.submit(requests)
+        dispatcher.resubmit(requests)
 
     def on_answer(answer: Answer) -> None:
         request = asked.get((answer.payment_id, answer.operation_number))
@@ -163,17 +170,18 @@ async def working(
             await asyncio.sleep(0.05)
 
     dispatcher.on_answer = on_answer
-    sweep = Sweep(store=store, submit=submit, room=lambda: CLAIMED_MAX, lease=rules.retry.lease, interval_seconds=1)
+    sweep = Sweep(store=store, submit=resubmit, room=lambda: CLAIMED_MAX, lease=rules.retry.lease, interval_seconds=1)
     reconciler = Reconciler(
         store=store,
-        gateways=gateways,
+        asker=Asker(gateways, paces),
         write_path=write_path,
         interval=timedelta(seconds=settings.reconcile_interval_seconds),
+        cut_off=rules.retry.cut_off,
         on_answer=lambda answer: note(_hold(answer)),
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
-        yield Parts(write_path, submit, sweep, reconciler, is_idle)
+        yield Parts(write_path, dispatcher.submit, sweep, reconciler, is_idle)
     finally:
         for loop in loops:
             loop.cancel()

@@ -35,6 +35,10 @@ class Settings(BaseSettings):
     default_gateway: str = "stripe"
     gateway_concurrency: dict[str, int] = {}
     gateway_concurrency_default: PositiveInt = 64
+    gateway_questions_per_second: dict[str, PositiveFloat] = {}
+    gateway_questions_per_second_default: PositiveFloat = 50.0
+    """How many stuck operations and holds a gateway is asked about per second, by one worker: less than the provider
+    allows the account, for payers' own operations come on top."""
     instant_gateway_latency_ms: float = 0.0
     stripe_api_key: SecretStr = SecretStr("")
     stripe_api_base: str | None = None
@@ -83,7 +87,9 @@ class Settings(BaseSettings):
     give_up_after_seconds: float = 900.0
     sweep_interval_seconds: float = 1.0
     reconcile_interval_seconds: PositiveFloat = 300.0
-    """How often holds past their end are asked about. Everything else that is stuck has its own time."""
+    """How often holds past their end are looked for. Everything else that is stuck has its own time."""
+    reconcile_cut_off_seconds: float = Field(3600.0, gt=0, le=86_400)
+    """However often it was looked at in vain, what is stuck is looked at again so long after the last time, at most."""
     retries_before_parking: int = 5
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6
@@ -117,6 +123,8 @@ class Settings(BaseSettings):
     def _fit_together(self) -> Self:
         if self.default_gateway not in self.gateways:
             raise ValueError(f"default_gateway {self.default_gateway!r} is none of gateways {self.gateways}")
+        if self.reconcile_interval_seconds > self.reconcile_cut_off_seconds:
+            raise ValueError("reconcile_interval_seconds is more than reconcile_cut_off_seconds")
         if unknown := sorted(set(self.currencies) - set(MINOR_UNITS)):
             raise ValueError(f"currencies: {', '.join(unknown)} are not known here")
         return self
@@ -132,6 +140,7 @@ class Settings(BaseSettings):
             review_pending_after=timedelta(seconds=self.review_pending_after_seconds),
             review_poll_interval=timedelta(seconds=self.review_poll_interval_seconds),
             give_up_after=timedelta(seconds=self.give_up_after_seconds),
+            cut_off=timedelta(seconds=self.reconcile_cut_off_seconds),
         )
 
     @property
@@ -141,3 +150,6 @@ class Settings(BaseSettings):
 
     def concurrency_of(self, gateway: str) -> int:
         return self.gateway_concurrency.get(gateway, self.gateway_concurrency_default)
+
+    def questions_per_second_of(self, gateway: str) -> float:
+        return self.gateway_questions_per_second.get(gateway, self.gateway_questions_per_second_default)

@@ -1,5 +1,6 @@
 """The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
@@ -16,6 +17,7 @@ from domain.rules import Rules
 from handlers import metrics
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
+from handlers.pace import Pace
 from handlers.settle import Settler
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
@@ -130,6 +132,14 @@ def connect_redis(settings: Settings) -> Redis:
     return Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
 
 
+def create_paces(settings: Settings, gateways: Mapping[str, Gateway]) -> dict[str, Pace]:
+    """How fast each gateway is asked about what is stuck."""
+    return {
+        name: Pace(time.monotonic, gateway, settings.questions_per_second_of(name))
+        for name, gateway in gateways.items()
+    }
+
+
 class Calling(NamedTuple):
     """What calls gateways and saves their answers; `settler.run` and `leases.run` are to be running beside it."""
 
@@ -139,11 +149,17 @@ class Calling(NamedTuple):
 
 
 def create_calling(
-    store: PaymentStore, write_path: WritePath, rules: Rules, gateways: Mapping[str, Gateway], limits: Mapping[str, int]
+    store: PaymentStore,
+    write_path: WritePath,
+    rules: Rules,
+    gateways: Mapping[str, Gateway],
+    limits: Mapping[str, int],
+    *,
+    paces: Mapping[str, Pace] | None = None,
 ) -> Calling:
     """Calls to `gateways`, at most `limits` at a time each, whose answers go through the write path."""
     leases = Leases(store=store, lease=rules.retry.lease)
-    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=now, leases=leases)
+    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=now, leases=leases, paces=paces)
     settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
     dispatcher.on_answer = settler.add
     return Calling(dispatcher, settler, leases)

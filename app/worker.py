@@ -18,7 +18,7 @@ from app.settings import Settings
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.heed import Heeder
-from handlers.reconcile import Reconciler
+from handlers.reconcile import Asker, Reconciler
 from handlers.sweep import Sweep
 from infra.kafka.dead_letters import KafkaDeadLetters
 from infra.kafka.skipping import SkippingReader
@@ -96,21 +96,25 @@ class Worker:
         rules = wiring.create_rules(settings, gateways)
         write_path = wiring.create_write_path(store, rules, redis)
         limits = {name: settings.concurrency_of(name) for name in gateways}
-        self._dispatcher, self._settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits)
+        paces = wiring.create_paces(settings, gateways)
+        calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
+        self._dispatcher, self._settler, leases = calling
         self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
         self._sweep = Sweep(
             store=store,
-            submit=self._dispatcher.submit,
+            submit=self._dispatcher.resubmit,
             room=lambda: self._backlog.room,
+            rooms=lambda: self._dispatcher.rooms,
             lease=rules.retry.lease,
             interval_seconds=settings.sweep_interval_seconds,
         )
         self._heeder = Heeder(inbox=PostgresInbox(self._pool), write_path=write_path, submit=self._dispatcher.submit)
         reconciler = Reconciler(
             store=store,
-            gateways=gateways,
+            asker=Asker(gateways, paces),
             write_path=write_path,
             interval=timedelta(seconds=settings.reconcile_interval_seconds),
+            cut_off=rules.retry.cut_off,
         )
         producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
         await producer.start()

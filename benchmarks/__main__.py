@@ -34,8 +34,8 @@ async def run_gateways(stack: LocalStack, plan: gateways.GatewayPlan) -> dict[st
 
 
 def report_gateways(table: Table, results: dict[str, Any]) -> None:
-    """Webhooks, reconciliation, payments."""
-    for name in ("webhooks", "reconciliation"):
+    """Webhooks, reconciliation, finding what is stuck, memory, payments."""
+    for name in ("webhooks", "reconciliation", "finder", "memory"):
         table.add_row(name, " · ".join(f"{key} {value}" for key, value in results[name].items()))
     for row in results["payments"]:
         table.add_row(f"payments through {row['gateway']}", " · ".join(f"{key} {value}" for key, value in row.items()))

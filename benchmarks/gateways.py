@@ -18,8 +18,10 @@ import stripe
 from rich.console import Console
 
 from app.up import simulated
+from benchmarks.finder import time_finders
 from benchmarks.load import make_charges, percentile
 from benchmarks.service import Bench
+from benchmarks.watch import Memory
 from infra.gateways.transport import SmallPools
 from infra.local.server import free_port
 
@@ -29,6 +31,9 @@ CONNECTIONS: Final = 200
 left waiting for the senders."""
 PROVIDER_MS: Final = 100
 CONCURRENCY: Final = 64
+LIMIT_AT_ONCE: Final = 150
+LIMIT_PER_SECOND: Final = 1_000
+"""A provider's own limit, ten times Stripe's, so that a hundred thousand do not take a quarter of an hour."""
 PAYERS: Final = 32
 CURRENCIES: Final = {"stripe": "USD", "paypal": "USD", "vnpay": "VND", "momo": "VND"}
 console = Console()
@@ -59,10 +64,15 @@ class GatewayPlan:
     steady_seconds: int
     stuck_operations: int
     payments: int
+    stored_payments: int
 
 
-QUICK: Final = GatewayPlan(webhooks=3_000, steady_seconds=3, stuck_operations=3_000, payments=300)
-FULL: Final = GatewayPlan(webhooks=60_000, steady_seconds=20, stuck_operations=100_000, payments=5_000)
+QUICK: Final = GatewayPlan(
+    webhooks=3_000, steady_seconds=3, stuck_operations=3_000, payments=300, stored_payments=100_000
+)
+FULL: Final = GatewayPlan(
+    webhooks=60_000, steady_seconds=20, stuck_operations=100_000, payments=5_000, stored_payments=10_000_000
+)
 
 
 class GatewayBench:
@@ -71,6 +81,7 @@ class GatewayBench:
     def __init__(self, bench: Bench, plan: GatewayPlan) -> None:
         self._bench = bench
         self._plan = plan
+        self._memory = Memory(bench.machine)
         self.results: dict[str, Any] = {}
 
     async def run(self) -> dict[str, Any]:
@@ -78,6 +89,9 @@ class GatewayBench:
         await self._webhooks()
         await self._reconciliation()
         await self._payments()
+        await self._finder()
+        self.results["memory"] = {f"{name}_rss_mb": round(size) for name, size in self._memory.largest.items()}
+        console.print("memory", self.results["memory"])
         return self.results
 
     # --- webhooks ---------------------------------------------------------------------------------------------------
@@ -121,33 +135,44 @@ class GatewayBench:
     # --- reconciliation ---------------------------------------------------------------------------------------------
 
     async def _reconciliation(self) -> None:
-        """Operations that are pending and due, each asked about and ended, per second."""
-        count = self._plan.stuck_operations
+        """Operations that are pending and due, each asked about and ended: as fast as it goes, and within a limit."""
+        fast = await self._reconcile(concurrency=8_000, per_second=1_000_000)
+        limited = await self._reconcile(concurrency=LIMIT_AT_ONCE, per_second=LIMIT_PER_SECOND)
+        self.results["reconciliation"] = fast | {"within_a_limit": limited}
+        console.print("reconciliation", self.results["reconciliation"])
+
+    async def _reconcile(self, *, concurrency: int, per_second: int) -> dict[str, Any]:
+        count, machine = self._plan.stuck_operations, self._bench.machine
         await self._open_payments(count, "instant", "pending", "-1 second")
         load = await self._bench.load()
         started = time.perf_counter()
-        await self._bench.start_service(PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(PROVIDER_MS))
-        ended = await load.count_results(count, stall_seconds=30)
-        find = await self._time_to_find()
-        self.results["reconciliation"] = {
-            "operations": count,
-            "operations_per_second": round(count / (ended - started)),
-            "provider_ms": PROVIDER_MS,
-            "worker_rss_mb": round(self._bench.machine.rss_mb("worker")),
-            "find_due_ms": find,
-        }
+        await self._bench.start_service(
+            PAYMENTS_INSTANT_GATEWAY_LATENCY_MS=str(PROVIDER_MS),
+            PAYMENTS_GATEWAY_CONCURRENCY=json.dumps({"instant": concurrency}),
+            PAYMENTS_GATEWAY_QUESTIONS_PER_SECOND=json.dumps({"instant": per_second}),
+        )
+        async with self._memory.watch("worker", "relay"):
+            ended = await load.count_results(count, stall_seconds=30)
         await load.stop()
-        self._bench.machine.stop()
+        machine.stop()
         await self._forget()
-        console.print("reconciliation", self.results["reconciliation"])
+        seen = machine.logged("worker", "instant gateway")
+        return {
+            "operations": count,
+            "provider_ms": PROVIDER_MS,
+            "operations_per_second": round(count / (ended - started)),
+            "limit_at_once": concurrency,
+            "most_at_once": seen["most_at_once"],
+            "limit_per_second": per_second,
+            "most_in_a_second": seen["most_in_a_second"],
+        }
 
-    async def _time_to_find(self) -> float:
-        connection = await asyncpg.connect(self._bench.postgres_url)
-        started = time.perf_counter()
-        await connection.fetch("SELECT payment_id FROM operations WHERE due_at <= now() ORDER BY due_at LIMIT 500")
-        taken = time.perf_counter() - started
-        await connection.close()
-        return round(taken * 1000, 2)
+    async def _finder(self) -> None:
+        """Finding what is stuck among many."""
+        self.results["finder"] = await time_finders(
+            self._bench.postgres_url, f"finder_{uuid4().hex[:8]}", self._plan.stored_payments
+        )
+        console.print("finder", self.results["finder"])
 
     # --- payments ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +204,7 @@ class GatewayBench:
         machine, count = self._bench.machine, self._plan.payments
         messages = make_charges(count, self._bench.partitions, gateway=gateway, currency=currency)
         load = await self._bench.load()
-        async with payers(simulator) as consent:
+        async with payers(simulator) as consent, self._memory.watch("worker", "relay", "http", "sandbox"):
             before, started = machine.cpu_seconds(), time.perf_counter()
             await load.send_all(messages)
             ended = await load.count_captures(count, on_action=consent)

@@ -20,12 +20,16 @@ class Delivery(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of one gateway call. `lease_token` proves that the caller still held the operation."""
+    """What came of one gateway call. `lease_token` proves that the caller still held the operation.
+
+    `was_stuck` is for the count of what reconciliation healed: the operation had been taken over.
+    """
 
     payment_id: UUID
     operation_number: int
     lease_token: int
     outcome: Outcome
+    was_stuck: bool = False
 
 
 class Notified(NamedTuple):

@@ -96,7 +96,7 @@ class Draft:
         retry = self.rules.retry
         delay = retry.delay(operation.attempts, operation.payment_id)
         if state is OperationState.NEEDS_REVIEW:
-            delay = retry.review_poll_interval
+            delay = retry.within_cut_off(retry.review_poll_interval)
         elif state in (OperationState.PENDING, OperationState.REQUIRES_ACTION):
             delay = min(retry.poll_interval, delay)
         gateway = self.rules.gateways.get(operation.gateway or "")

@@ -1,6 +1,6 @@
 """What the use cases need from the outside, as Protocols; `infra` fits them by shape and inherits nothing."""
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -52,6 +52,15 @@ class Gateway(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A gateway that notices when its provider asks for fewer requests (429, or 503 with a time)."""
+
+    def rests_seconds(self) -> float:
+        """For how long the provider should not be asked anything that can wait; 0 for not at all."""
+        ...
 
 
 class Statement(NamedTuple):
@@ -184,10 +193,13 @@ class PaymentStore(Protocol):
         """Whether the current task has a write transaction open."""
         ...
 
-    async def claim_due(self, *, limit: int, lease: timedelta) -> list[tuple[Payment, Operation]]:
-        """Take over operations that are due: raise their lease token and return them with their payments, oldest first.
+    async def claim_due(
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = ...
+    ) -> list[tuple[Payment, Operation]]:
+        """Take over operations that are due: raise their lease token and return them with their payments.
 
-        An operation whose lease ran out without an answer comes back `indeterminate`.
+        Of one gateway at most `limit`, or what `rooms` says if that is less, oldest first. An operation whose lease ran
+        out without an answer comes back `indeterminate`.
         """
         ...
 
@@ -199,8 +211,27 @@ class PaymentStore(Protocol):
         """How many operations are in doubt, and for how many seconds the oldest has been under way."""
         ...
 
-    async def find_lapsed_holds(self, *, after: "Place | None", limit: int) -> list[tuple[Payment, Operation]]:
-        """Authorizations past their end that still hold money, with nothing under way, in the order of their ends."""
+    async def stuck(self) -> Mapping[str, "Stuck"]:
+        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
+        ...
+
+    async def claim_holds(
+        self, payment_id: UUID | None = None, *, limit: int, first_delay: timedelta, delay_max: timedelta
+    ) -> list["LapsedHold"]:
+        """Take holds past their end that are to be asked about now, with nothing under way: of one payment, or of all.
+
+        Each is due again after `first_delay`, doubled with every question up to `delay_max`, less a spread.
+        """
+        ...
+
+    async def find_lapsed_holds(
+        self, payment_id: UUID | None = None, *, after: "Place | None" = None, limit: int
+    ) -> list["LapsedHold"]:
+        """Holds past their end that hold money still, with nothing under way, soonest due first. Claims none."""
+        ...
+
+    async def make_holds_due(self, payment_id: UUID | None = None) -> int:
+        """Have holds past their end asked about at once, however lately they were; how many there are."""
         ...
 
     async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> None:
@@ -209,7 +240,23 @@ class PaymentStore(Protocol):
 
 
 Place = tuple[datetime, UUID]
-"""Where a list of payments goes on: the end of the last one's hold, and its id."""
+"""Where a list of holds goes on: when the last one is due, and its payment's id."""
+
+
+class Stuck(NamedTuple):
+    """How many, for how many seconds the oldest has been, and for how many one has been due at most."""
+
+    number: int
+    oldest_seconds: float
+    overdue_seconds: float
+
+
+class LapsedHold(NamedTuple):
+    """A hold past its end, and when it is to be asked about next."""
+
+    payment: Payment
+    operation: Operation
+    due_at: datetime
 
 
 class Received(NamedTuple):

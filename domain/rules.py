@@ -26,11 +26,19 @@ class RetryPolicy:
     review_poll_interval: timedelta = timedelta(minutes=15)
     give_up_after: timedelta = timedelta(minutes=15)
     """Only for operations of which every attempt is proven not to have been executed."""
+    cut_off: timedelta = timedelta(hours=1)
+    """Nothing that is stuck waits longer for its next look, unless its provider refuses to be asked sooner."""
+    hold_end_unknown_after: timedelta = timedelta(days=7)
+    """A hold whose provider told no end is asked about from then on."""
 
     def delay(self, attempts: int, payment_id: UUID) -> timedelta:
         """Doubles with each attempt up to `delay_max`, spread by up to a half so that a herd does not stay together."""
         doubled = min(self.delay_max, self.first_delay * 2.0 ** min(max(attempts - 1, 0), 20))
-        return doubled * (0.75 + (payment_id.int % 1024) / 2048)
+        return self.within_cut_off(doubled * (0.75 + (payment_id.int % 1024) / 2048))
+
+    def within_cut_off(self, delay: timedelta) -> timedelta:
+        """`delay`, but no more than the cut-off."""
+        return min(delay, self.cut_off)
 
 
 def not_before(delay: timedelta, least: timedelta, payment_id: UUID) -> timedelta:

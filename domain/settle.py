@@ -3,6 +3,7 @@
 The exception proves the rule: what was never executed, on proof, may be given up (`_retry_or_give_up`).
 """
 
+from datetime import datetime
 from typing import Final, assert_never
 
 from domain.accept import begin_waiting
@@ -142,7 +143,7 @@ def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
     payment, amount = draft.payment, operation.amount_minor or 0
     match operation.kind:
         case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-            return _open(payment, operation, outcome)
+            return _open(draft, operation, outcome)
         case OperationKind.CAPTURE:
             payment.captured_minor += amount
             if not draft.rules.gateways[payment.gateway or ""].multi_capture:
@@ -156,10 +157,12 @@ def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
     return 0
 
 
-def _open(payment: Payment, operation: Operation, outcome: Succeeded) -> int:
+def _open(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
     """The first attempt that has money is the one that captures, voids and refunds refer to."""
-    amount, is_first = operation.amount_minor or 0, not payment.has_money
+    payment, amount, is_first = draft.payment, operation.amount_minor or 0, not draft.payment.has_money
     is_charge = operation.kind is OperationKind.CHARGE
+    if not is_charge:
+        payment.authorization_expires_at = _end_of_holds(draft, outcome)
     payment.authorized_minor += amount
     payment.captured_minor += amount if is_charge else 0
     if not is_first:
@@ -168,8 +171,16 @@ def _open(payment: Payment, operation: Operation, outcome: Succeeded) -> int:
         return amount
     payment.gateway = operation.gateway
     payment.gateway_payment_id = outcome.reference
-    payment.authorization_expires_at = outcome.expires_at
     return 0
+
+
+def _end_of_holds(draft: Draft, outcome: Succeeded) -> datetime:
+    """From when the payment's holds are asked about, with this new one: the earliest end of those that are open."""
+    end = outcome.expires_at or draft.now + draft.rules.retry.hold_end_unknown_after
+    payment = draft.payment
+    is_held = payment.authorized_minor > payment.captured_minor + payment.released_minor
+    others = payment.authorization_expires_at if is_held else None
+    return end if others is None else min(end, others)
 
 
 def _decline(draft: Draft, operation: Operation, outcome: Declined) -> None:

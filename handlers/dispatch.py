@@ -4,11 +4,12 @@ No transaction is open here. An exception never loses an operation: what is not 
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import assert_never
+from typing import Final, NamedTuple, assert_never
 
 import structlog
 
@@ -20,6 +21,7 @@ from domain.ports import Clock, Gateway, PaymentStore
 from handlers import metrics
 from handlers.breaker import Breaker
 from handlers.leases import Leases
+from handlers.pace import Pace
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +29,8 @@ Call = Callable[[GatewayRequest], Awaitable[Outcome]]
 
 WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
 """The provider has these and told us so: sending them again is pointless."""
+ROOM_SECONDS: Final = 2.0
+"""What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
 
 
 class Dispatcher:
@@ -40,9 +44,11 @@ class Dispatcher:
         store: PaymentStore,
         clock: Clock,
         leases: Leases,
+        paces: Mapping[str, Pace] | None = None,
     ) -> None:
         self.on_answer: Callable[[Answer], None]
-        self._lanes = {name: _Lane(gateway, limits[name], self._run) for name, gateway in gateways.items()}
+        paces = paces or {name: Pace(time.monotonic, gateway) for name, gateway in gateways.items()}
+        self._lanes = {name: _Lane(each, limits[name], paces[name], self._run) for name, each in gateways.items()}
         self._store = store
         self._clock = clock
         self._leases = leases
@@ -52,15 +58,27 @@ class Dispatcher:
         """Requests accepted and not yet answered."""
         return sum(lane.load for lane in self._lanes.values())
 
+    @property
+    def rooms(self) -> dict[str, int]:
+        """How much more of what is stuck each gateway can be asked about soon."""
+        return {name: lane.room for name, lane in self._lanes.items()}
+
     def submit(self, requests: Sequence[GatewayRequest]) -> None:
         """Call the gateways for these, as soon as each one's limit allows."""
+        self._add(requests, _Lane.add)
+
+    def resubmit(self, requests: Sequence[GatewayRequest]) -> None:
+        """Ask the gateways about these, which are stuck, or repeat them: at each one's pace."""
+        self._add(requests, _Lane.add_stuck)
+
+    def _add(self, requests: Sequence[GatewayRequest], add: Callable[["_Lane", GatewayRequest], None]) -> None:
         self._leases.hold(requests)
         for request in requests:
             lane = self._lanes.get(request.gateway)
             if lane is None:
                 self._refuse(request)
             else:
-                lane.add(request)
+                add(lane, request)
 
     def _refuse(self, request: GatewayRequest) -> None:
         """An operation of a gateway that was configured once: nothing is sent, the others go on."""
@@ -68,26 +86,37 @@ class Dispatcher:
         self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Wait until all is answered, or the time is up; what is left is taken over by a sweep after its lease."""
+        """Wait until all that was begun is answered, or the time is up; a sweep takes over what is left.
+
+        What is stuck and was not sent is given back at once, so that no lease runs out on it.
+        """
+        for request in [each for lane in self._lanes.values() for each in lane.give_back()]:
+            self._answer(request, Unreachable("not sent: this worker stops"))
         tasks = [task for lane in self._lanes.values() for task in lane.tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_seconds)
 
-    async def _run(self, lane: "_Lane", request: GatewayRequest) -> None:
-        outcome: Outcome
+    async def _run(self, lane: "_Lane", given: "_Given") -> None:
+        outcome = await self._outcome_in(lane, given.request)
+        word = type(outcome).__name__
+        metrics.calls(given.request.gateway, given.request.kind, word).inc()
+        if given.is_stuck:
+            metrics.checked(given.request.gateway, "operation", word).inc()
+        self._answer(given.request, outcome, was_stuck=given.is_stuck)
+
+    async def _outcome_in(self, lane: "_Lane", request: GatewayRequest) -> Outcome:
         question = self._question(lane.gateway, request)
         if question is not None:
-            outcome = await self._outcome(question, request)
-        elif lane.breaker.may_send():
-            outcome = await self._outcome(_call_of(lane.gateway, request.kind), request)
-            lane.breaker.note(outcome)
-        else:
-            outcome = Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
-        metrics.calls(request.gateway, request.kind, type(outcome).__name__).inc()
-        self._answer(request, outcome)
+            return await self._outcome(question, request)
+        if not lane.breaker.may_send():
+            return Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
+        outcome = await self._outcome(_call_of(lane.gateway, request.kind), request)
+        lane.breaker.note(outcome)
+        return outcome
 
-    def _answer(self, request: GatewayRequest, outcome: Outcome) -> None:
-        self.on_answer(Answer(request.payment_id, request.operation_number, request.lease_token, outcome))
+    def _answer(self, request: GatewayRequest, outcome: Outcome, *, was_stuck: bool = False) -> None:
+        token = request.lease_token
+        self.on_answer(Answer(request.payment_id, request.operation_number, token, outcome, was_stuck))
 
     async def _outcome(self, call: Call, request: GatewayRequest) -> Outcome:
         assert not self._store.in_transaction(), "a gateway is never called inside a transaction"
@@ -160,23 +189,53 @@ def _is_cancelled() -> bool:
 
 
 class _Lane:
-    """The calls of one gateway: at most `limit` at a time, the others in order of arrival."""
+    """The calls of one gateway: at most `limit` at a time, payers' operations and what is stuck by turns.
 
-    def __init__(self, gateway: Gateway, limit: int, run: Callable[["_Lane", GatewayRequest], Awaitable[None]]) -> None:
+    Each in order of arrival; what is stuck also waits for its pace.
+    """
+
+    def __init__(
+        self, gateway: Gateway, limit: int, pace: Pace, run: Callable[["_Lane", "_Given"], Awaitable[None]]
+    ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.gateway = gateway
         self.breaker = Breaker(time.monotonic, self._tell)
         self._limit = limit
+        self._pace = pace
         self._run = run
-        self._queue: deque[GatewayRequest] = deque()
+        self._new: deque[GatewayRequest] = deque()
+        self._stuck: deque[GatewayRequest] = deque()
+        self._by_turns = deque([self._take_new, self._take_stuck])
+        self._timer: asyncio.TimerHandle | None = None
         metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
+        metrics.RESTING.labels(gateway.name).set_function(lambda: self._pace.rests)
 
     @property
     def load(self) -> int:
-        return len(self._queue) + len(self.tasks)
+        return len(self._new) + len(self._stuck) + len(self.tasks)
+
+    @property
+    def room(self) -> int:
+        """How much more of what is stuck it can take soon; the rest is left for other workers."""
+        if self._pace.rests:
+            return 0
+        soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
+        return max(0, math.ceil(soon) - len(self._stuck))
 
     def add(self, request: GatewayRequest) -> None:
-        self._queue.append(request)
+        self._new.append(request)
+        self._start()
+
+    def add_stuck(self, request: GatewayRequest) -> None:
+        self._stuck.append(request)
+        self._start()
+
+    def give_back(self) -> list[GatewayRequest]:
+        """What is stuck and was not sent."""
+        left, self._stuck = list(self._stuck), deque()
+        return left
+
+    def _start(self) -> None:
         if len(self.tasks) < self._limit:
             task = asyncio.create_task(self._work())
             self.tasks.add(task)
@@ -184,9 +243,38 @@ class _Lane:
 
     async def _work(self) -> None:
         """Call for one request after the other until none is left; a task serves many."""
-        while self._queue:
-            await self._run(self, self._queue.popleft())
+        while (given := self._next()) is not None:
+            await self._run(self, given)
+
+    def _next(self) -> "_Given | None":
+        self._by_turns.rotate()
+        return next((given for take in self._by_turns if (given := take()) is not None), None)
+
+    def _take_new(self) -> "_Given | None":
+        return _Given(self._new.popleft(), is_stuck=False) if self._new else None
+
+    def _take_stuck(self) -> "_Given | None":
+        if not self._stuck:
+            return None
+        given, wait_seconds = None, self._pace.wait_seconds()
+        if wait_seconds <= 0:
+            self._pace.take()
+            given = _Given(self._stuck.popleft(), is_stuck=True)
+        if self._stuck and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._pace.wait_seconds(), self._wake)
+        return given
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._start()
 
     def _tell(self, is_open: bool) -> None:
         metrics.CIRCUIT_OPEN.labels(self.gateway.name).set(is_open)
         log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)
+
+
+class _Given(NamedTuple):
+    """A request, and whether it is of what is stuck: nobody waits for it, so its pace is kept."""
+
+    request: GatewayRequest
+    is_stuck: bool

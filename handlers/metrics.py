@@ -45,14 +45,32 @@ CALL_SECONDS = Histogram(
     buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
 )
 RECONCILED = Counter(
-    "payments_reconciled_total", "Lapsed holds that providers were asked about, by answer", ["gateway", "answer"]
+    "payments_reconciled_total",
+    "What was stuck (an operation that was taken over, a hold past its end) and asked about, or repeated, by answer",
+    ["gateway", "subject", "answer"],
 )
 IN_DOUBT = Gauge("payments_operations_in_doubt", "Operations whose outcome is unknown: money may have moved")
 OLDEST_DOUBT = Gauge(
     "payments_operations_in_doubt_oldest_seconds", "For how long the oldest of them has been under way"
 )
 HEALED = Counter(
-    "payments_operations_healed_total", "Operations in doubt that ended by the provider's word", ["gateway", "state"]
+    "payments_operations_healed_total",
+    "What was stuck (in doubt, taken over, a hold past its end) and ended by the provider's word",
+    ["gateway", "state"],
+)
+DISAGREEING = Counter(
+    "payments_reconciled_disagreeing_total",
+    "Providers' answers that contradict what is booked: somebody must look",
+    ["gateway"],
+)
+STUCK = Gauge(
+    "payments_stuck", "Open operations that nobody is working on just now, and holds past their end", ["subject"]
+)
+STUCK_OLDEST = Gauge(
+    "payments_stuck_oldest_seconds", "For how long the oldest of them has been under way, or past its end", ["subject"]
+)
+STUCK_OVERDUE = Gauge(
+    "payments_stuck_overdue_seconds", "For how long one of them has been due to be asked about, at most", ["subject"]
 )
 WEBHOOKS = Counter("payments_webhooks_total", "Webhooks received, by what became of them", ["gateway", "verdict"])
 NOTICES_DISAGREEING = Counter(
@@ -63,6 +81,11 @@ NOTICES_POSTPONED = Counter(
     "payments_notices_postponed_total", "Times that a webhook was put off until what is under way has its outcome"
 )
 CIRCUIT_OPEN = Gauge("payments_gateway_circuit_open", "1 while nothing but questions is sent to a gateway", ["gateway"])
+RESTING = Gauge(
+    "payments_gateway_resting",
+    "1 while a provider has asked for fewer requests: only payers' own are sent",
+    ["gateway"],
+)
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
 
@@ -77,6 +100,12 @@ def results(command: OperationKind | None, result: EventKind) -> Counter:
 def calls(gateway: str, operation: OperationKind, outcome: str) -> Counter:
     """The counter of these labels, found once."""
     return CALLS.labels(gateway, operation.value, outcome)
+
+
+@cache
+def checked(gateway: str, subject: str, answer: str) -> Counter:
+    """The counter of these labels, found once."""
+    return RECONCILED.labels(gateway, subject, answer)
 
 
 @cache

@@ -1,13 +1,15 @@
 """Asks providers about holds that should have ended, which no operation of ours waits for.
 
-Everything else that is stuck (a lease that ran out, doubt, what is pending or waits for the payer) is an open operation
-and the sweep's to ask about. Time alone changes nothing here either: the provider's word is applied, or nothing is.
+Workers share them: a claim puts a hold's next question off, ever longer, so that one that its provider still keeps is
+asked about seldom, though never later than the cut-off. Everything else that is stuck (a lease that ran out, doubt,
+what is pending or waits for the payer) is an open operation and the sweep's to ask about. Time alone changes nothing
+here either: the provider's word is applied, or nothing is.
 """
 
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -19,18 +21,21 @@ from domain.errors import GatewayError, PaymentsError
 from domain.notices import Notice
 from domain.operations import Operation, Outcome
 from domain.payment import Payment
-from domain.ports import Gateway, PaymentStore, Place
+from domain.ports import Gateway, LapsedHold, PaymentStore, Place
 from domain.requests import gateway_request
 from handlers import metrics
 from handlers.messages.commands import command_from_content
+from handlers.pace import Pace
 from handlers.write_path import WritePath
 
 log = structlog.get_logger(__name__)
 
 PAGE: Final = 200
+LATEST: Final = 1.25
+"""Of the interval between two rounds, which is spread by a quarter."""
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
-"""Questions at a time: this is the least urgent of all that is asked of a provider."""
+"""Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
 
 
 class HoldAnswer(NamedTuple):
@@ -42,32 +47,59 @@ class HoldAnswer(NamedTuple):
     why_not: str = ""
 
 
+class Asker:
+    """Asks the providers about holds: few at a time, each gateway at its pace."""
+
+    def __init__(self, gateways: Mapping[str, Gateway], paces: Mapping[str, Pace]) -> None:
+        self._gateways = gateways
+        self._paces = paces
+        self._limits = {name: asyncio.Semaphore(AT_ONCE) for name in gateways}
+
+    async def ask(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
+        """What they say of each."""
+        return list(await asyncio.gather(*(self._ask(each.payment, each.operation) for each in holds)))
+
+    async def _ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
+        gateway = self._gateways.get(operation.gateway or "")
+        if gateway is None:
+            return HoldAnswer(payment, operation, None, "this gateway is not configured here")
+        async with self._limits[gateway.name]:
+            await self._paces[gateway.name].turn()
+            answer = await _word_of(gateway, payment, operation)
+        word = type(answer.outcome).__name__ if answer.outcome else "no_answer"
+        metrics.checked(gateway.name, "hold", word).inc()
+        return answer
+
+
 async def ask_about_holds(
-    store: PaymentStore, gateways: Mapping[str, Gateway], payment_id: UUID | None = None
+    store: PaymentStore, asker: Asker, payment_id: UUID | None = None
 ) -> AsyncIterator[list[HoldAnswer]]:
     """What the providers say of every hold past its end, of one payment or of all, page by page. Changes nothing."""
-    limit = asyncio.Semaphore(AT_ONCE)
-    async for page in _pages(store):
-        wanted = [each for each in page if payment_id in (None, each[0].payment_id)]
-        yield list(await asyncio.gather(*(_ask(gateways, *each, limit) for each in wanted)))
+    after: Place | None = None
+    while page := await store.find_lapsed_holds(payment_id, after=after, limit=PAGE):
+        yield await asker.ask(page)
+        after = page[-1].due_at, page[-1].payment.payment_id
 
 
 class Reconciler:
-    """Looks through lapsed holds every `interval`, with jitter. Several workers may; they ask twice, at worst."""
+    """Looks for lapsed holds every `interval`, with jitter; asks about each again within `cut_off`."""
 
     def __init__(
         self,
         *,
         store: PaymentStore,
-        gateways: Mapping[str, Gateway],
+        asker: Asker,
         write_path: WritePath,
         interval: timedelta,
+        cut_off: timedelta,
         on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
     ) -> None:
         self._store = store
-        self._gateways = gateways
+        self._asker = asker
         self._write_path = write_path
         self._interval = interval
+        # What becomes due right after a round is found by the next one.
+        self._delay_max = max(interval, cut_off - interval * LATEST)
         self._on_answer = on_answer
 
     async def run(self) -> None:
@@ -80,45 +112,38 @@ class Reconciler:
                 log.warning("reconciliation postponed", error=str(error))
 
     async def watch(self) -> None:
-        """Keep the metrics of what is in doubt, until cancelled."""
+        """Keep the metrics of what is in doubt and what is stuck, until cancelled."""
         while True:
             with contextlib.suppress(PaymentsError):
                 count, seconds = await self._store.in_doubt()
                 metrics.IN_DOUBT.set(count)
                 metrics.OLDEST_DOUBT.set(seconds)
+                for subject, stuck in (await self._store.stuck()).items():
+                    metrics.STUCK.labels(subject).set(stuck.number)
+                    metrics.STUCK_OLDEST.labels(subject).set(stuck.oldest_seconds)
+                    metrics.STUCK_OVERDUE.labels(subject).set(stuck.overdue_seconds)
             await asyncio.sleep(WATCH_SECONDS)
 
     async def reconcile_holds(self, payment_id: UUID | None = None) -> int:
-        """Ask about every hold past its end, of one payment or of all, and apply what is said; how many there were."""
+        """Ask about the holds that are due, of one payment or of all, and apply what is said; how many there were."""
         found = 0
-        async for answers in ask_about_holds(self._store, self._gateways, payment_id):
+        while holds := await self._claim(payment_id):
+            answers = await self._asker.ask(holds)
             await self._write_path.apply([told for each in answers if (told := _notified(each)) is not None])
             for each in answers:
                 self._on_answer(each)
             found += len(answers)
         return found
 
+    async def reconcile_holds_now(self, payment_id: UUID | None = None) -> int:
+        """As `reconcile_holds`, of every hold past its end, however lately it was asked about."""
+        await self._store.make_holds_due(payment_id)
+        return await self.reconcile_holds(payment_id)
 
-async def _pages(store: PaymentStore) -> AsyncIterator[list[tuple[Payment, Operation]]]:
-    after: Place | None = None
-    while page := await store.find_lapsed_holds(after=after, limit=PAGE):
-        yield page
-        payment = page[-1][0]
-        assert payment.authorization_expires_at is not None, "it was found by this"
-        after = payment.authorization_expires_at, payment.payment_id
-
-
-async def _ask(
-    gateways: Mapping[str, Gateway], payment: Payment, operation: Operation, limit: asyncio.Semaphore
-) -> HoldAnswer:
-    gateway = gateways.get(operation.gateway or "")
-    if gateway is None:
-        return HoldAnswer(payment, operation, None, "this gateway is not configured here")
-    async with limit:
-        answer = await _word_of(gateway, payment, operation)
-    word = type(answer.outcome).__name__ if answer.outcome else "no_answer"
-    metrics.RECONCILED.labels(gateway.name, word).inc()
-    return answer
+    async def _claim(self, payment_id: UUID | None) -> list[LapsedHold]:
+        return await self._store.claim_holds(
+            payment_id, limit=PAGE, first_delay=self._interval, delay_max=self._delay_max
+        )
 
 
 async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> HoldAnswer:

@@ -5,7 +5,7 @@ Time alone ends nothing here. A due operation is asked about again, and what the
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 import structlog
@@ -24,7 +24,7 @@ CLAIMED_MAX = 500
 
 
 class Sweep:
-    """Claims due operations every `interval_seconds` (with jitter) while there is room for them."""
+    """Claims due operations every `interval_seconds`, with jitter, while there is room, here and at their gateways."""
 
     def __init__(
         self,
@@ -34,10 +34,12 @@ class Sweep:
         room: Callable[[], int],
         lease: timedelta,
         interval_seconds: float,
+        rooms: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._store = store
         self._submit = submit
         self._room = room
+        self._rooms = rooms
         self._lease = lease
         self._interval_seconds = interval_seconds
 
@@ -45,18 +47,18 @@ class Sweep:
         """Sweep until cancelled; an unavailable Postgres is tried again at the next turn."""
         while True:
             try:
-                while await self.sweep_once() == CLAIMED_MAX:
+                while await self.sweep_once() >= CLAIMED_MAX:
                     pass
             except PaymentsError as error:
                 log.warning("sweep postponed", error=str(error))
             await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1.25))  # noqa: S311 - spreads load
 
     async def sweep_once(self) -> int:
-        """Claim one portion and pass it to the gateways; how many there were."""
+        """Claim one portion of each gateway's and pass it on; how many there were."""
         limit = min(CLAIMED_MAX, self._room())
         if limit <= 0:
             return 0
-        claimed = await self._store.claim_due(limit=limit, lease=self._lease)
+        claimed = await self._store.claim_due(limit=limit, lease=self._lease, rooms=self._rooms())
         metrics.CLAIMED.inc(len(claimed))
         self._submit([request for each in claimed if (request := _request(*each))])
         return len(claimed)

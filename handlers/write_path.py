@@ -6,7 +6,7 @@ together. Gateway requests are returned to be sent after the commit, never insid
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -15,11 +15,11 @@ import structlog
 
 from domain.commands import OperationKind
 from domain.decide import decide
-from domain.decision import Decision, Delivery, Input, Notified
+from domain.decision import Answer, Decision, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
 from domain.ledger import Transfer
-from domain.operations import IN_DOUBT, GatewayRequest, Operation, OperationState
+from domain.operations import IN_DOUBT, UNDER_WAY, GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment
 from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
 from domain.rules import Rules
@@ -237,7 +237,8 @@ class _Batch:
         self._stale = 0
         self._postponed = 0
         self._disagreeing: list[Notified] = []
-        self._healed: list[Operation] = []
+        self._contradicted: list[Operation] = []
+        self._healed: list[tuple[Operation, str]] = []
 
     def apply(self, given: Input) -> None:
         """Decide one input on the state that the inputs before it left behind."""
@@ -253,12 +254,25 @@ class _Batch:
             return
         if isinstance(given, Notified) and given.notice_id is not None:
             self._notices.append(given.notice_id)
-        if decision.disagrees and isinstance(given, Notified):
-            self._disagreeing.append(given)
+            if decision.disagrees:
+                self._disagreeing.append(given)
         if decision.is_stale:
             self._stale += 1
             return
         self._gather(payment_id, decision, payment)
+        self._note_reconciled(given, decision, payment)
+
+    def _note_reconciled(self, given: Input, decision: Decision, before: Payment | None) -> None:
+        """What was stuck and ended by this, and what the provider tells otherwise than it is booked."""
+        was_stuck = isinstance(given, Answer) and given.was_stuck
+        if was_stuck or (before is not None and before.has_indeterminate):
+            ended = [each for each in decision.operations if not each.is_open and _was_under_way(before, each)]
+            self._healed += [(each, each.state.value) for each in ended if was_stuck or _was_in_doubt(before, each)]
+        if isinstance(given, Answer) and isinstance(given.outcome, Succeeded):
+            self._contradicted += [each for each in decision.operations if each.state is OperationState.NEEDS_REVIEW]
+        if isinstance(given, Notified) and given.notice_id is None and given.operation is not None:
+            self._healed += [(given.operation, "hold_released")] if decision.events else []
+            self._contradicted += [given.operation] if decision.disagrees else []
 
     def _with_stored(self, delivery: Delivery, payment: Payment | None) -> Delivery:
         stored = self._stored.get(delivery.command.idempotency_key or "")
@@ -296,8 +310,6 @@ class _Batch:
             self._payments[payment_id] = decision.payment
             self._touched[payment_id] = None
         final = {number: text for number, text in results if text is not None}
-        if before is not None and before.has_indeterminate:
-            self._healed += [each for each in decision.operations if not each.is_open and _was_in_doubt(before, each)]
         for operation in decision.operations:
             operation.result = final.get(operation.number, operation.result)
             self._keep(operation)
@@ -376,8 +388,11 @@ class _Batch:
         metrics.STALE_ANSWERS.inc(self._stale)
         metrics.NOTICES_APPLIED.inc(len(self._notices))
         metrics.NOTICES_POSTPONED.inc(self._postponed)
-        for operation in self._healed:
-            metrics.HEALED.labels(operation.gateway or "", operation.state.value).inc()
+        for operation, state in self._healed:
+            metrics.HEALED.labels(operation.gateway or "", state).inc()
+        for operation in self._contradicted:
+            metrics.DISAGREEING.labels(operation.gateway or "").inc()
+            log.error("provider's answer contradicts what is booked", key=operation.provider_key)
         for given in self._disagreeing:
             metrics.NOTICES_DISAGREEING.labels(given.notice.gateway).inc()
             log.error(
@@ -391,8 +406,17 @@ class _Batch:
                 metrics.result_seconds(operation.kind).observe(seconds)
 
 
-def _was_in_doubt(payment: Payment, operation: Operation) -> bool:
-    return any(each.number == operation.number and each.state in IN_DOUBT for each in payment.operations)
+def _was_under_way(payment: Payment | None, operation: Operation) -> bool:
+    return _was_in(UNDER_WAY, payment, operation)
+
+
+def _was_in_doubt(payment: Payment | None, operation: Operation) -> bool:
+    return _was_in(IN_DOUBT, payment, operation)
+
+
+def _was_in(states: Set[OperationState], payment: Payment | None, operation: Operation) -> bool:
+    before = payment.operations if payment else ()
+    return any(each.number == operation.number and each.state in states for each in before)
 
 
 def _outbox_row(event: Event, event_id: UUID) -> OutboxRow:

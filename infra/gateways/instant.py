@@ -1,16 +1,24 @@
 """A gateway inside the process that says yes to everything: for benchmarks of everything around the gateway.
 
-It moves no money and remembers nothing. Never register it where real payments run.
+It moves no money and remembers nothing but how busy it was, as a provider would see it. Never register it where real
+payments run.
 """
 
 import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
+
+import structlog
 
 from domain.capabilities import Capabilities
 from domain.commands import OperationKind
 from domain.money import MINOR_UNITS
 from domain.operations import GatewayRequest, Outcome, Succeeded
+
+log = structlog.get_logger(__name__)
 
 _CAPABILITIES: Final = Capabilities(
     operations=frozenset(OperationKind),
@@ -30,8 +38,13 @@ class InstantGateway:
     name = "instant"
     capabilities = _CAPABILITIES
 
-    def __init__(self, latency_seconds: float = 0.0) -> None:
+    def __init__(self, latency_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._latency_seconds = latency_seconds
+        self._clock = clock
+        self._begun: deque[float] = deque()
+        self._under_way = 0
+        self.most_at_once = 0
+        self.most_in_a_second = 0
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         return await self._succeed(request)
@@ -56,9 +69,21 @@ class InstantGateway:
         return await self._succeed(request)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing is held open. How busy it was goes to the log."""
+        log.info("instant gateway", most_at_once=self.most_at_once, most_in_a_second=self.most_in_a_second)
 
     async def _succeed(self, request: GatewayRequest) -> Outcome:
+        self._note()
         if self._latency_seconds:
             await asyncio.sleep(self._latency_seconds)
+        self._under_way -= 1
         return Succeeded(f"instant_{request.provider_key}", request.amount.minor)
+
+    def _note(self) -> None:
+        now = self._clock()
+        self._begun.append(now)
+        while self._begun[0] <= now - 1:
+            self._begun.popleft()
+        self._under_way += 1
+        self.most_at_once = max(self.most_at_once, self._under_way)
+        self.most_in_a_second = max(self.most_in_a_second, len(self._begun))

@@ -250,6 +250,9 @@ class MoMoGateway:
             case OperationKind.REFUND:
                 return _read_refunded(await self._query(_payment_of(request)), request)
 
+    def rests_seconds(self) -> float:
+        return self._http.rest.seconds()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()

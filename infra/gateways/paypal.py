@@ -627,6 +627,9 @@ class PayPalHttp:
         assert len(request_id) <= 108, "PayPal takes no longer request ids"
         return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
 
+    def rests_seconds(self) -> float:
+        return self._http.rest.seconds()
+
     async def close(self) -> None:
         await self._http.close()
 
@@ -863,6 +866,9 @@ class PayPalGateway:
                     seen.add(movement.reference)
                     yield movement
             begin = stop
+
+    def rests_seconds(self) -> float:
+        return self._api.rests_seconds()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -47,7 +47,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Statement
-from infra.gateways.transport import NOTHING_WAS_SENT, create_client
+from infra.gateways.transport import NOTHING_WAS_SENT, Rest, create_client
 
 NAME: Final = "stripe"
 
@@ -640,6 +640,9 @@ class StripeGateway:
                 return
             params["starting_after"] = page.data[-1].id
 
+    def rests_seconds(self) -> float:
+        return self._http.rest.seconds()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close_async()
@@ -890,11 +893,13 @@ class _BoundedHttpClient(stripe.HTTPXClient):
 
     def __init__(self, config: StripeConfig) -> None:
         super().__init__(timeout=None)
+        self.rest = Rest()
         self._bounded = create_client(
             max_connections=config.max_connections,
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
             verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
+            rest=self.rest,
         )
 
     async def request_async(

@@ -6,7 +6,12 @@ ms with pools of four).
 """
 
 import asyncio
+import random
 import ssl
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 import httpx
@@ -18,13 +23,61 @@ NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolT
 """What proves that the provider has not seen the request."""
 
 
+REST_SECONDS_MAX: Final = 300.0
+"""A provider that wants to be left alone for longer is asked once after this, and may say so again."""
+
+
+class Rest:
+    """For how long the provider wants fewer requests, by its own answers: 429, or 503 with a time.
+
+    As long as `Retry-After` says; without one a second, doubled with every refusal in a row. Spread upwards, so that
+    not all workers are back at once. However often payers are refused meanwhile, it comes to its end, and something is
+    asked again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = 0.0
+        self._until = 0.0
+        self._refusals = 0
+
+    def seconds(self) -> float:
+        """What is left of it; 0 when it is over."""
+        return max(0.0, self._until - self._clock())
+
+    def note(self, response: httpx.Response) -> None:
+        """Any answer of the provider's."""
+        told = _retry_after(response)
+        is_limited = response.status_code == httpx.codes.TOO_MANY_REQUESTS
+        if not is_limited and (told is None or response.status_code != httpx.codes.SERVICE_UNAVAILABLE):
+            # What was under way when the rest began is no sign of its end.
+            self._refusals = 0 if not self.seconds() else self._refusals
+            return
+        if not self.seconds():
+            self._since, self._refusals = self._clock(), self._refusals + 1
+        end = self._clock() + (told or 2.0 ** min(self._refusals - 1, 20))
+        seconds = min(REST_SECONDS_MAX, end - self._since)
+        self._until = max(self._until, self._since + seconds * random.uniform(1, 1.25))  # noqa: S311 - spreads load
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds, where it names some or a time to come. https://www.rfc-editor.org/rfc/rfc9110#field.retry-after"""
+    told = response.headers.get("retry-after", "")
+    try:
+        seconds = float(told) if told.isdigit() else (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return None
+    return seconds if seconds > 0 else None
+
+
 class SmallPools(httpx.AsyncBaseTransport):
     """At most `max_connections` in all; a request goes to the pool that has the fewest under way.
 
     What waits for a connection longer than the client's pool timeout fails with `httpx.PoolTimeout`: nothing was sent.
     """
 
-    def __init__(self, max_connections: int, *, verify: ssl.SSLContext | bool = True) -> None:
+    def __init__(self, max_connections: int, *, verify: ssl.SSLContext | bool = True, rest: Rest | None = None) -> None:
+        self._rest = rest or Rest()
         count = max(1, max_connections // CONNECTIONS_EACH)
         each = -(-max_connections // count)
         limits = httpx.Limits(max_connections=each, max_keepalive_connections=each)
@@ -35,7 +88,9 @@ class SmallPools(httpx.AsyncBaseTransport):
         least = self._under_way.index(min(self._under_way))
         self._under_way[least] += 1
         try:
-            return await self._pools[least].handle_async_request(request)
+            response = await self._pools[least].handle_async_request(request)
+            self._rest.note(response)
+            return response
         finally:
             self._under_way[least] -= 1
 
@@ -51,6 +106,7 @@ def create_client(
     connect_timeout_seconds: float,
     base_url: str = "",
     verify: ssl.SSLContext | bool = True,
+    rest: Rest | None = None,
 ) -> httpx.AsyncClient:
     """A client over small pools, deaf to the environment's proxies.
 
@@ -60,7 +116,7 @@ def create_client(
     soon = connect_timeout_seconds
     return httpx.AsyncClient(
         base_url=base_url,
-        transport=SmallPools(max_connections, verify=verify),
+        transport=SmallPools(max_connections, verify=verify, rest=rest),
         timeout=httpx.Timeout(timeout_seconds, connect=soon, pool=soon),
         trust_env=False,
     )
@@ -80,11 +136,13 @@ class ProviderHttp:
     ) -> None:
         self._gateway = gateway
         self._timeout_seconds = timeout_seconds
+        self.rest = Rest()
         self._client = create_client(
             max_connections=max_connections,
             timeout_seconds=timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             base_url=base_url,
+            rest=self.rest,
         )
 
     async def request(self, method: str, url: str, **content: Any) -> httpx.Response:

@@ -314,6 +314,9 @@ class VNPayGateway:
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, BEGUN_GRACE) if is_begun else outcome
 
+    def rests_seconds(self) -> float:
+        return self._http.rest.seconds()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()

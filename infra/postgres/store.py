@@ -6,7 +6,7 @@ pinned to the indexes (`PINNED_PLANS`): joined with `unnest`, Postgres guesses r
 was small would scan all of it for ever (tests/integration/test_query_plans.py reads the plans).
 """
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -21,7 +21,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
-from domain.ports import Changes, HeldLease, OutboxRow, Place
+from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place, Stuck
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 """A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
@@ -125,13 +125,32 @@ SAVE = f"""
         ARRAY[cardinality($2), cardinality($3), cardinality($4), cardinality($5)])
 """
 # SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
-# called the gateway.
+# called the gateway. Gateway by gateway, found by steps from one name to the next: one that is full ($3 and $4 say how
+# much each has room for), with however much is due there, keeps none of the others' from being found.
+DUE = """
+    named AS (
+        (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
+        UNION ALL
+        SELECT (SELECT o.gateway FROM operations AS o WHERE o.due_at IS NOT NULL AND o.gateway > n.gateway
+                 ORDER BY o.gateway LIMIT 1)
+          FROM named AS n WHERE n.gateway IS NOT NULL
+    ), due AS MATERIALIZED (
+        SELECT d.payment_id, d.number
+          FROM (SELECT n.gateway, least($1, coalesce(r.room, $1)) AS room
+                  FROM named AS n LEFT JOIN unnest($3::text[], $4::integer[]) AS r(gateway, room) USING (gateway)
+               ) AS given
+         CROSS JOIN LATERAL (
+               SELECT payment_id, number FROM operations
+                WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now()
+                ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS d
+    )
+"""
 CLAIM_DUE = f"""
+    WITH RECURSIVE {DUE}
     UPDATE operations AS o
        SET state = CASE WHEN o.is_leased AND o.state = 'dispatched' THEN 'indeterminate' ELSE o.state END,
            lease_token = o.lease_token + 1, attempts = o.attempts + 1, is_leased = true, due_at = now() + $2::interval
-      FROM (SELECT payment_id, number FROM operations
-             WHERE due_at IS NOT NULL AND due_at <= now() ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED) AS due
+      FROM due
      WHERE o.payment_id = due.payment_id AND o.number = due.number
     RETURNING {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))}
 """
@@ -141,27 +160,71 @@ RENEW_LEASES = """
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
 """
 # What nobody is working on: it waits for its next attempt, or its worker has not answered within the lease.
-NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now()) AND ($1::uuid IS NULL OR payment_id = $1)"
+NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now())"
+OF_ONE = "($1::uuid IS NULL OR payment_id = $1)"
 FIND_UNDER_WAY = f"""
     SELECT {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))} FROM operations AS o
-     WHERE {NOT_AT_WORK}
+     WHERE {NOT_AT_WORK} AND {OF_ONE}
      ORDER BY due_at LIMIT $2
 """
-COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK}"
+COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK} AND {OF_ONE}"
 MAKE_DUE = """
     UPDATE operations SET due_at = now()
      WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
 """
+HOLDING = "authorized_minor > captured_minor + released_minor"
+HOLD_DUE = "greatest(hold_due_at, authorization_expires_at)"
+"""Both as the index has them, or it is not used."""
+HOLD_COLUMNS = f"""
+    {", ".join("p." + name.strip() for name in PAYMENT_COLUMNS.split(","))},
+    {", ".join(f"o.{name.strip()} AS o_{name.strip()}" for name in OPERATION_COLUMNS.split(","))}, {HOLD_DUE}
+"""
+HELD_BY = "operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'"
+# The claim itself puts the next question off, so that several workers share the holds, and one that ends in the middle
+# of it leaves them to be asked about at their next time. Spread downwards, since $4 is the latest that may be.
+HOLDS_DUE = f"""
+    due AS MATERIALIZED (
+        SELECT id FROM payments
+         WHERE {HOLDING} AND {HOLD_DUE} <= now() AND open_operations = 0
+           AND ($2::uuid IS NULL OR payment_id = $2)
+         ORDER BY {HOLD_DUE} LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
+    )
+"""
+CLAIM_HOLDS = f"""
+    WITH {HOLDS_DUE}, claimed AS (
+        UPDATE payments AS p
+           SET hold_due_at = now() + (0.75 + random() / 4)
+                           * least($4::interval, $3::interval * (2.0 ^ least(p.hold_questions, 20))::float),
+               hold_questions = p.hold_questions + 1
+          FROM due WHERE p.id = due.id
+        RETURNING p.*
+    )
+    SELECT {HOLD_COLUMNS} FROM claimed AS p JOIN {HELD_BY}
+"""
+# Past their end, whenever they are to be asked about next; that is put off by a day at most (`domain.rules`), which
+# bounds how much of the index is read.
+LAPSED = (
+    f"{HOLDING} AND authorization_expires_at <= now() AND {HOLD_DUE} <= now() + interval '1 day'"
+    " AND open_operations = 0"
+)
 FIND_LAPSED_HOLDS = f"""
-    SELECT {", ".join("p." + name.strip() for name in PAYMENT_COLUMNS.split(","))},
-           {", ".join(f"o.{name.strip()} AS o_{name.strip()}" for name in OPERATION_COLUMNS.split(","))}
+    SELECT {HOLD_COLUMNS}
       FROM (SELECT * FROM payments
-             WHERE status IN ('authorized', 'partially_captured') AND authorization_expires_at <= now()
-               AND open_operations = 0
-               AND ($1::timestamptz IS NULL OR (authorization_expires_at, payment_id) > ($1, $2))
-             ORDER BY authorization_expires_at, payment_id LIMIT $3) AS p
-      JOIN operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'
-     ORDER BY p.authorization_expires_at, p.payment_id
+             WHERE {LAPSED} AND {OF_ONE} AND {HOLD_DUE} >= coalesce($2::timestamptz, '-infinity')
+               AND ($2 IS NULL OR ({HOLD_DUE}, payment_id) > ($2, $3))
+             ORDER BY {HOLD_DUE}, payment_id LIMIT $4) AS p
+      JOIN {HELD_BY}
+     ORDER BY {HOLD_DUE}, p.payment_id
+"""
+MAKE_HOLDS_DUE = f"UPDATE payments SET hold_due_at = NULL WHERE {LAPSED} AND {OF_ONE} AND hold_due_at > now()"
+STUCK = f"""
+    SELECT 'operation' AS subject, count(*) AS number, extract(epoch FROM now() - min(dispatched_at))::float AS oldest,
+           extract(epoch FROM now() - min(due_at))::float AS overdue
+      FROM operations WHERE {NOT_AT_WORK}
+    UNION ALL
+    SELECT 'hold', count(*), extract(epoch FROM now() - min(authorization_expires_at))::float,
+           extract(epoch FROM now() - min({HOLD_DUE}))::float
+      FROM payments WHERE {LAPSED}
 """
 IN_DOUBT = """
     SELECT count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
@@ -169,6 +232,7 @@ IN_DOUBT = """
 """
 PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"
 
+NO_ROOMS: Final[Mapping[str, int]] = {}
 _OPEN_STATES: Final = sorted(OPEN)
 
 _UNAVAILABLE: Final = (
@@ -264,14 +328,17 @@ class PostgresStore:
         """Whether the current task is inside `begin`, where no gateway may be called."""
         return _in_transaction.get()
 
-    async def claim_due(self, *, limit: int, lease: timedelta) -> list[tuple[Payment, Operation]]:
-        """Take over operations that are due, oldest first: each belongs to the caller until `lease` has passed.
+    async def claim_due(
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = NO_ROOMS
+    ) -> list[tuple[Payment, Operation]]:
+        """Take over operations that are due, each gateway's oldest first: the caller's until `lease` has passed.
 
-        An operation whose lease ran out without an answer comes back `indeterminate`.
+        Of one gateway at most `limit`, or what `rooms` says if that is less. An operation whose lease ran out without
+        an answer comes back `indeterminate`.
         """
         with translated():
             async with self._pool.acquire() as connection:
-                rows = await connection.fetch(CLAIM_DUE, limit, lease)
+                rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()))
                 return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:
@@ -304,19 +371,54 @@ class PostgresStore:
         assert row is not None, "a count has a row"
         return row["count"], row["seconds"] or 0.0
 
-    async def find_lapsed_holds(self, *, after: Place | None, limit: int) -> list[tuple[Payment, Operation]]:
-        """Authorizations past their end that still hold money, with nothing under way, in the order of their ends."""
+    async def stuck(self) -> dict[str, Stuck]:
+        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
         with translated():
             async with self._pool.acquire() as connection:
-                rows = await connection.fetch(FIND_LAPSED_HOLDS, *(after or (None, None)), limit)
-        width = len(PAYMENT_COLUMNS.split(","))
-        return [(_payment(tuple(row)[:width], ()), _operation(tuple(row)[width:])) for row in rows]
+                rows = await connection.fetch(STUCK)
+        return {
+            row["subject"]: Stuck(row["number"], row["oldest"] or 0.0, max(row["overdue"] or 0.0, 0.0)) for row in rows
+        }
+
+    async def claim_holds(
+        self, payment_id: UUID | None = None, *, limit: int, first_delay: timedelta, delay_max: timedelta
+    ) -> list[LapsedHold]:
+        """Take holds past their end that are to be asked about now, with nothing under way: of one payment, or of all.
+
+        Each is due again after `first_delay`, doubled with every question up to `delay_max`, less a spread.
+        """
+        with translated():
+            async with self._pool.acquire() as connection:
+                return [
+                    _hold(row) for row in await connection.fetch(CLAIM_HOLDS, limit, payment_id, first_delay, delay_max)
+                ]
+
+    async def find_lapsed_holds(
+        self, payment_id: UUID | None = None, *, after: Place | None = None, limit: int
+    ) -> list[LapsedHold]:
+        """Holds past their end that hold money still, with nothing under way, soonest due first. Claims none."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                place = after or (None, None)
+                return [_hold(row) for row in await connection.fetch(FIND_LAPSED_HOLDS, payment_id, *place, limit)]
+
+    async def make_holds_due(self, payment_id: UUID | None = None) -> int:
+        """Have holds past their end asked about at once, however lately they were; how many there are."""
+        with translated():
+            async with self._pool.acquire() as connection:
+                return int((await connection.execute(MAKE_HOLDS_DUE, payment_id)).split()[-1])
 
     async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
         """Start these leases anew, except those that were taken over."""
         with translated():
             async with self._pool.acquire() as connection:
                 await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
+
+
+def _hold(row: asyncpg.Record) -> LapsedHold:
+    width = len(PAYMENT_COLUMNS.split(","))
+    *fields, due_at = row
+    return LapsedHold(_payment(fields[:width], ()), _operation(fields[width:]), due_at)
 
 
 async def _with_payments(connection: Connection, operations: list[Operation]) -> list[tuple[Payment, Operation]]:

@@ -49,6 +49,8 @@ class WebhookSender:
     _http: httpx.AsyncClient | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _next: asyncio.Event = field(default_factory=asyncio.Event)
+    _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CONNECTIONS))
+    """httpcore goes through all that wait for a connection whenever one is free: they wait out here."""
 
     def send(
         self, make: Callable[[], Outgoing], *, is_accepted: Callable[[httpx.Response], bool] | None = None
@@ -82,9 +84,10 @@ class WebhookSender:
             )
         self.sent += 1
         try:
-            answer = await self._http.request(
-                outgoing.method, outgoing.url, content=outgoing.body or None, headers=dict(outgoing.headers)
-            )
+            async with self._free:
+                answer = await self._http.request(
+                    outgoing.method, outgoing.url, content=outgoing.body or None, headers=dict(outgoing.headers)
+                )
         except httpx.HTTPError:
             return False
         finally:

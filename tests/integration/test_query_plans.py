@@ -27,12 +27,15 @@ INDEXES = {
     "FIND_OPERATIONS": {"operations_idempotency_key_key"},
     "UPDATE_PAYMENTS": {"payments_payment_id_key"},
     "UPDATE_OPERATIONS": {"operations_pkey"},
-    "CLAIM_DUE": {"operations_due", "operations_pkey"},
+    "CLAIM_DUE": {"operations_due_by_gateway", "operations_pkey"},
     "IN_DOUBT": {"operations_in_doubt"},
-    "FIND_UNDER_WAY": {"operations_due"},
-    "COUNT_UNDER_WAY": {"operations_due"},
-    "MAKE_DUE": {"operations_due"},
-    "FIND_LAPSED_HOLDS": {"payments_pending_captures", "operations_pkey"},
+    "FIND_UNDER_WAY": {"operations_due_by_gateway"},
+    "COUNT_UNDER_WAY": {"operations_due_by_gateway"},
+    "MAKE_DUE": {"operations_due_by_gateway"},
+    "FIND_LAPSED_HOLDS": {"payments_hold_due", "operations_pkey"},
+    "CLAIM_HOLDS": {"payments_hold_due", "payments_pkey", "operations_pkey"},
+    "MAKE_HOLDS_DUE": {"payments_hold_due"},
+    "STUCK": {"operations_due_by_gateway", "payments_hold_due"},
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "OPERATIONS_OF_KIND": {"operations_pkey"},
@@ -86,6 +89,23 @@ async def test_statement_walks_its_indexes(name: str, pinned: asyncpg.Connection
     assert "Merge Join" not in plan, plan
     for index in INDEXES.get(name, ()):
         assert f" {index} " in plan, plan
+
+
+@pytest.mark.parametrize("name", ["CLAIM_DUE", "CLAIM_HOLDS"])
+async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
+    name: str, pinned: asyncpg.Connection
+) -> None:
+    """In the order of the index, up to the limit; sorted first, all of it would be read."""
+    plan = await generic_plan(pinned, STATEMENTS[name])
+    assert "Limit" in plan, plan
+    assert "Sort" not in plan, plan
+
+
+async def test_what_is_due_of_a_gateway_is_read_past_no_other_gateways(pinned: asyncpg.Connection) -> None:
+    plan = await generic_plan(pinned, STATEMENTS["CLAIM_DUE"])
+    assert re.search(
+        r"Index Cond: \(\(gateway = [\w.]+\) AND \(due_at IS NOT NULL\) AND \(due_at <= now\(\)\)\)", plan
+    ), plan
 
 
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:

@@ -5,25 +5,40 @@ import json
 import os
 import subprocess
 import sys
-from datetime import timedelta
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
+from prometheus_client import REGISTRY
 
 from app import reconcile_command
 from app.reconcile_command import reconcile
 from app.ruling_command import Finding, RulingRefused, rule
 from app.settings import Settings
 from domain.commands import OperationKind
-from domain.operations import Expired, GatewayRequest, Outcome, Succeeded, Unknown
-from handlers.reconcile import Reconciler
+from domain.decision import Notified
+from domain.errors import GatewayUnreachable
+from domain.notices import Notice
+from domain.operations import Declined, DeclineReason, Expired, GatewayRequest, Outcome, Pending, Succeeded, Unknown
+from domain.ports import Gateway
+from handlers.pace import Pace
+from handlers.reconcile import Asker, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
-from tests.support.service import delivery, events_of, new_payment_id, running_worker, value
+from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
 
 class Instant(BookkeepingGateway):
     name = "instant"
+
+
+def asker_of(gateway: BookkeepingGateway) -> Asker:
+    return Asker({gateway.name: gateway}, {gateway.name: Pace(time.monotonic, gateway)})
 
 
 async def in_doubt(postgres_url: str, *payments: Any) -> None:
@@ -33,7 +48,7 @@ async def in_doubt(postgres_url: str, *payments: Any) -> None:
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(*(delivery("charge", each, f"key-{each}") for each in payments))
         await worker.idle()
-    await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour' RETURNING 1")
+    await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour' WHERE due_at IS NOT NULL")
 
 
 async def run(settings: Settings, capsys: pytest.CaptureFixture[str], *, dry_run: bool, payment: Any = None) -> Any:
@@ -70,9 +85,10 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
         pool = await create_pool(postgres_url, size=1)
         reconciler = Reconciler(
             store=PostgresStore(pool),
-            gateways={"books": gateway},
+            asker=asker_of(gateway),
             write_path=worker.write_path,
             interval=timedelta(seconds=60),
+            cut_off=timedelta(hours=1),
         )
         assert await reconciler.reconcile_holds() == 0
         # Another attempt was paid before, at another gateway: a hold is asked about at its own.
@@ -86,13 +102,302 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
 
         gateway.status = status  # type: ignore[method-assign]
         assert await reconciler.reconcile_holds() == 1
-        await reconciler.reconcile_holds()
+        await reconciler.reconcile_holds_now()
         pool.terminate()
     assert asked[0].kind is OperationKind.AUTHORIZE
     assert asked[0].reference == f"ref_{payment_id}:1"
     kinds = [each["type"] for each in await events_of(postgres_url, payment_id)]
     released = ["payment.authorization_expired.v1"] if isinstance(word, Expired) else []
     assert kinds == ["payment.authorized.v1", *released]
+
+
+@asynccontextmanager
+async def reconcilers(
+    postgres_url: str, worker: InProcessWorker, gateway: BookkeepingGateway, count: int = 1
+) -> AsyncIterator[list[Reconciler]]:
+    """Those of several workers, each on its own connections: every 5 minutes, an hour behind at most."""
+    pools = [await create_pool(postgres_url, size=1) for _ in range(count)]
+    yield [
+        Reconciler(
+            store=PostgresStore(pool),
+            asker=asker_of(gateway),
+            write_path=worker.write_path,
+            interval=timedelta(minutes=5),
+            cut_off=timedelta(hours=1),
+        )
+        for pool in pools
+    ]
+    for pool in pools:
+        pool.terminate()
+
+
+class StillHeld(BookkeepingGateway):
+    """Every hold is still there; `asked` counts the questions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[UUID] = Counter()
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        self.asked[request.payment_id] += 1
+        await asyncio.sleep(0)
+        return Succeeded(request.reference or "", request.amount.minor)
+
+
+class Resting(StillHeld):
+    """Asks for fewer requests for `rest` seconds."""
+
+    rest = 0.0
+
+    def rests_seconds(self) -> float:
+        return self.rest
+
+
+async def lapsed_holds(postgres_url: str, worker: InProcessWorker, count: int) -> list[UUID]:
+    payments = [new_payment_id() for _ in range(count)]
+    await worker.accept(*(delivery("authorize", each, f"key-{each}") for each in payments))
+    await worker.idle()
+    await value(postgres_url, "UPDATE payments SET authorization_expires_at = now() - interval '1 minute'")
+    return payments
+
+
+async def test_workers_share_the_holds_past_their_end_and_none_is_asked_about_twice(postgres_url: str) -> None:
+    gateway = StillHeld()
+    async with running_worker(postgres_url, gateway) as worker:
+        payments = await lapsed_holds(postgres_url, worker, 700)
+        async with reconcilers(postgres_url, worker, gateway, 3) as several:
+            found = await asyncio.gather(*(each.reconcile_holds() for each in several))
+            assert sum(found) == len(payments)
+            assert min(found) > 0
+            assert gateway.asked == Counter(payments)
+            assert [await each.reconcile_holds() for each in several] == [0, 0, 0]
+
+
+async def test_a_hold_that_is_still_there_is_asked_about_ever_later_and_within_the_cut_off(postgres_url: str) -> None:
+    gateway, waits = StillHeld(), []
+    async with running_worker(postgres_url, gateway) as worker:
+        (payment,) = await lapsed_holds(postgres_url, worker, 1)
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            for questions in range(1, 31):
+                assert await reconciler.reconcile_holds() == 1
+                assert await reconciler.reconcile_holds() == 0
+                assert gateway.asked[payment] == questions
+                waits.append(await value(postgres_url, "SELECT hold_due_at - now() FROM payments"))
+                await value(postgres_url, "UPDATE payments SET hold_due_at = now()")
+    interval, rounds = timedelta(minutes=5), timedelta(minutes=5) * 1.25
+    for waited, doubled in zip(waits[:4], (1, 2, 4, 8), strict=True):
+        assert interval * doubled * 0.74 <= waited <= interval * doubled
+    assert max(waits) + rounds <= timedelta(hours=1)
+    assert min(waits[5:]) >= (timedelta(hours=1) - rounds) * 0.74
+    assert len({round(each.total_seconds()) for each in waits[5:]}) > 10, "a herd would stay together"
+
+
+async def test_a_question_that_got_no_answer_is_asked_again_later_by_whoever_is_there(postgres_url: str) -> None:
+    gateway = StillHeld()
+
+    async def away(request: GatewayRequest) -> Outcome:
+        raise GatewayUnreachable("books", "not connected")
+
+    async with running_worker(postgres_url, gateway) as worker:
+        await lapsed_holds(postgres_url, worker, 1)
+        async with reconcilers(postgres_url, worker, gateway, 2) as (first, second):
+            answered, gateway.status = gateway.status, away  # type: ignore[method-assign]
+            assert await first.reconcile_holds() == 1
+            gateway.status = answered  # type: ignore[method-assign]
+            assert await second.reconcile_holds() == 0
+            await value(postgres_url, "UPDATE payments SET hold_due_at = now()")
+            assert await second.reconcile_holds() == 1
+
+
+async def test_a_new_hold_is_asked_about_from_its_own_end_whatever_was_asked_about_an_earlier_one(
+    postgres_url: str,
+) -> None:
+    gateway = StillHeld()
+    async with running_worker(postgres_url, gateway) as worker:
+        await lapsed_holds(postgres_url, worker, 1)
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+            later = "UPDATE payments SET authorization_expires_at = now() + interval '2 days', hold_due_at = now()"
+            await value(postgres_url, later)
+            assert await reconciler.reconcile_holds_now() == 0
+
+
+@pytest.mark.parametrize(
+    "also", [{"captured_minor": 5_000}, {"captured_minor": 5_000, "refunded_minor": 4_000}], ids=str
+)
+async def test_what_is_left_of_a_hold_is_asked_about_under_every_status(
+    postgres_url: str, also: dict[str, int]
+) -> None:
+    gateway = StillHeld()
+    status = "partially_refunded" if "refunded_minor" in also else "partially_captured"
+    async with running_worker(postgres_url, gateway) as worker:
+        await lapsed_holds(postgres_url, worker, 1)
+        amounts = ", ".join(f"{name} = {amount}" for name, amount in also.items())
+        await value(postgres_url, f"UPDATE payments SET status = '{status}', {amounts}")
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+            await value(postgres_url, "UPDATE payments SET hold_due_at = now(), released_minor = 5000")
+            assert await reconciler.reconcile_holds() == 0
+
+
+async def test_a_hold_that_came_late_beside_a_charge_is_asked_about_at_its_end_and_released(postgres_url: str) -> None:
+    gateway, payment = BookkeepingGateway(), new_payment_id()
+    gateway.outcome = lambda request: (
+        Declined(DeclineReason.OTHER, None, "first") if request.operation_number == 1 else None
+    )
+    async with running_worker(postgres_url, gateway) as worker:
+        for kind in ("authorize", "charge"):
+            await worker.accept(delivery(kind, payment, kind))
+            await worker.idle()
+        ends = datetime.now(UTC) - timedelta(seconds=1)
+        late = Notice("books", "event", "late", payment, 1, outcome=Succeeded("first", 10_000, ends))
+        await worker.write_path.apply([Notified(1, payment, late)])
+        gateway.answers[f"{payment}:1"] = Expired("first", "automatic")
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+            assert await reconciler.reconcile_holds_now() == 0
+    kinds = [each["type"].split(".")[1] for each in await events_of(postgres_url, payment)]
+    assert kinds == ["declined", "captured", "late_success", "authorization_expired"]
+    assert await value(postgres_url, "SELECT owed_held_minor FROM payments") == 0
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_what_is_stuck_is_counted_as_checked_healed_and_disagreeing(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    gateway.outcome = lambda request: Pending(request.provider_key)
+    payments = [new_payment_id() for _ in range(3)]
+    names = {"gateway": "books"}
+
+    def counts() -> list[float]:
+        return [
+            sample("payments_reconciled_total", **names, subject="operation", answer="Succeeded"),
+            sample("payments_operations_healed_total", **names, state="succeeded"),
+            sample("payments_reconciled_disagreeing_total", **names),
+        ]
+
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(*(delivery("charge", each, f"key-{each}") for each in payments))
+        await worker.idle()
+        await value(postgres_url, "UPDATE operations SET due_at = now()")
+        gateway.answers |= {f"{each}:1": Succeeded(f"{each}:1", 10_000) for each in payments[:2]}
+        gateway.answers[f"{payments[2]}:1"] = Succeeded(f"{payments[2]}:1", 9_999)
+        before = counts()
+        assert await worker.sweep.sweep_once() == 3
+        await worker.idle()
+    assert [after - then for after, then in zip(counts(), before, strict=True)] == [3, 2, 1]
+
+
+async def test_a_hold_is_counted_as_checked_and_once_its_end_is_known_as_healed(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+
+    def counts() -> list[float]:
+        checked = sample("payments_reconciled_total", gateway="books", subject="hold", answer="Expired")
+        return [checked, sample("payments_operations_healed_total", gateway="books", state="hold_released")]
+
+    async with running_worker(postgres_url, gateway) as worker:
+        (payment,) = await lapsed_holds(postgres_url, worker, 1)
+        gateway.answers[f"{payment}:1"] = Expired("ref", "automatic")
+        before = counts()
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+    assert [after - then for after, then in zip(counts(), before, strict=True)] == [1, 1]
+
+
+async def test_a_hold_of_which_the_provider_tells_another_amount_is_counted_as_disagreeing(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    async with running_worker(postgres_url, gateway) as worker:
+        (payment,) = await lapsed_holds(postgres_url, worker, 1)
+        gateway.answers[f"{payment}:1"] = Succeeded(f"ref_{payment}:1", 9_999)
+        before = sample("payments_reconciled_disagreeing_total", gateway="books")
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 1
+        assert sample("payments_reconciled_disagreeing_total", gateway="books") == before + 1
+
+
+async def test_holds_of_a_provider_that_rests_keep_no_others_waiting(postgres_url: str) -> None:
+    resting, free = Resting(), StillHeld()
+    resting.rest, free.name = 100.0, "free"
+    async with running_worker(postgres_url, free) as worker:
+        payments = await lapsed_holds(postgres_url, worker, 20)
+    theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
+    await value(postgres_url, theirs, payments[:19])
+    gateways: dict[str, Gateway] = {"books": resting, "free": free}
+    paces = {name: Pace(time.monotonic, each) for name, each in gateways.items()}
+    pool = await create_pool(postgres_url, size=1)
+    holds = await PostgresStore(pool).find_lapsed_holds(limit=50)
+    pool.terminate()
+    asking = asyncio.create_task(Asker(gateways, paces).ask(holds))
+    async with asyncio.timeout(5):
+        while not free.asked:
+            await asyncio.sleep(0.01)
+    asking.cancel()
+    assert (list(free.asked), list(resting.asked)) == ([payments[19]], [])
+
+
+async def test_how_much_is_stuck_and_for_how_long_is_told_of_operations_and_holds(postgres_url: str) -> None:
+    gateway = StillHeld()
+    async with running_worker(postgres_url, gateway) as worker:
+        await lapsed_holds(postgres_url, worker, 2)
+        await in_doubt(postgres_url, new_payment_id(), new_payment_id(), new_payment_id())
+    pool = await create_pool(postgres_url, size=1)
+    store = PostgresStore(pool)
+    stuck = await store.stuck()
+    assert {subject: each.number for subject, each in stuck.items()} == {"operation": 3, "hold": 2}
+    assert 60 <= stuck["hold"].oldest_seconds == stuck["hold"].overdue_seconds < 90
+    assert stuck["operation"].overdue_seconds == 0 < stuck["operation"].oldest_seconds < 30
+    ages = "UPDATE operations SET due_at = now() - interval '20 seconds', dispatched_at = now() - interval '2 hours'"
+    await value(postgres_url, ages + " WHERE due_at IS NOT NULL")
+    overdue = (await store.stuck())["operation"]
+    assert 20 <= overdue.overdue_seconds < 30
+    assert 7200 <= overdue.oldest_seconds < 7230
+    pool.terminate()
+
+
+async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(postgres_url: str) -> None:
+    gateway = BookkeepingGateway()
+    gateway.outcome = lambda request: Pending(request.provider_key)
+    payments = [new_payment_id() for _ in range(40)]
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(*(delivery("charge", each, f"key-{each}") for each in payments))
+        await worker.idle()
+    due = "UPDATE operations SET due_at = now() - interval '1 hour', gateway = $1 WHERE payment_id = ANY($2)"
+    for name, some in (("busy", payments[:20]), ("free", payments[20:30]), ("removed", payments[30:])):
+        await value(postgres_url, due, name, some)
+    await value(postgres_url, "UPDATE operations SET due_at = now() WHERE gateway <> 'busy'")
+    pool = await create_pool(postgres_url, size=1)
+    store, lease = PostgresStore(pool), timedelta(seconds=60)
+    claimed = await store.claim_due(limit=8, lease=lease, rooms={"busy": 0, "free": 5})
+    assert Counter(operation.gateway for _, operation in claimed) == {"free": 5, "removed": 8}
+    claimed = await store.claim_due(limit=8, lease=lease, rooms={"busy": 3, "free": 100})
+    assert Counter(operation.gateway for _, operation in claimed) == {"busy": 3, "free": 5, "removed": 2}
+    pool.terminate()
+
+
+async def test_while_a_provider_rests_what_is_stuck_there_stays_due_for_whoever_may_ask_first(
+    postgres_url: str,
+) -> None:
+    gateway, payment, later = Resting(), new_payment_id(), new_payment_id()
+    gateway.outcome = lambda request: Pending(request.provider_key) if request.payment_id == payment else None
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment, "first"))
+        await worker.idle()
+        await value(postgres_url, "UPDATE operations SET due_at = now()")
+        gateway.rest = 100.0
+        assert await worker.sweep.sweep_once() == 0
+        await worker.accept(delivery("charge", later, "second"))
+        await worker.idle()
+        assert await value(postgres_url, "SELECT array_agg(status ORDER BY id) FROM payments") == [
+            "processing",
+            "captured",
+        ]
+        assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
+        gateway.rest = 0.0
+        assert await worker.sweep.sweep_once() == 1
+        await worker.idle()
+    assert await value(postgres_url, "SELECT array_agg(status ORDER BY id) FROM payments") == ["captured", "captured"]
 
 
 def here(postgres_url: str, redis_url: str) -> Settings:

@@ -103,7 +103,7 @@ FINDERS: dict[str, tuple[str, Any]] = {
         lambda r: r.count_by_filters(PaymentFilters(created_since=datetime.now(UTC) - timedelta(hours=1))),
     ),
     "pending_captures": ("payments_pending_captures", lambda r: r.find_pending_captures()),
-    "stuck_due": ("operations_due", lambda r: r.find_stuck_payments(timedelta(hours=1))),
+    "stuck_due": ("operations_due_by_gateway", lambda r: r.find_stuck_payments(timedelta(hours=1))),
     "stuck_in_doubt": ("operations_in_doubt", lambda r: r.find_stuck_payments(timedelta(hours=1))),
 }
 

@@ -104,8 +104,9 @@ async def running_worker(
     dispatcher, settler, leases = create_calling(store, write_path, chosen, gateways, limits)
     sweep = Sweep(
         store=store,
-        submit=dispatcher.submit,
+        submit=dispatcher.resubmit,
         room=lambda: 500,
+        rooms=lambda: dispatcher.rooms,
         lease=chosen.retry.lease,
         interval_seconds=0.05,
     )

@@ -387,6 +387,20 @@ def test_time_alone_ends_nothing_that_may_have_been_executed(outcome: Outcome) -
     assert story.kinds == ["pending", "needs_review"]
 
 
+@pytest.mark.parametrize("outcome", [Unknown(), Pending("ref"), Unreachable()], ids=lambda each: type(each).__name__)
+def test_what_is_stuck_is_looked_at_again_within_the_cut_off_whatever_its_state(outcome: Outcome) -> None:
+    patient, day = replace(RETRY, review_poll_interval=timedelta(days=1), cut_off=timedelta(hours=1)), timedelta(days=1)
+    story = Story(rules(replace(patient, delay_max=day, poll_interval=day, give_up_after=30 * day)))
+    story.send("charge")
+    for _ in range(40):
+        story.answer(outcome)
+        operation = story.operations[1]
+        assert operation.due_at is not None
+        assert timedelta(0) < operation.due_at - story.now <= timedelta(hours=1)
+        story.wait(hours=5)
+        story.claim()
+
+
 def test_not_executed_follows_when_every_attempt_is_proven_not_to_have_reached_the_provider() -> None:
     story = told(processing)
     story.answer(Unreachable("connection refused"))

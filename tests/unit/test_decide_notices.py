@@ -368,6 +368,22 @@ def test_a_hold_that_is_gone_already_does_not_stand_in_the_way_of_the_next_one()
     assert told.last.snapshot.gateway_payment_id == "ref_2"
 
 
+@pytest.mark.parametrize("kind", ["charge", "authorize"])
+@pytest.mark.parametrize("days", [2, 9, None])
+def test_the_earliest_end_of_the_open_holds_is_when_they_are_asked_about(kind: str, days: int | None) -> None:
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send(kind, "second")
+    own = told.now + timedelta(days=5)
+    told.answer(Succeeded("ref_2", 10_000, own if kind == "authorize" else None))
+    end = None if days is None else told.now + timedelta(days=days)
+    told.hear(Succeeded("ref_1", 10_000, end))
+    assert told.payment is not None
+    unknown = told.now + told.rules.retry.hold_end_unknown_after
+    assert told.payment.authorization_expires_at == min(end or unknown, own if kind == "authorize" else end or unknown)
+
+
 def test_a_late_success_for_which_there_is_no_room_is_reported() -> None:
     told = story()
     told.does("authorize")
@@ -398,7 +414,8 @@ def test_a_capture_that_failed_since_the_hold_is_gone_leads_to_a_question_about_
     told.send("capture")
     told.answer(NotExecuted("it was released", "1003", is_hold_gone))
     assert told.payment is not None
-    assert told.payment.authorization_expires_at == (told.now if is_hold_gone else None)
+    end_unknown = told.now + told.rules.retry.hold_end_unknown_after
+    assert told.payment.authorization_expires_at == (told.now if is_hold_gone else end_unknown)
     assert (told.kinds, told.amounts()) == (["authorized", "command_rejected"], (10_000, 0, 0, 0))
     told.learn(Expired("ref_1", "1003"))
     assert told.kinds[-1] == "authorization_expired"

@@ -1,7 +1,7 @@
 """The dispatcher: its limit holds, and no end of a gateway call loses an operation."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -15,6 +15,7 @@ from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded
 from handlers.breaker import FAILURES_MAX, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
+from handlers.pace import Pace
 from tests.support.provider import BookkeepingGateway
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -61,7 +62,14 @@ class ScriptedGateway(BookkeepingGateway):
 class Bench:
     """A dispatcher with one gateway, and the answers that came."""
 
-    def __init__(self, gateway: BookkeepingGateway, *, limit: int = 50, lease: timedelta = LEASE) -> None:
+    def __init__(
+        self,
+        gateway: BookkeepingGateway,
+        *,
+        limit: int = 50,
+        lease: timedelta = LEASE,
+        paces: Mapping[str, Pace] | None = None,
+    ) -> None:
         self.store = NoStore()
         self.answers: list[Answer] = []
         self.dispatcher = Dispatcher(
@@ -70,6 +78,7 @@ class Bench:
             store=self.store,  # type: ignore[arg-type]
             clock=lambda: NOW,
             leases=Leases(store=self.store, lease=lease),  # type: ignore[arg-type]
+            paces=paces,
         )
         self.dispatcher.on_answer = self.answers.append
 

@@ -25,6 +25,15 @@ def test_a_delay_doubles_with_each_attempt_until_its_bound(attempts: int) -> Non
     assert POLICY.delay(60, payment_id) == POLICY.delay_max
 
 
+@given(attempts=st.integers(0, 10_000), payment=st.integers(0, 2**128 - 1), hours=st.integers(1, 100))
+def test_no_delay_is_more_than_the_cut_off_however_long_the_others_may_be(
+    attempts: int, payment: int, hours: int
+) -> None:
+    patient = RetryPolicy(delay_max=timedelta(hours=hours), review_poll_interval=timedelta(hours=hours))
+    assert patient.delay(attempts, UUID(int=payment)) <= timedelta(hours=1)
+    assert patient.within_cut_off(patient.review_poll_interval) == timedelta(hours=1)
+
+
 def test_delays_of_different_payments_are_spread() -> None:
     delays = {POLICY.delay(5, UUID(int=number)) for number in range(1024)}
     assert len(delays) == 1024

@@ -1,0 +1,59 @@
+"""Every gateway notices that its provider asks for fewer requests, whatever it makes of the answer itself."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import httpx
+import pytest
+
+from domain.errors import GatewayError
+from domain.operations import RequiresAction
+from domain.ports import Resting
+from tests.contract.gateway_requests import a_request, in_doubt
+from tests.contract.providers import PROVIDERS
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers all but the request for an access token with a 429."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        is_token = self.path.endswith("/oauth2/token")
+        body = b'{"access_token": "token", "expires_in": 3600}' if is_token else b"{}"
+        self.send_response(200 if is_token else 429)
+        self.send_header("retry-after", "30")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.fixture
+def refusing_url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+async def test_a_429_to_a_question_has_the_gateway_rest_for_as_long_as_it_says(name: str, refusing_url: str) -> None:
+    with httpx.Client(base_url=refusing_url) as http:
+        provider = PROVIDERS[name](refusing_url, http)
+    gateway = provider.gateway()
+    assert isinstance(gateway, Resting)
+    assert gateway.rests_seconds() == 0
+    request = a_request(amount=provider.amount, payment_method=provider.payment_method)
+    with suppress(GatewayError):
+        outcome = await gateway.charge(request)
+        # VNPay's charge is a URL, and no request.
+        assert isinstance(outcome, RequiresAction)
+        await gateway.status(in_doubt(request, reference=outcome.reference))
+    await gateway.close()
+    assert 29 < gateway.rests_seconds() <= 37.5

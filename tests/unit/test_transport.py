@@ -1,0 +1,90 @@
+"""When a provider asks for fewer requests, and for how long it is believed."""
+
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+
+from infra.gateways.transport import REST_SECONDS_MAX, Rest, SmallPools
+
+
+def told(status: int, retry_after: str | None = None) -> httpx.Response:
+    return httpx.Response(status, headers={} if retry_after is None else {"retry-after": retry_after})
+
+
+@pytest.mark.parametrize(
+    ("response", "least", "most"),
+    [
+        (told(429), 1, 1.25),
+        (told(429, "30"), 30, 37.5),
+        (told(503, "30"), 30, 37.5),
+        (told(429, "86400"), REST_SECONDS_MAX, REST_SECONDS_MAX * 1.25),
+        (told(429, "0"), 1, 1.25),
+        (told(429, "-5"), 1, 1.25),
+        (told(429, "soon"), 1, 1.25),
+        (told(429, "Wed, 21 Oct 2015 07:28:00 GMT"), 1, 1.25),
+        (told(503), 0, 0),
+        (told(503, "soon"), 0, 0),
+        (told(500, "30"), 0, 0),
+        (told(200, "30"), 0, 0),
+    ],
+)
+def test_a_rest_is_as_long_as_is_asked_for_if_that_is_sane(response: httpx.Response, least: float, most: float) -> None:
+    rest = Rest(lambda: 1000.0)
+    rest.note(response)
+    assert least <= rest.seconds() <= most
+
+
+def test_a_rest_may_be_asked_for_until_a_date() -> None:
+    rest = Rest(lambda: 1000.0)
+    rest.note(told(429, format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)))
+    assert 90 <= rest.seconds() <= 125
+
+
+def test_without_a_time_it_doubles_with_every_refusal_in_a_row_up_to_a_bound() -> None:
+    now = 1000.0
+    rest = Rest(lambda: now)
+    for refusal in range(15):
+        rest.note(told(429))
+        rest.note(told(429))  # several that were under way at once are one refusal
+        seconds = min(2.0**refusal, REST_SECONDS_MAX)
+        assert seconds <= rest.seconds() <= 1.25 * seconds
+        now += rest.seconds()
+    rest.note(told(200))
+    rest.note(told(429))
+    assert rest.seconds() <= 1.25
+
+
+def test_an_answer_to_what_was_under_way_does_not_end_it() -> None:
+    now = 1000.0
+    rest = Rest(lambda: now)
+    for _ in range(3):
+        rest.note(told(429))
+        now += rest.seconds()
+    rest.note(told(429))
+    rest.note(told(200))
+    assert rest.seconds() >= 8
+    now += rest.seconds()
+    rest.note(told(429))
+    assert rest.seconds() >= 16
+
+
+async def test_every_answer_of_a_provider_is_noted() -> None:
+    rest = Rest(lambda: 1000.0)
+    pools = SmallPools(8, rest=rest)
+    pools._pools = [httpx.MockTransport(lambda _: told(429, "20"))] * 2  # type: ignore[list-item]
+    async with httpx.AsyncClient(transport=pools) as client:
+        await client.get("http://provider.invalid")
+    assert rest.seconds() >= 20
+
+
+def test_it_comes_to_its_end_though_payers_are_refused_all_the_time() -> None:
+    now = 1000.0
+    rest = Rest(lambda: now)
+    rest.note(told(429, "60"))
+    while rest.seconds():
+        now += 1
+        if rest.seconds():
+            rest.note(told(429, "60"))
+    assert REST_SECONDS_MAX <= now - 1000 <= REST_SECONDS_MAX * 1.25 + 1
