@@ -37,6 +37,8 @@ class Manners:
     doubled: float = 0.0
     reordered: float = 0.0
     """Held back until the next one was sent, or for a second."""
+    amount_off_by: int = 0
+    """Added to the amounts that are told, in minor units: a provider's mistake, or a message about something else."""
 
 
 @dataclass(slots=True)
@@ -93,9 +95,22 @@ class WebhookSender:
         self.accepted += is_accepted(answer)
         return is_accepted(answer)
 
+    @property
+    def under_way(self) -> int:
+        """How many are yet to be delivered."""
+        return len(self._tasks)
+
+    async def until_heard(self, accepted_before: int, seconds: float) -> None:
+        """Until one more was accepted than these, or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.accepted <= accepted_before:
+                    await self._next.wait()
+
     def behave(self, given: Mapping[str, Any]) -> None:
         """New manners, from JSON. Raises TypeError or ValueError for what are none."""
-        self.manners = Manners(**{name: float(value) for name, value in given.items()})
+        shares = {name: float(value) for name, value in given.items() if name != "amount_off_by"}
+        self.manners = Manners(amount_off_by=int(given.get("amount_off_by", 0)), **shares)
 
     async def close(self) -> None:
         """Give up what is on its way."""

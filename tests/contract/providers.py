@@ -4,10 +4,10 @@ A new gateway adds one class here and one line to `PROVIDERS`, and the whole sui
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from uuid import UUID
 
 import httpx
@@ -35,6 +35,10 @@ CALLS: Final = {
 }
 """What fault rules call the request that executes an operation."""
 
+AUTHORIZE, CHARGE, CAPTURE, _VOID, REFUND = OperationKind
+ON_A_PAGE: Final = {AUTHORIZE: "confirm", CHARGE: "confirm"}
+"""Where the payer decides, and so where the payer's side may say no."""
+
 
 @dataclass
 class Provider(ABC):
@@ -46,9 +50,13 @@ class Provider(ABC):
     payment_method = "pm_card_visa"
     declined_method: str | None = None
     own = "/_sandbox"
+    declined_at: ClassVar[Mapping[OperationKind, str]] = {AUTHORIZE: "create", CHARGE: "create", REFUND: "refund"}
+    """What fault rules call the step at which an operation may be declined; nobody can decline what is not here."""
+    remembers_errors = False
+    """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
 
     @abstractmethod
-    def gateway(self) -> Gateway: ...
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway: ...
 
     @abstractmethod
     def effect(self, payment_id: UUID) -> Effect:
@@ -73,12 +81,18 @@ class Provider(ABC):
         given = {"action": action, "operation": operation, "payment_id": str(payment_id), "times": 1} | rule
         self.http.post(f"{self.own}/faults", json=given).raise_for_status()
 
+    def heal(self) -> None:
+        """Have no more faults."""
+        self.http.delete(f"{self.own}/faults").raise_for_status()
+
 
 class Stripe(Provider):
     declined_method: str | None = "pm_card_visa_chargeDeclined"
+    remembers_errors = True
 
-    def gateway(self) -> Gateway:
-        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=self.url, timeout_seconds=5))
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
+        key = SecretStr("sk_test_contract")
+        return StripeGateway(StripeConfig(api_key=key, api_base=self.url, timeout_seconds=timeout_seconds))
 
     def effect(self, payment_id: UUID) -> Effect:
         answer = self.http.get("/_sandbox/payment_intents", params={"metadata[payment_id]": str(payment_id)})
@@ -93,18 +107,22 @@ class StripeWithAuthentication(Stripe):
 
     payment_method = "pm_card_threeDSecure2Required"
     declined_method = None
+    declined_at: ClassVar = {**Stripe.declined_at, **ON_A_PAGE}
 
 
 class PayPal(Provider):
     payment_method = "vault:good"
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
+    declined_at: ClassVar = {**Provider.declined_at, CAPTURE: "capture"}
+    remembers_errors = True
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         secret = SecretStr("secret")
-        return PayPalGateway(
-            PayPalConfig(client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=5)
+        config = PayPalConfig(
+            client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=timeout_seconds
         )
+        return PayPalGateway(config)
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json()
@@ -116,6 +134,7 @@ class PayPalWallet(PayPal):
 
     payment_method = "wallet"
     declined_method = None
+    declined_at: ClassVar = {**PayPal.declined_at, **ON_A_PAGE}
 
     def pay(self, action: RequiresAction) -> None:
         self.http.post(f"/_sandbox/paypal/orders/{action.reference}/approve").raise_for_status()
@@ -128,14 +147,15 @@ class VNPay(Provider):
     amount = Money(50_000, "VND")
     payment_method = "bank"
     own = "/_sandbox/vnpay"
+    declined_at: ClassVar = {**Provider.declined_at, **ON_A_PAGE}
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         config = VNPayConfig(
             tmn_code=vnpay.TMN_CODE,
             hash_secret=SecretStr(vnpay.SECRET),
             pay_url=f"{self.url}/paymentv2/vpcpay.html",
             api_url=f"{self.url}/merchant_webapi/api/transaction",
-            timeout_seconds=5,
+            timeout_seconds=timeout_seconds,
             question_interval=timedelta(0),  # as the simulator has it
         )
         return VNPayGateway(config)
@@ -153,13 +173,13 @@ class MoMo(VNPay):
     payment_method = "wallet"
     own = "/_sandbox/momo"
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         config = MoMoConfig(
             partner_code=momo.PARTNER,
             access_key=momo.ACCESS,
             secret_key=SecretStr(momo.SECRET),
             api_base=self.url,
-            timeout_seconds=5,
+            timeout_seconds=timeout_seconds,
         )
         return MoMoGateway(config)
 
