@@ -2,12 +2,12 @@
 provider's own, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -47,9 +47,9 @@ IMPATIENCE_SECONDS = 0.7
 
 
 @pytest.fixture(scope="module")
-def sandbox_url() -> Iterator[str]:
-    with running_sandbox() as url:
-        yield url
+def sandbox() -> Iterator[httpx.Client]:
+    with running_sandbox() as url, httpx.Client(base_url=url, timeout=10) as http:
+        yield http
 
 
 class NoStore:
@@ -61,11 +61,11 @@ class NoStore:
 
 @dataclass
 class Till:
-    """One provider, its gateway behind a dispatcher, and the last answer."""
+    """One provider, its gateway behind a dispatcher, and who waits for which answer."""
 
     provider: Provider
     gateway: Gateway
-    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    _asked: dict[UUID, asyncio.Future[Outcome]] = field(default_factory=dict)
     _paid: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -78,17 +78,25 @@ class Till:
             clock=lambda: datetime.now(UTC),
             leases=leases,
         )
-        self._dispatcher.on_answer = self.answers.put_nowait
+        self._dispatcher.on_answer = self._hear
+
+    def _hear(self, answer: Answer) -> None:
+        self._asked.pop(answer.payment_id).set_result(answer.outcome)
 
     async def send(self, request: GatewayRequest) -> Outcome:
         """What the dispatcher makes of this request."""
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._asked[request.payment_id] = answered
         self._dispatcher.submit([request._replace(gateway=self.gateway.name)])
-        return (await self.answers.get()).outcome
+        return await answered
 
     async def finish(self, request: GatewayRequest, *, patience_seconds: float = 0) -> Outcome:
-        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known."""
-        outcome, tries, gives_up_at = await self.send(request), 0, time.monotonic() + patience_seconds
-        while tries < 4 or time.monotonic() < gives_up_at:
+        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known.
+
+        With patience, a second passes between two attempts.
+        """
+        outcome, tries = await self.send(request), 0
+        while tries < max(4, patience_seconds):
             match outcome:
                 case RequiresAction(reference):
                     self._pay_once(outcome)
@@ -102,7 +110,7 @@ class Till:
                     pass
                 case _:
                     return outcome
-            await asyncio.sleep(0.05 if tries > 2 else 0)
+            await asyncio.sleep(1 if patience_seconds else 0)
             tries += 1
             request = request._replace(attempts=request.attempts + 1)
             outcome = await self.send(request)
@@ -165,13 +173,12 @@ class Till:
 
 
 @pytest.fixture(params=PROVIDERS)
-async def till(request: pytest.FixtureRequest, sandbox_url: str) -> AsyncIterator[Till]:
-    with httpx.Client(base_url=sandbox_url, timeout=10) as http:
-        provider = PROVIDERS[request.param](sandbox_url, http)
-        gateway = provider.gateway()
-        yield Till(provider, gateway)
-        provider.heal()
-        await gateway.close()
+async def till(request: pytest.FixtureRequest, sandbox: httpx.Client) -> AsyncIterator[Till]:
+    provider = PROVIDERS[request.param](str(sandbox.base_url), sandbox)
+    gateway = provider.gateway()
+    yield Till(provider, gateway)
+    provider.heal()
+    await gateway.close()
 
 
 @pytest.fixture
@@ -182,11 +189,10 @@ async def impatient(till: Till) -> AsyncIterator[Till]:
     await gateway.close()
 
 
-async def test_every_gateway_and_every_fault_is_here(sandbox_url: str) -> None:
+async def test_every_gateway_and_every_fault_is_here(sandbox: httpx.Client) -> None:
     tried = {*BEFORE, *AFTER, *TOO_LATE, Action.DECLINE, Action.LAG}
     assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # the last one in test_every_webhook.py
-    with httpx.Client() as http:
-        gateways = [provider(sandbox_url, http).gateway() for provider in PROVIDERS.values()]
+    gateways = [provider("http://127.0.0.1", sandbox).gateway() for provider in PROVIDERS.values()]
     assert {each.name for each in gateways} == set(GATEWAYS) - {"instant"}
     for each in gateways:
         await each.close()
