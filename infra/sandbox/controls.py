@@ -36,7 +36,7 @@ class Simulator(Protocol):
         """What reads answer from, as it is now: a copy."""
 
     def reset(self) -> None:
-        """Forget everything but the latency and where webhooks go."""
+        """Forget everything but the latency, and where webhooks go and how."""
 
 
 def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> list[Route]:
@@ -80,6 +80,7 @@ def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> li
         return JSONResponse({"latency_ms": milliseconds})
 
     async def reset(request: Request) -> Response:
+        await simulator_of(request).sender.give_up()
         simulator_of(request).reset()
         return JSONResponse({"reset": True})
 

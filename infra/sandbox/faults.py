@@ -30,7 +30,7 @@ class Action(StrEnum):
     HANG = "hang"
     """Executed, and never answered."""
     WEBHOOK_FIRST = "webhook_first"
-    """Executed, and answered once a webhook was accepted after that, or `seconds` have passed."""
+    """Executed, and answered a moment after a webhook of it was accepted; without one, after `seconds`."""
     LAG = "lag"
     """A read, which answers what was true when the rule was given; the rule ends `seconds` after that."""
 

@@ -4,7 +4,7 @@ A new gateway adds one class here and one line to `PROVIDERS`, and the whole sui
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Final
@@ -46,6 +46,10 @@ class Provider(ABC):
 
     url: str
     http: httpx.Client
+    name: ClassVar[str]
+    """Of its gateway."""
+    tells: ClassVar[frozenset[OperationKind]]
+    """Of which operations its webhooks tell the amount."""
     amount = Money(1250, "USD")
     payment_method = "pm_card_visa"
     declined_method: str | None = None
@@ -76,10 +80,21 @@ class Provider(ABC):
         """What fault rules call this operation's request; None where nothing is sent for it."""
         return CALLS[kind]
 
-    def fault(self, action: str, operation: str, payment_id: UUID, **rule: Any) -> None:
+    def fault(self, action: str, operation: str | None, payment_id: UUID, **rule: Any) -> None:
         """Have the provider fail in this way, once unless `rule` says otherwise."""
         given = {"action": action, "operation": operation, "payment_id": str(payment_id), "times": 1} | rule
         self.http.post(f"{self.own}/faults", json=given).raise_for_status()
+
+    def reset(self) -> None:
+        """Have it forget everything, and send no webhooks that are on their way."""
+        self.http.post(f"{self.own}/reset").raise_for_status()
+
+    def send_webhooks(self, **manners: Any) -> None:
+        """How webhooks are sent from now on: as they should be, but for these manners."""
+        self.http.post(f"{self.own}/manners", json=manners).raise_for_status()
+
+    def webhooks_under_way(self) -> int:
+        return int(self.http.get(f"{self.own}/manners").raise_for_status().json()["under_way"])
 
     def heal(self) -> None:
         """Have no more faults."""
@@ -87,6 +102,8 @@ class Provider(ABC):
 
 
 class Stripe(Provider):
+    name = "stripe"
+    tells = frozenset({AUTHORIZE, CHARGE, CAPTURE, REFUND})
     declined_method: str | None = "pm_card_visa_chargeDeclined"
     remembers_errors = True
 
@@ -111,6 +128,8 @@ class StripeWithAuthentication(Stripe):
 
 
 class PayPal(Provider):
+    name = "paypal"
+    tells = Stripe.tells
     payment_method = "vault:good"
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
@@ -144,6 +163,8 @@ class PayPalWallet(PayPal):
 
 
 class VNPay(Provider):
+    name = "vnpay"
+    tells = frozenset({CHARGE})
     amount = Money(50_000, "VND")
     payment_method = "bank"
     own = "/_sandbox/vnpay"
@@ -170,6 +191,8 @@ class VNPay(Provider):
 
 
 class MoMo(VNPay):
+    name = "momo"
+    tells = frozenset({AUTHORIZE, CHARGE})
     payment_method = "wallet"
     own = "/_sandbox/momo"
 
@@ -187,7 +210,7 @@ class MoMo(VNPay):
         return CALLS[kind]
 
 
-PROVIDERS: Final[dict[str, Callable[[str, httpx.Client], Provider]]] = {
+PROVIDERS: Final[Mapping[str, type[Provider]]] = {
     "stripe": Stripe,
     "stripe, 3-D Secure": StripeWithAuthentication,
     "paypal": PayPal,

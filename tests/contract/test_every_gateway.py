@@ -189,13 +189,10 @@ async def impatient(till: Till) -> AsyncIterator[Till]:
     await gateway.close()
 
 
-async def test_every_gateway_and_every_fault_is_here(sandbox: httpx.Client) -> None:
+def test_every_gateway_and_every_fault_is_here() -> None:
     tried = {*BEFORE, *AFTER, *TOO_LATE, Action.DECLINE, Action.LAG}
     assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # the last one in test_every_webhook.py
-    gateways = [provider("http://127.0.0.1", sandbox).gateway() for provider in PROVIDERS.values()]
-    assert {each.name for each in gateways} == set(GATEWAYS) - {"instant"}
-    for each in gateways:
-        await each.close()
+    assert {each.name for each in PROVIDERS.values()} == set(GATEWAYS) - {"instant"}
 
 
 @pytest.mark.parametrize("kind", OperationKind)
