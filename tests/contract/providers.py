@@ -22,6 +22,7 @@ from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway
 from infra.sandbox import momo, vnpay
+from tests.contract.paypal import PayPalSandbox
 
 Effect = tuple[int, int, int]
 """What is held, captured and refunded for one of our payments, over all that was executed for it."""
@@ -59,6 +60,9 @@ class Provider(ABC):
     remembers_errors = False
     """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
 
+    outside: ClassVar[frozenset[str]] = frozenset()
+    """What may happen to a payment there without us, and is told by webhook: see `happens`."""
+
     @abstractmethod
     def gateway(self, *, timeout_seconds: float = 5) -> Gateway: ...
 
@@ -75,6 +79,13 @@ class Provider(ABC):
         """The payer does not."""
         assert action.url is not None, "a payer must know where to go"
         self.http.post(httpx.URL(action.url).copy_add_param("success", "false")).raise_for_status()
+
+    def happens(self, event: str, reference: str) -> None:
+        """`dispute`, then `won` or `lost`, of what was captured; `lapse` of what is held. `reference` is the payment's.
+
+        Only what is in `outside`.
+        """
+        raise NotImplementedError(event)
 
     def fails(self, kind: OperationKind) -> str | None:
         """What fault rules call this operation's request; None where nothing is sent for it."""
@@ -104,12 +115,22 @@ class Provider(ABC):
 class Stripe(Provider):
     name = "stripe"
     tells = frozenset({AUTHORIZE, CHARGE, CAPTURE, REFUND})
+    outside = frozenset({"dispute", "won", "lost", "lapse"})
     declined_method: str | None = "pm_card_visa_chargeDeclined"
     remembers_errors = True
 
     def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         key = SecretStr("sk_test_contract")
         return StripeGateway(StripeConfig(api_key=key, api_base=self.url, timeout_seconds=timeout_seconds))
+
+    def happens(self, event: str, reference: str) -> None:
+        intent = f"{self.own}/payment_intents/{reference}"
+        if event == "dispute":
+            self._dispute = self.http.post(f"{intent}/dispute").raise_for_status().json()["id"]
+        elif event == "lapse":
+            self.http.post(f"{intent}/expire").raise_for_status()
+        else:
+            self.http.post(f"{self.own}/disputes/{self._dispute}/close?status={event}").raise_for_status()
 
     def effect(self, payment_id: UUID) -> Effect:
         answer = self.http.get("/_sandbox/payment_intents", params={"metadata[payment_id]": str(payment_id)})
@@ -130,6 +151,7 @@ class StripeWithAuthentication(Stripe):
 class PayPal(Provider):
     name = "paypal"
     tells = Stripe.tells
+    outside = frozenset({"dispute", "won", "lost"})  # that a hold lapsed is told, but not whose doing it was
     payment_method = "vault:good"
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
@@ -142,6 +164,14 @@ class PayPal(Provider):
             client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=timeout_seconds
         )
         return PayPalGateway(config)
+
+    def happens(self, event: str, reference: str) -> None:
+        if event == "dispute":
+            unit = PayPalSandbox(self.url, self.http).order(reference)["purchase_units"][0]
+            capture = unit["payments"]["captures"][0]["id"]
+            self._dispute = self.http.post(f"{self.own}/captures/{capture}/dispute").raise_for_status().json()["id"]
+        else:
+            self.http.post(f"{self.own}/disputes/{self._dispute}/{event}").raise_for_status()
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json()

@@ -16,26 +16,23 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
-import httpx
 import pytest
 import uvicorn
 from starlette.applications import Starlette
 
 from app import wiring
 from app.settings import Settings
-from app.up import simulated
 from app.webhooks import WebhookService
 from domain.commands import OperationKind
 from domain.operations import OPEN, RequiresAction
 from domain.settle import SUCCESS_EVENTS
 from handlers import metrics
-from infra.local.server import free_port
 from infra.postgres.store import create_pool
 from tests.contract.providers import PROVIDERS, Provider
 from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import heeding
-from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker
+from tests.support.site import Site, running_site
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 MOVING = (CHARGE, CAPTURE, REFUND)
@@ -67,21 +64,6 @@ MANNERS = {
         {"doubled": 0.7, "reordered": 0.5, "delay_seconds": 0.1}, is_asked=True, fault="cut_after"
     ),
 }
-
-
-@dataclass
-class Site:
-    """The simulators, and where they send webhooks: a service with these settings has to listen there."""
-
-    http: httpx.Client
-    port: int
-    environment: dict[str, str]
-
-    def settings(self, gateway: str, **more: Any) -> Settings:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in self.environment.items():
-                patch.setenv(name, value)
-            return Settings(gateways=[gateway], default_gateway=gateway, **more)
 
 
 @dataclass
@@ -181,14 +163,8 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    port, simulator = free_port(), free_port()
-    http = f"http://127.0.0.1:{port}"
-    environment = simulated(f"http://127.0.0.1:{simulator}", http)
-    with (
-        running_sandbox(simulator, webhooks_to=f"{http}/webhooks", environment=environment) as url,
-        httpx.Client(base_url=url, timeout=10) as client,
-    ):
-        yield Site(client, port, environment)
+    with running_site() as site:
+        yield site
 
 
 @pytest.fixture(params=PROVIDERS)
