@@ -191,9 +191,11 @@ async def trading(site: Site, provider: Provider, postgres_url: str, manner: Man
         heeding(postgres_url, worker),
     ):
         provider.send_webhooks(**manner.webhooks)
-        yield Shop(provider, worker, database, postgres_url, pays_late=manner.fault == "webhook_first")
-    database.terminate()
-    await gateway.close()
+        try:
+            yield Shop(provider, worker, database, postgres_url, pays_late=manner.fault == "webhook_first")
+        finally:
+            database.terminate()
+            await gateway.close()
 
 
 @asynccontextmanager
@@ -209,11 +211,13 @@ async def receiving(settings: Settings, port: int) -> AsyncIterator[None]:
             return server.started and await service.checks()["webhooks"]() is None
 
         await until(is_ready)
-        yield
-        server.should_exit = True
-        await serving
-        storing.cancel()
-        await asyncio.gather(storing, return_exceptions=True)
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
+            storing.cancel()
+            await asyncio.gather(storing, return_exceptions=True)
 
 
 def disagreements(provider: Provider) -> float:
