@@ -1,7 +1,8 @@
 """A MoMo that runs here: create, pay page, IPN, query, confirm and refund, with books of its own and faults on demand.
 
 It verifies what it is sent and signs what it says with the very rules that MoMo publishes, in code of its own. Beside
-MoMo's paths it answers under `/_sandbox/momo`: `books`, `faults`, `configure`, `reset`, `payments/…`.
+MoMo's paths it answers under `/_sandbox/momo`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
+`payments/…`.
 Sources: as infra/gateways/momo.py.
 """
 

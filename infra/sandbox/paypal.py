@@ -11,7 +11,7 @@ is `confirm`, a release `cancel`, and a request for an access token `token`; `pa
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
-`latency`, `webhooks`, `reset`.
+`manners`, `latency`, `webhooks`, `reset`.
 """
 
 import asyncio

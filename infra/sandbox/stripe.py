@@ -3,8 +3,8 @@
 It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
 any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: customers, fees.
 
-Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `latency`, `webhooks`,
-`reset`.
+Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `manners`, `latency`,
+`webhooks`, `reset`.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """A VNPay that runs here: the payment page, IPNs, querydr and refunds, with books of its own and faults on demand.
 
 It verifies what it is sent and signs what it says with the very rules that VNPay publishes, in code of its own. Beside
-VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `faults`, `latency`, `webhooks`, `reset`, `payments/…`.
+VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
+`payments/…`.
 Sources: as infra/gateways/vnpay.py.
 """
 

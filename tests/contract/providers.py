@@ -57,6 +57,8 @@ class Provider(ABC):
     own = "/_sandbox"
     declined_at: ClassVar[Mapping[OperationKind, str]] = {AUTHORIZE: "create", CHARGE: "create", REFUND: "refund"}
     """What fault rules call the step at which an operation may be declined; nobody can decline what is not here."""
+    second_call: ClassVar[str | None] = None
+    """What fault rules call the request that executes what the payer consented to, where the provider waits for one."""
     remembers_errors = False
     """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
 
@@ -183,6 +185,7 @@ class PayPalWallet(PayPal):
 
     payment_method = "wallet"
     declined_method = None
+    second_call = "confirm"
     declined_at: ClassVar = {**PayPal.declined_at, **ON_A_PAGE}
 
     def pay(self, action: RequiresAction) -> None:

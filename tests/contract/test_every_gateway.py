@@ -243,6 +243,24 @@ async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_on
         assert till.effect(request) == before
 
 
+@pytest.mark.parametrize("till", [name for name, each in PROVIDERS.items() if each.second_call], indirect=True)
+@pytest.mark.parametrize("fault", [*BEFORE, *AFTER])
+@pytest.mark.parametrize("kind", OPENING)
+async def test_the_call_after_the_payers_consent_has_its_effect_once(
+    till: Till, kind: OperationKind, fault: str
+) -> None:
+    request = till.a(kind)
+    outcome = await till.send(request)
+    assert isinstance(outcome, RequiresAction)
+    till.provider.fault(fault, till.provider.second_call, request.payment_id)
+    till.provider.pay(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    end = await till.finish(waiting)
+    is_stuck = fault == Action.ERROR_BEFORE and till.provider.remembers_errors
+    assert isinstance(end, Pending if is_stuck else Succeeded)
+    assert till.effect(request) == ((0, 0, 0) if is_stuck else till.expected(kind))
+
+
 @pytest.mark.parametrize("fault", TOO_LATE)
 async def test_an_answer_that_comes_too_late_or_never_ends_with_one_effect(
     till: Till, impatient: Till, fault: str

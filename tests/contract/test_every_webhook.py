@@ -19,6 +19,8 @@ import asyncpg
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import wiring
 from app.settings import Settings
@@ -51,6 +53,8 @@ class Manner(NamedTuple):
     is_asked: bool = False
     fault: str | None = None
     """What happens to each request."""
+    refusals: int = 0
+    """How many webhooks are answered with a 503 before one is taken."""
 
 
 MANNERS = {
@@ -60,8 +64,9 @@ MANNERS = {
     "twice": Manner({"doubled": 1}),
     "in another order": Manner({"reordered": 1}),
     "before the answer": Manner(is_asked=True, fault="webhook_first"),
+    "at the second attempt": Manner(refusals=4),
     "badly, and answers are lost": Manner(
-        {"doubled": 0.7, "reordered": 0.5, "delay_seconds": 0.1}, is_asked=True, fault="cut_after"
+        {"doubled": 1, "reordered": 1, "delay_seconds": 0.1}, is_asked=True, fault="cut_after", refusals=2
     ),
 }
 
@@ -186,7 +191,7 @@ async def trading(site: Site, provider: Provider, postgres_url: str, manner: Man
     gateway, rules = gateways[provider.name], wiring.create_rules(settings, gateways)
     database = await create_pool(postgres_url, size=2)
     async with (
-        receiving(settings, site.port),
+        receiving(settings, site.port, manner.refusals),
         running_worker(postgres_url, gateway, sweeping=manner.is_asked, given=rules) as worker,
         heeding(postgres_url, worker),
     ):
@@ -198,12 +203,24 @@ async def trading(site: Site, provider: Provider, postgres_url: str, manner: Man
             await gateway.close()
 
 
+class Refusing:
+    """An app that is not ready for the first requests."""
+
+    def __init__(self, app: ASGIApp, refusals: int) -> None:
+        self._app = app
+        self._refusals = refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._refusals -= 1
+        await (self._app if self._refusals < 0 else Response(status_code=503))(scope, receive, send)
+
+
 @asynccontextmanager
-async def receiving(settings: Settings, port: int) -> AsyncIterator[None]:
-    """The endpoint for webhooks, on its port."""
+async def receiving(settings: Settings, port: int, refusals: int) -> AsyncIterator[None]:
+    """The endpoint for webhooks, on its port; at first it refuses so many."""
     service = WebhookService(settings)
     with socket.create_server(("127.0.0.1", port)) as listener:
-        app = Starlette(routes=service.routes())
+        app = Refusing(Starlette(routes=service.routes()), refusals)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         storing, serving = asyncio.create_task(service.run()), asyncio.create_task(server.serve(sockets=[listener]))
 
