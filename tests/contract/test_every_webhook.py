@@ -64,7 +64,7 @@ MANNERS = {
     "twice": Manner({"doubled": 1}),
     "in another order": Manner({"reordered": 1}),
     "before the answer": Manner(is_asked=True, fault="webhook_first"),
-    "at the second attempt": Manner(refusals=4),
+    "at the second attempt": Manner(refusals=2),
     "badly, and answers are lost": Manner(
         {"doubled": 1, "reordered": 1, "delay_seconds": 0.1}, is_asked=True, fault="cut_after", refusals=2
     ),

@@ -1,7 +1,7 @@
 """Each provider's own messages, in any order, any number of times, before and after its API's answers: the same end.
 
 The messages are those that its simulator sends, over HTTP and signed, when a story is lived once in order; schedules
-then bring them, the answers and the commands in other orders, as far as one does not cause the other.
+then bring them, the answers and the commands in other orders, as far as one does not cause the other, and lose answers.
 
 `PAYMENTS_TEST_SCHEDULES=2000 pytest --timeout 4000 tests/property/test_provider_messages.py` is the long run, so many
 for each story at each provider; `--hypothesis-seed` repeats one, `-k momo` chooses a provider.
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.notices import Notice
-from domain.operations import GatewayRequest, Outcome
+from domain.operations import GatewayRequest, Outcome, Unknown
 from tests.contract.providers import PROVIDERS, Provider
 from tests.property.machine import schedules_asked_for
 from tests.property.messages import Post, Recording, end_of, heard, open_post, recorder_of
@@ -42,6 +42,7 @@ TIMES_MAX = 3
 """How often one webhook comes, at most."""
 STEPS_MAX = 60
 CLAIMS_MAX = 4
+LOST_MAX = 2
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Replay:
         """What has happened at the provider, by the number of the step."""
         self.sent = 0
         self.claims = 0
+        self.lost = 0
 
     def run(self) -> MemoryShell:
         for _ in range(STEPS_MAX):
@@ -80,6 +82,8 @@ class Replay:
         may = [self._send] if self._may_send() else []
         may += [self._bind(self._execute, each) for each in self.flights if each.answer is None]
         may += [self._bind(self._land, each) for each in self.flights]
+        if self.lost < LOST_MAX:
+            may += [self._bind(self._lose, each) for each in self.flights if each.answer is not None]
         may += [self._bind(self._deliver, n) for n in range(len(self.told)) if self.times[n] < TIMES_MAX]
         may += [self._bind(self._happen, n) for n in range(len(self.recording.steps)) if self._may_occur(n)]
         if self.claims < CLAIMS_MAX:
@@ -156,6 +160,12 @@ class Replay:
         request = flight.request
         answer = Answer(request.payment_id, request.operation_number, request.lease_token, flight.answer)
         self._take_off(self.shell.apply([answer]))
+
+    def _lose(self, flight: Flight) -> None:
+        """It was executed, and nobody hears of it by the API."""
+        self.lost += 1
+        flight.answer = Unknown("the answer was lost")
+        self._land(flight)
 
     def _happen(self, index: int) -> None:
         self.done.add((index, "outside"))
