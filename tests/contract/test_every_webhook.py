@@ -122,11 +122,15 @@ class Shop:
 
     async def _pay(self, payment_id: UUID) -> None:
         self.paid.add(payment_id)
-        while self.pays_late and not self.worker.dispatcher.waiting:
-            await asyncio.sleep(0.002)
+        if self.pays_late:
+            await until(lambda: self._is_asked_about(payment_id))
         told = next(each for each in await self.events(payment_id) if "action" in each)
         action = RequiresAction(told["provider_reference"], told["action"]["type"], told["action"]["url"])
         self.provider.pay(action)
+
+    async def _is_asked_about(self, payment_id: UUID) -> bool:
+        query = "SELECT bool_or(is_leased) FROM operations WHERE payment_id = $1"
+        return bool(await self.database.fetchval(query, payment_id))
 
     async def events(self, payment_id: UUID) -> list[dict[str, Any]]:
         return await events_of(self.url, payment_id)
