@@ -142,6 +142,7 @@ EXPIRED: Final = frozenset({RELEASED, 1005})
 """The link's time is over; and the hold's, or it was cancelled: by us, or by MoMo itself."""
 UNKNOWN_ORDER: Final = 42
 DUPLICATES: Final = frozenset({40, 41})
+IN_PROGRESS: Final = 7000
 NOT_TAKEN: Final = frozenset({10, 43, 98})
 """Maintenance, a conflicting transaction, no QR code: this attempt was not executed."""
 REFUSED: Final = frozenset({11, 12, 13, 20, 21, 22, 42, 45, 47, 1088, 2019})
@@ -299,7 +300,7 @@ class MoMoGateway:
             return Declined(DECLINES[code], str(code), _order_of(request))
         if code in EXPIRED and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
             return Expired(_order_of(request), str(code))
-        if code in (WAITING, 7000, 7002):
+        if code in (WAITING, IN_PROGRESS, 7002):
             return Pending(None)
         refusals = REFUSED | EXPIRED | DECLINES.keys()
         found = await self.status(request) if code in DUPLICATES | {1081} | refusals else Unknown()
@@ -372,6 +373,9 @@ def _read(response: httpx.Response, body: Answer) -> Answer:
         raise OutcomeUnknown(NAME, f"status {response.status_code} without JSON") from error
     if response.status_code >= 500 or not isinstance(answer, dict) or "resultCode" not in answer:
         raise OutcomeUnknown(NAME, f"status {response.status_code} without a result")
+    if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and _code(answer) == IN_PROGRESS:
+        # Source: …/result-handling/idempotency. Sent again, it is answered with what that one came to.
+        raise OutcomeUnknown(NAME, "an earlier request with this requestId is still being executed")
     names = ("orderId", "requestId", "partnerCode")
     # Hypothesis: a request that is refused at the door may be answered without any of them.
     _check_echo(answer, body, *(name for name in names if name in answer or _code(answer) not in REFUSED))

@@ -81,7 +81,9 @@ class SmallPools(httpx.AsyncBaseTransport):
         count = max(1, max_connections // CONNECTIONS_EACH)
         each = -(-max_connections // count)
         limits = httpx.Limits(max_connections=each, max_keepalive_connections=each)
-        self._pools = [httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False) for _ in range(count)]
+        # One for all: to load the authorities takes 20 ms, and each pool would do it anew.
+        context = httpx.create_ssl_context(trust_env=False) if verify is True else verify
+        self._pools = [httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False) for _ in range(count)]
         self._under_way = [0] * count
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

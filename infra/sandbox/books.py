@@ -109,13 +109,15 @@ class Books:
         self.keep(intent)
         return intent
 
-    def authenticate(self, reference: str, *, is_successful: bool) -> StripeObject:
+    def authenticate(self, reference: str, *, is_successful: bool, declined_as: str | None = None) -> StripeObject:
         """What the payer's bank reports after 3-D Secure. A decline is in the object, not raised."""
         intent = self.payment_intent(reference)
         if intent["status"] != "requires_action":
             raise _unexpected_state(intent, "authenticated")
         intent["next_action"] = None
         try:
+            if is_successful and declined_as is not None:
+                self._decline(intent, "card_declined", declined_as)
             if is_successful:
                 return self._charge(intent)
             self._decline(intent, "payment_intent_authentication_failure", None)

@@ -4,6 +4,7 @@ ASGI knows no way to close a connection without an answer, so the protocol class
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.responses import Response
@@ -53,6 +54,19 @@ class HalfAnswer(Response):
         _transport(scope).close()
         while (await receive())["type"] != "http.disconnect":
             pass
+
+
+class LaterAnswer(Response):
+    """The same answer, once `until` is over."""
+
+    def __init__(self, response: Response, until: Awaitable[None]) -> None:
+        super().__init__()
+        self._response = response
+        self._until = until
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._until
+        await self._response(scope, receive, send)
 
 
 def _transport(scope: Scope) -> asyncio.Transport:

@@ -1,17 +1,25 @@
-"""What every simulator is told below `/_sandbox`: fault rules, a latency, a reset; what a fault makes of an answer."""
+"""What every simulator is told below `/_sandbox`: fault rules, how to send webhooks, a latency, a reset.
 
+And what a fault makes of a question and of an answer.
+"""
+
+import asyncio
 from collections.abc import Callable, Collection
-from typing import Final, Protocol
+from dataclasses import asdict
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infra.sandbox.connections import HalfAnswer, NoAnswer
+from infra.sandbox.connections import HalfAnswer, LaterAnswer, NoAnswer
 from infra.sandbox.faults import Action, Fault, Faults
+from infra.sandbox.webhooks import WebhookSender
 
 GARBLED: Final = (Action.GARBAGE, Action.ERROR_AFTER)
 """Where the provider has no error of its own to tell after an execution, a proxy's page stands for both."""
+T = TypeVar("T")
+
 NOT_A_RULE: Final = (TypeError, ValueError, AttributeError)
 
 
@@ -21,20 +29,46 @@ class Simulator(Protocol):
     faults: Faults
     latency_seconds: float
 
+    @property
+    def sender(self) -> WebhookSender: ...
+
+    def snapshot(self) -> Any:
+        """What reads answer from, as it is now: a copy."""
+
     def reset(self) -> None:
-        """Forget everything but the latency and where webhooks go."""
+        """Forget everything but the latency, and where webhooks go and how."""
 
 
 def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> list[Route]:
-    """`faults` (POST adds a rule, DELETE clears them), `latency` and `reset` below the path `own`."""
+    """`faults` (POST adds a rule, DELETE clears them), `manners`, `latency` and `reset` below the path `own`.
+
+    `manners` are those of the webhooks: POST sets them, and what is not given is as it should be; GET shows them, and
+    how many were sent and accepted and are under way.
+    """
 
     async def add_fault(request: Request) -> Response:
-        rules = simulator_of(request).faults.rules
+        simulator = simulator_of(request)
+        rules = simulator.faults.rules
         try:
-            rules.append(Fault.from_json(await request.json()))
+            rule = Fault.from_json(await request.json())
         except NOT_A_RULE as error:
             return JSONResponse({"error": str(error), "actions": [action.value for action in Action]}, 400)
+        if rule.action is Action.LAG:
+            rule.before = simulator.snapshot()
+        rules.append(rule)
         return JSONResponse({"faults": len(rules)})
+
+    async def set_manners(request: Request) -> Response:
+        try:
+            simulator_of(request).sender.behave(await request.json())
+        except NOT_A_RULE as error:
+            return JSONResponse({"error": str(error)}, 400)
+        return await show_manners(request)
+
+    async def show_manners(request: Request) -> Response:
+        sender = simulator_of(request).sender
+        counts = {"sent": sender.sent, "accepted": sender.accepted, "under_way": sender.under_way}
+        return JSONResponse(asdict(sender.manners) | counts)
 
     async def clear_faults(request: Request) -> Response:
         simulator_of(request).faults.rules.clear()
@@ -46,22 +80,48 @@ def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> li
         return JSONResponse({"latency_ms": milliseconds})
 
     async def reset(request: Request) -> Response:
+        await simulator_of(request).sender.give_up()
         simulator_of(request).reset()
         return JSONResponse({"reset": True})
 
     return [
         Route(f"{own}/faults", add_fault, methods=["POST"]),
         Route(f"{own}/faults", clear_faults, methods=["DELETE"]),
+        Route(f"{own}/manners", set_manners, methods=["POST"]),
+        Route(f"{own}/manners", show_manners, methods=["GET"]),
         Route(f"{own}/latency", set_latency, methods=["POST"]),
         Route(f"{own}/reset", reset, methods=["POST"]),
     ]
 
 
-def spoiled(fault: Fault | None, response: Response, *, garbled: Collection[Action] = (Action.GARBAGE,)) -> Response:
+async def hold_up(fault: Fault | None) -> None:
+    """Have a request wait before anything is done about it, where the fault is that."""
+    if fault is not None and fault.action is Action.SLOW:
+        await asyncio.sleep(fault.seconds)
+
+
+def known_to_reads(fault: Fault | None, books: T) -> T:
+    """What a read answers from: the books as they are, or as they were."""
+    if fault is None or fault.action is not Action.LAG:
+        return books
+    before: T = fault.before
+    return before
+
+
+def spoiled(
+    fault: Fault | None,
+    response: Response,
+    sender: WebhookSender,
+    *,
+    garbled: Collection[Action] = (Action.GARBAGE,),
+) -> Response:
     """What arrives of the answer to a request that was executed; a proxy's page instead for the actions `garbled`."""
     match fault.action if fault else None:
         case Action.CUT_AFTER:
             return NoAnswer()
+        case Action.WEBHOOK_FIRST:
+            assert fault is not None, "the action is the fault's"
+            return LaterAnswer(response, sender.until_heard(sender.accepted, fault.seconds))
         case Action.HANG:
             return NoAnswer(is_hanging=True)
         case Action.TRUNCATED:

@@ -32,8 +32,6 @@ class Events:
     def __init__(self) -> None:
         self.url: str | None = None
         self.sender = WebhookSender()
-        self.amount_off_by = 0
-        """Added to the amounts that events tell: a provider's mistake, or a message that is not about our payment."""
         self._secret = ""
         self._known: dict[str, tuple[Any, ...]] = {}
 
@@ -42,7 +40,6 @@ class Events:
         manners = dict(given)
         self.url = manners.pop("url", self.url)
         self._secret = manners.pop("secret", self._secret)
-        self.amount_off_by = int(manners.pop("amount_off_by", 0))
         self.sender.behave(manners)
 
     def forget(self) -> None:
@@ -70,7 +67,8 @@ class Events:
 
     def _body(self, type_: str, changed: Mapping[str, Any], key: str | None) -> str:
         amounts = [name for name in ("amount", "amount_received", "amount_capturable") if changed.get(name)]
-        told = {**changed, **{name: changed[name] + self.amount_off_by for name in amounts}}
+        off_by = self.sender.manners.amount_off_by
+        told = {**changed, **{name: changed[name] + off_by for name in amounts}}
         event = {
             "id": f"evt_{token_hex(12)}",
             "object": "event",

@@ -1,7 +1,8 @@
 """Faults that a simulator injects: by rule, or by a payment method's name, so that a demo needs no rules."""
 
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -11,6 +12,7 @@ class Action(StrEnum):
     """What goes wrong. `before` means that nothing is executed, `after` that everything is."""
 
     DECLINE = "decline"
+    """The payer's side says no, `code` is why. Of what the payer is asked for on a page: `confirm`."""
     CONFLICT = "409"
     RATE_LIMIT = "429"
     UNAVAILABLE = "503"
@@ -19,6 +21,7 @@ class Action(StrEnum):
     """Remembered under the key, like every result of an execution that began."""
     ERROR_AFTER = "500_after"
     SLOW = "slow"
+    """Executed `seconds` later than it came, and answered then."""
     CUT_BEFORE = "cut_before"
     CUT_AFTER = "cut_after"
     TRUNCATED = "truncated"
@@ -26,6 +29,10 @@ class Action(StrEnum):
     """Executed, but the answer is a proxy's HTML page."""
     HANG = "hang"
     """Executed, and never answered."""
+    WEBHOOK_FIRST = "webhook_first"
+    """Executed, and answered a moment after a webhook of it was accepted; without one, after `seconds`."""
+    LAG = "lag"
+    """A read, which answers what was true when the rule was given; the rule ends `seconds` after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,9 @@ class Fault:
     times: int | None = None
     seconds: float = 2.0
     code: str = "generic_decline"
+    given_at: float = field(default_factory=time.monotonic, init=False)
+    before: Any = field(default=None, init=False)
+    """The books when the rule was given, for a read that lags."""
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "Fault":
@@ -69,7 +79,19 @@ class Fault:
             all(want is None or want == got for want, got in wanted)
             and (self.path is None or call.path.startswith(self.path))
             and (self.key_prefix is None or (call.key or "").startswith(self.key_prefix))
+            and (self.action is not Action.LAG or self._may_lag(call))
         )
+
+    def _may_lag(self, call: Call) -> bool:
+        return call.operation == "read" and time.monotonic() - self.given_at <= self.seconds
+
+    def strikes(self) -> bool:
+        """Whether it does this time; then it counts as used."""
+        if self.times == 0 or (self.rate < 1 and random.random() >= self.rate):  # noqa: S311 - a fault, no secret
+            return False
+        if self.times is not None:
+            self.times -= 1
+        return True
 
 
 FIRST_ATTEMPT: Final = {
@@ -92,12 +114,15 @@ class Faults:
 
     def pick(self, call: Call) -> Fault | None:
         """The fault for this call, if any; it counts as used."""
-        for rule in self.rules:
-            if rule.times != 0 and rule.matches(call) and (rule.rate >= 1 or random.random() < rule.rate):  # noqa: S311
-                if rule.times is not None:
-                    rule.times -= 1
-                return rule
-        return self._by_payment_method(call)
+        return self._rule(call) or self._by_payment_method(call)
+
+    def decline(self, call: Call) -> Fault | None:
+        """The same where nothing else can go wrong: a payer decides on a page, and no request of ours is under way."""
+        return self._rule(call, frozenset({Action.DECLINE}))
+
+    def _rule(self, call: Call, actions: Collection[Action] = frozenset(Action)) -> Fault | None:
+        given = (rule for rule in self.rules if rule.action in actions)
+        return next((rule for rule in given if rule.matches(call) and rule.strikes()), None)
 
     def _by_payment_method(self, call: Call) -> Fault | None:
         fault = FIRST_ATTEMPT.get(call.payment_method or "")

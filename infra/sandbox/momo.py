@@ -1,11 +1,13 @@
 """A MoMo that runs here: create, pay page, IPN, query, confirm and refund, with books of its own and faults on demand.
 
 It verifies what it is sent and signs what it says with the very rules that MoMo publishes, in code of its own. Beside
-MoMo's paths it answers under `/_sandbox/momo`: `books`, `faults`, `configure`, `reset`, `payments/…`.
+MoMo's paths it answers under `/_sandbox/momo`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
+`payments/…`.
 Sources: as infra/gateways/momo.py.
 """
 
 import asyncio
+import copy
 import hashlib
 import hmac
 import html
@@ -22,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, spoiled
+from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -36,7 +38,7 @@ SIGNED: Final = {
 IPN: Final = (
     "amount extraData message orderId orderInfo orderType partnerCode payType requestId responseTime resultCode transId"
 )
-WAITING, PAID, HELD, CANCELED, EXPIRED = 1000, 0, 9000, 1003, 1005
+WAITING, PAID, HELD, CANCELED, EXPIRED, REFUND_FAILED = 1000, 0, 9000, 1003, 1005, 1080
 MINIMUM, MAXIMUM = 1_000, 50_000_000
 PARTNER: Final = "MOMOSANDBOX"
 ACCESS: Final = "sandbox-access"
@@ -51,7 +53,6 @@ class MoMoSimulator:
     name = "momo"
 
     def __init__(self, *, state_file: Path | None = None) -> None:
-        self.amount_off_by = 0
         self.latency_seconds = 0.0
         self.refunds_wait = False
         self.sender = WebhookSender()
@@ -59,6 +60,7 @@ class MoMoSimulator:
         self._journal = Journal(state_file)
         self._orders: dict[str, Order] = {}
         self._answers: dict[str, dict[str, Any]] = {}
+        self._running: set[str] = set()
         self._numbers = 4_000_000_000
 
     # --- memory -----------------------------------------------------------------------------------------------------
@@ -86,6 +88,9 @@ class MoMoSimulator:
         self._answers.clear()
         self.faults = Faults()
         self._journal.rewrite(iter(()))
+
+    def snapshot(self) -> dict[str, Order]:
+        return copy.deepcopy(self._orders)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """In dong: captured, refunded, held, and how many payments."""
@@ -118,11 +123,20 @@ class MoMoSimulator:
         body = json.loads(await request.body())
         operation = "read" if verb == "query" else str(body.get("requestType", verb)) if verb == "confirm" else verb
         call = Call(operation, request.url.path, str(body.get("requestId")), payment_id=str(body.get("orderId"))[:36])
-        fault = self.faults.pick(call)
-        before = await self._before(fault, body)
-        return before or spoiled(fault, self._once(verb, body, request), garbled=GARBLED)
+        fault, key = self.faults.pick(call), f"{verb}:{body['requestId']}"
+        before = self._before(fault, body)
+        if before is None and key in self._running:
+            before = _in_progress(body)
+        if before is not None:
+            return before
+        self._running.add(key)
+        try:
+            await hold_up(fault)
+        finally:
+            self._running.discard(key)
+        return spoiled(fault, self._once(verb, body, request, fault), self.sender, garbled=GARBLED)
 
-    async def _before(self, fault: Fault | None, body: Mapping[str, Any]) -> Response | None:
+    def _before(self, fault: Fault | None, body: Mapping[str, Any]) -> Response | None:
         match fault.action if fault else None:
             case Action.CUT_BEFORE:
                 return NoAnswer()
@@ -131,28 +145,33 @@ class MoMoSimulator:
             case Action.UNAVAILABLE | Action.ERROR_BEFORE:
                 return Response("<html>unavailable</html>", 503)
             case Action.CONFLICT:
-                return _answer(body, 7000, "in progress", status=422)
-            case Action.SLOW:
-                assert fault is not None, "the action is the fault's"
-                await asyncio.sleep(fault.seconds)
-                return None
+                return _in_progress(body)
             case _:
                 return None
 
-    def _once(self, verb: str, body: dict[str, Any], request: Request) -> Response:
+    def _once(self, verb: str, body: dict[str, Any], request: Request, fault: Fault | None) -> Response:
         if body.get("partnerCode") != PARTNER or not _is_signed(body, SIGNED[verb]):
             return _answer(body, 13, "authentication failed")
         key = f"{verb}:{body['requestId']}"
         if verb != "query" and key in self._answers:
             return JSONResponse(self._answers[key])
-        response = {"create": self._create, "query": self._query, "confirm": self._confirm, "refund": self._refund}[
-            verb
-        ](body, request)
+        response = self._execute(verb, body, request, fault)
         answer = json.loads(bytes(response.body))
-        if verb != "query" and answer["resultCode"] == 0:
+        if verb != "query" and answer["resultCode"] in (PAID, REFUND_FAILED):
             self._answers[key] = answer
             self._journal.append({"key": key, "answer": answer})
         return response
+
+    def _execute(self, verb: str, body: dict[str, Any], request: Request, fault: Fault | None) -> Response:
+        match verb:
+            case "create":
+                return self._create(body, request)
+            case "query":
+                return self._query(body, known_to_reads(fault, self._orders))
+            case "confirm":
+                return self._confirm(body)
+            case _:
+                return self._refund(body, fails=fault is not None and fault.action is Action.DECLINE)
 
     def _create(self, body: dict[str, Any], request: Request) -> Response:
         if body["orderId"] in self._orders:
@@ -167,14 +186,14 @@ class MoMoSimulator:
         url = f"{str(request.base_url).rstrip('/')}/v2/gateway/pay?t={body['orderId']}"
         return _answer(body, 0, "Successful.", amount=body["amount"], payUrl=url)
 
-    def _query(self, body: dict[str, Any], _: Request) -> Response:
-        order = self._orders.get(body["orderId"])
+    def _query(self, body: dict[str, Any], orders: Mapping[str, Order]) -> Response:
+        order = orders.get(body["orderId"])
         if order is None:
             return _answer(body, 42, "order not found")
         told = {"amount": order["amount"], "transId": order["transId"], "refundTrans": order["refunds"]}
         return _answer(body, order["code"], "", **told)
 
-    def _confirm(self, body: dict[str, Any], _: Request) -> Response:
+    def _confirm(self, body: dict[str, Any]) -> Response:
         order = self._orders.get(body["orderId"])
         if order is None:
             return _answer(body, 42, "order not found")
@@ -186,7 +205,7 @@ class MoMoSimulator:
         self._keep(order)
         return _answer(body, 0, "", amount=order["amount"], transId=order["transId"], requestType=body["requestType"])
 
-    def _refund(self, body: dict[str, Any], _: Request) -> Response:
+    def _refund(self, body: dict[str, Any], *, fails: bool) -> Response:
         order = next((each for each in self._orders.values() if each["transId"] == int(body["transId"])), None)
         if order is None or order["code"] != PAID:
             return _answer(body, 1088, "not refundable")
@@ -194,7 +213,7 @@ class MoMoSimulator:
             return _answer(body, 41, "duplicate orderId")
         if int(body["amount"]) <= 0 or int(body["amount"]) > order["amount"] - _refunded(order):
             return _answer(body, 1081, "more than was paid")
-        code = 7002 if self.refunds_wait else PAID
+        code = REFUND_FAILED if fails else 7002 if self.refunds_wait else PAID
         refund = {
             "orderId": body["orderId"],
             "amount": int(body["amount"]),
@@ -229,7 +248,9 @@ class MoMoSimulator:
     def _decide(self, order: Order, code: int) -> Response:
         """The payer pays (0), or somebody says no. Once decided, it stays so."""
         if order["code"] == WAITING:
-            is_paid = code == 0
+            declined = self.faults.decline(Call("confirm", "/v2/gateway/pay", payment_id=order["orderId"][:36]))
+            code = _declined_as(declined) if declined is not None and code == PAID else code
+            is_paid = code == PAID
             order["code"] = (PAID if order["captures"] else HELD) if is_paid else code
             order["transId"] = self._next_number()
             self._keep(order)
@@ -251,7 +272,7 @@ class MoMoSimulator:
             "partnerCode": PARTNER,
             "orderId": order["orderId"],
             "requestId": order["requestId"],
-            "amount": order["amount"] + self.amount_off_by,
+            "amount": order["amount"] + self.sender.manners.amount_off_by,
             "orderInfo": order["orderInfo"],
             "orderType": "momo_wallet",
             "transId": order["transId"],
@@ -294,10 +315,9 @@ class MoMoSimulator:
         return JSONResponse(order)
 
     async def _configure(self, request: Request) -> Response:
-        """`latency_ms`, `amount_off_by` (dong), `refunds_wait`, and the sender's manners."""
+        """`latency_ms`, `refunds_wait`, and the sender's manners."""
         given = dict(await request.json())
         self.latency_seconds = float(given.pop("latency_ms", self.latency_seconds * 1000)) / 1000
-        self.amount_off_by = int(given.pop("amount_off_by", 0))
         self.refunds_wait = bool(given.pop("refunds_wait", False))
         self.sender.behave(given)
         return JSONResponse({"latency_ms": self.latency_seconds * 1000})
@@ -318,6 +338,16 @@ def _is_signed(body: Mapping[str, Any], names: str) -> bool:
 def _answer(body: Mapping[str, Any], code: int, message: str, *, status: int = 200, **more: Any) -> Response:
     echo = {name: body.get(name) for name in ("partnerCode", "orderId", "requestId")}
     return JSONResponse(echo | {"resultCode": code, "message": message, "responseTime": _now()} | more, status)
+
+
+def _in_progress(body: Mapping[str, Any]) -> Response:
+    """What MoMo says to a requestId whose first request is still running."""
+    return _answer(body, 7000, "in progress", status=422)
+
+
+def _declined_as(fault: Fault) -> int:
+    """MoMo's code of the rule; where it has none, that the issuer refused."""
+    return int(fault.code) if fault.code.isdigit() else 1002
 
 
 def _effect(order: Order) -> tuple[int, int, int]:

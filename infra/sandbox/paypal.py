@@ -11,18 +11,20 @@ is `confirm`, a release `cancel`, and a request for an access token `token`; `pa
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
-`latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is left:
+`manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is left:
 `authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
 """
 
 import asyncio
 import base64
+import copy
 import html
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from secrets import token_urlsafe
@@ -33,8 +35,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from domain.money import MINOR_UNITS
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, spoiled
+from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.paypal_books import (
@@ -46,6 +49,7 @@ from infra.sandbox.paypal_books import (
     missing,
     new_id,
     unprocessable,
+    value_of,
 )
 from infra.sandbox.paypal_signing import CERTIFICATES, Signer
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -119,6 +123,9 @@ class PayPalSimulator:
         self.faults.rules.clear()
         self.faults.seen.clear()
         self._journal.rewrite(self._lines())
+
+    def snapshot(self) -> PayPalBooks:
+        return copy.deepcopy(self.books)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Sums per currency, in minor units of ISO 4217."""
@@ -235,7 +242,7 @@ class PayPalSimulator:
         self.tokens[token] = time.monotonic() + TOKEN_SECONDS
         self.tokens_issued += 1
         answer = {"access_token": token, "token_type": "Bearer", "expires_in": TOKEN_SECONDS, "app_id": "APP-SANDBOX"}
-        return spoiled(fault, JSONResponse(answer))
+        return spoiled(fault, JSONResponse(answer), self.sender)
 
     def _authenticate(self, request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -262,8 +269,9 @@ class PayPalSimulator:
             fault = self.faults.pick(self._call(request, operation, given))
             response = _before(fault)
             if response is None:
-                response = await self._once(request, fault, partial(execute, request, given))
-            return spoiled(fault, response)
+                executed = partial(_executed, operation, fault, partial(execute, request, given))
+                response = await self._once(request, fault, executed)
+            return spoiled(fault, response, self.sender)
 
         return Route(path, endpoint, methods=["POST"])
 
@@ -277,10 +285,9 @@ class PayPalSimulator:
             return self._replay(request, known)
         if key is not None:
             self._done[key] = Done()
-        if fault is not None and fault.action is Action.SLOW:
-            await asyncio.sleep(fault.seconds)
+        await hold_up(fault)
         try:
-            kind, made = _executed(fault, execute)
+            kind, made = execute()
             done, response = Done(kind, made["id"]), self._respond(request, kind, made, 201)
         except Refusal as refusal:
             done, response = Done(status=refusal.status, error=refusal.body), _error(refusal)
@@ -352,13 +359,15 @@ class PayPalSimulator:
         async def endpoint(request: Request) -> Response:
             await asyncio.sleep(self.latency_seconds)
             fault = self.faults.pick(self._call(request, "read", {}))
-            response = _before(fault)
+            response = _before(fault) or _unread(fault)
+            await hold_up(fault)
+            books = known_to_reads(fault, self.books)
             try:
                 self._authenticate(request)
-                found = self.books.find(kind, request.path_params["id"])
+                found = books.find(kind, request.path_params["id"])
             except Refusal as refusal:
                 return response or _error(refusal)
-            return response or spoiled(fault, JSONResponse(self.books.shown(kind, found, _base(request))))
+            return response or spoiled(fault, JSONResponse(books.shown(kind, found, _base(request))), self.sender)
 
         return Route(path, endpoint, methods=["GET"])
 
@@ -373,7 +382,7 @@ class PayPalSimulator:
             return broken
         try:
             self._authenticate(request)
-            return spoiled(fault, JSONResponse(self._found(request)))
+            return spoiled(fault, JSONResponse(self._found(request)), self.sender)
         except Refusal as refusal:
             return _error(refusal)
 
@@ -410,7 +419,7 @@ class PayPalSimulator:
             "resource_type": event.resource_type,
             "event_type": event.type,
             "summary": event.type.replace(".", " ").capitalize(),
-            "resource": event.resource,
+            "resource": _off_by(event.resource, self.sender.manners.amount_off_by),
         }
         body, transmission_id = json.dumps(envelope, separators=(",", ":")).encode(), str(uuid4())
         self.sender.send(partial(self._outgoing, self.webhook_url, body, transmission_id, base_url))
@@ -531,12 +540,19 @@ class PayPalSimulator:
         return JSONResponse({"url": self.webhook_url, "webhook_id": self.webhook_id})
 
 
-def _executed(fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]) -> tuple[str, PayPalObject]:
+DECLINED_AS: Final = {"capture": "TRANSACTION_REFUSED", "refund": "REFUND_NOT_ALLOWED"}
+"""The issue where a rule names none; INSTRUMENT_DECLINED for anything else."""
+
+
+def _executed(
+    operation: str, fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]
+) -> tuple[str, PayPalObject]:
     """What was made. Every refusal, asked for by a fault or not, is raised."""
     if fault is not None and fault.action is Action.ERROR_BEFORE:
         raise Refusal(500, "INTERNAL_SERVER_ERROR", is_remembered=True)
     if fault is not None and fault.action is Action.DECLINE:
-        issue = "INSTRUMENT_DECLINED" if fault.code == "generic_decline" else fault.code
+        usual = DECLINED_AS.get(operation, "INSTRUMENT_DECLINED")
+        issue = usual if fault.code == "generic_decline" else fault.code
         raise Refusal(422, "UNPROCESSABLE_ENTITY", issue, is_remembered=True)
     return execute()
 
@@ -553,6 +569,21 @@ def _before(fault: Fault | None) -> Response | None:
             return _error(Refusal(503, "SERVICE_UNAVAILABLE"))
         case _:
             return None
+
+
+def _unread(fault: Fault | None) -> Response | None:
+    """Where PayPal fails over a question, before or after: there is nothing to be executed."""
+    is_broken = fault is not None and fault.action in (Action.ERROR_BEFORE, Action.ERROR_AFTER)
+    return _internal_error() if is_broken else None
+
+
+def _off_by(resource: PayPalObject, minor: int) -> PayPalObject:
+    """The resource with another amount, where it has one."""
+    amount = resource.get("amount")
+    if not minor or not amount:
+        return resource
+    value = value_of(amount) + Decimal(minor).scaleb(-MINOR_UNITS[amount["currency_code"]])
+    return {**resource, "amount": {**amount, "value": str(value)}}
 
 
 def _internal_error() -> Response:

@@ -3,11 +3,12 @@
 It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
 any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: customers, fees.
 
-Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `latency`, `webhooks`,
-`reset`.
+Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `manners`, `latency`,
+`webhooks`, `reset`.
 """
 
 import asyncio
+import copy
 import html
 import json
 import re
@@ -25,12 +26,13 @@ from starlette.routing import Route
 from infra.sandbox import forms
 from infra.sandbox.books import Books, StripeObject, newest
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, spoiled
+from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.errors import Refused, invalid
 from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.forms import Params
 from infra.sandbox.journal import Journal
+from infra.sandbox.webhooks import WebhookSender
 
 Execution = Callable[[Books, Request, Params], StripeObject]
 
@@ -62,6 +64,13 @@ class SandboxState:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.state_file)
+
+    @property
+    def sender(self) -> WebhookSender:
+        return self.events.sender
+
+    def snapshot(self) -> Books:
+        return copy.deepcopy(self.books)
 
     def load(self) -> None:
         """Take up what an earlier run wrote, and compact it."""
@@ -132,7 +141,7 @@ def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
         if response is None:
             executed = partial(_executed, state, request, params, fault=fault, execute=execute)
             response = await _once(state, request, text, fault, executed)
-        return spoiled(fault, response)
+        return spoiled(fault, response, state.sender)
 
     return endpoint
 
@@ -147,8 +156,7 @@ async def _once(
         return _replay(state, known, fingerprint)
     if key is not None:
         state.answers[key] = Stored(fingerprint)
-    if fault is not None and fault.action is Action.SLOW:
-        await asyncio.sleep(fault.seconds)
+    await hold_up(fault)
     request_id, is_stored = _request_id(state), True
     try:
         status, body = 200, executed()
@@ -170,9 +178,11 @@ def _executed(
         case Action.ERROR_AFTER:
             execute(state.books, request, params)
             raise _internal_error()
-        case Action.DECLINE:
+        case Action.DECLINE if request.url.path == "/v1/payment_intents":
             assert fault is not None, "the action is the fault's"
             return _dump(state.books.decline(params, fault.code))
+        case Action.DECLINE if request.url.path == "/v1/refunds":
+            return _dump(state.books.settle_refund(execute(state.books, request, params)["id"], "failed"))
         case _:
             return _body(execute(state.books, request, params), params, state.books)
 
@@ -246,15 +256,24 @@ def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request
             _authenticate(request)
             params = forms.parse(request.url.query)
             fault = state.faults.pick(_call(state.books, request, "read", params))
+            await hold_up(fault)
             response = _before(state, fault)
             if response is None:
-                body = _body(read(state.books, request, params), params, state.books)
+                books = known_to_reads(fault, state.books)
+                body = _answered(fault, lambda: _body(read(books, request, params), params, books))
                 response = _respond(body, 200, _request_id(state))
         except Refused as refused:
             return _error(state, refused)
-        return spoiled(fault, response)
+        return spoiled(fault, response, state.sender)
 
     return endpoint
+
+
+def _answered(fault: Fault | None, answer: Callable[[], bytes]) -> bytes:
+    """The answer to a question, unless Stripe fails over it, before or after: there is nothing to be executed."""
+    if fault is not None and fault.action in (Action.ERROR_BEFORE, Action.ERROR_AFTER):
+        raise _internal_error()
+    return answer()
 
 
 def _list_payment_intents(books: Books, request: Request, params: Params) -> StripeObject:
@@ -361,7 +380,7 @@ async def _find(request: Request) -> Response:
 
 
 async def _set_webhooks(request: Request) -> Response:
-    """Where to send webhooks, `{"url": …, "secret": …}`, and how badly: `Manners`, and `amount_off_by`."""
+    """Where to send webhooks, `{"url": …, "secret": …}`, and how badly: `Manners`."""
     events: Events = request.app.state.sandbox.events
     try:
         events.configure(await request.json())
@@ -403,9 +422,12 @@ async def _authentication_page(request: Request) -> Response:
 async def _authenticate_payer(request: Request) -> Response:
     state: SandboxState = request.app.state.sandbox
     reference, is_successful = request.path_params["intent"], request.query_params.get("success") == "true"
+    declined = state.faults.decline(_call(state.books, request, "confirm", {}))
     try:
         action = state.books.payment_intent(reference)["next_action"] or {}
-        intent = state.books.authenticate(reference, is_successful=is_successful)
+        intent = state.books.authenticate(
+            reference, is_successful=is_successful, declined_as=declined.code if declined else None
+        )
     except Refused as refused:
         return _error(state, refused)
     state.save(None)

@@ -1,11 +1,13 @@
 """A VNPay that runs here: the payment page, IPNs, querydr and refunds, with books of its own and faults on demand.
 
 It verifies what it is sent and signs what it says with the very rules that VNPay publishes, in code of its own. Beside
-VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `faults`, `latency`, `webhooks`, `reset`, `payments/…`.
+VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
+`payments/…`.
 Sources: as infra/gateways/vnpay.py.
 """
 
 import asyncio
+import copy
 import hashlib
 import hmac
 import html
@@ -24,8 +26,8 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, spoiled
-from infra.sandbox.faults import Action, Call, Faults
+from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
 
@@ -91,7 +93,6 @@ class VNPaySimulator:
 
     def __init__(self, *, tmn_code: str = TMN_CODE, hash_secret: str = SECRET, state_file: Path | None = None) -> None:
         self.ipn_url: str | None = None
-        self.amount_off_by = 0
         self.latency_seconds = 0.0
         self.question_interval_seconds = 0.0
         self._asked_at: dict[str, float] = {}
@@ -122,6 +123,9 @@ class VNPaySimulator:
         self._asked_at.clear()
         self.faults = Faults()
         self._journal.rewrite(iter(()))
+
+    def snapshot(self) -> dict[str, Payment]:
+        return copy.deepcopy(self._payments)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """In dong: captured, refunded, and how many payments."""
@@ -197,7 +201,9 @@ class VNPaySimulator:
         if payment["ends"] is not None and _now() > payment["ends"] and payment["status"] == OPEN:
             code = "11"
         if payment["status"] == OPEN:
-            is_paid = code == "00"
+            declined = self.faults.decline(_call("confirm", "/paymentv2/vpcpay.html", payment["ref"]))
+            code = _declined_as(declined) if declined is not None and code == PAID else code
+            is_paid = code == PAID
             payment |= {"status": PAID if is_paid else FAILED, "code": code, "paid_at": _now()}
             payment["number"] = self._next_number() if is_paid else "0"
             self._keep(payment)
@@ -209,7 +215,7 @@ class VNPaySimulator:
             return
         fields = {
             "vnp_TmnCode": self._tmn_code,
-            "vnp_Amount": str(payment["amount"] + self.amount_off_by * 100),
+            "vnp_Amount": str(payment["amount"] + self.sender.manners.amount_off_by * 100),
             "vnp_BankCode": "NCB",
             "vnp_OrderInfo": payment["info"],
             "vnp_PayDate": payment["paid_at"],
@@ -228,8 +234,7 @@ class VNPaySimulator:
             await asyncio.sleep(self.latency_seconds)
         body = json.loads(await request.body())
         operation = "read" if body.get("vnp_Command") == "querydr" else "refund"
-        call = Call(operation, request.url.path, payment_id=_payment_id(str(body.get("vnp_TxnRef"))))
-        fault = self.faults.pick(call)
+        fault = self.faults.pick(_call(operation, request.url.path, str(body.get("vnp_TxnRef"))))
         match fault.action if fault else None:
             case Action.CUT_BEFORE:
                 return NoAnswer()
@@ -239,23 +244,21 @@ class VNPaySimulator:
                 return Response("<html>unavailable</html>", 503)
             case Action.CONFLICT:
                 return self._respond(body, {"ResponseCode": "94", "Message": "Duplicate request"})
-            case Action.SLOW:
-                assert fault is not None, "the action is the fault's"
-                await asyncio.sleep(fault.seconds)
-        return spoiled(fault, self._execute(body), garbled=GARBLED)
+        await hold_up(fault)
+        return spoiled(fault, self._execute(body, fault), self.sender, garbled=GARBLED)
 
-    def _execute(self, body: Mapping[str, Any]) -> Response:
+    def _execute(self, body: Mapping[str, Any], fault: Fault | None) -> Response:
         command = body.get("vnp_Command")
         names = QUERY_FIELDS if command == "querydr" else REFUND_FIELDS
         if body.get("vnp_TmnCode") != self._tmn_code:
             return self._respond(body, {"ResponseCode": "02", "Message": "Invalid TmnCode"})
         if not self._is_signed(body, names):
             return self._respond(body, {"ResponseCode": "97", "Message": "Invalid signature"})
-        payment = self._payments.get(str(body["vnp_TxnRef"]))
+        payment = known_to_reads(fault, self._payments).get(str(body["vnp_TxnRef"]))
         if payment is None or payment["created"] != body["vnp_TransactionDate"]:
             return self._respond(body, {"ResponseCode": "91", "Message": "Transaction not found"})
         if command != "querydr":
-            return self._refund(body, payment)
+            return self._refund(body, payment, fault)
         if self._is_too_soon(payment["ref"]):
             return self._respond(body, {"ResponseCode": "94", "Message": "Duplicate request"})
         return self._query(body, payment)
@@ -273,7 +276,7 @@ class VNPaySimulator:
         told = last or {"amount": payment["amount"], "number": payment["number"], "type": "01", **_status(payment)}
         return self._respond(body, _told(told) | {"BankCode": "NCB", "PayDate": payment["paid_at"]})
 
-    def _refund(self, body: Mapping[str, Any], payment: Payment) -> Response:
+    def _refund(self, body: Mapping[str, Any], payment: Payment, fault: Fault | None) -> Response:
         amount, left = int(body["vnp_Amount"]), payment["amount"] - _refunded(payment)
         is_whole = body["vnp_TransactionType"] == "02"
         if payment["status"] != PAID:
@@ -286,6 +289,8 @@ class VNPaySimulator:
             "type": body["vnp_TransactionType"],
             "status": "05" if self.refunds_wait else "00",
         }
+        if fault is not None and fault.action is Action.DECLINE:
+            refund["status"] = "09"
         payment["refunds"].append(refund)
         self._keep(payment)
         return self._respond(body, _told(refund) | {"BankCode": "NCB", "PayDate": _now()})
@@ -341,14 +346,13 @@ class VNPaySimulator:
         return JSONResponse(payment)
 
     async def _configure(self, request: Request) -> Response:
-        """`ipn_url`, `latency_ms`, `amount_off_by` (dong), `refunds_wait`, and the sender's manners.
+        """`ipn_url`, `latency_ms`, `refunds_wait`, and the sender's manners.
 
         And `question_interval_seconds`, within which a question asked again is answered with 94; 0 is none.
         """
         given = dict(await request.json())
         self.ipn_url = given.pop("ipn_url", self.ipn_url)
         self.latency_seconds = float(given.pop("latency_ms", self.latency_seconds * 1000)) / 1000
-        self.amount_off_by = int(given.pop("amount_off_by", 0))
         self.question_interval_seconds = float(given.pop("question_interval_seconds", 0))
         self.refunds_wait = bool(given.pop("refunds_wait", False))
         self.sender.behave(given)
@@ -383,6 +387,15 @@ def _told(given: Mapping[str, Any]) -> dict[str, str]:
 def _payment_id(ref: str) -> str:
     digits = ref[:32]
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _call(operation: str, path: str, ref: str) -> Call:
+    return Call(operation, path, payment_id=_payment_id(ref))
+
+
+def _declined_as(fault: Fault) -> str:
+    """VNPay's code of the rule; where it has none, that the payer's balance is too low."""
+    return fault.code if fault.code.isdigit() else "51"
 
 
 def _is_confirmed(answer: httpx.Response) -> bool:

@@ -17,6 +17,7 @@ ATTEMPTS_MAX = 8
 FIRST_DELAY_SECONDS = 0.2
 CONNECTIONS = 8
 TIMEOUT_SECONDS = 10.0
+HEAD_START_SECONDS = 0.3
 
 
 class Outgoing(NamedTuple):
@@ -37,6 +38,8 @@ class Manners:
     doubled: float = 0.0
     reordered: float = 0.0
     """Held back until the next one was sent, or for a second."""
+    amount_off_by: int = 0
+    """Added to the amounts that are told, in minor units: a provider's mistake, or a message about something else."""
 
 
 @dataclass(slots=True)
@@ -96,15 +99,33 @@ class WebhookSender:
         self.accepted += is_accepted(answer)
         return is_accepted(answer)
 
+    @property
+    def under_way(self) -> int:
+        """How many are yet to be delivered."""
+        return len(self._tasks)
+
+    async def until_heard(self, accepted_before: int, seconds: float) -> None:
+        """Until one more was accepted than these, and whoever did had a moment to act on it; or the time is up."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.accepted <= accepted_before:
+                    await self._next.wait()
+                await asyncio.sleep(HEAD_START_SECONDS)
+
     def behave(self, given: Mapping[str, Any]) -> None:
         """New manners, from JSON. Raises TypeError or ValueError for what are none."""
-        self.manners = Manners(**{name: float(value) for name, value in given.items()})
+        shares = {name: float(value) for name, value in given.items() if name != "amount_off_by"}
+        self.manners = Manners(amount_off_by=int(given.get("amount_off_by", 0)), **shares)
 
-    async def close(self) -> None:
-        """Give up what is on its way."""
+    async def give_up(self) -> None:
+        """Send nothing more of what is on its way."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Give up what is on its way, and close the connections."""
+        await self.give_up()
         if self._http is not None:
             await self._http.aclose()
 

@@ -4,10 +4,10 @@ A new gateway adds one class here and one line to `PROVIDERS`, and the whole sui
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from uuid import UUID
 
 import httpx
@@ -22,6 +22,7 @@ from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway
 from infra.sandbox import momo, vnpay
+from tests.contract.paypal import PayPalSandbox
 
 Effect = tuple[int, int, int]
 """What is held, captured and refunded for one of our payments, over all that was executed for it."""
@@ -35,6 +36,10 @@ CALLS: Final = {
 }
 """What fault rules call the request that executes an operation."""
 
+AUTHORIZE, CHARGE, CAPTURE, _VOID, REFUND = OperationKind
+ON_A_PAGE: Final = {AUTHORIZE: "confirm", CHARGE: "confirm"}
+"""Where the payer decides, and so where the payer's side may say no."""
+
 
 @dataclass
 class Provider(ABC):
@@ -42,13 +47,26 @@ class Provider(ABC):
 
     url: str
     http: httpx.Client
+    name: ClassVar[str]
+    """Of its gateway."""
+    tells: ClassVar[frozenset[OperationKind]]
+    """Of which operations its webhooks tell the amount."""
     amount = Money(1250, "USD")
     payment_method = "pm_card_visa"
     declined_method: str | None = None
     own = "/_sandbox"
+    declined_at: ClassVar[Mapping[OperationKind, str]] = {AUTHORIZE: "create", CHARGE: "create", REFUND: "refund"}
+    """What fault rules call the step at which an operation may be declined; nobody can decline what is not here."""
+    second_call: ClassVar[str | None] = None
+    """What fault rules call the request that executes what the payer consented to, where the provider waits for one."""
+    remembers_errors = False
+    """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
+
+    outside: ClassVar[frozenset[str]] = frozenset()
+    """What may happen to a payment there without us, and is told by webhook: see `happens`."""
 
     @abstractmethod
-    def gateway(self) -> Gateway: ...
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway: ...
 
     @abstractmethod
     def effect(self, payment_id: UUID) -> Effect:
@@ -64,21 +82,57 @@ class Provider(ABC):
         assert action.url is not None, "a payer must know where to go"
         self.http.post(httpx.URL(action.url).copy_add_param("success", "false")).raise_for_status()
 
+    def happens(self, event: str, reference: str) -> None:
+        """`dispute`, then `won` or `lost`, of what was captured; `lapse` of what is held. `reference` is the payment's.
+
+        Only what is in `outside`.
+        """
+        raise NotImplementedError(event)
+
     def fails(self, kind: OperationKind) -> str | None:
         """What fault rules call this operation's request; None where nothing is sent for it."""
         return CALLS[kind]
 
-    def fault(self, action: str, operation: str, payment_id: UUID, **rule: Any) -> None:
+    def fault(self, action: str, operation: str | None, payment_id: UUID, **rule: Any) -> None:
         """Have the provider fail in this way, once unless `rule` says otherwise."""
         given = {"action": action, "operation": operation, "payment_id": str(payment_id), "times": 1} | rule
         self.http.post(f"{self.own}/faults", json=given).raise_for_status()
 
+    def reset(self) -> None:
+        """Have it forget everything, and send no webhooks that are on their way."""
+        self.http.post(f"{self.own}/reset").raise_for_status()
+
+    def send_webhooks(self, **manners: Any) -> None:
+        """How webhooks are sent from now on: as they should be, but for these manners."""
+        self.http.post(f"{self.own}/manners", json=manners).raise_for_status()
+
+    def webhooks_under_way(self) -> int:
+        return int(self.http.get(f"{self.own}/manners").raise_for_status().json()["under_way"])
+
+    def heal(self) -> None:
+        """Have no more faults."""
+        self.http.delete(f"{self.own}/faults").raise_for_status()
+
 
 class Stripe(Provider):
+    name = "stripe"
+    tells = frozenset({AUTHORIZE, CHARGE, CAPTURE, REFUND})
+    outside = frozenset({"dispute", "won", "lost", "lapse"})
     declined_method: str | None = "pm_card_visa_chargeDeclined"
+    remembers_errors = True
 
-    def gateway(self) -> Gateway:
-        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=self.url, timeout_seconds=5))
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
+        key = SecretStr("sk_test_contract")
+        return StripeGateway(StripeConfig(api_key=key, api_base=self.url, timeout_seconds=timeout_seconds))
+
+    def happens(self, event: str, reference: str) -> None:
+        intent = f"{self.own}/payment_intents/{reference}"
+        if event == "dispute":
+            self._dispute = self.http.post(f"{intent}/dispute").raise_for_status().json()["id"]
+        elif event == "lapse":
+            self.http.post(f"{intent}/expire").raise_for_status()
+        else:
+            self.http.post(f"{self.own}/disputes/{self._dispute}/close?status={event}").raise_for_status()
 
     def effect(self, payment_id: UUID) -> Effect:
         answer = self.http.get("/_sandbox/payment_intents", params={"metadata[payment_id]": str(payment_id)})
@@ -93,18 +147,33 @@ class StripeWithAuthentication(Stripe):
 
     payment_method = "pm_card_threeDSecure2Required"
     declined_method = None
+    declined_at: ClassVar = {**Stripe.declined_at, **ON_A_PAGE}
 
 
 class PayPal(Provider):
+    name = "paypal"
+    tells = Stripe.tells
+    outside = frozenset({"dispute", "won", "lost"})  # that a hold lapsed is told, but not whose doing it was
     payment_method = "vault:good"
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
+    declined_at: ClassVar = {**Provider.declined_at, CAPTURE: "capture"}
+    remembers_errors = True
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         secret = SecretStr("secret")
-        return PayPalGateway(
-            PayPalConfig(client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=5)
+        config = PayPalConfig(
+            client_id="contract", client_secret=secret, api_base=self.url, timeout_seconds=timeout_seconds
         )
+        return PayPalGateway(config)
+
+    def happens(self, event: str, reference: str) -> None:
+        if event == "dispute":
+            unit = PayPalSandbox(self.url, self.http).order(reference)["purchase_units"][0]
+            capture = unit["payments"]["captures"][0]["id"]
+            self._dispute = self.http.post(f"{self.own}/captures/{capture}/dispute").raise_for_status().json()["id"]
+        else:
+            self.http.post(f"{self.own}/disputes/{self._dispute}/{event}").raise_for_status()
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json()
@@ -116,6 +185,8 @@ class PayPalWallet(PayPal):
 
     payment_method = "wallet"
     declined_method = None
+    second_call = "confirm"
+    declined_at: ClassVar = {**PayPal.declined_at, **ON_A_PAGE}
 
     def pay(self, action: RequiresAction) -> None:
         self.http.post(f"/_sandbox/paypal/orders/{action.reference}/approve").raise_for_status()
@@ -125,17 +196,20 @@ class PayPalWallet(PayPal):
 
 
 class VNPay(Provider):
+    name = "vnpay"
+    tells = frozenset({CHARGE})
     amount = Money(50_000, "VND")
     payment_method = "bank"
     own = "/_sandbox/vnpay"
+    declined_at: ClassVar = {**Provider.declined_at, **ON_A_PAGE}
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         config = VNPayConfig(
             tmn_code=vnpay.TMN_CODE,
             hash_secret=SecretStr(vnpay.SECRET),
             pay_url=f"{self.url}/paymentv2/vpcpay.html",
             api_url=f"{self.url}/merchant_webapi/api/transaction",
-            timeout_seconds=5,
+            timeout_seconds=timeout_seconds,
             question_interval=timedelta(0),  # as the simulator has it
         )
         return VNPayGateway(config)
@@ -150,16 +224,18 @@ class VNPay(Provider):
 
 
 class MoMo(VNPay):
+    name = "momo"
+    tells = frozenset({AUTHORIZE, CHARGE})
     payment_method = "wallet"
     own = "/_sandbox/momo"
 
-    def gateway(self) -> Gateway:
+    def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         config = MoMoConfig(
             partner_code=momo.PARTNER,
             access_key=momo.ACCESS,
             secret_key=SecretStr(momo.SECRET),
             api_base=self.url,
-            timeout_seconds=5,
+            timeout_seconds=timeout_seconds,
         )
         return MoMoGateway(config)
 
@@ -167,7 +243,7 @@ class MoMo(VNPay):
         return CALLS[kind]
 
 
-PROVIDERS: Final[dict[str, Callable[[str, httpx.Client], Provider]]] = {
+PROVIDERS: Final[Mapping[str, type[Provider]]] = {
     "stripe": Stripe,
     "stripe, 3-D Secure": StripeWithAuthentication,
     "paypal": PayPal,

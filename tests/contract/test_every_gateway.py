@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
+from app.wiring import GATEWAYS
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.money import Money
@@ -30,20 +32,24 @@ from domain.operations import (
 from domain.ports import Gateway
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
+from infra.sandbox.faults import Action
 from tests.contract.gateway_requests import a_request
 from tests.contract.providers import PROVIDERS, Effect, Provider
 from tests.support.sandbox import running_sandbox
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 OPENING = (AUTHORIZE, CHARGE)
-BEFORE = ("cut_before", "429", "503")
-AFTER = ("cut_after", "truncated", "garbage")
+BEFORE = ("cut_before", "429", "503", "409", "500_before")
+AFTER = ("cut_after", "truncated", "garbage", "500_after")
+TOO_LATE = ("slow", "hang")
+IMPATIENCE_SECONDS = 0.7
+"""The timeout of a gateway that does not wait for what comes too late."""
 
 
 @pytest.fixture(scope="module")
-def sandbox_url() -> Iterator[str]:
-    with running_sandbox() as url:
-        yield url
+def sandbox() -> Iterator[httpx.Client]:
+    with running_sandbox() as url, httpx.Client(base_url=url, timeout=10) as http:
+        yield http
 
 
 class NoStore:
@@ -55,11 +61,11 @@ class NoStore:
 
 @dataclass
 class Till:
-    """One provider, its gateway behind a dispatcher, and the last answer."""
+    """One provider, its gateway behind a dispatcher, and who waits for which answer."""
 
     provider: Provider
     gateway: Gateway
-    answers: asyncio.Queue[Answer] = field(default_factory=asyncio.Queue)
+    _asked: dict[UUID, asyncio.Future[Outcome]] = field(default_factory=dict)
     _paid: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -72,17 +78,25 @@ class Till:
             clock=lambda: datetime.now(UTC),
             leases=leases,
         )
-        self._dispatcher.on_answer = self.answers.put_nowait
+        self._dispatcher.on_answer = self._hear
+
+    def _hear(self, answer: Answer) -> None:
+        self._asked.pop(answer.payment_id).set_result(answer.outcome)
 
     async def send(self, request: GatewayRequest) -> Outcome:
         """What the dispatcher makes of this request."""
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._asked[request.payment_id] = answered
         self._dispatcher.submit([request._replace(gateway=self.gateway.name)])
-        return (await self.answers.get()).outcome
+        return await answered
 
-    async def finish(self, request: GatewayRequest) -> Outcome:
-        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known."""
-        outcome = await self.send(request)
-        for _ in range(4):
+    async def finish(self, request: GatewayRequest, *, patience_seconds: float = 0) -> Outcome:
+        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known.
+
+        With patience, a second passes between two attempts.
+        """
+        outcome, tries = await self.send(request), 0
+        while tries < max(4, patience_seconds):
             match outcome:
                 case RequiresAction(reference):
                     self._pay_once(outcome)
@@ -96,6 +110,8 @@ class Till:
                     pass
                 case _:
                     return outcome
+            await asyncio.sleep(1 if patience_seconds else 0)
+            tries += 1
             request = request._replace(attempts=request.attempts + 1)
             outcome = await self.send(request)
         return outcome
@@ -148,14 +164,35 @@ class Till:
         if kind not in self.gateway.capabilities.operations:
             pytest.skip("not offered: refused up front")
 
+    def request_of(self, kind: OperationKind) -> str:
+        """What fault rules call its request; skip where there is none."""
+        call = self.provider.fails(kind)
+        if call is None:
+            pytest.skip("nothing is sent for it")
+        return call
+
 
 @pytest.fixture(params=PROVIDERS)
-async def till(request: pytest.FixtureRequest, sandbox_url: str) -> AsyncIterator[Till]:
-    with httpx.Client(base_url=sandbox_url, timeout=10) as http:
-        provider = PROVIDERS[request.param](sandbox_url, http)
-        gateway = provider.gateway()
-        yield Till(provider, gateway)
-        await gateway.close()
+async def till(request: pytest.FixtureRequest, sandbox: httpx.Client) -> AsyncIterator[Till]:
+    provider = PROVIDERS[request.param](str(sandbox.base_url), sandbox)
+    gateway = provider.gateway()
+    yield Till(provider, gateway)
+    provider.heal()
+    await gateway.close()
+
+
+@pytest.fixture
+async def impatient(till: Till) -> AsyncIterator[Till]:
+    """The same provider, by a gateway that soon gives up waiting."""
+    gateway = till.provider.gateway(timeout_seconds=IMPATIENCE_SECONDS)
+    yield Till(till.provider, gateway)
+    await gateway.close()
+
+
+def test_every_gateway_and_every_fault_is_here() -> None:
+    tried = {*BEFORE, *AFTER, *TOO_LATE, Action.DECLINE, Action.LAG}
+    assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # the last one in test_every_webhook.py
+    assert {each.name for each in PROVIDERS.values()} == set(GATEWAYS) - {"instant"}
 
 
 @pytest.mark.parametrize("kind", OperationKind)
@@ -173,10 +210,7 @@ async def test_each_operation_has_its_effect_once_however_often_it_is_sent(till:
 @pytest.mark.parametrize("kind", OperationKind)
 async def test_an_answer_lost_after_execution_ends_with_one_effect(till: Till, kind: OperationKind, fault: str) -> None:
     till.offers(kind)
-    request = await till.prepared(kind)
-    call = till.provider.fails(kind)
-    if call is None:
-        pytest.skip("nothing is sent for it")
+    call, request = till.request_of(kind), await till.prepared(kind)
     till.provider.fault(fault, call, request.payment_id)
     first = await till.send(request)
     assert isinstance(first, Unknown)
@@ -190,10 +224,8 @@ async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_on
     till: Till, kind: OperationKind, fault: str
 ) -> None:
     till.offers(kind)
-    request = await till.prepared(kind)
-    before, call = till.effect(request), till.provider.fails(kind)
-    if call is None:
-        pytest.skip("nothing is sent for it")
+    call, request = till.request_of(kind), await till.prepared(kind)
+    before = till.effect(request)
     till.provider.fault(fault, call, request.payment_id)
     first = await till.send(request)
     assert isinstance(first, Unknown | Unreachable)
@@ -201,12 +233,113 @@ async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_on
     is_proof = isinstance(first, Unreachable)
     state = OperationState.DISPATCHED if is_proof else OperationState.INDETERMINATE
     end = await till.finish(request._replace(state=state, attempts=2))
-    if is_proof or till.knows_keys:
+    is_stuck = fault == Action.ERROR_BEFORE and till.provider.remembers_errors
+    if is_proof or (till.knows_keys and not is_stuck):
         assert isinstance(end, Succeeded)
         assert till.effect(request) == till.expected(kind)
     else:
-        assert isinstance(end, Unknown), "a provider without keys is never sent the same again"
+        # A provider without keys is never sent the same again, and a remembered 500 is the answer to it for ever.
+        assert isinstance(end, Unknown)
         assert till.effect(request) == before
+
+
+@pytest.mark.parametrize("till", [name for name, each in PROVIDERS.items() if each.second_call], indirect=True)
+@pytest.mark.parametrize("fault", [*BEFORE, *AFTER])
+@pytest.mark.parametrize("kind", OPENING)
+async def test_the_call_after_the_payers_consent_has_its_effect_once(
+    till: Till, kind: OperationKind, fault: str
+) -> None:
+    request = till.a(kind)
+    outcome = await till.send(request)
+    assert isinstance(outcome, RequiresAction)
+    till.provider.fault(fault, till.provider.second_call, request.payment_id)
+    till.provider.pay(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    end = await till.finish(waiting)
+    is_stuck = fault == Action.ERROR_BEFORE and till.provider.remembers_errors
+    assert isinstance(end, Pending if is_stuck else Succeeded)
+    assert till.effect(request) == ((0, 0, 0) if is_stuck else till.expected(kind))
+
+
+@pytest.mark.parametrize("fault", TOO_LATE)
+async def test_an_answer_that_comes_too_late_or_never_ends_with_one_effect(
+    till: Till, impatient: Till, fault: str
+) -> None:
+    """All kinds at once: each has to wait."""
+    kinds = [each for each in till.gateway.capabilities.operations if till.provider.fails(each)]
+    requests = [await till.prepared(kind) for kind in kinds]
+    for request in requests:
+        seconds = 2 * IMPATIENCE_SECONDS
+        till.provider.fault(fault, till.request_of(request.kind), request.payment_id, seconds=seconds)
+    for first in await asyncio.gather(*map(impatient.send, requests)):
+        assert isinstance(first, Unknown)
+    in_doubt = [each._replace(state=OperationState.INDETERMINATE, attempts=2) for each in requests]
+    for end in await asyncio.gather(*(till.finish(each, patience_seconds=5) for each in in_doubt)):
+        assert isinstance(end, Succeeded)
+    assert [till.effect(each) for each in requests] == [till.expected(each.kind) for each in requests]
+
+
+async def test_an_answer_that_is_slow_is_waited_for(till: Till) -> None:
+    kinds = [each for each in till.gateway.capabilities.operations if till.provider.fails(each)]
+    requests = [await till.prepared(kind) for kind in kinds]
+    for request in requests:
+        till.provider.fault("slow", till.request_of(request.kind), request.payment_id, seconds=0.2)
+    for end in await asyncio.gather(*map(till.send, requests)):
+        assert isinstance(end, Succeeded | RequiresAction)
+    assert all([isinstance(await till.finish(each), Succeeded) for each in requests if each.kind in OPENING])
+    assert [till.effect(each) for each in requests] == [till.expected(each.kind) for each in requests]
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_what_is_declined_moves_nothing_at_any_attempt(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    step = till.provider.declined_at.get(kind)
+    if step is None:
+        pytest.skip("nobody can decline it there")
+    request = await till.prepared(kind)
+    before = till.effect(request)
+    till.provider.fault("decline", step, request.payment_id)
+    # What continues a payment may be refused in another form: an error that says that it was not executed.
+    assert isinstance(await till.finish(request), Declined if kind in OPENING else Declined | NotExecuted)
+    assert till.effect(request) == before
+    again = await till.finish(request._replace(state=OperationState.INDETERMINATE, attempts=2))
+    assert not isinstance(again, Succeeded)
+    assert till.effect(request) == before
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_a_status_that_lags_ends_nothing_and_doubles_nothing(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = await till.prepared(kind)
+    call = till.provider.fails(kind)
+    till.provider.fault("lag", "read", request.payment_id, times=None, seconds=60)
+    if call is not None:
+        till.provider.fault("cut_after", call, request.payment_id)
+    assert isinstance(await till.send(request), Unknown if call is not None else RequiresAction)
+    in_doubt = request._replace(state=OperationState.INDETERMINATE, attempts=2)
+    for state in (OperationState.INDETERMINATE, OperationState.PENDING):
+        said = await till.finish(in_doubt._replace(state=state))
+        assert not isinstance(said, Declined | Expired | NotExecuted), "it was only not shown yet"
+    till.provider.heal()
+    assert isinstance(await till.finish(in_doubt), Succeeded)
+    assert till.effect(request) == till.expected(kind)
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_a_status_that_lags_behind_the_payer_is_waited_for(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = till.a(kind)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction):
+        pytest.skip("no payer has to act")
+    till.provider.fault("lag", "read", request.payment_id, times=None, seconds=60)
+    till.provider.pay(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    for _ in range(2):
+        assert isinstance(await till.send(waiting), RequiresAction)
+    till.provider.heal()
+    assert isinstance(await till.send(waiting), Succeeded)
+    assert till.effect(request) == till.expected(kind)
 
 
 @pytest.mark.parametrize("kind", OPENING)
@@ -293,7 +426,7 @@ async def test_more_than_was_paid_is_not_refunded(till: Till) -> None:
     assert till.effect(refund) == (0, till.provider.amount.minor, 0)
 
 
-@pytest.mark.parametrize("fault", ["cut_before", "429", "503", "truncated", "garbage"])
+@pytest.mark.parametrize("fault", [*BEFORE, *AFTER])
 async def test_a_question_without_an_answer_ends_nothing(till: Till, fault: str) -> None:
     request = till.a(CHARGE)
     outcome = await till.finish(request)

@@ -73,11 +73,13 @@ async def heeding(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[H
         return bool(await value(postgres_url, listening))
 
     await until(is_listening)  # a connection that is cut off while it is being made would be left to the collector
-    yield heeder
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    pool.terminate()
+    try:
+        yield heeder
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        pool.terminate()
 
 
 def event(payment_id: UUID, event_id: str = "evt_1", *, number: int = 1, **fields: Any) -> dict[str, Any]:

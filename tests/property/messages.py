@@ -1,0 +1,220 @@
+"""A story of one payment at a provider's simulator: what its API answered, and the webhooks that it sent about it.
+
+`record` lives the story once, in order, with the real gateway. What came of it is what `tests.property.replay` brings
+in other orders. A webhook is kept as it came over the wire, and read, signature and all, by the service's own reader.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from uuid import UUID
+
+from app import wiring
+from app.settings import Settings
+from domain.commands import OperationKind
+from domain.decision import Answer, Delivery, Notified
+from domain.notices import Notice, WebhookReader, WebhookRequest
+from domain.operations import GatewayRequest, OperationState, Outcome, RequiresAction
+from domain.ports import Gateway
+from domain.rules import Rules
+from tests.contract.providers import Provider
+from tests.support.memory import MemoryShell
+from tests.support.service import delivery, new_payment_id
+
+
+class Post:
+    """Where the simulators send webhooks: whatever comes is accepted, and kept."""
+
+    def __init__(self) -> None:
+        self.received: list[WebhookRequest] = []
+
+    def take(self) -> list[WebhookRequest]:
+        """What came since the last time."""
+        taken, self.received = self.received, []
+        return taken
+
+
+@contextmanager
+def open_post(port: int) -> Iterator[Post]:
+    """Listens on this port until the block ends."""
+    post = Post()
+
+    class Handler(BaseHTTPRequestHandler):
+        def _accept(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            query = self.path.partition("?")[2]
+            post.received.append(WebhookRequest(self.command, query, headers, body, datetime.now(UTC)))
+            answer = json.dumps({"RspCode": "00"}).encode()  # VNPay reads the body, the others the status
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST = _accept
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield post
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@dataclass
+class Call:
+    """What the API answers, and the webhooks that the call causes, if it is the first that gets through."""
+
+    outcome: Outcome
+    told: list[Notice]
+
+
+@dataclass
+class Step:
+    """One of our operations and what becomes of it; `payer` is what is told when the payer has acted, if one has to.
+
+    Until then the API answers with `first`, from then on with `then`. An event from outside has neither.
+    """
+
+    name: str
+    command: Delivery | None = None
+    first: Call | None = None
+    payer: list[Notice] | None = None
+    then: Call | None = None
+    outside: list[Notice] = field(default_factory=list)
+
+    def told(self) -> list[Notice]:
+        """All that the provider told of it."""
+        calls = [call.told for call in (self.first, self.then) if call is not None]
+        return [notice for told in (*calls, self.payer or [], self.outside) for notice in told]
+
+
+@dataclass
+class Recording:
+    """A story as it was lived in order, and how it ended."""
+
+    rules: Rules
+    payment_id: UUID
+    steps: list[Step]
+    end: Any
+
+
+def end_of(shell: MemoryShell) -> Any:
+    """What must be the same in the end, in whatever order it came about."""
+    (payment,) = shell.payments.values()
+    amounts = ("authorized", "captured", "released", "refunded", "disputed", "reserved_capture", "reserved_refund")
+    accounts: dict[str, int] = {}
+    for transfer in shell.booked:
+        accounts[transfer.debit] = accounts.get(transfer.debit, 0) + transfer.amount_minor
+        accounts[transfer.credit] = accounts.get(transfer.credit, 0) - transfer.amount_minor
+    return {
+        "amounts": {name: getattr(payment, f"{name}_minor") for name in amounts},
+        "status": payment.status,
+        "disputes": payment.disputes,
+        "operations": {number: str(each.state) for (_, number), each in sorted(shell.all_operations.items())},
+        "accounts": {name: balance for name, balance in sorted(accounts.items()) if balance},
+    }
+
+
+def heard(shell: MemoryShell, payment_id: UUID, notice: Notice) -> list[GatewayRequest] | None:
+    """Apply a webhook; None where nobody would know yet which payment it is about, so that it is refused."""
+    if notice.payment_id is None and not _names(shell, payment_id, notice.gateway_payment_id):
+        return None
+    return shell.apply([Notified(1, payment_id, notice)])
+
+
+def _names(shell: MemoryShell, payment_id: UUID, reference: str | None) -> bool:
+    own = [each.reference for each in shell.all_operations.values()]
+    return reference is not None and reference in (shell.payments[payment_id].gateway_payment_id, *own)
+
+
+@dataclass
+class Recorder:
+    """Lives a story at one provider; `post` is where its webhooks come."""
+
+    provider: Provider
+    gateway: Gateway
+    reader: WebhookReader
+    post: Post
+    rules: Rules
+
+    async def record(self, story: Sequence[str]) -> Recording:
+        shell, payment_id, steps = MemoryShell(self.rules), new_payment_id(), []
+        for number, name in enumerate(story, start=1):
+            step = Step(name)
+            steps.append(step)
+            if name in self.provider.outside:
+                reference = shell.payments[payment_id].gateway_payment_id
+                assert reference is not None, "there is a payment"
+                self.provider.happens(name, reference)
+                step.outside = await self._told(shell, payment_id)
+            else:
+                await self._operation(shell, payment_id, number, step)
+        self._check(shell, payment_id, steps)
+        return Recording(self.rules, payment_id, steps, end_of(shell))
+
+    def _check(self, shell: MemoryShell, payment_id: UUID, steps: list[Step]) -> None:
+        """That it is a story worth telling in other orders: it has ended as the provider has it, who told of it."""
+        assert not [each for each in shell.all_operations.values() if each.is_open]
+        payment = shell.payments[payment_id]
+        held = payment.authorized_minor - payment.captured_minor - payment.released_minor
+        assert (held, payment.captured_minor, payment.refunded_minor) == self.provider.effect(payment_id)
+        for step in steps:
+            told = [each for each in step.told() if each.outcome is not None or each.dispute is not None]
+            assert told or step.name not in {*self.provider.tells, *self.provider.outside}, f"nobody told of {step}"
+
+    async def _operation(self, shell: MemoryShell, payment_id: UUID, number: int, step: Step) -> None:
+        kind, _, is_refused = step.name.partition(" ")
+        step.command = self._command(OperationKind(kind), payment_id, number, is_refused=bool(is_refused))
+        (request,) = shell.apply([step.command])
+        step.first = await self._call(shell, request)
+        outcome = step.first.outcome
+        if isinstance(outcome, RequiresAction):
+            (self.provider.refuse if is_refused else self.provider.pay)(outcome)
+            step.payer = await self._told(shell, payment_id)
+            if shell.all_operations[payment_id, number].is_open:
+                (request,) = shell.claim(payment_id, number)
+            asked = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference)
+            step.then = await self._call(shell, asked)
+
+    def _command(self, kind: OperationKind, payment_id: UUID, number: int, *, is_refused: bool) -> Delivery:
+        provider, fields = self.provider, {}
+        if kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
+            method = (provider.declined_method if is_refused else None) or provider.payment_method
+            money = {"amount_minor": provider.amount.minor, "currency": provider.amount.currency}
+            fields = {**money, "payment_method": method}
+        return delivery(kind.value, payment_id, f"key-{number}", **fields)
+
+    async def _call(self, shell: MemoryShell, request: GatewayRequest) -> Call:
+        method = "resume" if request.state is OperationState.REQUIRES_ACTION else request.kind.value
+        outcome: Outcome = await getattr(self.gateway, method)(request)
+        shell.apply([Answer(request.payment_id, request.operation_number, request.lease_token, outcome)])
+        return Call(outcome, await self._told(shell, request.payment_id))
+
+    async def _told(self, shell: MemoryShell, payment_id: UUID) -> list[Notice]:
+        """What the provider tells of what has just happened; told in order, it is applied at once."""
+        while self.provider.webhooks_under_way():
+            await asyncio.sleep(0.005)
+        notices = [await self.reader.read(each) for each in self.post.take()]
+        for notice in notices:
+            heard(shell, payment_id, notice)
+        return notices
+
+
+def recorder_of(settings: Settings, provider: Provider, post: Post) -> Recorder:
+    """With the parts that the service itself would have."""
+    gateways, readers = wiring.create_gateways(settings), wiring.create_webhook_readers(settings)
+    rules = wiring.create_rules(settings, gateways)
+    return Recorder(provider, gateways[provider.name], readers[provider.name], post, rules)
