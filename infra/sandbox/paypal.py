@@ -11,8 +11,8 @@ is `confirm`, a release `cancel`, and a request for an access token `token`; `pa
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
-`manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is left:
-`authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
+`manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is
+left: `authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
 """
 
 import asyncio
