@@ -1,7 +1,6 @@
 """The processes under measurement: started like in production, their CPU seconds and memory read from the system."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -58,12 +56,6 @@ class Machine:
             if process.poll() is not None:
                 tail = (self._log_dir / f"{name}.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{name} ended with {process.returncode}:\n{tail}")
-
-    def logged(self, name: str, event: str) -> dict[str, Any]:
-        """The last record of this event in the log of a process, which may have ended."""
-        lines = (self._log_dir / f"{name}.log").read_text(errors="replace").splitlines()
-        records = [json.loads(line) for line in lines if f'"event": "{event}"' in line]
-        return dict(records[-1])
 
     def cpu_seconds(self, **others: int) -> dict[str, float]:
         """CPU seconds so far by process name; `others` are further pids, each with its children."""

@@ -101,6 +101,12 @@ class Bench:
         await self._ready("PAYMENTS_WORKER_PORT")
         await self._ready("PAYMENTS_RELAY_PORT")
 
+    async def worker_metric(self, name: str) -> float:
+        """A gauge without labels, as the worker has it now."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            text = (await client.get(f"http://127.0.0.1:{self._ports['PAYMENTS_WORKER_PORT']}/metrics")).text
+        return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
+
     @property
     def partitions(self) -> int:
         return PARTITIONS

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Final
 
-import structlog
+from prometheus_client import Gauge
 
 from domain.capabilities import Capabilities
 from domain.commands import OperationKind
 from domain.money import MINOR_UNITS
 from domain.operations import GatewayRequest, Outcome, Succeeded
 
-log = structlog.get_logger(__name__)
+MOST_AT_ONCE: Final = Gauge("payments_instant_gateway_most_at_once", "Calls of the gateway for benchmarks, at most")
+MOST_IN_A_SECOND: Final = Gauge("payments_instant_gateway_most_in_a_second", "The same, begun within any second")
 
 _CAPABILITIES: Final = Capabilities(
     operations=frozenset(OperationKind),
@@ -43,6 +44,8 @@ class InstantGateway:
         self._clock = clock
         self._begun: deque[float] = deque()
         self._under_way = 0
+        MOST_AT_ONCE.set_function(lambda: self.most_at_once)
+        MOST_IN_A_SECOND.set_function(lambda: self.most_in_a_second)
         self.most_at_once = 0
         self.most_in_a_second = 0
 
@@ -69,8 +72,7 @@ class InstantGateway:
         return await self._succeed(request)
 
     async def close(self) -> None:
-        """Nothing is held open. How busy it was goes to the log."""
-        log.info("instant gateway", most_at_once=self.most_at_once, most_in_a_second=self.most_in_a_second)
+        """Nothing is held open."""
 
     async def _succeed(self, request: GatewayRequest) -> Outcome:
         self._note()
