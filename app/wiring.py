@@ -22,7 +22,8 @@ from handlers.settle import Settler
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
-from infra.gateways.paypal import PayPalConfig, PayPalGateway, PayPalWebhooks
+from infra.gateways.paypal import PayPalConfig, PayPalGateway
+from infra.gateways.paypal_webhooks import PayPalWebhooks
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks

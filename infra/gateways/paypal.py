@@ -1,4 +1,6 @@
-"""All that we know about PayPal: configuration, capabilities, requests, the status tables, the error table, webhooks.
+"""All that we know about PayPal: configuration, capabilities, requests, the status tables, the error table.
+
+`paypal_webhooks.py` has its webhooks.
 
 Promise: a success or a refusal is reported only on PayPal's explicit word for this very operation; an order that is
 COMPLETED is not paid, the payments inside it tell. Whatever we cannot read is `Pending` or an `OutcomeUnknown`. Every
@@ -11,17 +13,14 @@ is an enum that no simulator fits.
 
 Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/,
 https://developer.paypal.com/reference/guidelines/idempotency/,
-https://developer.paypal.com/docs/checkout/advanced/authorization-honor/,
-https://developer.paypal.com/api/rest/webhooks/rest/. What they do not say is called unconfirmed here and fails safe.
+https://developer.paypal.com/docs/checkout/advanced/authorization-honor/. What they do not say is called unconfirmed
+here and fails safe.
 """
 
 import asyncio
-import base64
-import binascii
 import json
 import re
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,27 +31,12 @@ from urllib.parse import quote, urlencode, urlsplit
 from uuid import UUID
 
 import httpx
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
 
 from domain.capabilities import AmountLimits, Capabilities, Listing
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import MINOR_UNITS, Money
-from domain.notices import (
-    BODY_BYTES_MAX,
-    Dispute,
-    DisputeStage,
-    External,
-    Notice,
-    Verdict,
-    WebhookAnswer,
-    WebhookRefused,
-    WebhookRequest,
-)
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -95,6 +79,9 @@ EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
 """The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
 
 TOKEN_MARGIN_SECONDS: Final = 300.0
+
+CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
+"""What makes a capture."""
 
 Json = dict[str, Any]
 P = ParamSpec("P")
@@ -183,11 +170,16 @@ def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
         GatewayContractBroken: another currency, or nothing that this currency can be.
     """
     if amount["currency_code"] != currency:
-        raise GatewayContractBroken(NAME, f"an amount is in {_code(amount['currency_code'])} and not in {currency}")
-    return _minor(amount)
+        raise GatewayContractBroken(NAME, f"an amount is in {code_of(amount['currency_code'])} and not in {currency}")
+    return minor_of(amount)
 
 
-def _minor(amount: Mapping[str, Any]) -> int:
+def minor_of(amount: Mapping[str, Any]) -> int:
+    """An amount in our minor units, whatever its currency.
+
+    Raises:
+        GatewayContractBroken: it cannot be read.
+    """
     text, currency = str(amount["value"]), str(amount["currency_code"])
     if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,3})?", text) or currency not in MINOR_UNITS:
         raise GatewayContractBroken(NAME, "an amount cannot be read")
@@ -241,11 +233,11 @@ def read_opening(order: Json, request: GatewayRequest) -> Outcome:
     _check_ours(order, request)
     payments = _payments(order)
     if request.kind is OperationKind.AUTHORIZE:
-        found = [_read_authorization(each, order, request) for each in payments["authorizations"]]
+        found = [read_authorization(each, order, request) for each in payments["authorizations"]]
         if payments["captures"] and not found:
             raise GatewayContractBroken(NAME, f"order {order['id']} is captured although only a hold was asked for")
     else:
-        found = [_as_opening(read_capture(each, request), order) for each in payments["captures"]]
+        found = [as_opening(read_capture(each, request), order) for each in payments["captures"]]
     return _best(found, order) if found else _read_unpaid(order, request)
 
 
@@ -276,12 +268,13 @@ def _read_unpaid(order: Json, request: GatewayRequest) -> Outcome:
             return Pending(reference)
 
 
-def _read_authorization(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
+def read_authorization(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
+    """What a hold says about the operation that opened its order."""
     reference = order["id"]
     match authorization["status"]:
         case "CREATED" | "PARTIALLY_CAPTURED" | "CAPTURED":
             amount = from_paypal_amount(authorization["amount"], request.amount.currency)
-            return Succeeded(reference, amount, _time(authorization.get("expiration_time")))
+            return Succeeded(reference, amount, time_of(authorization.get("expiration_time")))
         case "DENIED":
             return _declined_payment(authorization, reference)
         case "VOIDED" if not _payments(order)["captures"] or request.state is OperationState.SUCCEEDED:
@@ -347,7 +340,7 @@ def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outc
 def read_release(reference: str, answer: Json, request: GatewayRequest) -> Outcome:
     """What the answer to a release says: nothing but that it was done (204), or the authorization as it is now."""
     status = answer.get("status", "VOIDED")
-    return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {_code(status)}")
+    return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {code_of(status)}")
 
 
 def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
@@ -362,7 +355,7 @@ def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
             return Pending(reference)
 
 
-def _as_opening(outcome: Outcome, order: Json) -> Outcome:
+def as_opening(outcome: Outcome, order: Json) -> Outcome:
     """The same, referring to the order: that is what the payment is called in all later requests."""
     match outcome:
         case Succeeded(amount_minor=amount):
@@ -400,11 +393,12 @@ def _payer_url(order: Json) -> str | None:
 
 
 def _window_end(order: Json, request: GatewayRequest) -> datetime | None:
-    began = _time(order.get("create_time")) or request.first_dispatched_at
+    began = time_of(order.get("create_time")) or request.first_dispatched_at
     return began + APPROVAL_WINDOW if began else None
 
 
-def _time(text: object) -> datetime | None:
+def time_of(text: object) -> datetime | None:
+    """A time as PayPal writes it, UTC where it names no zone; None for what is none."""
     if not isinstance(text, str):
         return None
     try:
@@ -489,11 +483,11 @@ class PayPalRefused(Exception):
     def __init__(self, status: int, body: Mapping[str, Any]) -> None:
         details = body.get("details") or ()
         self.status = status
-        self.name = _code(body.get("name"))
+        self.name = code_of(body.get("name"))
         self.issues = tuple(
-            _code(each.get("issue")) for each in details if isinstance(each, dict) and each.get("issue")
+            code_of(each.get("issue")) for each in details if isinstance(each, dict) and each.get("issue")
         )
-        self.debug_id = _code(body.get("debug_id"))
+        self.debug_id = code_of(body.get("debug_id"))
         super().__init__(f"status {status}, {self.name}, {'/'.join(self.issues) or 'no issue'}, debug {self.debug_id}")
 
     @property
@@ -506,7 +500,7 @@ class PayPalRefused(Exception):
         return next((each for each in (*self.issues, self.name) if each in issues), None)
 
 
-def _code(value: object) -> str:
+def code_of(value: object) -> str:
     """A code as far as it looks like one: nothing else of a body is repeated in our logs."""
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z0-9_.\-]{1,64}", text) else "unreadable"
@@ -697,7 +691,7 @@ def _read(response: httpx.Response) -> Json:
     if response.is_success and (body is not None or not response.content):
         return body or {}
     if status >= 500:
-        raise OutcomeUnknown(NAME, f"status {status}, debug {_code(response.headers.get('paypal-debug-id'))}")
+        raise OutcomeUnknown(NAME, f"status {status}, debug {code_of(response.headers.get('paypal-debug-id'))}")
     if response.is_client_error and (status in REFUSED_AT_THE_DOOR or (body and "name" in body)):
         raise PayPalRefused(status, body or {})
     raise GatewayContractBroken(NAME, f"an answer of status {status} cannot be read")
@@ -1082,7 +1076,7 @@ def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
         return _without_effect(request, f"order {order['id']} has no hold to release", "NO_AUTHORIZATION")
     if order["status"] in ("CREATED", "SAVED", "PAYER_ACTION_REQUIRED", "APPROVED", "VOIDED"):
         return Succeeded(order["id"])
-    return Unknown(f"order {order['id']} is {_code(order['status'])} and shows no payment")
+    return Unknown(f"order {order['id']} is {code_of(order['status'])} and shows no payment")
 
 
 def _read_release(order: Json, request: GatewayRequest) -> Outcome:
@@ -1140,12 +1134,12 @@ def _left_of(capture: Json, order: Json, request: GatewayRequest) -> int:
     gone = [
         from_paypal_amount(each["amount"], currency)
         for each in _payments(order)["refunds"]
-        if each["status"] not in ("FAILED", "CANCELLED") and _linked(each, "/captures/") == capture["id"]
+        if each["status"] not in ("FAILED", "CANCELLED") and linked_id(each, "/captures/") == capture["id"]
     ]
     return from_paypal_amount(capture["amount"], currency) - sum(gone)
 
 
-def _linked(stored: Json, path: str) -> str | None:
+def linked_id(stored: Json, path: str) -> str | None:
     """The id of what this is a part of, from its link `up`."""
     for link in stored.get("links") or ():
         if link.get("rel") == "up" and path in str(link.get("href")):
@@ -1193,7 +1187,7 @@ def _movement(told: Json) -> Movement | None:
         return None  # Money that we sent, or a refund that came back to us.
     own, inherited = read_mark(told.get("invoice_id")), read_mark(told.get("custom_field"))
     marks, kinds = own or inherited, (OperationKind.REFUND,) if is_refund else CAPTURES
-    moved_at = _time(told["transaction_initiation_date"])
+    moved_at = time_of(told["transaction_initiation_date"])
     if moved_at is None:
         raise GatewayContractBroken(NAME, "a transaction without a time")
     return Movement(
@@ -1201,325 +1195,7 @@ def _movement(told: Json) -> Movement | None:
         moved_at=moved_at,
         is_refund=is_refund,
         currency=str(amount["currency_code"]),
-        amount_minor=_minor({**amount, "value": str(amount["value"]).removeprefix("-")}),
+        amount_minor=minor_of({**amount, "value": str(amount["value"]).removeprefix("-")}),
         payment_id=marks.payment_id if marks else None,
         operation_number=own.operation_number if own is not None and own.kind in kinds else None,
-    )
-
-
-# --- webhooks -------------------------------------------------------------------------------------------------------
-
-CERTIFICATE_BYTES_MAX: Final = 65_536
-CERTIFICATES_MAX: Final = 16
-CERTIFICATE_PATH: Final = r"/v1/notifications/certs/[A-Za-z0-9_\-]{1,128}"
-ALGORITHM: Final = "SHA256withRSA"
-
-ANSWERS: Final[Mapping[Verdict, int]] = {
-    Verdict.STORED: 200,
-    Verdict.DUPLICATE: 200,
-    Verdict.ALREADY_FINAL: 200,
-    Verdict.AMOUNT_DIFFERS: 200,
-    Verdict.UNKNOWN_PAYMENT: 404,
-    Verdict.FORGED: 400,
-    Verdict.STALE: 400,
-    Verdict.MALFORMED: 400,
-    Verdict.TOO_LARGE: 413,
-    Verdict.UNAVAILABLE: 503,
-}
-"""PayPal sends again, for three days, what was answered with anything but a 2xx."""
-
-
-class _Signature(NamedTuple):
-    """What the headers of a webhook claim. All of it is the sender's word until the signature is verified."""
-
-    transmission_id: str
-    transmission_time: str
-    cert_url: str
-    signature: bytes
-
-    def message(self, webhook_id: str, body: bytes) -> bytes:
-        """What was signed: the checksum is that of the raw body, as an unsigned decimal number."""
-        return f"{self.transmission_id}|{self.transmission_time}|{webhook_id}|{zlib.crc32(body)}".encode()
-
-
-class PayPalWebhooks:
-    """PayPal's webhooks: verified offline against the certificate that PayPal signs with, then read.
-
-    A webhook is not refused for its age: PayPal repeats for three days, and whether a repetition carries a new time is
-    unconfirmed. Every message is evidence of a state, so an old one that comes again changes nothing.
-
-    That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
-    chains to a public authority, and under which subject, is unconfirmed and not demanded.
-
-    Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
-    """
-
-    gateway = NAME
-
-    def __init__(self, config: PayPalConfig) -> None:
-        if not config.webhook_id:
-            raise ValueError("PayPal's webhooks cannot be verified without webhook_id")
-        self._config = config
-        self._trusted = _trusted_urls(config)
-        self._certificates: dict[str, x509.Certificate] = {}
-        self._fetching = asyncio.Lock()
-        self._http = httpx.AsyncClient(
-            timeout=config.connect_timeout_seconds,
-            limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
-            follow_redirects=False,
-            trust_env=False,
-        )
-
-    async def read(self, request: WebhookRequest) -> Notice:
-        """Verify the signature over the raw body, then read it.
-
-        Raises:
-            WebhookRefused: TOO_LARGE, FORGED, MALFORMED, or UNAVAILABLE where the certificate could not be fetched.
-        """
-        if len(request.body) > BODY_BYTES_MAX:
-            raise WebhookRefused(Verdict.TOO_LARGE, f"{len(request.body)} bytes")
-        signature = _signature(request.headers)
-        if not self._trusted.fullmatch(signature.cert_url):
-            raise WebhookRefused(Verdict.FORGED, "the certificate's address is not one of PayPal's")
-        certificate = await self._certificate(signature.cert_url)
-        _verify(certificate, signature, self._config.webhook_id, request)
-        return _notice(request.body)
-
-    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
-        """The status alone; PayPal reads no more of an answer."""
-        return WebhookAnswer(ANSWERS[verdict])
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def _certificate(self, url: str) -> x509.Certificate:
-        """The certificate at a trusted address, from memory where possible; one at a time is fetched."""
-        if url not in self._certificates:
-            async with self._fetching:
-                if url not in self._certificates:
-                    self._keep(url, await self._fetch(url))
-        return self._certificates[url]
-
-    def _keep(self, url: str, certificate: x509.Certificate) -> None:
-        if len(self._certificates) >= CERTIFICATES_MAX:
-            del self._certificates[next(iter(self._certificates))]
-        self._certificates[url] = certificate
-
-    async def _fetch(self, url: str) -> x509.Certificate:
-        try:
-            async with asyncio.timeout(self._config.timeout_seconds), self._http.stream("GET", url) as answer:
-                if answer.status_code >= 500 or answer.status_code == 429:
-                    raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: status {answer.status_code}")
-                if answer.status_code != 200:
-                    raise WebhookRefused(Verdict.FORGED, f"no such certificate: status {answer.status_code}")
-                pem = await _limited(answer)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: {type(error).__name__}") from error
-        return _certificate(pem)
-
-
-def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
-    """Addresses that a signing certificate may come from, exactly: the header that names one is anybody's word."""
-    if config.is_simulated and config.cert_hosts is None:
-        return re.compile(re.escape(config.api_base) + CERTIFICATE_PATH)
-    own = urlsplit(config.api_base).hostname or ""
-    hosts = config.cert_hosts or frozenset({own, own.replace("api-m.", "api.", 1)})
-    names = "|".join(re.escape(host) for host in sorted(hosts))
-    return re.compile(f"https://(?:{names}){CERTIFICATE_PATH}")
-
-
-def _signature(headers: Mapping[str, str]) -> _Signature:
-    """Raises WebhookRefused(FORGED) where a header is missing or not of its form."""
-    try:
-        if headers["paypal-auth-algo"] != ALGORITHM:
-            raise WebhookRefused(Verdict.FORGED, "another signature algorithm")
-        given = base64.b64decode(headers["paypal-transmission-sig"], validate=True)
-        sent_id, sent_at = headers["paypal-transmission-id"], headers["paypal-transmission-time"]
-        return _Signature(sent_id, sent_at, headers["paypal-cert-url"], given)
-    except (KeyError, binascii.Error, ValueError) as error:
-        raise WebhookRefused(Verdict.FORGED, f"a signature header is missing or unreadable: {error!r:.80}") from error
-
-
-async def _limited(answer: httpx.Response) -> bytes:
-    read = b""
-    async for chunk in answer.aiter_bytes():
-        read += chunk
-        if len(read) > CERTIFICATE_BYTES_MAX:
-            raise WebhookRefused(Verdict.FORGED, "the certificate is too large")
-    return read
-
-
-def _certificate(pem: bytes) -> x509.Certificate:
-    """The first one of what was served; any others would be its chain."""
-    try:
-        return x509.load_pem_x509_certificates(pem)[0]
-    except (ValueError, IndexError) as error:
-        raise WebhookRefused(Verdict.FORGED, "the certificate cannot be read") from error
-
-
-def _verify(certificate: x509.Certificate, signature: _Signature, webhook_id: str, request: WebhookRequest) -> None:
-    """Raises WebhookRefused(FORGED) unless the certificate's key signed exactly this, while it was valid."""
-    if not certificate.not_valid_before_utc <= request.received_at <= certificate.not_valid_after_utc:
-        raise WebhookRefused(Verdict.FORGED, "the certificate is not valid now")
-    try:
-        key = certificate.public_key()
-        if not isinstance(key, rsa.RSAPublicKey):
-            raise WebhookRefused(Verdict.FORGED, "the certificate has no RSA key")
-        message = signature.message(webhook_id, request.body)
-        key.verify(signature.signature, message, padding.PKCS1v15(), hashes.SHA256())
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError) as error:
-        raise WebhookRefused(Verdict.FORGED, "the signature is wrong") from error
-
-
-def _notice(body: bytes) -> Notice:
-    """Raises WebhookRefused(MALFORMED) for a body that is signed but makes no sense."""
-    try:
-        event = json.loads(body)
-        return read_event(event)
-    except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise WebhookRefused(Verdict.MALFORMED, f"{type(error).__name__} while reading the event") from error
-
-
-CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
-CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
-"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
-
-
-def read_event(event: Json) -> Notice:
-    """What an event says. Types that say nothing about money of ours, and unknown ones, bring no outcome.
-
-    Source: https://developer.paypal.com/api/rest/webhooks/event-names/.
-    """
-    name, resource = str(event["event_type"]), event["resource"]
-    notice = Notice(NAME, str(event["id"]), name)
-    if name.startswith("CUSTOMER.DISPUTE."):
-        return _dispute_notice(notice, resource)
-    if name.startswith("CHECKOUT.ORDER."):
-        return _order_notice(notice, resource)
-    if name.startswith("PAYMENT.AUTHORIZATION."):
-        return _payment_notice(notice, resource, (OperationKind.AUTHORIZE,))
-    if name.startswith(("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")):
-        return _payment_notice(notice, resource, (OperationKind.REFUND,))
-    if name.startswith("PAYMENT.CAPTURE."):
-        return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
-    return notice
-
-
-def _order_notice(notice: Notice, order: Json) -> Notice:
-    """The payer approved: nothing is held before our own second call, which is due now."""
-    unit = (order.get("purchase_units") or [{}])[0]
-    marks = read_mark(unit.get("custom_id"))
-    return notice._replace(
-        payment_id=marks.payment_id if marks else None,
-        operation_number=marks.operation_number if marks else None,
-        gateway_payment_id=str(order["id"]),
-        is_ripe=notice.type == "CHECKOUT.ORDER.APPROVED",
-    )
-
-
-def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
-    """Evidence about the operation that the invoice id names, if it is one that makes such a resource.
-
-    Somebody else's refund at PayPal's pages may carry over the invoice id of the capture, and captures carry over the
-    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment: then it
-    is somebody else's, or ours of which PayPal did not repeat the invoice id.
-    """
-    inherited, own = read_mark(resource.get("custom_id")), read_mark(resource.get("invoice_id"))
-    marks = own or inherited
-    known = notice._replace(payment_id=marks.payment_id if marks else None, gateway_payment_id=_order_of(resource))
-    if own is None or own.kind not in kinds:
-        return _external_notice(known, resource, kinds)
-    outcome = _event_outcome(own.kind, resource, known.gateway_payment_id)
-    currency = resource["amount"]["currency_code"] if outcome is not None else None
-    return known._replace(operation_number=own.operation_number, outcome=outcome, currency=currency)
-
-
-def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
-    """A refund that our refunds have not marked, or a capture of a hold that our captures have not.
-
-    Captures always carry over the mark of their order, so one without it is of somebody else's order.
-    """
-    is_capture = OperationKind.CAPTURE in kinds and notice.payment_id is not None
-    if not is_capture and OperationKind.REFUND not in kinds:
-        return notice
-    kind = OperationKind.CAPTURE if is_capture else OperationKind.REFUND
-    outcome = _event_outcome(kind, resource, notice.gateway_payment_id)
-    is_final = is_capture and resource.get("final_capture") is True
-    external = External(kind, _minor(resource["amount"]), _time(resource.get("create_time")), is_final)
-    return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
-
-
-def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) -> Outcome | None:
-    """As an answer would be read; an opening is referred to by its order, so without the order's id nothing is said."""
-    money = Money(_minor(resource["amount"]), resource["amount"]["currency_code"])
-    request = _RESOURCE_REQUEST._replace(kind=kind, amount=money)
-    match kind:
-        case OperationKind.REFUND:
-            return read_refund(resource, request)
-        case OperationKind.CAPTURE:
-            return read_capture(resource, request)
-        case OperationKind.CHARGE if order_id is not None:
-            return _as_opening(read_capture(resource, request), {"id": order_id})
-        case OperationKind.AUTHORIZE if order_id is not None:
-            return _read_authorization(resource, {"id": order_id}, request)
-        case _:
-            return None
-
-
-_RESOURCE_REQUEST: Final = GatewayRequest(
-    kind=OperationKind.CAPTURE,
-    payment_id=UUID(int=0),
-    operation_number=1,
-    provider_key="",
-    gateway=NAME,
-    amount=Money(0, "USD"),
-)
-"""What the status tables need to know of a request, filled in from the resource itself."""
-
-
-def _order_of(resource: Json) -> str | None:
-    """The order that a payment belongs to. Source: `supplementary_data` of the Payments v2 reference."""
-    related = (resource.get("supplementary_data") or {}).get("related_ids") or {}
-    order_id = related.get("order_id") or _linked(resource, "/checkout/orders/")
-    return str(order_id) if order_id else None
-
-
-DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
-    "RESOLVED_SELLER_FAVOUR": DisputeStage.WON,
-    "CANCELED_BY_BUYER": DisputeStage.WON,
-    "DENIED": DisputeStage.WON,
-    "RESOLVED_BUYER_FAVOUR": DisputeStage.LOST,
-    "ACCEPTED": DisputeStage.LOST,
-}
-"""By `dispute_outcome.outcome_code`. Who paid for RESOLVED_WITH_PAYOUT the message does not say: it stays open.
-
-ACCEPTED and DENIED are unconfirmed: read as our acceptance of the claim, and as PayPal's denial of it. Source:
-https://developer.paypal.com/docs/api/customer-disputes/v1/.
-"""
-
-
-def _dispute_notice(notice: Notice, resource: Json) -> Notice:
-    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries.
-
-    What was lost is what the payer got back, where PayPal tells it, which may be a part of what was disputed.
-    """
-    disputed = (resource.get("disputed_transactions") or [{}])[0]
-    marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))
-    transaction = disputed.get("seller_transaction_id")
-    outcome = (resource.get("dispute_outcome") or {}) if resource.get("status") == "RESOLVED" else {}
-    stage = DISPUTE_STAGES.get(str(outcome.get("outcome_code")), DisputeStage.OPENED)
-    returned = outcome.get("amount_refunded") if stage is DisputeStage.LOST else None
-    amount = returned or resource["dispute_amount"]
-    dispute = Dispute(
-        dispute_id=str(resource["dispute_id"]),
-        stage=stage,
-        amount_minor=_minor(amount),
-        currency=str(amount["currency_code"]),
-        reason=_code(resource["reason"]) if resource.get("reason") else None,
-    )
-    return notice._replace(
-        payment_id=marks.payment_id if marks else None,
-        gateway_payment_id=str(transaction) if marks is None and transaction else None,
-        dispute=dispute,
     )

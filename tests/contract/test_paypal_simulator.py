@@ -32,7 +32,8 @@ from domain.operations import (
     Unreachable,
 )
 from domain.ports import Gateway
-from infra.gateways.paypal import PayPalConfig, PayPalGateway, PayPalWebhooks
+from infra.gateways.paypal import PayPalConfig, PayPalGateway
+from infra.gateways.paypal_webhooks import PayPalWebhooks
 from infra.local.server import free_port
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES

@@ -30,7 +30,8 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
-from infra.gateways.paypal import CERTIFICATE_BYTES_MAX, SANDBOX, Json, PayPalConfig, PayPalWebhooks, read_event
+from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
+from infra.gateways.paypal_webhooks import CERTIFICATE_BYTES_MAX, PayPalWebhooks, read_event
 
 WEBHOOK_ID = "1JE4291016473214C"
 BODY = (

@@ -1,0 +1,368 @@
+"""PayPal's webhooks: how they are verified, and what each of its events says.
+
+Offline, against the certificate that PayPal signs with. What is not about money of ours brings no outcome; money that
+moved without a mark of ours is told as such (docs/decisions/0012). Sources:
+https://developer.paypal.com/api/rest/webhooks/rest/, https://developer.paypal.com/api/rest/webhooks/event-names/.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from domain.commands import OperationKind
+from domain.errors import GatewayContractBroken
+from domain.money import Money
+from domain.notices import (
+    BODY_BYTES_MAX,
+    Dispute,
+    DisputeStage,
+    External,
+    Notice,
+    Verdict,
+    WebhookAnswer,
+    WebhookRefused,
+    WebhookRequest,
+)
+from domain.operations import GatewayRequest, Outcome
+from infra.gateways.paypal import (
+    CAPTURES,
+    NAME,
+    Json,
+    PayPalConfig,
+    as_opening,
+    code_of,
+    linked_id,
+    minor_of,
+    read_authorization,
+    read_capture,
+    read_mark,
+    read_refund,
+    time_of,
+)
+
+CERTIFICATE_BYTES_MAX: Final = 65_536
+CERTIFICATES_MAX: Final = 16
+CERTIFICATE_PATH: Final = r"/v1/notifications/certs/[A-Za-z0-9_\-]{1,128}"
+ALGORITHM: Final = "SHA256withRSA"
+
+ANSWERS: Final[Mapping[Verdict, int]] = {
+    Verdict.STORED: 200,
+    Verdict.DUPLICATE: 200,
+    Verdict.ALREADY_FINAL: 200,
+    Verdict.AMOUNT_DIFFERS: 200,
+    Verdict.UNKNOWN_PAYMENT: 404,
+    Verdict.FORGED: 400,
+    Verdict.STALE: 400,
+    Verdict.MALFORMED: 400,
+    Verdict.TOO_LARGE: 413,
+    Verdict.UNAVAILABLE: 503,
+}
+"""PayPal sends again, for three days, what was answered with anything but a 2xx."""
+
+
+class _Signature(NamedTuple):
+    """What the headers of a webhook claim. All of it is the sender's word until the signature is verified."""
+
+    transmission_id: str
+    transmission_time: str
+    cert_url: str
+    signature: bytes
+
+    def message(self, webhook_id: str, body: bytes) -> bytes:
+        """What was signed: the checksum is that of the raw body, as an unsigned decimal number."""
+        return f"{self.transmission_id}|{self.transmission_time}|{webhook_id}|{zlib.crc32(body)}".encode()
+
+
+class PayPalWebhooks:
+    """PayPal's webhooks: verified offline against the certificate that PayPal signs with, then read.
+
+    A webhook is not refused for its age: PayPal repeats for three days, and whether a repetition carries a new time is
+    unconfirmed. Every message is evidence of a state, so an old one that comes again changes nothing.
+
+    That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
+    chains to a public authority, and under which subject, is unconfirmed and not demanded.
+
+    Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
+    """
+
+    gateway = NAME
+
+    def __init__(self, config: PayPalConfig) -> None:
+        if not config.webhook_id:
+            raise ValueError("PayPal's webhooks cannot be verified without webhook_id")
+        self._config = config
+        self._trusted = _trusted_urls(config)
+        self._certificates: dict[str, x509.Certificate] = {}
+        self._fetching = asyncio.Lock()
+        self._http = httpx.AsyncClient(
+            timeout=config.connect_timeout_seconds,
+            limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def read(self, request: WebhookRequest) -> Notice:
+        """Verify the signature over the raw body, then read it.
+
+        Raises:
+            WebhookRefused: TOO_LARGE, FORGED, MALFORMED, or UNAVAILABLE where the certificate could not be fetched.
+        """
+        if len(request.body) > BODY_BYTES_MAX:
+            raise WebhookRefused(Verdict.TOO_LARGE, f"{len(request.body)} bytes")
+        signature = _signature(request.headers)
+        if not self._trusted.fullmatch(signature.cert_url):
+            raise WebhookRefused(Verdict.FORGED, "the certificate's address is not one of PayPal's")
+        certificate = await self._certificate(signature.cert_url)
+        _verify(certificate, signature, self._config.webhook_id, request)
+        return _notice(request.body)
+
+    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
+        """The status alone; PayPal reads no more of an answer."""
+        return WebhookAnswer(ANSWERS[verdict])
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _certificate(self, url: str) -> x509.Certificate:
+        """The certificate at a trusted address, from memory where possible; one at a time is fetched."""
+        if url not in self._certificates:
+            async with self._fetching:
+                if url not in self._certificates:
+                    self._keep(url, await self._fetch(url))
+        return self._certificates[url]
+
+    def _keep(self, url: str, certificate: x509.Certificate) -> None:
+        if len(self._certificates) >= CERTIFICATES_MAX:
+            del self._certificates[next(iter(self._certificates))]
+        self._certificates[url] = certificate
+
+    async def _fetch(self, url: str) -> x509.Certificate:
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds), self._http.stream("GET", url) as answer:
+                if answer.status_code >= 500 or answer.status_code == 429:
+                    raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: status {answer.status_code}")
+                if answer.status_code != 200:
+                    raise WebhookRefused(Verdict.FORGED, f"no such certificate: status {answer.status_code}")
+                pem = await _limited(answer)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: {type(error).__name__}") from error
+        return _certificate(pem)
+
+
+def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
+    """Addresses that a signing certificate may come from, exactly: the header that names one is anybody's word."""
+    if config.is_simulated and config.cert_hosts is None:
+        return re.compile(re.escape(config.api_base) + CERTIFICATE_PATH)
+    own = urlsplit(config.api_base).hostname or ""
+    hosts = config.cert_hosts or frozenset({own, own.replace("api-m.", "api.", 1)})
+    names = "|".join(re.escape(host) for host in sorted(hosts))
+    return re.compile(f"https://(?:{names}){CERTIFICATE_PATH}")
+
+
+def _signature(headers: Mapping[str, str]) -> _Signature:
+    """Raises WebhookRefused(FORGED) where a header is missing or not of its form."""
+    try:
+        if headers["paypal-auth-algo"] != ALGORITHM:
+            raise WebhookRefused(Verdict.FORGED, "another signature algorithm")
+        given = base64.b64decode(headers["paypal-transmission-sig"], validate=True)
+        sent_id, sent_at = headers["paypal-transmission-id"], headers["paypal-transmission-time"]
+        return _Signature(sent_id, sent_at, headers["paypal-cert-url"], given)
+    except (KeyError, binascii.Error, ValueError) as error:
+        raise WebhookRefused(Verdict.FORGED, f"a signature header is missing or unreadable: {error!r:.80}") from error
+
+
+async def _limited(answer: httpx.Response) -> bytes:
+    read = b""
+    async for chunk in answer.aiter_bytes():
+        read += chunk
+        if len(read) > CERTIFICATE_BYTES_MAX:
+            raise WebhookRefused(Verdict.FORGED, "the certificate is too large")
+    return read
+
+
+def _certificate(pem: bytes) -> x509.Certificate:
+    """The first one of what was served; any others would be its chain."""
+    try:
+        return x509.load_pem_x509_certificates(pem)[0]
+    except (ValueError, IndexError) as error:
+        raise WebhookRefused(Verdict.FORGED, "the certificate cannot be read") from error
+
+
+def _verify(certificate: x509.Certificate, signature: _Signature, webhook_id: str, request: WebhookRequest) -> None:
+    """Raises WebhookRefused(FORGED) unless the certificate's key signed exactly this, while it was valid."""
+    if not certificate.not_valid_before_utc <= request.received_at <= certificate.not_valid_after_utc:
+        raise WebhookRefused(Verdict.FORGED, "the certificate is not valid now")
+    try:
+        key = certificate.public_key()
+        if not isinstance(key, rsa.RSAPublicKey):
+            raise WebhookRefused(Verdict.FORGED, "the certificate has no RSA key")
+        message = signature.message(webhook_id, request.body)
+        key.verify(signature.signature, message, padding.PKCS1v15(), hashes.SHA256())
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError) as error:
+        raise WebhookRefused(Verdict.FORGED, "the signature is wrong") from error
+
+
+def _notice(body: bytes) -> Notice:
+    """Raises WebhookRefused(MALFORMED) for a body that is signed but makes no sense."""
+    try:
+        event = json.loads(body)
+        return read_event(event)
+    except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise WebhookRefused(Verdict.MALFORMED, f"{type(error).__name__} while reading the event") from error
+
+
+CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
+"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
+
+
+def read_event(event: Json) -> Notice:
+    """What an event says. Types that say nothing about money of ours, and unknown ones, bring no outcome.
+
+    Source: https://developer.paypal.com/api/rest/webhooks/event-names/.
+    """
+    name, resource = str(event["event_type"]), event["resource"]
+    notice = Notice(NAME, str(event["id"]), name)
+    if name.startswith("CUSTOMER.DISPUTE."):
+        return _dispute_notice(notice, resource)
+    if name.startswith("CHECKOUT.ORDER."):
+        return _order_notice(notice, resource)
+    if name.startswith("PAYMENT.AUTHORIZATION."):
+        return _payment_notice(notice, resource, (OperationKind.AUTHORIZE,))
+    if name.startswith(("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")):
+        return _payment_notice(notice, resource, (OperationKind.REFUND,))
+    if name.startswith("PAYMENT.CAPTURE."):
+        return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
+    return notice
+
+
+def _order_notice(notice: Notice, order: Json) -> Notice:
+    """The payer approved: nothing is held before our own second call, which is due now."""
+    unit = (order.get("purchase_units") or [{}])[0]
+    marks = read_mark(unit.get("custom_id"))
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        operation_number=marks.operation_number if marks else None,
+        gateway_payment_id=str(order["id"]),
+        is_ripe=notice.type == "CHECKOUT.ORDER.APPROVED",
+    )
+
+
+def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
+    """Evidence about the operation that the invoice id names, if it is one that makes such a resource.
+
+    Somebody else's refund at PayPal's pages may carry over the invoice id of the capture, and captures carry over the
+    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment: then it
+    is somebody else's, or ours of which PayPal did not repeat the invoice id.
+    """
+    inherited, own = read_mark(resource.get("custom_id")), read_mark(resource.get("invoice_id"))
+    marks = own or inherited
+    known = notice._replace(payment_id=marks.payment_id if marks else None, gateway_payment_id=_order_of(resource))
+    if own is None or own.kind not in kinds:
+        return _external_notice(known, resource, kinds)
+    outcome = _event_outcome(own.kind, resource, known.gateway_payment_id)
+    currency = resource["amount"]["currency_code"] if outcome is not None else None
+    return known._replace(operation_number=own.operation_number, outcome=outcome, currency=currency)
+
+
+def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
+    """A refund that our refunds have not marked, or a capture of a hold that our captures have not.
+
+    Captures always carry over the mark of their order, so one without it is of somebody else's order.
+    """
+    is_capture = OperationKind.CAPTURE in kinds and notice.payment_id is not None
+    if not is_capture and OperationKind.REFUND not in kinds:
+        return notice
+    kind = OperationKind.CAPTURE if is_capture else OperationKind.REFUND
+    outcome = _event_outcome(kind, resource, notice.gateway_payment_id)
+    is_final = is_capture and resource.get("final_capture") is True
+    external = External(kind, minor_of(resource["amount"]), time_of(resource.get("create_time")), is_final)
+    return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
+
+
+def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) -> Outcome | None:
+    """As an answer would be read; an opening is referred to by its order, so without the order's id nothing is said."""
+    money = Money(minor_of(resource["amount"]), resource["amount"]["currency_code"])
+    request = _RESOURCE_REQUEST._replace(kind=kind, amount=money)
+    match kind:
+        case OperationKind.REFUND:
+            return read_refund(resource, request)
+        case OperationKind.CAPTURE:
+            return read_capture(resource, request)
+        case OperationKind.CHARGE if order_id is not None:
+            return as_opening(read_capture(resource, request), {"id": order_id})
+        case OperationKind.AUTHORIZE if order_id is not None:
+            return read_authorization(resource, {"id": order_id}, request)
+        case _:
+            return None
+
+
+_RESOURCE_REQUEST: Final = GatewayRequest(
+    kind=OperationKind.CAPTURE,
+    payment_id=UUID(int=0),
+    operation_number=1,
+    provider_key="",
+    gateway=NAME,
+    amount=Money(0, "USD"),
+)
+"""What the status tables need to know of a request, filled in from the resource itself."""
+
+
+def _order_of(resource: Json) -> str | None:
+    """The order that a payment belongs to. Source: `supplementary_data` of the Payments v2 reference."""
+    related = (resource.get("supplementary_data") or {}).get("related_ids") or {}
+    order_id = related.get("order_id") or linked_id(resource, "/checkout/orders/")
+    return str(order_id) if order_id else None
+
+
+DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
+    "RESOLVED_SELLER_FAVOUR": DisputeStage.WON,
+    "CANCELED_BY_BUYER": DisputeStage.WON,
+    "DENIED": DisputeStage.WON,
+    "RESOLVED_BUYER_FAVOUR": DisputeStage.LOST,
+    "ACCEPTED": DisputeStage.LOST,
+}
+"""By `dispute_outcome.outcome_code`. Who paid for RESOLVED_WITH_PAYOUT the message does not say: it stays open.
+
+ACCEPTED and DENIED are unconfirmed: read as our acceptance of the claim, and as PayPal's denial of it. Source:
+https://developer.paypal.com/docs/api/customer-disputes/v1/.
+"""
+
+
+def _dispute_notice(notice: Notice, resource: Json) -> Notice:
+    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries.
+
+    What was lost is what the payer got back, where PayPal tells it, which may be a part of what was disputed.
+    """
+    disputed = (resource.get("disputed_transactions") or [{}])[0]
+    marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))
+    transaction = disputed.get("seller_transaction_id")
+    outcome = (resource.get("dispute_outcome") or {}) if resource.get("status") == "RESOLVED" else {}
+    stage = DISPUTE_STAGES.get(str(outcome.get("outcome_code")), DisputeStage.OPENED)
+    returned = outcome.get("amount_refunded") if stage is DisputeStage.LOST else None
+    amount = returned or resource["dispute_amount"]
+    dispute = Dispute(
+        dispute_id=str(resource["dispute_id"]),
+        stage=stage,
+        amount_minor=minor_of(amount),
+        currency=str(amount["currency_code"]),
+        reason=code_of(resource["reason"]) if resource.get("reason") else None,
+    )
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        gateway_payment_id=str(transaction) if marks is None and transaction else None,
+        dispute=dispute,
+    )
