@@ -78,7 +78,7 @@ def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
     """Whether it is of the attempt that captures and refunds refer to; if it does not say, there must be no other."""
     if notice.gateway_payment_id is not None:
         return (notice.gateway, notice.gateway_payment_id) == (payment.gateway, payment.gateway_payment_id)
-    return notice.gateway == payment.gateway and not payment.owed_captured_minor and not payment.owed_held_minor
+    return notice.gateway == payment.gateway and not payment.owed_minor and not payment.owed_held_minor
 
 
 def _room(payment: Payment, kind: OperationKind) -> int:
@@ -95,7 +95,7 @@ def _room(payment: Payment, kind: OperationKind) -> int:
 def _owed(notice: Notice, payment: Payment, kind: OperationKind) -> int:
     """How much of another attempt's money is still to be returned, if this is a refund of that."""
     is_of_another = notice.gateway_payment_id is not None and kind is OperationKind.REFUND
-    return payment.owed_captured_minor if is_of_another else 0
+    return payment.owed_minor if is_of_another else 0
 
 
 def _book(draft: Draft, notice: Notice, external: External, *, is_owed: bool) -> None:
@@ -103,7 +103,7 @@ def _book(draft: Draft, notice: Notice, external: External, *, is_owed: bool) ->
     operation = _operation(draft, notice, external, OperationState.SUCCEEDED)
     move(draft, operation, notice.outcome)
     if is_owed:
-        draft.payment.owed_captured_minor -= external.amount_minor
+        draft.payment.owed_returned_minor += external.amount_minor
     if external.is_final:
         draft.payment.released_minor += draft.payment.capturable_minor
     draft.keep(operation)

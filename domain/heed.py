@@ -12,6 +12,7 @@ from domain.events import EventKind, PaymentStatus
 from domain.ledger import Account
 from domain.notices import Dispute, DisputeStage, Notice
 from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Succeeded
+from domain.payment import Payment
 from domain.requests import gateway_request
 from domain.settle import fits, move, review, settle_outcome
 
@@ -32,7 +33,7 @@ def heed(draft: Draft, given: Notified) -> None:
     current = draft.under_way(given.operation.number)
     notice = _with_reference(notice, current or given.operation)
     if current is None:
-        _heed_late(draft, given.operation, notice, was_asked=given.notice_id is None)
+        _heed_late(draft, given, given.operation, notice)
     elif notice.is_ripe:
         _dispatch_again(draft, current)
     elif isinstance(notice.outcome, Succeeded) and draft.is_foreign(notice.currency):
@@ -56,14 +57,17 @@ def _dispatch_again(draft: Draft, operation: Operation) -> None:
     draft.requests.append(gateway_request(draft.payment, operation, operation.command))
 
 
-def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked: bool) -> None:
+def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Notice) -> None:
     """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
+    was_asked = given.notice_id is None
     match notice.outcome:
         case Succeeded(amount_minor=moved) as outcome:
             is_ours = moved in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
             is_news = _may_succeed_late(operation)
-            if is_ours and is_news and fits(draft, operation):
-                _succeed_late(draft, operation, outcome)
+            if is_ours and is_news and fits(draft, operation) and not _is_known_otherwise(given, outcome):
+                draft.is_postponed = _takes_what_is_reserved(draft.payment, operation)
+                if not draft.is_postponed:
+                    _succeed_late(draft, operation, outcome)
             else:
                 draft.disagrees = is_news or not is_ours or _is_another_refund(operation, outcome)
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
@@ -74,6 +78,24 @@ def _heed_late(draft: Draft, operation: Operation, notice: Notice, *, was_asked:
             _release_hold(draft, operation)
         case _:
             pass  # Old news: it was true before what ended the operation.
+
+
+def _is_known_otherwise(given: Notified, outcome: Succeeded) -> bool:
+    """Whether it was counted already, as what somebody did in the provider's pages."""
+    named = given.operation.number if given.operation else None
+    return any(each.reference == outcome.reference != "" and each.number != named for each in given.known)
+
+
+def _takes_what_is_reserved(payment: Payment, operation: Operation) -> bool:
+    """Whether another operation, whose end nobody knows yet, has set that money aside."""
+    amount = operation.amount_minor or 0
+    match operation.kind:
+        case OperationKind.REFUND:
+            return amount > payment.own_kept_minor - payment.reserved_refund_minor
+        case OperationKind.CAPTURE | OperationKind.VOID:
+            return amount > payment.capturable_minor
+        case _:
+            return False
 
 
 def _is_another_refund(operation: Operation, outcome: Succeeded) -> bool:
@@ -107,7 +129,7 @@ def _reverse_refund(draft: Draft, operation: Operation) -> None:
     amount = operation.amount_minor or 0
     draft.payment.refunded_minor -= amount
     if operation.is_external and operation.content not in ("", draft.payment.gateway_payment_id):
-        draft.payment.owed_captured_minor += amount
+        draft.payment.owed_returned_minor -= amount
     draft.finish(operation, OperationState.DECLINED, operation.reference)
     draft.publish(EventKind.REFUND_FAILED, operation, reference=operation.reference)
     draft.transfer(Account.GATEWAY_CLEARING, Account.CUSTOMER_REFUNDS, amount)

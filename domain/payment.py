@@ -48,7 +48,9 @@ class Payment:
     owed_held_minor: int = 0
     """Of what is authorized: held by other attempts than the one that captures, voids and refunds refer to."""
     owed_captured_minor: int = 0
-    """Of what is captured: taken by such other attempts, and not returned."""
+    """Of what is captured: taken by such other attempts."""
+    owed_returned_minor: int = 0
+    """Of what is refunded: of what such other attempts took."""
     operations: tuple[Operation, ...] = ()
 
     def copy(self) -> "Payment":
@@ -69,12 +71,22 @@ class Payment:
     @property
     def refundable_minor(self) -> int:
         """Captured, and neither refunded, disputed nor reserved."""
-        return self.own_captured_minor - self.refunded_minor - self.disputed_minor - self.reserved_refund_minor
+        return self.own_kept_minor - self.disputed_minor - self.reserved_refund_minor
 
     @property
     def own_captured_minor(self) -> int:
-        """Captured from the attempt that captures, voids and refunds refer to; and by others, if it was returned."""
+        """Captured from the attempt that captures, voids and refunds refer to."""
         return self.captured_minor - self.owed_captured_minor
+
+    @property
+    def own_kept_minor(self) -> int:
+        """Of that, what was not refunded."""
+        return self.own_captured_minor - (self.refunded_minor - self.owed_returned_minor)
+
+    @property
+    def owed_minor(self) -> int:
+        """Taken by other attempts, and not returned yet."""
+        return self.owed_captured_minor - self.owed_returned_minor
 
     @property
     def under_way(self) -> Operation | None:
@@ -93,7 +105,8 @@ class Payment:
 
     def derived_status(self) -> PaymentStatus:
         """What the amounts, and the operation under way, add up to."""
-        if self.captured_minor:
+        # A hold beside what another attempt took, and gave back, is a hold.
+        if self.captured_minor > (self.owed_returned_minor if self.has_money else 0):
             return self._status_of_captured()
         if self.authorized_minor:
             is_held = self.authorized_minor > self.released_minor

@@ -128,10 +128,7 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     if amount > left or left <= 0:
         message = f"{amount} is more than the {max(left, 0)} minor units that can still be refunded"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
-    if (
-        amount < payment.own_captured_minor - payment.refunded_minor
-        and not rules.gateways[payment.gateway or ""].partial_refund
-    ):
+    if amount < payment.own_kept_minor and not rules.gateways[payment.gateway or ""].partial_refund:
         return _unsupported(f"gateway {payment.gateway} cannot refund in part", "amount_minor")
     return None
 

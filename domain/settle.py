@@ -87,7 +87,7 @@ def fits(draft: Draft, operation: Operation) -> bool:
         case OperationKind.CAPTURE | OperationKind.VOID:
             return amount <= payment.capturable_minor + payment.reserved_capture_minor
         case OperationKind.REFUND:
-            return amount <= payment.own_captured_minor - payment.refunded_minor
+            return amount <= payment.own_kept_minor
         case _:
             return True
 

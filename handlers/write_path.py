@@ -18,6 +18,7 @@ from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
+from domain.heed import ENDED_WITHOUT_EFFECT
 from domain.ledger import Transfer
 from domain.operations import IN_DOUBT, UNDER_WAY, GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment
@@ -163,7 +164,8 @@ class WritePath:
         for payment in payments.values():
             _read_waiting(payment)
         named = await transaction.operations_at({place for each in inputs if (place := _place(each)) is not None})
-        of_kind = await transaction.operations_of_kind({kin for each in inputs if (kin := _kin(each)) is not None})
+        kins = {kin for each in inputs if (kin := _kin(each, named)) is not None}
+        of_kind = await transaction.operations_of_kind(kins)
         return _Known(payments, stored, named, of_kind)
 
 
@@ -178,11 +180,16 @@ def _place(given: Input) -> tuple[UUID, int] | None:
     return given.payment_id, given.notice.operation_number
 
 
-def _kin(given: Input) -> tuple[UUID, OperationKind] | None:
-    """Among which operations a notice without a mark may be known."""
-    if not isinstance(given, Notified) or given.notice.external is None:
+def _kin(given: Input, named: Mapping[tuple[UUID, int], Operation]) -> tuple[UUID, OperationKind] | None:
+    """Among which operations a notice without a mark may be known, or one with a mark may have been, before it came."""
+    if not isinstance(given, Notified):
         return None
-    return given.payment_id, given.notice.external.kind
+    if given.notice.external is not None:
+        return given.payment_id, given.notice.external.kind
+    operation = named.get(_place(given) or (given.payment_id, 0))
+    if operation is None or operation.state not in ENDED_WITHOUT_EFFECT:
+        return None
+    return (given.payment_id, operation.kind) if isinstance(given.notice.outcome, Succeeded) else None
 
 
 WAITING: Final = (OperationState.RECEIVED, OperationState.REQUIRES_ACTION)
@@ -296,7 +303,7 @@ class _Batch:
 
     def _with_known(self, given: Notified, payment: Payment | None) -> Notified:
         """The notice with all that it may be about where it names nothing, as the inputs before it left that."""
-        kin = _kin(given)
+        kin = _kin(given, self._named)
         if kin is None or payment is None:
             return given
         latest = {each.number: each for each in self._of_kind.get(kin, ())}

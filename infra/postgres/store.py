@@ -32,7 +32,7 @@ PAYMENT_COLUMNS: Final = (
     "payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor, authorized_minor,"
     " captured_minor, released_minor, refunded_minor, disputed_minor, reserved_capture_minor, reserved_refund_minor,"
     " status, has_indeterminate, last_operation, last_seq, version, authorization_expires_at, disputes,"
-    " owed_held_minor, owed_captured_minor, open_operations"
+    " owed_held_minor, owed_captured_minor, owed_returned_minor, open_operations"
 )
 OPERATION_COLUMNS: Final = (
     "payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway, reference,"
@@ -76,7 +76,7 @@ UPDATE_PAYMENTS = """
            has_indeterminate = x.has_indeterminate, last_operation = x.last_operation, last_seq = x.last_seq,
            version = x.version + 1, authorization_expires_at = x.authorization_expires_at,
            disputes = x.disputes, owed_held_minor = x.owed_held_minor, owed_captured_minor = x.owed_captured_minor,
-           open_operations = x.open_operations, updated_at = now()
+           owed_returned_minor = x.owed_returned_minor, open_operations = x.open_operations, updated_at = now()
       FROM unnest($3::payment_row[]) AS x
      WHERE p.payment_id = x.payment_id AND p.version = x.version
 """
@@ -533,7 +533,7 @@ _VERSION: Final = 18
 
 
 def _payment_row(payment: Payment) -> tuple[Any, ...]:
-    owed = payment.owed_held_minor, payment.owed_captured_minor
+    owed = payment.owed_held_minor, payment.owed_captured_minor, payment.owed_returned_minor
     return (*_payment_fields(payment), len(payment.operations), payment.disputes, *owed)
 
 

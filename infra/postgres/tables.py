@@ -41,6 +41,7 @@ payments: Final = sa.Table(
     sa.Column("disputes", sa.Text),
     sa.Column("owed_held_minor", sa.BigInteger, nullable=False),
     sa.Column("owed_captured_minor", sa.BigInteger, nullable=False),
+    sa.Column("owed_returned_minor", sa.BigInteger, nullable=False),
     sa.Column("hold_due_at", _Time),
     sa.Column("hold_questions", sa.Integer, nullable=False),
     sa.Column("created_at", _Time, nullable=False, server_default=sa.func.now()),

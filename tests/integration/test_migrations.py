@@ -126,7 +126,7 @@ GOOD = {
     "payment_id": uuid.UUID(int=1), "status": "captured", "currency": "EUR", "amount_minor": 10,
     "authorized_minor": 10, "captured_minor": 6, "released_minor": 3, "reserved_capture_minor": 1,
     "refunded_minor": 4, "reserved_refund_minor": 2, "disputed_minor": 0, "open_operations": 0,
-    "owed_held_minor": 0, "owed_captured_minor": 0,
+    "owed_held_minor": 0, "owed_captured_minor": 0, "owed_returned_minor": 0,
 }  # fmt: skip
 
 
@@ -153,6 +153,7 @@ async def test_amounts_may_go_to_their_limits(connection: asyncpg.Connection) ->
         ("payments_refunded_within_captured", {"refunded_minor": 5}),
         ("payments_refunded_within_captured", {"reserved_refund_minor": 3}),
         ("payments_refunded_within_captured", {"owed_captured_minor": 1}),
+        ("payments_returned_within_owed", {"owed_returned_minor": 1}),
         ("payments_amounts_have_currency", {"currency": None}),
         ("payments_status_known", {"status": "fine"}),
     ],

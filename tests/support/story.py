@@ -52,11 +52,13 @@ class Story:
         outcome = outcome or Succeeded(f"ref_{request.operation_number}", request.amount.minor)
         return self.give(Answer(self.payment_id, request.operation_number, token or request.lease_token, outcome))
 
-    def hear(self, outcome: Outcome | None = None, number: int = 1, **facts: Any) -> Decision:
+    def hear(
+        self, outcome: Outcome | None = None, number: int = 1, *, known: Sequence[Operation] = (), **facts: Any
+    ) -> Decision:
         """A webhook about an operation."""
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, number, outcome=outcome)
         self.heard.append(notice._replace(**facts))
-        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number)))
+        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number), known))
 
     def hear_external(
         self, outcome: Outcome, amount: int = 10_000, kind: OperationKind = OperationKind.REFUND, **facts: Any

@@ -8,7 +8,7 @@ import pytest
 
 from domain.commands import OperationKind
 from domain.notices import Dispute, DisputeStage, External
-from domain.operations import Declined, DeclineReason, Outcome, Pending, Succeeded, Unknown
+from domain.operations import Declined, DeclineReason, NotExecuted, Outcome, Pending, Succeeded, Unknown
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, rules
 from tests.support.story import Story
@@ -43,7 +43,7 @@ def paid_twice() -> Story:
 def sums(told: Story) -> tuple[int, int, int]:
     """Owed, returned, and what our commands may still return."""
     assert told.payment is not None
-    return told.payment.owed_captured_minor, told.payment.refunded_minor, told.payment.refundable_minor
+    return told.payment.owed_minor, told.payment.refunded_minor, told.payment.refundable_minor
 
 
 def held(*, multi_capture: bool = False) -> Story:
@@ -122,6 +122,23 @@ def test_what_another_attempt_took_is_owed_no_more_once_it_was_returned() -> Non
     assert told.hear_external(Succeeded("re_more", 1), 1, gateway_payment_id="ref_1").disagrees
     told.hear_external(CAME_BACK, 4_000, gateway_payment_id="ref_1")
     assert sums(told) == (4_000, 6_000, 10_000)
+
+
+def test_what_was_returned_of_another_attempt_is_nothing_that_the_own_one_captured() -> None:
+    """The request of our capture is the same at every attempt, and a hold stays a hold."""
+    told = story()
+    told.send("charge", "first")
+    told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
+    told.does("authorize", "second")
+    told.hear(Succeeded("ref_1", 10_000), 1)
+    told.send("capture", "third")
+    told.answer(Unknown())
+    told.hear_external(RETURNED, 10_000, gateway_payment_id="ref_1")
+    assert told.last.snapshot.status == "authorized"
+    assert told.claim().captured_minor == 0
+    told.answer(Succeeded("ref_3", 10_000))
+    assert sums(told) == (0, 10_000, 10_000)
+    assert told.last.snapshot.status == "partially_refunded"
 
 
 def test_where_two_attempts_are_paid_it_must_say_of_which_it_is() -> None:
@@ -299,3 +316,34 @@ def test_a_hold_of_which_nothing_is_left_cannot_have_been_captured() -> None:
     told.does("void")
     assert told.hear_external(Succeeded("ch_1", 10_000), 10_000, CAPTURE).disagrees
     assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+# --- news of what had been called something else ----------------------------------------------------------------------
+
+
+def in_doubt_and_ruled_out() -> Story:
+    """A refund that a person has found not to have been made."""
+    told = Story(rules(replace(QUICK_RETRY, review_after=timedelta(0))))
+    told.does("charge")
+    told.send("refund", "first", amount_minor=6_000)
+    told.wait(hours=1)
+    told.answer(Unknown())
+    told.rule(NotExecuted("nothing there"), 2)
+    return told
+
+
+def test_a_refund_that_was_counted_as_somebody_elses_is_not_counted_again_under_our_mark() -> None:
+    told = in_doubt_and_ruled_out()
+    told.hear_external(Succeeded("re_1", 6_000), 6_000)
+    known = tuple(told.operations.values())
+    assert told.hear(Succeeded("re_1", 6_000), 2, known=known).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 6_000)
+
+
+def test_late_news_does_not_take_what_is_reserved_and_waits_for_its_end() -> None:
+    told = in_doubt_and_ruled_out()
+    told.send("refund", "second", amount_minor=6_000)
+    assert told.hear(Succeeded("re_1", 6_000), 2).is_postponed
+    told.answer(Declined(DeclineReason.REFUND_FAILED, None, "re_2"))
+    assert not told.hear(Succeeded("re_1", 6_000), 2).is_postponed
+    assert told.amounts() == (10_000, 10_000, 0, 6_000)
