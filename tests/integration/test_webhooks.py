@@ -20,7 +20,7 @@ from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.commands import OperationKind
 from domain.notices import BODY_BYTES_MAX
-from domain.operations import Declined, DeclineReason, GatewayRequest, Outcome, RequiresAction, Succeeded
+from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Received
 from handlers import metrics
 from handlers.heed import Heeder
@@ -383,6 +383,28 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
     assert await kinds(postgres_url, payment_id) == ["captured", "pending", "refunded"]
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
     assert await value(postgres_url, "SELECT count(*) FROM operations") == 2
+
+
+async def test_a_refund_that_was_found_not_made_and_then_told_twice_differently_counts_once(postgres_url: str) -> None:
+    """Without our mark first, as if somebody else had made it, and then with it."""
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = lambda request: NotExecuted("not there") if request.kind is OperationKind.REFUND else None
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        await worker.accept(delivery("refund", payment_id, "refund", amount_minor=4_000))
+        await worker.idle()
+        before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
+        async with heeding(postgres_url, worker):
+            assert await send(client, refunded(payment_id, "evt_1", refund="re_1")) == 200
+            await until(lambda: applied(postgres_url))
+            marked = refunded(payment_id, "evt_2", refund="re_1")
+            marked["data"]["object"]["metadata"] = {"payment_id": str(payment_id), "operation_number": "2"}
+            assert await send(client, marked) == 200
+            await until(lambda: applied(postgres_url))
+    assert await kinds(postgres_url, payment_id) == ["captured", "command_rejected", "refunded_externally"]
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
+    assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
 
 
 async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once(postgres_url: str) -> None:

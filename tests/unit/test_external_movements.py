@@ -321,11 +321,11 @@ def test_a_hold_of_which_nothing_is_left_cannot_have_been_captured() -> None:
 # --- news of what had been called something else ----------------------------------------------------------------------
 
 
-def in_doubt_and_ruled_out() -> Story:
+def in_doubt_and_ruled_out(amount: int) -> Story:
     """A refund that a person has found not to have been made."""
     told = Story(rules(replace(QUICK_RETRY, review_after=timedelta(0))))
     told.does("charge")
-    told.send("refund", "first", amount_minor=6_000)
+    told.send("refund", "first", amount_minor=amount)
     told.wait(hours=1)
     told.answer(Unknown())
     told.rule(NotExecuted("nothing there"), 2)
@@ -333,15 +333,15 @@ def in_doubt_and_ruled_out() -> Story:
 
 
 def test_a_refund_that_was_counted_as_somebody_elses_is_not_counted_again_under_our_mark() -> None:
-    told = in_doubt_and_ruled_out()
-    told.hear_external(Succeeded("re_1", 6_000), 6_000)
+    told = in_doubt_and_ruled_out(4_000)
+    told.hear_external(RETURNED, 4_000)
     known = tuple(told.operations.values())
-    assert told.hear(Succeeded("re_1", 6_000), 2, known=known).disagrees
-    assert told.amounts() == (10_000, 10_000, 0, 6_000)
+    assert told.hear(RETURNED, 2, known=known).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 4_000)
 
 
 def test_late_news_does_not_take_what_is_reserved_and_waits_for_its_end() -> None:
-    told = in_doubt_and_ruled_out()
+    told = in_doubt_and_ruled_out(6_000)
     told.send("refund", "second", amount_minor=6_000)
     assert told.hear(Succeeded("re_1", 6_000), 2).is_postponed
     told.answer(Declined(DeclineReason.REFUND_FAILED, None, "re_2"))
