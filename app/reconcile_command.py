@@ -26,7 +26,7 @@ from domain.ports import Gateway
 from domain.requests import gateway_request
 from handlers.messages.commands import command_from_content
 from handlers.pace import Pace
-from handlers.reconcile import Asker, HoldAnswer, Reconciler, ask_about_holds
+from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.store import PostgresStore, create_pool
@@ -90,8 +90,10 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found]
     async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
-        limit, paces = asyncio.Semaphore(AT_ONCE), wiring.create_paces(settings, gateways)
-        found = list(await asyncio.gather(*(_asked(gateways, paces, *each, limit) for each in open_operations)))
+        paces = wiring.create_paces(settings, gateways)
+        # Each gateway has its own: one that is slow holds up no other.
+        limits = {name: asyncio.Semaphore(AT_ONCE) for name in gateways}
+        found = list(await asyncio.gather(*(_asked(gateways, paces, limits, *each) for each in open_operations)))
         async for answers in ask_about_holds(store, Asker(gateways, paces), payment_id):
             found += [_hold(each) for each in answers]
         return found, there_are
@@ -100,16 +102,17 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found]
 async def _asked(
     gateways: dict[str, Gateway],
     paces: dict[str, Pace],
+    limits: dict[str, asyncio.Semaphore],
     payment: Payment,
     operation: Operation,
-    limit: asyncio.Semaphore,
 ) -> Found:
     request = gateway_request(payment, operation, command_from_content(operation.content))
     gateway = gateways.get(request.gateway)
     if gateway is None:
         return _found(request, "this gateway is not configured here")
-    async with limit:
-        await paces[gateway.name].turn()
+    async with limits[gateway.name]:
+        if not await paces[gateway.name].turn():
+            return _found(request, RESTS)
         try:
             return _found(request, said(await gateway.status(request)))
         except GatewayError as error:

@@ -12,6 +12,8 @@ from domain.ports import Gateway, Resting
 
 CATCH_UP_SECONDS: Final = 0.05
 """What was missed in this time, our event loop being busy, may follow at once."""
+PATIENCE_SECONDS: Final = 2.0
+"""A shorter rest is waited for, so that a low limit is made use of; a longer one would hold up the others."""
 KEPT_BACK: Final = 0.1
 """Of the rate: half for what follows at once, half for what the network brings closer together on its way, so that
 the provider never has more than `per_second` in a second."""
@@ -33,6 +35,11 @@ class Pace:
         """Whether the provider said that it has had too much, and its time is not over."""
         return self._rests_seconds() > 0
 
+    @property
+    def rests_long(self) -> bool:
+        """Whether it rests for longer than anybody who is on his turn should wait."""
+        return self._rests_seconds() > PATIENCE_SECONDS
+
     def wait_seconds(self) -> float:
         """How long until the next turn; at most 0 if it may be taken now."""
         return max(self._next_at - self._clock(), self._rests_seconds())
@@ -41,11 +48,14 @@ class Pace:
         """Use a turn, whose time has come."""
         self._next_at = max(self._next_at, self._clock() - self._late_max) + self._gap
 
-    async def turn(self) -> None:
-        """Wait for a turn, and use it."""
-        while (seconds := self.wait_seconds()) > 0:  # noqa: ASYNC110 - others take turns, the provider rests again
+    async def turn(self) -> bool:
+        """Wait for a turn, and use it; False, without one, where the provider rests for long."""
+        while (seconds := self.wait_seconds()) > 0:  # others take turns, the provider rests again
+            if self.rests_long:
+                return False
             await asyncio.sleep(seconds)
         self.take()
+        return True
 
     def _rests_seconds(self) -> float:
         return self._resting.rests_seconds() if self._resting else 0.0

@@ -36,6 +36,7 @@ LATEST: Final = 1.25
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
 """Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
+RESTS: Final = "not asked: its provider wants to rest"
 
 
 class HoldAnswer(NamedTuple):
@@ -48,7 +49,11 @@ class HoldAnswer(NamedTuple):
 
 
 class Asker:
-    """Asks the providers about holds: few at a time, each gateway at its pace."""
+    """Asks the providers about holds: few at a time, each gateway at its pace.
+
+    One that rests for long is not asked, nor waited for: its holds stand in one page with the others', whose answers
+    are applied when the page is done.
+    """
 
     def __init__(self, gateways: Mapping[str, Gateway], paces: Mapping[str, Pace]) -> None:
         self._gateways = gateways
@@ -64,7 +69,8 @@ class Asker:
         if gateway is None:
             return HoldAnswer(payment, operation, None, "this gateway is not configured here")
         async with self._limits[gateway.name]:
-            await self._paces[gateway.name].turn()
+            if not await self._paces[gateway.name].turn():
+                return HoldAnswer(payment, operation, None, RESTS)
             answer = await _word_of(gateway, payment, operation)
         word = type(answer.outcome).__name__ if answer.outcome else "no_answer"
         metrics.checked(gateway.name, "hold", word).inc()

@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
 from prometheus_client import REGISTRY
 
-from app import reconcile_command
+from app import reconcile_command, wiring
 from app.reconcile_command import reconcile
 from app.ruling_command import Finding, RulingRefused, rule
 from app.settings import Settings
@@ -27,7 +28,7 @@ from domain.notices import Notice
 from domain.operations import Declined, DeclineReason, Expired, GatewayRequest, Outcome, Pending, Succeeded, Unknown
 from domain.ports import Gateway
 from handlers.pace import Pace
-from handlers.reconcile import Asker, Reconciler
+from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
@@ -141,7 +142,8 @@ class StillHeld(BookkeepingGateway):
     async def status(self, request: GatewayRequest) -> Outcome:
         self.asked[request.payment_id] += 1
         await asyncio.sleep(0)
-        return Succeeded(request.reference or "", request.amount.minor)
+        ended = self.answers.get(request.provider_key)
+        return ended if isinstance(ended, Expired) else Succeeded(request.reference or "", request.amount.minor)
 
 
 class Resting(StillHeld):
@@ -317,24 +319,33 @@ async def test_a_hold_of_which_the_provider_tells_another_amount_is_counted_as_d
         assert sample("payments_reconciled_disagreeing_total", gateway="books") == before + 1
 
 
-async def test_holds_of_a_provider_that_rests_keep_no_others_waiting(postgres_url: str) -> None:
+async def test_holds_of_a_provider_that_rests_keep_no_others_answers_from_being_applied(postgres_url: str) -> None:
     resting, free = Resting(), StillHeld()
     resting.rest, free.name = 100.0, "free"
     async with running_worker(postgres_url, free) as worker:
         payments = await lapsed_holds(postgres_url, worker, 20)
-    theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
-    await value(postgres_url, theirs, payments[:19])
-    gateways: dict[str, Gateway] = {"books": resting, "free": free}
-    paces = {name: Pace(time.monotonic, each) for name, each in gateways.items()}
-    pool = await create_pool(postgres_url, size=1)
-    holds = await PostgresStore(pool).find_lapsed_holds(limit=50)
-    pool.terminate()
-    asking = asyncio.create_task(Asker(gateways, paces).ask(holds))
-    async with asyncio.timeout(5):
-        while not free.asked:
-            await asyncio.sleep(0.01)
-    asking.cancel()
+        theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
+        await value(postgres_url, theirs, payments[:19])
+        gateways: dict[str, Gateway] = {"books": resting, "free": free}
+        paces = {name: Pace(time.monotonic, each) for name, each in gateways.items()}
+        free.answers[f"{payments[19]}:1"] = Expired("ref", "automatic")
+        told: list[HoldAnswer] = []
+        pool = await create_pool(postgres_url, size=1)
+        reconciler = Reconciler(
+            store=PostgresStore(pool),
+            asker=Asker(gateways, paces),
+            write_path=worker.write_path,
+            interval=timedelta(minutes=5),
+            cut_off=timedelta(hours=1),
+            on_answer=told.append,
+        )
+        async with asyncio.timeout(5):
+            assert await reconciler.reconcile_holds() == 20
+        pool.terminate()
     assert (list(free.asked), list(resting.asked)) == ([payments[19]], [])
+    assert [each.why_not for each in told if each.outcome is None] == [RESTS] * 19
+    ends = [each["type"] for each in await events_of(postgres_url, payments[19])]
+    assert ends == ["payment.authorized.v1", "payment.authorization_expired.v1"]
 
 
 async def test_how_much_is_stuck_and_for_how_long_is_told_of_operations_and_holds(postgres_url: str) -> None:
@@ -538,3 +549,33 @@ async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: 
         await asyncio.to_thread(rule, settings, finding, as_json=True)
     assert await asyncio.to_thread(rule, settings, finding._replace(reference="pay_77"), as_json=True) == 0
     assert await value(postgres_url, "SELECT gateway_payment_id FROM payments") == "pay_77"
+
+
+def _given(gateway: Gateway, settings: Settings) -> Gateway:
+    return gateway
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *gateways: BookkeepingGateway) -> None:
+    """Have the commands find these, under their names."""
+    for each in gateways:
+        monkeypatch.setitem(wiring.GATEWAYS, each.name, partial(_given, each))
+
+
+async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resting, free = Resting(), Instant()
+    resting.rest = 100.0
+    installed(monkeypatch, resting, free)
+    payments = [new_payment_id() for _ in range(9)]
+    await in_doubt(postgres_url, *payments)
+    theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
+    await value(postgres_url, theirs, payments[:8])
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append("books")
+    async with asyncio.timeout(10):
+        told = await run(settings, capsys, dry_run=True)
+    assert Counter((each["gateway"], each["answer"]) for each in told) == {
+        ("books", RESTS): 8,
+        ("instant", "unknown (message no trace of it)"): 1,
+    }
