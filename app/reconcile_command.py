@@ -7,7 +7,10 @@ saves the answers through the write path.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -24,6 +27,7 @@ from domain.operations import GatewayRequest, Operation, Outcome
 from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
+from handlers.dispatch import GIVEN_BACK
 from handlers.messages.commands import command_from_content
 from handlers.pace import Pace
 from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler, ask_about_holds
@@ -34,6 +38,9 @@ from infra.postgres.store import PostgresStore, create_pool
 ASKED_MAX: Final = 1_000
 """Operations of one dry run: the soonest due; workers ask about all of them anyway."""
 AT_ONCE: Final = 8
+DRAIN_SECONDS: Final = 25.0
+"""Told to end, how long calls under way may take, as in a worker."""
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +56,25 @@ class Found:
     answer: str
 
 
+class Told(NamedTuple):
+    """What was found, and in words what was left out."""
+
+    found: list[Found]
+    left_out: list[str]
+    ended_early: bool = False
+
+
 def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_json: bool) -> int:
     """Ask about what is open, print it, and unless it is a dry run apply it; the exit code."""
-    found, there_are = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
+    told = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
-        lines = [{name: str(getattr(each, name)) for name in Found.__slots__} for each in found]
+        lines = [{name: str(getattr(each, name)) for name in Found.__slots__} for each in told.found]
         Console().print_json(json.dumps(lines))
-    else:
-        _print(found, dry_run=dry_run)
-    if there_are > ASKED_MAX:
-        Console(stderr=True).print(
-            f"These are the first {ASKED_MAX:,} of {there_are:,} open operations, those that are due soonest; "
-            "the others were not asked about.",
-            highlight=False,
-            soft_wrap=True,
-        )
-    return 0
+    elif told.found or not told.left_out:
+        _print(told.found, dry_run=dry_run)
+    for line in told.left_out:
+        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    return int(told.ended_early)
 
 
 def _print(found: list[Found], *, dry_run: bool) -> None:
@@ -85,8 +95,8 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
 # --- a dry run --------------------------------------------------------------------------------------------------------
 
 
-async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
-    """What is said of open operations and of holds past their end, and how many operations are open."""
+async def _ask(settings: Settings, payment_id: UUID | None) -> Told:
+    """What is said of open operations and of holds past their end."""
     async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
@@ -96,7 +106,11 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> tuple[list[Found]
         found = list(await asyncio.gather(*(_asked(gateways, paces, limits, *each) for each in open_operations)))
         async for answers in ask_about_holds(store, Asker(gateways, paces), payment_id):
             found += [_hold(each) for each in answers]
-        return found, there_are
+    left_out = (
+        f"These are the first {ASKED_MAX:,} of {there_are:,} open operations, those that are due soonest; "
+        "the others were not asked about."
+    )
+    return Told(found, [left_out] if there_are > ASKED_MAX else [])
 
 
 async def _asked(
@@ -122,17 +136,71 @@ async def _asked(
 # --- for real ---------------------------------------------------------------------------------------------------------
 
 
-async def _apply(settings: Settings, payment_id: UUID | None) -> tuple[list[Found], int]:
-    """What was said and applied; nothing is left out."""
+async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
+    """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
+    stop = _stop_on_signals()
     async with connected(settings) as (store, gateways):
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
-            while await parts.sweep.sweep_once() >= CLAIMED_MAX:
-                await parts.is_idle()
-            await parts.is_idle()
-            await parts.reconciler.reconcile_holds_now(payment_id)
-        return [each for each in found if payment_id in (None, each.payment_id)], 0
+            await _sweep(parts, stop)
+            await _unless(stop, parts.reconciler.reconcile_holds_now(payment_id))
+        left = await _left(store, parts, payment_id)
+    return Told(
+        [each for each in found if payment_id in (None, each.payment_id)],
+        _in_words(left, ended_early=stop.is_set()),
+        stop.is_set(),
+    )
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; the second ends this process as it stands."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _sweep(parts: "Parts", stop: asyncio.Event) -> None:
+    """Have all that is due asked about once, unless told to stop. A claim is never cut short: it would leave leases."""
+    asked_before = -1
+    while len(parts.asked) > asked_before and not stop.is_set():
+        asked_before = len(parts.asked)
+        await parts.sweep.sweep_once()
+        await _unless(stop, parts.is_idle())
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
+    """Have it done, or leave it once told to stop."""
+    doing, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([doing, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            await doing
+    finally:
+        doing.cancel()
+        stopping.cancel()
+        await asyncio.gather(doing, stopping, return_exceptions=True)
+
+
+def _in_words(left: Mapping[str, int], *, ended_early: bool) -> list[str]:
+    why = "told to end" if ended_early else "the provider wants to rest, or they became due meanwhile"
+    lines = [f"{number:,} left at {name}: {why}. Workers ask about them in time." for name, number in left.items()]
+    return lines or (["Told to end before all holds were asked about."] if ended_early else [])
+
+
+async def _left(store: PostgresStore, parts: "Parts", payment_id: UUID | None) -> dict[str, int]:
+    """What is due and was not asked about, by gateway."""
+    left = Counter(await store.count_due_but(parts.asked, payment_id))
+    left.update(parts.asked[each].gateway for each in parts.unsent if payment_id in (None, each[0]))
+    return left
 
 
 class Parts(NamedTuple):
@@ -142,8 +210,12 @@ class Parts(NamedTuple):
     submit: Callable[[list[GatewayRequest]], None]
     sweep: Sweep
     reconciler: Reconciler
-    is_idle: Callable[[], Awaitable[None]]
-    """Returns when nothing is in hand."""
+    is_idle: Callable[[], Coroutine[Any, Any, None]]
+    """Returns when nothing is in hand. What a provider that rests for long keeps from being sent is given back."""
+    asked: Mapping[tuple[UUID, int], GatewayRequest]
+    """The operations that were taken over, by payment and number."""
+    unsent: Set[tuple[UUID, int]]
+    """Those of them that were given back."""
 
 
 @asynccontextmanager
@@ -157,23 +229,34 @@ async def working(
     paces = wiring.create_paces(settings, gateways)
     dispatcher, settler, leases = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
     asked: dict[tuple[UUID, int], GatewayRequest] = {}
+    unsent: set[tuple[UUID, int]] = set()
 
     def resubmit(requests: list[GatewayRequest]) -> None:
         asked.update({(each.payment_id, each.operation_number): each for each in requests})
         dispatcher.resubmit(requests)
 
     def on_answer(answer: Answer) -> None:
-        request = asked.get((answer.payment_id, answer.operation_number))
-        if request is not None:
+        place = answer.payment_id, answer.operation_number
+        (unsent.add if answer.outcome in GIVEN_BACK else unsent.discard)(place)
+        if (request := asked.get(place)) is not None:
             note(_found(request, said(answer.outcome)))
         settler.add(answer)
 
     async def is_idle() -> None:
-        while dispatcher.waiting + settler.waiting:  # noqa: ASYNC110 - either hands work to the other, and signals none
+        # Either hands work to the other, and signals none. A short rest is waited for: then there is room again.
+        while dispatcher.waiting + settler.waiting or any(each.rests_briefly for each in paces.values()):
+            dispatcher.give_back_resting()
             await asyncio.sleep(0.05)
 
     dispatcher.on_answer = on_answer
-    sweep = Sweep(store=store, submit=resubmit, room=lambda: CLAIMED_MAX, lease=rules.retry.lease, interval_seconds=1)
+    sweep = Sweep(
+        store=store,
+        submit=resubmit,
+        room=lambda: CLAIMED_MAX,
+        rooms=lambda: dispatcher.rooms,
+        lease=rules.retry.lease,
+        interval_seconds=1,
+    )
     reconciler = Reconciler(
         store=store,
         asker=Asker(gateways, paces),
@@ -184,12 +267,17 @@ async def working(
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
-        yield Parts(write_path, dispatcher.submit, sweep, reconciler, is_idle)
+        yield Parts(write_path, dispatcher.submit, sweep, reconciler, is_idle, asked, unsent)
     finally:
-        for loop in loops:
-            loop.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
-        await redis.aclose()
+        try:
+            # As a worker stops: what was not sent is given back, what was is waited for and saved.
+            await dispatcher.drain(DRAIN_SECONDS)
+            for loop in loops:
+                loop.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+            await settler.drain(DRAIN_SECONDS)
+        finally:
+            await redis.aclose()
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final, NamedTuple, assert_never
 
@@ -31,6 +31,10 @@ WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_A
 """The provider has these and told us so: sending them again is pointless."""
 ROOM_SECONDS: Final = 2.0
 """What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
+PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
+PROCESS_ENDS: Final = "not sent: this process ends"
+GIVEN_BACK: Final = frozenset({Unreachable(PROVIDER_RESTS), Unreachable(PROCESS_ENDS)})
+"""Answers about what was taken over and never sent by us."""
 
 
 class Dispatcher:
@@ -90,11 +94,18 @@ class Dispatcher:
 
         What is stuck and was not sent is given back at once, so that no lease runs out on it.
         """
-        for request in [each for lane in self._lanes.values() for each in lane.give_back()]:
-            self._answer(request, Unreachable("not sent: this worker stops"))
+        self._give_back(self._lanes.values(), Unreachable(PROCESS_ENDS))
         tasks = [task for lane in self._lanes.values() for task in lane.tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_seconds)
+
+    def give_back_resting(self) -> None:
+        """Give back what is stuck and was not sent, of providers that rest for long: for whoever does not wait."""
+        self._give_back([lane for lane in self._lanes.values() if lane.rests_long], Unreachable(PROVIDER_RESTS))
+
+    def _give_back(self, lanes: Iterable["_Lane"], why: Unreachable) -> None:
+        for request in [each for lane in lanes for each in lane.give_back()]:
+            self._answer(request, why)
 
     async def _run(self, lane: "_Lane", given: "_Given") -> None:
         outcome = await self._outcome_in(lane, given.request)
@@ -213,6 +224,10 @@ class _Lane:
     @property
     def load(self) -> int:
         return len(self._new) + len(self._stuck) + len(self.tasks)
+
+    @property
+    def rests_long(self) -> bool:
+        return self._pace.rests_long
 
     @property
     def room(self) -> int:

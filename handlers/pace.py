@@ -40,6 +40,11 @@ class Pace:
         """Whether it rests for longer than anybody who is on his turn should wait."""
         return self._rests_seconds() > PATIENCE_SECONDS
 
+    @property
+    def rests_briefly(self) -> bool:
+        """Whether it rests, and not for long."""
+        return self.rests and not self.rests_long
+
     def wait_seconds(self) -> float:
         """How long until the next turn; at most 0 if it may be taken now."""
         return max(self._next_at - self._clock(), self._rests_seconds())

@@ -168,6 +168,12 @@ FIND_UNDER_WAY = f"""
      ORDER BY due_at LIMIT $2
 """
 COUNT_UNDER_WAY = f"SELECT count(*) FROM operations WHERE {NOT_AT_WORK} AND {OF_ONE}"
+COUNT_DUE_BUT = f"""
+    SELECT gateway, count(*) AS number FROM operations
+     WHERE due_at IS NOT NULL AND due_at <= now() AND {OF_ONE}
+       AND (payment_id, number) NOT IN (SELECT * FROM unnest($2::uuid[], $3::integer[]))
+     GROUP BY gateway
+"""
 MAKE_DUE = """
     UPDATE operations SET due_at = now()
      WHERE due_at > now() AND NOT is_leased AND ($1::uuid IS NULL OR payment_id = $1)
@@ -356,6 +362,15 @@ class PostgresStore:
         with translated():
             async with self._pool.acquire() as connection:
                 return int(await connection.fetchval(COUNT_UNDER_WAY, payment_id))
+
+    async def count_due_but(self, asked: Iterable[tuple[UUID, int]], payment_id: UUID | None) -> dict[str, int]:
+        """How many operations are due, by gateway, besides these: of one payment, or of all."""
+        places = list(asked)
+        known, numbers = [each[0] for each in places], [each[1] for each in places]
+        with translated():
+            async with self._pool.acquire() as connection:
+                rows = await connection.fetch(COUNT_DUE_BUT, payment_id, known, numbers)
+        return {row["gateway"]: row["number"] for row in rows}
 
     async def make_due(self, payment_id: UUID | None) -> int:
         """Have operations that wait for their next attempt claimed at once; how many there are."""

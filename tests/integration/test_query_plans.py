@@ -31,6 +31,7 @@ INDEXES = {
     "IN_DOUBT": {"operations_in_doubt"},
     "FIND_UNDER_WAY": {"operations_due_by_gateway"},
     "COUNT_UNDER_WAY": {"operations_due_by_gateway"},
+    "COUNT_DUE_BUT": {"operations_due_by_gateway"},
     "MAKE_DUE": {"operations_due_by_gateway"},
     "FIND_LAPSED_HOLDS": {"payments_hold_due", "operations_pkey"},
     "CLAIM_HOLDS": {"payments_hold_due", "payments_pkey", "operations_pkey"},

@@ -3,11 +3,12 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -25,7 +26,17 @@ from domain.commands import OperationKind
 from domain.decision import Notified
 from domain.errors import GatewayUnreachable
 from domain.notices import Notice
-from domain.operations import Declined, DeclineReason, Expired, GatewayRequest, Outcome, Pending, Succeeded, Unknown
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    GatewayRequest,
+    Outcome,
+    Pending,
+    Succeeded,
+    Unknown,
+    Unreachable,
+)
 from domain.ports import Gateway
 from handlers.pace import Pace
 from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler
@@ -579,3 +590,67 @@ async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
         ("books", RESTS): 8,
         ("instant", "unknown (message no trace of it)"): 1,
     }
+
+
+class Limiting(Resting):
+    """Refuses every request, and wants to rest after it."""
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        self.asked[request.payment_id] += 1
+        await asyncio.sleep(0.1)
+        self.rest = 100.0
+        raise GatewayUnreachable("books", "429")
+
+
+async def under_way(
+    postgres_url: str, gateway: BookkeepingGateway, outcome: Callable[[GatewayRequest], Outcome], count: int
+) -> None:
+    """Charges that are due in an hour."""
+    gateway.outcome, payments = outcome, [new_payment_id() for _ in range(count)]
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(*(delivery("charge", each, f"key-{each}") for each in payments))
+        await worker.idle()
+    await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour'")
+
+
+async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_workers_at_once_and_told(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Limiting()
+    installed(monkeypatch, gateway)
+    await under_way(postgres_url, gateway, lambda request: Pending(request.provider_key), 150)
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append("books")
+    async with asyncio.timeout(20):
+        assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    asked = len(gateway.asked)
+    assert 1 <= asked <= 16
+    assert f"{150 - asked} left at books: the provider wants to rest" in capsys.readouterr().err
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'pending'") == 150
+    # What two seconds have no room for was not even taken over.
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE attempts = 1") == 50
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+async def test_told_to_end_it_saves_what_is_under_way_and_gives_back_the_rest(
+    postgres_url: str, redis_url: str, number: signal.Signals
+) -> None:
+    await under_way(postgres_url, Instant(), lambda request: Unreachable("not connected"), 40)
+    given = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
+    given |= {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_REDIS_URL": redis_url}
+    given["PAYMENTS_INSTANT_GATEWAY_LATENCY_MS"] = "1500"
+    command = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app.cli", "reconcile", "--now", env=os.environ | given, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(30):
+        while not await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased"):
+            await asyncio.sleep(0.02)
+        command.send_signal(number)
+        _, told = await command.communicate()
+    assert command.returncode == 1
+    states = "SELECT array_agg(DISTINCT state ORDER BY state) FROM operations"
+    assert await value(postgres_url, states) == ["dispatched", "succeeded"]
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
+    left = await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'dispatched'")
+    assert f"{left} left at instant: told to end" in told.decode()
