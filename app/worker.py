@@ -15,6 +15,7 @@ from faststream.kafka import KafkaBroker
 from app import wiring
 from app.health import Checks
 from app.settings import Settings
+from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.heed import Heeder
@@ -86,6 +87,7 @@ class Worker:
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
         gateways = wiring.create_gateways(settings)
+        metrics.expect(gateways)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
         self._pool = await create_pool(settings.postgres_url, size=settings.store_connections)

@@ -212,7 +212,8 @@ class PaymentStore(Protocol):
         ...
 
     async def stuck(self) -> Mapping[str, "Stuck"]:
-        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
+        """What there is of each subject: `operation` (nobody is working on it just now), `hold` (past its end) and
+        `webhook` (in the inbox, and not applied)."""
         ...
 
     async def claim_holds(

@@ -1,5 +1,6 @@
 """What the use cases count. Labels come from closed sets; one place names every metric of the worker."""
 
+from collections.abc import Iterable
 from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -64,13 +65,19 @@ DISAGREEING = Counter(
     ["gateway"],
 )
 STUCK = Gauge(
-    "payments_stuck", "Open operations that nobody is working on just now, and holds past their end", ["subject"]
+    "payments_stuck",
+    "Open operations that nobody is working on just now, holds past their end, and webhooks not applied",
+    ["subject"],
 )
 STUCK_OLDEST = Gauge(
-    "payments_stuck_oldest_seconds", "For how long the oldest of them has been under way, or past its end", ["subject"]
+    "payments_stuck_oldest_seconds",
+    "For how long the oldest of them has been under way, past its end, or in the inbox",
+    ["subject"],
 )
 STUCK_OVERDUE = Gauge(
-    "payments_stuck_overdue_seconds", "For how long one of them has been due to be asked about, at most", ["subject"]
+    "payments_stuck_overdue_seconds",
+    "For how long one of them has been due to be asked about, or applied, at most",
+    ["subject"],
 )
 WEBHOOKS = Counter("payments_webhooks_total", "Webhooks received, by what became of them", ["gateway", "verdict"])
 NOTICES_DISAGREEING = Counter(
@@ -88,6 +95,13 @@ RESTING = Gauge(
 )
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
+
+
+def expect(gateways: Iterable[str]) -> None:
+    """Begin at 0 what pages when it is counted once: a series that first appears at 1 has not increased."""
+    for name in gateways:
+        DISAGREEING.labels(name)
+        NOTICES_DISAGREEING.labels(name)
 
 
 @cache

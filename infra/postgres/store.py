@@ -231,6 +231,10 @@ STUCK = f"""
     SELECT 'hold', count(*), extract(epoch FROM now() - min(authorization_expires_at))::float,
            extract(epoch FROM now() - min({HOLD_DUE}))::float
       FROM payments WHERE {LAPSED}
+    UNION ALL
+    SELECT 'webhook', count(*), extract(epoch FROM now() - min(received_at))::float,
+           extract(epoch FROM now() - min(due_at))::float
+      FROM inbox WHERE due_at IS NOT NULL
 """
 IN_DOUBT = """
     SELECT count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
@@ -387,7 +391,8 @@ class PostgresStore:
         return row["count"], row["seconds"] or 0.0
 
     async def stuck(self) -> dict[str, Stuck]:
-        """What there is of each subject: `operation` (nobody is working on it just now) and `hold` (past its end)."""
+        """What there is of each subject: `operation` (nobody is working on it just now), `hold` (past its end) and
+        `webhook` (in the inbox, and not applied)."""
         with translated():
             async with self._pool.acquire() as connection:
                 rows = await connection.fetch(STUCK)

@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 
 from app.settings import Settings
 from app.worker import Worker
+from handlers import metrics
 from infra.local import EmbeddedValkey
 from infra.postgres import store
 from tests.conftest import PARTITIONS, Topics
@@ -368,3 +369,16 @@ async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings)
         await until_captured(settings, 1)
         (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
     assert dict(letter.headers)["dlq_reason"] == b"empty"
+
+
+async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start(settings: Settings) -> None:
+    """Prometheus sees no increase in a series that begins at 1."""
+    for counter in (metrics.DISAGREEING, metrics.NOTICES_DISAGREEING):
+        counter.clear()
+    async with running(settings):
+
+        async def are_there() -> bool:
+            names = "payments_reconciled_disagreeing_total", "payments_notices_disagreeing_total"
+            return [REGISTRY.get_sample_value(name, {"gateway": "instant"}) for name in names] == [0, 0]
+
+        await until(are_there, timeout_seconds=15)

@@ -36,7 +36,7 @@ INDEXES = {
     "FIND_LAPSED_HOLDS": {"payments_hold_due", "operations_pkey"},
     "CLAIM_HOLDS": {"payments_hold_due", "payments_pkey", "operations_pkey"},
     "MAKE_HOLDS_DUE": {"payments_hold_due"},
-    "STUCK": {"operations_due_by_gateway", "payments_hold_due"},
+    "STUCK": {"operations_due_by_gateway", "payments_hold_due", "inbox_due"},
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "OPERATIONS_OF_KIND": {"operations_pkey"},

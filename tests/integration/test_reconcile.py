@@ -367,7 +367,7 @@ async def test_how_much_is_stuck_and_for_how_long_is_told_of_operations_and_hold
     pool = await create_pool(postgres_url, size=1)
     store = PostgresStore(pool)
     stuck = await store.stuck()
-    assert {subject: each.number for subject, each in stuck.items()} == {"operation": 3, "hold": 2}
+    assert {subject: each.number for subject, each in stuck.items()} == {"operation": 3, "hold": 2, "webhook": 0}
     assert 60 <= stuck["hold"].oldest_seconds == stuck["hold"].overdue_seconds < 90
     assert stuck["operation"].overdue_seconds == 0 < stuck["operation"].oldest_seconds < 30
     ages = "UPDATE operations SET due_at = now() - interval '20 seconds', dispatched_at = now() - interval '2 hours'"

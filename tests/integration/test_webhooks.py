@@ -21,11 +21,11 @@ from app.webhooks import WebhookService
 from domain.commands import OperationKind
 from domain.notices import BODY_BYTES_MAX
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
-from domain.ports import Received
+from domain.ports import Received, Stuck
 from handlers import metrics
 from handlers.heed import Heeder
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
-from infra.postgres.store import create_pool
+from infra.postgres.store import PostgresStore, create_pool
 from infra.sandbox.momo import IPN
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
@@ -354,6 +354,13 @@ def refunded(
     return {"id": event_id, "object": "event", "type": "refund.created", "data": {"object": given | {"metadata": {}}}}
 
 
+async def stuck_webhooks(postgres_url: str) -> Stuck:
+    pool = await create_pool(postgres_url, size=1)
+    found = (await PostgresStore(pool).stuck())["webhook"]
+    pool.terminate()
+    return found
+
+
 async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_once(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
     gateway.lose_answer = lambda request: request.kind is OperationKind.REFUND
@@ -373,6 +380,10 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
             await until(is_put_off)
             assert await kinds(postgres_url, payment_id) == ["captured", "pending"]
             assert not await applied(postgres_url)
+            await value(postgres_url, "UPDATE inbox SET received_at = now() - interval '2 hours' RETURNING 1")
+            waits = await stuck_webhooks(postgres_url)
+            assert (waits.number, waits.overdue_seconds) == (1, 0)
+            assert 7_200 <= waits.oldest_seconds < 7_230, "however often it was put off"
             gateway.lose_answer = lambda request: False
             await value(postgres_url, "UPDATE operations SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
             await worker.sweep.sweep_once()
@@ -380,6 +391,7 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
             await value(postgres_url, "UPDATE inbox SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
             heeder.arrived.set()
             await until(lambda: applied(postgres_url))
+    assert (await stuck_webhooks(postgres_url)).oldest_seconds == 0
     assert await kinds(postgres_url, payment_id) == ["captured", "pending", "refunded"]
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
     assert await value(postgres_url, "SELECT count(*) FROM operations") == 2
