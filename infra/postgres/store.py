@@ -126,8 +126,12 @@ SAVE = f"""
 """
 # SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
 # called the gateway. Gateway by gateway, found by steps from one name to the next: one that is full ($3 and $4 say how
-# much each has room for), with however much is due there, keeps none of the others' from being found.
-DUE = """
+# much each has room for), with however much is due there, keeps none of the others' from being found. Half of the room
+# is for what was refused at the door, its newest first, whose payer is the likeliest to be still there; the oldest of
+# all have the rest, so that nothing waits for ever (where there is room for one only, they have it by chance). One that
+# is found as both is updated once.
+REFUSED = "state = 'dispatched' AND NOT is_leased"
+DUE = f"""
     named AS (
         (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
         UNION ALL
@@ -140,9 +144,17 @@ DUE = """
                   FROM named AS n LEFT JOIN unnest($3::text[], $4::integer[]) AS r(gateway, room) USING (gateway)
                ) AS given
          CROSS JOIN LATERAL (
-               SELECT payment_id, number FROM operations
-                WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now()
-                ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS d
+               SELECT * FROM (
+                      SELECT payment_id, number FROM operations
+                       WHERE gateway = given.gateway AND {REFUSED} AND due_at <= now()
+                       ORDER BY due_at DESC LIMIT (given.room + round(random())::integer) / 2
+                         FOR UPDATE SKIP LOCKED) AS refused
+               UNION ALL
+               SELECT * FROM (
+                      SELECT payment_id, number FROM operations
+                       WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now()
+                       ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS oldest
+               LIMIT given.room) AS d
     )
 """
 CLAIM_DUE = f"""

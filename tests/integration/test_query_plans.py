@@ -27,7 +27,7 @@ INDEXES = {
     "FIND_OPERATIONS": {"operations_idempotency_key_key"},
     "UPDATE_PAYMENTS": {"payments_payment_id_key"},
     "UPDATE_OPERATIONS": {"operations_pkey"},
-    "CLAIM_DUE": {"operations_due_by_gateway", "operations_pkey"},
+    "CLAIM_DUE": {"operations_refused", "operations_due_by_gateway", "operations_pkey"},
     "IN_DOUBT": {"operations_in_doubt"},
     "FIND_UNDER_WAY": {"operations_due_by_gateway"},
     "COUNT_UNDER_WAY": {"operations_due_by_gateway"},

@@ -654,3 +654,27 @@ async def test_told_to_end_it_saves_what_is_under_way_and_gives_back_the_rest(
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
     left = await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'dispatched'")
     assert f"{left} left at instant: told to end" in told.decode()
+
+
+async def test_what_was_refused_at_the_door_is_claimed_before_whatever_else_has_been_due_for_longer(
+    postgres_url: str,
+) -> None:
+    gateway = BookkeepingGateway()
+    await under_way(postgres_url, gateway, lambda request: Pending(request.provider_key), 40)
+    await under_way(postgres_url, gateway, lambda request: Unreachable("not connected"), 20)
+    await value(postgres_url, "UPDATE operations SET due_at = now() - interval '2 hours'")
+    await value(postgres_url, "UPDATE operations SET due_at = now() WHERE state = 'dispatched'")
+    pool = await create_pool(postgres_url, size=1)
+
+    async def claimed(room: int) -> Counter[str]:
+        found = await PostgresStore(pool).claim_due(limit=500, lease=timedelta(minutes=1), rooms={"books": room})
+        assert len({operation.payment_id for _, operation in found}) == len(found)
+        return Counter(operation.state.value for _, operation in found)
+
+    assert await claimed(2) == {"dispatched": 1, "pending": 1}
+    assert await claimed(8) == {"dispatched": 4, "pending": 4}
+    await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour' WHERE state = 'pending'")
+    assert await claimed(8) == {"dispatched": 8}
+    await value(postgres_url, "UPDATE operations SET due_at = now() WHERE state = 'pending'")
+    assert await claimed(500) == {"dispatched": 7, "pending": 40}
+    pool.terminate()
