@@ -138,3 +138,13 @@ async def test_those_who_wait_for_a_turn_wait_for_the_rest_and_the_pace() -> Non
     for _ in range(5):
         await pace.turn()
     assert loop.time() - started >= 0.1
+
+
+async def test_a_long_rest_is_not_waited_for_even_by_those_whose_turn_was_near_when_it_began() -> None:
+    gateway, loop = RestingGateway(), asyncio.get_running_loop()
+    pace, started = Pace(loop.time, gateway, 10), loop.time()
+    waiting = [asyncio.create_task(pace.turn()) for _ in range(3)]
+    await asyncio.sleep(0)
+    gateway.rest = 100.0
+    assert await asyncio.gather(*waiting) == [True, False, False]
+    assert loop.time() - started < 1
