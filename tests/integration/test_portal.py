@@ -69,9 +69,11 @@ class Portal(ABC):
 
 class Dashboard(Portal):
     name, payment_method = "stripe", "pm_card_visa"
+    multi_capture = False
 
     def gateway(self) -> Gateway:
-        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_portal"), api_base=self.url))
+        secret = SecretStr("sk_test_portal")
+        return StripeGateway(StripeConfig(api_key=secret, api_base=self.url, multi_capture=self.multi_capture))
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -254,6 +256,23 @@ async def test_a_capture_is_in_the_books_and_can_be_refunded(
     assert await kinds(postgres_url, payment_id) == ["authorized", "captured_externally", "refunded"]
     assert await value(postgres_url, "SELECT (captured_minor, refunded_minor)::text FROM payments") == "(10000,2500)"
     assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == capture
+
+
+async def test_the_rest_of_a_hold_that_was_captured_beside_our_parts_is_in_the_books_and_no_difference(
+    postgres_url: str, sandbox: tuple[str, httpx.Client], capsys: pytest.CaptureFixture[str]
+) -> None:
+    portal = Dashboard(*sandbox)
+    portal.multi_capture = True
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
+        for key, cents in (("first", 2_000), ("second", 3_000)):
+            await worker.accept(delivery("capture", payment_id, key, amount_minor=cents))
+            await worker.idle()
+        await asyncio.to_thread(portal.capture, reference, 5_000)
+        await heard(postgres_url, payment_id, "captured_externally")
+        assert await differences(portal, postgres_url, payment_id, capsys) == []
+    assert await kinds(postgres_url, payment_id) == ["authorized", "captured", "captured", "captured_externally"]
+    assert await value(postgres_url, "SELECT (status, captured_minor)::text FROM payments") == "(captured,10000)"
 
 
 async def test_a_hold_that_was_released_cannot_be_captured_any_more(postgres_url: str, portal: Portal) -> None:
