@@ -7,6 +7,7 @@ be ours.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from domain.commands import OperationKind
@@ -137,3 +138,44 @@ def _operation(draft: Draft, notice: Notice, external: External, state: Operatio
 
 def _reference(notice: Notice) -> str | None:
     return notice.outcome.reference if isinstance(notice.outcome, Succeeded | Declined) else None
+
+
+# --- what others captured beside us, told only as a sum ---------------------------------------------------------------
+
+
+def must_wait(draft: Draft, notice: Notice) -> bool:
+    """Whether others captured, too, while something of ours is under way, which may change what is left of the hold."""
+    return draft.payment.under_way is not None and _beyond_ours(draft, notice) > 0
+
+
+def own_share(draft: Draft, notice: Notice, named: Operation) -> Notice:
+    """The notice without an amount that is others' doing, too: the hold may be captured in parts, and has the room."""
+    outcome, gateway = notice.outcome, draft.rules.gateways.get(notice.gateway)
+    if notice.captured_minor is None or not isinstance(outcome, Succeeded) or named.kind is not OperationKind.CAPTURE:
+        return notice
+    more_minor = (outcome.amount_minor or 0) - (named.amount_minor or 0)
+    is_shared = gateway is not None and gateway.multi_capture and 0 < more_minor <= draft.payment.capturable_minor
+    return notice._replace(outcome=replace(outcome, amount_minor=None)) if is_shared else notice
+
+
+def take_rest(draft: Draft, given: Notified) -> None:
+    """Count what was captured beyond ours, once what the notice says of our own operation has been counted.
+
+    Told again it is no more than ours, so it counts once. Where that operation is still under way, its word was not
+    believed; then this is not, either.
+    """
+    rest_minor = _beyond_ours(draft, given.notice)
+    if rest_minor <= 0 or draft.disagrees:
+        return
+    if draft.payment.under_way is not None:
+        draft.disagrees = True
+    else:
+        _count(draft, given, External(OperationKind.CAPTURE, rest_minor, is_final=True))
+
+
+def _beyond_ours(draft: Draft, notice: Notice) -> int:
+    """How much more was captured of that attempt than is in our books; our captures are all of the paid one."""
+    if notice.captured_minor is None:
+        return 0
+    ours_minor = draft.payment.own_captured_minor if _is_of_paid_attempt(draft.payment, notice) else 0
+    return notice.captured_minor - ours_minor

@@ -31,9 +31,14 @@ def heed(draft: Draft, given: Notified) -> None:
     if given.operation is None:
         return
     current = draft.under_way(given.operation.number)
+    if current is None and external.must_wait(draft, notice):
+        draft.is_postponed = True
+        return
     notice = _with_reference(notice, current or given.operation)
+    notice = external.own_share(draft, notice, given.operation)
     if current is None:
         _heed_late(draft, given, given.operation, notice)
+        external.take_rest(draft, given)
     elif notice.is_ripe:
         _dispatch_again(draft, current)
     elif isinstance(notice.outcome, Succeeded) and draft.is_foreign(notice.currency):
@@ -41,6 +46,7 @@ def heed(draft: Draft, given: Notified) -> None:
     elif isinstance(notice.outcome, Succeeded | Declined | Expired):
         # What is not final adds nothing: whoever holds the operation, or asks about it next, hears it, too.
         settle_outcome(draft, current, notice.outcome)
+        external.take_rest(draft, given)
         begin_waiting(draft)
 
 

@@ -63,6 +63,8 @@ class Notice(NamedTuple):
     `is_ripe` means that an operation which waits should be resumed now: the payer consented.
     `external` is set where money moved without a mark of ours; then `outcome` has the provider's id of that, and
     `gateway_payment_id` is what it was made of, where the message tells it.
+    `captured_minor` is all that was captured of `gateway_payment_id`, by whomever, once it can be no more; None where
+    the message does not tell.
     """
 
     gateway: str
@@ -76,6 +78,7 @@ class Notice(NamedTuple):
     dispute: Dispute | None = None
     is_ripe: bool = False
     external: External | None = None
+    captured_minor: int | None = None
 
     @property
     def is_about_nothing(self) -> bool:

@@ -24,7 +24,7 @@ def write_notice(notice: Notice) -> str:
     """What the notice says, without the names that the inbox has columns for."""
     outcome = notice.outcome
     assert outcome is None or type(outcome).__name__ in _OUTCOMES, "a webhook tells what a provider can know"
-    body = {
+    body: dict[str, Any] = {
         "outcome": None if outcome is None else {"is": type(outcome).__name__, **asdict(outcome)},
         "currency": notice.currency,
         "dispute": None if notice.dispute is None else notice.dispute._asdict(),
@@ -32,6 +32,8 @@ def write_notice(notice: Notice) -> str:
     }
     if notice.external is not None:
         body |= {"external": notice.external._asdict(), "gateway_payment_id": notice.gateway_payment_id}
+    if notice.captured_minor is not None:
+        body |= {"captured_minor": notice.captured_minor, "gateway_payment_id": notice.gateway_payment_id}
     return to_json(body).decode()
 
 
@@ -54,4 +56,5 @@ def read_notice(content: str, *, gateway: str, event_id: str, type_: str, operat
         dispute=None if dispute is None else _DISPUTE.validate_python(dispute),
         is_ripe=body["is_ripe"],
         external=None if external is None else _EXTERNAL.validate_python(external),
+        captured_minor=body.get("captured_minor"),
     )

@@ -758,7 +758,7 @@ class PayPalGateway:
         if authorization is None:
             return _without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
         body = {"amount": amount, "final_capture": request.is_final, "invoice_id": invoice_of(request)}
-        path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/capture"
+        path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/capture"
         return await self._post(request, path, body, "capture", read_capture)
 
     async def void(self, request: GatewayRequest) -> Outcome:
@@ -773,7 +773,7 @@ class PayPalGateway:
         authorization = _hold(order)
         if authorization is None or isinstance(found, Succeeded):
             return found
-        path = f"/v2/payments/authorizations/{_quoted(authorization['id'])}/void"
+        path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/void"
 
         return await self._post(request, path, None, "void", partial(read_release, authorization["id"]))
 
@@ -798,7 +798,7 @@ class PayPalGateway:
             return capture
         body = {"amount": amount, "custom_id": mark_of(request), "invoice_id": invoice_of(request)}
         return await self._post(
-            request, f"/v2/payments/captures/{_quoted(capture['id'])}/refund", body, "refund", read_refund
+            request, f"/v2/payments/captures/{quoted(capture['id'])}/refund", body, "refund", read_refund
         )
 
     async def resume(self, request: GatewayRequest) -> Outcome:
@@ -931,7 +931,7 @@ class PayPalGateway:
         PayPal has forgotten does no harm: an order is authorized or captured once.
         """
         step = "authorize" if request.kind is OperationKind.AUTHORIZE else "capture"
-        path = f"/v2/checkout/orders/{_quoted(order_id)}/{step}"
+        path = f"/v2/checkout/orders/{quoted(order_id)}/{step}"
         try:
             order = await self._api.post(path, {}, request_id=f"{request.provider_key}:{step}")
             return _understood(read_opening, order, request)
@@ -944,7 +944,7 @@ class PayPalGateway:
         found = _understood(read_refunds, order, request)
         if request.reference is None or not isinstance(found, Unknown):
             return found
-        refund = await self._api.get(f"/v2/payments/refunds/{_quoted(request.reference)}")
+        refund = await self._api.get(f"/v2/payments/refunds/{quoted(request.reference)}")
         return _understood(read_refund, refund, request) if refund is not None else found
 
     def _gone(self, request: GatewayRequest) -> Outcome:
@@ -988,7 +988,7 @@ class PayPalGateway:
     # --- shared steps -----------------------------------------------------------------------------------------------
 
     async def _order(self, reference: str) -> Json | None:
-        return await self._api.get(f"/v2/checkout/orders/{_quoted(reference)}")
+        return await self._api.get(f"/v2/checkout/orders/{quoted(reference)}")
 
     async def _order_before(self, request: GatewayRequest) -> Json:
         """The order that a capture, void or refund acts on; without it nothing of this attempt was executed.
@@ -1047,7 +1047,7 @@ def _amount_json(money: Money) -> Json:
     return {"currency_code": money.currency, "value": to_paypal_value(money)}
 
 
-def _quoted(reference: str) -> str:
+def quoted(reference: str) -> str:
     return quote(reference, safe="")
 
 

@@ -122,13 +122,20 @@ def _of_payment(notice: Notice, intent: Mapping[str, Any]) -> Notice:
     known = notice._replace(payment_id=payment_id, gateway_payment_id=intent["id"], currency=intent["currency"].upper())
     if payment_id is not None and _is_external_capture(notice.type, intent):
         return _external_capture(known, intent)
-    return known._replace(operation_number=marked if number is None else number, outcome=outcome)
+    captured = _minor(intent, "amount_received") if _is_closed_hold(notice.type, intent) else None
+    return known._replace(
+        operation_number=marked if number is None else number, outcome=outcome, captured_minor=captured
+    )
 
 
 def _is_external_capture(type_: str, intent: Mapping[str, Any]) -> bool:
     """Whether a hold of ours was captured, and none of our own captures left its mark on it."""
-    is_of_hold = type_ == "payment_intent.succeeded" and intent["capture_method"] == "manual"
-    return is_of_hold and not intent["metadata"].get(LAST_CAPTURE)
+    return _is_closed_hold(type_, intent) and not intent["metadata"].get(LAST_CAPTURE)
+
+
+def _is_closed_hold(type_: str, intent: Mapping[str, Any]) -> bool:
+    """Whether nothing can be captured of it any more: what was received is all that ever will be."""
+    return type_ == "payment_intent.succeeded" and intent["capture_method"] == "manual"
 
 
 def _external_capture(notice: Notice, intent: Mapping[str, Any]) -> Notice:
@@ -166,7 +173,11 @@ def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcom
 
 
 def _capture(intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
-    """What was received in all is what the capture took, if none can have been before it."""
+    """What was received in all is what the capture took, if none can have been before it.
+
+    The mark is that of our last capture, and stays when somebody captures the rest: who took what, `captured_minor`
+    lets our books tell.
+    """
     metadata = intent["metadata"]
     mark = metadata.get(LAST_CAPTURE)
     if not mark:

@@ -367,7 +367,7 @@ class PayPalSimulator:
                 found = books.find(kind, request.path_params["id"])
             except Refusal as refusal:
                 return response or _error(refusal)
-            return response or spoiled(fault, JSONResponse(books.shown(kind, found, _base(request))), self.sender)
+            return response or spoiled(fault, JSONResponse(books.told(kind, found, _base(request))), self.sender)
 
         return Route(path, endpoint, methods=["GET"])
 

@@ -134,12 +134,23 @@ class PayPalBooks:
 
     def shown(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
         """As PayPal shows it, with its links under the address that was asked."""
-        shown = {name: value for name, value in stored.items() if not name.startswith("_")}
+        shown = {name: value for name, value in stored.items() if not name.startswith("_") and value is not None}
         if kind == "orders":
             shown["purchase_units"] = [self._unit(stored, base_url)]
             shown["links"] = _order_links(stored, base_url)
         elif kind != "disputes":
             shown["links"] = _part_links(kind, stored, base_url)
+        return shown
+
+    def told(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
+        """As it is told by webhook, and when it is asked for: with what it belongs to.
+
+        Of a refund only its link `up` says that: PayPal's schema `refund` has no `supplementary_data`.
+        """
+        shown = self.shown(kind, stored, base_url)
+        if kind in ("authorizations", "captures"):
+            related = {"order_id": stored["_order"], "authorization_id": stored.get("_hold")}
+            shown["supplementary_data"] = {"related_ids": {key: value for key, value in related.items() if value}}
         return shown
 
     def _unit(self, order: PayPalObject, base_url: str) -> PayPalObject:
@@ -306,8 +317,11 @@ class PayPalBooks:
         self._check_invoice(given.get("invoice_id"))
         order = self.tables["orders"][capture["_order"]]
         status = "PENDING" if order["_wallet"] == "pending-refund" else "COMPLETED"
-        marks = {name: given.get(name, capture.get(name)) for name in ("custom_id", "invoice_id")}
-        refund = self._new_part("refunds", order, amount, status, _capture=capture["id"], **marks)
+        # Unconfirmed where one at PayPal's pages takes over its capture's marks: here in Transaction Search alone, for
+        # a webhook with none is hardest to place.
+        marks = {name: given.get(name) for name in ("custom_id", "invoice_id")}
+        searched = {f"_{name}": capture.get(name) for name in marks}
+        refund = self._new_part("refunds", order, amount, status, _capture=capture["id"], **marks, **searched)
         self._note_refunded(capture)
         return refund
 
@@ -393,11 +407,7 @@ class PayPalBooks:
 
     def _tell(self, name: str, resource_type: str, kind: str, stored: PayPalObject) -> None:
         """As the object is now: the webhook may be sent later."""
-        resource = self.shown(kind, stored, "")
-        if "_order" in stored and kind != "disputes":
-            related = {"order_id": stored["_order"], "authorization_id": stored.get("_hold")}
-            resource["supplementary_data"] = {"related_ids": {key: value for key, value in related.items() if value}}
-        self.events.append(Event(name, resource_type, resource))
+        self.events.append(Event(name, resource_type, self.told(kind, stored, "")))
 
     # --- sums, in our minor units -----------------------------------------------------------------------------------
 
@@ -579,7 +589,8 @@ def _transaction(kind: str, part: PayPalObject) -> PayPalObject:
         "transaction_status": TRANSACTION_STATUSES.get(part["status"], "P"),
         "instrument_type": "PAYPAL",
     }
-    marks = {"invoice_id": part.get("invoice_id"), "custom_field": part.get("custom_id")}
+    invoice_id, custom_id = (part.get(name) or part.get(f"_{name}") for name in ("invoice_id", "custom_id"))
+    marks = {"invoice_id": invoice_id, "custom_field": custom_id}
     return told | {name: mark for name, mark in marks.items() if mark is not None}
 
 

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -16,7 +17,7 @@ from pydantic import SecretStr
 from domain.commands import OperationKind
 from domain.errors import GatewayUnreachable
 from domain.money import Money
-from domain.notices import Dispute, DisputeStage, Notice, WebhookRequest
+from domain.notices import Dispute, DisputeStage, Notice, Verdict, WebhookRefused, WebhookRequest
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -845,6 +846,47 @@ async def test_webhooks_tell_the_operations_of_one_payment_apart(
     assert numbers["PAYMENT.CAPTURE.COMPLETED"] == (2, captured)
     assert numbers["PAYMENT.CAPTURE.REFUNDED"] == (3, refunded)
     assert numbers["PAYMENT.AUTHORIZATION.CREATED"][0] == 1
+
+
+async def refunded_at_paypals_pages(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, kind: OperationKind
+) -> tuple[UUID, str, WebhookRequest]:
+    """Our payment, its order, and what PayPal sends of a refund of it that somebody made."""
+    request, order_id = await opened(gateway, kind, payment_method=PAYS)
+    if kind is OperationKind.AUTHORIZE:
+        await run(gateway, follow_up(request, order_id, OperationKind.CAPTURE))
+    sent = len(await inbox.wait_for(2 if kind is OperationKind.AUTHORIZE else 1))
+    [capture] = paypal.order(order_id)["purchase_units"][0]["payments"]["captures"]
+    paypal.post(f"captures/{capture['id']}/refund?amount=2.00")
+    return request.payment_id, order_id, (await inbox.wait_for(sent + 1))[-1]
+
+
+@pytest.mark.parametrize("kind", OPENINGS)
+async def test_a_refund_that_names_nothing_but_its_capture_is_of_the_payment_that_was_captured(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks, kind: OperationKind
+) -> None:
+    payment_id, order_id, sent = await refunded_at_paypals_pages(gateway, paypal, inbox, kind)
+    assert not json.loads(sent.body)["resource"].keys() & {"custom_id", "invoice_id", "supplementary_data"}
+
+    notice = await webhooks.read(sent)
+
+    assert (notice.payment_id, notice.operation_number, notice.gateway_payment_id) == (payment_id, None, order_id)
+    assert notice.external is not None
+    assert (notice.external.kind, notice.external.amount_minor) == (OperationKind.REFUND, 200)
+
+
+@pytest.mark.parametrize("action", ["503", "429", "500_before", "cut_before", "garbage"])
+async def test_a_refund_that_cannot_be_asked_about_should_come_again(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks, action: str
+) -> None:
+    payment_id, _, sent = await refunded_at_paypals_pages(gateway, paypal, inbox, OperationKind.CHARGE)
+    paypal.fault(action, operation="read", path="/v2/payments/captures/", times=1)
+
+    with pytest.raises(WebhookRefused) as refused:
+        await webhooks.read(sent)
+
+    assert refused.value.verdict is Verdict.UNAVAILABLE
+    assert (await webhooks.read(sent)).payment_id == payment_id
 
 
 async def test_webhooks_tell_of_disputes(

@@ -20,6 +20,9 @@ from app.daily_report import report_day
 from app.settings import Settings
 from app.show import show_payment
 from app.webhooks import WebhookService
+from domain.decision import Notified
+from domain.notices import Notice
+from domain.operations import Declined, DeclineReason
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
@@ -66,9 +69,11 @@ class Portal(ABC):
 
 class Dashboard(Portal):
     name, payment_method = "stripe", "pm_card_visa"
+    multi_capture = False
 
     def gateway(self) -> Gateway:
-        return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_portal"), api_base=self.url))
+        secret = SecretStr("sk_test_portal")
+        return StripeGateway(StripeConfig(api_key=secret, api_base=self.url, multi_capture=self.multi_capture))
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -122,6 +127,13 @@ class PayPalsPages(Portal):
 
     def void(self, reference: str) -> None:
         self.post(f"/_sandbox/paypal/authorizations/{self._part(reference, 'authorizations')}/void")
+
+    def pay(self, reference: str) -> None:
+        """The payer consents to an order that we had given up, and it is executed all the same."""
+        paypal = PayPalSandbox(self.url, self.http)
+        paypal.approve(reference)
+        headers = {"Authorization": f"Bearer {paypal.token()}", "PayPal-Request-Id": reference}
+        self.post(f"/v2/checkout/orders/{reference}/capture", json={}, headers=headers)
 
     def _part(self, reference: str, kind: str) -> str:
         return str(PayPalSandbox(self.url, self.http).order(reference)["purchase_units"][0]["payments"][kind][-1]["id"])
@@ -246,6 +258,23 @@ async def test_a_capture_is_in_the_books_and_can_be_refunded(
     assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == capture
 
 
+async def test_the_rest_of_a_hold_that_was_captured_beside_our_parts_is_in_the_books_and_no_difference(
+    postgres_url: str, sandbox: tuple[str, httpx.Client], capsys: pytest.CaptureFixture[str]
+) -> None:
+    portal = Dashboard(*sandbox)
+    portal.multi_capture = True
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
+        for key, cents in (("first", 2_000), ("second", 3_000)):
+            await worker.accept(delivery("capture", payment_id, key, amount_minor=cents))
+            await worker.idle()
+        await asyncio.to_thread(portal.capture, reference, 5_000)
+        await heard(postgres_url, payment_id, "captured_externally")
+        assert await differences(portal, postgres_url, payment_id, capsys) == []
+    assert await kinds(postgres_url, payment_id) == ["authorized", "captured", "captured", "captured_externally"]
+    assert await value(postgres_url, "SELECT (status, captured_minor)::text FROM payments") == "(captured,10000)"
+
+
 async def test_a_hold_that_was_released_cannot_be_captured_any_more(postgres_url: str, portal: Portal) -> None:
     async with told_by(portal, postgres_url) as worker:
         payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
@@ -268,3 +297,28 @@ async def test_a_refund_in_the_dashboard_that_came_back_is_taken_back(
         await heard(postgres_url, payment_id, "refund_failed")
     assert await value(postgres_url, "SELECT (status, refunded_minor)::text FROM payments") == "(captured,0)"
     assert await value(postgres_url, "SELECT state FROM operations WHERE idempotency_key IS NULL") == "declined"
+
+
+async def test_where_two_orders_were_paid_a_refund_at_paypals_pages_is_of_the_one_that_its_capture_is_of(
+    postgres_url: str, sandbox: tuple[str, httpx.Client]
+) -> None:
+    portal = PayPalsPages(*sandbox)
+    async with told_by(portal, postgres_url) as worker:
+        payment_id = new_payment_id()
+        await worker.accept(delivery("charge", payment_id, "given up", payment_method="paypal"))
+        await worker.idle()
+        first = str(await value(postgres_url, "SELECT reference FROM operations"))
+        given_up = Notice("paypal", "", "", payment_id, 1, outcome=Declined(DeclineReason.OTHER, None, first))
+        await worker.write_path.apply([Notified(None, payment_id, given_up)])
+        await worker.accept(delivery("charge", payment_id, "paid", payment_method=PAYS))
+        await worker.idle()
+        await asyncio.to_thread(portal.pay, first)
+        await heard(postgres_url, payment_id, "late_success")
+        second = str(await value(postgres_url, "SELECT gateway_payment_id FROM payments"))
+        await asyncio.to_thread(portal.refund, first, 4_000)
+        await heard(postgres_url, payment_id, "refunded_externally")
+        owed = "SELECT (owed_captured_minor - owed_returned_minor, refunded_minor)::text FROM payments"
+        assert await value(postgres_url, owed) == "(6000,4000)"
+        await asyncio.to_thread(portal.refund, second, 1_000)
+        await heard(postgres_url, payment_id, "refunded_externally", 2)
+        assert await value(postgres_url, owed) == "(6000,5000)"

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from datetime import timedelta
 from itertools import permutations
+from typing import Any
 
 import pytest
 
 from domain.commands import OperationKind
+from domain.decision import Decision
 from domain.notices import Dispute, DisputeStage, External
 from domain.operations import Declined, DeclineReason, NotExecuted, Outcome, Pending, Succeeded, Unknown
 from tests.support.provider import CAPABILITIES
@@ -347,3 +349,137 @@ def test_late_news_does_not_take_what_is_reserved_and_waits_for_its_end() -> Non
     told.answer(Declined(DeclineReason.REFUND_FAILED, None, "re_2"))
     assert not told.hear(Succeeded("re_1", 6_000), 2).is_postponed
     assert told.amounts() == (10_000, 10_000, 0, 6_000)
+
+
+# --- captures that are told only as a sum, with our last one's mark ---------------------------------------------------
+
+
+def in_parts() -> Story:
+    """Two of our own captures of a hold that may be captured in several, 5,000 in all."""
+    told = held(multi_capture=True)
+    told.does("capture", "first", amount_minor=2_000)
+    told.does("capture", "second", amount_minor=3_000)
+    return told
+
+
+def closed(told: Story, minor: int, number: int = 3, **facts: Any) -> Decision:
+    """The hold was captured to its end, this much of it; `number` is our last capture."""
+    given: dict[str, Any] = {"gateway_payment_id": "ref_1", "captured_minor": minor} | facts
+    return told.hear(Succeeded("ref_1"), number, **given)
+
+
+def test_what_somebody_captured_beside_our_parts_counts_once() -> None:
+    told = in_parts()
+    for _ in range(2):
+        assert not closed(told, 10_000).disagrees
+    assert told.kinds == ["authorized", "captured", "captured", "captured_externally"]
+    assert (told.last.amount_minor, told.last.command) == (5_000, None)
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_what_somebody_captured_last_releases_the_rest() -> None:
+    told = in_parts()
+    closed(told, 9_000)
+    assert told.amounts() == (10_000, 9_000, 1_000, 0)
+
+
+def test_a_sum_that_is_ours_alone_is_no_contradiction_before_our_answer_or_after_it() -> None:
+    told = held(multi_capture=True)
+    told.does("capture", "first", amount_minor=2_000)
+    told.send("capture", "second", amount_minor=3_000)
+    assert not closed(told, 5_000).disagrees
+    told.answer()
+    told.send("refund", amount_minor=1_000)
+    assert not closed(told, 5_000).is_postponed
+    assert told.kinds == ["authorized", "captured", "captured"]
+
+
+def test_news_of_both_before_our_own_answer_is_of_both_and_what_waited_is_decided_after_it() -> None:
+    told = held(multi_capture=True)
+    told.does("capture", "first", amount_minor=2_000)
+    told.send("capture", "second", amount_minor=3_000)
+    told.send("capture", "third", amount_minor=1_000)
+    assert not closed(told, 10_000).disagrees
+    assert told.kinds[-3:] == ["captured", "captured_externally", "command_rejected"]
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+    assert told.answer(Succeeded("ref_1")).is_stale
+
+
+@pytest.mark.parametrize("kind", ["capture", "void"])
+def test_beside_our_own_that_is_under_way_it_waits_for_that_ones_outcome(kind: str) -> None:
+    told = in_parts()
+    told.send(kind)
+    assert closed(told, 10_000).is_postponed
+    told.answer(NotExecuted("it is closed"))
+    assert not closed(told, 10_000).disagrees
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_what_our_void_has_released_cannot_have_been_captured() -> None:
+    told = in_parts()
+    told.does("void")
+    assert closed(told, 10_000).disagrees
+    assert told.amounts() == (10_000, 5_000, 5_000, 0)
+
+
+def test_more_than_the_only_capture_took_is_for_a_person() -> None:
+    told = held()
+    told.send("capture", "too much", amount_minor=10_001)
+    told.does("capture", amount_minor=3_000)
+    assert not closed(told, 3_000).disagrees
+    assert closed(told, 10_000).disagrees
+    assert told.amounts() == (10_000, 3_000, 7_000, 0)
+
+
+def test_more_than_the_hold_has_room_for_is_no_word_to_be_believed_about_our_own() -> None:
+    told = held(multi_capture=True)
+    told.send("capture", amount_minor=2_000)
+    assert told.hear(Succeeded("ref_1", 10_001), 2, gateway_payment_id="ref_1", captured_minor=10_001).disagrees
+    assert told.kinds == ["authorized", "needs_review"]
+
+
+def test_where_the_word_about_our_own_is_not_believed_the_rest_is_not_either() -> None:
+    told = held()
+    told.send("capture", amount_minor=2_000)
+    assert told.hear(Succeeded("ref_1", 10_000), 2, gateway_payment_id="ref_1", captured_minor=10_000).disagrees
+    assert told.kinds == ["authorized", "needs_review"]
+    told.answer(Succeeded("ref_1", 2_000))
+    assert told.hear(Succeeded("ref_1", 10_000), 2, gateway_payment_id="ref_1", captured_minor=10_000).disagrees
+    assert told.amounts() == (10_000, 2_000, 8_000, 0)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_of_what_is_told_of_our_first_part_only_as_much_as_we_asked_for_is_ours(*, is_answered: bool) -> None:
+    told = held(multi_capture=True)
+    told.send("capture", amount_minor=2_000)
+    if is_answered:
+        told.answer()
+    first = Succeeded("ref_1", 10_000)
+    assert not told.hear(first, 2, gateway_payment_id="ref_1", captured_minor=10_000).disagrees
+    assert told.kinds == ["authorized", "captured", "captured_externally"]
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_where_our_void_closed_what_others_had_captured_a_part_of_it_is_for_a_person() -> None:
+    told = held(multi_capture=True)
+    told.send("void")
+    told.answer(NotExecuted("refused"))
+    assert told.hear(Succeeded("ref_1", 4_000), 2, gateway_payment_id="ref_1", captured_minor=4_000).disagrees
+    assert told.amounts() == (10_000, 0, 0, 0)
+
+
+def test_our_own_that_was_called_not_executed_counts_before_what_others_captured() -> None:
+    told = held(multi_capture=True)
+    told.send("capture", amount_minor=2_000)
+    told.answer(NotExecuted("refused"))
+    assert not closed(told, 10_000, 2).disagrees
+    assert told.kinds[-2:] == ["late_success", "captured_externally"]
+    assert told.last.amount_minor == 8_000
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+def test_a_sum_of_another_attempt_or_currency_is_for_a_person() -> None:
+    told = in_parts()
+    assert closed(told, 5_000, gateway_payment_id="another attempt's").disagrees
+    assert closed(told, 10_000, currency="EUR").disagrees
+    assert told.amounts() == (10_000, 5_000, 0, 0)

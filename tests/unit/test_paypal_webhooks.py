@@ -31,7 +31,13 @@ from domain.notices import (
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
 from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
-from infra.gateways.paypal_webhooks import CERTIFICATE_BYTES_MAX, PayPalWebhooks, read_event
+from infra.gateways.paypal_webhooks import (
+    CERTIFICATE_BYTES_MAX,
+    PayPalWebhooks,
+    _refund_of,
+    _unplaced_refund,
+    read_event,
+)
 
 WEBHOOK_ID = "1JE4291016473214C"
 BODY = (
@@ -448,6 +454,39 @@ def test_a_refund_without_any_mark_is_of_the_order_that_it_names_and_a_capture_w
     assert refund.external == External(OperationKind.REFUND, 1000)
     capture = read_event(event("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.CAPTURE, **UNMARKED)))
     assert capture.is_about_nothing
+
+
+UP = [{"rel": "up", "href": "https://api.paypal.com/v2/payments/captures/C1", "method": "GET"}]
+BARE: Json = {"supplementary_data": None, "links": UP}
+
+
+@pytest.mark.parametrize(
+    ("given", "capture"),
+    [
+        (resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE), "C1"),
+        (resource("COMPLETED", OperationKind.CAPTURE, **BARE), "C1"),
+        (resource("COMPLETED", OperationKind.REFUND, **BARE), None),
+        (resource("COMPLETED", OperationKind.CAPTURE, links=UP), None),
+        (resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE | {"links": None}), None),
+        (resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE | {"links": [UP[0] | {"rel": "self"}]}), None),
+    ],
+    ids=["no mark", "its capture's mark", "our own", "an order's id", "no links", "no link up"],
+)
+def test_only_a_refund_that_is_not_ours_and_names_no_order_is_asked_about(given: Json, capture: str | None) -> None:
+    for name in ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.FAILED"):
+        assert _unplaced_refund(event(name, given)) == capture
+    assert _unplaced_refund(event("PAYMENT.CAPTURE.COMPLETED", given)) is None
+
+
+def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_never_whose_refund_it_is() -> None:
+    refund = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE) | {"custom_id": "theirs"}
+    for capture in (resource("COMPLETED", OperationKind.REFUND), resource("COMPLETED", OperationKind.CAPTURE)):
+        notice = read_event(event("PAYMENT.CAPTURE.REFUNDED", _refund_of(capture | {"id": "C1"}, refund)))
+        assert (notice.payment_id, notice.operation_number, notice.gateway_payment_id) == (PAYMENT_ID, None, "O1")
+        assert (notice.outcome, notice.external) == (Succeeded("P1", 1000), External(OperationKind.REFUND, 1000))
+    told = _refund_of({"id": "C1", "custom_id": None}, resource("COMPLETED", OperationKind.CAPTURE, **BARE))
+    notice = read_event(event("PAYMENT.CAPTURE.REFUNDED", told))
+    assert (notice.payment_id, notice.gateway_payment_id) == (PAYMENT_ID, None)
 
 
 def test_a_hold_that_was_released_has_ended_whoever_released_it() -> None:

@@ -167,6 +167,7 @@ async def test_the_last_capture_is_known_by_its_mark_and_without_one_it_is_someb
     object_["metadata"]["last_capture"] = "3"
     notice = await heard("payment_intent.succeeded", object_)
     assert (notice.operation_number, notice.outcome) == (3, Succeeded("pi_1"))
+    assert notice.captured_minor == 1250
 
 
 async def test_what_the_first_capture_took_is_told_and_has_to_agree() -> None:
@@ -174,6 +175,14 @@ async def test_what_the_first_capture_took_is_told_and_has_to_agree() -> None:
     object_ = intent("succeeded", capture_method="manual", amount_received=1100, metadata=marks)
     notice = await heard("payment_intent.succeeded", object_)
     assert (notice.operation_number, notice.outcome) == (4, Succeeded("pi_1", 1100))
+    assert notice.captured_minor == 1100
+
+
+async def test_what_was_captured_in_all_is_told_once_it_can_be_no_more() -> None:
+    open_ = intent("requires_capture", capture_method="manual", amount_received=500, amount_capturable=750)
+    assert (await heard("payment_intent.amount_capturable_updated", open_)).captured_minor is None
+    charged = intent("succeeded", amount_received=1250)
+    assert (await heard("payment_intent.succeeded", charged)).captured_minor is None
 
 
 @pytest.mark.parametrize(
