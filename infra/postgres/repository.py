@@ -72,6 +72,10 @@ class RefundedBeyondCaptured(InputRefusedByStore):
     """Refunded and reserved for refund together exceed what was captured."""
 
 
+class ReturnedBeyondOwed(InputRefusedByStore):
+    """More was returned of other attempts' money than they took, or than was refunded."""
+
+
 class CurrencyMissing(InputRefusedByStore):
     """Money was authorized in no currency."""
 
@@ -83,6 +87,7 @@ ERROR_OF_CONSTRAINT: Final[dict[str, type[PaymentsError]]] = {
     "payments_amounts_not_negative": AmountNegative,
     "payments_captured_within_authorized": CapturedBeyondAuthorized,
     "payments_refunded_within_captured": RefundedBeyondCaptured,
+    "payments_returned_within_owed": ReturnedBeyondOwed,
     "payments_amounts_have_currency": CurrencyMissing,
 }
 """What each constraint of `payments` means to a caller; a test holds it complete."""

@@ -14,7 +14,6 @@ from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.store import IDLE_IN_TRANSACTION_MS
 from infra.relay.stream import ReplicationStream
 
-TODAY = datetime.now(UTC).date()
 PUBLICATION = "'proto_version', '1', 'publication_names', 'payments_outbox'"
 
 
@@ -44,6 +43,11 @@ async def where(connection: asyncpg.Connection) -> dict[str, str]:
     return {row["aggregateid"]: row["place"] for row in rows}
 
 
+def today() -> date:
+    """As it is now: a run may go on past midnight."""
+    return datetime.now(UTC).date()
+
+
 def name_of(day: date) -> str:
     return f"outbox_{day:%Y%m%d}"
 
@@ -53,22 +57,22 @@ def noon(day: date) -> datetime:
 
 
 async def test_partitions_are_made_ahead_and_only_once(postgres_url: str, connection: asyncpg.Connection) -> None:
-    days = tuple(TODAY + timedelta(days=n) for n in range(4))
+    days = tuple(today() + timedelta(days=n) for n in range(4))
     assert await maintain(postgres_url, days_ahead=3, retention_days=14) == MaintenanceReport(days, 0, (), ())
     assert await partitions(connection) == [*map(name_of, days), "outbox_default"]
     assert await maintain(postgres_url, days_ahead=3, retention_days=14) == MaintenanceReport((), 0, (), ())
-    assert (await maintain(postgres_url, days_ahead=4, retention_days=14)).made == (TODAY + timedelta(days=4),)
+    assert (await maintain(postgres_url, days_ahead=4, retention_days=14)).made == (today() + timedelta(days=4),)
 
 
 async def test_a_partition_holds_exactly_its_utc_day(postgres_url: str, connection: asyncpg.Connection) -> None:
     await maintain(postgres_url, days_ahead=1, retention_days=14)
-    midnight = datetime(TODAY.year, TODAY.month, TODAY.day, tzinfo=UTC)
+    midnight = noon(today()) - timedelta(hours=12)
     moment, day = timedelta(microseconds=1), timedelta(days=1)
     places = {
         "before": (midnight - moment, "outbox_default"),
-        "first": (midnight, name_of(TODAY)),
-        "last": (midnight + day - moment, name_of(TODAY)),
-        "next": (midnight + day, name_of(TODAY + day)),
+        "first": (midnight, name_of(today())),
+        "last": (midnight + day - moment, name_of(today())),
+        "next": (midnight + day, name_of(today() + day)),
     }
     for name, (at, _) in places.items():
         await insert(connection, name, at)
@@ -90,16 +94,16 @@ async def test_stranded_rows_move_to_the_partition_of_their_day(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
     await insert(connection, "today")
-    await insert(connection, "yesterday", noon(TODAY - timedelta(days=1)))
-    await insert(connection, "far", noon(TODAY + timedelta(days=40)))
+    await insert(connection, "yesterday", noon(today() - timedelta(days=1)))
+    await insert(connection, "far", noon(today() + timedelta(days=40)))
     before = await connection.fetch("SELECT * FROM outbox ORDER BY id")
     report = await maintain(postgres_url, days_ahead=0, retention_days=14)
     assert report.moved_rows == 3
-    assert report.made == (TODAY - timedelta(days=1), TODAY, TODAY + timedelta(days=40))
+    assert report.made == (today() - timedelta(days=1), today(), today() + timedelta(days=40))
     assert await where(connection) == {
-        "today": name_of(TODAY),
-        "yesterday": name_of(TODAY - timedelta(days=1)),
-        "far": name_of(TODAY + timedelta(days=40)),
+        "today": name_of(today()),
+        "yesterday": name_of(today() - timedelta(days=1)),
+        "far": name_of(today() + timedelta(days=40)),
     }
     assert await connection.fetch("SELECT * FROM outbox ORDER BY id") == before
 
@@ -111,7 +115,7 @@ async def test_moved_rows_are_not_published_again(postgres_url: str, connection:
         assert [name for name in await published(connection) if name] == ["stranded"]
         assert (await maintain(postgres_url, days_ahead=1, retention_days=14)).moved_rows == 1
         await insert(connection, "later")
-        await insert(connection, "tomorrow", noon(TODAY + timedelta(days=1)))
+        await insert(connection, "tomorrow", noon(today() + timedelta(days=1)))
         assert await published(connection) == ["later", "tomorrow"]
     finally:
         await connection.execute("SELECT pg_drop_replication_slot('probe')")
@@ -150,7 +154,7 @@ async def test_payments_go_on_while_rows_move(postgres_url: str, connection: asy
     await maintain(postgres_url, days_ahead=2, retention_days=14)
     await asyncio.gather(*writers)
     assert await connection.fetchval("SELECT count(*) FROM outbox") == total
-    assert set((await where(connection)).values()) == {name_of(TODAY)}
+    assert set((await where(connection)).values()) == {name_of(today())}
 
 
 async def test_a_coming_day_needs_no_lock_that_payments_notice(
@@ -163,9 +167,9 @@ async def test_a_coming_day_needs_no_lock_that_payments_notice(
     await insert(connection, "under way")
     async with asyncio.timeout(5):
         report = await maintain(postgres_url, days_ahead=3, retention_days=14)
-    assert report.made == (TODAY + timedelta(days=2), TODAY + timedelta(days=3))
+    assert report.made == (today() + timedelta(days=2), today() + timedelta(days=3))
     await transaction.commit()
-    assert await where(connection) == {"under way": name_of(TODAY)}
+    assert await where(connection) == {"under way": name_of(today())}
 
 
 async def test_a_failed_attachment_leaves_the_rows_where_they_were(
@@ -196,7 +200,7 @@ async def test_a_busy_table_is_tried_again(postgres_url: str, connection: asyncp
     await refused_once(postgres_url)
     assert not task.done()
     await transaction.rollback()
-    assert (await task).made == (TODAY,)
+    assert (await task).made == (today(),)
 
 
 async def refused_once(url: str) -> None:
@@ -264,7 +268,7 @@ class Aged:
 @pytest.fixture
 async def aged(postgres_url: str, connection: asyncpg.Connection) -> Aged:
     for n in range(11):
-        await insert(connection, str(n), noon(TODAY - timedelta(days=n)))
+        await insert(connection, str(n), noon(today() - timedelta(days=n)))
     await maintain(postgres_url, days_ahead=0, retention_days=100)
     return Aged(postgres_url, connection)
 
@@ -300,7 +304,7 @@ async def subscriber(aged: Aged) -> AsyncIterator[Subscriber]:
 
 async def test_partitions_past_retention_are_dropped(aged: Aged, subscriber: Any) -> None:
     report = await aged.maintain(retention_days=3)
-    assert report.dropped == tuple(TODAY - timedelta(days=n) for n in range(10, 3, -1))
+    assert report.dropped == tuple(today() - timedelta(days=n) for n in range(10, 3, -1))
     assert report.kept_because == ()
     assert await aged.count() == 4
     assert (await aged.maintain(retention_days=3)) == MaintenanceReport((), 0, (), ())
@@ -352,7 +356,7 @@ async def test_nothing_is_dropped_before_every_slot_has_confirmed_it(
     """However little it is that is missing: the one event that Kafka refuses must stay replayable."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     subscriber.is_confirming = False
-    await insert(aged.connection, "unconfirmed", noon(TODAY - timedelta(days=9)))
+    await insert(aged.connection, "unconfirmed", noon(today() - timedelta(days=9)))
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 12)
     (reason,) = report.kept_because
@@ -364,7 +368,7 @@ async def test_nothing_is_dropped_before_every_slot_has_confirmed_it(
 
 async def test_a_publisher_that_is_a_little_behind_is_waited_for(aged: Aged, subscriber: Subscriber) -> None:
     subscriber.is_confirming = False
-    await insert(aged.connection, "unconfirmed", noon(TODAY - timedelta(days=9)))
+    await insert(aged.connection, "unconfirmed", noon(today() - timedelta(days=9)))
     task = asyncio.create_task(aged.maintain())
     asked = (
         "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_replication_slots%' AND pid <> pg_backend_pid()"
@@ -381,7 +385,7 @@ async def test_rows_on_their_way_into_an_old_partition_are_waited_for(
 ) -> None:
     monkeypatch.setattr(maintenance, "PAUSES_SECONDS", (0.01,))
     async with aged.connection.transaction():
-        await insert(aged.connection, "late", noon(TODAY - timedelta(days=9)))
+        await insert(aged.connection, "late", noon(today() - timedelta(days=9)))
         with pytest.raises(asyncpg.LockNotAvailableError):
             await aged.maintain()
     assert await aged.count() == 12
@@ -414,4 +418,4 @@ async def test_dropping_gives_way_to_payments(aged: Aged, subscriber: Any) -> No
 async def test_postgres_has_no_gentler_way_to_drop(aged: Aged) -> None:
     """Should this fail one day, partitions can be detached without locking inserts out."""
     with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError, match="when a default partition exists"):
-        await aged.connection.execute(f"ALTER TABLE outbox DETACH PARTITION {name_of(TODAY)} CONCURRENTLY")
+        await aged.connection.execute(f"ALTER TABLE outbox DETACH PARTITION {name_of(today())} CONCURRENTLY")
