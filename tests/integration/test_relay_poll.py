@@ -174,7 +174,8 @@ async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
     """Ended in the middle, it goes on behind what was acknowledged, not at the beginning of the window."""
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 200)]
     await commit(config.postgres_url, *(rows[at : at + 500] for at in range(0, len(rows), 500)))
-    async with running(replace(config, unacknowledged_max=500)):
+    # Slowly, and written down often: there must be a moment in the middle to be seen.
+    async with running(replace(config, unacknowledged_max=20, feedback_seconds=0.02)):
         query = "SELECT window_position > 2000 FROM relay_slots WHERE slot_name = %s"
         async with asyncio.timeout(30):
             while not await fetch_value(config.postgres_url, query, config.slot):
