@@ -87,7 +87,7 @@ class Provider(ABC):
 
         Only what is in `outside`.
         """
-        raise NotImplementedError(event)
+        raise AssertionError(f"{event} is not in `outside`, so no story of this provider may have it")
 
     def fails(self, kind: OperationKind) -> str | None:
         """What fault rules call this operation's request; None where nothing is sent for it."""
