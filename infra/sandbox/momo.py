@@ -58,6 +58,7 @@ class MoMoSimulator:
         self.sender = WebhookSender()
         self.faults = Faults()
         self._journal = Journal(state_file)
+        self.sender.journal = self._journal.beside("webhooks")
         self._orders: dict[str, Order] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         self._running: set[str] = set()
@@ -77,6 +78,7 @@ class MoMoSimulator:
         kept: list[dict[str, Any]] = [{"order": each} for each in self._orders.values()]
         kept += [{"key": key, "answer": answer} for key, answer in self._answers.items()]
         self._journal.rewrite(iter(kept))
+        self.sender.load()
 
     async def close(self) -> None:
         await self.sender.close()
@@ -263,9 +265,8 @@ class MoMoSimulator:
 
     def _tell(self, order: Order) -> None:
         body = json.dumps(self._signed(order), ensure_ascii=False).encode()
-        outgoing = Outgoing(order["ipnUrl"], body, {"content-type": "application/json"})
         if order["ipnUrl"].startswith("http://"):  # a real merchant's is https, and none of a simulator's business
-            self.sender.send(lambda: outgoing)
+            self.sender.send(Outgoing(order["ipnUrl"], body, {"content-type": "application/json"}))
 
     def _signed(self, order: Order) -> dict[str, Any]:
         fields = {

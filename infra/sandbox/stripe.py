@@ -64,6 +64,7 @@ class SandboxState:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.state_file)
+        self.sender.journal = self.journal.beside("webhooks")
 
     @property
     def sender(self) -> WebhookSender:
@@ -82,6 +83,7 @@ class SandboxState:
                 body = line["body"].encode()
                 self.answers[line["key"]] = Stored(line["fingerprint"], line["status"], body, line["request_id"])
         self.journal.rewrite(self._lines())
+        self.sender.load()
 
     def save(self, key: str | None) -> None:
         """Write what the request under `key` changed, and its answer if it is remembered."""
