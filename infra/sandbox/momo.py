@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import GARBLED, asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -145,7 +145,7 @@ class MoMoSimulator:
             case Action.RATE_LIMIT:
                 return _answer(body, 10, "maintenance")
             case Action.UNAVAILABLE | Action.ERROR_BEFORE:
-                return Response("<html>unavailable</html>", 503)
+                return asking_to_rest(fault, Response("<html>unavailable</html>", 503))
             case Action.CONFLICT:
                 return _in_progress(body)
             case _:

@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from domain.money import MINOR_UNITS
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.paypal_books import (
@@ -569,11 +569,11 @@ def _before(fault: Fault | None) -> Response | None:
         case Action.CUT_BEFORE:
             return NoAnswer()
         case Action.RATE_LIMIT:
-            return _error(Refusal(429, "RATE_LIMIT_REACHED"))
+            return asking_to_rest(fault, _error(Refusal(429, "RATE_LIMIT_REACHED")))
         case Action.CONFLICT:
             return _error(Refusal(409, "RESOURCE_CONFLICT", "PREVIOUS_REQUEST_IN_PROGRESS"))
         case Action.UNAVAILABLE:
-            return _error(Refusal(503, "SERVICE_UNAVAILABLE"))
+            return asking_to_rest(fault, _error(Refusal(503, "SERVICE_UNAVAILABLE")))
         case _:
             return None
 

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from infra.sandbox import forms
 from infra.sandbox.books import Books, StripeObject, newest
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.errors import Refused, invalid
 from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
@@ -223,12 +223,13 @@ def _before(state: SandboxState, fault: Fault | None) -> Response | None:
         case Action.CUT_BEFORE:
             return NoAnswer()
         case Action.RATE_LIMIT:
-            return _error(state, Refused(429, "Too many requests.", code="rate_limit"))
+            return asking_to_rest(fault, _error(state, Refused(429, "Too many requests.", code="rate_limit")))
         case Action.CONFLICT:
             message = "There is currently another in-progress request using this idempotency key."
             return _error(state, Refused(409, message, code="idempotency_key_in_use"))
         case Action.UNAVAILABLE:
-            return Response("<html>503 Service Unavailable</html>", 503, media_type="text/html")
+            page = "<html>503 Service Unavailable</html>"
+            return asking_to_rest(fault, Response(page, 503, media_type="text/html"))
         case _:
             return None
 

@@ -26,7 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import GARBLED, asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -240,9 +240,9 @@ class VNPaySimulator:
             case Action.CUT_BEFORE:
                 return NoAnswer()
             case Action.RATE_LIMIT:
-                return Response("too many requests", 429)
+                return asking_to_rest(fault, Response("too many requests", 429))
             case Action.UNAVAILABLE | Action.ERROR_BEFORE:
-                return Response("<html>unavailable</html>", 503)
+                return asking_to_rest(fault, Response("<html>unavailable</html>", 503))
             case Action.CONFLICT:
                 return self._respond(body, {"ResponseCode": "94", "Message": "Duplicate request"})
         await hold_up(fault)
