@@ -1,6 +1,6 @@
 """Every gateway notices that its provider asks for fewer requests, whatever it makes of the answer itself.
 
-Stripe's and PayPal's simulators ask in these providers' own form; for VNPay and MoMo, who document none, any server does.
+Stripe's and PayPal's simulators ask in these providers' own form; VNPay and MoMo document none, so any server does.
 """
 
 from collections.abc import Iterator
