@@ -63,6 +63,26 @@ class Resting(Protocol):
         ...
 
 
+class Connections(NamedTuple):
+    """Those that a gateway holds open to its provider, of at most `limit` in this process.
+
+    One is in use from the beginning of a call, connecting included, and idle while it is kept for the next one.
+    """
+
+    in_use: int
+    idle: int
+    limit: int
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """A gateway that calls its provider over connections of its own."""
+
+    def connections(self) -> Connections:
+        """As they are now; cheap enough for every look at the metrics."""
+        ...
+
+
 class Statement(NamedTuple):
     """One payment as its provider lists it, in our minor units; `payment_id` is our mark, None where it has none."""
 

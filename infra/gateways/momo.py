@@ -41,6 +41,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
@@ -253,6 +254,9 @@ class MoMoGateway:
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
+
+    def connections(self) -> Connections:
+        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""

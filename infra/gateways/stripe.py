@@ -46,7 +46,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Statement
+from domain.ports import Connections, Statement
 from infra.gateways.transport import NOTHING_WAS_SENT, Rest, create_client
 
 NAME: Final = "stripe"
@@ -643,6 +643,9 @@ class StripeGateway:
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
 
+    def connections(self) -> Connections:
+        return self._http.connections()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close_async()
@@ -910,6 +913,9 @@ class _BoundedHttpClient(stripe.HTTPXClient):
         except Exception as error:
             raise _connection_failed(error) from error
         return response.content, response.status_code, response.headers
+
+    def connections(self) -> Connections:
+        return self._bounded.pools.connections()
 
     async def close_async(self) -> None:
         await self._bounded.aclose()

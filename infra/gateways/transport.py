@@ -17,6 +17,7 @@ from typing import Any, Final
 import httpx
 
 from domain.errors import GatewayUnreachable, OutcomeUnknown
+from domain.ports import Connections
 
 CONNECTIONS_EACH: Final = 4
 NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
@@ -83,6 +84,7 @@ class SmallPools(httpx.AsyncBaseTransport):
         limits = httpx.Limits(max_connections=each, max_keepalive_connections=each)
         # One for all: to load the authorities takes 20 ms, and each pool would do it anew.
         context = httpx.create_ssl_context(trust_env=False) if verify is True else verify
+        self._limit = each * count
         self._pools = [httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False) for _ in range(count)]
         self._under_way = [0] * count
 
@@ -93,12 +95,29 @@ class SmallPools(httpx.AsyncBaseTransport):
             response = await self._pools[least].handle_async_request(request)
             self._rest.note(response)
             return response
+        except httpx.TimeoutException as error:
+            # httpcore takes their cause away, by which `GatewayError.is_timeout` knows them behind any library.
+            raise error from TimeoutError(str(error))
         finally:
             self._under_way[least] -= 1
+
+    def connections(self) -> Connections:
+        """Of all pools together. (httpx shows those of none: httpcore's own list is asked.)"""
+        listed = [each for pool in self._pools for each in pool._pool.connections if not each.is_closed()]
+        idle = sum(each.is_idle() for each in listed)
+        return Connections(len(listed) - idle, idle, self._limit)
 
     async def aclose(self) -> None:
         for pool in self._pools:
             await pool.aclose()
+
+
+class PooledClient(httpx.AsyncClient):
+    """httpx's client, which shows its pools."""
+
+    def __init__(self, pools: SmallPools, **settings: Any) -> None:
+        super().__init__(transport=pools, **settings)
+        self.pools = pools
 
 
 def create_client(
@@ -109,16 +128,16 @@ def create_client(
     base_url: str = "",
     verify: ssl.SSLContext | bool = True,
     rest: Rest | None = None,
-) -> httpx.AsyncClient:
+) -> PooledClient:
     """A client over small pools, deaf to the environment's proxies.
 
     Waiting for a connection is as short as connecting: it ends before the whole exchange's time does, so it is still
     known that nothing was sent.
     """
     soon = connect_timeout_seconds
-    return httpx.AsyncClient(
+    return PooledClient(
+        SmallPools(max_connections, verify=verify, rest=rest),
         base_url=base_url,
-        transport=SmallPools(max_connections, verify=verify, rest=rest),
         timeout=httpx.Timeout(timeout_seconds, connect=soon, pool=soon),
         trust_env=False,
     )
@@ -139,13 +158,15 @@ class ProviderHttp:
         self._gateway = gateway
         self._timeout_seconds = timeout_seconds
         self.rest = Rest()
-        self._client = create_client(
+        client = create_client(
             max_connections=max_connections,
             timeout_seconds=timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             base_url=base_url,
             rest=self.rest,
         )
+        self._client: httpx.AsyncClient = client
+        self.connections = client.pools.connections
 
     async def request(self, method: str, url: str, **content: Any) -> httpx.Response:
         """The whole answer, whatever its status. `content` is as `httpx.AsyncClient.request` takes it.

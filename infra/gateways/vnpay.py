@@ -37,6 +37,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "vnpay"
@@ -316,6 +317,9 @@ class VNPayGateway:
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
+
+    def connections(self) -> Connections:
+        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from app.wiring import GATEWAYS
 from domain.commands import OperationKind
@@ -193,6 +194,32 @@ def test_every_gateway_and_every_fault_is_here() -> None:
     tried = {*BEFORE, *AFTER, *TOO_LATE, Action.DECLINE, Action.LAG}
     assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # the last one in test_every_webhook.py
     assert {each.name for each in PROVIDERS.values()} == set(GATEWAYS) - {"instant"}
+
+
+async def test_connections_and_time_outs_of_every_gateway_are_told(till: Till, impatient: Till) -> None:
+    opened = till.a(CHARGE)
+    outcome = await till.finish(opened)
+    assert isinstance(outcome, Succeeded), outcome
+    question = opened._replace(state=OperationState.PENDING, reference=outcome.reference, attempts=1)
+    assert await impatient.send(question) == outcome
+    before = told("timeouts_total", impatient)
+    assert told("connections", impatient, state="idle") == 1
+    assert told("connections_limit", impatient) == 64
+    assert told("in_flight_limit", impatient) == 8
+
+    impatient.provider.fault("hang", "read", opened.payment_id)
+    asking = asyncio.create_task(impatient.send(question))
+    async with asyncio.timeout(IMPATIENCE_SECONDS):
+        while told("connections", impatient, state="in_use") != 1:
+            await asyncio.sleep(0.01)
+    assert isinstance(await asking, Unknown)
+    assert told("timeouts_total", impatient) == before + 1
+    assert told("connections", impatient, state="in_use") == 0
+
+
+def told(name: str, till: Till, **labels: str) -> float:
+    """What the metric says of this gateway; 0 where it was never counted."""
+    return REGISTRY.get_sample_value(f"payments_gateway_{name}", {"gateway": till.gateway.name, **labels}) or 0.0
 
 
 @pytest.mark.parametrize("kind", OperationKind)
