@@ -250,8 +250,11 @@ def _malformed_unless_read() -> Iterator[None]:
 
 
 REFUND_EVENTS: Final = ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")
+REVERSAL: Final = "PAYMENT.CAPTURE.REVERSED"
+"""PayPal gave money back to the payer. The resource is a refund with a link to its capture, in PayPal's own sample of
+it, which has no marks; whether it can be the capture itself is unconfirmed, and makes no difference here."""
 CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
-"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
+"""Those whose resource is the capture itself."""
 
 
 def read_event(event: Json) -> Notice:
@@ -269,6 +272,8 @@ def read_event(event: Json) -> Notice:
         return _payment_notice(notice, resource, (OperationKind.AUTHORIZE,))
     if name.startswith(REFUND_EVENTS):
         return _payment_notice(notice, resource, (OperationKind.REFUND,))
+    if name == REVERSAL:
+        return _reversal_notice(notice, resource)
     if name.startswith("PAYMENT.CAPTURE."):
         return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
     return notice
@@ -318,6 +323,19 @@ def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind,
     return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
 
 
+def _reversal_notice(notice: Notice, resource: Json) -> Notice:
+    """What PayPal took back, whoever's marks it carries over."""
+    marks = read_mark(resource.get("custom_id")) or read_mark(resource.get("invoice_id"))
+    moved_at = time_of(resource.get("create_time"))
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        gateway_payment_id=_order_of(resource),
+        outcome=_event_outcome(OperationKind.REFUND, resource, None),
+        currency=resource["amount"]["currency_code"],
+        external=External(OperationKind.REFUND, minor_of(resource["amount"]), moved_at, is_reversal=True),
+    )
+
+
 def _unplaced_refund(event: Json) -> str | None:
     """The capture that was refunded, where it has to be asked for: PayPal promises no order's id in a refund.
 
@@ -325,7 +343,7 @@ def _unplaced_refund(event: Json) -> str | None:
     the refund is of the payment that `custom_id` names, or of none that we know, and then PayPal sends it again.
     """
     resource = event["resource"]
-    if not str(event["event_type"]).startswith(REFUND_EVENTS) or _order_of(resource) is not None:
+    if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(resource) is not None:
         return None
     own = read_mark(resource.get("invoice_id"))
     return None if own is not None and own.kind is OperationKind.REFUND else linked_id(resource, "/captures/")

@@ -9,7 +9,7 @@ the same id again is answered with the present state of what it made. For fault 
 is `confirm`, a release `cancel`, and a request for an access token `token`; `payment_method` is the wallet's name.
 
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
-payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
+payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute|reverse`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
 `manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is
 left: `authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
@@ -188,6 +188,10 @@ class PayPalSimulator:
             "captures/{id}/refund": lambda r: (
                 "refunds",
                 books().refund(r.path_params["id"], self._of_amount(r, "captures")),
+            ),
+            "captures/{id}/reverse": lambda r: (
+                "refunds",
+                books().reverse(r.path_params["id"], self._of_amount(r, "captures")),
             ),
             "orders/{id}/expire": lambda r: ("orders", books().expire(r.path_params["id"])),
             "captures/{id}/dispute": lambda r: ("disputes", books().dispute(r.path_params["id"])),
