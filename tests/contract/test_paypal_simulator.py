@@ -32,7 +32,7 @@ from domain.operations import (
 )
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.gateways.paypal_webhooks import PayPalWebhooks
+from infra.gateways.paypal_webhooks import PayPalWebhooks, read_event
 from infra.local.server import free_port
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES
@@ -880,6 +880,24 @@ async def test_a_refund_that_names_nothing_but_its_capture_is_of_the_payment_tha
     assert (notice.payment_id, notice.operation_number, notice.gateway_payment_id) == (payment_id, None, order_id)
     assert notice.external is not None
     assert (notice.external.kind, notice.external.amount_minor) == (OperationKind.REFUND, 200)
+
+
+async def test_a_refund_that_names_nothing_at_all_is_found_by_its_own_id(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks
+) -> None:
+    payment_id, order_id, sent = await refunded_at_paypals_pages(gateway, paypal, inbox, OperationKind.CHARGE)
+    event = json.loads(sent.body)
+    del event["resource"]["links"]
+
+    notice = read_event(await webhooks._placed(event))
+
+    assert (notice.payment_id, notice.gateway_payment_id) == (payment_id, order_id)
+    paypal.fault("503", operation="read", path="/v2/payments/refunds/", times=1)
+    with pytest.raises(WebhookRefused) as refused:
+        await webhooks._placed(event)
+    assert refused.value.verdict is Verdict.UNAVAILABLE
+    event["resource"]["id"] = "ANOTHERACCOUNTS1"
+    assert await webhooks._placed(event) == event
 
 
 @pytest.mark.parametrize("action", ["503", "429", "500_before", "cut_before", "garbage"])

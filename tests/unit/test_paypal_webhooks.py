@@ -34,6 +34,7 @@ from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
 from infra.gateways.paypal_webhooks import (
     CERTIFICATE_BYTES_MAX,
     PayPalWebhooks,
+    _nameless_refund,
     _refund_of,
     _unplaced_refund,
     read_event,
@@ -475,6 +476,23 @@ def test_only_a_refund_that_is_not_ours_and_names_no_order_is_asked_about(given:
     for name in ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.FAILED"):
         assert _unplaced_refund(event(name, given)) == capture
     assert _unplaced_refund(event("PAYMENT.CAPTURE.COMPLETED", given)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "refund"),
+    [
+        (UNMARKED | BARE | {"links": None}, "P1"),
+        (UNMARKED | BARE, None),
+        (UNMARKED, None),
+        (BARE | {"invoice_id": None, "links": None}, None),
+        (BARE | {"custom_id": None, "links": None}, None),
+        (UNMARKED | BARE | {"links": None, "custom_id": "theirs", "invoice_id": "order-7"}, "P1"),
+    ],
+)
+def test_a_refund_is_asked_about_itself_only_where_it_names_nothing(given: Json, refund: str | None) -> None:
+    for name in ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.FAILED", "PAYMENT.CAPTURE.REVERSED"):
+        assert _nameless_refund(event(name, resource("COMPLETED", OperationKind.REFUND, **given))) == refund
+    assert _nameless_refund(event("PAYMENT.CAPTURE.COMPLETED", resource("X", OperationKind.REFUND, **given))) is None
 
 
 def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_never_whose_refund_it_is() -> None:
