@@ -522,8 +522,9 @@ def _safe(message: str | None) -> str:
 class StripeGateway:
     """Stripe's PaymentIntents and Refunds, for cards. Create it inside the event loop that uses it.
 
-    By `clock` it tells whether a payer's time is over. Each method may be called any number of times with the same request: within Stripe's memory of the key the second
-    call returns the first one's answer. A message of an exception never contains a secret or a body.
+    By `clock` it tells whether a payer's time is over. Each method may be called any number of times with the same
+    request: within Stripe's memory of the key the second call returns the first one's answer. A message of an exception
+    never contains a secret or a body.
     """
 
     name = NAME
@@ -633,7 +634,11 @@ class StripeGateway:
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
                 intent = await self._find_opened(request)
-                return _understood(self._read_opening, intent, request) if intent else Unknown("Stripe shows no such payment")
+                return (
+                    _understood(self._read_opening, intent, request)
+                    if intent
+                    else Unknown("Stripe shows no such payment")
+                )
             case OperationKind.CAPTURE:
                 intent = await self._payment_intent(_payment_of(request))
                 return _understood(read_capture, intent, request) if intent else Unknown("Stripe shows no such payment")
