@@ -692,7 +692,7 @@ async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_d
             "stripe_api_key": "sk_test_x",
             "stripe_return_url": "https://a.b",
         }
-        settings = Settings(postgres_url=postgres_url, redis_url=redis_url, **own)
+        settings = Settings(postgres_url=postgres_url, redis_url=redis_url, stripe_action_window_seconds=3_600, **own)
         gateway = wiring.create_gateways(settings)["stripe"]
         async with running_worker(postgres_url, gateway) as worker:
             await worker.accept(delivery("charge", payment_id, "key", payment_method="pm_card_threeDSecure2Required"))
@@ -704,7 +704,7 @@ async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_d
             answer = http.post(f"/_sandbox/payment_intents/{reference}/age?seconds={seconds}")
             return dict(answer.raise_for_status().json())
 
-        ends_at = aged_by(86_400)["created"] + 2 * 86_400
+        ends_at = aged_by(3_600)["created"] + 2 * 3_600
         (told,) = await run(settings, capsys, dry_run=True)
         assert told["answer"].startswith("requires action (")
         assert aged_by(0)["status"] == "requires_action"

@@ -10,6 +10,8 @@ import pytest
 import stripe
 from pydantic import SecretStr
 
+from app.settings import Settings
+from app.wiring import create_webhook_readers
 from domain.commands import OperationKind
 from domain.notices import DisputeStage, External, Notice, Verdict, WebhookRefused, WebhookRequest
 from domain.operations import Declined, DeclineReason, Expired, OperationState, Pending, RequiresAction, Succeeded
@@ -252,7 +254,9 @@ async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(re
 async def test_a_webhook_an_answer_and_a_question_tell_the_same_end_of_a_payers_time() -> None:
     object_, window = intent("requires_action", next_action=REDIRECT), timedelta(minutes=45)
     event = {"id": "evt_1", "type": "payment_intent.requires_action", "data": {"object": object_}}
-    by_webhook = await StripeWebhooks([SecretStr(SECRET)], window).read(signed(json.dumps(event).encode()))
+    own: dict[str, Any] = {"stripe_webhook_secrets": [SECRET], "stripe_return_url": "https://shop.invalid"}
+    readers = create_webhook_readers(Settings(stripe_action_window_seconds=window.total_seconds(), **own))
+    by_webhook = await readers["stripe"].read(signed(json.dumps(event).encode()))
     asked = a_request(payment_id=PAYMENT_ID, reference="pi_1")
     told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked, window)
     end = datetime.fromtimestamp(SIGNED_AT - 2, UTC) + window
