@@ -953,7 +953,6 @@ class _BoundedHttpClient(stripe.HTTPXClient):
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
             verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
-            rest=self.rest,
         )
 
     async def request_async(
@@ -963,6 +962,7 @@ class _BoundedHttpClient(stripe.HTTPXClient):
             response = await self._bounded.request(method, url, headers=dict(headers), content=post_data)
         except Exception as error:
             raise _connection_failed(error) from error
+        self.rest.note(response)
         return response.content, response.status_code, response.headers
 
     async def close_async(self) -> None:
