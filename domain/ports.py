@@ -57,7 +57,7 @@ class Gateway(Protocol):
 
 @runtime_checkable
 class Resting(Protocol):
-    """A gateway that notices when its provider asks for fewer requests: 429, 503 with a time, or its own word for it."""
+    """A gateway that notices when its provider asks for fewer requests: 429, 503 with a time, or a word of its own."""
 
     def rests_seconds(self) -> float:
         """For how long the provider should not be asked anything that can wait; 0 for not at all."""
