@@ -846,7 +846,7 @@ class StripeGateway:
         return _only(page.data, marks_of(request)) if page is not None else None
 
     async def _answer(self, call: Awaitable[T]) -> T | None:
-        """What Stripe answers, None where it refuses: a question, since there is no such thing."""
+        """What Stripe answers; None where it refuses, as it does to a question about what does not exist."""
         try:
             return await self._in_time(call)
         except stripe.InvalidRequestError:
