@@ -9,10 +9,11 @@ import httpx
 import pytest
 
 from domain.errors import GatewayError
-from domain.operations import RequiresAction
+from domain.operations import RequiresAction, Unknown
 from domain.ports import Resting
 from tests.contract.gateway_requests import a_request, in_doubt
 from tests.contract.providers import PROVIDERS
+from tests.support.sandbox import running_sandbox
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -40,6 +41,20 @@ def refusing_url() -> Iterator[str]:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+async def test_momos_maintenance_has_the_gateway_rest_though_it_comes_with_a_200() -> None:
+    with running_sandbox() as url, httpx.Client(base_url=url) as http:
+        provider = PROVIDERS["momo"](url, http)
+        gateway = provider.gateway()
+        assert isinstance(gateway, Resting)
+        request = a_request(amount=provider.amount, payment_method=provider.payment_method)
+        assert isinstance(await gateway.charge(request), RequiresAction)
+        assert gateway.rests_seconds() == 0
+        provider.fault("429", "read", request.payment_id)  # which MoMo says in its own words
+        assert isinstance(await gateway.status(in_doubt(request)), Unknown)
+        assert 0 < gateway.rests_seconds() <= 1.25
+        await gateway.close()
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
