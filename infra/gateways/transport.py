@@ -29,7 +29,7 @@ REST_SECONDS_MAX: Final = 300.0
 
 
 class Rest:
-    """For how long the provider wants fewer requests, by its own answers: 429, or 503 with a time.
+    """For how long the provider wants fewer requests, by its own answers: 429, 503 with a time, or words of its own.
 
     As long as `Retry-After` says; without one a second, doubled with every refusal in a row. Spread upwards, so that
     not all workers are back at once. However often payers are refused meanwhile, it comes to its end, and something is
@@ -46,10 +46,10 @@ class Rest:
         """What is left of it; 0 when it is over."""
         return max(0.0, self._until - self._clock())
 
-    def note(self, response: httpx.Response) -> None:
-        """Any answer of the provider's."""
+    def note(self, response: httpx.Response, *, wants_rest: bool = False) -> None:
+        """Any answer of the provider's; `wants_rest` where it asks for fewer requests in words of its own."""
         told = _retry_after(response)
-        is_limited = response.status_code == httpx.codes.TOO_MANY_REQUESTS
+        is_limited = wants_rest or response.status_code == httpx.codes.TOO_MANY_REQUESTS
         if not is_limited and (told is None or response.status_code != httpx.codes.SERVICE_UNAVAILABLE):
             # What was under way when the rest began is no sign of its end.
             self._refusals = 0 if not self.seconds() else self._refusals
@@ -77,8 +77,7 @@ class SmallPools(httpx.AsyncBaseTransport):
     What waits for a connection longer than the client's pool timeout fails with `httpx.PoolTimeout`: nothing was sent.
     """
 
-    def __init__(self, max_connections: int, *, verify: ssl.SSLContext | bool = True, rest: Rest | None = None) -> None:
-        self._rest = rest or Rest()
+    def __init__(self, max_connections: int, *, verify: ssl.SSLContext | bool = True) -> None:
         count = max(1, max_connections // CONNECTIONS_EACH)
         each = -(-max_connections // count)
         limits = httpx.Limits(max_connections=each, max_keepalive_connections=each)
@@ -92,9 +91,7 @@ class SmallPools(httpx.AsyncBaseTransport):
         least = self._under_way.index(min(self._under_way))
         self._under_way[least] += 1
         try:
-            response = await self._pools[least].handle_async_request(request)
-            self._rest.note(response)
-            return response
+            return await self._pools[least].handle_async_request(request)
         except httpx.TimeoutException as error:
             # httpcore takes their cause away, by which `GatewayError.is_timeout` knows them behind any library.
             raise error from TimeoutError(str(error))
@@ -127,7 +124,6 @@ def create_client(
     connect_timeout_seconds: float,
     base_url: str = "",
     verify: ssl.SSLContext | bool = True,
-    rest: Rest | None = None,
 ) -> PooledClient:
     """A client over small pools, deaf to the environment's proxies.
 
@@ -136,7 +132,7 @@ def create_client(
     """
     soon = connect_timeout_seconds
     return PooledClient(
-        SmallPools(max_connections, verify=verify, rest=rest),
+        SmallPools(max_connections, verify=verify),
         base_url=base_url,
         timeout=httpx.Timeout(timeout_seconds, connect=soon, pool=soon),
         trust_env=False,
@@ -144,7 +140,10 @@ def create_client(
 
 
 class ProviderHttp:
-    """One provider's HTTP. Cancelling our own task passes through every call."""
+    """One provider's HTTP. Cancelling our own task passes through every call.
+
+    `wants_rest` says whether an answer asks for fewer requests in words of the provider's own, beside 429 and 503.
+    """
 
     def __init__(
         self,
@@ -154,8 +153,10 @@ class ProviderHttp:
         timeout_seconds: float,
         connect_timeout_seconds: float,
         base_url: str = "",
+        wants_rest: Callable[[httpx.Response], bool] = lambda _: False,
     ) -> None:
         self._gateway = gateway
+        self._wants_rest = wants_rest
         self._timeout_seconds = timeout_seconds
         self.rest = Rest()
         client = create_client(
@@ -163,7 +164,6 @@ class ProviderHttp:
             timeout_seconds=timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             base_url=base_url,
-            rest=self.rest,
         )
         self._client: httpx.AsyncClient = client
         self.connections = client.pools.connections
@@ -178,13 +178,15 @@ class ProviderHttp:
         try:
             # httpx's own limits start anew with every byte: an answer that trickles in would never end.
             async with asyncio.timeout(self._timeout_seconds):
-                return await self._client.request(method, url, **content)
+                response = await self._client.request(method, url, **content)
         except TimeoutError as error:
             raise OutcomeUnknown(self._gateway, f"no answer within {self._timeout_seconds} s") from error
         except NOTHING_WAS_SENT as error:
             raise GatewayUnreachable(self._gateway, f"not connected ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             raise OutcomeUnknown(self._gateway, f"the connection failed ({type(error).__name__})") from error
+        self.rest.note(response, wants_rest=self._wants_rest(response))
+        return response
 
     async def close(self) -> None:
         await self._client.aclose()

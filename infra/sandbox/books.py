@@ -201,6 +201,13 @@ class Books:
             raise _unexpected_state(intent, "expired")
         return self._release(intent, "expired")
 
+    def age(self, reference: str, seconds: int) -> StripeObject:
+        """As if it had been created so much earlier: its payer's time passes. Stripe itself does nothing about that."""
+        intent = self.payment_intent(reference)
+        intent["created"] -= seconds
+        self.keep(intent)
+        return intent
+
     def _release(self, intent: StripeObject, reason: str | None) -> StripeObject:
         if intent["amount_received"]:
             intent.update(status="succeeded", amount_capturable=0)

@@ -512,6 +512,11 @@ ROUTES: Final = [
         _own(lambda books, request: books.expire(request.path_params["intent"])),
         methods=["POST"],
     ),
+    Route(
+        "/_sandbox/payment_intents/{intent}/age",
+        _own(lambda books, request: books.age(request.path_params["intent"], int(request.query_params["seconds"]))),
+        methods=["POST"],
+    ),
     *(
         Route(f"/_sandbox/payment_intents/{{intent}}/{path}", _own(change), methods=["POST"])
         for path, change in IN_THE_DASHBOARD.items()

@@ -397,6 +397,20 @@ async def test_a_payer_who_has_not_come_is_waited_for(till: Till, kind: Operatio
 
 
 @pytest.mark.parametrize("kind", OPENING)
+async def test_what_its_payer_has_abandoned_has_expired_at_every_look(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = till.a(kind)._replace(first_dispatched_at=datetime.now(UTC) - till.provider.window)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction):
+        pytest.skip("no payer has to act")
+    till.provider.abandon(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    for _ in range(2):
+        assert isinstance(await till.send(waiting), Expired)
+    assert till.effect(request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", OPENING)
 async def test_what_waits_for_the_payer_can_be_cancelled_for_good_where_that_is_declared(
     till: Till, kind: OperationKind
 ) -> None:

@@ -1,6 +1,7 @@
 """Every gateway notices that its provider asks for fewer requests, whatever it makes of the answer itself.
 
-Stripe's and PayPal's simulators ask in these providers' own form; VNPay and MoMo document none, so any server does.
+Stripe's and PayPal's simulators ask with a time, in these providers' own form, and MoMo's in its own words; VNPay
+documents no way to ask, so any server's 429 does.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from domain.errors import GatewayError
-from domain.operations import RequiresAction, Succeeded
+from domain.operations import RequiresAction, Succeeded, Unknown
 from domain.ports import Resting
 from tests.contract.gateway_requests import a_request, in_doubt
 from tests.contract.providers import PROVIDERS
@@ -80,6 +81,19 @@ async def test_a_gateway_rests_for_as_long_as_its_provider_says_and_then_is_answ
     await until(is_over)
     assert await gateway.status(question) == charged
     assert gateway.rests_seconds() == 0
+    await gateway.close()
+
+
+async def test_momos_maintenance_has_the_gateway_rest_though_it_comes_with_a_200(sandbox: httpx.Client) -> None:
+    provider = PROVIDERS["momo"](str(sandbox.base_url), sandbox)
+    gateway = provider.gateway()
+    assert isinstance(gateway, Resting)
+    request = a_request(amount=provider.amount, payment_method=provider.payment_method)
+    assert isinstance(await gateway.charge(request), RequiresAction)
+    assert gateway.rests_seconds() == 0
+    provider.fault("429", "read", request.payment_id)  # which MoMo says in its own words
+    assert isinstance(await gateway.status(in_doubt(request)), Unknown)
+    assert 0 < gateway.rests_seconds() <= 1.25
     await gateway.close()
 
 

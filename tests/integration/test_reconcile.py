@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from prometheus_client import REGISTRY
 
@@ -43,6 +44,7 @@ from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker
 from infra.postgres.store import PostgresStore, create_pool
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
+from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
 
@@ -751,3 +753,37 @@ async def test_what_was_refused_at_the_door_is_claimed_before_whatever_else_has_
     await value(postgres_url, "UPDATE operations SET due_at = now() WHERE state = 'pending'")
     assert await claimed(500) == {"dispatched": 7, "pending": 40}
     pool.terminate()
+
+
+async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_does(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payment_id = new_payment_id()
+    with running_sandbox() as url, httpx.Client(base_url=url) as http:
+        own: dict[str, Any] = {
+            "stripe_api_base": url,
+            "stripe_api_key": "sk_test_x",
+            "stripe_return_url": "https://a.b",
+        }
+        settings = Settings(postgres_url=postgres_url, redis_url=redis_url, stripe_action_window_seconds=3_600, **own)
+        gateway = wiring.create_gateways(settings)["stripe"]
+        async with running_worker(postgres_url, gateway) as worker:
+            await worker.accept(delivery("charge", payment_id, "key", payment_method="pm_card_threeDSecure2Required"))
+            await worker.idle()
+        await gateway.close()
+        reference = await value(postgres_url, "SELECT reference FROM operations")
+
+        def aged_by(seconds: int) -> dict[str, Any]:
+            answer = http.post(f"/_sandbox/payment_intents/{reference}/age?seconds={seconds}")
+            return dict(answer.raise_for_status().json())
+
+        ends_at = aged_by(3_600)["created"] + 2 * 3_600
+        (told,) = await run(settings, capsys, dry_run=True)
+        assert told["answer"].startswith("requires action (")
+        assert aged_by(0)["status"] == "requires_action"
+        (told,) = await run(settings, capsys, dry_run=False)
+        assert told["answer"] == f"expired (reference {reference}, code abandoned)"
+        assert aged_by(0)["status"] == "canceled"
+    asked, ended = await events_of(postgres_url, payment_id)
+    assert (asked["type"], ended["type"]) == ("payment.requires_action.v1", "payment.expired.v1")
+    assert datetime.fromisoformat(asked["action"]["expires_at"]) == datetime.fromtimestamp(ends_at, UTC)

@@ -10,7 +10,7 @@ import pytest
 
 from domain.errors import GatewayUnreachable, OutcomeUnknown
 from domain.ports import Connections
-from infra.gateways.transport import REST_SECONDS_MAX, ProviderHttp, Rest, SmallPools
+from infra.gateways.transport import REST_SECONDS_MAX, ProviderHttp, Rest
 from infra.local.server import free_port
 
 
@@ -75,13 +75,28 @@ def test_an_answer_to_what_was_under_way_does_not_end_it() -> None:
     assert rest.seconds() >= 16
 
 
+def test_a_wish_in_a_providers_own_words_is_heeded_as_a_429_is() -> None:
+    now = 1000.0
+    rest = Rest(lambda: now)
+    for seconds in (1, 2, 4):
+        rest.note(told(200), wants_rest=True)
+        assert seconds <= rest.seconds() <= 1.25 * seconds
+        now += rest.seconds()
+
+
 async def test_every_answer_of_a_provider_is_noted() -> None:
-    rest = Rest(lambda: 1000.0)
-    pools = SmallPools(8, rest=rest)
-    pools._pools = [httpx.MockTransport(lambda _: told(429, "20"))] * 2  # type: ignore[list-item]
-    async with httpx.AsyncClient(transport=pools) as client:
-        await client.get("http://provider.invalid")
-    assert rest.seconds() >= 20
+    provider = ProviderHttp(
+        "acme",
+        max_connections=1,
+        timeout_seconds=5,
+        connect_timeout_seconds=5,
+        wants_rest=lambda response: response.status_code == httpx.codes.IM_A_TEAPOT,
+    )
+    for answer, least in ((told(200), 0), (told(429, "20"), 20), (told(418, "60"), 60)):
+        provider._client = httpx.AsyncClient(transport=httpx.MockTransport(lambda _, given=answer: given))
+        await provider.request("GET", "http://provider.invalid")
+        assert least - 1 <= provider.rest.seconds() <= least * 1.25
+        await provider.close()
 
 
 def test_it_comes_to_its_end_though_payers_are_refused_all_the_time() -> None:
