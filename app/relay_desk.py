@@ -37,6 +37,7 @@ from infra.relay.progress import (
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
+from infra.relay.stream import CONNECTION
 
 T = TypeVar("T")
 
@@ -244,7 +245,7 @@ class RelayDesk:
     # --- shared -------------------------------------------------------------------------------------------------------
 
     async def _connect(self) -> psycopg.AsyncConnection:
-        return await psycopg.AsyncConnection.connect(self._settings.postgres_url, autocommit=True, connect_timeout=5)
+        return await psycopg.AsyncConnection.connect(self._settings.postgres_url, **CONNECTION)
 
     def _ask(self, ask: Callable[[psycopg.AsyncConnection], Awaitable[T]]) -> T:
         async def connected() -> T:

@@ -18,6 +18,8 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.session import LEADER_SETTINGS
+from infra.relay.stream import with_settings
 from tests.conftest import Topics
 from tests.support.outbox import (
     Row,
@@ -28,6 +30,7 @@ from tests.support.outbox import (
     ids,
     insert,
     rows_of,
+    set_database,
     until,
 )
 from tests.support.topic import read_until
@@ -159,6 +162,42 @@ async def test_the_catch_up_scan_writes_the_same_bytes_as_the_stream(config: Rel
         for records in (scanned, streamed)
     ]
     assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_the_bytes_are_the_same_whatever_encoding_the_database_gives_its_clients(
+    config: RelayConfig, encoding: str
+) -> None:
+    payload = '{"text":"café"}'
+    scanned, streamed = Row(uuid4(), "pay_é1", 1, payload, "é"), Row(uuid4(), "pay_é2", 1, payload, "é")
+    await commit(config.postgres_url, [scanned])
+    await set_database(config.postgres_url, f"client_encoding = '{encoding}'")
+    async with running(config):
+        await commit(f"{config.postgres_url}?client_encoding=utf8", [streamed])
+        records = await published(config, scanned, streamed)
+    assert {record.key for record in records} == {"pay_é1".encode(), "pay_é2".encode()}
+    for record in records:
+        assert record.value == payload.encode()
+        assert dict(record.headers)["ce_type"] == "é".encode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ("", {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0", "idle_session_timeout": "0"}),
+        (LEADER_SETTINGS, {"idle_in_transaction_session_timeout": "10s", "idle_session_timeout": "10s"}),
+    ],
+    ids=["all", "leader"],
+)
+async def test_no_time_limit_of_the_database_ends_what_takes_long_and_a_frozen_leader_loses_its_locks(
+    postgres_url: str, settings: str, wanted: dict[str, str]
+) -> None:
+    for name in ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"):
+        await set_database(postgres_url, f"{name} = '1min'")
+    async with await psycopg.AsyncConnection.connect(postgres_url, **with_settings(settings)) as connection:
+        for name, value in wanted.items():
+            row = await (await connection.execute(f"SHOW {name}".encode())).fetchone()
+            assert row == (value,), name
 
 
 async def test_events_of_a_payment_keep_the_order_of_their_commits(config: RelayConfig) -> None:

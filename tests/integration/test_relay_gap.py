@@ -27,6 +27,7 @@ from tests.support.outbox import (
     insert,
     open_transaction,
     rows_of,
+    set_database,
     until,
 )
 from tests.support.topic import read_until
@@ -85,6 +86,21 @@ async def write_unread(config: RelayConfig, rows: list[Row], *damages: str) -> N
     await commit(config.postgres_url, *([row] for row in rows))
     for damage in damages:
         await fetch_value(config.postgres_url, damage, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize("style", ["SQL", "German", "Postgres"])
+async def test_a_gap_is_told_and_status_too_whatever_the_databases_style_of_dates(
+    config: RelayConfig, style: str
+) -> None:
+    await set_database(config.postgres_url, f"DateStyle = '{style}'")
+    await before_the_gap(config, rows_of("pay_a", 1))
+    await write_unread(config, rows_of("pay_a", 2, first=2), DROP)
+    async with StandingStill(config) as standing:
+        await until(lambda: "2 retained events have no proof" in standing.relay.health.detail)
+        assert await standing.decide("unproven") == 2
+        (status,) = (await read_status(config.postgres_url)).relays
+        assert status.gap is None
 
 
 @wal_only
