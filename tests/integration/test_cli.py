@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -252,6 +253,25 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
     assert told_settings["PAYMENTS_PAYPAL_WEBHOOK_ID"] == SIGNING["PAYMENTS_PAYPAL_WEBHOOK_ID"]
     for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
         assert told_settings[f"PAYMENTS_{needed.upper()}"]
+
+
+@pytest.mark.parametrize(("process", "port"), [("relay", "PAYMENTS_RELAY_PORT"), ("worker", "PAYMENTS_WORKER_PORT")])
+def test_a_process_whose_port_is_taken_says_so_before_it_begins(tmp_path: Path, process: str, port: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = {port: str(taken.getsockname()[1]), "PAYMENTS_GATEWAYS": '["instant"]'}
+        settings |= {"PAYMENTS_DEFAULT_GATEWAY": "instant", "PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none"}
+        ended = run(process, data_dir=tmp_path, **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("payments: cannot listen: Address already in use")
+    assert port in ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
+    away = {"PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1", "PAYMENTS_POSTGRES_URL": postgres_url}
+    done = run("dlq", "list", data_dir=tmp_path, **away)
+    assert done.returncode == 1
+    assert done.stderr.endswith("Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?\n")
 
 
 def _answers(url: str) -> bool:
