@@ -149,6 +149,7 @@ class Session:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._config.feedback_seconds)
         self._check_leadership()
+        self._publisher.check_partitions()
         self._status.beat()
         await self._flush()
 
@@ -199,6 +200,7 @@ class Session:
         self._source.answer()
         if self._is_save_due:
             self._is_save_due = False
+            self._publisher.check_partitions()
             await self._source.save()
             self._status.trouble = self._publisher.trouble
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)

@@ -14,13 +14,14 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from infra.kafka.topics import ensure_topics
+from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.partitions import partition_of
 from infra.relay.session import LEADER_SETTINGS
 from infra.relay.stream import with_settings
-from tests.conftest import Topics
+from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -419,6 +420,34 @@ async def set_topic_limit(config: RelayConfig, limit: int) -> None:
     resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
     await admin.alter_configs([resource])
     await admin.close()
+
+
+async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_event_where_it_belongs(
+    config: RelayConfig,
+) -> None:
+    config = replace(config, topic=f"{config.topic}.own")
+    await ensure_topics(config.kafka_bootstrap, {config.topic: 2 * PARTITIONS})
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka_bootstrap)
+    await admin.start()
+    before, after = ([Row(uuid4(), f"pay_{n}", seq) for n in range(40)] for seq in (1, 2))
+    async with running(config):
+        await commit(config.postgres_url, before)
+        await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 0)
+        await admin.delete_topics([config.topic])
+        await until(lambda: has_no_topic(config))
+        await ensure_topics(config.kafka_bootstrap, {config.topic: PARTITIONS})
+        await commit(config.postgres_url, after)
+        # Before a producer gives up what it has for partitions that are gone.
+        records = await asyncio.wait_for(published(config, *after), 10)
+    assert {(row.id, partition_of(row.key.encode(), PARTITIONS)) for row in after} <= {
+        (UUID(dict(record.headers)["id"].decode()), record.partition) for record in records
+    }
+    await admin.delete_topics([config.topic])
+    await admin.close()
+
+
+async def has_no_topic(config: RelayConfig) -> bool:
+    return not await has_topic(config.kafka_bootstrap, config.topic)
 
 
 async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:
