@@ -148,8 +148,8 @@ class RelayDesk:
 
     async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
-            pid, since = blocker
-            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of backend {pid}"
+            who, since = blocker
+            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of {who}"
         if await is_led(connection, self._slot):
             return "a relay is at it: it makes the slot anew and publishes"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
