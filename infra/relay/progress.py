@@ -175,12 +175,12 @@ async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
     if row is None or row[0] == is_on:
         return True
     with contextlib.suppress(psycopg.errors.LockNotAvailable):
-        async with leader.transaction():
-            # The lock waits for those who write, and lets others wait: hardly at all.
-            await leader.execute("SET LOCAL lock_timeout = '100ms'")
-            await leader.execute(
-                f"ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
-            )
+        # The lock waits for those who write, and lets others wait: hardly at all. One message, and so one transaction:
+        # whoever else uses this connection finds it in none that has failed.
+        await leader.execute(
+            "SET LOCAL lock_timeout = '100ms';"
+            f" ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
+        )
         return True
     return False
 
