@@ -99,13 +99,13 @@ def readable_errors() -> Iterator[None]:
     except ValueError as error:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
-        advice = _advice(error)
+        advice = advice_on(error)
         if advice is None:
             raise
         fail(f"{type(error).__name__}: {error}\n{advice}")
 
 
-def _advice(error: Exception) -> str | None:
+def advice_on(error: Exception) -> str | None:
     """What to do about an error of a server; None for what is none."""
     import asyncpg
     import psycopg

@@ -28,6 +28,7 @@ from infra.local.server import free_port
 
 PAYMENTS = [sys.executable, "-m", "app.cli"]
 ROOT = Path(__file__).resolve().parents[2]
+INSTANT = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +259,45 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
 @pytest.mark.parametrize(("process", "port"), [("relay", "PAYMENTS_RELAY_PORT"), ("worker", "PAYMENTS_WORKER_PORT")])
 def test_a_process_whose_port_is_taken_says_so_before_it_begins(tmp_path: Path, process: str, port: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = {port: str(taken.getsockname()[1]), "PAYMENTS_GATEWAYS": '["instant"]'}
-        settings |= {"PAYMENTS_DEFAULT_GATEWAY": "instant", "PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none"}
+        settings = INSTANT | {port: str(taken.getsockname()[1])}
+        settings["PAYMENTS_POSTGRES_URL"] = "postgresql://127.0.0.1:1/none"
         ended = run(process, data_dir=tmp_path, **settings)
     assert ended.returncode == 1
     assert ended.stderr.startswith("payments: cannot listen: Address already in use")
     assert port in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("away", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
+def test_a_worker_that_cannot_start_says_what_to_do(
+    tmp_path: Path, postgres_url: str, kafka_bootstrap: str, away: str
+) -> None:
+    settings = INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_KAFKA_BOOTSTRAP": kafka_bootstrap}
+    nowhere = {"PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none", "PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
+    settings |= {away: nowhere[away], "PAYMENTS_WORKER_PORT": str(free_port())}
+    ended = run("worker", data_dir=tmp_path, **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith(f"running, and {away} right?\n")
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("silent", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
+def test_a_worker_that_waits_for_a_silent_server_ends_when_it_is_told_to(
+    tmp_path: Path, postgres_url: str, kafka_bootstrap: str, silent: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, port = f"127.0.0.1:{server.getsockname()[1]}", str(free_port())
+        settings = INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_KAFKA_BOOTSTRAP": kafka_bootstrap}
+        settings |= {silent: f"postgresql://{address}/none" if "URL" in silent else address}
+        settings["PAYMENTS_WORKER_PORT"] = port
+        process = subprocess.Popen([*PAYMENTS, "worker"], cwd=ROOT, env=environment(tmp_path, **settings))
+        try:
+            wait_until(lambda: process.poll() is not None or _answers(f"http://127.0.0.1:{port}/health/live"))
+            with server.accept()[0]:
+                process.terminate()
+                assert process.wait(5) == 0
+        finally:
+            process.kill()
 
 
 def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
