@@ -300,6 +300,23 @@ def test_a_worker_that_waits_for_a_silent_server_ends_when_it_is_told_to(
             process.kill()
 
 
+def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run("up", data_dir=tmp_path, PAYMENTS_HTTP_PORT=port)
+    assert ended.returncode == 1
+    assert f"Port {port} of 127.0.0.1: somebody listens there already" in ended.stdout
+    assert "PAYMENTS_HTTP_PORT" in ended.stdout
+
+
+def test_up_says_what_to_do_where_a_server_of_the_environments_is_away(tmp_path: Path) -> None:
+    away = {"PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none", "PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
+    ended = run("up", data_dir=tmp_path, **away, PAYMENTS_REDIS_URL="redis://127.0.0.1:1/0")
+    assert ended.returncode == 1
+    assert "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?" in ended.stdout
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
 def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
     away = {"PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1", "PAYMENTS_POSTGRES_URL": postgres_url}
     done = run("dlq", "list", data_dir=tmp_path, **away)
