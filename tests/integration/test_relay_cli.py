@@ -222,6 +222,17 @@ async def test_a_replay_to_a_topic_that_is_not_there_says_so_at_once(config: Rel
     assert time.monotonic() - started < 15
 
 
+async def test_a_replay_to_a_topic_that_takes_no_such_message_says_so(config: RelayConfig) -> None:
+    (row,) = rows_of("pay_a", 1, payload=f'"{"x" * 2000}"')
+    async with running(config):
+        await commit(config.postgres_url, [row])
+        await proven(config, row)
+    await set_topic_limit(config, 1000)
+    refused = await payments_relay(config, "replay", "--payment", "pay_a")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("The topic takes no message of that size: raise its max.message.bytes.\n")
+
+
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
     rows, others = rows_of("pay_a", 30), rows_of("pay_b", 5)
     copies = f"{config.topic}.replay"
