@@ -53,6 +53,7 @@ class RelayDesk:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._slot = settings.relay_slot
+        self._named = f"relay {self._slot!r}, which PAYMENTS_RELAY_SLOT names"
         self._out = Console()
 
     # --- status -------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class RelayDesk:
             print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
             return 0
         if not rows:
-            self._out.print("Nothing is in quarantine.")
+            self._out.print(f"Nothing is in quarantine of {self._named}.")
             return 0
         table = Table(box=box.SIMPLE)
         for name in names:
@@ -182,7 +183,7 @@ class RelayDesk:
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
         events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
         if not events:
-            self._out.print("Nothing of that is in quarantine.")
+            self._out.print(f"Nothing of that is in quarantine of {self._named}.")
             return 1
         return self._wait_for_quarantine(events, timeout_seconds)
 
@@ -203,7 +204,9 @@ class RelayDesk:
     def drop(self, names: list[str], *, why: str) -> int:
         dropped = self._at_quarantine(lambda desk: desk.drop(names, why=why))
         if not dropped:
-            self._out.print("Nothing of that is in quarantine; `drop` takes the ids of events. Nothing is dropped.")
+            self._out.print(
+                f"Nothing of that is in quarantine of {self._named}; `drop` takes events' ids. Nothing is dropped."
+            )
             return 1
         self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
         return 0 if dropped == len(set(names)) else 1

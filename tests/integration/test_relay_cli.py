@@ -205,7 +205,7 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
         nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
         assert nothing.returncode == 1
-        assert "Nothing of that is in quarantine" in nothing.stdout
+        assert f"Nothing of that is in quarantine of relay '{config.slot}'" in nothing.stdout
 
 
 @wal_only
