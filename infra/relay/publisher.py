@@ -202,7 +202,10 @@ class Publisher:
             self._refuse(lane, f"above our own limit of {self._config.message_bytes_max} bytes")
             return
         lane.sent_at = time.monotonic()
-        sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+        try:
+            sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+        except AssertionError as error:  # aiokafka's way to say so.
+            raise KafkaAway(f"topic {self._config.topic} has no partition {lane.number} any more") from error
         sent.add_done_callback(partial(self._sent, lane))
 
     async def _renew_producer(self, lane: _Lane) -> None:

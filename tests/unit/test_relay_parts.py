@@ -220,6 +220,16 @@ class TestPublisher:
         await self.answer(0)
         assert self.publisher.trouble is None
 
+    async def test_a_partition_that_is_gone_ends_the_session_and_not_the_process(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def send_batch(*_: Any, **__: Any) -> None:
+            raise AssertionError("Unrecognized partition")
+
+        monkeypatch.setattr(self.producer, "send_batch", send_batch)
+        with pytest.raises(KafkaAway, match="topic events has no partition 0 any more"):
+            await self.publish(b"1")
+
     async def test_a_batch_that_the_producer_gave_up_is_not_forgotten(self) -> None:
         await self.publish(b"1")
         self.producer.sent[0][2].cancel()
