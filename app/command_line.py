@@ -99,23 +99,25 @@ def readable_errors() -> Iterator[None]:
     except ValueError as error:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
-        advice = _advice(error)
+        advice = advice_on(error)
         if advice is None:
             raise
         fail(f"{type(error).__name__}: {error}\n{advice}")
 
 
-def _advice(error: Exception) -> str | None:
+def advice_on(error: Exception) -> str | None:
     """What to do about an error of a server; None for what is none."""
     import asyncpg
     import psycopg
-    from aiokafka.errors import KafkaError
+    from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
     from sqlalchemy.exc import SQLAlchemyError
 
     from domain.errors import StoreUnavailable
 
     if _lacks_schema(error):
         return "The database is not at this version's schema: run `payments migrate`."
+    if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
+        return "The topic takes no message of that size: raise its max.message.bytes."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
     if isinstance(error, (OSError, asyncpg.PostgresError, psycopg.Error, SQLAlchemyError, StoreUnavailable)):

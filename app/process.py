@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -11,6 +12,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
+from app.command_line import advice_on, fail
 from infra.last_resort import end_within
 
 log = structlog.get_logger(__name__)
@@ -22,15 +24,45 @@ Main = Callable[[asyncio.Event], Awaitable[None]]
 def run(main: Main, *, app: ASGIApp, host: str, port: int, end_seconds: float | None = None) -> None:
     """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process.
 
+    A port that it cannot have is told before anything begins, and of a server that is away what to do.
     If it has not ended `end_seconds` after the signal, it ends all the same, with `last_resort.STATUS`.
     """
     # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a third of the CPU.
     gc.set_threshold(100_000, 50, 100)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_live(main, app, host, port, end_seconds))
+    listener = _listen(host, port)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_live(main, app, listener, end_seconds))
+    except ExceptionGroup as group:
+        error, *others = group.exceptions
+        if others or not _is_server_away(error):
+            raise
+        fail(f"{type(error).__name__}: {error}\n{advice_on(error)}")
 
 
-async def _live(main: Main, app: ASGIApp, host: str, port: int, end_seconds: float | None) -> None:
+def _is_server_away(error: Exception) -> bool:
+    """Whether a trace of our calls would tell nothing. (Whose errors these are is looked up only now.)"""
+    import asyncpg  # noqa: PLC0415
+    from aiokafka.errors import KafkaError  # noqa: PLC0415
+
+    from domain.errors import StoreUnavailable  # noqa: PLC0415
+
+    return isinstance(error, (StoreUnavailable, asyncpg.PostgresError, KafkaError))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Our own address. Uvicorn would find it taken only when the work beside it has begun, and end that in mid-air."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        fail(
+            f"cannot listen: {error.strerror}\n"
+            "Stop what listens there, or set PAYMENTS_HTTP_HOST or this process's PAYMENTS_HTTP_PORT, "
+            "PAYMENTS_WORKER_PORT or PAYMENTS_RELAY_PORT."
+        )
+
+
+async def _live(main: Main, app: ASGIApp, listener: socket.socket, end_seconds: float | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -42,14 +74,13 @@ async def _live(main: Main, app: ASGIApp, host: str, port: int, end_seconds: flo
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     async with asyncio.TaskGroup() as group:
-        server = _Server(
-            uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, proxy_headers=False)
-        )
-        group.create_task(server.serve())
+        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False))
+        serving = group.create_task(server.serve([listener]))
         try:
             await main(stop)
         finally:
             server.should_exit = True
+            await asyncio.wait([serving])  # Ended by an error of `main`, it would log a trace of its own.
 
 
 class _Server(uvicorn.Server):

@@ -37,6 +37,7 @@ from infra.relay.progress import (
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
+from infra.relay.stream import CONNECTION
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class RelayDesk:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._slot = settings.relay_slot
+        self._named = f"relay {self._slot!r}, which PAYMENTS_RELAY_SLOT names"
         self._out = Console()
 
     # --- status -------------------------------------------------------------------------------------------------------
@@ -147,8 +149,8 @@ class RelayDesk:
 
     async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
-            pid, since = blocker
-            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of backend {pid}"
+            who, since = blocker
+            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of {who}"
         if await is_led(connection, self._slot):
             return "a relay is at it: it makes the slot anew and publishes"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
@@ -162,7 +164,7 @@ class RelayDesk:
             print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
             return 0
         if not rows:
-            self._out.print("Nothing is in quarantine.")
+            self._out.print(f"Nothing is in quarantine of {self._named}.")
             return 0
         table = Table(box=box.SIMPLE)
         for name in names:
@@ -181,7 +183,7 @@ class RelayDesk:
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
         events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
         if not events:
-            self._out.print("Nothing of that is in quarantine.")
+            self._out.print(f"Nothing of that is in quarantine of {self._named}.")
             return 1
         return self._wait_for_quarantine(events, timeout_seconds)
 
@@ -202,7 +204,9 @@ class RelayDesk:
     def drop(self, names: list[str], *, why: str) -> int:
         dropped = self._at_quarantine(lambda desk: desk.drop(names, why=why))
         if not dropped:
-            self._out.print("Nothing of that is in quarantine; `drop` takes the ids of events. Nothing is dropped.")
+            self._out.print(
+                f"Nothing of that is in quarantine of {self._named}; `drop` takes events' ids. Nothing is dropped."
+            )
             return 1
         self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
         return 0 if dropped == len(set(names)) else 1
@@ -244,7 +248,7 @@ class RelayDesk:
     # --- shared -------------------------------------------------------------------------------------------------------
 
     async def _connect(self) -> psycopg.AsyncConnection:
-        return await psycopg.AsyncConnection.connect(self._settings.postgres_url, autocommit=True, connect_timeout=5)
+        return await psycopg.AsyncConnection.connect(self._settings.postgres_url, **CONNECTION)
 
     def _ask(self, ask: Callable[[psycopg.AsyncConnection], Awaitable[T]]) -> T:
         async def connected() -> T:

@@ -40,6 +40,11 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     elif not relay.is_running:
         kept = f" and its slot keeps {in_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    if "unreserved" in relay.slot_state:
+        found.append(
+            f"{relay.slot}: at the next checkpoint the server removes log that its slot needs: raise"
+            " max_slot_wal_keep_size (ALTER SYSTEM SET …, SELECT pg_reload_conf()), or have it read at once"
+        )
     if relay.source == "poll" and relay.retained_bytes is not None:
         found.append(
             f"{relay.slot}: it polls, and the slot that it had before keeps {in_bytes(relay.retained_bytes)} of log for"

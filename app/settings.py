@@ -3,7 +3,7 @@
 import re
 from datetime import timedelta
 from functools import cached_property
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +14,9 @@ from domain.rules import RetryPolicy
 
 NOWHERE: Final = "https://example.invalid"
 """Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
+PORT_MAX: Final = 65_535
+Port = Annotated[int, Field(ge=1, le=PORT_MAX)]
+_BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
 
 
 class Settings(BaseSettings):
@@ -98,9 +101,9 @@ class Settings(BaseSettings):
     webhook_connections: PositiveInt = 3
 
     http_host: str = "127.0.0.1"
-    http_port: int = 8080
-    worker_port: int = 8081
-    relay_port: int = 8082
+    http_port: Port = 8080
+    worker_port: Port = 8081
+    relay_port: Port = 8082
     metrics_peers: dict[str, str] = {}
     """name → base URL of the worker's and relay's own HTTP, whose metrics the HTTP process shows, too"""
 
@@ -113,6 +116,23 @@ class Settings(BaseSettings):
     outbox_days_ahead: int = 7
     maintenance_interval_seconds: float = 3600.0
     log_json: bool = True
+
+    @field_validator("postgres_url")
+    @classmethod
+    def _is_a_databases_url(cls, url: str) -> str:
+        if not url.startswith("postgresql://"):
+            # What is there is not repeated: it may hold a password.
+            raise ValueError("is no database's URL; write it like postgresql://user:password@host:5432/payments")
+        return url
+
+    @field_validator("kafka_bootstrap")
+    @classmethod
+    def _names_brokers(cls, brokers: str) -> str:
+        for each in brokers.split(","):
+            found = _BROKER.fullmatch(each.strip())
+            if found is None or int(found[2] or 1) not in range(1, PORT_MAX + 1):
+                raise ValueError(f"{each.strip()!r} is no broker; write them like host:9092,other:9092")
+        return brokers
 
     @field_validator("relay_slot")
     @classmethod

@@ -268,7 +268,17 @@ def stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
 
 
 def addresses(*, simulates: bool) -> dict[str, str]:
-    """Ports for our processes, those of the environment where it names them, and how they find each other."""
+    """Ports for our processes, those of the environment where it names them, and how they find each other.
+
+    Raises:
+        LocalServerError: somebody listens on one that the environment names; he would answer for our process.
+    """
+    for variable in map(_port_variable, SERVICE):
+        port = os.environ.get(variable)
+        if port and not is_free(int(port)):
+            raise LocalServerError(
+                f"Port {port} of {HOST}", "somebody listens there already", f"free it, or set {variable} to another"
+            )
     ports = {_port_variable(name): os.environ.get(_port_variable(name)) or str(free_port()) for name in SERVICE}
     if _port_variable("http") not in os.environ and is_free(PREFERRED_HTTP_PORT):
         ports[_port_variable("http")] = str(PREFERRED_HTTP_PORT)

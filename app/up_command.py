@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from app.child import ChildFailed
+from app.command_line import advice_on
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
@@ -31,6 +33,13 @@ def up_here(data_dir: Path) -> int:
         return 1
     except LocalServerError as error:
         console.print(f"[bold red]✗[/] {error}", highlight=False)
+        return 1
+    except Exception as error:
+        # A server of the environment's, for which we do not care.
+        advice = advice_on(error)
+        if advice is None:
+            raise
+        console.print(f"[bold red]✗[/] {type(error).__name__}: {escape(str(error))}\n  {advice}", highlight=False)
         return 1
     finally:
         reporter.rest()

@@ -48,7 +48,8 @@ class Worker:
             StoreUnavailable, KafkaError: a server that is needed to start is away.
         """
         async with AsyncExitStack() as stack:
-            await self._start(stack)
+            if not await self._is_started(stack, stop):
+                return
             log.info("worker ready", group=self._settings.consumer_group, topic=self._settings.commands_topic)
             stopping = asyncio.create_task(stop.wait())
             done, _ = await asyncio.wait([stopping, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -83,6 +84,19 @@ class Worker:
 
     async def _check_kafka(self) -> str | None:
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
+
+    async def _is_started(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
+        """Start; not so if told to stop meanwhile: a server that does not answer is not waited for then."""
+        starting, stopping = asyncio.create_task(self._start(stack)), asyncio.create_task(stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if starting.done():
+            starting.result()
+            return True
+        for task in (starting, *self._tasks):
+            task.cancel()
+        await asyncio.gather(starting, *self._tasks, return_exceptions=True)
+        return False
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
@@ -119,8 +133,8 @@ class Worker:
             cut_off=rules.retry.cut_off,
         )
         producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
+        stack.push_async_callback(producer.stop)  # Also of one that did not start.
         await producer.start()
-        stack.push_async_callback(producer.stop)
         self._consumer = CommandConsumer(
             write_path=write_path,
             dispatcher=self._dispatcher,

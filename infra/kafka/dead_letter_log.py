@@ -208,13 +208,17 @@ class DeadLetterLog:
 
     @asynccontextmanager
     async def _consumer(self) -> AsyncIterator[AIOKafkaConsumer]:
-        async with AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             bootstrap_servers=self._bootstrap,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             fetch_max_wait_ms=100,
-        ) as consumer:
+        )
+        try:
+            await consumer.start()  # Its own context manager would not stop one that did not start.
             yield consumer
+        finally:
+            await consumer.stop()
 
 
 def _letter(record: Any) -> Letter:

@@ -296,8 +296,18 @@ async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
             command_timeout=30,
             timeout=10,
             server_settings=PINNED_PLANS | {"idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS)},
+            init=_insist_on_the_disk,
             reset=_keep_session,
         )
+
+
+async def _insist_on_the_disk(connection: Connection) -> None:
+    """A provider is called, and a webhook answered, on the strength of a commit: it must outlive a crash of Postgres,
+    whatever the database is set to. Whether standbys are waited for, too, is the database's own affair.
+    """
+    await connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
 
 
 async def _keep_session(_: Connection) -> None:

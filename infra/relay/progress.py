@@ -57,11 +57,15 @@ REPAIR: Final = f"""
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {IS_LED})
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
+# A transaction that was prepared, and that nobody has ended since, has no backend any more.
 FIND_BLOCKER: Final = """
-    SELECT a.pid, a.xact_start FROM pg_stat_activity AS a
-     WHERE a.backend_xid IS NOT NULL
-       AND EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL)
-     ORDER BY a.xact_start LIMIT 1
+    SELECT who, since
+      FROM (SELECT format('backend %%s', pid) AS who, xact_start AS since
+              FROM pg_stat_activity WHERE backend_xid IS NOT NULL
+             UNION ALL
+            SELECT format('the prepared transaction %%L', gid), prepared FROM pg_prepared_xacts) AS running
+     WHERE EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL)
+     ORDER BY since LIMIT 1
 """
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s
@@ -171,12 +175,12 @@ async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
     if row is None or row[0] == is_on:
         return True
     with contextlib.suppress(psycopg.errors.LockNotAvailable):
-        async with leader.transaction():
-            # The lock waits for those who write, and lets others wait: hardly at all.
-            await leader.execute("SET LOCAL lock_timeout = '100ms'")
-            await leader.execute(
-                f"ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
-            )
+        # The lock waits for those who write, and lets others wait: hardly at all. One message, and so one transaction:
+        # whoever else uses this connection finds it in none that has failed.
+        await leader.execute(
+            "SET LOCAL lock_timeout = '100ms';"
+            f" ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
+        )
         return True
     return False
 
@@ -216,8 +220,8 @@ async def find_source(connection: psycopg.AsyncConnection, slot: str) -> str | N
     return None if row is None else str(row[0])
 
 
-async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any] | None:
-    """The backend whose transaction a slot that is being made waits for, and since when it runs."""
+async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[str, Any] | None:
+    """Whose transaction a slot that is being made waits for, and since when it runs."""
     row = await (await connection.execute(FIND_BLOCKER, [slot])).fetchone()
     return None if row is None else (row[0], row[1])
 

@@ -61,6 +61,7 @@ class _Lane:
         "number",
         "pending",
         "producer",
+        "sent_at",
     )
 
     def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
@@ -70,6 +71,7 @@ class _Lane:
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[_Pending] = deque()
         self.in_flight: list[_Pending] = []
+        self.sent_at = 0.0
 
 
 class Publisher:
@@ -163,12 +165,29 @@ class Publisher:
         if self._error is not None:
             raise KafkaAway(f"{type(self._error).__name__}: {self._error}") from self._error
 
+    def check_partitions(self) -> None:
+        """The topic is still divided as it was when this publisher was made, as far as its producers have heard.
+
+        Raises:
+            KafkaAway: it was made anew or enlarged; of partitions that are gone nobody would ever acknowledge anything.
+        """
+        for producer in self._producers:
+            partitions = producer.client.cluster.partitions_for_topic(self._config.topic)
+            if partitions and len(partitions) != len(self._lanes):
+                raise KafkaAway(
+                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._lanes)}"
+                )
+
     @property
     def trouble(self) -> str | None:
-        """What keeps events from being published, if anything does."""
-        if self.unacknowledged and time.monotonic() - self._progress_at > self._config.stalled_seconds:
+        """What keeps events from being published, if anything does: all of them, or those of one partition."""
+        if not self.unacknowledged:
+            return None
+        before = time.monotonic() - self._config.stalled_seconds
+        if self._progress_at < before:
             return "Kafka acknowledges nothing"
-        return None
+        stuck = [str(lane.number) for lane in self._lanes if lane.in_flight and lane.sent_at < before]
+        return f"Kafka acknowledges nothing in partition {', '.join(stuck)}" if stuck else None
 
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""
@@ -182,7 +201,11 @@ class Publisher:
         if not lane.in_flight:
             self._refuse(lane, f"above our own limit of {self._config.message_bytes_max} bytes")
             return
-        sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+        lane.sent_at = time.monotonic()
+        try:
+            sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+        except AssertionError as error:  # aiokafka's way to say so.
+            raise KafkaAway(f"topic {self._config.topic} has no partition {lane.number} any more") from error
         sent.add_done_callback(partial(self._sent, lane))
 
     async def _renew_producer(self, lane: _Lane) -> None:

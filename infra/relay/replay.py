@@ -15,7 +15,9 @@ from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.publisher import headers_of
 from infra.relay.scan import COLUMNS, event_of
+from infra.relay.stream import CONNECTION
 
+_CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
 HEADER: Final = "replayed_at"
 """On every replayed message, with the time of the replay; no first delivery has it."""
 CHUNK: Final = 100
@@ -70,7 +72,7 @@ class Replay:
         Raises:
             psycopg.Error: Postgres is away.
         """
-        async with await psycopg.AsyncConnection.connect(self._config.postgres_url) as connection:
+        async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection:
             row = await (await connection.execute(COUNT.encode(), self._values)).fetchone()
             return int(row[0]) if row is not None else 0
 
@@ -98,7 +100,7 @@ class Replay:
     async def _chunks(self) -> AsyncIterator[list[OutboxEvent]]:
         size = max(1, min(CHUNK, self._rate // 10))
         async with (
-            await psycopg.AsyncConnection.connect(self._config.postgres_url) as connection,
+            await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection,
             connection.cursor("replay") as cursor,
         ):
             await cursor.execute(SELECT.encode(), self._values)

@@ -12,6 +12,7 @@ from infra.relay.stream import CONNECTION
 ROWS_AT_ONCE: Final = 2000
 PORTION_BYTES: Final = 8 * 1024 * 1024
 """How much is read from the table at once, however large its rows are."""
+TRANSACTION_TIMEOUT_SINCE: Final = 170_000
 COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
 
 # created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock: only
@@ -38,6 +39,8 @@ async def scan(
 ) -> tuple[int, Snapshot]:
     """Publish what the exported `snapshot` shows, and `published` does not; how many, and what is published now."""
     async with await psycopg.AsyncConnection.connect(url, **(CONNECTION | {"autocommit": False})) as connection:
+        if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
+            await connection.execute("SET transaction_timeout = 0")
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         await connection.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'".encode())
         row = await (await connection.execute("SELECT pg_current_snapshot()::text")).fetchone()

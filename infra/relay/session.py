@@ -26,9 +26,12 @@ log = structlog.get_logger(__name__)
 
 SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {"wal": WalSource, "poll": PollSource}
 FLUSH_EVERY = 1000
-LEADER_SETTINGS = "-c idle_session_timeout=10s -c lock_timeout=5s -c synchronous_commit=on"
-"""A leader that is frozen, not gone, loses its lock, as it loses its stream; who holds a lock on its own row cannot
-make it wait for ever; and what it writes down is not forgotten, whatever the database's own setting."""
+LEADER_SETTINGS = (
+    "-c idle_session_timeout=10s -c idle_in_transaction_session_timeout=10s -c lock_timeout=5s -c synchronous_commit=on"
+)
+"""A leader that is frozen, not gone, loses its lock, as it loses its stream, and in mid-transaction, too; who holds a
+lock on its own row cannot make it wait for ever; and what it writes down is not forgotten, whatever the database's own
+setting."""
 WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
@@ -146,6 +149,7 @@ class Session:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), self._config.feedback_seconds)
         self._check_leadership()
+        self._publisher.check_partitions()
         self._status.beat()
         await self._flush()
 
@@ -196,6 +200,7 @@ class Session:
         self._source.answer()
         if self._is_save_due:
             self._is_save_due = False
+            self._publisher.check_partitions()
             await self._source.save()
             self._status.trouble = self._publisher.trouble
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)

@@ -8,6 +8,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from infra.relay.leadership import IS_LED, LEADERSHIP, leadership_key
+from infra.relay.stream import CONNECTION
 
 MARKS: Final = """
     SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
@@ -109,9 +110,8 @@ async def read_status(postgres_url: str) -> Overview:
     Raises:
         psycopg.Error: Postgres is away.
     """
-    async with await psycopg.AsyncConnection.connect(
-        postgres_url, autocommit=True, row_factory=dict_row, connect_timeout=5
-    ) as connection:
+    connect = psycopg.AsyncConnection.connect
+    async with await connect(postgres_url, row_factory=dict_row, **CONNECTION) as connection:
         marks = await _rows(connection, MARKS)
         starting = [row["slot_name"] for row in await _rows(connection, STARTING)]
         (last,) = await _rows(connection, LAST_EVENT)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from infra.local.server import free_port
 
 PAYMENTS = [sys.executable, "-m", "app.cli"]
 ROOT = Path(__file__).resolve().parents[2]
+INSTANT = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,74 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
     assert told_settings["PAYMENTS_PAYPAL_WEBHOOK_ID"] == SIGNING["PAYMENTS_PAYPAL_WEBHOOK_ID"]
     for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
         assert told_settings[f"PAYMENTS_{needed.upper()}"]
+
+
+@pytest.mark.parametrize(("process", "port"), [("relay", "PAYMENTS_RELAY_PORT"), ("worker", "PAYMENTS_WORKER_PORT")])
+def test_a_process_whose_port_is_taken_says_so_before_it_begins(tmp_path: Path, process: str, port: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = INSTANT | {port: str(taken.getsockname()[1])}
+        settings["PAYMENTS_POSTGRES_URL"] = "postgresql://127.0.0.1:1/none"
+        ended = run(process, data_dir=tmp_path, **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("payments: cannot listen: Address already in use")
+    assert port in ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("away", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
+def test_a_worker_that_cannot_start_says_what_to_do(
+    tmp_path: Path, postgres_url: str, kafka_bootstrap: str, away: str
+) -> None:
+    settings = INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_KAFKA_BOOTSTRAP": kafka_bootstrap}
+    nowhere = {"PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none", "PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
+    settings |= {away: nowhere[away], "PAYMENTS_WORKER_PORT": str(free_port())}
+    ended = run("worker", data_dir=tmp_path, **settings)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith(f"running, and {away} right?\n")
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("silent", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
+def test_a_worker_that_waits_for_a_silent_server_ends_when_it_is_told_to(
+    tmp_path: Path, postgres_url: str, kafka_bootstrap: str, silent: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address, port = f"127.0.0.1:{server.getsockname()[1]}", str(free_port())
+        settings = INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_KAFKA_BOOTSTRAP": kafka_bootstrap}
+        settings |= {silent: f"postgresql://{address}/none" if "URL" in silent else address}
+        settings["PAYMENTS_WORKER_PORT"] = port
+        process = subprocess.Popen([*PAYMENTS, "worker"], cwd=ROOT, env=environment(tmp_path, **settings))
+        try:
+            wait_until(lambda: process.poll() is not None or _answers(f"http://127.0.0.1:{port}/health/live"))
+            with server.accept()[0]:
+                process.terminate()
+                assert process.wait(5) == 0
+        finally:
+            process.kill()
+
+
+def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run("up", data_dir=tmp_path, PAYMENTS_HTTP_PORT=port)
+    assert ended.returncode == 1
+    assert f"Port {port} of 127.0.0.1: somebody listens there already" in ended.stdout
+    assert "PAYMENTS_HTTP_PORT" in ended.stdout
+
+
+def test_up_says_what_to_do_where_a_server_of_the_environments_is_away(tmp_path: Path) -> None:
+    away = {"PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none", "PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
+    ended = run("up", data_dir=tmp_path, **away, PAYMENTS_REDIS_URL="redis://127.0.0.1:1/0")
+    assert ended.returncode == 1
+    assert "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?" in ended.stdout
+    assert "Traceback" not in ended.stderr + ended.stdout
+
+
+def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
+    away = {"PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1", "PAYMENTS_POSTGRES_URL": postgres_url}
+    done = run("dlq", "list", data_dir=tmp_path, **away)
+    assert done.returncode == 1
+    assert done.stderr.endswith("Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?\n")
 
 
 def _answers(url: str) -> bool:

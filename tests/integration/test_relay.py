@@ -14,11 +14,14 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from infra.kafka.topics import ensure_topics
+from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics
-from tests.conftest import Topics
+from infra.relay.partitions import partition_of
+from infra.relay.session import LEADER_SETTINGS
+from infra.relay.stream import with_settings
+from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -28,6 +31,7 @@ from tests.support.outbox import (
     ids,
     insert,
     rows_of,
+    set_database,
     until,
 )
 from tests.support.topic import read_until
@@ -159,6 +163,42 @@ async def test_the_catch_up_scan_writes_the_same_bytes_as_the_stream(config: Rel
         for records in (scanned, streamed)
     ]
     assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_the_bytes_are_the_same_whatever_encoding_the_database_gives_its_clients(
+    config: RelayConfig, encoding: str
+) -> None:
+    payload = '{"text":"café"}'
+    scanned, streamed = Row(uuid4(), "pay_é1", 1, payload, "é"), Row(uuid4(), "pay_é2", 1, payload, "é")
+    await commit(config.postgres_url, [scanned])
+    await set_database(config.postgres_url, f"client_encoding = '{encoding}'")
+    async with running(config):
+        await commit(f"{config.postgres_url}?client_encoding=utf8", [streamed])
+        records = await published(config, scanned, streamed)
+    assert {record.key for record in records} == {"pay_é1".encode(), "pay_é2".encode()}
+    for record in records:
+        assert record.value == payload.encode()
+        assert dict(record.headers)["ce_type"] == "é".encode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ("", {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0", "idle_session_timeout": "0"}),
+        (LEADER_SETTINGS, {"idle_in_transaction_session_timeout": "10s", "idle_session_timeout": "10s"}),
+    ],
+    ids=["all", "leader"],
+)
+async def test_no_time_limit_of_the_database_ends_what_takes_long_and_a_frozen_leader_loses_its_locks(
+    postgres_url: str, settings: str, wanted: dict[str, str]
+) -> None:
+    for name in ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"):
+        await set_database(postgres_url, f"{name} = '1min'")
+    async with await psycopg.AsyncConnection.connect(postgres_url, **with_settings(settings)) as connection:
+        for name, value in wanted.items():
+            row = await (await connection.execute(f"SHOW {name}".encode())).fetchone()
+            assert row == (value,), name
 
 
 async def test_events_of_a_payment_keep_the_order_of_their_commits(config: RelayConfig) -> None:
@@ -380,6 +420,34 @@ async def set_topic_limit(config: RelayConfig, limit: int) -> None:
     resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
     await admin.alter_configs([resource])
     await admin.close()
+
+
+async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_event_where_it_belongs(
+    config: RelayConfig,
+) -> None:
+    config = replace(config, topic=f"{config.topic}.own")
+    await ensure_topics(config.kafka_bootstrap, {config.topic: 2 * PARTITIONS})
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka_bootstrap)
+    await admin.start()
+    before, after = ([Row(uuid4(), f"pay_{n}", seq) for n in range(40)] for seq in (1, 2))
+    async with running(config):
+        await commit(config.postgres_url, before)
+        await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 0)
+        await admin.delete_topics([config.topic])
+        await until(lambda: has_no_topic(config))
+        await ensure_topics(config.kafka_bootstrap, {config.topic: PARTITIONS})
+        await commit(config.postgres_url, after)
+        # Before a producer gives up what it has for partitions that are gone.
+        records = await asyncio.wait_for(published(config, *after), 10)
+    assert {(row.id, partition_of(row.key.encode(), PARTITIONS)) for row in after} <= {
+        (UUID(dict(record.headers)["id"].decode()), record.partition) for record in records
+    }
+    await admin.delete_topics([config.topic])
+    await admin.close()
+
+
+async def has_no_topic(config: RelayConfig) -> bool:
+    return not await has_topic(config.kafka_bootstrap, config.topic)
 
 
 async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:

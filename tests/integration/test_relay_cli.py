@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from app import relay_desk
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
+from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
 from infra.relay.stream import ReplicationStream
@@ -22,7 +24,7 @@ from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
 from tests.integration.test_relay_gap import DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
-from tests.support.outbox import Row, commit, fetch_value, ids, open_transaction, rows_of, until
+from tests.support.outbox import Row, commit, fetch_value, ids, insert, open_transaction, rows_of, until
 from tests.support.topic import read_until
 
 __all__ = ["config", "source"]
@@ -203,7 +205,7 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
         nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
         assert nothing.returncode == 1
-        assert "Nothing of that is in quarantine" in nothing.stdout
+        assert f"Nothing of that is in quarantine of relay '{config.slot}'" in nothing.stdout
 
 
 @wal_only
@@ -218,6 +220,17 @@ async def test_a_replay_to_a_topic_that_is_not_there_says_so_at_once(config: Rel
     assert (done.returncode, f"there is no topic {absent}: create it" in done.stderr) == (2, True), done.stderr
     assert len(done.stderr.splitlines()) < 5
     assert time.monotonic() - started < 15
+
+
+async def test_a_replay_to_a_topic_that_takes_no_such_message_says_so(config: RelayConfig) -> None:
+    (row,) = rows_of("pay_a", 1, payload=f'"{"x" * 2000}"')
+    async with running(config):
+        await commit(config.postgres_url, [row])
+        await proven(config, row)
+    await set_topic_limit(config, 1000)
+    refused = await payments_relay(config, "replay", "--payment", "pay_a")
+    assert refused.returncode == 1
+    assert refused.stderr.endswith("The topic takes no message of that size: raise its max.message.bytes.\n")
 
 
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
@@ -316,6 +329,32 @@ async def test_a_repair_that_waits_for_a_transaction_names_it(config: RelayConfi
     await until(lambda: relay.health.detail == "active")
     stop.set()
     await task
+
+
+@pytest.fixture
+def prepared_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has them; a setting of its command line, to be made before it starts."""
+    monkeypatch.setitem(postgres.SETTINGS, "max_prepared_transactions", "1")
+
+
+@pytest.mark.usefixtures("prepared_transactions")
+async def test_a_repair_that_waits_for_a_prepared_transaction_names_it(
+    own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
+) -> None:
+    url = own_postgres.url
+    config = RelayConfig(postgres_url=url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, gap_seconds=0.1)
+    async with running(config):
+        await commit(url, rows_of("pay_a", 1))
+    await fetch_value(url, DROP, config.slot)
+    async with StandingStill(config) as standing:
+        async with await psycopg.AsyncConnection.connect(url) as left:
+            await insert(left, rows_of("pay_a", 1, first=2))
+            await left.execute("PREPARE TRANSACTION 'left over'")
+        waiting = await payments_relay(config, "repair", "--timeout", "8")
+        assert "of the prepared transaction 'left over'" in waiting.stdout
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute("COMMIT PREPARED 'left over'")
+        await until(lambda: standing.relay.health.detail == "active")
 
 
 async def test_a_repair_does_not_publish_to_a_topic_that_was_mistyped(config: RelayConfig, topics: Topics) -> None:

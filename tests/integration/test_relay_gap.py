@@ -7,6 +7,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 
+from app.relay_troubles import troubles_of
 from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
@@ -27,6 +28,7 @@ from tests.support.outbox import (
     insert,
     open_transaction,
     rows_of,
+    set_database,
     until,
 )
 from tests.support.topic import read_until
@@ -85,6 +87,21 @@ async def write_unread(config: RelayConfig, rows: list[Row], *damages: str) -> N
     await commit(config.postgres_url, *([row] for row in rows))
     for damage in damages:
         await fetch_value(config.postgres_url, damage, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize("style", ["SQL", "German", "Postgres"])
+async def test_a_gap_is_told_and_status_too_whatever_the_databases_style_of_dates(
+    config: RelayConfig, style: str
+) -> None:
+    await set_database(config.postgres_url, f"DateStyle = '{style}'")
+    await before_the_gap(config, rows_of("pay_a", 1))
+    await write_unread(config, rows_of("pay_a", 2, first=2), DROP)
+    async with StandingStill(config) as standing:
+        await until(lambda: "2 retained events have no proof" in standing.relay.health.detail)
+        assert await standing.decide("unproven") == 2
+        (status,) = (await read_status(config.postgres_url)).relays
+        assert status.gap is None
 
 
 @wal_only
@@ -433,20 +450,21 @@ async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
     await commit(config.postgres_url, missed)
-    await lose_the_slot(config.postgres_url)
+    await write_until(config.postgres_url, "unreserved", "SELECT pg_switch_wal()")
+    assert any("raise max_slot_wal_keep_size" in each for each in troubles_of(await read_status(config.postgres_url)))
+    await write_until(config.postgres_url, "lost", "SELECT pg_switch_wal()", "CHECKPOINT")
     async with StandingStill(config) as standing:
         assert SLOT_LOST in standing.relay.health.detail
         assert await standing.decide("unproven") == 5
         assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
 
 
-async def lose_the_slot(url: str) -> None:
-    """By more log than the server may keep for it."""
+async def write_until(url: str, wal_status: str, *statements: str) -> None:
+    """More log than the server may keep for the slot."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        while not await fetch_value(url, "SELECT wal_status = 'lost' FROM pg_replication_slots"):
-            await connection.execute("SELECT pg_logical_emit_message(true, 'none', 'whose')")
-            await connection.execute("SELECT pg_switch_wal()")
-            await connection.execute("CHECKPOINT")
+        while not await fetch_value(url, "SELECT wal_status = %s FROM pg_replication_slots", wal_status):
+            for statement in ("SELECT pg_logical_emit_message(true, 'none', 'whose')", *statements):
+                await connection.execute(statement.encode())
 
 
 @wal_only

@@ -13,7 +13,7 @@ import pytest
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import RelayConfig, metrics, poll_source
+from infra.relay import RelayConfig, metrics, poll_source, session
 from infra.relay.snapshot import Snapshot
 from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
 from tests.support.outbox import (
@@ -239,3 +239,18 @@ async def test_a_switch_of_source_waits_for_no_long_writer_and_holds_nobody_up(c
         await long.rollback()
         await long.close()
         await until(lambda: fetch_value(config.postgres_url, NOTIFIES))
+
+
+async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else the leader's connection is asked meanwhile."""
+    monkeypatch.setattr(session, "WATCH_SECONDS", 0.01)
+    async with running(replace(config, source="wal")):
+        await commit(config.postgres_url, rows_of("pay_a", 1))
+    ended = metrics.RECONNECTS.labels("postgres")._value.get()
+    async with await psycopg.AsyncConnection.connect(config.postgres_url) as long:
+        await insert(long, rows_of("pay_b", 1))
+        async with running(config):
+            await asyncio.sleep(1)
+            assert metrics.RECONNECTS.labels("postgres")._value.get() == ended

@@ -16,6 +16,7 @@ from domain.ports import Changes
 from handlers import metrics
 from handlers.write_path import ATTEMPTS_MAX, WritePath
 from infra.postgres.store import PostgresStore, create_pool
+from tests.support.outbox import set_database
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import (
     NoHint,
@@ -214,3 +215,13 @@ async def test_a_batch_with_one_wrong_guess_is_undone_as_a_whole_and_decided_aga
     events = await events_of(postgres_url, known)
     assert [event["type"] for event in events] == ["payment.captured.v1", "payment.command_rejected.v1"]
     assert await value(postgres_url, "SELECT count(*) FROM outbox") == 7
+
+
+@pytest.mark.parametrize(("given", "found"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+async def test_what_was_committed_outlives_a_crash_whatever_the_database_is_set_to(
+    postgres_url: str, given: str, found: str
+) -> None:
+    await set_database(postgres_url, f"synchronous_commit = {given}")
+    async with await create_pool(postgres_url, size=1) as pool:
+        assert await pool.fetchval("SHOW synchronous_commit") == found
+        assert await pool.fetchval("SHOW synchronous_commit") == found

@@ -46,6 +46,12 @@ async def commit(url: str, *transactions: Iterable[Row]) -> None:
             await insert(connection, rows)
 
 
+async def set_database(url: str, setting: str) -> None:
+    """Have every connection to this database begin with it, unless it says otherwise: `lock_timeout = '1s'`."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute(f'ALTER DATABASE "{connection.info.dbname}" SET {setting}'.encode())
+
+
 async def open_transaction(url: str) -> psycopg.AsyncConnection:
     """One that has its transaction id already."""
     connection = await psycopg.AsyncConnection.connect(url)

@@ -43,4 +43,5 @@ def test_an_alert_leads_to_what_to_do(alert: dict[str, Any]) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
     assert not part or part in map(anchor, headings)
+    assert path.startswith("docs/operations/")
     assert part or alert["alert"] in text or path != "docs/operations/reconciliation.md"

@@ -200,6 +200,36 @@ class TestPublisher:
         assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4"]]
         assert sizes == [1, publisher.BATCH_BYTES_MAX]
 
+    async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 100.0
+        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events", stalled_seconds=15)
+        self.publisher = Publisher(config, self.producer, 2, lambda: None)
+        keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}
+        self.publisher.publish([EVENT._replace(aggregateid=keys[0])], Group())
+        await self.publisher.flush()
+        now += 10
+        self.publisher.publish([EVENT._replace(aggregateid=keys[1])], Group())
+        await self.publisher.flush()
+        await self.answer(1)
+        assert self.publisher.trouble is None
+        now += 10
+        assert self.publisher.trouble == "Kafka acknowledges nothing in partition 0"
+        await self.answer(0)
+        assert self.publisher.trouble is None
+
+    async def test_a_partition_that_is_gone_ends_the_session_and_not_the_process(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def send_batch(*_: Any, **__: Any) -> None:
+            raise AssertionError("Unrecognized partition")
+
+        monkeypatch.setattr(self.producer, "send_batch", send_batch)
+        with pytest.raises(KafkaAway, match="topic events has no partition 0 any more"):
+            await self.publish(b"1")
+
     async def test_a_batch_that_the_producer_gave_up_is_not_forgotten(self) -> None:
         await self.publish(b"1")
         self.producer.sent[0][2].cancel()

@@ -45,3 +45,27 @@ def test_a_payer_at_stripe_has_a_day_unless_told_otherwise_and_less_than_the_dea
         Settings(stripe_action_window_seconds=7_200, review_pending_after_seconds=7_200)
     others = Settings(gateways=["momo"], default_gateway="momo", review_pending_after_seconds=7_200)
     assert others.review_pending_after_seconds == 7_200
+
+
+@pytest.mark.parametrize("url", ["", "payments", "postgres://u:s3cret@h/payments", "postgresql:/u:s3cret@h/payments"])
+def test_what_is_no_databases_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ValidationError, match=r"write it like postgresql://") as refusal:
+        Settings(postgres_url=url)
+    assert "s3cret" not in str(refusal.value.errors(include_input=False))
+
+
+@pytest.mark.parametrize("brokers", ["", "host:", "host:port", "host:70000", "http://host:9092", "a:9092,,b:9092"])
+def test_what_cannot_name_brokers_is_refused(brokers: str) -> None:
+    with pytest.raises(ValidationError, match="is no broker; write them like host:9092"):
+        Settings(kafka_bootstrap=brokers)
+
+
+@pytest.mark.parametrize("brokers", ["host", "127.0.0.1:9092", "a:9092, b:9092", "[::1]:9092"])
+def test_what_names_brokers_is_taken(brokers: str) -> None:
+    assert Settings(kafka_bootstrap=brokers).kafka_bootstrap == brokers
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65_536])
+def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+    with pytest.raises(ValidationError, match="relay_port"):
+        Settings(relay_port=port)
