@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from domain.errors import StoreUnavailable
+from domain.errors import InputRefusedByStore, StoreUnavailable
 from domain.notices import BODY_BYTES_MAX, Notice, Verdict, WebhookAnswer, WebhookReader, WebhookRefused, WebhookRequest
 from domain.operations import OPEN, Succeeded
 from domain.ports import Accepted, Received
@@ -28,7 +28,7 @@ Accept = Callable[[Sequence[Received]], Awaitable[list[Accepted]]]
 
 class _Waiting(NamedTuple):
     notice: Notice
-    body: bytes
+    received: Received
     verdict: "asyncio.Future[Verdict]"
 
 
@@ -73,7 +73,7 @@ class Webhooks:
             return Verdict.UNAVAILABLE
 
     async def _store(self, notice: Notice, body: bytes) -> Verdict:
-        waiting = _Waiting(notice, body, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(notice, _received(notice, body), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.verdict
@@ -90,16 +90,35 @@ class Webhooks:
 
     async def _accept(self, batch: list[_Waiting]) -> None:
         try:
-            accepted = await self._accept_all([_received(each.notice, each.body) for each in batch])
+            accepted = await self._accept_all([each.received for each in batch])
+        except InputRefusedByStore as error:
+            await self._part(batch, error)
+            return
         except Exception as error:
             # Whatever it is, the senders hear of it, and send again: nothing was answered as stored.
-            for each in batch:
-                if not each.verdict.done():
-                    each.verdict.set_exception(StoreUnavailable(str(error)))
+            _fail(batch, StoreUnavailable(str(error)))
             return
         for each, known in zip(batch, accepted, strict=True):
             if not each.verdict.done():
                 each.verdict.set_result(_judge(each.notice, known))
+
+    async def _part(self, batch: list[_Waiting], error: InputRefusedByStore) -> None:
+        """Find the one that no database takes by halves, as the write path does: its neighbours are stored."""
+        if len(batch) == 1:
+            _fail(
+                batch,
+                WebhookRefused(Verdict.MALFORMED, f"signed, but cannot be stored ({type(error.__cause__).__name__})"),
+            )
+            return
+        middle = len(batch) // 2
+        await self._accept(batch[:middle])
+        await self._accept(batch[middle:])
+
+
+def _fail(batch: list[_Waiting], error: Exception) -> None:
+    for each in batch:
+        if not each.verdict.done():
+            each.verdict.set_exception(error)
 
 
 def _received(notice: Notice, body: bytes) -> Received:

@@ -165,6 +165,28 @@ async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes
     assert await kinds(postgres_url, payment_id) == ["requires_action"]
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [{"id": "evt_\x00"}, {"id": "evt_\ud800"}, {"type": "\ud800"}, {"metadata": {"operation_number": "9" * 10}}],
+)
+async def test_one_that_no_database_takes_stands_alone_and_its_neighbours_are_stored(
+    postgres_url: str, strange: dict[str, Any]
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    marks: dict[str, Any] = {
+        "metadata": {"payment_id": str(payment_id), **strange.pop("metadata", {"operation_number": "1"})}
+    }
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        events = [event(payment_id, f"evt_{number}") for number in range(8)]
+        events[5] = event(payment_id, "evt_strange", **marks) | strange
+        answers = await asyncio.gather(*(send(client, each) for each in events))
+    assert answers == [200] * 5 + [400] + [200] * 2
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 7
+
+
 async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), BookkeepingGateway()
     gateway.outcome = waits
