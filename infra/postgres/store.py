@@ -82,8 +82,9 @@ UPDATE_PAYMENTS = """
 """
 # Due times are written relative to the database's clock ($1 is the time of the decision): leases know one clock.
 INSERT_OPERATIONS = f"""
-    INSERT INTO operations ({OPERATION_COLUMNS})
-    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)}
+    INSERT INTO operations ({OPERATION_COLUMNS}, settled_at)
+    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)},
+           CASE WHEN result IS NOT NULL THEN now() END
       FROM unnest($4::operation_row[])
     ON CONFLICT DO NOTHING
 """
