@@ -5,6 +5,7 @@ import contextlib
 import gc
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import structlog
 import uvicorn
@@ -14,6 +15,9 @@ from starlette.types import ASGIApp
 from infra.last_resort import end_within
 
 log = structlog.get_logger(__name__)
+
+REQUESTS_END_WITHIN: Final = 5
+"""Seconds. Once all else has ended, a request that has not is cut off: one that never comes whole would hold us up."""
 
 Main = Callable[[asyncio.Event], Awaitable[None]]
 """Runs until the event is set."""
@@ -43,7 +47,15 @@ async def _live(main: Main, app: ASGIApp, host: str, port: int, end_seconds: flo
         loop.add_signal_handler(number, end)
     async with asyncio.TaskGroup() as group:
         server = _Server(
-            uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, proxy_headers=False)
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=REQUESTS_END_WITHIN,
+            )
         )
         group.create_task(server.serve())
         try:

@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_MAX: Final = 200
 GATHER_SECONDS: Final = 0.002
+ENDED: Final = "this process ends"
 
 
 Accept = Callable[[Sequence[Received]], Awaitable[list[Accepted]]]
@@ -40,6 +41,7 @@ class Webhooks:
         self._accept_all = accept
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
+        self._has_ended = False
 
     @property
     def gateways(self) -> frozenset[str]:
@@ -73,20 +75,27 @@ class Webhooks:
             return Verdict.UNAVAILABLE
 
     async def _store(self, notice: Notice, body: bytes) -> Verdict:
+        if self._has_ended:
+            raise StoreUnavailable(ENDED)
         waiting = _Waiting(notice, _received(notice, body), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.verdict
 
     async def run(self) -> None:
-        """Store what arrives, until cancelled."""
-        while True:
-            await self._arrived.wait()
-            await asyncio.sleep(GATHER_SECONDS)
-            batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
-            if not self._waiting:
-                self._arrived.clear()
-            await self._accept(batch)
+        """Store what arrives, until cancelled. Who waits then, or comes later, is told at once to send again."""
+        batch: list[_Waiting] = []
+        try:
+            while True:
+                await self._arrived.wait()
+                await asyncio.sleep(GATHER_SECONDS)
+                batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
+                if not self._waiting:
+                    self._arrived.clear()
+                await self._accept(batch)
+        finally:
+            self._has_ended = True
+            _fail(batch + self._waiting, StoreUnavailable(ENDED))
 
     async def _accept(self, batch: list[_Waiting]) -> None:
         try:

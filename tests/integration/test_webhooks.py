@@ -3,9 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,21 +13,26 @@ import asyncpg
 import httpx
 import pytest
 import stripe
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from structlog.testing import capture_logs
 
+from app import webhooks
 from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.commands import OperationKind
-from domain.notices import BODY_BYTES_MAX
+from domain.notices import BODY_BYTES_MAX, WebhookRequest
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
-from domain.ports import Received, Stuck
+from domain.ports import Accepted, Received, Stuck
 from handlers import metrics
 from handlers.heed import Heeder
+from handlers.webhooks import Webhooks
+from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.store import PostgresStore, create_pool
 from infra.sandbox.momo import IPN
 from tests.integration.test_consumer import until
+from tests.integration.test_http import served
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
@@ -185,6 +190,49 @@ async def test_one_that_no_database_takes_stands_alone_and_its_neighbours_are_st
         answers = await asyncio.gather(*(send(client, each) for each in events))
     assert answers == [200] * 5 + [400] + [200] * 2
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 7
+
+
+async def test_a_body_that_does_not_come_whole_is_given_up_and_its_connection_closed(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.2)
+    given = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP)
+    service = WebhookService(given)
+    async with served(Starlette(routes=service.routes())) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        writer.write(b"POST /webhooks/stripe HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_who_waits_for_an_answer_when_the_process_ends_is_told_to_send_again() -> None:
+    reached = asyncio.Event()
+
+    async def accept(received: Sequence[Received]) -> list[Accepted]:
+        reached.set()
+        await asyncio.Event().wait()
+        return []
+
+    received = Webhooks(readers={"stripe": StripeWebhooks([SecretStr(SECRET)])}, accept=accept)
+    storing = asyncio.create_task(received.run())
+    first = asyncio.create_task(received.receive("stripe", signed(event(new_payment_id()))))
+    await reached.wait()
+    second = asyncio.create_task(received.receive("stripe", signed(event(new_payment_id()))))
+    await asyncio.sleep(0)
+    storing.cancel()
+    await asyncio.gather(storing, return_exceptions=True)
+    async with asyncio.timeout(5):
+        answers = [await first, await second, await received.receive("stripe", signed(event(new_payment_id())))]
+    assert [each.status for each in answers] == [503, 503, 503]
+
+
+def signed(event: dict[str, Any]) -> WebhookRequest:
+    body = json.dumps(event)
+    header = stripe.WebhookSignature.generate_signature_header(body, SECRET, timestamp=int(time.time()))
+    return WebhookRequest("POST", "", {"stripe-signature": header}, body.encode(), datetime.now(UTC))
 
 
 async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres_url: str) -> None:
