@@ -129,13 +129,18 @@ async def test_a_request_that_never_comes_whole_does_not_hold_up_the_end_of_the_
         f"{waiting}from app.process import run\nrun(lambda stop: stop.wait(), app=app, host='127.0.0.1', port={port})"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
-    writer = await connected(port)
-    writer.write(b"POST / HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
-    await asyncio.sleep(0.5)
-    process.terminate()
-    async with asyncio.timeout(REQUESTS_END_WITHIN + 10):
-        assert await process.wait() == 0
-    writer.close()
+    try:
+        writer = await connected(port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
+        await asyncio.sleep(0.5)
+        process.terminate()
+        async with asyncio.timeout(REQUESTS_END_WITHIN + 10):
+            assert await process.wait() == 0
+        writer.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def connected(port: int) -> asyncio.StreamWriter:
