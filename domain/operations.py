@@ -173,7 +173,7 @@ class Operation:
     replays_due: int = 0
     """Deliveries that came while it was open; each is owed the result once it exists."""
     result: str | None = None
-    """The wire text of the final event."""
+    """The wire text of the final event; after it, each on a line of its own, of those that took it back since."""
     traceparent: str | None = None
     command: Command | None = None
     """The command itself where it is at hand; `content` is its stored form."""

@@ -21,7 +21,8 @@ from app import webhooks
 from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.commands import OperationKind
-from domain.notices import BODY_BYTES_MAX, WebhookRequest
+from domain.decision import Notified
+from domain.notices import BODY_BYTES_MAX, Notice, WebhookRequest
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Accepted, Received, Stuck
 from handlers import metrics
@@ -507,3 +508,45 @@ async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once
             assert await send(client, refunded(new_payment_id(), "evt_of_nobody", refund="re_nobodys")) == 404
     assert await kinds(postgres_url, payment_id) == ["captured", "refunded_externally"]
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
+
+
+async def test_a_command_that_comes_again_after_a_late_success_is_not_told_that_it_was_declined_and_no_more(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = lambda request: Declined(DeclineReason.OTHER, None, f"pi_{payment_id}")
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        charge = delivery("charge", payment_id, "charge")
+        await worker.accept(charge)
+        await worker.idle()
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payment_id)) == 200
+            await until(lambda: applied(postgres_url))
+        for _ in range(2):
+            await worker.accept(charge)
+    told = [
+        (each["type"].split(".")[1], each["payment_seq"], each["replayed"])
+        for each in await events_of(postgres_url, payment_id)
+    ]
+    assert told == [
+        ("declined", 1, False), ("declined", 1, True), ("declined", 1, True),
+        ("late_success", 2, False), ("late_success", 2, True), ("late_success", 2, True),
+    ]  # fmt: skip
+
+
+async def test_a_refund_that_comes_again_after_it_failed_is_told_so(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        refund = delivery("refund", payment_id, "refund", amount_minor=4_000)
+        await worker.accept(refund)
+        await worker.idle()
+        failed = Declined(DeclineReason.REFUND_FAILED, None, "re_1")
+        await worker.write_path.apply(
+            [Notified(None, payment_id, Notice("stripe", "", "", payment_id, 2, outcome=failed))]
+        )
+        await worker.accept(refund)
+    told = [(each["type"].split(".")[1], each["replayed"]) for each in await events_of(postgres_url, payment_id)]
+    assert told == [
+        ("captured", False), ("refunded", False), ("refunded", True), ("refund_failed", False), ("refund_failed", True),
+    ]  # fmt: skip
