@@ -288,6 +288,22 @@ async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
 
 
+async def test_processes_that_get_the_same_events_at_once_do_not_wait_for_each_other_in_a_circle(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+    pool = await create_pool(postgres_url, size=3)
+    inbox = PostgresInbox(pool)
+    for turn in range(20):
+        given = [Received("stripe", f"evt_{turn}_{number}", "", "{}", b"", payment_id, 1) for number in range(200)]
+        found = await asyncio.gather(*(inbox.accept(each) for each in (given, given[::-1], given[100:] + given[:100])))
+        assert sum(each.is_new for one in found for each in one) == 200
+    pool.terminate()
+
+
 async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is_kept(postgres_url: str) -> None:
     payments = [new_payment_id() for _ in range(2)]
     gateway = StripeBooks()
