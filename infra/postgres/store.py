@@ -445,7 +445,8 @@ class PostgresStore:
         """Start these leases anew, except those that were taken over."""
         with translated():
             async with self._pool.acquire() as connection:
-                await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
+                # In the order in which answers are saved, which may be those of the same operations.
+                await connection.execute(RENEW_LEASES, *zip(*sorted(held), strict=True), lease)
 
 
 def _hold(row: asyncpg.Record) -> LapsedHold:
@@ -528,7 +529,7 @@ async def _save(connection: Connection, changes: Changes) -> None:
         [_new_payment_row(each) for each in sorted(changes.new_payments, key=_lock_order)],
         [_payment_row(each) for each in sorted(changes.payments, key=_lock_order)],
         [_new_operation_row(each) for each in sorted(changes.new_operations, key=_key_order)],
-        [_operation_row(each) for each in changes.operations],
+        [_operation_row(each) for each in sorted(changes.operations, key=_place_order)],
         [_transfer_row(each) for each in changes.transfers],
         [_outbox_row(each) for each in changes.outbox],
         changes.notices,
@@ -536,6 +537,7 @@ async def _save(connection: Connection, changes: Changes) -> None:
 
 
 _lock_order = attrgetter("payment_id.int")
+_place_order = attrgetter("payment_id.int", "number")
 
 
 def _key_order(operation: Operation) -> str:
