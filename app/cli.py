@@ -398,7 +398,9 @@ def http(
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
-    state_file: Annotated[Path | None, typer.Option(help="Keeps its books across restarts.")] = None,
+    state_file: Annotated[
+        Path | None, typer.Option(help="Keeps books and undelivered webhooks across restarts.")
+    ] = None,
     webhooks_to: Annotated[
         str | None, typer.Option(help="Send webhooks here, say http://127.0.0.1:8080/webhooks.", show_default="none")
     ] = None,

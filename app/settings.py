@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     stripe_return_url: str = f"{NOWHERE}/return"
     stripe_multi_capture: bool = False
     """Whether Stripe grants this account several captures of one hold. Where not, the first one releases the rest."""
+    stripe_action_window_seconds: float = Field(86_400.0, ge=1_800, le=6 * 86_400)
+    """How long a payer may take for 3-D Secure. Stripe has no end for it: what is abandoned is canceled after this."""
     stripe_webhook_secrets: list[SecretStr] = []
     """Of the endpoint /webhooks/stripe; two while one is being rolled. None: every webhook is refused."""
     paypal_client_id: str = ""
@@ -125,6 +127,9 @@ class Settings(BaseSettings):
             raise ValueError(f"default_gateway {self.default_gateway!r} is none of gateways {self.gateways}")
         if self.reconcile_interval_seconds > self.reconcile_cut_off_seconds:
             raise ValueError("reconcile_interval_seconds is more than reconcile_cut_off_seconds")
+        if "stripe" in self.gateways and self.stripe_action_window_seconds >= self.review_pending_after_seconds:
+            # What needs review is only asked about, so it would never be canceled.
+            raise ValueError("stripe_action_window_seconds is not less than review_pending_after_seconds")
         if unknown := sorted(set(self.currencies) - set(MINOR_UNITS)):
             raise ValueError(f"currencies: {', '.join(unknown)} are not known here")
         return self
@@ -142,6 +147,10 @@ class Settings(BaseSettings):
             give_up_after=timedelta(seconds=self.give_up_after_seconds),
             cut_off=timedelta(seconds=self.reconcile_cut_off_seconds),
         )
+
+    @property
+    def stripe_action_window(self) -> timedelta:
+        return timedelta(seconds=self.stripe_action_window_seconds)
 
     @property
     def topics(self) -> dict[str, int]:

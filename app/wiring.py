@@ -38,7 +38,9 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
             max_connections=settings.concurrency_of("stripe"),
             return_url=settings.stripe_return_url,
             multi_capture=settings.stripe_multi_capture,
-        )
+            action_window=settings.stripe_action_window,
+        ),
+        clock=now,
     ),
     "paypal": lambda settings: PayPalGateway(paypal_config(settings)),
     "vnpay": lambda settings: VNPayGateway(vnpay_config(settings)),
@@ -47,7 +49,7 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
 }
 
 WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
-    "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets),
+    "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
     "paypal": lambda settings: PayPalWebhooks(paypal_config(settings)),
     "vnpay": lambda settings: VNPayWebhooks(vnpay_config(settings)),
     "momo": lambda settings: MoMoWebhooks(momo_config(settings)),

@@ -29,6 +29,14 @@ class GatewayError(PaymentsError):
         self.gateway = gateway
         self.message = message
 
+    @property
+    def is_timeout(self) -> bool:
+        """Whether time ran out, by the first of the errors that this one stands for."""
+        error: BaseException | None = self
+        while error is not None and not isinstance(error, TimeoutError):
+            error = error.__cause__
+        return error is not None
+
 
 class GatewayUnreachable(GatewayError):
     """Proof that this attempt was not executed: not connected, rate limited, and so on."""

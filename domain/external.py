@@ -34,6 +34,10 @@ def known_as(given: Notified) -> Operation | None:
 def take_note(draft: Draft, given: Notified, external: External) -> None:
     """A movement that was never heard of: count it, if it is surely not ours and there is room for it."""
     match given.notice.outcome:
+        case Declined() if external.is_reversal:
+            pass  # Nothing was reversed.
+        case _ if external.is_reversal:
+            _compare(draft, given.notice, external)
         case Succeeded() | Declined() if _may_be_under_way(given.known):
             draft.is_postponed = True
         case Succeeded():
@@ -67,6 +71,17 @@ def _count(draft: Draft, given: Notified, external: External) -> None:
         draft.is_postponed = True
     else:
         draft.disagrees = True
+
+
+def _compare(draft: Draft, notice: Notice, external: External) -> None:
+    """A reversal: mostly what a dispute took, and then it is in the books as that, or will be.
+
+    Nothing in either message says that it is about the other. So a reversal is never booked: no money may be counted
+    as gone twice. Where no dispute accounts for it, a person must find out what it was.
+    """
+    is_disputed = not draft.is_foreign(notice.currency) and draft.payment.disputed_minor >= external.amount_minor
+    draft.is_postponed = not is_disputed and _is_fresh(draft, external)
+    draft.disagrees = not is_disputed and not draft.is_postponed
 
 
 def _is_fresh(draft: Draft, external: External) -> bool:

@@ -35,12 +35,14 @@ class External(NamedTuple):
     """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it.
 
     `is_final` means of a capture that it leaves nothing to capture: the rest of the hold was let go.
+    `is_reversal` means of a refund that the provider made it, and may tell it as a dispute, too.
     """
 
     kind: OperationKind
     amount_minor: int
     moved_at: datetime | None = None
     is_final: bool = False
+    is_reversal: bool = False
 
 
 class WebhookRequest(NamedTuple):

@@ -43,7 +43,8 @@ class Gateway(Protocol):
         """Go on with an operation that the provider has: it waits for the payer, or is being processed.
 
         For most it is `status`. Where the payer's consent is not yet the payment (PayPal), this executes what was
-        consented to, at most once for `request.provider_key`.
+        consented to, at most once for `request.provider_key`. Where the provider would wait for its payer for ever
+        (Stripe), this ends what was abandoned, and tells what the provider says of it then.
         """
         ...
 
@@ -56,10 +57,30 @@ class Gateway(Protocol):
 
 @runtime_checkable
 class Resting(Protocol):
-    """A gateway that notices when its provider asks for fewer requests (429, or 503 with a time)."""
+    """A gateway that notices when its provider asks for fewer requests: 429, 503 with a time, or a word of its own."""
 
     def rests_seconds(self) -> float:
         """For how long the provider should not be asked anything that can wait; 0 for not at all."""
+        ...
+
+
+class Connections(NamedTuple):
+    """Those that a gateway holds open to its provider, of at most `limit` in this process.
+
+    One is in use from the beginning of a call, connecting included, and idle while it is kept for the next one.
+    """
+
+    in_use: int
+    idle: int
+    limit: int
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """A gateway that calls its provider over connections of its own."""
+
+    def connections(self) -> Connections:
+        """As they are now; cheap enough for every look at the metrics."""
         ...
 
 

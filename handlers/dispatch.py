@@ -17,7 +17,7 @@ from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable
-from domain.ports import Clock, Gateway, PaymentStore
+from domain.ports import Clock, Gateway, PaymentStore, Pooled
 from handlers import metrics
 from handlers.breaker import Breaker
 from handlers.leases import Leases
@@ -139,15 +139,8 @@ class Dispatcher:
             # A gateway has its own, shorter timeouts; one that hangs all the same must not hold its place for ever.
             async with asyncio.timeout(self._leases.lease.total_seconds()):
                 return await call(request)
-        except GatewayUnreachable as error:
-            return Unreachable(error.message)
-        except GatewayContractBroken as error:
-            log.error(
-                "gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error)
-            )
-            return Unknown(error.message)
-        except OutcomeUnknown as error:
-            return Unknown(error.message)
+        except (GatewayUnreachable, OutcomeUnknown) as error:
+            return _read(error, request)
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
@@ -184,6 +177,16 @@ class Dispatcher:
             return request.state is not OperationState.DISPATCHED
         sent = request.first_dispatched_at
         return sent is not None and self._clock() - sent > retention - timedelta(minutes=5)
+
+
+def _read(error: GatewayUnreachable | OutcomeUnknown, request: GatewayRequest) -> Outcome:
+    if error.is_timeout:
+        metrics.TIMEOUTS.labels(request.gateway).inc()
+    if isinstance(error, GatewayUnreachable):
+        return Unreachable(error.message)
+    if isinstance(error, GatewayContractBroken):
+        log.error("gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error))
+    return Unknown(error.message)
 
 
 def _call_of(gateway: Gateway, kind: OperationKind) -> Call:
@@ -228,6 +231,9 @@ class _Lane:
         self._by_turns = deque([self._take_new, self._take_stuck])
         self._timer: asyncio.TimerHandle | None = None
         metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
+        metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
+        if isinstance(gateway, Pooled):
+            metrics.watch_connections(gateway.name, gateway.connections)
         metrics.RESTING.labels(gateway.name).set_function(lambda: self._pace.rests)
 
     @property

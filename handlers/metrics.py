@@ -1,12 +1,13 @@
 """What the use cases count. Labels come from closed sets; one place names every metric of the worker."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from domain.commands import OperationKind
 from domain.events import EventKind
+from domain.ports import Connections
 
 RESULTS = Counter("payments_command_results_total", "Events that answer commands", ["command", "result"])
 COMMANDS = Counter("payments_commands_received_total", "Commands read, duplicates and postponed ones included")
@@ -38,6 +39,18 @@ HINT_UNAVAILABLE = Counter("payments_recent_keys_unavailable_total", "Checks of 
 COMMAND_RETRIES = Counter("payments_command_retries_total", "Tries of commands that had failed alone, before parking")
 BACKLOG = Gauge("payments_backlog", "Operations accepted by this worker and not yet saved with an outcome")
 IN_FLIGHT = Gauge("payments_gateway_in_flight", "Gateway calls under way", ["gateway"])
+IN_FLIGHT_LIMIT = Gauge("payments_gateway_in_flight_limit", "Gateway calls under way at most", ["gateway"])
+CONNECTIONS = Gauge(
+    "payments_gateway_connections",
+    "Connections open to a provider: in_use by a call, or idle, kept for the next one",
+    ["gateway", "state"],
+)
+CONNECTIONS_LIMIT = Gauge("payments_gateway_connections_limit", "Connections to a provider at most", ["gateway"])
+TIMEOUTS = Counter(
+    "payments_gateway_timeouts_total",
+    "Gateway calls that got no connection or no whole answer in time",
+    ["gateway"],
+)
 CALLS = Counter("payments_gateway_calls_total", "Gateway calls by outcome", ["gateway", "operation", "outcome"])
 CALL_SECONDS = Histogram(
     "payments_gateway_call_seconds",
@@ -100,8 +113,16 @@ CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by
 def expect(gateways: Iterable[str]) -> None:
     """Begin at 0 what pages when it is counted once: a series that first appears at 1 has not increased."""
     for name in gateways:
+        TIMEOUTS.labels(name)
         DISAGREEING.labels(name)
         NOTICES_DISAGREEING.labels(name)
+
+
+def watch_connections(gateway: str, connections: Callable[[], Connections]) -> None:
+    """Tell of these at every look at the metrics."""
+    CONNECTIONS.labels(gateway, "in_use").set_function(lambda: connections().in_use)
+    CONNECTIONS.labels(gateway, "idle").set_function(lambda: connections().idle)
+    CONNECTIONS_LIMIT.labels(gateway).set_function(lambda: connections().limit)
 
 
 @cache

@@ -9,6 +9,7 @@ here either: the provider's word is applied, or nothing is.
 import asyncio
 import contextlib
 import random
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Final, NamedTuple
@@ -37,6 +38,10 @@ WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
 """Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
 RESTS: Final = "not asked: its provider wants to rest"
+SILENT: Final = "not asked: its provider leaves questions unanswered"
+SILENT_AFTER: Final = AT_ONCE
+"""Questions in a row without an answer, after which a gateway is asked no more in a round: all that are asked at once
+may have waited for as long as it lets them, and no others should."""
 
 
 class HoldAnswer(NamedTuple):
@@ -51,14 +56,19 @@ class HoldAnswer(NamedTuple):
 class Asker:
     """Asks the providers about holds: few at a time, each gateway at its pace.
 
-    One that rests for long is not asked, nor waited for: its holds stand in one page with the others', whose answers
-    are applied when the page is done.
+    One that rests for long, or gives no answers, is not asked any more, nor waited for: pages are claimed one after
+    the other, and its holds stand in them with the others'.
     """
 
     def __init__(self, gateways: Mapping[str, Gateway], paces: Mapping[str, Pace]) -> None:
         self._gateways = gateways
         self._paces = paces
         self._limits = {name: asyncio.Semaphore(AT_ONCE) for name in gateways}
+        self._unanswered: Counter[str] = Counter()
+
+    def begin_round(self) -> None:
+        """Ask again whoever gave no answers in the last one."""
+        self._unanswered.clear()
 
     async def ask(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
         """What they say of each."""
@@ -69,12 +79,21 @@ class Asker:
         if gateway is None:
             return HoldAnswer(payment, operation, None, "this gateway is not configured here")
         async with self._limits[gateway.name]:
+            if self._unanswered[gateway.name] >= SILENT_AFTER:
+                return HoldAnswer(payment, operation, None, SILENT)
             if not await self._paces[gateway.name].turn():
                 return HoldAnswer(payment, operation, None, RESTS)
             answer = await _word_of(gateway, payment, operation)
+            self._note(gateway.name, answer.outcome)
         word = type(answer.outcome).__name__ if answer.outcome else "no_answer"
         metrics.checked(gateway.name, "hold", word).inc()
         return answer
+
+    def _note(self, name: str, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._unanswered[name] = 0
+        elif not self._paces[name].rests:  # a refusal with a time to wait is an answer, which the pace heeds
+            self._unanswered[name] += 1
 
 
 async def ask_about_holds(
@@ -133,13 +152,20 @@ class Reconciler:
     async def reconcile_holds(self, payment_id: UUID | None = None) -> int:
         """Ask about the holds that are due, of one payment or of all, and apply what is said; how many there were."""
         found = 0
+        self._asker.begin_round()
         while holds := await self._claim(payment_id):
-            answers = await self._asker.ask(holds)
-            await self._write_path.apply([told for each in answers if (told := _notified(each)) is not None])
-            for each in answers:
-                self._on_answer(each)
-            found += len(answers)
+            ends = await asyncio.gather(*map(self._reconcile, _by_gateway(holds)), return_exceptions=True)
+            for failure in filter(None, ends):
+                raise failure
+            found += len(holds)
         return found
+
+    async def _reconcile(self, holds: Iterable[LapsedHold]) -> None:
+        """Holds of one gateway: what another has to say is applied without waiting for this one."""
+        answers = await self._asker.ask(holds)
+        await self._write_path.apply([told for each in answers if (told := _notified(each)) is not None])
+        for each in answers:
+            self._on_answer(each)
 
     async def reconcile_holds_now(self, payment_id: UUID | None = None) -> int:
         """As `reconcile_holds`, of every hold past its end, however lately it was asked about."""
@@ -150,6 +176,13 @@ class Reconciler:
         return await self._store.claim_holds(
             payment_id, limit=PAGE, first_delay=self._interval, delay_max=self._delay_max
         )
+
+
+def _by_gateway(holds: Iterable[LapsedHold]) -> Iterable[list[LapsedHold]]:
+    found: dict[str | None, list[LapsedHold]] = defaultdict(list)
+    for each in holds:
+        found[each.operation.gateway].append(each)
+    return found.values()
 
 
 async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> HoldAnswer:

@@ -41,6 +41,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
@@ -143,7 +144,8 @@ EXPIRED: Final = frozenset({RELEASED, 1005})
 UNKNOWN_ORDER: Final = 42
 DUPLICATES: Final = frozenset({40, 41})
 IN_PROGRESS: Final = 7000
-NOT_TAKEN: Final = frozenset({10, 43, 98})
+MAINTENANCE: Final = 10
+NOT_TAKEN: Final = frozenset({MAINTENANCE, 43, 98})
 """Maintenance, a conflicting transaction, no QR code: this attempt was not executed."""
 REFUSED: Final = frozenset({11, 12, 13, 20, 21, 22, 42, 45, 47, 1088, 2019})
 """Our request or our account is at fault."""
@@ -190,6 +192,7 @@ class MoMoGateway:
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
             base_url=config.api_base,
+            wants_rest=_is_at_maintenance,
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
@@ -253,6 +256,9 @@ class MoMoGateway:
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
+
+    def connections(self) -> Connections:
+        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -380,6 +386,14 @@ def _read(response: httpx.Response, body: Answer) -> Answer:
     # Hypothesis: a request that is refused at the door may be answered without any of them.
     _check_echo(answer, body, *(name for name in names if name in answer or _code(answer) not in REFUSED))
     return answer
+
+
+def _is_at_maintenance(response: httpx.Response) -> bool:
+    """Whether MoMo wants to be left alone for a while, which it says with HTTP 200."""
+    try:
+        return bool(response.json()["resultCode"] == MAINTENANCE)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _check_echo(answer: Answer, body: Answer, *names: str) -> None:

@@ -50,7 +50,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Movement
+from domain.ports import Connections, Movement
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "paypal"
@@ -624,6 +624,9 @@ class PayPalHttp:
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
 
+    def connections(self) -> Connections:
+        return self._http.connections()
+
     async def close(self) -> None:
         await self._http.close()
 
@@ -863,6 +866,9 @@ class PayPalGateway:
 
     def rests_seconds(self) -> float:
         return self._api.rests_seconds()
+
+    def connections(self) -> Connections:
+        return self._api.connections()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -150,14 +150,20 @@ class PayPalWebhooks:
 
     async def _placed(self, event: Json) -> Json:
         """The event, with what only the capture tells of a refund. Without it, it is read as it came."""
-        capture_id = _unplaced_refund(event)
-        capture = await self._capture(capture_id) if capture_id is not None else None
+        capture_id = _unplaced_refund(event) or await self._capture_of(_nameless_refund(event))
+        capture = await self._told("captures", capture_id)
         return event if capture is None else {**event, "resource": _refund_of(capture, event["resource"])}
 
-    async def _capture(self, capture_id: str) -> Json | None:
+    async def _capture_of(self, refund_id: str | None) -> str | None:
+        refund = await self._told("refunds", refund_id)
+        return None if refund is None else linked_id(refund, "/captures/")
+
+    async def _told(self, kind: str, reference: str | None) -> Json | None:
         """Not being able to ask is no answer: PayPal then sends the message again, and nothing is lost."""
+        if reference is None:
+            return None
         try:
-            return await self._api.get(f"/v2/payments/captures/{quoted(capture_id)}")
+            return await self._api.get(f"/v2/payments/{kind}/{quoted(reference)}")
         except GatewayError as error:
             raise WebhookRefused(Verdict.UNAVAILABLE, f"what was refunded: {error.message}") from error
 
@@ -250,8 +256,12 @@ def _malformed_unless_read() -> Iterator[None]:
 
 
 REFUND_EVENTS: Final = ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")
+REVERSAL: Final = "PAYMENT.CAPTURE.REVERSED"
+"""PayPal gave money back to the payer. The resource is a refund with a link to its capture, in PayPal's own sample of
+it, which has no marks; whether it can be the capture itself is unconfirmed, and makes no difference here."""
+MARKED: Final = ("custom_id", "invoice_id")
 CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
-"""Those whose resource is the capture itself; that of a reversal may be another object with the capture's marks."""
+"""Those whose resource is the capture itself."""
 
 
 def read_event(event: Json) -> Notice:
@@ -269,6 +279,8 @@ def read_event(event: Json) -> Notice:
         return _payment_notice(notice, resource, (OperationKind.AUTHORIZE,))
     if name.startswith(REFUND_EVENTS):
         return _payment_notice(notice, resource, (OperationKind.REFUND,))
+    if name == REVERSAL:
+        return _reversal_notice(notice, resource)
     if name.startswith("PAYMENT.CAPTURE."):
         return _payment_notice(notice, resource, CAPTURES if name in CAPTURE_EVENTS else ())
     return notice
@@ -318,17 +330,39 @@ def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind,
     return notice._replace(outcome=outcome, currency=resource["amount"]["currency_code"], external=external)
 
 
+def _reversal_notice(notice: Notice, resource: Json) -> Notice:
+    """What PayPal took back, whoever's marks it carries over."""
+    marks = read_mark(resource.get("custom_id")) or read_mark(resource.get("invoice_id"))
+    moved_at = time_of(resource.get("create_time"))
+    return notice._replace(
+        payment_id=marks.payment_id if marks else None,
+        gateway_payment_id=_order_of(resource),
+        outcome=_event_outcome(OperationKind.REFUND, resource, None),
+        currency=resource["amount"]["currency_code"],
+        external=External(OperationKind.REFUND, minor_of(resource["amount"]), moved_at, is_reversal=True),
+    )
+
+
 def _unplaced_refund(event: Json) -> str | None:
     """The capture that was refunded, where it has to be asked for: PayPal promises no order's id in a refund.
 
-    Its mark as one of ours is enough. That the link `up` is there, and leads to the capture, is unconfirmed; without it
-    the refund is of the payment that `custom_id` names, or of none that we know, and then PayPal sends it again.
+    Its mark as one of ours is enough. That the link `up` is there, and leads to the capture, PayPal's samples show, and
+    no document promises; without it the refund is of the payment that `custom_id` names.
     """
     resource = event["resource"]
-    if not str(event["event_type"]).startswith(REFUND_EVENTS) or _order_of(resource) is not None:
+    if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(resource) is not None:
         return None
     own = read_mark(resource.get("invoice_id"))
     return None if own is not None and own.kind is OperationKind.REFUND else linked_id(resource, "/captures/")
+
+
+def _nameless_refund(event: Json) -> str | None:
+    """A refund that leads to nothing, not even to its capture: PayPal's own answer about it has that link."""
+    refund = event["resource"]
+    if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(refund) is not None:
+        return None
+    is_placed = linked_id(refund, "/captures/") or any(read_mark(refund.get(name)) for name in MARKED)
+    return None if is_placed else str(refund["id"])
 
 
 def _refund_of(capture: Json, refund: Json) -> Json:

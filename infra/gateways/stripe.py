@@ -46,7 +46,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Statement
+from domain.ports import Clock, Connections, Statement
 from infra.gateways.transport import NOTHING_WAS_SENT, Rest, create_client
 
 NAME: Final = "stripe"
@@ -85,6 +85,12 @@ is what says whose effect the last one was; our operations of one payment run on
 
 LIST_PAGES_MAX: Final = 3
 
+ACTION_WINDOW: Final = timedelta(hours=24)
+"""As long as a Checkout Session, Stripe's own page for payers, lives by default.
+
+Source: https://docs.stripe.com/api/checkout/sessions/create, `expires_at`.
+"""
+
 # The SDK logs whole bodies at DEBUG and Stripe's texts at INFO; neither belongs in our logs.
 logging.getLogger("stripe").setLevel(logging.WARNING)
 
@@ -111,6 +117,8 @@ class StripeConfig(BaseModel):
     return_url: str = "https://example.invalid/return"
     """Where Stripe sends the payer's browser after 3-D Secure."""
     multi_capture: bool = False
+    action_window: timedelta = ACTION_WINDOW
+    """How long a payer may take for 3-D Secure, from the PaymentIntent's creation. Stripe itself waits for ever."""
 
 
 # --- amounts and metadata -------------------------------------------------------------------------------------------
@@ -176,8 +184,10 @@ def _is_usable_key(key: str) -> bool:
 # --- the status table: what Stripe's objects say about an operation -------------------------------------------------
 
 
-def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
+def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest, action_window: timedelta) -> Outcome:
     """What a PaymentIntent says about the authorization or charge that created it.
+
+    Its payer may take `action_window`, from its creation.
 
     Raises:
         GatewayContractBroken: another currency; or money was captured although only a hold was asked for.
@@ -194,7 +204,8 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
         case "succeeded":
             raise GatewayContractBroken(NAME, f"{intent.id} is captured although only a hold was asked for")
         case "requires_action" if intent.next_action is not None:
-            return RequiresAction(intent.id, intent.next_action.type, redirect_url(intent.next_action))
+            action, end = intent.next_action, action_end(intent.created, action_window)
+            return RequiresAction(intent.id, action.type, redirect_url(action), end)
         case "requires_payment_method" if intent.last_payment_error is not None:
             return declined(intent.last_payment_error, intent.id)
         case "canceled" if intent.amount_received == 0:
@@ -207,7 +218,7 @@ def canceled(reference: str, reason: str | None) -> Expired:
     """What a PaymentIntent says that was canceled before any money was received, in a webhook as in an answer.
 
     Stripe cancels what is past its time, and so can people in the dashboard: it is the same end, nothing more moves.
-    What we cancel ourselves is ended by our void.
+    So is it where we cancel what its payer has abandoned. What we cancel for a void is ended by the void.
     """
     return Expired(reference, reason)
 
@@ -294,6 +305,11 @@ def expires_at(intent: stripe.PaymentIntent) -> datetime | None:
     details = getattr(intent.latest_charge, "payment_method_details", None)
     capture_before = getattr(getattr(details, "card", None), "capture_before", None)
     return datetime.fromtimestamp(capture_before, UTC) if isinstance(capture_before, int) else None
+
+
+def action_end(created: int, window: timedelta) -> datetime:
+    """Until when a payer may act. Counted from the object's own time, so that whatever tells it tells the same."""
+    return datetime.fromtimestamp(created, UTC) + window
 
 
 def redirect_url(action: Any) -> str | None:
@@ -506,15 +522,17 @@ def _safe(message: str | None) -> str:
 class StripeGateway:
     """Stripe's PaymentIntents and Refunds, for cards. Create it inside the event loop that uses it.
 
-    Each method may be called any number of times with the same request: within Stripe's memory of the key the second
-    call returns the first one's answer. A message of an exception never contains a secret or a body.
+    By `clock` it tells whether a payer's time is over. Each method may be called any number of times with the same
+    request: within Stripe's memory of the key the second call returns the first one's answer. A message of an exception
+    never contains a secret or a body.
     """
 
     name = NAME
 
-    def __init__(self, config: StripeConfig) -> None:
+    def __init__(self, config: StripeConfig, clock: Clock = lambda: datetime.now(UTC)) -> None:
         stripe.enable_telemetry = False  # it reports timings and writes an id to the home folder
         self._config = config
+        self._clock = clock
         self._http = _BoundedHttpClient(config)
         self._api = stripe.StripeClient(
             config.api_key.get_secret_value(),
@@ -590,8 +608,18 @@ class StripeGateway:
         )
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Ask: Stripe goes on by itself once the payer has acted."""
-        return await self.status(request)
+        """Ask: Stripe goes on by itself once the payer has acted. What the payer has abandoned is canceled.
+
+        For Stripe would let it be paid at any time to come, long after the order service has given up the order.
+
+        Raises:
+            GatewayUnreachable: the question or the cancellation did not arrive.
+            OutcomeUnknown: there was no readable answer; the next call asks again.
+        """
+        told = await self.status(request)
+        if not isinstance(told, RequiresAction) or told.expires_at is None or self._clock() < told.expires_at:
+            return told
+        return await self._abandon(request._replace(reference=told.reference))
 
     async def status(self, request: GatewayRequest) -> Outcome:
         """What Stripe shows of this operation. Causes nothing.
@@ -606,7 +634,11 @@ class StripeGateway:
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
                 intent = await self._find_opened(request)
-                return _understood(read_opening, intent, request) if intent else Unknown("Stripe shows no such payment")
+                return (
+                    _understood(self._read_opening, intent, request)
+                    if intent
+                    else Unknown("Stripe shows no such payment")
+                )
             case OperationKind.CAPTURE:
                 intent = await self._payment_intent(_payment_of(request))
                 return _understood(read_capture, intent, request) if intent else Unknown("Stripe shows no such payment")
@@ -631,7 +663,7 @@ class StripeGateway:
             "expand": ["data.latest_charge"],
         }
         while True:
-            page = await self._get(self._api.payment_intents.list_async(params))
+            page = await self._answer(self._api.payment_intents.list_async(params))
             if page is None:
                 raise GatewayContractBroken(NAME, "a list was refused")
             for intent in page.data:
@@ -642,6 +674,9 @@ class StripeGateway:
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
+
+    def connections(self) -> Connections:
+        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -657,8 +692,11 @@ class StripeGateway:
         return await self._post(
             request,
             lambda options: self._api.payment_intents.create_async(params, options),
-            read_opening,
+            self._read_opening,
         )
+
+    def _read_opening(self, intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
+        return read_opening(intent, request, self._config.action_window)
 
     def _opening_params(self, request: GatewayRequest, capture_method: str) -> PaymentIntentCreateParams:
         params: PaymentIntentCreateParams = {
@@ -713,6 +751,25 @@ class StripeGateway:
             read_void,
         )
 
+    async def _abandon(self, request: GatewayRequest) -> Outcome:
+        """Cancel a PaymentIntent whose payer did not come in time, and tell what Stripe says of it then.
+
+        Only `canceled` is evidence that nothing was paid and nothing will be. Where Stripe refuses, the payer may have
+        been faster, so that it is asked again: a refusal to cancel proves nothing by itself. A hold that the payer
+        consents to in this very moment is released by it. The key is the cancellation's own: under the operation's,
+        Stripe would answer as it did when the PaymentIntent was created.
+
+        Source: https://docs.stripe.com/api/payment_intents/cancel.
+        """
+        assert request.reference is not None, "Stripe has named it"
+        key = f"{request.provider_key}:abandoned"
+        intent = await self._answer(
+            self._api.payment_intents.cancel_async(
+                request.reference, {"cancellation_reason": "abandoned"}, {"idempotency_key": key}
+            )
+        )
+        return await self.status(request) if intent is None else _understood(self._read_opening, intent, request)
+
     async def _post(
         self,
         request: GatewayRequest,
@@ -754,14 +811,14 @@ class StripeGateway:
     # --- questions --------------------------------------------------------------------------------------------------
 
     async def _payment_intent(self, reference: str) -> stripe.PaymentIntent | None:
-        return await self._get(self._api.payment_intents.retrieve_async(reference, {"expand": ["latest_charge"]}))
+        return await self._answer(self._api.payment_intents.retrieve_async(reference, {"expand": ["latest_charge"]}))
 
     async def _find_opened(self, request: GatewayRequest) -> stripe.PaymentIntent | None:
         if request.reference is not None:
             return await self._payment_intent(request.reference)
         marks = marks_of(request)
         query = " AND ".join(f"metadata['{key}']:'{value}'" for key, value in marks.items())
-        found = await self._get(
+        found = await self._answer(
             self._api.payment_intents.search_async({"query": query, "expand": ["data.latest_charge"]})
         )
         if found is not None and found.data:
@@ -778,7 +835,7 @@ class StripeGateway:
             "expand": ["data.latest_charge"],
         }
         for _ in range(LIST_PAGES_MAX):
-            page = await self._get(self._api.payment_intents.list_async(params))
+            page = await self._answer(self._api.payment_intents.list_async(params))
             found = _only(page.data, marks) if page is not None else None
             if found is not None or page is None or not page.has_more:
                 return found
@@ -787,12 +844,12 @@ class StripeGateway:
 
     async def _find_refund(self, request: GatewayRequest) -> stripe.Refund | None:
         if request.reference is not None:
-            return await self._get(self._api.refunds.retrieve_async(request.reference))
-        page = await self._get(self._api.refunds.list_async({"payment_intent": _payment_of(request), "limit": 100}))
+            return await self._answer(self._api.refunds.retrieve_async(request.reference))
+        page = await self._answer(self._api.refunds.list_async({"payment_intent": _payment_of(request), "limit": 100}))
         return _only(page.data, marks_of(request)) if page is not None else None
 
-    async def _get(self, call: Awaitable[T]) -> T | None:
-        """The answer to a question, None where Stripe says that there is no such thing."""
+    async def _answer(self, call: Awaitable[T]) -> T | None:
+        """What Stripe answers; None where it refuses, as it does to a question about what does not exist."""
         try:
             return await self._in_time(call)
         except stripe.InvalidRequestError:
@@ -802,7 +859,7 @@ class StripeGateway:
         except stripe.APIConnectionError as error:
             is_sent = not isinstance(error.__cause__, NOTHING_WAS_SENT)
             failure = OutcomeUnknown if is_sent else GatewayUnreachable
-            raise failure(NAME, f"no answer to a question ({type(error.__cause__).__name__})") from error
+            raise failure(NAME, f"no answer ({type(error.__cause__).__name__})") from error
         except stripe.StripeError as error:
             raise OutcomeUnknown(NAME, _facts(error)) from error
 
@@ -899,7 +956,6 @@ class _BoundedHttpClient(stripe.HTTPXClient):
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
             verify=ssl.create_default_context(cafile=stripe.ca_bundle_path),
-            rest=self.rest,
         )
 
     async def request_async(
@@ -909,7 +965,11 @@ class _BoundedHttpClient(stripe.HTTPXClient):
             response = await self._bounded.request(method, url, headers=dict(headers), content=post_data)
         except Exception as error:
             raise _connection_failed(error) from error
+        self.rest.note(response)
         return response.content, response.status_code, response.headers
+
+    def connections(self) -> Connections:
+        return self._bounded.pools.connections()
 
     async def close_async(self) -> None:
         await self._bounded.aclose()

@@ -9,7 +9,8 @@ Sources: https://docs.stripe.com/webhooks, https://docs.stripe.com/api/events/ty
 
 import json
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -29,7 +30,17 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, RequiresAction, Succeeded
-from infra.gateways.stripe import LAST_CAPTURE, NAME, canceled, declined, expires_at, from_stripe_amount, redirect_url
+from infra.gateways.stripe import (
+    ACTION_WINDOW,
+    LAST_CAPTURE,
+    NAME,
+    action_end,
+    canceled,
+    declined,
+    expires_at,
+    from_stripe_amount,
+    redirect_url,
+)
 
 TOLERANCE_SECONDS: Final = 300
 
@@ -53,12 +64,16 @@ DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
 
 
 class StripeWebhooks:
-    """Fits `domain.notices.WebhookReader`. Several secrets are valid while one is being rolled."""
+    """Fits `domain.notices.WebhookReader`. Several secrets are valid while one is being rolled.
+
+    `action_window` is the gateway's own: what a webhook tells of a payer's time, an answer tells, too.
+    """
 
     gateway = NAME
 
-    def __init__(self, secrets: list[SecretStr]) -> None:
+    def __init__(self, secrets: list[SecretStr], action_window: timedelta = ACTION_WINDOW) -> None:
         self._secrets = secrets
+        self._action_window = action_window
 
     async def read(self, request: WebhookRequest) -> Notice:
         """Verify and read one event.
@@ -69,7 +84,7 @@ class StripeWebhooks:
         self._verify(request)
         try:
             event = json.loads(request.body)
-            return _notice(event)
+            return _limited(_notice(event), event, self._action_window)
         except (ValueError, KeyError, TypeError, AttributeError, GatewayContractBroken) as error:
             raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
 
@@ -114,6 +129,14 @@ def _dated(notice: Notice, event: Mapping[str, Any]) -> Notice:
     if external is None or external.moved_at is not None:
         return notice
     return notice._replace(external=external._replace(moved_at=datetime.fromtimestamp(event["created"], UTC)))
+
+
+def _limited(notice: Notice, event: Mapping[str, Any], window: timedelta) -> Notice:
+    """With the end of the payer's time, which Stripe does not tell."""
+    if not isinstance(notice.outcome, RequiresAction):
+        return notice
+    end = action_end(event["data"]["object"]["created"], window)
+    return notice._replace(outcome=replace(notice.outcome, expires_at=end))
 
 
 def _of_payment(notice: Notice, intent: Mapping[str, Any]) -> Notice:

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, quote, quote_plus
 from uuid import UUID
 
 import httpx
+import structlog
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from domain.capabilities import AmountLimits, Capabilities
@@ -37,7 +38,10 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
+
+log = structlog.get_logger(__name__)
 
 NAME: Final = "vnpay"
 VERSION: Final = "2.1.0"
@@ -197,6 +201,16 @@ UNDECIDED: Final = frozenset({"01", "04", "05", "06", "07"})
 
 REFUSED: Final = frozenset({"02", "03", "04", "13", "16", "91", "93", "95", "97"})
 """ResponseCode of a refund that VNPay did not take on, and never will in this form."""
+OUR_MISTAKES: Final[Mapping[str, str]] = {
+    "02": "it knows no such terminal, or the refunds would exceed the payment",
+    "03": "it cannot read the message",
+    "97": "the signature is wrong",
+}
+"""ResponseCode that says nothing about any payment: it stays so until our settings, or this file, are put right.
+
+02 is an unknown terminal in VNPay's present table, and of a refund an excess in its older one; either is proof that
+none was made.
+"""
 
 
 def read_payment(code: str | None, status: str, reference: str, amount_minor: int) -> Outcome:
@@ -277,6 +291,7 @@ class VNPayGateway:
         body = self._refund_body(request, paid)
         answer = await self._post(body, joined(body, REFUND))
         code = str(answer.get("vnp_ResponseCode", ""))
+        _complain(code)
         if code in REFUSED:
             return NotExecuted(f"VNPay refused the refund (code {code})", code)
         if code != "00":
@@ -316,6 +331,9 @@ class VNPayGateway:
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
+
+    def connections(self) -> Connections:
+        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -374,6 +392,7 @@ class VNPayGateway:
         code = str(answer.get("vnp_ResponseCode", ""))
         if code == "91":
             return None
+        _complain(code)
         if code != "00":
             # 94: asked again too soon. Whatever it is, it is no answer about the payment.
             raise OutcomeUnknown(NAME, f"query answered with code {code}")
@@ -445,6 +464,12 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != httpx.codes.OK or not isinstance(answer, dict):
         raise OutcomeUnknown(NAME, f"status {response.status_code}")
     return answer
+
+
+def _complain(code: str) -> None:
+    """Say loudly what no repetition will mend; as an outcome it is no news about the payment."""
+    if code in OUR_MISTAKES:
+        log.error("vnpay does not accept our message", code=code, meaning=OUR_MISTAKES[code])
 
 
 def _charge_of(request: GatewayRequest) -> str:

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from infra.sandbox import stripe
 from infra.sandbox.connections import KnownConnection
+from infra.sandbox.journal import beside
 from infra.sandbox.momo import MoMoSimulator
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.vnpay import VNPaySimulator
@@ -26,13 +27,13 @@ class Sandbox:
     """One of each. With a state file each continues where it stopped, in a file of its own beside it."""
 
     def __init__(self, state_file: Path | None = None) -> None:
-        def beside(name: str) -> Path | None:
-            return state_file and state_file.with_suffix(f".{name}{state_file.suffix}")
+        def of(name: str) -> Path | None:
+            return state_file and beside(state_file, name)
 
         self.stripe = stripe.SandboxState(state_file=state_file)
-        self.paypal = PayPalSimulator(state_file=beside("paypal"))
-        self.vnpay = VNPaySimulator(state_file=beside("vnpay"))
-        self.momo = MoMoSimulator(state_file=beside("momo"))
+        self.paypal = PayPalSimulator(state_file=of("paypal"))
+        self.vnpay = VNPaySimulator(state_file=of("vnpay"))
+        self.momo = MoMoSimulator(state_file=of("momo"))
 
     def send_webhooks_to(self, base_url: str, *, stripe_secret: str, paypal_webhook_id: str) -> None:
         """Have each provider tell what happens to `<base_url>/<name>`; MoMo asks each order where."""
@@ -59,7 +60,7 @@ class Sandbox:
             each.load()
 
     async def close(self) -> None:
-        """Give up what is on its way, and close the files."""
+        """Leave what is on its way to the next start, and close the files."""
         await self.stripe.events.sender.close()
         self.stripe.journal.close()
         await self.paypal.sender.close()

@@ -52,15 +52,13 @@ class Books:
         self.disputes: dict[str, StripeObject] = {}
         self.touched: dict[str, StripeObject] = {}
         self.refund_settles_after_seconds = 3.0
-        self._refunds_of: dict[str, list[StripeObject]] = defaultdict(list)
-        self._intents_of: dict[str, list[StripeObject]] = defaultdict(list)
+        self._refunds_of: dict[str, dict[str, StripeObject]] = defaultdict(dict)
+        self._intents_of: dict[str, dict[str, StripeObject]] = defaultdict(dict)
 
     def keep(self, stored: StripeObject) -> None:
         """Record a new or changed object."""
-        known = self.table(stored["object"])
-        if stored["id"] not in known:
-            self._index(stored)
-        known[stored["id"]] = stored
+        self.table(stored["object"])[stored["id"]] = stored
+        self._index(stored)
         self.touched[stored["id"]] = stored
 
     def table(self, kind: str) -> dict[str, StripeObject]:
@@ -74,9 +72,9 @@ class Books:
 
     def _index(self, stored: StripeObject) -> None:
         if stored["object"] == "refund":
-            self._refunds_of[stored["payment_intent"]].append(stored)
+            self._refunds_of[stored["payment_intent"]][stored["id"]] = stored
         if stored["object"] == "payment_intent" and "payment_id" in stored["metadata"]:
-            self._intents_of[stored["metadata"]["payment_id"]].append(stored)
+            self._intents_of[stored["metadata"]["payment_id"]][stored["id"]] = stored
 
     # --- PaymentIntents -------------------------------------------------------------------------------------------
 
@@ -203,6 +201,13 @@ class Books:
             raise _unexpected_state(intent, "expired")
         return self._release(intent, "expired")
 
+    def age(self, reference: str, seconds: int) -> StripeObject:
+        """As if it had been created so much earlier: its payer's time passes. Stripe itself does nothing about that."""
+        intent = self.payment_intent(reference)
+        intent["created"] -= seconds
+        self.keep(intent)
+        return intent
+
     def _release(self, intent: StripeObject, reason: str | None) -> StripeObject:
         if intent["amount_received"]:
             intent.update(status="succeeded", amount_capturable=0)
@@ -220,7 +225,7 @@ class Books:
 
     def intents_of(self, payment_id: str) -> list[StripeObject]:
         """Those that carry this payment id in their metadata, oldest first."""
-        return self._intents_of.get(payment_id, [])
+        return list(self._intents_of.get(payment_id, {}).values())
 
     # --- charges and refunds --------------------------------------------------------------------------------------
 
@@ -257,9 +262,10 @@ class Books:
         return refund
 
     def refunds_of(self, payment_intent: str) -> list[StripeObject]:
-        for refund in self._refunds_of.get(payment_intent, []):
+        refunds = list(self._refunds_of.get(payment_intent, {}).values())
+        for refund in refunds:
             self._settle_in_time(refund)
-        return self._refunds_of.get(payment_intent, [])
+        return refunds
 
     def settle_refund(self, reference: str, status: str) -> StripeObject:
         """Give a refund its final status, now."""
@@ -305,7 +311,9 @@ class Books:
         }
 
     def _refunded(self, intent_id: str) -> int:
-        return sum(each["amount"] for each in self._refunds_of.get(intent_id, []) if each["status"] not in GONE)
+        return sum(
+            each["amount"] for each in self._refunds_of.get(intent_id, {}).values() if each["status"] not in GONE
+        )
 
     def _note_refunded(self, intent: StripeObject) -> None:
         charge, refunded = self.charges[intent["latest_charge"]], self._refunded(intent["id"])

@@ -94,6 +94,13 @@ def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> li
     ]
 
 
+def asking_to_rest(fault: Fault | None, refusal: Response) -> Response:
+    """A refusal at the door, saying for how long, where the rule does."""
+    if fault is not None and fault.retry_after_seconds is not None:
+        refusal.headers["Retry-After"] = str(fault.retry_after_seconds)
+    return refusal
+
+
 async def hold_up(fault: Fault | None) -> None:
     """Have a request wait before anything is done about it, where the fault is that."""
     if fault is not None and fault.action is Action.SLOW:

@@ -31,7 +31,7 @@ class Events:
 
     def __init__(self) -> None:
         self.url: str | None = None
-        self.sender = WebhookSender()
+        self.sender = WebhookSender(sign=self._signed)
         self._secret = ""
         self._known: dict[str, tuple[Any, ...]] = {}
 
@@ -57,13 +57,13 @@ class Events:
         type_ = self.note(changed)
         if type_ is None or self.url is None:
             return
-        url, body = self.url, self._body(type_, changed, key)
+        body = self._body(type_, changed, key)
+        self.sender.send(Outgoing(self.url, body.encode(), {"content-type": "application/json"}))
 
-        def sign() -> Outgoing:
-            header = stripe.WebhookSignature.generate_signature_header(body, self._secret, timestamp=int(time.time()))
-            return Outgoing(url, body.encode(), {"stripe-signature": header, "content-type": "application/json"})
-
-        self.sender.send(sign)
+    def _signed(self, outgoing: Outgoing) -> Outgoing:
+        body, now = outgoing.body.decode(), int(time.time())
+        header = stripe.WebhookSignature.generate_signature_header(body, self._secret, timestamp=now)
+        return outgoing._replace(headers={**outgoing.headers, "stripe-signature": header})
 
     def _body(self, type_: str, changed: Mapping[str, Any], key: str | None) -> str:
         amounts = [name for name in ("amount", "amount_received", "amount_capturable") if changed.get(name)]

@@ -60,6 +60,11 @@ class Fault:
     times: int | None = None
     seconds: float = 2.0
     code: str = "generic_decline"
+    retry_after_seconds: int | None = None
+    """With a 429 or 503: after how long the provider says that it may be asked again; None says nothing.
+
+    PayPal's page on rate limits reads it where it is there; Stripe promises none.
+    """
     given_at: float = field(default_factory=time.monotonic, init=False)
     before: Any = field(default=None, init=False)
     """The books when the rule was given, for a read that lags."""

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def beside(path: Path, name: str) -> Path:
+    """The path with this name before its suffix."""
+    return path.with_suffix(f".{name}{path.suffix}")
+
+
 class Journal:
     """Appends to a file, or to nothing where `path` is None. A line is in the system's hands when `append` returns."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: IO[str] | None = None
+
+    def beside(self, name: str) -> "Journal":
+        """Another one, in a file of that name beside this one's."""
+        return Journal(self._path and beside(self._path, name))
 
     def read(self) -> Iterator[dict[str, Any]]:
         """What was written before, in order; a line cut short by a crash ends it."""

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import GARBLED, asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -58,6 +58,7 @@ class MoMoSimulator:
         self.sender = WebhookSender()
         self.faults = Faults()
         self._journal = Journal(state_file)
+        self.sender.journal = self._journal.beside("webhooks")
         self._orders: dict[str, Order] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         self._running: set[str] = set()
@@ -77,6 +78,7 @@ class MoMoSimulator:
         kept: list[dict[str, Any]] = [{"order": each} for each in self._orders.values()]
         kept += [{"key": key, "answer": answer} for key, answer in self._answers.items()]
         self._journal.rewrite(iter(kept))
+        self.sender.load()
 
     async def close(self) -> None:
         await self.sender.close()
@@ -143,7 +145,7 @@ class MoMoSimulator:
             case Action.RATE_LIMIT:
                 return _answer(body, 10, "maintenance")
             case Action.UNAVAILABLE | Action.ERROR_BEFORE:
-                return Response("<html>unavailable</html>", 503)
+                return asking_to_rest(fault, Response("<html>unavailable</html>", 503))
             case Action.CONFLICT:
                 return _in_progress(body)
             case _:
@@ -263,9 +265,8 @@ class MoMoSimulator:
 
     def _tell(self, order: Order) -> None:
         body = json.dumps(self._signed(order), ensure_ascii=False).encode()
-        outgoing = Outgoing(order["ipnUrl"], body, {"content-type": "application/json"})
         if order["ipnUrl"].startswith("http://"):  # a real merchant's is https, and none of a simulator's business
-            self.sender.send(lambda: outgoing)
+            self.sender.send(Outgoing(order["ipnUrl"], body, {"content-type": "application/json"}))
 
     def _signed(self, order: Order) -> dict[str, Any]:
         fields = {

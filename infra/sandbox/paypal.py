@@ -9,7 +9,7 @@ the same id again is answered with the present state of what it made. For fault 
 is `confirm`, a release `cancel`, and a request for an access token `token`; `payment_method` is the wallet's name.
 
 Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
-payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute`,
+payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute|reverse`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
 `manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is
 left: `authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from domain.money import MINOR_UNITS
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.paypal_books import (
@@ -64,6 +64,9 @@ SEARCH_PAGE: Final = 500
 SEARCH_ITEMS: Final = 10_000
 """What Transaction Search tells of at once: the longest time, the largest page, and the most items of all pages."""
 WEBHOOK_ID: Final = "1JE4291016473214C"
+TRANSMISSION: Final = "transmission_id"
+CERTIFICATE_BASE: Final = "certificate_base"
+"""What an unsigned webhook has for its signature: an id that stays over all attempts, and where certificates are."""
 
 
 @dataclass(slots=True)
@@ -87,14 +90,13 @@ class PayPalSimulator:
         self,
         *,
         state_file: Path | None = None,
-        sender: WebhookSender | None = None,
         faults: Faults | None = None,
         latency_seconds: float = 0.0,
         webhook_url: str | None = None,
         webhook_id: str = WEBHOOK_ID,
     ) -> None:
         self.books = PayPalBooks()
-        self.sender = sender or WebhookSender()
+        self.sender = WebhookSender(sign=self._signed)
         self.faults = faults or Faults()
         self.latency_seconds = latency_seconds
         self.webhook_url = webhook_url
@@ -105,6 +107,7 @@ class PayPalSimulator:
         self._done: dict[str, Done] = {}
         self._signer = Signer()
         self._journal = Journal(state_file)
+        self.sender.journal = self._journal.beside("webhooks")
 
     def load(self) -> None:
         """Take up what an earlier run wrote, and compact it. Tokens are forgotten."""
@@ -116,6 +119,7 @@ class PayPalSimulator:
                 self._done[line["key"]] = Done(**line["done"])
         self.books.touched.clear()
         self._journal.rewrite(self._lines())
+        self.sender.load()
 
     def reset(self) -> None:
         """Forget everything but the latency and where webhooks go."""
@@ -184,6 +188,10 @@ class PayPalSimulator:
             "captures/{id}/refund": lambda r: (
                 "refunds",
                 books().refund(r.path_params["id"], self._of_amount(r, "captures")),
+            ),
+            "captures/{id}/reverse": lambda r: (
+                "refunds",
+                books().reverse(r.path_params["id"], self._of_amount(r, "captures")),
             ),
             "orders/{id}/expire": lambda r: ("orders", books().expire(r.path_params["id"])),
             "captures/{id}/dispute": lambda r: ("disputes", books().dispute(r.path_params["id"])),
@@ -421,14 +429,17 @@ class PayPalSimulator:
             "summary": event.type.replace(".", " ").capitalize(),
             "resource": _off_by(event.resource, self.sender.manners.amount_off_by),
         }
-        body, transmission_id = json.dumps(envelope, separators=(",", ":")).encode(), str(uuid4())
-        self.sender.send(partial(self._outgoing, self.webhook_url, body, transmission_id, base_url))
+        body = json.dumps(envelope, separators=(",", ":")).encode()
+        self.sender.send(Outgoing(self.webhook_url, body, {TRANSMISSION: str(uuid4()), CERTIFICATE_BASE: base_url}))
 
-    def _outgoing(self, url: str, body: bytes, transmission_id: str, base_url: str) -> Outgoing:
+    def _signed(self, outgoing: Outgoing) -> Outgoing:
         headers = self._signer.headers(
-            body, transmission_id=transmission_id, webhook_id=self.webhook_id, base_url=base_url
+            outgoing.body,
+            transmission_id=outgoing.headers[TRANSMISSION],
+            webhook_id=self.webhook_id,
+            base_url=outgoing.headers[CERTIFICATE_BASE],
         )
-        return Outgoing(url, body, headers)
+        return outgoing._replace(headers=headers)
 
     async def _certificate(self, request: Request) -> Response:
         if request.path_params["id"] != self._signer.cert_id:
@@ -562,11 +573,11 @@ def _before(fault: Fault | None) -> Response | None:
         case Action.CUT_BEFORE:
             return NoAnswer()
         case Action.RATE_LIMIT:
-            return _error(Refusal(429, "RATE_LIMIT_REACHED"))
+            return asking_to_rest(fault, _error(Refusal(429, "RATE_LIMIT_REACHED")))
         case Action.CONFLICT:
             return _error(Refusal(409, "RESOURCE_CONFLICT", "PREVIOUS_REQUEST_IN_PROGRESS"))
         case Action.UNAVAILABLE:
-            return _error(Refusal(503, "SERVICE_UNAVAILABLE"))
+            return asking_to_rest(fault, _error(Refusal(503, "SERVICE_UNAVAILABLE")))
         case _:
             return None
 

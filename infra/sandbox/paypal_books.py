@@ -325,6 +325,17 @@ class PayPalBooks:
         self._note_refunded(capture)
         return refund
 
+    def reverse(self, reference: str, given: PayPalObject) -> PayPalObject:
+        """PayPal gives a part of a capture, or all of it, back to its payer: a refund that no order lists."""
+        capture = self.find("captures", reference)
+        amount = _amount(given["amount"]) if "amount" in given else capture["amount"]
+        order = self.tables["orders"][capture["_order"]]
+        marks = {"custom_id": None, "invoice_id": None, "note_to_payer": "Payment reversed"}
+        own = {"_capture": reference, "_is_unlisted": True, "_is_reversal": True}
+        reversal = self._new_part("refunds", order, amount, "COMPLETED", **marks, **own)
+        self._note_refunded(capture)
+        return reversal
+
     def unlist(self, reference: str) -> PayPalObject:
         """As if orders did not list their refunds, which PayPal's documentation only says in passing."""
         return self.keep("refunds", {**self.find("refunds", reference), "_is_unlisted": True})
@@ -401,7 +412,7 @@ class PayPalBooks:
     # --- events -----------------------------------------------------------------------------------------------------
 
     def _tell_of(self, kind: str, part: PayPalObject) -> None:
-        name = _EVENTS.get((kind, part["status"]))
+        name = "PAYMENT.CAPTURE.REVERSED" if part.get("_is_reversal") else _EVENTS.get((kind, part["status"]))
         if name is not None:
             self._tell(name, kind[:-1], kind, part)
 
@@ -582,7 +593,7 @@ def _transaction(kind: str, part: PayPalObject) -> PayPalObject:
         "transaction_id": part["id"],
         "paypal_reference_id": related or part["_order"],
         "paypal_reference_id_type": "TXN" if related else "ODR",
-        "transaction_event_code": "T1107" if is_refund else "T0006",
+        "transaction_event_code": "T1106" if part.get("_is_reversal") else "T1107" if is_refund else "T0006",
         "transaction_initiation_date": part["create_time"],
         "transaction_updated_date": part["create_time"],
         "transaction_amount": {**amount, "value": f"-{amount['value']}"} if is_refund else amount,

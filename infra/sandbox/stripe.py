@@ -26,7 +26,7 @@ from starlette.routing import Route
 from infra.sandbox import forms
 from infra.sandbox.books import Books, StripeObject, newest
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.errors import Refused, invalid
 from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
@@ -64,6 +64,7 @@ class SandboxState:
 
     def __post_init__(self) -> None:
         self.journal = Journal(self.state_file)
+        self.sender.journal = self.journal.beside("webhooks")
 
     @property
     def sender(self) -> WebhookSender:
@@ -82,6 +83,7 @@ class SandboxState:
                 body = line["body"].encode()
                 self.answers[line["key"]] = Stored(line["fingerprint"], line["status"], body, line["request_id"])
         self.journal.rewrite(self._lines())
+        self.sender.load()
 
     def save(self, key: str | None) -> None:
         """Write what the request under `key` changed, and its answer if it is remembered."""
@@ -221,12 +223,13 @@ def _before(state: SandboxState, fault: Fault | None) -> Response | None:
         case Action.CUT_BEFORE:
             return NoAnswer()
         case Action.RATE_LIMIT:
-            return _error(state, Refused(429, "Too many requests.", code="rate_limit"))
+            return asking_to_rest(fault, _error(state, Refused(429, "Too many requests.", code="rate_limit")))
         case Action.CONFLICT:
             message = "There is currently another in-progress request using this idempotency key."
             return _error(state, Refused(409, message, code="idempotency_key_in_use"))
         case Action.UNAVAILABLE:
-            return Response("<html>503 Service Unavailable</html>", 503, media_type="text/html")
+            page = "<html>503 Service Unavailable</html>"
+            return asking_to_rest(fault, Response(page, 503, media_type="text/html"))
         case _:
             return None
 
@@ -507,6 +510,11 @@ ROUTES: Final = [
     Route(
         "/_sandbox/payment_intents/{intent}/expire",
         _own(lambda books, request: books.expire(request.path_params["intent"])),
+        methods=["POST"],
+    ),
+    Route(
+        "/_sandbox/payment_intents/{intent}/age",
+        _own(lambda books, request: books.age(request.path_params["intent"], int(request.query_params["seconds"]))),
         methods=["POST"],
     ),
     *(

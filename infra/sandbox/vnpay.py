@@ -26,7 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from infra.sandbox.connections import NoAnswer
-from infra.sandbox.controls import GARBLED, control_routes, hold_up, known_to_reads, spoiled
+from infra.sandbox.controls import GARBLED, asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
 from infra.sandbox.faults import Action, Call, Fault, Faults
 from infra.sandbox.journal import Journal
 from infra.sandbox.webhooks import Outgoing, WebhookSender
@@ -96,11 +96,12 @@ class VNPaySimulator:
         self.latency_seconds = 0.0
         self.question_interval_seconds = 0.0
         self._asked_at: dict[str, float] = {}
-        self.sender = WebhookSender()
+        self.sender = WebhookSender(is_accepted=_is_confirmed)
         self.faults = Faults()
         self._tmn_code = tmn_code
         self._secret = hash_secret.encode()
         self._journal = Journal(state_file)
+        self.sender.journal = self._journal.beside("webhooks")
         self._payments: dict[str, Payment] = {}
         self._numbers = 14_000_000
 
@@ -112,6 +113,7 @@ class VNPaySimulator:
             self._payments[line["ref"]] = line
             self._numbers = max([self._numbers, *(int(each["number"]) for each in [line, *line["refunds"]])])
         self._journal.rewrite(iter(self._payments.values()))
+        self.sender.load()
 
     async def close(self) -> None:
         await self.sender.close()
@@ -224,8 +226,7 @@ class VNPaySimulator:
             "vnp_TransactionStatus": payment["status"],
             "vnp_TxnRef": payment["ref"],
         }
-        outgoing = Outgoing(f"{self.ipn_url}?{self._signed_query(fields)}", method="GET")
-        self.sender.send(lambda: outgoing, is_accepted=_is_confirmed)
+        self.sender.send(Outgoing(f"{self.ipn_url}?{self._signed_query(fields)}", method="GET"))
 
     # --- the merchant's API -----------------------------------------------------------------------------------------
 
@@ -239,9 +240,9 @@ class VNPaySimulator:
             case Action.CUT_BEFORE:
                 return NoAnswer()
             case Action.RATE_LIMIT:
-                return Response("too many requests", 429)
+                return asking_to_rest(fault, Response("too many requests", 429))
             case Action.UNAVAILABLE | Action.ERROR_BEFORE:
-                return Response("<html>unavailable</html>", 503)
+                return asking_to_rest(fault, Response("<html>unavailable</html>", 503))
             case Action.CONFLICT:
                 return self._respond(body, {"ResponseCode": "94", "Message": "Duplicate request"})
         await hold_up(fault)

@@ -1,17 +1,20 @@
 """Sends the simulators' webhooks: signed at each attempt, retried, and on request delayed, doubled, reordered or lost.
 
-`Manners` say how badly it behaves. What is on its way when the simulator ends is lost, as at a real provider it may be:
-nothing may depend on a webhook alone.
+`Manners` say how badly it behaves. What is on its way when the simulator ends is sent after its restart, if it keeps a
+journal: what fails to come then is the service's loss, and not the simulator's.
 """
 
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import httpx
+
+from infra.sandbox.journal import Journal
 
 ATTEMPTS_MAX = 8
 FIRST_DELAY_SECONDS = 0.2
@@ -21,7 +24,7 @@ HEAD_START_SECONDS = 0.3
 
 
 class Outgoing(NamedTuple):
-    """One attempt, as it goes over the wire."""
+    """One webhook; once signed, as it goes over the wire."""
 
     url: str
     body: bytes = b""
@@ -42,42 +45,74 @@ class Manners:
     """Added to the amounts that are told, in minor units: a provider's mistake, or a message about something else."""
 
 
+def _is_2xx(answer: httpx.Response) -> bool:
+    return answer.is_success
+
+
+def _unchanged(outgoing: Outgoing) -> Outgoing:
+    return outgoing
+
+
 @dataclass(slots=True)
 class WebhookSender:
-    """Sends what `send` is given in the background. `sent` and `accepted` count for the simulator's page."""
+    """Sends what `send` is given in the background. `sent` and `accepted` count for the simulator's page.
 
+    `sign` makes of a webhook what goes over the wire, anew for each attempt, until `is_accepted` by its receiver.
+    """
+
+    sign: Callable[[Outgoing], Outgoing] = _unchanged
+    is_accepted: Callable[[httpx.Response], bool] = _is_2xx
+    journal: Journal = field(default_factory=lambda: Journal(None))
     manners: Manners = field(default_factory=Manners)
     sent: int = 0
     accepted: int = 0
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1))
     _http: httpx.AsyncClient | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _next: asyncio.Event = field(default_factory=asyncio.Event)
     _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CONNECTIONS))
     """httpcore goes through all that wait for a connection whenever one is free: they wait out here."""
 
-    def send(
-        self, make: Callable[[], Outgoing], *, is_accepted: Callable[[httpx.Response], bool] | None = None
-    ) -> None:
-        """Deliver what `make` builds, anew for each attempt, until it is accepted: by default with any 2xx."""
+    def load(self) -> None:
+        """Send what an earlier run had not delivered yet."""
+        left: dict[int, Outgoing] = {}
+        for line in self.journal.read():
+            if "outgoing" in line:
+                left[line["number"]] = _outgoing_of(line["outgoing"])
+            else:
+                del left[line["number"]]
+        self._numbers = count(max(left, default=0) + 1)
+        self.journal.rewrite(_line_of(number, outgoing) for number, outgoing in left.items())
+        for number, outgoing in left.items():
+            self._begin(number, outgoing)
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Deliver it, as well as the manners are."""
         if random.random() < self.manners.lost:  # noqa: S311 - a fault to be injected, no secret
             return
         times = 2 if random.random() < self.manners.doubled else 1  # noqa: S311 - as above
         for _ in range(times):
-            task = asyncio.create_task(self._deliver(make, is_accepted or _is_2xx))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            number = next(self._numbers)
+            self.journal.append(_line_of(number, outgoing))
+            self._begin(number, outgoing)
 
-    async def _deliver(self, make: Callable[[], Outgoing], is_accepted: Callable[[httpx.Response], bool]) -> None:
+    def _begin(self, number: int, outgoing: Outgoing) -> None:
+        task = asyncio.create_task(self._deliver(number, outgoing))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, number: int, outgoing: Outgoing) -> None:
         await asyncio.sleep(self.manners.delay_seconds)
         if random.random() < self.manners.reordered:  # noqa: S311 - as above
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._next.wait(), 1.0)
         for attempt in range(ATTEMPTS_MAX):
-            if await self._attempt(make(), is_accepted):
-                return
+            if await self._attempt(self.sign(outgoing)):
+                break
             await asyncio.sleep(FIRST_DELAY_SECONDS * 2**attempt)
+        self.journal.append({"number": number})
 
-    async def _attempt(self, outgoing: Outgoing, is_accepted: Callable[[httpx.Response], bool]) -> bool:
+    async def _attempt(self, outgoing: Outgoing) -> bool:
         if self._http is None:
             # Few connections: httpcore walks through all of them at every request.
             self._http = httpx.AsyncClient(
@@ -96,8 +131,8 @@ class WebhookSender:
         finally:
             self._next.set()
             self._next.clear()
-        self.accepted += is_accepted(answer)
-        return is_accepted(answer)
+        self.accepted += self.is_accepted(answer)
+        return self.is_accepted(answer)
 
     @property
     def under_way(self) -> int:
@@ -119,16 +154,26 @@ class WebhookSender:
 
     async def give_up(self) -> None:
         """Send nothing more of what is on its way."""
+        await self._stop()
+        self.journal.rewrite(iter(()))
+
+    async def close(self) -> None:
+        """Leave what is on its way to the next start, and close the connections and the journal."""
+        await self._stop()
+        self.journal.close()
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def close(self) -> None:
-        """Give up what is on its way, and close the connections."""
-        await self.give_up()
-        if self._http is not None:
-            await self._http.aclose()
+
+def _line_of(number: int, outgoing: Outgoing) -> dict[str, Any]:
+    told = outgoing._asdict() | {"body": outgoing.body.decode(), "headers": dict(outgoing.headers)}
+    return {"number": number, "outgoing": told}
 
 
-def _is_2xx(answer: httpx.Response) -> bool:
-    return answer.is_success
+def _outgoing_of(given: dict[str, Any]) -> Outgoing:
+    return Outgoing(**{**given, "body": given["body"].encode()})

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -53,7 +54,8 @@ def stripe_simulator(stripe_url: str) -> Iterator[Simulator]:
 
 def stripe_gateway(url: str, **settings: Any) -> StripeGateway:
     given = {"timeout_seconds": 10, "multi_capture": True} | settings
-    return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=url, **given))
+    clock = given.pop("clock", lambda: datetime.now(UTC))
+    return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=url, **given), clock)
 
 
 GATEWAYS: dict[str, tuple[str, Callable[..., Gateway]]] = {"stripe": ("stripe_simulator", stripe_gateway)}

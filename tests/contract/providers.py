@@ -19,7 +19,7 @@ from domain.operations import RequiresAction
 from domain.ports import Gateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.gateways.stripe import StripeConfig, StripeGateway
+from infra.gateways.stripe import ACTION_WINDOW, StripeConfig, StripeGateway
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway
 from infra.sandbox import momo, vnpay
 from tests.contract.paypal import PayPalSandbox
@@ -62,6 +62,11 @@ class Provider(ABC):
     remembers_errors = False
     """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
 
+    window: ClassVar[timedelta] = timedelta(0)
+    """How long ago an operation must have begun so that it may be over for its payer."""
+    tells_of_abandoned = False
+    """Whether a payer may be awaited, and it is told when one has not come in time."""
+
     outside: ClassVar[frozenset[str]] = frozenset()
     """What may happen to a payment there without us, and is told by webhook: see `happens`."""
 
@@ -81,6 +86,10 @@ class Provider(ABC):
         """The payer does not."""
         assert action.url is not None, "a payer must know where to go"
         self.http.post(httpx.URL(action.url).copy_add_param("success", "false")).raise_for_status()
+
+    @abstractmethod
+    def abandon(self, action: RequiresAction) -> None:
+        """The payer does not come, and as far as it is for the provider to say, the time for it is over."""
 
     def happens(self, event: str, reference: str) -> None:
         """`dispute`, then `won` or `lost`, of what was captured; `lapse` of what is held. `reference` is the payment's.
@@ -141,10 +150,15 @@ class Stripe(Provider):
         held, captured, refunded = (sum(intent[name] for intent in intents) for name in names)
         return held, captured, refunded
 
+    def abandon(self, action: RequiresAction) -> None:
+        seconds = int(ACTION_WINDOW.total_seconds())
+        self.http.post(f"{self.own}/payment_intents/{action.reference}/age?seconds={seconds}").raise_for_status()
+
 
 class StripeWithAuthentication(Stripe):
     """The same with a card that wants 3-D Secure."""
 
+    tells_of_abandoned = True
     payment_method = "pm_card_threeDSecure2Required"
     declined_method = None
     declined_at: ClassVar = {**Stripe.declined_at, **ON_A_PAGE}
@@ -155,6 +169,7 @@ class PayPal(Provider):
     tells = Stripe.tells
     outside = frozenset({"dispute", "won", "lost"})  # that a hold lapsed is told, but not whose doing it was
     payment_method = "vault:good"
+    window = timedelta(hours=4)
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
     own = "/_sandbox/paypal"
     declined_at: ClassVar = {**Provider.declined_at, CAPTURE: "capture"}
@@ -174,6 +189,9 @@ class PayPal(Provider):
             self._dispute = self.http.post(f"{self.own}/captures/{capture}/dispute").raise_for_status().json()["id"]
         else:
             self.http.post(f"{self.own}/disputes/{self._dispute}/{event}").raise_for_status()
+
+    def abandon(self, action: RequiresAction) -> None:
+        self.http.post(f"{self.own}/orders/{action.reference}/expire").raise_for_status()
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json()
@@ -200,6 +218,7 @@ class VNPay(Provider):
     tells = frozenset({CHARGE})
     amount = Money(50_000, "VND")
     payment_method = "bank"
+    window = timedelta(minutes=31)
     own = "/_sandbox/vnpay"
     declined_at: ClassVar = {**Provider.declined_at, **ON_A_PAGE}
 
@@ -213,6 +232,9 @@ class VNPay(Provider):
             question_interval=timedelta(0),  # as the simulator has it
         )
         return VNPayGateway(config)
+
+    def abandon(self, action: RequiresAction) -> None:
+        """Nobody opens the page, so VNPay knows of nothing; its URL has its end in itself."""
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"{self.own}/books", params={"payment_id": str(payment_id)}).raise_for_status().json()
@@ -228,6 +250,8 @@ class MoMo(VNPay):
     tells = frozenset({AUTHORIZE, CHARGE})
     payment_method = "wallet"
     own = "/_sandbox/momo"
+    window = timedelta(0)
+    tells_of_abandoned = True
 
     def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
         config = MoMoConfig(
@@ -238,6 +262,9 @@ class MoMo(VNPay):
             timeout_seconds=timeout_seconds,
         )
         return MoMoGateway(config)
+
+    def abandon(self, action: RequiresAction) -> None:
+        self.http.post(f"{self.own}/payments/{action.reference}/decide?code=1005").raise_for_status()
 
     def fails(self, kind: OperationKind) -> str | None:
         return CALLS[kind]

@@ -106,7 +106,7 @@ async def test_the_real_debezium_publishes_the_same_messages(
     config: RelayConfig, topics: Topics, tmp_data_dir: Path
 ) -> None:
     theirs = debeziums(config, topics.dlq)
-    transactions = varied_transactions(200, seed=2)
+    transactions = varied_transactions(1000, seed=2)
     rows = [row for each in transactions for row in each]
     await create_slot(theirs)
     async with debezium(theirs, tmp_data_dir), our_relay(config):

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from app.wiring import GATEWAYS
 from domain.commands import OperationKind
@@ -195,6 +196,32 @@ def test_every_gateway_and_every_fault_is_here() -> None:
     assert {each.name for each in PROVIDERS.values()} == set(GATEWAYS) - {"instant"}
 
 
+async def test_connections_and_time_outs_of_every_gateway_are_told(till: Till, impatient: Till) -> None:
+    opened = till.a(CHARGE)
+    outcome = await till.finish(opened)
+    assert isinstance(outcome, Succeeded), outcome
+    question = opened._replace(state=OperationState.PENDING, reference=outcome.reference, attempts=1)
+    assert await impatient.send(question) == outcome
+    before = told("timeouts_total", impatient)
+    assert told("connections", impatient, state="idle") == 1
+    assert told("connections_limit", impatient) == 64
+    assert told("in_flight_limit", impatient) == 8
+
+    impatient.provider.fault("hang", "read", opened.payment_id)
+    asking = asyncio.create_task(impatient.send(question))
+    async with asyncio.timeout(IMPATIENCE_SECONDS):
+        while told("connections", impatient, state="in_use") != 1:
+            await asyncio.sleep(0.01)
+    assert isinstance(await asking, Unknown)
+    assert told("timeouts_total", impatient) == before + 1
+    assert told("connections", impatient, state="in_use") == 0
+
+
+def told(name: str, till: Till, **labels: str) -> float:
+    """What the metric says of this gateway; 0 where it was never counted."""
+    return REGISTRY.get_sample_value(f"payments_gateway_{name}", {"gateway": till.gateway.name, **labels}) or 0.0
+
+
 @pytest.mark.parametrize("kind", OperationKind)
 async def test_each_operation_has_its_effect_once_however_often_it_is_sent(till: Till, kind: OperationKind) -> None:
     till.offers(kind)
@@ -366,6 +393,20 @@ async def test_a_payer_who_has_not_come_is_waited_for(till: Till, kind: Operatio
     if not isinstance(await till.send(waiting), RequiresAction):
         # VNPay's page has not been opened yet: it knows nothing, and that is no refusal either.
         raise AssertionError("the payer may still come")
+    assert till.effect(request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_what_its_payer_has_abandoned_has_expired_at_every_look(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    request = till.a(kind)._replace(first_dispatched_at=datetime.now(UTC) - till.provider.window)
+    outcome = await till.send(request)
+    if not isinstance(outcome, RequiresAction):
+        pytest.skip("no payer has to act")
+    till.provider.abandon(outcome)
+    waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
+    for _ in range(2):
+        assert isinstance(await till.send(waiting), Expired)
     assert till.effect(request) == (0, 0, 0)
 
 

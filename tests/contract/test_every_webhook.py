@@ -124,9 +124,29 @@ class Shop:
         self.paid.add(payment_id)
         if self.pays_late:
             await until(lambda: self._is_asked_about(payment_id))
-        told = next(each for each in await self.events(payment_id) if "action" in each)
-        action = RequiresAction(told["provider_reference"], told["action"]["type"], told["action"]["url"])
-        self.provider.pay(action)
+        self.provider.pay(await self.asked(payment_id))
+
+    async def asked(self, payment_id: UUID) -> RequiresAction:
+        """What the payer was asked for last."""
+        *_, told = [each for each in await self.events(payment_id) if "action" in each]
+        return RequiresAction(told["provider_reference"], told["action"]["type"], told["action"]["url"])
+
+    async def is_abandoned(self, payment_id: UUID, number: int, kind: OperationKind, fault: str | None) -> None:
+        """One operation whose payer does not come, from its command to its end. `fault`: of what ends it, if we do."""
+        await self.worker.accept(delivery(kind.value, payment_id, f"{payment_id}:{number}", **self.fields(kind)))
+
+        async def is_awaited() -> bool:
+            return await self.state(payment_id, number) == "requires_action"
+
+        async def has_expired() -> bool:
+            await self.ask_again()
+            return await self.state(payment_id, number) == "expired"
+
+        await until(is_awaited)
+        if fault is not None:
+            self.provider.fault(fault, "cancel", payment_id)
+        self.provider.abandon(await self.asked(payment_id))
+        await until(has_expired)
 
     async def _is_asked_about(self, payment_id: UUID) -> bool:
         query = "SELECT bool_or(is_leased) FROM operations WHERE payment_id = $1"
@@ -262,6 +282,27 @@ async def test_however_webhooks_come_all_ends_well_once_and_the_books_agree(
         assert bool(heard) == (manner != "never")
     assert disagreements(provider) == before
     if given.fault == "webhook_first":
+        assert metrics.STALE_ANSWERS._value.get() > stale, "no webhook was faster than the answer"
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+async def test_what_its_payer_abandoned_expires_once_and_can_be_tried_again_however_webhooks_come(
+    site: Site, provider: Provider, postgres_url: str, manner: str
+) -> None:
+    if not provider.tells_of_abandoned:
+        pytest.skip("no payer is awaited, or nobody tells that it was in vain")
+    given, stale = MANNERS[manner], metrics.STALE_ANSWERS._value.get()
+    async with trading(site, provider, postgres_url, given) as shop:
+        payment_id = new_payment_id()
+        await shop.is_abandoned(payment_id, 1, CHARGE, given.fault)
+        await shop.quiet()
+        assert await shop.kinds(payment_id) == ["requires_action", "expired"]
+        assert provider.effect(payment_id) == (0, 0, 0)
+        await shop.does(payment_id, 2, CHARGE)
+        await shop.quiet()
+        assert await shop.kinds(payment_id) == ["requires_action", "expired", "requires_action", "captured"]
+        assert provider.effect(payment_id) == (0, provider.amount.minor, 0)
+    if given.fault == "webhook_first" and provider.name == "stripe":
         assert metrics.STALE_ANSWERS._value.get() > stale, "no webhook was faster than the answer"
 
 

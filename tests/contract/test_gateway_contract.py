@@ -3,17 +3,20 @@ evidence. Runs over every gateway that has a simulator, over real HTTP, with eve
 
 import asyncio
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from domain.commands import OperationKind
-from domain.errors import GatewayError
+from domain.errors import GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import (
     Declined,
     DeclineReason,
+    Expired,
     GatewayRequest,
     NotExecuted,
+    OperationState,
     Outcome,
     Pending,
     RequiresAction,
@@ -22,6 +25,7 @@ from domain.operations import (
     Unreachable,
 )
 from domain.ports import Gateway
+from infra.gateways.stripe import ACTION_WINDOW
 from infra.local.server import free_port
 from tests.contract.conftest import Simulator
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
@@ -410,3 +414,169 @@ async def test_a_question_without_an_answer_is_never_an_outcome(
         await gateway.status(in_doubt(request, reference=reference))
     voided = await run(gateway, follow_up(request, reference, OperationKind.VOID))
     assert isinstance(voided, Unreachable)
+
+
+# --- what a payer has abandoned ---------------------------------------------------------------------------------------
+
+OPENING = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
+
+
+def later(passed: timedelta = ACTION_WINDOW + timedelta(seconds=1)) -> Callable[[], datetime]:
+    """A clock that is ahead of the provider's."""
+    return lambda: datetime.now(UTC) + passed
+
+
+async def waiting(gateway: Gateway, kind: OperationKind = OperationKind.CHARGE) -> GatewayRequest:
+    """An operation that waits for its payer, as it is asked about."""
+    request = a_request(kind, payment_method="pm_card_threeDSecure2Required")
+    outcome = await run(gateway, request)
+    assert isinstance(outcome, RequiresAction)
+    return in_doubt(request, reference=outcome.reference)._replace(state=OperationState.REQUIRES_ACTION)
+
+
+async def resumed(gateway: Gateway, request: GatewayRequest) -> Outcome:
+    """Go on with it as the dispatcher does, with errors as outcomes."""
+    try:
+        return await gateway.resume(request)
+    except GatewayUnreachable as error:
+        return Unreachable(error.message)
+    except OutcomeUnknown as error:
+        return Unknown(error.message)
+
+
+def statuses(simulator: Simulator, request: GatewayRequest) -> list[str]:
+    return [each["status"] for each in simulator.intents_of(request.payment_id)]
+
+
+@pytest.mark.parametrize("kind", OPENING)
+async def test_what_its_payer_abandoned_is_canceled_after_the_window_and_has_expired_at_every_look(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, kind: OperationKind
+) -> None:
+    request = await waiting(gateway, kind)
+    late, gone = connect(clock=later()), Expired(request.reference, "abandoned")
+
+    assert [await resumed(late, request) for _ in range(2)] == [gone, gone]
+
+    assert await gateway.status(request) == gone
+    assert statuses(simulator, request) == ["canceled"]
+    assert simulator.http.post(f"/_sandbox/payment_intents/{request.reference}/authenticate?success=true").is_error
+    assert effect(simulator, request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("window", [ACTION_WINDOW, timedelta(hours=1)], ids=str)
+async def test_nothing_is_canceled_before_the_end_that_was_told(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, window: timedelta
+) -> None:
+    request, soon = await waiting(gateway), timedelta(minutes=1)
+
+    early = await resumed(connect(clock=later(window - soon), action_window=window), request)
+
+    assert isinstance(early, RequiresAction)
+    assert early.expires_at is not None
+    assert abs(early.expires_at - datetime.now(UTC) - window) < soon
+    assert statuses(simulator, request) == ["requires_action"]
+    assert isinstance(await resumed(connect(clock=later(window + soon), action_window=window), request), Expired)
+
+
+async def test_a_question_cancels_nothing_however_late_it_is(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request = await waiting(gateway)
+
+    assert isinstance(await connect(clock=later()).status(request), RequiresAction)
+    assert statuses(simulator, request) == ["requires_action"]
+
+
+@pytest.mark.parametrize("is_successful", [True, False])
+@pytest.mark.parametrize("kind", OPENING)
+async def test_a_payer_who_came_in_time_is_heard_however_late_it_is_asked(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, kind: OperationKind, *, is_successful: bool
+) -> None:
+    request = await waiting(gateway, kind)
+    simulator.post(f"payment_intents/{request.reference}/authenticate?success={str(is_successful).lower()}")
+
+    assert isinstance(await resumed(connect(clock=later()), request), Succeeded if is_successful else Declined)
+    assert effect(simulator, request) == (EFFECTS[kind] if is_successful else (0, 0, 0))
+
+
+async def test_a_payer_who_pays_while_it_is_being_canceled_has_paid(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request = await waiting(gateway)
+    # The first look, that the payer is still awaited, is older than the payment.
+    simulator.fault("lag", operation="read", payment_id=str(request.payment_id), times=1, seconds=60)
+    simulator.post(f"payment_intents/{request.reference}/authenticate?success=true")
+
+    assert await resumed(connect(clock=later()), request) == Succeeded(request.reference or "", 1250)
+    assert effect(simulator, request) == EFFECTS[OperationKind.CHARGE]
+
+
+async def test_a_refusal_to_cancel_alone_ends_nothing(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request, late = await waiting(gateway), connect(clock=later())
+    simulator.fault("lag", operation="read", payment_id=str(request.payment_id), seconds=60)
+    simulator.post(f"payment_intents/{request.reference}/authenticate?success=true")
+
+    # The refusal is remembered under the key, and what Stripe shows is still of before.
+    assert all([isinstance(await resumed(late, request), RequiresAction) for _ in range(2)])
+    simulator.http.delete("/_sandbox/faults").raise_for_status()
+    assert isinstance(await resumed(late, request), Succeeded)
+    assert effect(simulator, request) == EFFECTS[OperationKind.CHARGE]
+
+
+async def test_a_hold_that_the_payer_consents_to_while_it_is_being_canceled_is_released(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request = await waiting(gateway, OperationKind.AUTHORIZE)
+    simulator.fault("lag", operation="read", payment_id=str(request.payment_id), times=1, seconds=60)
+    simulator.post(f"payment_intents/{request.reference}/authenticate?success=true")
+
+    assert isinstance(await resumed(connect(clock=later()), request), Expired)
+    assert effect(simulator, request) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", [*BEFORE, *AFTER, "500_before"])
+async def test_a_cancellation_whose_answer_is_lost_ends_nothing_until_stripe_says_more(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, fault: str
+) -> None:
+    request, late = await waiting(gateway), connect(clock=later())
+    simulator.fault(fault, operation="cancel", payment_id=str(request.payment_id), times=1)
+
+    lost = await resumed(late, request)
+    again = await resumed(late, request)
+
+    assert isinstance(lost, BEFORE.get(fault, Unknown))
+    if fault == "500_before":  # remembered under the key: once Stripe has forgotten it, it is sent anew
+        assert isinstance(again, Unknown)
+        again = await resumed(late, request._replace(provider_key=f"{request.provider_key}:forgotten"))
+    assert again == Expired(request.reference, "abandoned")
+    assert statuses(simulator, request) == ["canceled"]
+
+
+async def test_a_void_and_the_end_of_the_window_do_not_get_into_each_others_way(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    late = connect(clock=later())
+    voided_first, abandoned_first = await waiting(gateway), await waiting(gateway)
+
+    void = follow_up(voided_first, str(voided_first.reference), OperationKind.VOID, state=OperationState.DISPATCHED)
+    assert isinstance(await run(late, void), Succeeded)
+    assert await resumed(late, voided_first) == Expired(voided_first.reference, "requested_by_customer")
+
+    assert await resumed(late, abandoned_first) == Expired(abandoned_first.reference, "abandoned")
+    void = follow_up(abandoned_first, str(abandoned_first.reference), OperationKind.VOID)
+    assert isinstance(await run(late, void._replace(state=OperationState.DISPATCHED)), Succeeded)
+    for request in (voided_first, abandoned_first):
+        assert statuses(simulator, request) == ["canceled"]
+
+
+async def test_a_cancellation_is_sent_under_one_key_of_its_own(
+    connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
+) -> None:
+    request, late = await waiting(gateway), connect(clock=later())
+    key = f"{request.provider_key}:abandoned"
+    simulator.fault("cut_before", operation="cancel", key_prefix=key, times=2)
+
+    assert all([isinstance(await resumed(late, request), Unknown) for _ in range(2)])
+    assert isinstance(await resumed(late, request), Expired)

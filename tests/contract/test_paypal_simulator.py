@@ -5,12 +5,10 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -34,7 +32,7 @@ from domain.operations import (
 )
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.gateways.paypal_webhooks import PayPalWebhooks
+from infra.gateways.paypal_webhooks import PayPalWebhooks, read_event
 from infra.local.server import free_port
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES
@@ -48,7 +46,6 @@ from tests.contract.paypal import (
     running_paypal,
 )
 from tests.contract.paypal_schemas import OF_TOMORROW, Exchange, as_answer, violations
-from tests.support.sandbox import start_sandbox
 
 pytestmark = pytest.mark.usefixtures("as_documented")
 
@@ -885,6 +882,24 @@ async def test_a_refund_that_names_nothing_but_its_capture_is_of_the_payment_tha
     assert (notice.external.kind, notice.external.amount_minor) == (OperationKind.REFUND, 200)
 
 
+async def test_a_refund_that_names_nothing_at_all_is_found_by_its_own_id(
+    gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks
+) -> None:
+    payment_id, order_id, sent = await refunded_at_paypals_pages(gateway, paypal, inbox, OperationKind.CHARGE)
+    event = json.loads(sent.body)
+    del event["resource"]["links"]
+
+    notice = read_event(await webhooks._placed(event))
+
+    assert (notice.payment_id, notice.gateway_payment_id) == (payment_id, order_id)
+    paypal.fault("503", operation="read", path="/v2/payments/refunds/", times=1)
+    with pytest.raises(WebhookRefused) as refused:
+        await webhooks._placed(event)
+    assert refused.value.verdict is Verdict.UNAVAILABLE
+    event["resource"]["id"] = "ANOTHERACCOUNTS1"
+    assert await webhooks._placed(event) == event
+
+
 @pytest.mark.parametrize("action", ["503", "429", "500_before", "cut_before", "garbage"])
 async def test_a_refund_that_cannot_be_asked_about_should_come_again(
     gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, webhooks: PayPalWebhooks, action: str
@@ -1014,32 +1029,3 @@ def test_the_payers_page_leads_back_to_the_shop(paypal: PayPalSandbox) -> None:
     assert order.status_code == 200
     assert "12.50 USD" in page.text
     assert back.headers["location"].startswith(f"https://shop.invalid/back?token={order.json()['id']}&PayerID=")
-
-
-async def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
-    state_file, port = tmp_path / "books.jsonl", free_port()
-    journal = state_file.with_suffix(".paypal.jsonl")
-    url, requests, books = f"http://127.0.0.1:{port}", list[GatewayRequest](), []
-    answers: list[int] = []
-    for _ in range(2):
-        process, gateway = start_sandbox(port, state_file), paypal_gateway(f"http://127.0.0.1:{port}")
-        hold = await opened(gateway, payment_method=PAYS)
-        with httpx.Client(base_url=url) as http:
-            sandbox = PayPalSandbox(url, http)
-            if not requests:
-                requests.append(follow_up(*hold, OperationKind.CAPTURE, amount=Money(900, "USD"), is_final=True))
-                requests.append(follow_up(*hold, OperationKind.REFUND, number=3, amount=Money(300, "USD")))
-            outcomes = [await run(gateway, each) for each in requests]
-            books.append(sandbox.payment(requests[0].payment_id))
-            answers.append(sandbox.charge("k1").status_code)
-            totals = sandbox.books()["currencies"]["usd"]
-        await gateway.close()
-        process.kill()
-        process.wait(10)
-        journal.write_text(journal.read_text() + '{"objects": [{"id": "cut sh')
-
-    assert [type(each) for each in outcomes] == [Succeeded, Succeeded]
-    assert answers == [201, 200]
-    assert books[0] == books[1]
-    assert {"held": 0, "captured": 900, "refunded": 300, "executed": 1}.items() <= books[1].items()
-    assert (totals["captured"], totals["authorized_open"], totals["payment_intents"]) == (1900, 1250, 3)

@@ -85,6 +85,16 @@ async def test_every_question_is_a_valid_request(
     assert set(statuses) == {200}
 
 
+async def test_the_cancellation_of_what_was_abandoned_is_a_valid_request(
+    gateway: StripeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = watched(gateway, monkeypatch)
+
+    await gateway._abandon(a_request(reference="pi_1"))
+
+    assert statuses == [200]
+
+
 async def test_the_mock_refuses_what_is_not_in_the_document(mock_url: str) -> None:
     """Without this the tests above would prove nothing."""
     async with httpx.AsyncClient(base_url=mock_url, headers={"Authorization": "Bearer sk_test_x"}) as http:

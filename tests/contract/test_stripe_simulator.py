@@ -1,15 +1,12 @@
 """The Stripe simulator itself: what Stripe documents about keys, refusals and lists, and its own promises."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from infra.local.server import free_port
 from tests.contract.conftest import Simulator
-from tests.support.sandbox import start_sandbox
 
 CHARGE = {
     "amount": "1250",
@@ -144,26 +141,3 @@ def test_a_rule_that_is_none_is_refused(stripe_simulator: Simulator) -> None:
 
     assert answer.status_code == 400
     assert "cut_after" in answer.json()["actions"]
-
-
-def test_a_killed_simulator_remembers_money_and_keys(tmp_path: Path) -> None:
-    state_file, port = tmp_path / "stripe.jsonl", free_port()
-    process = start_sandbox(port, state_file)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer sk_test_x"}) as http:
-        first = post(http, "payment_intents", CHARGE, "k")
-        post(http, "refunds", {"payment_intent": first.json()["id"], "amount": "250"}, "k2")
-    process.kill()
-    process.wait(10)
-    state_file.write_text(state_file.read_text() + '{"objects": [{"id": "cut sh')
-
-    process = start_sandbox(port, state_file)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer sk_test_x"}) as http:
-        again = post(http, "payment_intents", CHARGE, "k")
-        books = http.get("/_sandbox/books").json()
-    process.terminate()
-    process.wait(10)
-
-    assert again.content == first.content
-    assert again.headers["Idempotent-Replayed"] == "true"
-    assert books["currencies"]["usd"]["refunded"] == 250
-    assert books["executed_charges"] == {"p1": 1}

@@ -24,7 +24,16 @@ from domain.rules import RetryPolicy
 from tests.contract.providers import PROVIDERS, Provider
 from tests.support.crashing_operation import BOUNDARIES
 from tests.support.sandbox import CHECKOUT, running_sandbox
-from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, rules, running_worker, value
+from tests.support.service import (
+    InProcessWorker,
+    delivery,
+    events_of,
+    new_payment_id,
+    rules,
+    running_worker,
+    until_settled,
+    value,
+)
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 RESULTS = {AUTHORIZE: "authorized", CHARGE: "captured", CAPTURE: "captured", VOID: "voided", REFUND: "refunded"}
@@ -91,6 +100,18 @@ async def live_on(url: str, worker: InProcessWorker, provider: Provider, payment
     return True
 
 
+async def crash(given: dict[str, Any]) -> None:
+    """Have a process do this until it kills itself."""
+    crashed = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "tests.support.crashing_operation"],
+        input=json.dumps(given).encode(),
+        cwd=CHECKOUT,
+        timeout=60,
+    )
+    assert crashed.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(("name", "kind", "boundary"), list(cases()))
 async def test_a_crash_causes_nothing_twice_and_loses_nothing(
     postgres_url: str, sandbox_url: str, name: str, kind: OperationKind, boundary: str
@@ -108,14 +129,7 @@ async def test_a_crash_causes_nothing_twice_and_loses_nothing(
             await worker.idle()
         command = {"kind": kind, "payment_id": str(payment_id), "key": "crashed", "fields": fields(provider, kind)}
         where = {"provider": name, "sandbox_url": sandbox_url, "postgres_url": postgres_url, "boundary": boundary}
-        crashed = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "tests.support.crashing_operation"],
-            input=json.dumps(command | where).encode(),
-            cwd=CHECKOUT,
-            timeout=60,
-        )
-        assert crashed.returncode == -signal.SIGKILL
+        await crash(command | where)
 
         async with running_worker(postgres_url, gateway, sweeping=True, given=given) as worker:
             # Kafka delivers the command again: its offset was never committed.
@@ -137,6 +151,34 @@ async def test_a_crash_causes_nothing_twice_and_loses_nothing(
         assert (held, captured, refunded) == effects.get(kind, (0, whole, 0))
         row = "SELECT (captured_minor, refunded_minor) FROM payments WHERE payment_id = $1"
         assert await value(postgres_url, row, payment_id) == (captured, refunded)
+
+
+@pytest.mark.parametrize(
+    "boundary", [pytest.param(each, id=f"stripe-abandoned-{each}") for each in BOUNDARIES if each != "after accept"]
+)
+async def test_a_crash_while_what_a_payer_abandoned_is_canceled_ends_it_once(
+    postgres_url: str, sandbox_url: str, boundary: str
+) -> None:
+    name, payment_id = "stripe, 3-D Secure", new_payment_id()
+    with httpx.Client(base_url=sandbox_url, timeout=10) as http:
+        provider = PROVIDERS[name](sandbox_url, http)
+        gateway = provider.gateway()
+        given = rules(RETRY, gateways={gateway.name: gateway.capabilities}, default_gateway=gateway.name)
+        async with running_worker(postgres_url, gateway, given=given) as worker:
+            await worker.accept(delivery(CHARGE, payment_id, "abandoned", **fields(provider, CHARGE)))
+            await worker.idle()
+        (told,) = await events_of(postgres_url, payment_id)
+        await asyncio.to_thread(provider.abandon, RequiresAction(told["provider_reference"], "redirect"))
+        await value(postgres_url, "UPDATE operations SET due_at = now()")
+        where = {"provider": name, "sandbox_url": sandbox_url, "postgres_url": postgres_url}
+        await crash(where | {"boundary": boundary})
+
+        async with running_worker(postgres_url, gateway, sweeping=True, given=given):
+            await until_settled(postgres_url)
+        await gateway.close()
+        kinds = [each["type"].split(".")[1] for each in await events_of(postgres_url, payment_id)]
+        assert kinds == ["requires_action", "expired"]
+        assert provider.effect(payment_id) == (0, 0, 0)
 
 
 OPEN = frozenset({"payment.requires_action.v1", "payment.pending.v1", "payment.needs_review.v1"})

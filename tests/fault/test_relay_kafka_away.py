@@ -1,6 +1,6 @@
 """Kafka is gone under load and comes back with its data: nothing is missing, and memory stays small meanwhile.
 
-PAYMENTS_TEST_KAFKA_AWAY_SECONDS=60 makes the long run that the promise is measured by.
+PAYMENTS_TEST_KAFKA_AWAY_SECONDS=60 makes the long run that the promise is measured by, which is CI's.
 """
 
 import asyncio

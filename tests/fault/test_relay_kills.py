@@ -1,7 +1,7 @@
 """Relay processes killed or frozen under load: nothing is skipped, a standby takes over, first deliveries are in order.
 
 `test_relay_faults.py` has the faults of Postgres and Kafka. PAYMENTS_TEST_KILLS=200 PAYMENTS_TEST_TAKEOVERS=50 make the
-long run that the promise is measured by.
+long run that the promise is measured by, which is CI's.
 """
 
 import asyncio

@@ -6,13 +6,15 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import httpx
 import pytest
 import uvicorn
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
@@ -24,13 +26,14 @@ from domain.decision import Notified
 from domain.notices import Notice
 from domain.operations import Declined, DeclineReason
 from domain.ports import Gateway
+from domain.rules import RetryPolicy
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from tests.contract.paypal import PAYS, PayPalSandbox
 from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import SECRET, SHOP, applied, heeding, kinds
 from tests.support.sandbox import running_sandbox
-from tests.support.service import InProcessWorker, delivery, new_payment_id, running_worker, value
+from tests.support.service import QUICK_RETRY, InProcessWorker, delivery, new_payment_id, rules, running_worker, value
 
 WEBHOOK_ID = "1PORTAL"
 
@@ -128,6 +131,12 @@ class PayPalsPages(Portal):
     def void(self, reference: str) -> None:
         self.post(f"/_sandbox/paypal/authorizations/{self._part(reference, 'authorizations')}/void")
 
+    def dispute(self, reference: str) -> None:
+        self.post(f"/_sandbox/paypal/captures/{self._part(reference, 'captures')}/dispute")
+
+    def reverse(self, reference: str, cents: int) -> None:
+        self.post(f"/_sandbox/paypal/captures/{self._part(reference, 'captures')}/reverse?amount={cents / 100:.2f}")
+
     def pay(self, reference: str) -> None:
         """The payer consents to an order that we had given up, and it is executed all the same."""
         paypal = PayPalSandbox(self.url, self.http)
@@ -176,11 +185,14 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def told_by(portal: Portal, postgres_url: str) -> AsyncIterator[InProcessWorker]:
+async def told_by(
+    portal: Portal, postgres_url: str, retry: RetryPolicy = QUICK_RETRY
+) -> AsyncIterator[InProcessWorker]:
     """A worker that hears of what happens at the provider."""
     gateway = portal.gateway()
+    given = rules(retry, gateways={portal.name: gateway.capabilities}, default_gateway=portal.name)
     async with (
-        running_worker(postgres_url, gateway) as worker,
+        running_worker(postgres_url, gateway, given=given) as worker,
         serving(Settings(postgres_url=postgres_url, **portal.settings())) as url,
         heeding(postgres_url, worker),
     ):
@@ -297,6 +309,34 @@ async def test_a_refund_in_the_dashboard_that_came_back_is_taken_back(
         await heard(postgres_url, payment_id, "refund_failed")
     assert await value(postgres_url, "SELECT (status, refunded_minor)::text FROM payments") == "(captured,0)"
     assert await value(postgres_url, "SELECT state FROM operations WHERE idempotency_key IS NULL") == "declined"
+
+
+async def test_what_paypal_reverses_is_for_a_person_unless_a_dispute_accounts_for_it(
+    postgres_url: str, sandbox: tuple[str, httpx.Client], capsys: pytest.CaptureFixture[str]
+) -> None:
+    portal = PayPalsPages(*sandbox)
+
+    def disagreeing() -> float:
+        return REGISTRY.get_sample_value("payments_notices_disagreeing_total", {"gateway": "paypal"}) or 0.0
+
+    at_once = replace(QUICK_RETRY, review_after=timedelta(0))
+    async with told_by(portal, postgres_url, at_once) as worker:
+        disputed, other = [await opened(worker, portal, postgres_url, "charge") for _ in range(2)]
+        before = disagreeing()
+        await asyncio.to_thread(portal.dispute, disputed[1])
+        await heard(postgres_url, disputed[0], "dispute_opened")
+        for _, reference in (disputed, other):
+            await asyncio.to_thread(portal.reverse, reference, 4_000)
+
+        async def is_told() -> bool:
+            return bool(await value(postgres_url, "SELECT count(*) FROM inbox WHERE type LIKE '%REVERSED'") == 2)
+
+        await until(is_told)
+        await until(lambda: applied(postgres_url))
+        assert disagreeing() == before + 1
+        for payment_id, _ in (disputed, other):
+            assert await differences(portal, postgres_url, payment_id, capsys) == []
+    assert await value(postgres_url, "SELECT sum(refunded_minor)::bigint FROM payments") == 0
 
 
 async def test_where_two_orders_were_paid_a_refund_at_paypals_pages_is_of_the_one_that_its_capture_is_of(

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from prometheus_client import REGISTRY
 
@@ -24,7 +25,7 @@ from app.ruling_command import Finding, RulingRefused, rule
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Notified
-from domain.errors import GatewayUnreachable
+from domain.errors import GatewayUnreachable, OutcomeUnknown
 from domain.notices import Notice
 from domain.operations import (
     Declined,
@@ -39,9 +40,11 @@ from domain.operations import (
 )
 from domain.ports import Gateway
 from handlers.pace import Pace
-from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler
+from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker, HoldAnswer, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
+from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
+from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
 
@@ -49,8 +52,8 @@ class Instant(BookkeepingGateway):
     name = "instant"
 
 
-def asker_of(gateway: BookkeepingGateway) -> Asker:
-    return Asker({gateway.name: gateway}, {gateway.name: Pace(time.monotonic, gateway)})
+def asker_of(*gateways: BookkeepingGateway) -> Asker:
+    return Asker({each.name: each for each in gateways}, {each.name: Pace(time.monotonic, each) for each in gateways})
 
 
 async def in_doubt(postgres_url: str, *payments: Any) -> None:
@@ -125,17 +128,22 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
 
 @asynccontextmanager
 async def reconcilers(
-    postgres_url: str, worker: InProcessWorker, gateway: BookkeepingGateway, count: int = 1
+    postgres_url: str,
+    worker: InProcessWorker,
+    *gateways: BookkeepingGateway,
+    count: int = 1,
+    on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
 ) -> AsyncIterator[list[Reconciler]]:
     """Those of several workers, each on its own connections: every 5 minutes, an hour behind at most."""
     pools = [await create_pool(postgres_url, size=1) for _ in range(count)]
     yield [
         Reconciler(
             store=PostgresStore(pool),
-            asker=asker_of(gateway),
+            asker=asker_of(*gateways),
             write_path=worker.write_path,
             interval=timedelta(minutes=5),
             cut_off=timedelta(hours=1),
+            on_answer=on_answer,
         )
         for pool in pools
     ]
@@ -178,7 +186,7 @@ async def test_workers_share_the_holds_past_their_end_and_none_is_asked_about_tw
     gateway = StillHeld()
     async with running_worker(postgres_url, gateway) as worker:
         payments = await lapsed_holds(postgres_url, worker, 700)
-        async with reconcilers(postgres_url, worker, gateway, 3) as several:
+        async with reconcilers(postgres_url, worker, gateway, count=3) as several:
             found = await asyncio.gather(*(each.reconcile_holds() for each in several))
             assert sum(found) == len(payments)
             assert min(found) > 0
@@ -213,7 +221,7 @@ async def test_a_question_that_got_no_answer_is_asked_again_later_by_whoever_is_
 
     async with running_worker(postgres_url, gateway) as worker:
         await lapsed_holds(postgres_url, worker, 1)
-        async with reconcilers(postgres_url, worker, gateway, 2) as (first, second):
+        async with reconcilers(postgres_url, worker, gateway, count=2) as (first, second):
             answered, gateway.status = gateway.status, away  # type: ignore[method-assign]
             assert await first.reconcile_holds() == 1
             gateway.status = answered  # type: ignore[method-assign]
@@ -337,26 +345,93 @@ async def test_holds_of_a_provider_that_rests_keep_no_others_answers_from_being_
         payments = await lapsed_holds(postgres_url, worker, 20)
         theirs = "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)"
         await value(postgres_url, theirs, payments[:19])
-        gateways: dict[str, Gateway] = {"books": resting, "free": free}
-        paces = {name: Pace(time.monotonic, each) for name, each in gateways.items()}
         free.answers[f"{payments[19]}:1"] = Expired("ref", "automatic")
         told: list[HoldAnswer] = []
-        pool = await create_pool(postgres_url, size=1)
-        reconciler = Reconciler(
-            store=PostgresStore(pool),
-            asker=Asker(gateways, paces),
-            write_path=worker.write_path,
-            interval=timedelta(minutes=5),
-            cut_off=timedelta(hours=1),
-            on_answer=told.append,
-        )
-        async with asyncio.timeout(5):
-            assert await reconciler.reconcile_holds() == 20
-        pool.terminate()
+        async with reconcilers(postgres_url, worker, resting, free, on_answer=told.append) as (reconciler,):
+            async with asyncio.timeout(5):
+                assert await reconciler.reconcile_holds() == 20
     assert (list(free.asked), list(resting.asked)) == ([payments[19]], [])
     assert [each.why_not for each in told if each.outcome is None] == [RESTS] * 19
     ends = [each["type"] for each in await events_of(postgres_url, payments[19])]
     assert ends == ["payment.authorized.v1", "payment.authorization_expired.v1"]
+
+
+class Silent(StillHeld):
+    """Lets every question wait until `gives_up`, and then gives no answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gives_up = asyncio.Event()
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        self.asked[request.payment_id] += 1
+        await self.gives_up.wait()
+        raise OutcomeUnknown("books", "no answer in time")
+
+
+async def test_a_provider_that_gives_no_answers_holds_up_no_others_releases_and_a_round_only_once(
+    postgres_url: str,
+) -> None:
+    silent, free = Silent(), StillHeld()
+    free.name = "free"
+    async with running_worker(postgres_url, free) as worker:
+        payments = await lapsed_holds(postgres_url, worker, PAGE + 50)
+        theirs = payments[1:-1]
+        await value(postgres_url, "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)", theirs)
+        order = "UPDATE payments SET hold_due_at = now() - $2::interval WHERE payment_id = $1"
+        for place, payment in enumerate(payments):  # the first page begins with one of the free, the second ends so
+            await value(postgres_url, order, payment, timedelta(seconds=50 - place / 10))
+        free.answers |= {f"{each}:1": Expired("ref", "automatic") for each in (payments[0], payments[-1])}
+        told: list[HoldAnswer] = []
+        async with reconcilers(postgres_url, worker, silent, free, on_answer=told.append) as (reconciler,):
+            round_ = asyncio.create_task(reconciler.reconcile_holds())
+            await until(lambda: is_released(postgres_url, payments[0]))
+            assert silent.asked.total() == AT_ONCE
+            assert not round_.done()
+            silent.gives_up.set()
+            assert await round_ == len(payments)
+            assert await is_released(postgres_url, payments[-1])
+            assert silent.asked.total() == AT_ONCE
+            assert Counter(each.why_not for each in told)[SILENT] == len(theirs) - AT_ONCE
+            assert await value(postgres_url, "SELECT count(*) FROM payments WHERE hold_due_at <= now()") == 0
+
+            await value(postgres_url, "UPDATE payments SET hold_due_at = now()")
+            await reconciler.reconcile_holds()
+            assert silent.asked.total() == 2 * AT_ONCE, "the next round asks anew"
+
+
+async def is_released(postgres_url: str, payment: UUID) -> bool:
+    return bool(await value(postgres_url, "SELECT released_minor > 0 FROM payments WHERE payment_id = $1", payment))
+
+
+class Busy(StillHeld):
+    """Refuses the first questions, twice as many as would do for silence, with a moment to wait each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._refusals = 2 * SILENT_AFTER
+        self._until = 0.0
+
+    def rests_seconds(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    async def status(self, request: GatewayRequest) -> Outcome:
+        if self._refusals:
+            self._refusals -= 1
+            self._until = time.monotonic() + 0.05
+            raise GatewayUnreachable("books", "429")
+        return await super().status(request)
+
+
+async def test_a_provider_that_refuses_and_rests_briefly_is_not_taken_for_one_that_gives_no_answers(
+    postgres_url: str,
+) -> None:
+    gateway = Busy()
+    async with running_worker(postgres_url, gateway) as worker:
+        await lapsed_holds(postgres_url, worker, 4 * SILENT_AFTER)
+        async with reconcilers(postgres_url, worker, gateway) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 4 * SILENT_AFTER
+    assert gateway.asked.total() == 2 * SILENT_AFTER
 
 
 async def test_how_much_is_stuck_and_for_how_long_is_told_of_operations_and_holds(postgres_url: str) -> None:
@@ -678,3 +753,37 @@ async def test_what_was_refused_at_the_door_is_claimed_before_whatever_else_has_
     await value(postgres_url, "UPDATE operations SET due_at = now() WHERE state = 'pending'")
     assert await claimed(500) == {"dispatched": 7, "pending": 40}
     pool.terminate()
+
+
+async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_does(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payment_id = new_payment_id()
+    with running_sandbox() as url, httpx.Client(base_url=url) as http:
+        own: dict[str, Any] = {
+            "stripe_api_base": url,
+            "stripe_api_key": "sk_test_x",
+            "stripe_return_url": "https://a.b",
+        }
+        settings = Settings(postgres_url=postgres_url, redis_url=redis_url, stripe_action_window_seconds=3_600, **own)
+        gateway = wiring.create_gateways(settings)["stripe"]
+        async with running_worker(postgres_url, gateway) as worker:
+            await worker.accept(delivery("charge", payment_id, "key", payment_method="pm_card_threeDSecure2Required"))
+            await worker.idle()
+        await gateway.close()
+        reference = await value(postgres_url, "SELECT reference FROM operations")
+
+        def aged_by(seconds: int) -> dict[str, Any]:
+            answer = http.post(f"/_sandbox/payment_intents/{reference}/age?seconds={seconds}")
+            return dict(answer.raise_for_status().json())
+
+        ends_at = aged_by(3_600)["created"] + 2 * 3_600
+        (told,) = await run(settings, capsys, dry_run=True)
+        assert told["answer"].startswith("requires action (")
+        assert aged_by(0)["status"] == "requires_action"
+        (told,) = await run(settings, capsys, dry_run=False)
+        assert told["answer"] == f"expired (reference {reference}, code abandoned)"
+        assert aged_by(0)["status"] == "canceled"
+    asked, ended = await events_of(postgres_url, payment_id)
+    assert (asked["type"], ended["type"]) == ("payment.requires_action.v1", "payment.expired.v1")
+    assert datetime.fromisoformat(asked["action"]["expires_at"]) == datetime.fromtimestamp(ends_at, UTC)

@@ -176,13 +176,14 @@ class Recorder:
             assert told or step.name not in {*self.provider.tells, *self.provider.outside}, f"nobody told of {step}"
 
     async def _operation(self, shell: MemoryShell, payment_id: UUID, number: int, step: Step) -> None:
-        kind, _, is_refused = step.name.partition(" ")
-        step.command = self._command(OperationKind(kind), payment_id, number, is_refused=bool(is_refused))
+        kind, _, payer = step.name.partition(" ")
+        step.command = self._command(OperationKind(kind), payment_id, number, is_refused=payer == "refused")
         (request,) = shell.apply([step.command])
         step.first = await self._call(shell, request)
         outcome = step.first.outcome
         if isinstance(outcome, RequiresAction):
-            (self.provider.refuse if is_refused else self.provider.pay)(outcome)
+            act = {"refused": self.provider.refuse, "abandoned": self.provider.abandon}.get(payer, self.provider.pay)
+            act(outcome)
             step.payer = await self._told(shell, payment_id)
             if shell.all_operations[payment_id, number].is_open:
                 (request,) = shell.claim(payment_id, number)

@@ -1,4 +1,8 @@
-"""No sequence of deliveries, answers, crashes and clocks breaks a promise of the write path on a real Postgres."""
+"""No sequence of deliveries, answers, crashes and clocks breaks a promise of the write path on a real Postgres.
+
+`PAYMENTS_TEST_SCHEDULES=300 pytest --timeout 4000 tests/property/test_write_path_machine.py` is the long run, so many
+for each gateway, two or three a second.
+"""
 
 import asyncio
 import json
@@ -20,7 +24,7 @@ from domain.rules import Rules
 from handlers.sweep import _request
 from handlers.write_path import WritePath
 from infra.postgres.store import OPERATION_COLUMNS, PAYMENT_COLUMNS, PostgresStore, _operation, _payment, create_pool
-from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules
+from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules, schedules_asked_for
 from tests.support.memory import START, Told
 from tests.support.service import NoHint, WrongHint
 
@@ -141,4 +145,4 @@ def shells(postgres_url: str) -> Iterator[type[PaymentMachine]]:
 
 @pytest.mark.parametrize("gateway", GATEWAYS)
 def test_no_sequence_breaks_a_promise_of_the_write_path(shells: type[PaymentMachine], gateway: str) -> None:
-    run_schedules(machine_of(shells, gateway), schedules=8, steps=25)
+    run_schedules(machine_of(shells, gateway), schedules=schedules_asked_for(8), steps=25)

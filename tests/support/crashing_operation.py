@@ -1,4 +1,4 @@
-"""One command through the write path and its gateway, in a process that kills itself at the boundary it is told.
+"""One command, or what is due, through the write path and its gateway, in a process that kills itself at a boundary.
 
 `python -m tests.support.crashing_operation`, with what to do as JSON on standard input. The boundaries are put around
 the service's parts from the outside; the service itself knows nothing of them.
@@ -29,7 +29,7 @@ def _die() -> None:
 
 
 def _mine_gateway(gateway: Any, boundary: str) -> None:
-    for name in ("authorize", "charge", "capture", "void", "refund"):
+    for name in ("authorize", "charge", "capture", "void", "refund", "resume"):
         setattr(gateway, name, _mined(getattr(gateway, name), boundary))
 
 
@@ -70,8 +70,11 @@ async def main() -> None:
     _mine_gateway(gateway, given["boundary"])
     _mine_write_path(given["boundary"])
     async with running_worker(given["postgres_url"], gateway) as worker:
-        payment_id = UUID(given["payment_id"])
-        await worker.accept(delivery(given["kind"], payment_id, given["key"], **given["fields"]))
+        if "kind" in given:
+            payment_id = UUID(given["payment_id"])
+            await worker.accept(delivery(given["kind"], payment_id, given["key"], **given["fields"]))
+        else:
+            await worker.sweep.sweep_once()
         await worker.idle()
 
 

@@ -9,7 +9,18 @@ import pytest
 
 from domain.commands import OperationKind
 from domain.notices import Dispute, DisputeStage
-from domain.operations import Declined, DeclineReason, Expired, NotExecuted, Outcome, Pending, RequiresAction, Succeeded
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    NotExecuted,
+    Outcome,
+    Pending,
+    RequiresAction,
+    Succeeded,
+    Unknown,
+)
+from domain.rules import RetryPolicy
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, rules
 from tests.support.story import Story
@@ -112,6 +123,68 @@ def test_an_abandoned_action_expires_and_another_attempt_may_follow() -> None:
     assert told.last.snapshot.status == "expired"
     told.does("charge", "again")
     assert told.last.kind == "captured"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_news_that_an_abandoned_action_was_canceled_may_come_before_the_answer_to_that(times: int) -> None:
+    told = waiting()
+    told.claim()
+    for _ in range(times):
+        told.hear(GONE, 1)
+    assert told.answer(GONE).is_stale
+    told.does("charge", "again")
+    told.hear(GONE, 1)
+    assert told.kinds == ["requires_action", "expired", "captured"]
+
+
+def test_a_void_that_waited_while_an_abandoned_action_was_canceled_has_nothing_to_release() -> None:
+    told = waiting()
+    told.claim()
+    told.send("void")
+    told.answer(GONE)
+    told.hear(GONE, 1)
+    assert told.kinds == ["requires_action", "expired", "command_rejected"]
+    assert told.last.snapshot.status == "expired"
+
+
+def test_a_void_ends_what_was_canceled_as_abandoned_while_nobody_had_heard_of_that() -> None:
+    told = waiting()
+    told.claim()
+    told.answer(Unknown("the answer was lost"))
+    told.send("void")
+    told.hear(GONE, 1)
+    told.answer(Succeeded("ref_1"))
+    assert told.kinds == ["requires_action", "declined", "voided"]
+    assert told.last.snapshot.status == "canceled"
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_a_hold_that_the_payer_consented_to_while_it_was_canceled_is_released_in_any_order(
+    *, is_told_first: bool
+) -> None:
+    told = waiting("authorize")
+    told.claim()
+    if is_told_first:
+        told.hear(PAID, 1)
+    told.answer(GONE)
+    if not is_told_first:
+        told.hear(PAID, 1)
+    told.hear(GONE, 1)
+    middle = ["authorized"] if is_told_first else ["expired", "late_success"]
+    assert told.kinds == ["requires_action", *middle, "authorization_expired"]
+    assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+def test_what_waits_for_its_payer_is_asked_about_every_few_minutes_so_that_its_end_is_heard_soon() -> None:
+    told = Story(rules(RetryPolicy(delay_max=timedelta(hours=1))))
+    told.send("charge")
+    told.answer(ACTION)
+    for _ in range(20):
+        told.claim()
+        told.answer(ACTION)
+    due_at = told.operations[1].due_at
+    assert due_at is not None
+    assert due_at - told.now == told.rules.retry.poll_interval == timedelta(minutes=5)
 
 
 def test_consent_of_the_payer_sends_the_operation_on_at_once_and_only_once() -> None:

@@ -159,6 +159,63 @@ def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
     assert told.amounts() == (10_000, 10_000, 0, 3_000)
 
 
+def reversed_(told: Story, amount: int, outcome: Outcome = RETURNED, **facts: Any) -> Decision:
+    """The provider says that it gave this back to the payer."""
+    moved_at = facts.pop("moved_at", told.now)
+    given = External(OperationKind.REFUND, amount, moved_at, is_reversal=True)
+    return told.hear_external(outcome, external=given, **facts)
+
+
+def test_a_reversal_that_no_dispute_accounts_for_waits_for_one_and_is_then_for_a_person() -> None:
+    told = paid()
+    made_at = told.now
+    assert reversed_(told, 4_000).is_postponed
+    told.now = made_at + timedelta(minutes=11)
+    late = reversed_(told, 4_000, moved_at=made_at)
+    assert (late.is_postponed, late.disagrees) == (False, True)
+    assert reversed_(told, 4_000, moved_at=None).disagrees
+    assert told.kinds == ["captured"]
+    assert told.amounts() == (10_000, 10_000, 0, 0)
+
+
+@pytest.mark.parametrize("stage", [DisputeStage.OPENED, DisputeStage.LOST])
+def test_a_reversal_of_what_a_dispute_took_counts_once_in_either_order(stage: DisputeStage) -> None:
+    told = paid()
+    assert reversed_(told, 4_000).is_postponed
+    told.hear(dispute=Dispute("dp_1", stage, 4_000, "USD", "fraudulent"), operation_number=None)
+    for _ in range(2):
+        heard = reversed_(told, 4_000)
+        assert (heard.is_postponed, heard.disagrees) == (False, False)
+    assert told.payment is not None
+    assert (told.payment.disputed_minor, told.payment.refunded_minor) == (4_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("taken", "amount", "currency"), [(3_999, 4_000, "USD"), (4_000, 4_000, "EUR"), (None, 4_000, "USD")]
+)
+def test_a_reversal_beyond_what_disputes_took_is_for_a_person(taken: int | None, amount: int, currency: str) -> None:
+    told = paid()
+    stage, disputed = (DisputeStage.LOST, taken) if taken is not None else (DisputeStage.WON, 4_000)
+    told.hear(dispute=Dispute("dp_1", stage, disputed, "USD", "fraudulent"), operation_number=None)
+    assert reversed_(told, amount, currency=currency, moved_at=None).disagrees
+    assert told.payment is not None
+    assert told.payment.refunded_minor == 0
+
+
+def test_a_reversal_that_failed_is_no_news_and_one_that_is_pending_is_as_good_as_made() -> None:
+    told = paid()
+    failed = reversed_(told, 4_000, CAME_BACK, moved_at=None)
+    assert (failed.disagrees, failed.is_postponed) == (False, False)
+    assert reversed_(told, 4_000, Pending("re_portal"), moved_at=None).disagrees
+    assert told.kinds == ["captured"]
+
+
+def test_a_reversal_is_no_refund_of_ours_that_is_under_way() -> None:
+    told = paid()
+    told.send("refund", "ours", amount_minor=4_000)
+    assert reversed_(told, 4_000, moved_at=None).disagrees
+
+
 # --- our own refunds, told without our marks --------------------------------------------------------------------------
 
 

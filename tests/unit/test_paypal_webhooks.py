@@ -34,6 +34,7 @@ from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
 from infra.gateways.paypal_webhooks import (
     CERTIFICATE_BYTES_MAX,
     PayPalWebhooks,
+    _nameless_refund,
     _refund_of,
     _unplaced_refund,
     read_event,
@@ -389,7 +390,6 @@ def test_an_event_is_evidence_about_the_operation_that_its_invoice_id_names(
     ("name", "given"),
     [
         ("PAYMENT.AUTHORIZATION.VOIDED", resource("COMPLETED", OperationKind.CAPTURE)),
-        ("PAYMENT.CAPTURE.REVERSED", resource("COMPLETED", OperationKind.CAPTURE)),
         ("PAYMENT.CAPTURE.OF_TOMORROW", resource("COMPLETED", OperationKind.CHARGE)),
     ],
 )
@@ -478,6 +478,23 @@ def test_only_a_refund_that_is_not_ours_and_names_no_order_is_asked_about(given:
     assert _unplaced_refund(event("PAYMENT.CAPTURE.COMPLETED", given)) is None
 
 
+@pytest.mark.parametrize(
+    ("given", "refund"),
+    [
+        (UNMARKED | BARE | {"links": None}, "P1"),
+        (UNMARKED | BARE, None),
+        (UNMARKED, None),
+        (BARE | {"invoice_id": None, "links": None}, None),
+        (BARE | {"custom_id": None, "links": None}, None),
+        (UNMARKED | BARE | {"links": None, "custom_id": "theirs", "invoice_id": "order-7"}, "P1"),
+    ],
+)
+def test_a_refund_is_asked_about_itself_only_where_it_names_nothing(given: Json, refund: str | None) -> None:
+    for name in ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.FAILED", "PAYMENT.CAPTURE.REVERSED"):
+        assert _nameless_refund(event(name, resource("COMPLETED", OperationKind.REFUND, **given))) == refund
+    assert _nameless_refund(event("PAYMENT.CAPTURE.COMPLETED", resource("X", OperationKind.REFUND, **given))) is None
+
+
 def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_never_whose_refund_it_is() -> None:
     refund = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE) | {"custom_id": "theirs"}
     for capture in (resource("COMPLETED", OperationKind.REFUND), resource("COMPLETED", OperationKind.CAPTURE)):
@@ -487,6 +504,33 @@ def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_nev
     told = _refund_of({"id": "C1", "custom_id": None}, resource("COMPLETED", OperationKind.CAPTURE, **BARE))
     notice = read_event(event("PAYMENT.CAPTURE.REFUNDED", told))
     assert (notice.payment_id, notice.gateway_payment_id) == (PAYMENT_ID, None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        resource("COMPLETED", OperationKind.REFUND, invoice_id=None),
+        resource("COMPLETED", OperationKind.REFUND),
+        resource("PARTIALLY_REFUNDED", OperationKind.CAPTURE),
+        resource("REFUNDED", OperationKind.CHARGE),
+    ],
+)
+def test_a_reversal_is_paypals_doing_whatever_it_is_told_as_and_whoevers_marks_it_carries(given: Json) -> None:
+    notice = read_event(event("PAYMENT.CAPTURE.REVERSED", given | {"create_time": "2026-11-22T20:00:00Z"}))
+
+    assert (notice.payment_id, notice.operation_number, notice.gateway_payment_id) == (PAYMENT_ID, None, "O1")
+    assert not notice.is_about_nothing
+    assert notice.external == External(OperationKind.REFUND, 1000, BEGAN, is_reversal=True)
+    assert notice.currency == "USD"
+
+
+def test_what_a_reversal_is_of_is_asked_for_as_of_a_refund() -> None:
+    """As PayPal's sample of it is: no marks, and two links."""
+    sample = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE)
+    assert _unplaced_refund(event("PAYMENT.CAPTURE.REVERSED", sample)) == "C1"
+    placed = _refund_of(resource("COMPLETED", OperationKind.CAPTURE) | {"id": "C1"}, sample)
+    notice = read_event(event("PAYMENT.CAPTURE.REVERSED", placed))
+    assert (notice.payment_id, notice.gateway_payment_id) == (PAYMENT_ID, "O1")
 
 
 def test_a_hold_that_was_released_has_ended_whoever_released_it() -> None:

@@ -1,5 +1,7 @@
 """What the environment says is checked at the start, not by the server that it would disturb."""
 
+from datetime import timedelta
+
 import pytest
 from pydantic import ValidationError
 
@@ -32,3 +34,14 @@ def test_a_gateways_own_pace_goes_before_the_one_for_all() -> None:
 
 def test_what_can_name_a_slot_is_taken() -> None:
     assert Settings(relay_slot="payments_relay_2").relay_slot == "payments_relay_2"
+
+
+def test_a_payer_at_stripe_has_a_day_unless_told_otherwise_and_less_than_the_deadline_for_review() -> None:
+    assert Settings().stripe_action_window == timedelta(days=1)
+    for seconds in (1_799, 7 * 86_400):
+        with pytest.raises(ValidationError, match="stripe_action_window_seconds"):
+            Settings(stripe_action_window_seconds=seconds)
+    with pytest.raises(ValidationError, match="is not less than review_pending_after_seconds"):
+        Settings(stripe_action_window_seconds=7_200, review_pending_after_seconds=7_200)
+    others = Settings(gateways=["momo"], default_gateway="momo", review_pending_after_seconds=7_200)
+    assert others.review_pending_after_seconds == 7_200

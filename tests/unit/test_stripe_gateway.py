@@ -1,7 +1,7 @@
 """Amounts, metadata and the status table of the Stripe gateway."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +25,7 @@ from domain.operations import (
     Unknown,
 )
 from infra.gateways.stripe import (
+    ACTION_WINDOW,
     AmountNotRepresentable,
     from_stripe_amount,
     metadata_of,
@@ -47,6 +48,8 @@ REQUEST = GatewayRequest(
 CAPTURE = REQUEST._replace(kind=OperationKind.CAPTURE)
 VOID = REQUEST._replace(kind=OperationKind.VOID)
 AUTHORIZE = REQUEST._replace(kind=OperationKind.AUTHORIZE)
+CREATED = 1_800_000_000
+ENDS = datetime.fromtimestamp(CREATED, UTC) + ACTION_WINDOW
 FAILED = {"type": "card_error", "code": "payment_intent_authentication_failure"}
 
 
@@ -60,12 +63,17 @@ def intent(status: str, **fields: Any) -> stripe.PaymentIntent:
         "amount_received": 0,
         "currency": "usd",
         "cancellation_reason": None,
+        "created": CREATED,
         "last_payment_error": None,
         "latest_charge": "ch_1",
         "metadata": {},
         "next_action": None,
     }
     return stripe.PaymentIntent.construct_from(given | fields, "sk_test_x")
+
+
+def opening(found: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
+    return read_opening(found, request, ACTION_WINDOW)
 
 
 @pytest.mark.parametrize(
@@ -137,24 +145,32 @@ def test_metadata_is_cut_to_stripes_limits_and_our_marks_win() -> None:
         (
             REQUEST,
             intent("requires_action", next_action={"type": "redirect_to_url", "redirect_to_url": {"url": "https://x"}}),
-            RequiresAction("pi_1", "redirect_to_url", "https://x"),
+            RequiresAction("pi_1", "redirect_to_url", "https://x", ENDS),
         ),
         (
             REQUEST,
             intent("requires_action", next_action={"type": "use_stripe_sdk", "use_stripe_sdk": {}}),
-            RequiresAction("pi_1", "use_stripe_sdk"),
+            RequiresAction("pi_1", "use_stripe_sdk", None, ENDS),
         ),
     ],
 )
 def test_the_status_of_an_authorization_or_charge(
     request_: GatewayRequest, found: stripe.PaymentIntent, outcome: Outcome
 ) -> None:
-    assert read_opening(found, request_) == outcome
+    assert opening(found, request_) == outcome
+
+
+def test_a_payer_has_as_long_as_is_configured_from_the_creation_on() -> None:
+    asked = intent("requires_action", next_action={"type": "use_stripe_sdk"})
+
+    outcome = read_opening(asked, REQUEST, timedelta(minutes=45))
+
+    assert outcome == RequiresAction("pi_1", "use_stripe_sdk", None, datetime.fromtimestamp(CREATED + 45 * 60, UTC))
 
 
 def test_money_taken_where_only_a_hold_was_asked_for_is_a_broken_contract() -> None:
     with pytest.raises(GatewayContractBroken):
-        read_opening(intent("succeeded", amount_received=1000), AUTHORIZE)
+        opening(intent("succeeded", amount_received=1000), AUTHORIZE)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +184,7 @@ def test_a_hold_that_was_closed_with_what_we_captured_of_it_has_lapsed(
     found: stripe.PaymentIntent, reason: str
 ) -> None:
     asked = AUTHORIZE._replace(state=OperationState.SUCCEEDED, captured_minor=400)
-    assert read_opening(found, asked) == Expired("pi_1", reason)
+    assert opening(found, asked) == Expired("pi_1", reason)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +197,13 @@ def test_a_hold_that_was_closed_with_what_we_captured_of_it_has_lapsed(
 )
 def test_a_hold_of_which_others_took_something_is_a_broken_contract(asked: GatewayRequest) -> None:
     with pytest.raises(GatewayContractBroken):
-        read_opening(intent("succeeded", amount_received=400), asked)
+        opening(intent("succeeded", amount_received=400), asked)
 
 
 def test_the_end_of_a_hold_is_read_from_the_expanded_charge() -> None:
     charge = {"id": "ch_1", "object": "charge", "payment_method_details": {"card": {"capture_before": 1_800_000_000}}}
 
-    outcome = read_opening(intent("requires_capture", amount_capturable=1000, latest_charge=charge), AUTHORIZE)
+    outcome = opening(intent("requires_capture", amount_capturable=1000, latest_charge=charge), AUTHORIZE)
 
     assert outcome == Succeeded("pi_1", 1000, datetime.fromtimestamp(1_800_000_000, UTC))
 
@@ -264,7 +280,7 @@ def test_the_status_of_a_refund(status: str | None, outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("read", "found"),
     [
-        (read_opening, intent("succeeded", amount_received=1000, currency="eur")),
+        (opening, intent("succeeded", amount_received=1000, currency="eur")),
         (read_capture, intent("succeeded", amount_received=1000, metadata=MARKED, currency="eur")),
         (read_void, intent("canceled", currency="eur")),
         (

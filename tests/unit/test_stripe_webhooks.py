@@ -3,17 +3,19 @@
 import hashlib
 import hmac
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import stripe
 from pydantic import SecretStr
 
+from app.settings import Settings
+from app.wiring import create_webhook_readers
 from domain.commands import OperationKind
 from domain.notices import DisputeStage, External, Notice, Verdict, WebhookRefused, WebhookRequest
 from domain.operations import Declined, DeclineReason, Expired, OperationState, Pending, RequiresAction, Succeeded
-from infra.gateways.stripe import read_opening
+from infra.gateways.stripe import ACTION_WINDOW, read_opening
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from tests.contract.gateway_requests import a_request
 from tests.support.service import new_payment_id
@@ -119,6 +121,7 @@ def intent(status: str, **fields: Any) -> dict[str, Any]:
         "amount_received": 0,
         "currency": "usd",
         "capture_method": "automatic",
+        "created": SIGNED_AT - 2,
         "status": status,
         "metadata": {"payment_id": str(PAYMENT_ID), "operation_number": "1"},
         "latest_charge": None,
@@ -128,6 +131,7 @@ def intent(status: str, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
+ENDS = datetime.fromtimestamp(SIGNED_AT - 2, UTC) + ACTION_WINDOW
 REDIRECT = {"type": "redirect_to_url", "redirect_to_url": {"url": "https://bank.invalid", "return_url": "x"}}
 CASES = {
     "payment_intent.succeeded": (intent("succeeded", amount_received=1250), Succeeded("pi_1", 1250)),
@@ -142,7 +146,7 @@ CASES = {
     "payment_intent.canceled": (intent("canceled", cancellation_reason="automatic"), Expired("pi_1", "automatic")),
     "payment_intent.requires_action": (
         intent("requires_action", next_action=REDIRECT),
-        RequiresAction("pi_1", "redirect_to_url", "https://bank.invalid"),
+        RequiresAction("pi_1", "redirect_to_url", "https://bank.invalid", ENDS),
     ),
     "payment_intent.processing": (intent("processing"), Pending("pi_1")),
 }
@@ -243,5 +247,17 @@ async def test_an_unknown_type_says_nothing() -> None:
 async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(reason: str | None) -> None:
     object_ = intent("canceled", cancellation_reason=reason)
     asked = a_request(payment_id=PAYMENT_ID, reference="pi_1", state=OperationState.REQUIRES_ACTION)
-    told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked)
+    told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked, ACTION_WINDOW)
     assert (await heard("payment_intent.canceled", object_)).outcome == told == Expired("pi_1", reason)
+
+
+async def test_a_webhook_an_answer_and_a_question_tell_the_same_end_of_a_payers_time() -> None:
+    object_, window = intent("requires_action", next_action=REDIRECT), timedelta(minutes=45)
+    event = {"id": "evt_1", "type": "payment_intent.requires_action", "data": {"object": object_}}
+    own: dict[str, Any] = {"stripe_webhook_secrets": [SECRET], "stripe_return_url": "https://shop.invalid"}
+    readers = create_webhook_readers(Settings(stripe_action_window_seconds=window.total_seconds(), **own))
+    by_webhook = await readers["stripe"].read(signed(json.dumps(event).encode()))
+    asked = a_request(payment_id=PAYMENT_ID, reference="pi_1")
+    told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked, window)
+    end = datetime.fromtimestamp(SIGNED_AT - 2, UTC) + window
+    assert by_webhook.outcome == told == RequiresAction("pi_1", "redirect_to_url", "https://bank.invalid", end)

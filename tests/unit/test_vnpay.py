@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from uuid import UUID
 import httpx
 import pytest
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
@@ -375,10 +377,33 @@ async def test_what_the_payer_began_has_a_day_to_end() -> None:
     assert isinstance(await gateway(answered(TransactionStatus="04")).status(asked), Pending)
 
 
-@pytest.mark.parametrize("code", ["94", "99", "98", "08", "02", "97", "x"])
+@pytest.mark.parametrize("code", ["94", "99", "98", "08", "02", "03", "97", "x"])
 async def test_a_query_without_a_result_says_nothing(code: str) -> None:
     with pytest.raises(OutcomeUnknown):
         await gateway(answered(ResponseCode=code)).status(charge())
+
+
+@pytest.mark.parametrize("code", ["02", "03", "97"])
+async def test_our_own_mistake_is_told_loudly_and_is_no_word_about_the_payment(code: str) -> None:
+    def refuses(command: str) -> Callable[[dict[str, Any]], httpx.Response]:
+        return lambda body: answered(**({"ResponseCode": code} if body["vnp_Command"] == command else {}))(body)
+
+    with capture_logs() as logs:
+        with pytest.raises(OutcomeUnknown):
+            await gateway(refuses("querydr")).status(charge())
+        with pytest.raises(OutcomeUnknown):
+            await gateway(refuses("querydr")).status(refund())
+        with pytest.raises(GatewayUnreachable, match="no refund was sent"):
+            await gateway(refuses("querydr")).refund(refund())
+        assert isinstance(await gateway(refuses("refund")).refund(refund()), NotExecuted)
+    assert [(each["log_level"], each["code"]) for each in logs] == [("error", code)] * 4
+
+
+@pytest.mark.parametrize("code", ["00", "91", "94", "08", "99"])
+async def test_what_is_no_mistake_of_ours_is_not_told_as_one(code: str) -> None:
+    with capture_logs() as logs, suppress(OutcomeUnknown):
+        await gateway(answered(ResponseCode=code)).status(charge())
+    assert logs == []
 
 
 async def test_an_answer_that_vnpay_did_not_sign_or_that_is_about_another_payment_is_not_believed() -> None:

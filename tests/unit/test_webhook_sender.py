@@ -20,7 +20,7 @@ async def test_what_waits_for_a_connection_waits_outside_of_the_client() -> None
 
     sender = WebhookSender(_http=httpx.AsyncClient(transport=httpx.MockTransport(receive)))
     for _ in range(200):
-        sender.send(lambda: Outgoing("http://shop.invalid/webhooks"))
+        sender.send(Outgoing("http://shop.invalid/webhooks"))
     async with asyncio.timeout(10):
         while sender.accepted < 200:
             await asyncio.sleep(0.01)
