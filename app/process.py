@@ -6,6 +6,7 @@ import gc
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import structlog
 import uvicorn
@@ -16,6 +17,9 @@ from app.command_line import advice_on, fail
 from infra.last_resort import end_within
 
 log = structlog.get_logger(__name__)
+
+REQUESTS_END_WITHIN: Final = 5
+"""Seconds. Once all else has ended, a request that has not is cut off: one that never comes whole would hold us up."""
 
 Main = Callable[[asyncio.Event], Awaitable[None]]
 """Runs until the event is set."""
@@ -47,6 +51,8 @@ def _is_server_away(error: Exception) -> bool:
 
     from domain.errors import StoreUnavailable  # noqa: PLC0415
 
+    if isinstance(error, (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)):
+        return False  # A defect of ours: it is answering.
     return isinstance(error, (StoreUnavailable, asyncpg.PostgresError, KafkaError))
 
 
@@ -74,7 +80,14 @@ async def _live(main: Main, app: ASGIApp, listener: socket.socket, end_seconds: 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     async with asyncio.TaskGroup() as group:
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False))
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=REQUESTS_END_WITHIN,
+        )
+        server = _Server(settings)
         serving = group.create_task(server.serve([listener]))
         try:
             await main(stop)

@@ -316,9 +316,13 @@ def _hold(answer: HoldAnswer) -> Found:
 def said(outcome: Outcome) -> str:
     """An outcome as a line of text: what it is, and what it says; a payer's URL is long, and in the event."""
     details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
-    told = ", ".join(f"{name} {value}" for name, value in details.items() if value not in (None, "") and name != "url")
+    told = ", ".join(f"{name} {value}" for name, value in details.items() if _is_told(name, value))
     word = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(outcome).__name__).strip()
     return f"{word} ({told})" if told else word
+
+
+def _is_told(name: str, value: object) -> bool:
+    return value not in (None, "") and value is not False and name != "url"
 
 
 def _age(since: datetime | None) -> str:

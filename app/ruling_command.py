@@ -126,8 +126,9 @@ def _result(operation: Operation, evidence: str) -> str:
     Raises:
         RulingRefused: it led to none.
     """
-    if operation.result is not None and json.loads(operation.result).get("evidence") == evidence:
-        return operation.result
+    final = (operation.result or "null").split("\n")[0]
+    if (json.loads(final) or {}).get("evidence") == evidence:
+        return final
     if operation.state is OperationState.NEEDS_REVIEW:
         raise RulingRefused(
             "nothing was changed: the payment's amounts leave no room for it (payments show tells them), so that "

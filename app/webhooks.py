@@ -6,6 +6,7 @@ Until Postgres is there nothing can be stored, and each provider is told to send
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 import structlog
 from starlette.routing import Route
@@ -23,6 +24,10 @@ from infra.postgres.inbox import PostgresInbox
 from infra.postgres.store import create_pool
 
 log = structlog.get_logger(__name__)
+
+BODY_SECONDS: Final = 10.0
+"""A provider sends a body at once. What never comes whole would be held for ever: anybody can begin one."""
+LATE: Final = WebhookAnswer(408)
 
 
 class WebhookService:
@@ -79,13 +84,23 @@ class _Endpoint:
         self._receive = receive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self._receive(scope["path_params"]["gateway"], await _raw(scope, receive))
+        answer = await self._answer(scope, receive)
         headers = [
             (b"content-type", answer.content_type.encode()),
             (b"content-length", str(len(answer.body)).encode()),
         ]
+        if answer is LATE:
+            headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> WebhookAnswer:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                request = await _raw(scope, receive)
+        except TimeoutError:
+            return LATE
+        return await self._receive(scope["path_params"]["gateway"], request)
 
 
 async def _raw(scope: Scope, receive: Receive) -> WebhookRequest:

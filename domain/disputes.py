@@ -5,10 +5,12 @@ nothing follows the last one.
 """
 
 import json
+from typing import Final
 
 from domain.notices import Dispute, DisputeStage
 
 _RANK = {DisputeStage.OPENED: 1, DisputeStage.WON: 2, DisputeStage.LOST: 2}
+ENDS: Final = (DisputeStage.WON, DisputeStage.LOST)
 
 
 def stages(kept: str | None) -> dict[str, tuple[DisputeStage, int]]:
@@ -21,6 +23,15 @@ def is_news(kept: str | None, dispute: Dispute) -> bool:
     """Whether this was not heard before and does not come too late."""
     stage, _ = stages(kept).get(dispute.dispute_id, (None, 0))
     return stage is None or _RANK[stage] < _RANK[dispute.stage]
+
+
+def contradicts(kept: str | None, dispute: Dispute) -> bool:
+    """Whether it ended otherwise before, or with another amount lost: an appeal, say. Which word is the last is not
+    told, so that neither of them can be taken for the truth."""
+    stage, amount = stages(kept).get(dispute.dispute_id, (None, 0))
+    if dispute.stage not in ENDS or stage not in ENDS:
+        return False
+    return stage is not dispute.stage or (stage is DisputeStage.LOST and amount != dispute.amount_minor)
 
 
 def disputed(kept: str | None, dispute_id: str) -> int:

@@ -46,6 +46,10 @@ FINAL_EVENTS = frozenset(
 """The kinds that end a command; every accepted command gets exactly one (and its replays)."""
 
 
+AMENDING_EVENTS = frozenset({EventKind.LATE_SUCCESS, EventKind.REFUND_FAILED})
+"""The kinds that take back what a command's final event said: from then on they are repeated together with it."""
+
+
 class PendingCause(StrEnum):
     """Why there is no result yet."""
 
@@ -129,9 +133,15 @@ class Event(NamedTuple):
         """Whether its operation is stored with it: what ends a command, or the news of what no command asked for."""
         return self.operation_number is not None and (self.is_final or self.fingerprint is None)
 
+    @property
+    def amends_result(self) -> bool:
+        """Whether the stored result of its command would be no truth any more without it."""
+        return self.kind in AMENDING_EVENTS and self.fingerprint is not None
+
 
 class Replay(NamedTuple):
-    """The stored result of a command, to be published again for one more delivery of it."""
+    """The stored result of a command, to be published again for one more delivery of it: the final event and, each on
+    a line of its own, what took it back since."""
 
     payment_id: UUID
     result: str

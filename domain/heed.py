@@ -172,10 +172,11 @@ def _release_hold(draft: Draft, operation: Operation) -> None:
 def _dispute(draft: Draft, dispute: Dispute) -> None:
     """Book what the payer's bank took back, or gave back; each stage of a dispute counts once, in any order.
 
-    What was lost may be less than what was disputed, or more: the amount told last counts.
+    What was lost may be less than what was disputed, or more: the amount told last counts. A second end that is not
+    the first one is for a person: messages come in any order, and none tells which end is the later.
     """
     kept = draft.payment.disputes
-    if draft.is_foreign(dispute.currency):
+    if draft.is_foreign(dispute.currency) or disputes.contradicts(kept, dispute):
         draft.disagrees = True
     elif disputes.is_news(kept, dispute):
         before = disputes.disputed(kept, dispute.dispute_id)

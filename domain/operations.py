@@ -120,6 +120,8 @@ class NotExecuted:
     code: str | None = None
     is_hold_gone: bool = False
     """For a capture: since the hold that it was of seems to have ended, which is to be asked about."""
+    has_expired: bool = False
+    """Not sent, since its command's own time was over before any attempt had reached the provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class Operation:
     replays_due: int = 0
     """Deliveries that came while it was open; each is owed the result once it exists."""
     result: str | None = None
-    """The wire text of the final event."""
+    """The wire text of the final event; after it, each on a line of its own, of those that took it back since."""
     traceparent: str | None = None
     command: Command | None = None
     """The command itself where it is at hand; `content` is its stored form."""
@@ -207,7 +209,7 @@ class GatewayRequest(NamedTuple):
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
     id of this very operation where an earlier answer told it. `off_session`: nobody is there to act, so decline.
     `is_final` is True for a capture that leaves nothing to capture. `captured_minor` was captured before this.
-    `first_dispatched_at` bounds how long the provider still knows `provider_key`.
+    `first_dispatched_at` bounds how long the provider still knows `provider_key`. Past `expires_at` it is not begun.
     """
 
     kind: OperationKind
@@ -229,3 +231,4 @@ class GatewayRequest(NamedTuple):
     attempts: int = 1
     lease_token: int = 1
     first_dispatched_at: datetime | None = None
+    expires_at: datetime | None = None

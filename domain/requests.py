@@ -36,6 +36,7 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         attempts=operation.attempts,
         lease_token=operation.lease_token,
         first_dispatched_at=operation.dispatched_at,
+        expires_at=command.expires_at,
     )
 
 

@@ -61,8 +61,8 @@ def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None
         case Expired():
             _expire(draft, operation, outcome)
             _end_void_of(draft, operation)
-        case NotExecuted(message):
-            _fail(draft, operation, Rejection(RejectionReason.GATEWAY_REFUSED, message))
+        case NotExecuted():
+            _fail(draft, operation, _rejection_of(outcome))
         case RequiresAction(reference):
             _wait_for_action(draft, operation, outcome, reference)
         case Pending(reference):
@@ -216,6 +216,12 @@ def _end_void_of(draft: Draft, ended: Operation) -> None:
         return
     draft.finish(void, OperationState.SUCCEEDED, ended.reference)
     draft.publish(EventKind.VOIDED, void, reference=ended.reference)
+
+
+def _rejection_of(outcome: NotExecuted) -> Rejection:
+    if outcome.has_expired:
+        return Rejection(RejectionReason.COMMAND_EXPIRED, outcome.message, ("expires_at",))
+    return Rejection(RejectionReason.GATEWAY_REFUSED, outcome.message)
 
 
 def _fail(draft: Draft, operation: Operation, rejection: Rejection) -> None:

@@ -16,7 +16,7 @@ import structlog
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.operations import GatewayRequest, OperationState, Outcome, Unknown, Unreachable
+from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable
 from domain.ports import Clock, Gateway, PaymentStore, Pooled
 from handlers import metrics
 from handlers.breaker import Breaker
@@ -32,6 +32,7 @@ WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_A
 ROOM_SECONDS: Final = 2.0
 """What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
+EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
 GIVEN_BACK: Final = frozenset({Unreachable(PROVIDER_RESTS), Unreachable(PROCESS_ENDS)})
 """Answers about what was taken over and never sent by us."""
@@ -119,6 +120,8 @@ class Dispatcher:
         question = self._question(lane.gateway, request)
         if question is not None:
             return await self._outcome(question, request)
+        if self._has_expired(request):
+            return NotExecuted(EXPIRED, has_expired=True)
         if not lane.breaker.may_send():
             return Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
         outcome = await self._outcome(_call_of(lane.gateway, request.kind), request)
@@ -157,6 +160,12 @@ class Dispatcher:
         # What a person is to look at, and the provider has named, is not sent again: a stored answer would be old news.
         is_known = request.state is OperationState.NEEDS_REVIEW and request.reference is not None
         return gateway.status if is_known or self._is_key_forgotten(gateway, request) else None
+
+    def _has_expired(self, request: GatewayRequest) -> bool:
+        """Whether its time is over and nothing of it was begun. If somebody took it over, this answer is stale."""
+        expires_at = request.expires_at
+        is_begun = request.state is not OperationState.DISPATCHED
+        return expires_at is not None and not is_begun and expires_at <= self._clock()
 
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
         """Whether the provider may have dropped the key: repeating the call could then move money again.

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from domain.errors import StoreUnavailable
+from domain.errors import InputRefusedByStore, StoreUnavailable
 from domain.notices import BODY_BYTES_MAX, Notice, Verdict, WebhookAnswer, WebhookReader, WebhookRefused, WebhookRequest
 from domain.operations import OPEN, Succeeded
 from domain.ports import Accepted, Received
@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_MAX: Final = 200
 GATHER_SECONDS: Final = 0.002
+ENDED: Final = "this process ends"
 
 
 Accept = Callable[[Sequence[Received]], Awaitable[list[Accepted]]]
@@ -28,7 +29,7 @@ Accept = Callable[[Sequence[Received]], Awaitable[list[Accepted]]]
 
 class _Waiting(NamedTuple):
     notice: Notice
-    body: bytes
+    received: Received
     verdict: "asyncio.Future[Verdict]"
 
 
@@ -40,6 +41,7 @@ class Webhooks:
         self._accept_all = accept
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
+        self._has_ended = False
 
     @property
     def gateways(self) -> frozenset[str]:
@@ -73,33 +75,59 @@ class Webhooks:
             return Verdict.UNAVAILABLE
 
     async def _store(self, notice: Notice, body: bytes) -> Verdict:
-        waiting = _Waiting(notice, body, asyncio.get_running_loop().create_future())
+        if self._has_ended:
+            raise StoreUnavailable(ENDED)
+        waiting = _Waiting(notice, _received(notice, body), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.verdict
 
     async def run(self) -> None:
-        """Store what arrives, until cancelled."""
-        while True:
-            await self._arrived.wait()
-            await asyncio.sleep(GATHER_SECONDS)
-            batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
-            if not self._waiting:
-                self._arrived.clear()
-            await self._accept(batch)
+        """Store what arrives, until cancelled. Who waits then, or comes later, is told at once to send again."""
+        batch: list[_Waiting] = []
+        try:
+            while True:
+                await self._arrived.wait()
+                await asyncio.sleep(GATHER_SECONDS)
+                batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
+                if not self._waiting:
+                    self._arrived.clear()
+                await self._accept(batch)
+        finally:
+            self._has_ended = True
+            _fail(batch + self._waiting, StoreUnavailable(ENDED))
 
     async def _accept(self, batch: list[_Waiting]) -> None:
         try:
-            accepted = await self._accept_all([_received(each.notice, each.body) for each in batch])
+            accepted = await self._accept_all([each.received for each in batch])
+        except InputRefusedByStore as error:
+            await self._part(batch, error)
+            return
         except Exception as error:
             # Whatever it is, the senders hear of it, and send again: nothing was answered as stored.
-            for each in batch:
-                if not each.verdict.done():
-                    each.verdict.set_exception(StoreUnavailable(str(error)))
+            _fail(batch, StoreUnavailable(str(error)))
             return
         for each, known in zip(batch, accepted, strict=True):
             if not each.verdict.done():
                 each.verdict.set_result(_judge(each.notice, known))
+
+    async def _part(self, batch: list[_Waiting], error: InputRefusedByStore) -> None:
+        """Find the one that no database takes by halves, as the write path does: its neighbours are stored."""
+        if len(batch) == 1:
+            _fail(
+                batch,
+                WebhookRefused(Verdict.MALFORMED, f"signed, but cannot be stored ({type(error.__cause__).__name__})"),
+            )
+            return
+        middle = len(batch) // 2
+        await self._accept(batch[:middle])
+        await self._accept(batch[middle:])
+
+
+def _fail(batch: list[_Waiting], error: Exception) -> None:
+    for each in batch:
+        if not each.verdict.done():
+            each.verdict.set_exception(error)
 
 
 def _received(notice: Notice, body: bytes) -> Received:

@@ -312,13 +312,12 @@ class _Batch:
         return given._replace(known=tuple(latest.values()))
 
     def _gather(self, payment_id: UUID, decision: Decision, before: Payment | None) -> None:
-        results = [self._publish(event) for event in decision.events]
-        if decision.payment is not before and (decision.operations or results):
+        told = [(event, self._publish(event)) for event in decision.events]
+        if decision.payment is not before and (decision.operations or told):
             self._payments[payment_id] = decision.payment
             self._touched[payment_id] = None
-        final = {number: text for number, text in results if text is not None}
         for operation in decision.operations:
-            operation.result = final.get(operation.number, operation.result)
+            operation.result = _result_of(operation, told)
             self._keep(operation)
         self.requests += decision.requests
         self._transfers += decision.transfers
@@ -328,19 +327,19 @@ class _Batch:
         if operation.idempotency_key is not None:
             self._stored[operation.idempotency_key] = operation
 
-    def _publish(self, event: Event | Replay) -> tuple[int | None, str | None]:
-        """Put the event into the outbox; the number of the operation that it ends, and its text, if it ends one."""
+    def _publish(self, event: Event | Replay) -> str:
+        """Put the event into the outbox, and what it is owed to; its text."""
         if isinstance(event, Replay):
-            self._replay(event.payment_id, event.result, event.traceparent)
-            return None, None
+            for text in event.result.split("\n"):
+                self._replay(event.payment_id, text, event.traceparent)
+            return event.result
         row = _outbox_row(event, self._new_id())
         self._events.append(event)
         self._outbox.append(row)
-        if not event.is_result:
-            return None, None
-        for _ in range(event.replays_due):
-            self._replay(event.payment_id, row.payload, event.traceparent)
-        return event.operation_number, row.payload
+        if event.is_result:
+            for _ in range(event.replays_due):
+                self._replay(event.payment_id, row.payload, event.traceparent)
+        return row.payload
 
     def _replay(self, payment_id: UUID, result: str, traceparent: str | None) -> None:
         event_id = self._new_id()
@@ -411,6 +410,18 @@ class _Batch:
             if operation.result is not None and operation.dispatched_at is not None and not operation.is_external:
                 seconds = (self._now - operation.dispatched_at).total_seconds()
                 metrics.result_seconds(operation.kind).observe(seconds)
+
+
+def _result_of(operation: Operation, told: Sequence[tuple[Event | Replay, str]]) -> str | None:
+    """What is kept with the operation, to be published again, once this has been told."""
+    result = operation.result
+    for event, text in told:
+        if isinstance(event, Event) and event.operation_number == operation.number:
+            if event.is_result:
+                result = text
+            elif event.amends_result:
+                result = f"{result}\n{text}"
+    return result
 
 
 def _was_under_way(payment: Payment | None, operation: Operation) -> bool:

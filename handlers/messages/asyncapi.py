@@ -32,7 +32,8 @@ _DESCRIPTION: Final = """\
 Payment **commands** come in on a Kafka topic, **events** go out on another; money moves at most once for each command.
 
 - Send a command with a `payment_id` of your choice (a UUID), which is also the message key, and an `idempotency_key`.
-  Sending it again is safe: nothing moves twice, and the result is published again with `replayed: true`.
+  Sending it again is safe: nothing moves twice, and the result is published again with `replayed: true`, followed by
+  what took it back since, if anything did (`late_success`, `refund_failed`).
 - Every readable command ends in exactly one final event that names it (`idempotency_key`, `command_id`), whatever comes
   in between (`requires_action`, `pending`, `needs_review`).
 - Events come at least once and in order for each payment: `payment_seq` has no gaps.

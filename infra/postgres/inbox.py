@@ -20,6 +20,7 @@ CHANNEL: Final = "payments_inbox"
 # An operation counts only for its own gateway: a message that one provider signed says nothing about another's. A
 # payment may have been tried at several, so what names no operation counts if one of the payment's was this gateway's.
 # What carries no mark of ours is found by the provider's payment: the one that is referred to, or another attempt's.
+# Events are stored in one order everywhere: two processes that got the same ones would wait for each other in a circle.
 ACCEPT: Final = """
     WITH given AS (
         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
@@ -52,7 +53,7 @@ ACCEPT: Final = """
                CASE WHEN NOT is_about_nothing THEN now() END, CASE WHEN is_about_nothing THEN now() END
           FROM found
          WHERE is_about_nothing OR found_id IS NOT NULL
-         ORDER BY place
+         ORDER BY gateway, event_id
         ON CONFLICT (gateway, event_id) DO NOTHING
         RETURNING gateway, event_id
     ), told AS (

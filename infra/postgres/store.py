@@ -82,8 +82,9 @@ UPDATE_PAYMENTS = """
 """
 # Due times are written relative to the database's clock ($1 is the time of the decision): leases know one clock.
 INSERT_OPERATIONS = f"""
-    INSERT INTO operations ({OPERATION_COLUMNS})
-    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)}
+    INSERT INTO operations ({OPERATION_COLUMNS}, settled_at)
+    SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)},
+           CASE WHEN result IS NOT NULL THEN now() END
       FROM unnest($4::operation_row[])
     ON CONFLICT DO NOTHING
 """
@@ -454,7 +455,8 @@ class PostgresStore:
         """Start these leases anew, except those that were taken over."""
         with translated():
             async with self._pool.acquire() as connection:
-                await connection.execute(RENEW_LEASES, *zip(*held, strict=True), lease)
+                # In the order in which answers are saved, which may be those of the same operations.
+                await connection.execute(RENEW_LEASES, *zip(*sorted(held), strict=True), lease)
 
 
 def _hold(row: asyncpg.Record) -> LapsedHold:
@@ -537,7 +539,7 @@ async def _save(connection: Connection, changes: Changes) -> None:
         [_new_payment_row(each) for each in sorted(changes.new_payments, key=_lock_order)],
         [_payment_row(each) for each in sorted(changes.payments, key=_lock_order)],
         [_new_operation_row(each) for each in sorted(changes.new_operations, key=_key_order)],
-        [_operation_row(each) for each in changes.operations],
+        [_operation_row(each) for each in sorted(changes.operations, key=_place_order)],
         [_transfer_row(each) for each in changes.transfers],
         [_outbox_row(each) for each in changes.outbox],
         changes.notices,
@@ -545,6 +547,7 @@ async def _save(connection: Connection, changes: Changes) -> None:
 
 
 _lock_order = attrgetter("payment_id.int")
+_place_order = attrgetter("payment_id.int", "number")
 
 
 def _key_order(operation: Operation) -> str:

@@ -208,6 +208,25 @@ async def test_each_capture_and_refund_is_held_against_paypals_list(
     assert causes["USD 5.00"].startswith("a refund made in the provider's portal")
 
 
+async def test_what_was_heard_of_and_is_not_in_paypals_list_is_told(
+    postgres_url: str, sandbox_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"paypal_client_id": "x", "paypal_client_secret": "x", "paypal_api_base": sandbox_url}
+    settings = Settings(postgres_url=postgres_url, gateways=["paypal"], default_gateway="paypal", **own)  # type: ignore[arg-type]
+    payment_id = new_payment_id()
+    async with running_worker(postgres_url, NotReallyPayPal()) as worker:
+        await worker.accept(delivery("charge", payment_id, "ours"))
+        await worker.idle()
+        outcome, returned = Succeeded("refund-of-nobody", 500), External(OperationKind.REFUND, 500)
+        told = Notice("paypal", "", "", payment_id, None, outcome=outcome, currency="USD", external=returned)
+        await worker.write_path.apply([Notified(None, payment_id, told)])
+    _, found = await asyncio.to_thread(report_of_today, settings, capsys)
+    assert sorted((each["what"], each["ours"]) for each in found) == [
+        ("not at the provider", "captured USD 100.00"),
+        ("not at the provider", "refunded USD 5.00"),
+    ]
+
+
 def refund_in_the_portal(paypal: PayPalSandbox, capture_id: str) -> None:
     """Without marks of its own: it carries over those of the capture."""
     answer = paypal.http.post(

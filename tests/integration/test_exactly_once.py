@@ -2,14 +2,14 @@
 
 import asyncio
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from domain.commands import OperationKind
 from domain.decision import Answer, Delivery
-from domain.errors import ConcurrentUpdate
-from domain.operations import Succeeded
+from domain.errors import ConcurrentUpdate, GatewayUnreachable
+from domain.operations import GatewayRequest, Outcome, Succeeded
 from domain.ports import Changes
 from domain.rules import RetryPolicy
 from infra.postgres.store import PostgresStore, create_pool
@@ -241,3 +241,27 @@ async def test_a_delivery_while_the_first_is_under_way_is_answered_once_there_is
         await worker.idle()
     assert [event["replayed"] for event in await events_of(postgres_url, payment_id)] == [False, True]
     assert sum(gateway.calls.values()) == 1
+
+
+class BusyUntil(BookkeepingGateway):
+    """Refuses everything at the door until then."""
+
+    def __init__(self, moment: datetime) -> None:
+        super().__init__()
+        self._moment = moment
+
+    async def _execute(self, request: GatewayRequest) -> Outcome:
+        if datetime.now(UTC) < self._moment:
+            raise GatewayUnreachable(self.name, "busy")
+        return await super()._execute(request)
+
+
+async def test_what_was_refused_at_the_door_is_not_executed_past_its_own_time(postgres_url: str) -> None:
+    expires_at = datetime.now(UTC) + timedelta(seconds=1)
+    payment_id, gateway = new_payment_id(), BusyUntil(expires_at)
+    async with running_worker(postgres_url, gateway, sweeping=True) as worker:
+        await worker.accept(delivery("charge", payment_id, "key", expires_at=expires_at.isoformat()))
+        await until_settled(postgres_url)
+    assert not gateway.moved
+    [rejected] = await events_of(postgres_url, payment_id)
+    assert (rejected["type"], rejected["reason"]) == ("payment.command_rejected.v1", "command_expired")

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,8 @@ from starlette.types import ASGIApp
 from app.health import Checks, create_process_app, troubles
 from app.http import CONTENT_SECURITY_POLICY, STATIC_DIR, create_http_app
 from app.peers import Peers
+from app.process import REQUESTS_END_WITHIN
+from infra.local.server import free_port
 
 NO_CHECKS: Checks = {}
 NO_PEERS: Peers = {}
@@ -117,6 +120,36 @@ async def test_a_peer_that_answers_nonsense_is_told_and_harms_nothing(body: byte
     async with served(_answering(body)) as url:
         answer = await get(create_http_app(checks=NO_CHECKS, peers={"relay": url}), "/metrics")
     assert up(answer.text) == {"http": 1, "relay": 0}
+
+
+async def test_a_request_that_never_comes_whole_does_not_hold_up_the_end_of_the_process() -> None:
+    port = free_port()
+    waiting = "async def app(scope, receive, send):\n    while (await receive())['type'] == 'http.request': pass\n"
+    program = (
+        f"{waiting}from app.process import run\nrun(lambda stop: stop.wait(), app=app, host='127.0.0.1', port={port})"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    try:
+        writer = await connected(port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
+        await asyncio.sleep(0.5)
+        process.terminate()
+        async with asyncio.timeout(REQUESTS_END_WITHIN + 10):
+            assert await process.wait() == 0
+        writer.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def connected(port: int) -> asyncio.StreamWriter:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return (await asyncio.open_connection("127.0.0.1", port))[1]
+            except OSError:
+                await asyncio.sleep(0.05)
 
 
 def _answering(body: bytes) -> ASGIApp:

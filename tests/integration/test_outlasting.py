@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 
 from app.settings import Settings
 from domain.errors import ConcurrentUpdate, StoreUnavailable
-from domain.ports import HeldLease
+from domain.ports import Changes, HeldLease
 from handlers.consumer import CommandConsumer
 from handlers.leases import Leases
 from handlers.write_path import WritePath
@@ -210,11 +210,28 @@ async def test_a_process_stopped_in_its_transaction_does_not_keep_its_payments_f
     assert kinds == ["payment.captured.v1", "payment.refunded.v1"]
 
 
-async def test_renewals_and_saves_that_meet_in_other_orders_both_get_through(postgres_url: str, pool: Any) -> None:
+async def test_renewals_and_saves_of_the_same_operations_do_not_wait_for_each_other_in_a_circle(pool: Any) -> None:
+    """As answers come after a long time, in another order than the calls went out."""
+    store = PostgresStore(pool)
+    payments = [new_payment_id() for _ in range(200)]
+    await write_path(store).apply([delivery("charge", each, f"key-{each}") for each in payments])
+    async with store.begin() as transaction:
+        operations = list((await transaction.operations_at([(each, 1) for each in payments])).values())
+    held = [HeldLease(each.payment_id, each.number, each.lease_token) for each in operations]
+    for _ in range(5):
+        backwards = Changes([], [], [], operations[::-1], [], [], datetime.now(UTC))
+        await asyncio.gather(
+            store.save(backwards),
+            store.renew(held, lease=timedelta(seconds=60)),
+            store.renew(held[100:] + held[:100], lease=timedelta(seconds=60)),
+        )
+
+
+async def test_a_renewal_that_waits_in_a_circle_with_somebody_else_goes_on(postgres_url: str, pool: Any) -> None:
     """A deadlock between them is found by Postgres; whoever is chosen must go on."""
     store = PostgresStore(pool)
     path = write_path(store)
-    payments = [new_payment_id() for _ in range(2)]
+    payments = sorted(new_payment_id() for _ in range(2))
     applied = await path.apply([delivery("charge", each, f"key-{each}") for each in payments])
     first, second = (HeldLease(each.payment_id, each.operation_number, each.lease_token) for each in applied.requests)
     other = await asyncpg.connect(postgres_url)

@@ -3,9 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -13,21 +13,27 @@ import asyncpg
 import httpx
 import pytest
 import stripe
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from structlog.testing import capture_logs
 
+from app import webhooks
 from app.settings import Settings
 from app.webhooks import WebhookService
 from domain.commands import OperationKind
-from domain.notices import BODY_BYTES_MAX
+from domain.decision import Notified
+from domain.notices import BODY_BYTES_MAX, Notice, WebhookRequest
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
-from domain.ports import Received, Stuck
+from domain.ports import Accepted, Received, Stuck
 from handlers import metrics
 from handlers.heed import Heeder
+from handlers.webhooks import Webhooks
+from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.store import PostgresStore, create_pool
 from infra.sandbox.momo import IPN
 from tests.integration.test_consumer import until
+from tests.integration.test_http import served
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
 
@@ -165,6 +171,71 @@ async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes
     assert await kinds(postgres_url, payment_id) == ["requires_action"]
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [{"id": "evt_\x00"}, {"id": "evt_\ud800"}, {"type": "\ud800"}, {"metadata": {"operation_number": "9" * 10}}],
+)
+async def test_one_that_no_database_takes_stands_alone_and_its_neighbours_are_stored(
+    postgres_url: str, strange: dict[str, Any]
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = waits
+    marks: dict[str, Any] = {
+        "metadata": {"payment_id": str(payment_id), **strange.pop("metadata", {"operation_number": "1"})}
+    }
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        events = [event(payment_id, f"evt_{number}") for number in range(8)]
+        events[5] = event(payment_id, "evt_strange", **marks) | strange
+        answers = await asyncio.gather(*(send(client, each) for each in events))
+    assert answers == [200] * 5 + [400] + [200] * 2
+    assert await value(postgres_url, "SELECT count(*) FROM inbox") == 7
+
+
+async def test_a_body_that_does_not_come_whole_is_given_up_and_its_connection_closed(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.2)
+    given = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP)
+    service = WebhookService(given)
+    async with served(Starlette(routes=service.routes())) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        writer.write(b"POST /webhooks/stripe HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_who_waits_for_an_answer_when_the_process_ends_is_told_to_send_again() -> None:
+    reached = asyncio.Event()
+
+    async def accept(received: Sequence[Received]) -> list[Accepted]:
+        reached.set()
+        await asyncio.Event().wait()
+        return []
+
+    received = Webhooks(readers={"stripe": StripeWebhooks([SecretStr(SECRET)])}, accept=accept)
+    storing = asyncio.create_task(received.run())
+    first = asyncio.create_task(received.receive("stripe", signed(event(new_payment_id()))))
+    await reached.wait()
+    second = asyncio.create_task(received.receive("stripe", signed(event(new_payment_id()))))
+    await asyncio.sleep(0)
+    storing.cancel()
+    await asyncio.gather(storing, return_exceptions=True)
+    async with asyncio.timeout(5):
+        answers = [await first, await second, await received.receive("stripe", signed(event(new_payment_id())))]
+    assert [each.status for each in answers] == [503, 503, 503]
+
+
+def signed(event: dict[str, Any]) -> WebhookRequest:
+    body = json.dumps(event)
+    header = stripe.WebhookSignature.generate_signature_header(body, SECRET, timestamp=int(time.time()))
+    return WebhookRequest("POST", "", {"stripe-signature": header}, body.encode(), datetime.now(UTC))
+
+
 async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), BookkeepingGateway()
     gateway.outcome = waits
@@ -215,6 +286,22 @@ async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_
     assert [each.payment_id is not None for each in accepted] == [True, False, True, False, False, True, False]
     assert [each.is_new for each in accepted] == [each.payment_id is not None for each in accepted]
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
+
+
+async def test_processes_that_get_the_same_events_at_once_do_not_wait_for_each_other_in_a_circle(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+    pool = await create_pool(postgres_url, size=3)
+    inbox = PostgresInbox(pool)
+    for turn in range(20):
+        given = [Received("stripe", f"evt_{turn}_{number}", "", "{}", b"", payment_id, 1) for number in range(200)]
+        found = await asyncio.gather(*(inbox.accept(each) for each in (given, given[::-1], given[100:] + given[:100])))
+        assert sum(each.is_new for one in found for each in one) == 200
+    pool.terminate()
 
 
 async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is_kept(postgres_url: str) -> None:
@@ -437,3 +524,45 @@ async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once
             assert await send(client, refunded(new_payment_id(), "evt_of_nobody", refund="re_nobodys")) == 404
     assert await kinds(postgres_url, payment_id) == ["captured", "refunded_externally"]
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 4_000
+
+
+async def test_a_command_that_comes_again_after_a_late_success_is_not_told_that_it_was_declined_and_no_more(
+    postgres_url: str,
+) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    gateway.outcome = lambda request: Declined(DeclineReason.OTHER, None, f"pi_{payment_id}")
+    async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
+        charge = delivery("charge", payment_id, "charge")
+        await worker.accept(charge)
+        await worker.idle()
+        async with heeding(postgres_url, worker):
+            assert await send(client, event(payment_id)) == 200
+            await until(lambda: applied(postgres_url))
+        for _ in range(2):
+            await worker.accept(charge)
+    told = [
+        (each["type"].split(".")[1], each["payment_seq"], each["replayed"])
+        for each in await events_of(postgres_url, payment_id)
+    ]
+    assert told == [
+        ("declined", 1, False), ("declined", 1, True), ("declined", 1, True),
+        ("late_success", 2, False), ("late_success", 2, True), ("late_success", 2, True),
+    ]  # fmt: skip
+
+
+async def test_a_refund_that_comes_again_after_it_failed_is_told_so(postgres_url: str) -> None:
+    payment_id, gateway = new_payment_id(), StripeBooks()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        refund = delivery("refund", payment_id, "refund", amount_minor=4_000)
+        await worker.accept(refund)
+        await worker.idle()
+        failed = Declined(DeclineReason.REFUND_FAILED, None, "re_1")
+        await worker.write_path.apply(
+            [Notified(None, payment_id, Notice("stripe", "", "", payment_id, 2, outcome=failed))]
+        )
+        await worker.accept(refund)
+    told = [(each["type"].split(".")[1], each["replayed"]) for each in await events_of(postgres_url, payment_id)]
+    assert told == [
+        ("captured", False), ("refunded", False), ("refunded", True), ("refund_failed", False), ("refund_failed", True),
+    ]  # fmt: skip

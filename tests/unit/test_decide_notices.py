@@ -601,6 +601,29 @@ def test_a_dispute_takes_what_it_ended_with_and_not_what_it_began_with(lost_mino
     assert balance == lost_minor
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (dispute(DisputeStage.WON), dispute(DisputeStage.LOST)),
+        (dispute(DisputeStage.LOST), dispute(DisputeStage.WON)),
+        (dispute(DisputeStage.LOST), dispute(DisputeStage.LOST, 4_000)),
+    ],
+)
+def test_a_dispute_that_ends_a_second_time_and_otherwise_is_for_a_person(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    told = story()
+    told.does("charge")
+    told.hear(**dispute(DisputeStage.OPENED))
+    assert not told.hear(**first).disagrees
+    assert not told.hear(**first).disagrees
+    assert told.payment is not None
+    before = told.payment.disputed_minor
+    assert told.hear(**second).disagrees
+    assert told.payment.disputed_minor == before
+    assert told.kinds == ["captured", "dispute_opened", "dispute_closed"]
+
+
 # --- any order --------------------------------------------------------------------------------------------------------
 
 SCENARIOS = {

@@ -11,7 +11,7 @@ from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
-from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded, Unknown, Unreachable
+from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Succeeded, Unknown, Unreachable
 from handlers.breaker import FAILURES_MAX, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
@@ -104,6 +104,23 @@ def raising(error: BaseException) -> Callable[[GatewayRequest], Awaitable[Outcom
         raise error
 
     return behave
+
+
+@pytest.mark.parametrize(
+    ("state", "expires_at", "is_sent"),
+    [
+        (OperationState.DISPATCHED, NOW, False),
+        (OperationState.DISPATCHED, NOW + timedelta(seconds=1), True),
+        (OperationState.INDETERMINATE, NOW, True),
+    ],
+)
+async def test_what_was_never_sent_is_not_sent_past_its_time_and_what_may_have_been_is_found_out(
+    state: OperationState, expires_at: datetime, *, is_sent: bool
+) -> None:
+    gateway = BookkeepingGateway()
+    [outcome] = await Bench(gateway).outcomes(request(state=state, expires_at=expires_at))
+    assert isinstance(outcome, Succeeded if is_sent else NotExecuted)
+    assert gateway.calls.total() == is_sent
 
 
 async def test_at_most_so_many_calls_run_at_once_and_all_are_answered() -> None:
