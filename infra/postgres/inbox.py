@@ -72,12 +72,13 @@ CLAIM: Final = """
     RETURNING i.id, i.payment_id, i.gateway, i.event_id, i.type, i.operation_number, i.content
 """
 
-# Ids come in the order of arrival, so what is old stands first, and the first portion without any ends the search.
+# Ids come in the order of arrival: the first portion in which something arrived too lately to be forgotten is the last.
 FORGET: Final = """
-    WITH portion AS (SELECT id, applied_at FROM inbox WHERE id > $1 ORDER BY id LIMIT $2),
+    WITH portion AS (SELECT id, received_at, applied_at FROM inbox WHERE id > $1 ORDER BY id LIMIT $2),
          gone AS (DELETE FROM inbox USING portion
                    WHERE inbox.id = portion.id AND portion.applied_at < now() - $3::interval RETURNING 1)
-    SELECT (SELECT max(id) FROM portion) AS last_id, (SELECT count(*) FROM gone) AS gone
+    SELECT (SELECT max(id) FROM portion) AS last_id, (SELECT count(*) FROM gone) AS gone,
+           (SELECT max(received_at) FROM portion) < now() - $3::interval AS is_more
 """
 PORTION: Final = 5_000
 
@@ -115,13 +116,11 @@ async def forget_applied(postgres_url: str, *, older_than: timedelta) -> int:
     with translated():
         connection = await asyncpg.connect(postgres_url, timeout=10, command_timeout=60)
         try:
-            forgotten: int = 0
-            last_id: int = 0
-            while True:
-                last_id, gone = (await connection.fetch(FORGET, last_id, PORTION, older_than))[0]
+            forgotten, last_id, is_more = 0, 0, True
+            while is_more:
+                last_id, gone, is_more = (await connection.fetch(FORGET, last_id, PORTION, older_than))[0]
                 forgotten += gone
-                if not gone:
-                    return forgotten
+            return forgotten
         finally:
             await connection.close(timeout=10)
 

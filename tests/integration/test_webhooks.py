@@ -385,8 +385,9 @@ async def test_a_dispute_of_an_attempt_that_was_paid_late_finds_its_payment(post
 async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_others(postgres_url: str) -> None:
     connection = await asyncpg.connect(postgres_url)
     await connection.execute(
-        """INSERT INTO inbox (gateway, event_id, type, content, body, due_at, applied_at)
-           SELECT 'stripe', 'evt_' || n, 't', '{}', '', CASE WHEN n % 10 = 0 THEN now() END,
+        """INSERT INTO inbox (gateway, event_id, type, content, body, received_at, due_at, applied_at)
+           SELECT 'stripe', 'evt_' || n, 't', '{}', '', now() - interval '37 days' * (n <= 12000)::integer,
+                  CASE WHEN n % 10 = 0 THEN now() END,
                   CASE WHEN n % 10 <> 0 THEN now() - interval '36 days' * (n <= 12000)::integer END
              FROM generate_series(1, 12500) AS n"""
     )
@@ -396,6 +397,18 @@ async def test_applied_webhooks_are_forgotten_after_their_retention_and_no_other
     await connection.close()
     assert left is not None
     assert tuple(left) == (450, 1_700)
+
+
+async def test_webhooks_are_forgotten_whatever_stands_before_them_and_was_never_applied(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute(
+        """INSERT INTO inbox (gateway, event_id, type, content, body, received_at, due_at, applied_at)
+           SELECT 'stripe', 'evt_' || n, 't', '{}', '', now() - interval '37 days',
+                  CASE WHEN n <= 11000 THEN now() END, CASE WHEN n > 11000 THEN now() - interval '36 days' END
+             FROM generate_series(1, 11001) AS n"""
+    )
+    await connection.close()
+    assert await forget_applied(postgres_url, older_than=timedelta(days=35)) == 1
 
 
 @pytest.mark.parametrize(
