@@ -17,14 +17,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from app.settings import Settings
 from domain.commands import OperationKind, command_id
-from domain.events import FINAL_EVENTS
+from domain.events import AMENDING_EVENTS, FINAL_EVENTS
 from domain.money import MINOR_UNITS
 from handlers.messages.commands import command_type, read_command
 from handlers.messages.events import event_type
 
 FINAL_TYPES: Final = frozenset(event_type(kind) for kind in FINAL_EVENTS)
-REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1"))
+AMENDING_TYPES: Final = frozenset(event_type(kind) for kind in AMENDING_EVENTS)
+REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1", "payment.refund_failed.v1"))
 POLL_MS: Final = 200
+AMENDED_SECONDS: Final = 1.0
+"""What took a result back follows its repetition at once: both were written in one transaction."""
 
 WireEvent = dict[str, Any]
 
@@ -163,12 +166,12 @@ class PaymentsClient:
                 yield Heard(json.loads(record.value), now)
 
     async def result_of(self, command: OutgoingCommand, *, timeout_seconds: float) -> AsyncIterator[Heard]:
-        """The events about one command, up to and with its final one.
+        """The events about one command, up to and with its final one and what took that back since.
 
         Raises:
             NoResultYet: it did not come in time. The command may still succeed.
         """
-        last = None
+        last, has_ended = None, False
         deadline = time.monotonic() + timeout_seconds
         events = self.heard()
         while True:
@@ -176,17 +179,26 @@ class PaymentsClient:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     heard = await anext(events)
             except TimeoutError as error:
+                if has_ended:
+                    return
                 raise NoResultYet(last) from error
             if heard.event["command_id"] == str(command.command_id):
                 last = heard.event
                 yield heard
                 if is_final(last):
-                    return
+                    if not last["replayed"]:
+                        return
+                    has_ended, deadline = True, time.monotonic() + AMENDED_SECONDS
 
 
 def is_final(event: WireEvent) -> bool:
     """Whether this event ends its command."""
     return event["type"] in FINAL_TYPES
+
+
+def is_result(event: WireEvent) -> bool:
+    """Whether this event says what became of its command: it ends it, or takes back the one that did."""
+    return event["type"] in FINAL_TYPES | AMENDING_TYPES
 
 
 def _decimals(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Console
 from rich.markup import escape
 
-from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_final
+from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_result
 from app.settings import Settings
 from domain.money import Money
 
@@ -44,10 +44,10 @@ async def _exchange(
             return _sent(console, command, as_json)
         async for heard in client.result_of(command, timeout_seconds=timeout_seconds):
             event = heard.event
-            if is_final(event) and as_json:
-                console.print_json(json.dumps(event))
-            elif not as_json:
+            if not as_json:
                 _print_event(console, event, heard.at - sent_at)
+        if as_json:
+            console.print_json(json.dumps(event))
         return REFUSED if event["type"] in REFUSALS else DONE
 
 
@@ -62,7 +62,7 @@ def _sent(console: Console, command: OutgoingCommand, as_json: bool) -> int:
 
 
 def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
-    colour = "red" if event["type"] in REFUSALS else "green" if is_final(event) else "yellow"
+    colour = "red" if event["type"] in REFUSALS else "green" if is_result(event) else "yellow"
     word = event["type"].split(".")[1].replace("command_", "").replace("_", " ")
     facts = [_amount(event), _why(event), "replayed: nothing moved" if event["replayed"] else ""]
     text = "  ".join(fact for fact in facts if fact)
