@@ -6,7 +6,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -27,6 +27,9 @@ from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.store import PostgresStore, create_pool
 
 log = structlog.get_logger(__name__)
+
+STARTS_WITHIN: Final = 1.0
+"""Seconds that a start may still take when it is told to stop: longer than one whose servers answer."""
 
 READING_SECONDS = 30.0
 """A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
@@ -90,6 +93,8 @@ class Worker:
         starting, stopping = asyncio.create_task(self._start(stack)), asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        # What is cut short leaves connections behind, so it is let come to its end if that is near.
+        await asyncio.wait([starting], timeout=STARTS_WITHIN)
         if starting.done():
             starting.result()
             return True
