@@ -1,6 +1,7 @@
 """The worker process: reads commands, calls gateways, saves outcomes. Any number of it may run at once."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -29,7 +30,9 @@ from infra.postgres.store import PostgresStore, create_pool
 log = structlog.get_logger(__name__)
 
 STARTS_WITHIN: Final = 1.0
-"""Seconds that a start may still take when it is told to stop: longer than one whose servers answer."""
+"""Seconds that a start may still take when it is told to stop; one that waits for others in its group takes longer."""
+LEAVES_WITHIN: Final = 5.0
+"""Seconds that Kafka may take to let a worker go: answers are saved whether it does or not."""
 
 READING_SECONDS = 30.0
 """A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
@@ -98,9 +101,10 @@ class Worker:
         if starting.done():
             starting.result()
             return True
-        for task in (starting, *self._tasks):
-            task.cancel()
-        await asyncio.gather(starting, *self._tasks, return_exceptions=True)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        if self._tasks:  # It works already, though it reads no commands yet: what it has begun is saved.
+            await self._shut_down()
         return False
 
     async def _start(self, stack: AsyncExitStack) -> None:
@@ -176,11 +180,16 @@ class Worker:
         settler, leases, *others = self._tasks
         for task in others:
             task.cancel()
-        await self._consumer.close()
-        await self._broker.stop()
+        await self._leave_kafka()
         await self._dispatcher.drain(DRAIN_SECONDS)
         settler.cancel()
         leases.cancel()
         # A save that was cut short gives its answers back; only then are they there to be drained.
         await asyncio.gather(settler, leases, return_exceptions=True)
         await self._settler.drain(DRAIN_SECONDS)
+
+    async def _leave_kafka(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVES_WITHIN):
+                await self._consumer.close()
+                await self._broker.stop()

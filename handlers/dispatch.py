@@ -93,12 +93,16 @@ class Dispatcher:
     async def drain(self, timeout_seconds: float) -> None:
         """Wait until all that was begun is answered, or the time is up; a sweep takes over what is left.
 
-        What is stuck and was not sent is given back at once, so that no lease runs out on it.
+        What was not sent is given back, so that no lease runs out on it and nobody takes it for begun: what is stuck at
+        once, payers' operations when the time is up.
         """
-        self._give_back(self._lanes.values(), Unreachable(PROCESS_ENDS))
-        tasks = [task for lane in self._lanes.values() for task in lane.tasks]
+        lanes, why = self._lanes.values(), Unreachable(PROCESS_ENDS)
+        self._give_back(lanes, why)
+        tasks = [task for lane in lanes for task in lane.tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_seconds)
+        for request in [each for lane in lanes for each in lane.give_back_new()]:
+            self._answer(request, why)
 
     def give_back_resting(self) -> None:
         """Give back what is stuck and was not sent, of providers that rest for long: for whoever does not wait."""
@@ -263,6 +267,11 @@ class _Lane:
     def give_back(self) -> list[GatewayRequest]:
         """What is stuck and was not sent."""
         left, self._stuck = list(self._stuck), deque()
+        return left
+
+    def give_back_new(self) -> list[GatewayRequest]:
+        """What payers wait for and was not sent."""
+        left, self._new = list(self._new), deque()
         return left
 
     def _start(self) -> None:

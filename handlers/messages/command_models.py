@@ -85,7 +85,8 @@ CustomerId = Annotated[
 ExpiresAt = Annotated[
     Annotated[datetime, _Rfc3339(), AfterValidator(_in_utc)] | None,
     Field(
-        description="RFC 3339 with an offset. Past this time the command is refused, not executed late.",
+        description="RFC 3339 with an offset. Past this time the command is refused, not executed late; one that may "
+        "have reached the provider before is followed up, and its result told.",
         examples=["2030-01-01T12:00:00Z"],
     ),
 ]

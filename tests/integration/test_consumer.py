@@ -1,27 +1,30 @@
 """The whole worker in this process, on a real Kafka, Postgres and Valkey, with the instant gateway."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, Producer
 from prometheus_client import REGISTRY
 
 from app.settings import Settings
 from app.worker import Worker
 from handlers import metrics
 from infra.local import EmbeddedValkey
+from infra.local.server import free_port
 from infra.postgres import store
 from tests.conftest import PARTITIONS, Topics
-from tests.support.service import body, events_of, value
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import body, delivery, events_of, new_payment_id, running_worker, value
 from tests.support.topic import read_until, send
 
 UNREADABLE = b" \xff{ not json \n"
@@ -56,6 +59,39 @@ async def running(settings: Settings) -> AsyncIterator[Worker]:
         stop.set()
         async with asyncio.timeout(40):
             await task
+
+
+class SilentInstant(BookkeepingGateway):
+    """The gateway for benchmarks as far as the domain knows it; nothing is ever sent to it."""
+
+    name = "instant"
+
+
+@contextmanager
+def silent_member(settings: Settings) -> Iterator[None]:
+    """One of the worker's group that does not take part when partitions are to be shared anew."""
+    others: dict[str, Any] = {"group.id": settings.consumer_group, "partition.assignment.strategy": "roundrobin"}
+    member = Consumer(others | {"bootstrap.servers": settings.kafka_bootstrap})
+    member.subscribe([settings.commands_topic])
+    while not member.assignment():
+        member.poll(0.1)
+    yield
+    member.close()
+
+
+@contextmanager
+def worker_process(settings: Settings, **others: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker in a process of its own."""
+    given = settings.model_copy(update=others | {"worker_port": free_port()}).model_dump(
+        mode="json", exclude_unset=True
+    )
+    told = {
+        f"PAYMENTS_{name.upper()}": each if isinstance(each, str) else json.dumps(each) for name, each in given.items()
+    }
+    process = subprocess.Popen([sys.executable, "-m", "app.cli", "worker"], env=os.environ | told)
+    yield process
+    process.kill()
+    process.wait()
 
 
 async def until(condition: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
@@ -369,6 +405,25 @@ async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings)
         await until_captured(settings, 1)
         (letter,) = await read_until(settings.kafka_bootstrap, settings.dead_letter_topic, bool)
     assert dict(letter.headers)["dlq_reason"] == b"empty"
+
+
+async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when_it_ends(settings: Settings) -> None:
+    """It sweeps at once, and may have to wait for the others of its group before it may read commands."""
+    async with running_worker(settings.postgres_url, SilentInstant()) as worker:
+        await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
+    await value(settings.postgres_url, "UPDATE operations SET due_at = now() RETURNING 1")
+    with (
+        silent_member(settings),
+        worker_process(settings, instant_gateway_latency_ms=2_500, lease_seconds=30) as process,
+    ):
+
+        async def is_taken_over() -> bool:
+            return bool(await value(settings.postgres_url, "SELECT max(lease_token) FROM operations") > 1)
+
+        await until(is_taken_over)
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    assert await captured(settings) == 1
 
 
 async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start(settings: Settings) -> None:

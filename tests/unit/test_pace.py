@@ -36,6 +36,14 @@ class RestingGateway(BookkeepingGateway):
         return await super()._execute(request)
 
 
+class SilentGateway(RestingGateway):
+    """Takes every call, and never answers."""
+
+    async def _execute(self, request: GatewayRequest) -> Outcome:
+        await super()._execute(request)
+        return await asyncio.Future()
+
+
 def turns(per_second: float, checks: Sequence[float]) -> list[float]:
     """When turns are taken by somebody who looks at these times, and takes all that there are."""
     now, taken = 0.0, []
@@ -128,6 +136,16 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_asked_about() -> N
     assert gateway.order == []
     assert [type(each.outcome) for each in bench.answers] == [Unreachable] * 3
     assert bench.dispatcher.waiting == 0
+
+
+async def test_a_worker_that_stops_gives_back_what_payers_wait_for_and_it_could_not_send() -> None:
+    gateway = SilentGateway()
+    bench = paced(gateway, limit=1)
+    bench.dispatcher.submit([request() for _ in range(3)])
+    await bench.dispatcher.drain(0.05)
+    assert gateway.order == ["payer"]
+    assert [type(each.outcome) for each in bench.answers] == [Unreachable] * 2
+    assert bench.dispatcher.waiting == 1
 
 
 async def test_those_who_wait_for_a_turn_wait_for_the_rest_and_the_pace() -> None:
