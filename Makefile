@@ -45,7 +45,7 @@ lock:  ## requirements.txt anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra local --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header -q -o requirements.txt
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml infra/relay/native.pyx
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
 		echo "This project needs Python 3.11 or newer; none of these is: $(CANDIDATES)." >&2; exit 1; fi; \
@@ -60,4 +60,6 @@ $(STAMP): requirements.txt pyproject.toml
 		$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt; \
 		$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
+	@$(BIN)/python -c 'import sys; from infra.relay.compiled import IS_COMPILED; sys.exit(not IS_COMPILED)' || \
+		echo "No C compiler (or no Python.h) was found: all works, but the relay's inner loop is Python, at half the speed." >&2
 	@touch $@

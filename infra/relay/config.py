@@ -18,9 +18,11 @@ class RelayConfig:
     slot: str = "payments_relay"
     publication: str = "payments_outbox"
     source: Literal["wal", "poll"] = "wal"
-    unacknowledged_max: int = 8_000
+    unacknowledged_max: int = 20_000
     unacknowledged_bytes_max: int = 64 * 1024 * 1024
     message_bytes_max: int = 4 * 1024 * 1024
+    is_native: bool = True
+    """Whether the compiled inner loop is used, where there is one."""
     feedback_seconds: float = 1.0
     """How often the slot is told of progress: what a crash makes the next relay repeat."""
     standby_seconds: float = 0.5

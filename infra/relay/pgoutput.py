@@ -74,6 +74,8 @@ class RowReader:
     def __init__(self) -> None:
         self._layouts: dict[int, _Layout | None] = {}
         self._skipped: set[int] = set()
+        self.outbox: tuple[int, int, list[int]] = (0, 0, [0] * len(OUTBOX_COLUMNS))
+        """The number of the outbox's relation, how many columns it has, and where those of `OUTBOX_COLUMNS` are."""
 
     def learn(self, message: bytes) -> None:
         """Take in a Relation message; rows of another table than the outbox are none of ours.
@@ -88,8 +90,10 @@ class RowReader:
         names = _column_names(message)
         if missing := {*OUTBOX_COLUMNS} - {*names}:
             raise ColumnMissing(f"the publication leaves out columns of the outbox: {', '.join(sorted(missing))}")
-        pick = itemgetter(*map(names.index, OUTBOX_COLUMNS))
-        self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = _Layout(pick, names.index(OPTIONAL_COLUMN))
+        places = [names.index(name) for name in OUTBOX_COLUMNS]
+        relation = _RELATION_HEAD.unpack_from(message)[0]
+        self._layouts[relation] = _Layout(itemgetter(*places), names.index(OPTIONAL_COLUMN))
+        self.outbox = relation, len(names), places
 
     def read(self, message: bytes) -> OutboxEvent | None:
         """An Insert message; None if it is not of the outbox."""

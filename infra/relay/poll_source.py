@@ -33,7 +33,7 @@ from infra.relay.progress import (
 )
 from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
-from infra.relay.source import Desk, Room, Take
+from infra.relay.source import Desk, Intake
 from infra.relay.stream import CONNECTION, with_settings
 
 log = structlog.get_logger(__name__)
@@ -164,20 +164,20 @@ class PollSource:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    async def read(self, take: Take, room: Room) -> bool:
+    async def read(self, intake: Intake) -> bool:
         if not self._left and (self._is_woken or self._rest is not None):
             await self._fetch()
-        self._hand_over(take, room)
+        self._hand_over(intake)
         return bool(self._left) or self._is_woken or self._rest is not None
 
-    def _hand_over(self, take: Take, room: Room) -> None:
+    def _hand_over(self, intake: Intake) -> None:
         events: list[OutboxEvent] = []
-        size = 0
+        size, room = 0, intake.room
         while self._left and len(events) < room.events and size < room.size:
             events.append(event := event_of(self._left.popleft()))
             size += len(event.payload)
         if events:
-            take(events, self._steps[-1].group)
+            intake.publish(events, self._steps[-1].group)
 
     async def _fetch(self) -> None:
         self._is_woken = False

@@ -26,6 +26,7 @@ from infra.relay.errors import KafkaAway, TopicMissing
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
+from infra.relay.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
 log = structlog.get_logger(__name__)
@@ -40,9 +41,6 @@ REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
 
 
-_Pending = tuple[OutboxEvent, Group]
-
-
 class Diverted(NamedTuple):
     """An event that is not for Kafka now: refused for `reason`, or, without one, waiting behind one that is."""
 
@@ -52,26 +50,23 @@ class Diverted(NamedTuple):
 
 
 class _Lane:
-    """One partition: what waits, and what is on its way."""
+    """One partition: batches that wait, the last one still open, and the one on its way."""
 
-    __slots__ = (
-        "batch_bytes_max",
-        "in_flight",
-        "is_producer_spent",
-        "number",
-        "pending",
-        "producer",
-        "sent_at",
-    )
+    __slots__ = ("batch_bytes_max", "in_flight", "is_producer_spent", "number", "pending", "producer", "sent_at")
 
     def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
         self.number = number
         self.producer = producer
         self.is_producer_spent = False
         self.batch_bytes_max = BATCH_BYTES_MAX
-        self.pending: deque[_Pending] = deque()
-        self.in_flight: list[_Pending] = []
+        self.pending: deque[RecordBatch] = deque()
+        self.in_flight: RecordBatch | None = None
         self.sent_at = 0.0
+
+    def unpack(self) -> list[tuple[OutboxEvent, Group]]:
+        """Take out all that waits, as events."""
+        pending, self.pending = self.pending, deque()
+        return [each for batch in pending for each in batch.unpack()]
 
 
 class Publisher:
@@ -85,13 +80,16 @@ class Publisher:
     ) -> None:
         self.unacknowledged = 0
         self.unacknowledged_bytes = 0
+        self.payload_max = config.message_bytes_max
         self.blocked: set[bytes] = set()
         """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
         self._diverted: list[Diverted] = []
         self._config = config
         self._producers = {producer}
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
-        self._due: set[_Lane] = set()
+        self._new_records = records_class(is_native=config.is_native)
+        self._open: list[Records | None] = [None] * partitions
+        """What each lane's last batch is encoded by, while it may be appended to."""
         self._on_progress = on_progress
         self._error: BaseException | None = None
         self._progress_at = time.monotonic()
@@ -105,7 +103,7 @@ class Publisher:
             KafkaError: the brokers cannot be reached.
             TopicMissing: the topic does not exist.
         """
-        producer = await _start_producer(config, BATCH_BYTES_MAX)
+        producer = await _start_producer(config)
         try:
             partitions = await _count_partitions(producer, config.topic)
         except BaseException:
@@ -128,21 +126,49 @@ class Publisher:
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
+        group.missing += len(events)
+        self.note(len(events), sum(len(event.payload) for event in events))
+        blocked = self.blocked
+        for event in events:
+            if event.aggregateid in blocked:
+                self._diverted.append(Diverted(event, group, None))
+            else:
+                self._add(event, group)
+
+    def _add(self, event: OutboxEvent, group: Group) -> None:
+        """To the end of its partition's lane; an event that is too large waits for its turn there, too."""
+        number = partition_of(event.aggregateid, len(self._lanes))
+        if len(event.payload) > self.payload_max:
+            self._open_batch(number).hold(event, group)
+            return
+        records = self._open[number]
+        if records is None or not records.append(event, group):
+            self.renew(number).append(event, group)
+
+    def renew(self, number: int) -> Records:
+        """Begin another batch of this partition."""
+        return self._open_batch(number).records
+
+    def _open_batch(self, number: int) -> RecordBatch:
+        lane = self._lanes[number]
+        batch = RecordBatch(self._new_records(min(lane.batch_bytes_max, self.payload_max)))
+        lane.pending.append(batch)
+        self._open[number] = batch.records
+        return batch
+
+    @property
+    def open_records(self) -> list[Records | None] | None:
+        """For who encodes events by itself: each partition's, None where `renew` gives some.
+
+        None at all while events of some payments are not for Kafka.
+        """
+        return None if self.blocked else self._open
+
+    def note(self, events: int, size: int) -> None:
+        """So many were encoded, which their groups have counted."""
         if not self.unacknowledged:
             self._progress_at = time.monotonic()
-        group.missing += len(events)
-        self.unacknowledged += len(events)
-        lanes, partitions, blocked, size = self._lanes, len(self._lanes), self.blocked, 0
-        for event in events:
-            key = event.aggregateid
-            size += len(event.payload)
-            if key in blocked:
-                self._diverted.append(Diverted(event, group, None))
-                continue
-            lane = lanes[partition_of(key, partitions)]
-            if not (lane.pending or lane.in_flight):
-                self._due.add(lane)
-            lane.pending.append((event, group))
+        self.unacknowledged += events
         self.unacknowledged_bytes += size
 
     async def flush(self) -> None:
@@ -152,10 +178,10 @@ class Publisher:
             KafkaAway: events could not be published; the session must end.
         """
         self.check()
-        while self._due:
+        while lane := next((each for each in self._lanes if each.pending and each.in_flight is None), None):
             try:
                 async with asyncio.timeout(SEND_SECONDS):
-                    await self._send(self._due.pop())
+                    await self._send(lane)
             except TimeoutError as error:
                 raise KafkaAway("the producer takes no batch") from error
             self.check()
@@ -197,10 +223,12 @@ class Publisher:
     async def _send(self, lane: _Lane) -> None:
         if lane.is_producer_spent:
             await self._renew_producer(lane)
-        batch = self._gather(lane, lane.producer)
-        if not lane.in_flight:
-            self._refuse(lane, f"above our own limit of {self._config.message_bytes_max} bytes")
+        if lane.pending[0].held is not None:
+            self._refuse(lane, f"above our own limit of {self.payload_max} bytes")
             return
+        lane.in_flight = batch = lane.pending.popleft()
+        if not lane.pending:
+            self._open[lane.number] = None
         lane.sent_at = time.monotonic()
         try:
             sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
@@ -210,64 +238,44 @@ class Publisher:
 
     async def _renew_producer(self, lane: _Lane) -> None:
         spent = lane.producer
-        lane.producer = await _start_producer(self._config, lane.batch_bytes_max)
+        lane.producer = await _start_producer(self._config)
         lane.is_producer_spent = False
         self._producers.add(lane.producer)
         if all(each.producer is not spent for each in self._lanes):
             self._producers.remove(spent)
             await _abandon(spent)
 
-    def _gather(self, lane: _Lane, producer: AIOKafkaProducer) -> Any:
-        """Move events from waiting to on their way; none if the first is larger than we send."""
-        batch = producer.create_batch()
-        pending, in_flight, size_max = lane.pending, lane.in_flight, self._config.message_bytes_max
-        now_ms = int(time.time() * 1000)
-        while pending:
-            event, _ = pending[0]
-            if len(event.payload) > size_max:
-                break
-            # None: the batch is full. The first event always fits; whether the broker takes it is its own decision.
-            added = batch.append(
-                timestamp=now_ms, key=event.aggregateid, value=event.payload, headers=headers_of(event)
-            )
-            if added is None:
-                break
-            in_flight.append(pending.popleft())
-        return batch
-
     def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:
             return
         error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
-        batch, lane.in_flight = lane.in_flight, []
+        batch, lane.in_flight = lane.in_flight, None
+        assert batch is not None, "of each lane one batch is on its way"
         if error is None:
-            self._acknowledge(lane, batch)
+            self._acknowledge(batch)
         else:
-            lane.pending.extendleft(reversed(batch))
+            lane.pending.appendleft(batch)
             if isinstance(error, REFUSALS):
                 self._refused(lane, batch, error)
             else:
                 # Nothing may overtake what was not sent: the session ends here.
                 self._error = error
-        if lane.pending:
-            self._due.add(lane)
         self._on_progress()
 
-    def _acknowledge(self, lane: _Lane, batch: list[_Pending]) -> None:
+    def _acknowledge(self, batch: RecordBatch) -> None:
         """These are on the topic for good."""
-        self._settle(batch)
-        metrics.EVENTS.inc(len(batch))
+        batch.settle()
+        self._settled(batch.record_count(), batch.payload_bytes)
+        metrics.EVENTS.inc(batch.record_count())
 
-    def acknowledge_diverted(self, diverted: Iterable[Diverted]) -> None:
+    def acknowledge_diverted(self, diverted: Sequence[Diverted]) -> None:
         """These are in quarantine for good."""
-        self._settle([(event, group) for event, group, _ in diverted])
-
-    def _settle(self, batch: list[_Pending]) -> None:
-        size = 0
-        for event, group in batch:
+        for _, group, _ in diverted:
             group.missing -= 1
-            size += len(event.payload)
-        self.unacknowledged -= len(batch)
+        self._settled(len(diverted), sum(len(each.event.payload) for each in diverted))
+
+    def _settled(self, count: int, size: int) -> None:
+        self.unacknowledged -= count
         self.unacknowledged_bytes -= size
         self._progress_at = time.monotonic()
 
@@ -276,24 +284,33 @@ class Publisher:
         diverted, self._diverted = self._diverted, []
         return diverted
 
-    def _refused(self, lane: _Lane, batch: list[_Pending], error: BaseException) -> None:
+    def _refused(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
         """Try smaller batches, down to the one event that is refused."""
         # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
         lane.is_producer_spent = True
-        if len(batch) > 1 and isinstance(error, TOO_LARGE):
-            lane.batch_bytes_max = min(lane.batch_bytes_max, sum(len(event.payload) for event, _ in batch)) // 2
+        if batch.record_count() > 1 and isinstance(error, TOO_LARGE):
+            lane.batch_bytes_max = min(lane.batch_bytes_max, batch.payload_bytes) // 2
+            self._put_back(self._take_out(lane))
         else:
             # What made batches too large may be the event that goes now.
             lane.batch_bytes_max = BATCH_BYTES_MAX
             self._refuse(lane, f"{type(error).__name__}: {error}")
 
+    def _take_out(self, lane: _Lane) -> list[tuple[OutboxEvent, Group]]:
+        self._open[lane.number] = None
+        return lane.unpack()
+
+    def _put_back(self, waiting: Iterable[tuple[OutboxEvent, Group]]) -> None:
+        for event, group in waiting:
+            self._add(event, group)
+
     def _refuse(self, lane: _Lane, reason: str) -> None:
         """Divert the first event of this lane, and those of its payment that wait behind it; the others go on."""
-        event, group = lane.pending[0]
+        (event, group), *waiting = self._take_out(lane)
         self.blocked.add(key := event.aggregateid)
-        _, *waiting = [each for each in lane.pending if each[0].aggregateid == key]
-        lane.pending = deque(each for each in lane.pending if each[0].aggregateid != key)
-        self._diverted += [Diverted(event, group, reason), *(Diverted(*each, None) for each in waiting)]
+        self._diverted.append(Diverted(event, group, reason))
+        self._diverted += [Diverted(*each, None) for each in waiting if each[0].aggregateid == key]
+        self._put_back([each for each in waiting if each[0].aggregateid != key])
         metrics.REFUSED.inc()
         log.error(
             "Kafka refuses an outbox event; its payment goes to quarantine",
@@ -304,19 +321,15 @@ class Publisher:
             partition=lane.number,
             error=reason,
         )
-        if lane.pending:
-            self._due.add(lane)
         self._on_progress()
 
 
-async def _start_producer(config: RelayConfig, batch_bytes_max: int) -> AIOKafkaProducer:
+async def _start_producer(config: RelayConfig) -> AIOKafkaProducer:
     """A started producer whose retries neither reorder nor repeat; it never gives up a batch by itself."""
     producer = AIOKafkaProducer(
         bootstrap_servers=config.kafka_bootstrap,
         acks="all",
         enable_idempotence=True,
-        max_batch_size=batch_bytes_max,
-        max_request_size=2 * config.message_bytes_max,
         request_timeout_ms=15_000,
     )
     try:
@@ -347,18 +360,3 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
         if sending is not None and not sending.done():
             await asyncio.wait([sending], timeout=1)
             sending.cancel()
-
-
-def headers_of(event: OutboxEvent) -> list[tuple[str, bytes | None]]:
-    """The headers in the order that Debezium's outbox event router gives them (docs/decisions/0002-relay.md)."""
-    event_id, _, event_type, _, payment_seq, source, specversion, occurred_at, traceparent = event
-    return [
-        ("id", event_id),
-        ("ce_id", event_id),
-        ("ce_type", event_type),
-        ("ce_source", source),
-        ("ce_time", occurred_at),
-        ("ce_specversion", specversion),
-        ("payment_seq", payment_seq),
-        ("traceparent", traceparent),
-    ]

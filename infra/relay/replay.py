@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaProducer
 from infra.relay.config import RelayConfig
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
-from infra.relay.publisher import headers_of
+from infra.relay.records import headers_of
 from infra.relay.scan import COLUMNS, event_of
 from infra.relay.stream import CONNECTION
 

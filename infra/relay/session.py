@@ -170,7 +170,7 @@ class Session:
         publisher = self._publisher
         while not self._stop.is_set():
             self._wake.clear()
-            is_more = not publisher.is_full and await self._source.read(publisher.publish, publisher.room)
+            is_more = not publisher.is_full and await self._source.read(publisher)
             await self._flush()
             await self._keep_up()
             if is_more and not publisher.is_full:

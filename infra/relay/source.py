@@ -5,9 +5,7 @@ from typing import NamedTuple, Protocol
 
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
-
-Take = Callable[[Sequence[OutboxEvent], Group], None]
-"""Takes events over, and counts them in their group until they are acknowledged."""
+from infra.relay.records import Records
 
 
 class Room(NamedTuple):
@@ -15,6 +13,38 @@ class Room(NamedTuple):
 
     events: int
     size: int
+
+
+class Intake(Protocol):
+    """Who takes events over while a source streams, and counts them in their groups until they are acknowledged."""
+
+    payload_max: int
+    """The bytes of a payload above which an event is not for Kafka."""
+
+    @property
+    def room(self) -> Room:
+        """How much may be handed over now."""
+        ...
+
+    def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
+        """Take over some events of one group."""
+        ...
+
+    @property
+    def open_records(self) -> list[Records | None] | None:
+        """For a source that encodes events by itself: each partition's, None where `renew` gives some.
+
+        None at all while it must not.
+        """
+        ...
+
+    def renew(self, number: int) -> Records:
+        """Other records for a partition whose are full."""
+        ...
+
+    def note(self, events: int, size: int) -> None:
+        """So many events, with so many bytes of payload, were encoded, and counted in their groups."""
+        ...
 
 
 class Desk(NamedTuple):
@@ -35,8 +65,8 @@ class Source(Protocol):
         """
         ...
 
-    async def read(self, take: Take, room: Room) -> bool:
-        """Hand over what has arrived, up to a portion that `room` is there for; whether there may be more."""
+    async def read(self, intake: Intake) -> bool:
+        """Hand over what has arrived, up to a portion that there is room for; whether there may be more."""
         ...
 
     def watch(self, on_ready: Callable[[], None]) -> None:

@@ -13,7 +13,12 @@ from typing import Any, Self
 import psycopg
 from psycopg import errors, generators, pq
 
+from infra.relay.compiled import IS_COMPILED
 from infra.relay.errors import PostgresAway, SlotBusy, SlotMissing
+from infra.relay.prefix import Group
+
+if IS_COMPILED:
+    from infra.relay.native import LogReader
 
 _XLOG_DATA = Struct(">cqqq")
 _KEEPALIVE = Struct(">cqqB")
@@ -152,6 +157,15 @@ class ReplicationStream:
                 # libpq buffers some 16 KB: going back to the event loop for each would make small Kafka batches.
                 self._read_socket()
                 was_read = True
+
+    def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader | None":
+        """What takes the messages in C, from where `receive` has come to; None if it was not compiled.
+
+        `begin` makes a transaction's group, and `taken` gets its id.
+        """
+        if not IS_COMPILED:
+            return None
+        return LogReader(self._pgconn.get_copy_data, self._read_socket, self._note_keepalive, begin, taken)
 
     def _note_keepalive(self, data: memoryview) -> None:
         _, wal_end, _, reply = _KEEPALIVE.unpack_from(data)

@@ -3,9 +3,10 @@
 A slot knows only what was committed after it was created, so what was committed before is read from the table first.
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 import structlog
@@ -22,6 +23,7 @@ from infra.relay.gaps import (
     SLOT_MISSING,
     gap_of,
 )
+from infra.relay.gulps import Gulps
 from infra.relay.pgoutput import (
     BEGIN,
     COMMIT,
@@ -47,15 +49,19 @@ from infra.relay.progress import (
     trust_mark,
     withdraw_adopt,
 )
+from infra.relay.records import Records
 from infra.relay.scan import scan
 from infra.relay.snapshot import NOTHING, Snapshot
-from infra.relay.source import Desk, Room, Take
+from infra.relay.source import Desk, Intake
 from infra.relay.stream import ReplicationStream
+
+if TYPE_CHECKING:
+    from infra.relay.native import LogReader
 
 log = structlog.get_logger(__name__)
 
 PORTION: Final = 1000
-"""Messages of the log that are taken in one go, before the loop turns to Kafka."""
+"""Events of the log that are taken in one go, before the loop turns to Kafka."""
 IDLE_BYTES: Final = 1024 * 1024
 """How far the slot may stay behind a log in which nothing is ours: writing the position down is itself log."""
 
@@ -90,11 +96,15 @@ class WalSource:
         self._stream: ReplicationStream
         self._prefix = Prefix()
         self._rows = RowReader()
+        self._log: LogReader | None = None
+        """What reads the stream in C, if it was compiled."""
         self._group = Group()
         self._saved = 0
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
         self._has_news = False
+        self._gulps = Gulps()
+        self._next_gulp: asyncio.TimerHandle | None = None
         self._taken: list[int] = []
         """Transactions that no proof sees yet: the log has a commit before snapshots do."""
         self._publication: str | None = None
@@ -108,6 +118,8 @@ class WalSource:
         _, self._publication = await self._ask_publication()
         await self._prepare(desk, system, mark)
         await self._stream.start(self._config.slot, self._config.publication)
+        if self._config.is_native:
+            self._log = self._stream.log_reader(self._prefix.begin, self._taken)
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
@@ -183,10 +195,41 @@ class WalSource:
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    async def read(self, take: Take, room: Room) -> bool:
-        receive, read = self._stream.receive, self._rows.read
+    async def read(self, intake: Intake) -> bool:
+        if self._gulps.rest_seconds:
+            return False
+        if self._log is not None and intake.open_records is not None:
+            count, is_all = self._encode(self._log, intake, intake.open_records)
+        else:
+            count, is_all = self._hand_over(intake)
+        self._gulps.note(count, is_all=is_all)
+        return not is_all
+
+    def _encode(self, log: "LogReader", intake: Intake, records: list[Records | None]) -> tuple[int, bool]:
+        """In C, what can be; how many events, and whether that was all."""
+        room = intake.room
+        log.group = self._group
+        count, size, is_all, message = log.read(
+            min(PORTION, room.events), room.size, intake.payload_max, records, intake.renew
+        )
+        self._group, self._has_news, log.has_commit = log.group, self._has_news or log.has_commit, False
+        intake.note(count, size)
+        if message is not None:
+            self._take_any(message or self._stream.receive(), intake)
+        return count, is_all
+
+    def _take_any(self, message: bytes | None, intake: Intake) -> None:
+        if message is None:
+            return
+        if message[0] != INSERT:
+            self._take(message)
+        elif (event := self._rows.read(message)) is not None:
+            intake.publish([event], self._group)
+
+    def _hand_over(self, intake: Intake) -> tuple[int, bool]:
+        receive, read, room = self._stream.receive, self._rows.read, intake.room
         events: list[OutboxEvent] = []
-        message, size = None, 0
+        message, count, size = None, 0, 0
         for _ in range(min(PORTION, room.events)):
             message = receive()
             if message is None:
@@ -196,14 +239,15 @@ class WalSource:
                 if event is None:
                     continue
                 events.append(event)
+                count += 1
                 size += len(event.payload)
                 if size >= room.size:
                     break
             else:
-                events = _hand_over(events, self._group, take)
+                events = _publish(events, self._group, intake)
                 self._take(message)
-        _hand_over(events, self._group, take)
-        return message is not None
+        _publish(events, self._group, intake)
+        return count, message is None
 
     def _take(self, message: bytes) -> None:
         match message[0]:
@@ -216,13 +260,27 @@ class WalSource:
                 self._has_news = True
             case kind if kind == RELATION:
                 self._rows.learn(message)
+                if self._log is not None:
+                    self._log.learn(*self._rows.outbox)
             case kind:
                 log.warning("unexpected message in the log stream", kind=chr(kind))
 
     def watch(self, on_ready: Callable[[], None]) -> None:
-        self._stream.watch(on_ready)
+        rest = self._gulps.rest_seconds
+        if not rest:
+            self._stream.watch(on_ready)
+        elif self._next_gulp is None:
+            self._stream.unwatch()
+            self._next_gulp = asyncio.get_running_loop().call_later(rest, self._end_rest, on_ready)
+
+    def _end_rest(self, on_ready: Callable[[], None]) -> None:
+        self._next_gulp = None
+        on_ready()
 
     def unwatch(self) -> None:
+        if self._next_gulp is not None:
+            self._next_gulp.cancel()
+            self._next_gulp = None
         self._stream.unwatch()
 
     # --- how far --------------------------------------------------------------------------------------------------
@@ -262,7 +320,7 @@ class WalSource:
             position, snapshot = await ended_by_now(self._leader)
             self._proofs.append((position, snapshot))
             # Long before, if it waits for a synchronous standby.
-            self._taken = snapshot.unseen(self._taken)
+            self._taken[:] = snapshot.unseen(self._taken)
         self._has_news = bool(self._taken) or not self._prefix.is_empty
         while self._proofs and self._proofs[0][0] <= lsn:
             _, self._published = self._proofs.popleft()
@@ -283,13 +341,14 @@ class WalSource:
 
     async def close(self) -> None:
         if hasattr(self, "_stream"):
+            self.unwatch()
             await self._stream.close()
 
 
-def _hand_over(events: list[OutboxEvent], group: Group, take: Take) -> list[OutboxEvent]:
+def _publish(events: list[OutboxEvent], group: Group, intake: Intake) -> list[OutboxEvent]:
     """Give a transaction's events on, together; a new list for the next ones."""
     if events:
-        take(events, group)
+        intake.publish(events, group)
         return []
     return events
 

@@ -19,7 +19,8 @@ from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
-from infra.relay.publisher import Publisher, headers_of
+from infra.relay.publisher import Publisher
+from infra.relay.records import RecordBatch, headers_of
 from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
@@ -101,32 +102,15 @@ class FakeProducer:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
-        self.batch_bytes_max = publisher.BATCH_BYTES_MAX
 
-    def create_batch(self) -> "FakeBatch":
-        return FakeBatch(self.batch_bytes_max)
-
-    async def send_batch(self, batch: "FakeBatch", topic: str, *, partition: int) -> asyncio.Future[None]:
+    async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.sent.append((partition, list(batch.values), answer))
+        self.sent.append((partition, [event.payload for event, _ in batch.unpack()], answer))
         return answer
 
     @property
     def values(self) -> list[list[bytes]]:
         return [values for _, values, _ in self.sent]
-
-
-class FakeBatch:
-    def __init__(self, bytes_max: int) -> None:
-        self.values: list[bytes] = []
-        self.bytes_max = bytes_max
-
-    def append(self, *, value: bytes, **_: Any) -> object | None:
-        """As aiokafka's: the first one always fits."""
-        if self.values and sum(map(len, self.values)) + len(value) > self.bytes_max:
-            return None
-        self.values.append(value)
-        return object()
 
 
 class TestPublisher:
@@ -180,11 +164,8 @@ class TestPublisher:
 
     async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They were made smaller to find it."""
-        sizes = []
 
-        async def start_producer(_: RelayConfig, batch_bytes_max: int) -> FakeProducer:
-            sizes.append(batch_bytes_max)
-            self.producer.batch_bytes_max = batch_bytes_max
+        async def start_producer(_: RelayConfig) -> FakeProducer:
             return self.producer
 
         monkeypatch.setattr(publisher, "_start_producer", start_producer)
@@ -196,9 +177,9 @@ class TestPublisher:
             await self.publisher.flush()
             await self.answer(sent, MessageSizeTooLargeError())
         self.publisher.blocked.clear()
-        await self.publish(b"4")
-        assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4"]]
-        assert sizes == [1, publisher.BATCH_BYTES_MAX]
+        self.publisher.publish([EVENT._replace(payload=value) for value in (b"4", b"5")], Group())
+        await self.publisher.flush()
+        assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4", b"5"]]
 
     async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(
         self, monkeypatch: pytest.MonkeyPatch

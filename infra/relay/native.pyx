@@ -1,0 +1,303 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The relay's inner loop in C: from messages of the log to Kafka's records, without an object for each event.
+
+It knows the common case only, and hands whatever else comes to the Python that does the same: `records.py` has its
+`Records`, `wal_source.py` its `LogReader`. Where no C compiler was found the Python does it all, at half the speed.
+Formats: https://kafka.apache.org/documentation/#recordbatch,
+https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.html
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+
+cdef enum:
+    ID, KEY, TYPE, PAYLOAD, SEQ, SOURCE, VERSION, TIME, TRACE
+    FIELDS
+    COLUMNS_MAX = 32
+    HEADERS = 8
+    HEAD = 61
+    FIRST_BYTES = 4096
+    VARINT_MAX = 10
+    LOG_DATA = 119     # w
+    KEEPALIVE = 107    # k
+    LOG_DATA_HEAD = 25
+    INSERT_HEAD = 8
+    TEXT = 116         # t
+
+# A header's name with its length before it, and the field that is its value.
+cdef const char* NAMES[HEADERS]
+cdef int NAME_SIZES[HEADERS]
+cdef int VALUES[HEADERS]
+NAMES[:] = [b"\x04id", b"\x0ace_id", b"\x0ece_type", b"\x12ce_source", b"\x0ece_time", b"\x1cce_specversion",
+            b"\x16payment_seq", b"\x16traceparent"]
+NAME_SIZES[:] = [3, 6, 8, 10, 8, 15, 12, 12]
+VALUES[:] = [ID, ID, TYPE, SOURCE, TIME, VERSION, SEQ, TRACE]
+
+
+cdef inline uint8_t* put_varint(uint8_t* at, int64_t value) noexcept nogil:
+    cdef uint64_t rest = (<uint64_t>value << 1) ^ <uint64_t>(value >> 63)
+    while rest >= 0x80:
+        at[0] = <uint8_t>(rest | 0x80)
+        at += 1
+        rest >>= 7
+    at[0] = <uint8_t>rest
+    return at + 1
+
+
+cdef inline int varint_size(int64_t value) noexcept nogil:
+    cdef uint64_t rest = (<uint64_t>value << 1) ^ <uint64_t>(value >> 63)
+    cdef int size = 1
+    while rest >= 0x80:
+        size += 1
+        rest >>= 7
+    return size
+
+
+cdef inline uint8_t* put(uint8_t* at, const uint8_t* data, Py_ssize_t size) noexcept nogil:
+    """A length and so many bytes; a length of -1 is null."""
+    at = put_varint(at, size)
+    if size > 0:
+        memcpy(at, data, size)
+        at += size
+    return at
+
+
+cdef inline Py_ssize_t room_for(Py_ssize_t size) noexcept nogil:
+    return varint_size(size) + (size if size > 0 else 0)
+
+
+cdef inline uint32_t big_endian(const uint8_t* at) noexcept nogil:
+    return (<uint32_t>at[0] << 24) | (<uint32_t>at[1] << 16) | (<uint32_t>at[2] << 8) | at[3]
+
+
+cdef inline uint64_t big_endian_long(const uint8_t* at) noexcept nogil:
+    return (<uint64_t>big_endian(at) << 32) | big_endian(at + 4)
+
+
+cdef uint32_t murmur2(const uint8_t* data, Py_ssize_t size) noexcept nogil:
+    """As `partitions.py` has it."""
+    cdef uint32_t factor = 0x5BD1E995U, value = 0x9747B28CU ^ <uint32_t>size, word
+    cdef Py_ssize_t at = 0
+    while size - at >= 4:
+        word = data[at] | (<uint32_t>data[at + 1] << 8) | (<uint32_t>data[at + 2] << 16) | (<uint32_t>data[at + 3] << 24)
+        word *= factor
+        word ^= word >> 24
+        value = value * factor ^ word * factor
+        at += 4
+    if size > at:
+        word = 0
+        while size > at:
+            size -= 1
+            word = word << 8 | data[size]
+        value = (value ^ word) * factor
+    value = (value ^ value >> 13) * factor
+    return value ^ value >> 15
+
+
+cdef class Records:
+    """Records of one batch behind the place for its head, and whose they are; see `plain.Records`."""
+
+    cdef readonly bytearray buffer
+    cdef readonly int count
+    cdef readonly Py_ssize_t payload_bytes
+    cdef readonly list groups
+    cdef list _counts
+    cdef object _last
+    cdef int _last_count
+    cdef Py_ssize_t _bytes_max, _end, _capacity
+
+    def __init__(self, Py_ssize_t bytes_max):
+        self._bytes_max = bytes_max
+        self._end = HEAD
+        self._capacity = FIRST_BYTES
+        self.buffer = bytearray(FIRST_BYTES)
+        self.groups, self._counts = [], []
+
+    @property
+    def counts(self):
+        return [*self._counts, self._last_count] if self.groups else []
+
+    def append(self, event, group):
+        cdef const uint8_t* data[FIELDS]
+        cdef Py_ssize_t size[FIELDS]
+        cdef int field
+        if not isinstance(event, tuple) or len(event) != FIELDS:
+            raise TypeError("an event is a tuple of nine fields")
+        for field in range(FIELDS):
+            value = (<tuple>event)[field]
+            if value is None:
+                data[field], size[field] = NULL, -1
+            else:
+                data[field], size[field] = <const uint8_t*>PyBytes_AS_STRING(<bytes?>value), PyBytes_GET_SIZE(value)
+        return self.add(data, size, group)
+
+    cdef bint add(self, const uint8_t** data, Py_ssize_t* size, object group) except -1:
+        cdef Py_ssize_t body = 2 + varint_size(self.count) + room_for(size[KEY]) + room_for(size[PAYLOAD]) + 1
+        cdef int header
+        cdef uint8_t* at
+        for header in range(HEADERS):
+            body += NAME_SIZES[header] + room_for(size[VALUES[header]])
+        if self.count and self._end + varint_size(body) + body > self._bytes_max:
+            return False
+        self.grow(self._end + VARINT_MAX + body)
+        at = <uint8_t*>PyByteArray_AS_STRING(self.buffer) + self._end
+        at = put_varint(at, body)
+        at[0] = at[1] = 0  # No attributes; written in the same millisecond as the batch.
+        at = put_varint(at + 2, self.count)
+        at = put(at, data[KEY], size[KEY])
+        at = put(at, data[PAYLOAD], size[PAYLOAD])
+        at = put_varint(at, HEADERS)
+        for header in range(HEADERS):
+            memcpy(at, NAMES[header], NAME_SIZES[header])
+            at = put(at + NAME_SIZES[header], data[VALUES[header]], size[VALUES[header]])
+        self._end = at - <uint8_t*>PyByteArray_AS_STRING(self.buffer)
+        self.count += 1
+        self.payload_bytes += size[PAYLOAD]
+        self.note(group)
+        return True
+
+    cdef int grow(self, Py_ssize_t size) except -1:
+        if size > self._capacity:
+            self._capacity = max(size, min(4 * self._capacity, max(self._bytes_max, self._capacity)))
+            PyByteArray_Resize(self.buffer, self._capacity)
+        return 0
+
+    cdef int note(self, object group) except -1:
+        if group is not self._last:
+            if self.groups:
+                self._counts.append(self._last_count)
+            self.groups.append(group)
+            self._last, self._last_count = group, 0
+        self._last_count += 1
+        return 0
+
+    def seal(self):
+        """Cut the buffer to what is in it; nothing can be appended any more."""
+        self._bytes_max = 0
+        if self._capacity != self._end:
+            self._capacity = self._end
+            PyByteArray_Resize(self.buffer, self._end)
+        return self.buffer
+
+
+cdef class LogReader:
+    """Reads the log's messages straight into the records of their partitions."""
+
+    cdef object _get, _read_socket, _note_keepalive, _begin
+    cdef list _taken
+    cdef uint32_t _relation
+    cdef int _columns
+    cdef int _places[FIELDS]
+    cdef public object group
+    """The transaction that the next events are of."""
+    cdef public bint has_commit
+    """Whether one has ended since this was set to False."""
+
+    def __init__(self, get, read_socket, note_keepalive, begin, list taken):
+        self._get, self._read_socket, self._note_keepalive = get, read_socket, note_keepalive
+        self._begin, self._taken = begin, taken
+        self._columns = 0
+
+    def learn(self, uint32_t relation, int columns, places):
+        """Where the outbox, which is this relation, has the fields of an event."""
+        cdef int field
+        self._relation, self._columns = relation, columns if columns <= COLUMNS_MAX else 0
+        for field in range(FIELDS):
+            self._places[field] = places[field]
+
+    def read(self, int events_max, Py_ssize_t bytes_max, Py_ssize_t payload_max, list records, renew):
+        """Read until there is nothing, so many events or bytes were read, or a message that is for Python.
+
+        Returns the number of events, the bytes of their payloads, whether that was all, and the message. `records` has
+        the open ones of each partition; `renew` gives new ones for a partition whose are full.
+        """
+        cdef Py_buffer view
+        cdef const uint8_t* message
+        cdef int events = 0, kind, taken
+        cdef int missing = 0
+        cdef Py_ssize_t size, payload, length = 0
+        cdef bint was_read = False
+        cdef object group = self.group
+        try:
+            while events < events_max and length < bytes_max:
+                size, data = self._get(1)
+                if size <= 0:
+                    if size < 0:
+                        return events, length, False, b""
+                    if was_read:
+                        return events, length, True, None
+                    self._read_socket()
+                    was_read = True
+                    continue
+                PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+                try:
+                    message = <const uint8_t*>view.buf
+                    if message[0] != LOG_DATA or size <= LOG_DATA_HEAD:
+                        self._note_keepalive(data)
+                        continue
+                    was_read = False
+                    message += LOG_DATA_HEAD
+                    size -= LOG_DATA_HEAD
+                    kind = message[0]
+                    if kind == 73:  # I
+                        payload = self.insert(message, payload_max, records, renew, group)
+                        if payload < 0:
+                            return events, length, False, PyBytes_FromStringAndSize(<const char*>message, size)
+                        length += payload
+                        events += 1
+                        missing += 1
+                    elif kind == 66:  # B
+                        if missing:
+                            group.missing += missing
+                            missing = 0
+                        group = self.group = self._begin(<int64_t>big_endian_long(message + 9))
+                        self._taken.append(big_endian(message + 17))
+                    elif kind == 67:  # C
+                        group.end_lsn = <int64_t>big_endian_long(message + 10)
+                        self.has_commit = True
+                    else:
+                        return events, length, False, PyBytes_FromStringAndSize(<const char*>message, size)
+                finally:
+                    PyBuffer_Release(&view)
+            return events, length, False, None
+        finally:
+            if missing:
+                group.missing += missing
+
+    cdef Py_ssize_t insert(
+        self, const uint8_t* message, Py_ssize_t payload_max, list records, object renew, object group
+    ) except -2:
+        """The bytes of the payload; -1 if it is a row for Python."""
+        cdef const uint8_t* at[COLUMNS_MAX]
+        cdef Py_ssize_t length[COLUMNS_MAX]
+        cdef const uint8_t* data[FIELDS]
+        cdef Py_ssize_t size[FIELDS]
+        cdef int columns = message[6] << 8 | message[7], column, field
+        cdef Py_ssize_t partition
+        cdef Records open_
+        if columns != self._columns or big_endian(message + 1) != self._relation:
+            return -1
+        message += INSERT_HEAD
+        for column in range(columns):
+            if message[0] == TEXT:
+                length[column] = big_endian(message + 1)
+                at[column] = message + 5
+                message += 5 + length[column]
+            else:
+                length[column], at[column] = -1, NULL
+                message += 1
+        for field in range(FIELDS):
+            column = self._places[field]
+            data[field], size[field] = at[column], length[column]
+        if size[PAYLOAD] > payload_max:
+            return -1
+        partition = (murmur2(data[KEY], size[KEY]) & 0x7FFFFFFF) % len(records)
+        value = records[partition]
+        if value is None or not (<Records?>value).add(data, size, group):
+            value = renew(partition)
+            (<Records?>value).add(data, size, group)
+        return size[PAYLOAD]
