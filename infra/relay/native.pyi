@@ -16,8 +16,17 @@ class Records:
     def append(self, event: OutboxEvent, group: Group) -> bool: ...
     def seal(self) -> bytearray: ...
 
+def encode(
+    events: Sequence[OutboxEvent],
+    group: Group,
+    payload_max: int,
+    records: list[AnyRecords | None],
+    renew: Callable[[int], AnyRecords],
+) -> tuple[int, int]: ...
+
 class LogReader:
     group: Group
+    committed_at_us: int
     has_commit: bool
     def __init__(
         self,

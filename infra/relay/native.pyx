@@ -184,6 +184,34 @@ cdef class Records:
         return self.buffer
 
 
+def encode(list events, object group, Py_ssize_t payload_max, list records, renew):
+    """Put events into the records of their partitions, up to one that is too large: how many, and their payloads' bytes.
+
+    Their group counts them. `records` and `renew` are as for `LogReader.read`.
+    """
+    cdef int count = 0
+    cdef Py_ssize_t size = 0, payload
+    cdef bytes key
+    cdef Py_ssize_t partition
+    for event in events:
+        payload = PyBytes_GET_SIZE(<bytes?>(<tuple>event)[PAYLOAD])
+        if payload > payload_max:
+            break
+        key = <bytes?>(<tuple>event)[KEY]
+        partition = partition_of(<const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), len(records))
+        value = records[partition]
+        if value is None or not (<Records?>value).append(event, group):
+            (<Records?>renew(partition)).append(event, group)
+        count += 1
+        size += payload
+    group.missing += count
+    return count, size
+
+
+cdef inline Py_ssize_t partition_of(const uint8_t* key, Py_ssize_t size, Py_ssize_t partitions) noexcept nogil:
+    return (murmur2(key, size) & 0x7FFFFFFF) % partitions
+
+
 cdef class LogReader:
     """Reads the log's messages straight into the records of their partitions."""
 
@@ -193,7 +221,9 @@ cdef class LogReader:
     cdef int _columns
     cdef int _places[FIELDS]
     cdef public object group
-    """The transaction that the next events are of."""
+    """What counts the next events, unless it has ended."""
+    cdef public int64_t committed_at_us
+    """When the transaction that was begun last was committed."""
     cdef public bint has_commit
     """Whether one has ended since this was set to False."""
 
@@ -214,13 +244,16 @@ cdef class LogReader:
 
         Returns the number of events, the bytes of their payloads, whether that was all, and the message. `records` has
         the open ones of each partition; `renew` gives new ones for a partition whose are full.
+
+        Transactions that are read in one go share a group. What is read later gets another one, also the rest of a
+        transaction whose beginning shares one that has an end: who has an end may be forgotten any time.
         """
         cdef Py_buffer view
         cdef const uint8_t* message
         cdef int events = 0, kind, taken
         cdef int missing = 0
         cdef Py_ssize_t size, payload, length = 0
-        cdef bint was_read = False
+        cdef bint was_read = False, is_fresh = False
         cdef object group = self.group
         try:
             while events < events_max and length < bytes_max:
@@ -244,6 +277,8 @@ cdef class LogReader:
                     size -= LOG_DATA_HEAD
                     kind = message[0]
                     if kind == 73:  # I
+                        if not is_fresh and group.end_lsn is not None:
+                            group, is_fresh = self.begin(), True
                         payload = self.insert(message, payload_max, records, renew, group)
                         if payload < 0:
                             return events, length, False, PyBytes_FromStringAndSize(<const char*>message, size)
@@ -251,11 +286,13 @@ cdef class LogReader:
                         events += 1
                         missing += 1
                     elif kind == 66:  # B
-                        if missing:
-                            group.missing += missing
-                            missing = 0
-                        group = self.group = self._begin(<int64_t>big_endian_long(message + 9))
+                        self.committed_at_us = <int64_t>big_endian_long(message + 9)
                         self._taken.append(big_endian(message + 17))
+                        if not is_fresh:
+                            if missing:
+                                group.missing += missing
+                                missing = 0
+                            group, is_fresh = self.begin(), True
                     elif kind == 67:  # C
                         group.end_lsn = <int64_t>big_endian_long(message + 10)
                         self.has_commit = True
@@ -268,6 +305,10 @@ cdef class LogReader:
             if missing:
                 group.missing += missing
 
+    cdef object begin(self):
+        self.group = self._begin(self.committed_at_us)
+        return self.group
+
     cdef Py_ssize_t insert(
         self, const uint8_t* message, Py_ssize_t payload_max, list records, object renew, object group
     ) except -2:
@@ -278,7 +319,6 @@ cdef class LogReader:
         cdef Py_ssize_t size[FIELDS]
         cdef int columns = message[6] << 8 | message[7], column, field
         cdef Py_ssize_t partition
-        cdef Records open_
         if columns != self._columns or big_endian(message + 1) != self._relation:
             return -1
         message += INSERT_HEAD
@@ -295,7 +335,7 @@ cdef class LogReader:
             data[field], size[field] = at[column], length[column]
         if size[PAYLOAD] > payload_max:
             return -1
-        partition = (murmur2(data[KEY], size[KEY]) & 0x7FFFFFFF) % len(records)
+        partition = partition_of(data[KEY], size[KEY], len(records))
         value = records[partition]
         if value is None or not (<Records?>value).add(data, size, group):
             value = renew(partition)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import psycopg
 import structlog
+from psycopg.types.string import ByteaBinaryLoader
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
@@ -31,7 +32,7 @@ from infra.relay.progress import (
     start_mark,
     trust_mark,
 )
-from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of, rows_at_once
+from infra.relay.scan import COLUMNS, PORTION_BYTES, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Intake
 from infra.relay.stream import CONNECTION, with_settings
@@ -47,7 +48,7 @@ WINDOW: Final = """
      SELECT * FROM outbox WHERE xact = ANY(%(late)s::bigint[]))
 """
 """From `first` on those that had ended, and before it those that ended late."""
-_WRITTEN: Final = "(extract(epoch FROM o.created_at) * 1000000)::bigint"
+_WRITTEN: Final = "(date_part('epoch', o.created_at) * 1000000)::bigint"
 READ: Final = f"""
     SELECT o.position, o.size, {_WRITTEN}, {COLUMNS}
       FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
@@ -78,13 +79,15 @@ class _Step:
 
 
 async def connect_reader(url: str) -> psycopg.AsyncConnection:
-    """A connection whose plans walk the index, whatever the statistics say.
+    """A connection whose plans walk the index, whatever the statistics say; its binary cursors give texts as bytes.
 
     Of a table that has grown since they were made Postgres believes that a third of it is new, and would look through
     all of it for the first such row: 0.7 s at 2 million rows, for every transaction that is published.
     """
     settings = with_settings("-c enable_seqscan=off")
-    return await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
+    connection = await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
+    connection.adapters.register_loader("text", ByteaBinaryLoader)
+    return connection
 
 
 class PollSource:
@@ -101,7 +104,8 @@ class PollSource:
         self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
         self._rest: psycopg.AsyncServerCursor[Any] | None = None
-        self._left: deque[tuple[Any, ...]] = deque()
+        self._ahead: asyncio.Task[list[tuple[Any, ...]]] | None = None
+        self._left: list[OutboxEvent] = []
         self._steps: deque[_Step] = deque()
         self._at_once = PORTION
         self._proven, self._unproven_end = 0, 0
@@ -153,11 +157,11 @@ class PollSource:
     async def _publish_old(self, desk: Desk) -> None:
         """Rows from before there was an order to poll by."""
         count = 0
-        async with self._reader.transaction(), self._reader.cursor("old") as cursor:
+        async with self._reader.transaction(), self._reader.cursor("old", binary=True) as cursor:
             cursor.itersize = await rows_at_once(self._reader, LARGEST_OLD)
             await cursor.execute(OLD.encode())
             async for row in cursor:
-                await desk.publish(event_of(row))
+                await desk.publish(OutboxEvent._make(row))
                 count += 1
         await desk.drained()
         metrics.RESCANNED.inc(count)
@@ -171,12 +175,15 @@ class PollSource:
         return bool(self._left) or self._is_woken or self._rest is not None
 
     def _hand_over(self, intake: Intake) -> None:
-        events: list[OutboxEvent] = []
         size, room = 0, intake.room
-        while self._left and len(events) < room.events and size < room.size:
-            events.append(event := event_of(self._left.popleft()))
+        count = min(len(self._left), room.events)
+        for number, event in enumerate(self._left[:count], start=1):
             size += len(event.payload)
-        if events:
+            if size >= room.size:
+                count = number
+                break
+        if count > 0:
+            events, self._left = self._left[:count], self._left[count:]
             intake.publish(events, self._steps[-1].group)
 
     async def _fetch(self) -> None:
@@ -203,7 +210,7 @@ class PollSource:
         if rows:
             step.group.committed_at_us = rows[0][2] - _EPOCH_2000_US
         self._steps.append(step)
-        self._left.extend(row[3:] for row in rows)
+        self._left += [OutboxEvent._make(row[3:]) for row in rows]
         self._proven = self._begin.below
 
     async def _look(self) -> Snapshot:
@@ -213,11 +220,14 @@ class PollSource:
 
     async def _read_window(self, end: Snapshot) -> list[tuple[Any, ...]]:
         values = self._begin.until(end, self._position)
-        return await (await self._reader.execute(READ.encode(), values)).fetchall()
+        return await (await self._reader.execute(READ.encode(), values, binary=True)).fetchall()
 
     async def _read_rest(self, rest: "psycopg.AsyncServerCursor[Any]") -> list[tuple[Any, ...]]:
+        """The next portion; Postgres makes the one after it while this one is published."""
         self._is_rest_used = True
-        return await rest.fetchmany(self._at_once)
+        rows = await (self._ahead or rest.fetchmany(self._at_once))
+        self._ahead = asyncio.create_task(rest.fetchmany(self._at_once)) if len(rows) >= self._at_once else None
+        return rows
 
     async def _stay_in_window(self, end: Snapshot, position: int) -> None:
         """A large window is sorted once, and read on by a cursor."""
@@ -226,7 +236,7 @@ class PollSource:
             values = self._begin.until(end, position)
             await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             self._at_once = min(PORTION, await rows_at_once(self._reader, LARGEST, values))
-            self._rest = self._reader.cursor("rest")
+            self._rest = self._reader.cursor("rest", binary=True)
             await self._rest.execute(REST.encode(), values)
 
     async def _leave_window(self, end: Snapshot) -> None:
@@ -235,10 +245,17 @@ class PollSource:
 
     async def _close_rest(self) -> None:
         """The window may be sorted again: while Kafka takes nothing, an open cursor would keep VACUUM from its work."""
+        await self._forget_ahead()
         if self._rest is not None:
             await self._rest.close()
             await self._reader.execute("COMMIT")
         self._rest, self._at_once = None, PORTION
+
+    async def _forget_ahead(self) -> None:
+        """What nobody took is read again, from the position of what was taken."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            await ahead
 
     def _wake(self) -> None:
         self._is_woken = True
@@ -298,6 +315,9 @@ class PollSource:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._listening
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
         if self._rest is not None:
             with contextlib.suppress(psycopg.Error):
                 await self._rest.close()

@@ -7,14 +7,17 @@ TIDY_ABOVE = 10_000
 
 
 class Group:
-    """One transaction: how many of its events are not acknowledged, and, once its COMMIT was read, where it ends."""
+    """A transaction, or several in a row: how many of their events are not acknowledged, and where the last one ends.
+
+    Without `end_lsn` until the first COMMIT was read.
+    """
 
     __slots__ = ("committed_at_us", "end_lsn", "missing")
 
-    def __init__(self, committed_at_us: int = 0) -> None:
+    def __init__(self, committed_at_us: int = 0, end_lsn: int | None = None) -> None:
         self.committed_at_us = committed_at_us
         self.missing = 0
-        self.end_lsn: int | None = None
+        self.end_lsn = end_lsn
 
 
 class Prefix:

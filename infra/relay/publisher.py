@@ -21,6 +21,7 @@ from aiokafka.errors import (
 )
 
 from infra.relay import metrics
+from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway, TopicMissing
 from infra.relay.partitions import partition_of
@@ -28,6 +29,9 @@ from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
+
+if IS_COMPILED:
+    from infra.relay import native
 
 log = structlog.get_logger(__name__)
 
@@ -87,6 +91,7 @@ class Publisher:
         self._config = config
         self._producers = {producer}
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
+        self._is_native = config.is_native and IS_COMPILED
         self._new_records = records_class(is_native=config.is_native)
         self._open: list[Records | None] = [None] * partitions
         """What each lane's last batch is encoded by, while it may be appended to."""
@@ -126,11 +131,14 @@ class Publisher:
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
+        if self._is_native and not self.blocked:
+            count, size = native.encode(events, group, self.payload_max, self._open, self.renew)
+            self.note(count, size)
+            events = events[count:]
         group.missing += len(events)
         self.note(len(events), sum(len(event.payload) for event in events))
-        blocked = self.blocked
         for event in events:
-            if event.aggregateid in blocked:
+            if event.aggregateid in self.blocked:
                 self._diverted.append(Diverted(event, group, None))
             else:
                 self._add(event, group)

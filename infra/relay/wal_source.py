@@ -98,7 +98,9 @@ class WalSource:
         self._rows = RowReader()
         self._log: LogReader | None = None
         """What reads the stream in C, if it was compiled."""
-        self._group = Group()
+        self._group = Group(end_lsn=0)
+        """What counts the events that come, unless it has ended."""
+        self._committed_at_us = 0
         self._saved = 0
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
@@ -208,11 +210,12 @@ class WalSource:
     def _encode(self, log: "LogReader", intake: Intake, records: list[Records | None]) -> tuple[int, bool]:
         """In C, what can be; how many events, and whether that was all."""
         room = intake.room
-        log.group = self._group
+        log.group, log.committed_at_us = self._group, self._committed_at_us
         count, size, is_all, message = log.read(
             min(PORTION, room.events), room.size, intake.payload_max, records, intake.renew
         )
-        self._group, self._has_news, log.has_commit = log.group, self._has_news or log.has_commit, False
+        self._group, self._committed_at_us = log.group, log.committed_at_us
+        self._has_news, log.has_commit = self._has_news or log.has_commit, False
         intake.note(count, size)
         if message is not None:
             self._take_any(message or self._stream.receive(), intake)
@@ -224,7 +227,17 @@ class WalSource:
         if message[0] != INSERT:
             self._take(message)
         elif (event := self._rows.read(message)) is not None:
-            intake.publish([event], self._group)
+            self._publish([event], intake)
+
+    def _publish(self, events: list[OutboxEvent], intake: Intake) -> list[OutboxEvent]:
+        """Give a transaction's events on, together; a new list for the next ones."""
+        if not events:
+            return events
+        if self._group.end_lsn is not None:
+            # It has an end for an earlier transaction: who has one may be forgotten any time.
+            self._group = self._prefix.begin(self._committed_at_us)
+        intake.publish(events, self._group)
+        return []
 
     def _hand_over(self, intake: Intake) -> tuple[int, bool]:
         receive, read, room = self._stream.receive, self._rows.read, intake.room
@@ -244,16 +257,16 @@ class WalSource:
                 if size >= room.size:
                     break
             else:
-                events = _publish(events, self._group, intake)
+                events = self._publish(events, intake)
                 self._take(message)
-        _publish(events, self._group, intake)
+        self._publish(events, intake)
         return count, message is None
 
     def _take(self, message: bytes) -> None:
         match message[0]:
             case kind if kind == BEGIN:
-                committed_at_us, xid = read_begin(message)
-                self._group = self._prefix.begin(committed_at_us)
+                self._committed_at_us, xid = read_begin(message)
+                self._group = self._prefix.begin(self._committed_at_us)
                 self._taken.append(xid)
             case kind if kind == COMMIT:
                 self._group.end_lsn = read_commit(message)
@@ -343,14 +356,6 @@ class WalSource:
         if hasattr(self, "_stream"):
             self.unwatch()
             await self._stream.close()
-
-
-def _publish(events: list[OutboxEvent], group: Group, intake: Intake) -> list[OutboxEvent]:
-    """Give a transaction's events on, together; a new list for the next ones."""
-    if events:
-        intake.publish(events, group)
-        return []
-    return events
 
 
 def _remembered(mark: Mark) -> str | None:
