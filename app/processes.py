@@ -53,6 +53,7 @@ def relay_config(settings: Settings) -> "RelayConfig":
         topic=settings.events_topic,
         slot=settings.relay_slot,
         source=settings.relay_source,
+        is_native=settings.relay_native,
     )
 
 

@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     relay_slot: str = "payments_relay"
     """Names the relay and its replication slot; relays of one name are one relay and its standbys."""
     relay_source: Literal["wal", "poll"] = "wal"
+    relay_native: bool = True
+    """Whether the relay uses its compiled inner loop, where there is one; `False` has it all done in Python."""
     outbox_retention_days: int = 14
     inbox_retention_days: int = 35
     """How long applied webhooks are kept; Stripe, the most patient of the providers, sends one again for 30 days."""

@@ -2,7 +2,7 @@
 
 Postgres sends every message of the log by itself, and wakes whoever waits for it, which costs it more than all else.
 What it sends while nobody waits piles up instead: a row of a small transaction then takes it a third of the time
-(docs/decisions/0010).
+(docs/decisions/0010). Only through TCP: behind a Unix socket there is no room for a gulp, and it would wait for us.
 """
 
 import time
@@ -16,7 +16,8 @@ GULP_SECONDS: Final = 0.01
 class Gulps:
     """The reader's pace; told of every read."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_taken: bool = True) -> None:
+        self._is_taken = is_taken
         self._since = time.monotonic()
         self._events = 0
         self._next_at = 0.0
@@ -32,6 +33,6 @@ class Gulps:
         now = time.monotonic()
         elapsed = now - self._since
         if is_all and elapsed >= GULP_SECONDS:
-            if self._events >= BUSY_RATE * elapsed:
+            if self._is_taken and self._events >= BUSY_RATE * elapsed:
                 self._next_at = now + GULP_SECONDS
             self._since, self._events = now, 0

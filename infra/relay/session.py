@@ -10,6 +10,7 @@ import psycopg
 import structlog
 
 from infra.relay import metrics
+from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.health import State, Status
 from infra.relay.leadership import leadership_key
@@ -104,7 +105,13 @@ class Session:
         self._status.enter(State.CATCHING_UP)
         await self._source.open(self._desk())
         self._status.enter(State.ACTIVE)
-        log.info("relay active", slot=self._config.slot, topic=self._config.topic, source=self._config.source)
+        log.info(
+            "relay active",
+            slot=self._config.slot,
+            topic=self._config.topic,
+            source=self._config.source,
+            compiled=self._config.is_native and IS_COMPILED,
+        )
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
         """Wait to be the one relay that may create, scan and stream: the holder of an advisory lock on this connection.

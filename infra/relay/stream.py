@@ -73,6 +73,11 @@ class ReplicationStream:
         connect = psycopg.AsyncConnection.connect
         return cls(await connect(url, replication="database", application_name="relay", **options))
 
+    @property
+    def is_unix_socket(self) -> bool:
+        """Whether the server is reached without TCP."""
+        return self._pgconn.host.startswith(b"/")
+
     async def close(self) -> None:
         """End the connection; the server frees the slot."""
         try:

@@ -120,6 +120,7 @@ class WalSource:
         _, self._publication = await self._ask_publication()
         await self._prepare(desk, system, mark)
         await self._stream.start(self._config.slot, self._config.publication)
+        self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
         if self._config.is_native:
             self._log = self._stream.log_reader(self._prefix.begin, self._taken)
 
