@@ -27,6 +27,7 @@ cdef enum:
     LOG_DATA_HEAD = 25
     INSERT_HEAD = 8
     TEXT = 116         # t
+    SEALED = -1
 
 # A header's name with its length before it, and the field that is its value.
 cdef const char* NAMES[HEADERS]
@@ -141,7 +142,7 @@ cdef class Records:
         cdef uint8_t* at
         for header in range(HEADERS):
             body += NAME_SIZES[header] + room_for(size[VALUES[header]])
-        if self.count and self._end + varint_size(body) + body > self._bytes_max:
+        if self._bytes_max == SEALED or (self.count and self._end + varint_size(body) + body > self._bytes_max):
             return False
         self.grow(self._end + VARINT_MAX + body)
         at = <uint8_t*>PyByteArray_AS_STRING(self.buffer) + self._end
@@ -177,7 +178,7 @@ cdef class Records:
 
     def seal(self):
         """Cut the buffer to what is in it; nothing can be appended any more."""
-        self._bytes_max = 0
+        self._bytes_max = SEALED
         if self._capacity != self._end:
             self._capacity = self._end
             PyByteArray_Resize(self.buffer, self._end)

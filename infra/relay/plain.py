@@ -41,9 +41,12 @@ class Records:
         self.groups: list[Group] = []
         self.counts: list[int] = []
         self._bytes_max = bytes_max
+        self._is_sealed = False
 
     def append(self, event: OutboxEvent, group: Group) -> bool:
         """Encode an event; False if there is no room for it. The first one always fits."""
+        if self._is_sealed:
+            return False
         id_, key, type_, payload, seq, source, version, occurred_at, trace = event
         # No attributes, and written in the same millisecond as the batch.
         # fmt: off
@@ -74,7 +77,7 @@ class Records:
 
     def seal(self) -> bytearray:
         """The buffer; nothing can be appended any more."""
-        self._bytes_max = 0
+        self._is_sealed = True
         return self.buffer
 
 

@@ -148,7 +148,7 @@ class Publisher:
         number = partition_of(event.aggregateid, len(self._lanes))
         if len(event.payload) > self.payload_max:
             self._open_batch(number).hold(event, group)
-            return
+            return  # Behind it `append` has no room: it is sealed.
         records = self._open[number]
         if records is None or not records.append(event, group):
             self.renew(number).append(event, group)
