@@ -13,7 +13,10 @@ COPY domain domain
 COPY handlers handlers
 COPY infra infra
 COPY migrations migrations
-RUN pip install --no-deps --no-build-isolation -e . \
+# A C compiler for as long as it takes to compile the relay's inner loop.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && pip install --no-deps --no-build-isolation -e . && python -c "import infra.relay.native" \
+    && apt-get purge -y --auto-remove gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --system --no-create-home payments
 
 USER payments

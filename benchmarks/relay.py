@@ -30,6 +30,8 @@ from infra.postgres.migrate import upgrade
 
 PARTITIONS: Final = 8
 WRITERS: Final = 4
+PLAIN: Final = "wal-python"
+"""`wal` without its compiled inner loop, as on a machine without a C compiler."""
 WARM_ROWS: Final = 50_000
 """What a JVM needs before its compiler has done its work."""
 OPTIMIZED: Final = ("-Xmx1g", "-XX:+UseParallelGC")
@@ -92,7 +94,7 @@ class RelayBench:
         upgrade(self._url)
         try:
             for rows in (100, 1):
-                await self._drains(sources, rows)
+                await self._drains((*sources, PLAIN), rows)
             for source in sources:
                 await self._latency(source)
             await self._restart()
@@ -251,9 +253,9 @@ class RelayBench:
         else:
             if not self._keeps_rows:
                 await connection.execute("TRUNCATE outbox")
-            if source == "wal":
+            if source != "poll":
                 await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)
-            await connection.execute(BEGIN_HERE, name, source)
+            await connection.execute(BEGIN_HERE, name, "poll" if source == "poll" else "wal")
         reader = _Reader(self._stack.urls.kafka_bootstrap, source, name)
         yield reader
         reader.close()
@@ -295,7 +297,8 @@ class RelayBench:
             "PAYMENTS_KAFKA_BOOTSTRAP": self._stack.urls.kafka_bootstrap,
             "PAYMENTS_EVENTS_TOPIC": reader.name,
             "PAYMENTS_RELAY_SLOT": reader.name,
-            "PAYMENTS_RELAY_SOURCE": reader.source,
+            "PAYMENTS_RELAY_SOURCE": "wal" if reader.source == PLAIN else reader.source,
+            "PAYMENTS_RELAY_NATIVE": str(reader.source != PLAIN),
             "PAYMENTS_RELAY_PORT": str(free_port()),
         }
         return Machine(self._log_folder, environment)

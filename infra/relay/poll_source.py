@@ -226,7 +226,11 @@ class PollSource:
         """The next portion; Postgres makes the one after it while this one is published."""
         self._is_rest_used = True
         rows = await (self._ahead or rest.fetchmany(self._at_once))
-        self._ahead = asyncio.create_task(rest.fetchmany(self._at_once)) if len(rows) >= self._at_once else None
+        if len(rows) < self._at_once:
+            self._ahead = None
+        else:
+            self._ahead = asyncio.create_task(rest.fetchmany(self._at_once))
+            await asyncio.sleep(0)  # So that it asks before these are encoded.
         return rows
 
     async def _stay_in_window(self, end: Snapshot, position: int) -> None:
