@@ -299,6 +299,8 @@ cdef class LogReader:
                                 missing = 0
                             group, is_fresh = self.begin(), True
                     elif kind == 67 and size >= COMMIT_SIZE:  # C
+                        if not is_fresh and group.end_lsn is not None:
+                            group, is_fresh = self.begin(), True
                         group.end_lsn = <int64_t>big_endian_long(message + 10)
                         self.has_commit = True
                     else:

@@ -39,7 +39,8 @@ class Log:
     def __init__(self, *messages: bytes) -> None:
         self.messages: Iterator[bytes] = iter(messages)
         self.open: list[Records | None] = [None]
-        self.reader = native.LogReader(self.get, lambda: None, lambda _: None, Prefix().begin, [])
+        self.prefix = Prefix()
+        self.reader = native.LogReader(self.get, lambda: None, lambda _: None, self.prefix.begin, [])
         self.reader.learn(5, len(VALUES), range(len(VALUES)))
         self.reader.group, self.reader.committed_at_us = Group(end_lsn=0), 0
 
@@ -52,8 +53,8 @@ class Log:
         self.open[number] = records = native.Records(BATCH_BYTES_MAX)
         return records
 
-    def read(self) -> tuple[int, int, bool, bytes | None]:
-        return self.reader.read(100, 1000, 1000, self.open, self.renew)
+    def read(self, events_max: int = 100) -> tuple[int, int, bool, bytes | None]:
+        return self.reader.read(events_max, 1000, 1000, self.open, self.renew)
 
 
 fields = st.one_of(st.binary(max_size=20), st.sampled_from([b"x" * 63, b"x" * 64, b"x" * 8191, b"x" * 8192]))
@@ -75,6 +76,15 @@ def test_a_row_is_counted_in_its_transaction() -> None:
     log = Log(BEGIN, ROW, ROW, COMMIT)
     assert log.read() == (2, 4, True, None)
     assert (log.reader.group.missing, log.reader.group.end_lsn, log.reader.has_commit) == (2, 9, True)
+
+
+def test_a_transaction_ends_though_the_group_of_its_events_was_forgotten() -> None:
+    log = Log(BEGIN, ROW, COMMIT, BEGIN, ROW, COMMIT.replace(struct.pack(">q", 9), struct.pack(">q", 19)))
+    assert log.read(events_max=2) == (2, 4, False, None)
+    log.reader.group.missing -= 2
+    assert log.prefix.advance(0) == 9
+    assert log.read() == (0, 0, True, None)
+    assert log.prefix.advance(0) == 19
 
 
 @pytest.mark.parametrize("size", range(1, len(ROW)))
