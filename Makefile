@@ -46,6 +46,7 @@ lock:  ## requirements.txt anew from pyproject.toml (needs uv)
 		--no-emit-index-url --no-header -q -o requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml infra/relay/native.pyx
+	@rm -f infra/relay/native.*.so  # One that cannot be compiled anew must not stay as it was.
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then \
 		echo "This project needs Python 3.11 or newer; none of these is: $(CANDIDATES)." >&2; exit 1; fi; \

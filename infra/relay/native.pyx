@@ -26,6 +26,9 @@ cdef enum:
     KEEPALIVE = 107    # k
     LOG_DATA_HEAD = 25
     INSERT_HEAD = 8
+    BEGIN_SIZE = 21
+    COMMIT_SIZE = 26
+    LENGTH_HEAD = 5
     TEXT = 116         # t
     SEALED = -1
 
@@ -243,8 +246,9 @@ cdef class LogReader:
     def read(self, int events_max, Py_ssize_t bytes_max, Py_ssize_t payload_max, list records, renew):
         """Read until there is nothing, so many events or bytes were read, or a message that is for Python.
 
-        Returns the number of events, the bytes of their payloads, whether that was all, and the message. `records` has
-        the open ones of each partition; `renew` gives new ones for a partition whose are full.
+        Returns the number of events, the bytes of their payloads, whether that was all, and the message; an empty one
+        is the end of the stream. `records` has the open ones of each partition; `renew` gives new ones for a partition
+        whose are full.
 
         Transactions that are read in one go share a group. What is read later gets another one, also the rest of a
         transaction whose beginning shares one that has an end: who has an end may be forgotten any time.
@@ -277,16 +281,16 @@ cdef class LogReader:
                     message += LOG_DATA_HEAD
                     size -= LOG_DATA_HEAD
                     kind = message[0]
-                    if kind == 73:  # I
+                    if kind == 73 and size >= INSERT_HEAD:  # I
                         if not is_fresh and group.end_lsn is not None:
                             group, is_fresh = self.begin(), True
-                        payload = self.insert(message, payload_max, records, renew, group)
+                        payload = self.insert(message, message + size, payload_max, records, renew, group)
                         if payload < 0:
                             return events, length, False, PyBytes_FromStringAndSize(<const char*>message, size)
                         length += payload
                         events += 1
                         missing += 1
-                    elif kind == 66:  # B
+                    elif kind == 66 and size >= BEGIN_SIZE:  # B
                         self.committed_at_us = <int64_t>big_endian_long(message + 9)
                         self._taken.append(big_endian(message + 17))
                         if not is_fresh:
@@ -294,7 +298,9 @@ cdef class LogReader:
                                 group.missing += missing
                                 missing = 0
                             group, is_fresh = self.begin(), True
-                    elif kind == 67:  # C
+                    elif kind == 67 and size >= COMMIT_SIZE:  # C
+                        if not is_fresh and group.end_lsn is not None:
+                            group, is_fresh = self.begin(), True
                         group.end_lsn = <int64_t>big_endian_long(message + 10)
                         self.has_commit = True
                     else:
@@ -311,9 +317,9 @@ cdef class LogReader:
         return self.group
 
     cdef Py_ssize_t insert(
-        self, const uint8_t* message, Py_ssize_t payload_max, list records, object renew, object group
+        self, const uint8_t* message, const uint8_t* end, Py_ssize_t payload_max, list records, object renew, object group
     ) except -2:
-        """The bytes of the payload; -1 if it is a row for Python."""
+        """The bytes of the payload; -1 if it is a row for Python, as is one that is not what its lengths say."""
         cdef const uint8_t* at[COLUMNS_MAX]
         cdef Py_ssize_t length[COLUMNS_MAX]
         cdef const uint8_t* data[FIELDS]
@@ -324,17 +330,24 @@ cdef class LogReader:
             return -1
         message += INSERT_HEAD
         for column in range(columns):
+            if message >= end:
+                return -1
             if message[0] == TEXT:
+                if end - message < LENGTH_HEAD:
+                    return -1
                 length[column] = big_endian(message + 1)
-                at[column] = message + 5
-                message += 5 + length[column]
+                message += LENGTH_HEAD
+                if length[column] > end - message:
+                    return -1
+                at[column] = message
+                message += length[column]
             else:
                 length[column], at[column] = -1, NULL
                 message += 1
         for field in range(FIELDS):
             column = self._places[field]
             data[field], size[field] = at[column], length[column]
-        if size[PAYLOAD] > payload_max:
+        if size[PAYLOAD] > payload_max or size[PAYLOAD] < 0 or size[KEY] < 0:
             return -1
         partition = partition_of(data[KEY], size[KEY], len(records))
         value = records[partition]

@@ -36,6 +36,9 @@ if IS_COMPILED:
 log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX = 262_144
+IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
+"""Of payload on its way, beyond which lanes wait: one request takes a batch of every partition, and aiokafka copies it
+four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
 TOPIC_SECONDS = 5.0
@@ -95,6 +98,9 @@ class Publisher:
         self._new_records = records_class(is_native=config.is_native)
         self._open: list[Records | None] = [None] * partitions
         """What each lane's last batch is encoded by, while it may be appended to."""
+        self._in_flight_bytes = 0
+        self._turn = 0
+        """The lane that is asked first; none is left behind while there is room for some of them only."""
         self._on_progress = on_progress
         self._error: BaseException | None = None
         self._progress_at = time.monotonic()
@@ -186,13 +192,21 @@ class Publisher:
             KafkaAway: events could not be published; the session must end.
         """
         self.check()
-        while lane := next((each for each in self._lanes if each.pending and each.in_flight is None), None):
+        while lane := self._next_lane():
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await self._send(lane)
             except TimeoutError as error:
                 raise KafkaAway("the producer takes no batch") from error
             self.check()
+
+    def _next_lane(self) -> _Lane | None:
+        if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
+            for lane in (*self._lanes[self._turn :], *self._lanes[: self._turn]):
+                if lane.pending and lane.in_flight is None:
+                    self._turn = (lane.number + 1) % len(self._lanes)
+                    return lane
+        return None
 
     def check(self) -> None:
         """Raises KafkaAway if this publisher is useless."""
@@ -237,6 +251,7 @@ class Publisher:
         lane.in_flight = batch = lane.pending.popleft()
         if not lane.pending:
             self._open[lane.number] = None
+        self._in_flight_bytes += batch.payload_bytes
         lane.sent_at = time.monotonic()
         try:
             sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
@@ -259,6 +274,7 @@ class Publisher:
         error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
         batch, lane.in_flight = lane.in_flight, None
         assert batch is not None, "of each lane one batch is on its way"
+        self._in_flight_bytes -= batch.payload_bytes
         if error is None:
             self._acknowledge(batch)
         else:

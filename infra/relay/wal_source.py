@@ -218,13 +218,13 @@ class WalSource:
         self._group, self._committed_at_us = log.group, log.committed_at_us
         self._has_news, log.has_commit = self._has_news or log.has_commit, False
         intake.note(count, size)
+        if message == b"":
+            raise self._stream.ended()
         if message is not None:
-            self._take_any(message or self._stream.receive(), intake)
+            self._take_any(message, intake)
         return count, is_all
 
-    def _take_any(self, message: bytes | None, intake: Intake) -> None:
-        if message is None:
-            return
+    def _take_any(self, message: bytes, intake: Intake) -> None:
         if message[0] != INSERT:
             self._take(message)
         elif (event := self._rows.read(message)) is not None:
@@ -234,11 +234,14 @@ class WalSource:
         """Give a transaction's events on, together; a new list for the next ones."""
         if not events:
             return events
-        if self._group.end_lsn is not None:
-            # It has an end for an earlier transaction: who has one may be forgotten any time.
-            self._group = self._prefix.begin(self._committed_at_us)
+        self._leave_ended_group()
         intake.publish(events, self._group)
         return []
+
+    def _leave_ended_group(self) -> None:
+        """One with an end, of an earlier transaction, may be forgotten any time."""
+        if self._group.end_lsn is not None:
+            self._group = self._prefix.begin(self._committed_at_us)
 
     def _hand_over(self, intake: Intake) -> tuple[int, bool]:
         receive, read, room = self._stream.receive, self._rows.read, intake.room
@@ -270,6 +273,7 @@ class WalSource:
                 self._group = self._prefix.begin(self._committed_at_us)
                 self._taken.append(xid)
             case kind if kind == COMMIT:
+                self._leave_ended_group()
                 self._group.end_lsn = read_commit(message)
                 self._has_news = True
             case kind if kind == RELATION:

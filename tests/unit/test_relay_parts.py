@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from infra.relay import health, metrics, publisher, wal_source
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway
+from infra.relay.errors import KafkaAway, PostgresAway
 from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OutboxEvent
@@ -153,6 +153,21 @@ class TestPublisher:
         assert self.missing == [0, 0, 0]
         assert self.publisher.unacknowledged == self.publisher.unacknowledged_bytes == 0
 
+    async def test_lanes_wait_in_turn_while_enough_is_on_its_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All that goes to a broker at once is one request, and takes several times its size in memory."""
+        monkeypatch.setattr(publisher, "IN_FLIGHT_BYTES_MAX", 20)
+        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events")
+        self.publisher = Publisher(config, self.producer, 8, lambda: None)
+        keys = {partition_of(key, 8): key for key in (b"pay_%d" % number for number in range(100))}
+        every = [EVENT._replace(aggregateid=keys[number], payload=b"0123456789") for number in range(8)]
+        self.publisher.publish(every, Group())
+        for turn in range(4):
+            await self.publisher.flush()
+            self.publisher.publish(every[:2], Group())
+            for number in (2 * turn, 2 * turn + 1):
+                await self.answer(number)
+        assert [partition for partition, *_ in self.producer.sent] == [*range(8)]
+
     async def test_nothing_is_sent_after_a_batch_that_failed(self) -> None:
         await self.publish(b"1")
         await self.publish(b"2")
@@ -281,6 +296,32 @@ async def test_a_lost_connection_is_no_longer_watched() -> None:
     assert not asyncio.get_running_loop().remove_reader(ours.fileno())
     ours.close()
     theirs.close()
+
+
+class _EndedConnection:
+    """libpq when the server ended the stream: it says so once, and then that there is none."""
+
+    socket, is_told = 0, False
+
+    def get_copy_data(self, _: int) -> tuple[int, memoryview]:
+        if self.is_told:
+            raise psycopg.OperationalError("no COPY in progress")
+        self.is_told = True
+        return -1, memoryview(b"")
+
+    def get_error_message(self) -> str:
+        return "why it ended"
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
+    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events", is_native=is_native)
+    connection: Any = SimpleNamespace(pgconn=_EndedConnection())
+    source = WalSource(config, connection)
+    source._stream = stream = ReplicationStream(connection)
+    source._log = stream.log_reader(source._prefix.begin, []) if is_native else None
+    with pytest.raises(PostgresAway, match="why it ended"):
+        await source.read(Publisher(config, FakeProducer(), 1, lambda: None))
 
 
 class Writes:
