@@ -247,7 +247,8 @@ cdef class LogReader:
         the open ones of each partition; `renew` gives new ones for a partition whose are full.
 
         Transactions that are read in one go share a group. What is read later gets another one, also the rest of a
-        transaction whose beginning shares one that has an end: who has an end may be forgotten any time.
+        transaction whose beginning shares one that has an end, were it the COMMIT alone: who has an end may be
+        forgotten any time.
         """
         cdef Py_buffer view
         cdef const uint8_t* message
@@ -295,6 +296,8 @@ cdef class LogReader:
                                 missing = 0
                             group, is_fresh = self.begin(), True
                     elif kind == 67:  # C
+                        if not is_fresh and group.end_lsn is not None:
+                            group, is_fresh = self.begin(), True
                         group.end_lsn = <int64_t>big_endian_long(message + 10)
                         self.has_commit = True
                     else:

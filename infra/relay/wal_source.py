@@ -234,11 +234,14 @@ class WalSource:
         """Give a transaction's events on, together; a new list for the next ones."""
         if not events:
             return events
+        intake.publish(events, self._group_without_end())
+        return []
+
+    def _group_without_end(self) -> Group:
         if self._group.end_lsn is not None:
             # It has an end for an earlier transaction: who has one may be forgotten any time.
             self._group = self._prefix.begin(self._committed_at_us)
-        intake.publish(events, self._group)
-        return []
+        return self._group
 
     def _hand_over(self, intake: Intake) -> tuple[int, bool]:
         receive, read, room = self._stream.receive, self._rows.read, intake.room
@@ -270,7 +273,7 @@ class WalSource:
                 self._group = self._prefix.begin(self._committed_at_us)
                 self._taken.append(xid)
             case kind if kind == COMMIT:
-                self._group.end_lsn = read_commit(message)
+                self._group_without_end().end_lsn = read_commit(message)
                 self._has_news = True
             case kind if kind == RELATION:
                 self._rows.learn(message)
