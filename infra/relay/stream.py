@@ -155,13 +155,17 @@ class ReplicationStream:
                     return bytes(data[_XLOG_DATA.size :])
                 self._note_keepalive(data)
             elif size < 0:
-                raise PostgresAway(self._pgconn.get_error_message())
+                raise self.ended()
             elif was_read:
                 return None
             else:
                 # libpq buffers some 16 KB: going back to the event loop for each would make small Kafka batches.
                 self._read_socket()
                 was_read = True
+
+    def ended(self) -> PostgresAway:
+        """What the end of the stream, which libpq tells only once, is to the session."""
+        return PostgresAway(self._pgconn.get_error_message())
 
     def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader | None":
         """What takes the messages in C, from where `receive` has come to; None if it was not compiled.

@@ -219,12 +219,12 @@ class WalSource:
         self._has_news, log.has_commit = self._has_news or log.has_commit, False
         intake.note(count, size)
         if message is not None:
-            self._take_any(message or self._stream.receive(), intake)
+            self._take_any(message, intake)
         return count, is_all
 
-    def _take_any(self, message: bytes | None, intake: Intake) -> None:
-        if message is None:
-            return
+    def _take_any(self, message: bytes, intake: Intake) -> None:
+        if not message:
+            raise self._stream.ended()
         if message[0] != INSERT:
             self._take(message)
         elif (event := self._rows.read(message)) is not None:
