@@ -403,6 +403,7 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
     drop_database(postgres_url)
 
 
+@also_plain
 async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
     highest = 0
     rows = rows_of("pay_a", 200, payload=f'"{"x" * 100_000}"')

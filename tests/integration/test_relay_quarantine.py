@@ -110,6 +110,7 @@ async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, d
     assert_first_deliveries_in_order(records, poisoned + more)
 
 
+@also_plain
 async def test_what_is_in_quarantine_outlives_the_relay(config: RelayConfig, desk: QuarantineDesk) -> None:
     poisoned, later = poisoned_payment(), rows_of("pay_0001", 5, first=4)
     async with running(config):
