@@ -44,6 +44,7 @@ if IS_COMPILED:
 PARTITIONS = 3
 KEYS = [b"pay_%d" % number for number in range(6)]
 PAYLOAD_MAX = 700
+LARGEST = PAYLOAD_MAX + 1
 OUTBOX, OTHER = 5, 6
 LAYOUTS = (
     [*OUTBOX_COLUMNS],
@@ -167,7 +168,7 @@ class Keepalive:
 
 Item = Rows | OtherTable | Layout | Keepalive
 
-SIZES = st.sampled_from([0, 5, 20, 20, 20, 64, 200, PAYLOAD_MAX, PAYLOAD_MAX + 1])
+SIZES = st.sampled_from([0, 5, 20, 20, 20, 64, 200, PAYLOAD_MAX, LARGEST])
 ROWS = st.builds(Rows, st.integers(1, 4), st.sampled_from(KEYS), SIZES, st.sampled_from([None, b"", b"00-trace"]))
 ITEMS: st.SearchStrategy[Item] = st.one_of(
     ROWS,
@@ -240,12 +241,14 @@ class Producer:
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
+        self.publisher: Publisher
         self.topic: dict[int, list[OutboxEvent]] = defaultdict(list)
 
     async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert all(each.partition != partition for each in self.sent), "one batch of a partition at a time"
         self.sent.append(Sent(partition, [event for event, _ in batch.unpack()], answer))
+        assert not self.publisher.blocked & {event.aggregateid for event in self.sent[-1].events}, "in quarantine"
         return answer
 
     async def acknowledge(self, number: int) -> None:
@@ -292,7 +295,7 @@ class Bench:
         self.log = log
         self.server = Connection(log.messages, pieces)
         self.producer = Producer()
-        self.publisher = Publisher(config, self.producer, PARTITIONS, lambda: None)
+        self.publisher = self.producer.publisher = Publisher(config, self.producer, PARTITIONS, lambda: None)
         self.prefix = NotedPrefix()
         connection: Any = SimpleNamespace(pgconn=self.server)
         leader: Any = None
@@ -312,6 +315,9 @@ class Bench:
     async def read(self, _: int = 0) -> None:
         if not self.publisher.is_full:
             await self.source.read(self.publisher)
+            events, size = self.publisher.room
+            assert events >= 0, "it has read more than there was room for"
+            assert size > -LARGEST, "it has read on when there was no room"
 
     async def flush(self, _: int = 0) -> None:
         await self.publisher.flush()
@@ -539,7 +545,7 @@ async def test_most_of_a_log_does_not_come_to_python(monkeypatch: pytest.MonkeyP
         take_any(source, message, intake)
 
     monkeypatch.setattr(WalSource, "_take_any", noted)
-    ours, large = Rows(50, KEYS[0], 20, None), Rows(1, KEYS[1], PAYLOAD_MAX + 1, None)
+    ours, large = Rows(50, KEYS[0], 20, None), Rows(1, KEYS[1], LARGEST, None)
     story = Story([[ours, Layout(LAYOUTS[1]), ours], [OtherTable(), ours], [large]])
     log = Log()
     for content in story.transactions:
