@@ -12,12 +12,17 @@ from infra.relay.gulps import Gulps
 from infra.relay.source import Room
 from infra.relay.wal_source import WalSource
 
+WHILE = 1 / 32
+"""Longer than a gulp."""
+MANY = 625
+"""The fewest events that are much in this time."""
+
 
 class Clock:
     """Stands still unless told."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = 1024.0
 
     def monotonic(self) -> float:
         return self.now
@@ -31,10 +36,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def busy(clock: Clock, *, is_taken: bool = True) -> Gulps:
-    """After 20 ms with exactly as many events as count for busy."""
+    """After a while in which just so much came that gulps are taken."""
     pace = Gulps(is_taken=is_taken)
-    clock.now += 0.02
-    pace.note(400, is_all=True)
+    clock.now += WHILE
+    pace.note(MANY, is_all=True)
     return pace
 
 
@@ -64,8 +69,8 @@ def test_while_much_comes_it_is_left_lying_for_ten_milliseconds(clock: Clock) ->
 
 def test_one_event_less_is_not_much(clock: Clock) -> None:
     pace = Gulps()
-    clock.now += 0.02
-    pace.note(399, is_all=True)
+    clock.now += WHILE
+    pace.note(MANY - 1, is_all=True)
     assert not pace.rest_seconds
 
 
@@ -81,18 +86,20 @@ def test_a_burst_is_measured_over_a_gulp_at_least(clock: Clock) -> None:
 
 def test_nothing_is_left_lying_before_all_that_has_come_is_read(clock: Clock) -> None:
     pace = Gulps()
-    clock.now += 0.02
-    pace.note(1000, is_all=False)
+    clock.now += WHILE
+    pace.note(MANY, is_all=False)
     assert not pace.rest_seconds
     pace.note(0, is_all=True)
     assert pace.rest_seconds == pytest.approx(0.01)
 
 
 def test_after_a_gulp_it_is_measured_anew(clock: Clock) -> None:
-    pace = busy(clock)
-    clock.now += 0.02
-    pace.note(399, is_all=True)
-    assert not pace.rest_seconds
+    pace = Gulps()
+    for events in (100 * MANY, MANY - 1):
+        clock.now += WHILE
+        pace.note(events, is_all=True)
+        told = pace.rest_seconds
+    assert not told
 
 
 def test_behind_a_unix_socket_nothing_is_left_lying(clock: Clock) -> None:
@@ -172,7 +179,7 @@ class TestSource:
     async def test_what_is_read_sets_the_pace(self, clock: Clock) -> None:
         intake: Any = Intake()
         self.source._gulps = Gulps()
-        self.source._gulps.note(400, is_all=False)
-        clock.now += 0.02
+        self.source._gulps.note(MANY, is_all=False)
+        clock.now += WHILE
         await self.source.read(intake)
         assert self.source._gulps.rest_seconds == pytest.approx(0.01)
