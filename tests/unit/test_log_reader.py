@@ -50,8 +50,9 @@ LAYOUTS = (
     [*OUTBOX_COLUMNS],
     [*reversed(OUTBOX_COLUMNS)],
     ["added", *OUTBOX_COLUMNS, "removed"],
-    # More than the compiled reader has room for.
-    [*OUTBOX_COLUMNS, *(f"column_{number}" for number in range(30))],
+    # As many as the compiled reader has room for, and more.
+    [*(f"column_{number}" for number in range(23)), *OUTBOX_COLUMNS],
+    [*(f"column_{number}" for number in range(30)), *OUTBOX_COLUMNS],
 )
 NOBODY = b"nobody"
 
@@ -144,8 +145,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class OtherTable:
+    """A row that looks like one of ours."""
+
     def write(self, log: Log, of_it: Transaction) -> None:
-        log.messages.append(log_data(insert(OTHER, [b"1"])))
+        log.messages.append(log_data(insert(OTHER, [*EVENT])))
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ class Bench:
         self.source._stream, self.source._prefix, self.source._gulps = self.stream, self.prefix, Gulps(is_taken=False)
         if is_native:
             self.source._log = self.stream.log_reader(self.prefix.begin, self.source._taken)
-        for message in (relation(OUTBOX, LAYOUTS[0]), relation(OTHER, ["id"]).replace(b"outbox", b"others")):
+        for message in (relation(OUTBOX, LAYOUTS[0]), relation(OTHER, LAYOUTS[0]).replace(b"outbox", b"others")):
             self.source._take(message)
         self.to_quarantine: list[Diverted] = []
         self.quarantined: list[OutboxEvent] = []
