@@ -498,7 +498,7 @@ async def test_a_position_behind_a_transaction_whose_commit_comes_last_is_reache
 
 
 @each_encoder
-async def test_the_end_of_the_stream_is_told_with_what_the_server_said(*, is_native: bool) -> None:
+async def test_the_end_of_the_stream_ends_the_session_as_one_to_postgres(*, is_native: bool) -> None:
     log = Log()
     log.add([Rows(2, KEYS[0], 5, None)])
     log.messages = log.messages[:-1]
