@@ -251,7 +251,8 @@ cdef class LogReader:
         whose are full.
 
         Transactions that are read in one go share a group. What is read later gets another one, also the rest of a
-        transaction whose beginning shares one that has an end: who has an end may be forgotten any time.
+        transaction whose beginning shares one that has an end, were it the COMMIT alone: who has an end may be
+        forgotten any time.
         """
         cdef Py_buffer view
         cdef const uint8_t* message

@@ -27,6 +27,7 @@ from infra.relay.scan import SCAN
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import until
 from tests.support.relay_process import RelayProcess
+from tests.support.relay_source import also_plain, reading
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 LATENCY_OF_TAKEOVER_SECONDS = 5.0
@@ -148,7 +149,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"relay_{uuid.uuid4().hex[:12]}",
-        source=source,
+        **reading(source),
         feedback_seconds=0.1,
         retry_seconds_max=0.5,
     )
@@ -215,6 +216,7 @@ class Load:
         return int(found[0])
 
 
+@also_plain
 async def test_a_relay_killed_again_and_again_under_load_skips_nothing(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
@@ -244,6 +246,7 @@ async def test_a_relay_killed_while_it_catches_up_begins_the_scan_again(
     assert_first_deliveries_are_in_order(subscriber.records)
 
 
+@also_plain
 async def test_events_killed_after_kafkas_acknowledgement_and_before_it_is_noted_are_repeated_with_the_same_bytes(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
@@ -438,6 +441,7 @@ def test_the_scan_streams_from_the_index_without_a_sort(postgres_url: str) -> No
     assert "Sort" not in str(plan)
 
 
+@also_plain
 async def test_batches_too_large_for_the_topic_are_halved_until_they_fit(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:

@@ -33,6 +33,7 @@ from tests.support.outbox import (
     until,
 )
 from tests.support.relay_process import RelayProcess
+from tests.support.relay_source import PLAIN, reading
 from tests.support.topic import read_until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
@@ -53,7 +54,7 @@ def config(
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"kills_{uuid4().hex[:12]}",
-        source=request.param,
+        **reading(request.param),
     )
     drop_database(postgres_url)
 
@@ -109,6 +110,7 @@ async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
     assert_first_deliveries_in_order([record for record in records if ids([record])[0] in known], rows)
 
 
+@pytest.mark.parametrize("config", ["wal", "poll", PLAIN], indirect=True)
 @pytest.mark.timeout(60 + 20 * KILLS)
 async def test_kills_at_random_moments_under_load(config: RelayConfig, start_relay: StartRelay) -> None:
     moments = random.Random(20260102)

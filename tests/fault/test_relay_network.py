@@ -21,6 +21,7 @@ from tests.fault.test_relay_kills import assert_all_arrived, load, more
 from tests.support.outbox import until
 from tests.support.proxy import ProxiedKafka, Proxy
 from tests.support.relay_process import RelayProcess
+from tests.support.relay_source import also_plain, reading
 
 CUTS = 8
 STALL_SECONDS = 5
@@ -38,7 +39,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"network_{uuid4().hex[:12]}",
-        source=source,
+        **reading(source),
     )
     drop_database(postgres_url)
 
@@ -87,6 +88,7 @@ async def stall_for_a_while(proxy: Proxy, config: RelayConfig) -> None:
     await assert_all_arrived(config, rows)
 
 
+@also_plain
 async def test_connections_to_postgres_cut_in_mid_message_under_load_skip_nothing(
     config: RelayConfig, tmp_path: Path
 ) -> None:

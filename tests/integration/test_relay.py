@@ -34,6 +34,7 @@ from tests.support.outbox import (
     set_database,
     until,
 )
+from tests.support.relay_source import also_plain, reading
 from tests.support.topic import read_until
 
 GOLDEN = [
@@ -85,7 +86,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
         kafka_bootstrap=kafka_bootstrap,
         topic=topics.events,
         slot=f"test_{uuid4().hex[:12]}",
-        source=source,
+        **reading(source),
         feedback_seconds=0.1,
         standby_seconds=0.1,
     )
@@ -123,6 +124,7 @@ async def is_confirmed(config: RelayConfig, lsn: str) -> bool:
 # --- what a subscriber gets -------------------------------------------------------------------------------------------
 
 
+@also_plain
 async def test_golden_messages(config: RelayConfig) -> None:
     rows = [
         Row(uuid4(), key, number, payload, kind, traceparent=TRACEPARENT if number % 2 else None)
@@ -201,6 +203,7 @@ async def test_no_time_limit_of_the_database_ends_what_takes_long_and_a_frozen_l
             assert row == (value,), name
 
 
+@also_plain
 async def test_events_of_a_payment_keep_the_order_of_their_commits(config: RelayConfig) -> None:
     payments = [f"pay_{number}" for number in range(20)]
     rows = {key: rows_of(key, 25) for key in payments}
@@ -226,6 +229,7 @@ async def test_what_was_rolled_back_is_not_published(config: RelayConfig) -> Non
     assert ids(records) == [row.id for row in committed + released]
 
 
+@also_plain
 async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 100, payload='{"n":1}')]
     async with running(config):
@@ -235,6 +239,7 @@ async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
     assert_first_deliveries_in_order(records, rows)
 
 
+@also_plain
 async def test_a_relay_that_ends_inside_a_large_transaction_begins_it_again(config: RelayConfig) -> None:
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 100, payload='{"n":1}')]
     # Little may be on its way at a time, so that it ends with a part of the transaction published.
@@ -312,6 +317,7 @@ async def test_a_scan_that_did_not_end_begins_again(config: RelayConfig) -> None
     assert ids(records) == [row.id for row in rows]
 
 
+@also_plain
 async def test_a_restart_after_a_stop_in_good_order_repeats_nothing(config: RelayConfig) -> None:
     first, second = rows_of("pay_a", 300), rows_of("pay_a", 300, first=301)
     async with running(config):
@@ -397,6 +403,7 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
     drop_database(postgres_url)
 
 
+@also_plain
 async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
     highest = 0
     rows = rows_of("pay_a", 200, payload=f'"{"x" * 100_000}"')

@@ -31,6 +31,7 @@ from tests.support.outbox import (
     set_database,
     until,
 )
+from tests.support.relay_source import PLAIN
 from tests.support.topic import read_until
 
 __all__ = ["config", "source"]
@@ -184,7 +185,7 @@ async def test_a_publication_that_is_whole_again_is_not_taken_for_one_that_alway
     assert_first_deliveries_in_order(records, before + missed + after)
 
 
-@wal_only
+@pytest.mark.parametrize("source", ["wal", PLAIN], indirect=True)
 async def test_another_table_in_the_publication_is_none_of_ours(config: RelayConfig) -> None:
     before, after = (rows_of("pay_a", 5, first=first) for first in (1, 6))
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:

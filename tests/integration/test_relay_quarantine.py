@@ -20,6 +20,7 @@ from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
+from tests.support.relay_source import also_plain
 
 __all__ = ["config", "source"]
 
@@ -52,6 +53,7 @@ async def holds(desk: QuarantineDesk, *expected: tuple[str, int, str]) -> None:
     assert await entries(desk) == list(expected)
 
 
+@also_plain
 async def test_only_the_payment_of_a_refused_event_waits(config: RelayConfig, desk: QuarantineDesk) -> None:
     poisoned, others = poisoned_payment(), rows_of("pay_0002", 50)
     same_partition = rows_of("pay_0041", 50)
@@ -87,6 +89,7 @@ async def test_a_topic_that_kafka_refuses_for_good_moves_nothing_but_quarantine(
         assert "InvalidTopic" in (await desk.entries(with_dropped=False, limit=9))[0][5]
 
 
+@also_plain
 async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, desk: QuarantineDesk) -> None:
     poisoned = poisoned_payment()
     more = rows_of("pay_0001", 200, first=4)
@@ -107,6 +110,7 @@ async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, d
     assert_first_deliveries_in_order(records, poisoned + more)
 
 
+@also_plain
 async def test_what_is_in_quarantine_outlives_the_relay(config: RelayConfig, desk: QuarantineDesk) -> None:
     poisoned, later = poisoned_payment(), rows_of("pay_0001", 5, first=4)
     async with running(config):
@@ -138,6 +142,7 @@ async def test_a_dropped_event_stays_with_its_reason_and_frees_what_waits(
         assert ids(records) == [poisoned[0].id, poisoned[2].id]
 
 
+@also_plain
 async def test_our_own_limit_sends_to_quarantine_too(config: RelayConfig, desk: QuarantineDesk) -> None:
     config = replace(config, message_bytes_max=1000)
     async with running(config):
