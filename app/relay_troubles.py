@@ -51,7 +51,10 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
             f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
         )
     if relay.lag_seconds > LAG_SECONDS_MAX:
-        found.append(f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there?")
+        found.append(
+            f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there, and each"
+            " standby that synchronized_standby_slots names?"
+        )
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
         found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
     return found

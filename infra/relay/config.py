@@ -24,7 +24,8 @@ class RelayConfig:
     is_native: bool = True
     """Whether the compiled inner loop is used, where there is one."""
     feedback_seconds: float = 1.0
-    """How often the slot is told of progress: what a crash makes the next relay repeat."""
+    """How often progress is written down, and the slot told of what was written down the time before: so a crash makes
+    the next relay repeat what comes in twice as long."""
     standby_seconds: float = 0.5
     """How often a standby looks whether it must take over."""
     retry_seconds_max: float = 5.0

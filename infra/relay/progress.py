@@ -27,6 +27,7 @@ FIND: Final = """
 NOW: Final = """
     SELECT pg_current_snapshot()::text, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
 """
+FLUSHED: Final = "SELECT (pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint"
 START: Final = """
     INSERT INTO relay_slots (slot_name, system_identifier, source, topic, confirmed_lsn, published_below, window_begin,
                              repaired_events, publication)
@@ -190,6 +191,13 @@ async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapsh
     row = await (await connection.execute(NOW.encode())).fetchone()
     assert row is not None, "the query always gives a row"
     return row[1], Snapshot.read(row[0])
+
+
+async def flushed_by_now(connection: psycopg.AsyncConnection) -> int:
+    """A position of the log that is behind all that this connection has committed."""
+    row = await (await connection.execute(FLUSHED)).fetchone()
+    assert row is not None, "the query always gives a row"
+    return int(row[0])
 
 
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:

@@ -41,6 +41,7 @@ from infra.relay.progress import (
     Mark,
     ended_by_now,
     find_mark,
+    flushed_by_now,
     forget_future_transactions,
     forget_transactions,
     refuse_gap,
@@ -102,6 +103,9 @@ class WalSource:
         """What counts the events that come, unless it has ended."""
         self._committed_at_us = 0
         self._saved = 0
+        self._written: deque[tuple[int, int]] = deque()
+        """Positions that the slot is not told yet, each behind where the log has it that they were written down."""
+        self._confirmed = 0
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
         self._has_news = False
@@ -164,7 +168,8 @@ class WalSource:
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
         await trust_mark(self._leader, self._config)
-        self._saved = position if mark.confirmed_lsn is None else mark.confirmed_lsn
+        self._confirmed = position
+        await self._note_saved(position if mark.confirmed_lsn is None else mark.confirmed_lsn)
 
     async def _adopt(self, system: str, position: int, published: Snapshot) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
@@ -192,7 +197,8 @@ class WalSource:
             log.warning("retained events were published from the table", slot=slot, events=count)
 
     async def _start_mark(self, system: str, lsn: int, published: Snapshot, *, events: int = 0) -> None:
-        self._saved, self._published = lsn, published
+        self._saved = self._confirmed = lsn
+        self._published = published
         values: dict[str, Any] = {"lsn": lsn, "events": events, "publication": self._publication}
         await start_mark(self._leader, self._config, system, published, **values)
 
@@ -306,6 +312,9 @@ class WalSource:
     async def save(self) -> None:
         """First to the table, then to the slot: so a slot that is further on was moved by somebody else.
 
+        The slot is told when the stream has come past what the table was told: where a stream waits for standbys
+        (synchronized_standby_slots), that is on them, too, and holds of their copies of table and slot.
+
         Raises:
             GapFound: the log has not brought us all that was committed since the last time.
         """
@@ -314,7 +323,9 @@ class WalSource:
         is_proof_due = bool(self._proofs) and self._proofs[0][0] <= lsn
         if lsn > self._saved and (self._has_news or is_proof_due or lsn - self._saved > IDLE_BYTES):
             await self._save(lsn)
-        self._stream.confirm(self._saved)
+        while self._written and self._written[0][0] <= lsn:
+            _, self._confirmed = self._written.popleft()
+        self._stream.confirm(self._confirmed)
 
     async def _check_publication(self) -> None:
         """Nothing in the log says that events are left out of it."""
@@ -344,17 +355,23 @@ class WalSource:
             _, self._published = self._proofs.popleft()
         values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
         await self._leader.execute(SAVE_LSN.encode(), values)
+        await self._note_saved(lsn)
+
+    async def _note_saved(self, lsn: int) -> None:
         self._saved = lsn
+        self._written.append((await flushed_by_now(self._leader), lsn))
 
     def answer(self) -> None:
         if self._stream.is_reply_wanted:
-            self._stream.confirm(self._saved)
+            self._stream.confirm(self._confirmed)
 
     @property
     def oldest_commit_us(self) -> int | None:
         return self._prefix.oldest_commit_us
 
     async def finish(self) -> None:
+        # At once: who reads the slot next, Debezium perhaps, is to repeat nothing.
+        self._stream.confirm(self._saved)
         await self._stream.finish()
 
     async def close(self) -> None:

@@ -1,0 +1,205 @@
+"""Postgres fails over to a standby under load, which has a copy of the relay's slot: the relay goes on by itself.
+
+What the dead primary had not yet given to the standby is lost, and nobody may have heard of it.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from infra.local import EmbeddedPostgres
+from infra.local.server import HOST
+from infra.relay import Relay, RelayConfig
+from tests.conftest import Topics
+from tests.fault.test_relay_faults import (
+    Subscriber,
+    assert_first_deliveries_are_in_order,
+    confirmations,
+    header,
+    running,
+    slot_position,
+    subscribed,
+)
+from tests.support.outbox import Row, fetch_value, insert, until
+from tests.support.standby import PHYSICAL_SLOT, Standby
+
+PAYMENTS = 20
+WRITERS = 4
+
+
+@pytest.fixture
+def primary(own_postgres: EmbeddedPostgres) -> EmbeddedPostgres:
+    """It counts each payment's events in a row that writers lock."""
+    with psycopg.connect(own_postgres.url) as connection:
+        connection.execute("CREATE TABLE seqs (id int PRIMARY KEY, seq int NOT NULL DEFAULT 0)")
+        connection.execute("INSERT INTO seqs SELECT generate_series(1, %s)", [PAYMENTS])
+    return own_postgres
+
+
+@pytest.fixture
+def standby(primary: EmbeddedPostgres, tmp_data_dir: Path) -> Iterator[Standby]:
+    """It follows the primary, whose relay waits for it."""
+    server = Standby(tmp_data_dir / "standby", primary)
+    try:
+        server.start()
+        with psycopg.connect(primary.url, autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET synchronized_standby_slots = '{PHYSICAL_SLOT}'".encode())
+            connection.execute("SELECT pg_reload_conf()")
+        yield server
+    finally:
+        server.erase()
+
+
+@pytest.fixture
+def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, topics: Topics) -> RelayConfig:
+    """Its URL names both servers, and leads to the one that takes writes."""
+    servers = f"host={HOST},{HOST}&port={primary.port},{standby.port}"
+    return RelayConfig(
+        postgres_url=f"postgresql://postgres@/payments?{servers}&target_session_attrs=read-write",
+        kafka_bootstrap=kafka_bootstrap,
+        topic=topics.events,
+        slot=f"relay_{uuid4().hex[:12]}",
+        feedback_seconds=0.1,
+        retry_seconds_max=0.5,
+    )
+
+
+@pytest.fixture
+async def subscriber(config: RelayConfig) -> AsyncIterator[Subscriber]:
+    async with subscribed(config.kafka_bootstrap, config.topic) as found:
+        yield found
+
+
+class Committed(NamedTuple):
+    """An event, and a position of the log behind its commit."""
+
+    id: str
+    behind: int
+
+
+@contextlib.asynccontextmanager
+async def writers(url: str) -> AsyncIterator[list[Committed]]:
+    """Several, until the block ends or the server dies; what they have committed."""
+    committed: list[Committed] = []
+    writing = [asyncio.create_task(write(url, random.Random(seed), committed)) for seed in range(WRITERS)]
+    try:
+        yield committed
+    finally:
+        for each in writing:
+            each.cancel()
+        ends = await asyncio.gather(*writing, return_exceptions=True)
+        assert all(isinstance(end, (asyncio.CancelledError, psycopg.OperationalError)) for end in ends), ends
+
+
+async def write(url: str, choose: random.Random, committed: list[Committed]) -> None:
+    """As the write path does it: lock some payments in order of id, take the next numbers, insert, commit."""
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        while True:
+            some = choose.sample(range(1, PAYMENTS + 1), 5)
+            lock = "SELECT id, seq + 1 FROM seqs WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE"
+            locked = await (await connection.execute(lock, [some])).fetchall()
+            rows = [Row(uuid4(), f"pay_{number}", seq) for number, seq in locked]
+            await connection.execute("UPDATE seqs SET seq = seq + 1 WHERE id = ANY(%s)", [some])
+            await insert(connection, rows)
+            await connection.commit()
+            cursor = await connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
+            behind = (await cursor.fetchall())[0][0]
+            await connection.rollback()
+            committed += [Committed(str(row.id), behind) for row in rows]
+            await asyncio.sleep(0.005)
+
+
+async def more(committed: list[Committed], count: int = 500) -> None:
+    wanted = len(committed) + count
+    await until(lambda: len(committed) >= wanted)
+
+
+async def slot_is_copied(primary: EmbeddedPostgres, standby: Standby, slot: str) -> None:
+    """Wait until the standby keeps the slot, and could go on with it."""
+    query = "SELECT synced AND NOT temporary FROM pg_replication_slots WHERE slot_name = %s"
+
+    async def is_copied() -> bool:
+        # Postgres writes such a record every 15 s anyway; the slot cannot be copied before one.
+        await fetch_value(primary.url, "SELECT pg_log_standby_snapshot()")
+        return bool(await fetch_value(standby.url, query, slot))
+
+    await until(is_copied)
+
+
+async def outbox(url: str) -> set[str]:
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        return {str(row[0]) for row in await (await connection.execute("SELECT id FROM outbox")).fetchall()}
+
+
+async def follows(primary: EmbeddedPostgres, standby: Standby, slot: str, committed: list[Committed]) -> None:
+    """Wait until the standby keeps up with the load, and its copy of the slot with the relay."""
+    await slot_is_copied(primary, standby, slot)
+    await more(committed)
+    behind = committed[-1].behind
+    await until(lambda: slot_position(standby.url, slot) > behind)
+
+
+async def goes_on(relay: Relay) -> None:
+    await until(lambda: relay.health.detail.startswith(("active", "gap")))
+    assert relay.health == (True, "active")
+
+
+async def assert_none_is_missing_or_unknown(subscriber: Subscriber, url: str) -> None:
+    """What was published is what this server knows, each payment's events in order."""
+    await subscriber.read_all_of(url)
+    assert {header(record, "id") for record in subscriber.records} == await outbox(url)
+    assert_first_deliveries_are_in_order(subscriber.records)
+
+
+def repeated(subscriber: Subscriber) -> set[str]:
+    counts = Counter(header(record, "id") for record in subscriber.records)
+    return {event for event, count in counts.items() if count > 1}
+
+
+async def test_a_relay_goes_on_at_a_standby_that_is_promoted_under_load(
+    primary: EmbeddedPostgres, standby: Standby, config: RelayConfig, subscriber: Subscriber
+) -> None:
+    async with running(config) as relay:
+        async with writers(primary.url) as committed:
+            await follows(primary, standby, config.slot, committed)
+            await asyncio.to_thread(primary.kill)
+        await until(lambda: not relay.health.ready)
+        await asyncio.to_thread(standby.promote)
+        confirmed = slot_position(standby.url, config.slot)
+        await goes_on(relay)
+        async with writers(standby.url) as later:
+            await more(later)
+        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+    assert not repeated(subscriber) & {event.id for event in committed if event.behind <= confirmed}
+
+
+async def test_nothing_was_published_that_a_standby_which_had_fallen_behind_does_not_know(
+    primary: EmbeddedPostgres, standby: Standby, config: RelayConfig, subscriber: Subscriber
+) -> None:
+    """The relay waits for it, writers do not; what it wrote down last has not got there, but for the slot's copy."""
+    async with running(config) as relay:
+        async with writers(primary.url) as committed:
+            await follows(primary, standby, config.slot, committed)
+            receiver = standby.wal_receiver
+            receiver.suspend()
+            await more(committed)
+            await confirmations(primary.url, config.slot, count=10)  # Meanwhile the slot's copy is brought up to date.
+            assert relay.health.ready
+            await asyncio.to_thread(primary.kill)
+        receiver.terminate()  # It never reads what has arrived meanwhile.
+        receiver.resume()
+        await until(lambda: not relay.health.ready)
+        await asyncio.to_thread(standby.promote)
+        assert {event.id for event in committed} - await outbox(standby.url), "it had fallen behind"
+        await goes_on(relay)
+        async with writers(standby.url) as later:
+            await more(later)
+        await assert_none_is_missing_or_unknown(subscriber, standby.url)
