@@ -2,7 +2,7 @@
 
 Postgres sends every message of the log by itself, and wakes whoever waits for it, which costs it more than all else.
 What it sends while nobody waits piles up instead: a row of a small transaction then takes it a third of the time
-(docs/decisions/0010). Only through TCP: behind a Unix socket there is no room for a gulp, and it would wait for us.
+(docs/decisions/0014). Only through TCP: behind a Unix socket there is no room for a gulp, and it would wait for us.
 """
 
 import time
