@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The relay's inner loop in C: from messages of the log to Kafka's records, without an object for each event.
 
-It knows the common case only, and hands whatever else comes to the Python that does the same: `records.py` has its
-`Records`, `wal_source.py` its `LogReader`. Where no C compiler was found the Python does it all, at half the speed.
+It knows the common case only, and hands whatever else comes to the Python that does the same: `plain.py` has its
+`Records`, `wal_source.py` what `LogReader` does. Where no C compiler was found the Python does it all, at half the speed.
 Formats: https://kafka.apache.org/documentation/#recordbatch,
 https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.html
 """
@@ -13,7 +13,6 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-
 cdef enum:
     ID, KEY, TYPE, PAYLOAD, SEQ, SOURCE, VERSION, TIME, TRACE
     FIELDS
@@ -22,14 +21,17 @@ cdef enum:
     HEAD = 61
     FIRST_BYTES = 4096
     VARINT_MAX = 10
+    # One byte says what a message is.
     LOG_DATA = 119     # w
-    KEEPALIVE = 107    # k
+    INSERT = 73        # I
+    BEGIN = 66         # B
+    COMMIT = 67        # C
+    TEXT = 116         # t
     LOG_DATA_HEAD = 25
     INSERT_HEAD = 8
     BEGIN_SIZE = 21
     COMMIT_SIZE = 26
     LENGTH_HEAD = 5
-    TEXT = 116         # t
     SEALED = -1
 
 # A header's name with its length before it, and the field that is its value.
@@ -256,8 +258,7 @@ cdef class LogReader:
         """
         cdef Py_buffer view
         cdef const uint8_t* message
-        cdef int events = 0, kind, taken
-        cdef int missing = 0
+        cdef int events = 0, missing = 0, kind
         cdef Py_ssize_t size, payload, length = 0
         cdef bint was_read = False, is_fresh = False
         cdef object group = self.group
@@ -282,7 +283,7 @@ cdef class LogReader:
                     message += LOG_DATA_HEAD
                     size -= LOG_DATA_HEAD
                     kind = message[0]
-                    if kind == 73 and size >= INSERT_HEAD:  # I
+                    if kind == INSERT and size >= INSERT_HEAD:
                         if not is_fresh and group.end_lsn is not None:
                             group, is_fresh = self.begin(), True
                         payload = self.insert(message, message + size, payload_max, records, renew, group)
@@ -291,7 +292,7 @@ cdef class LogReader:
                         length += payload
                         events += 1
                         missing += 1
-                    elif kind == 66 and size >= BEGIN_SIZE:  # B
+                    elif kind == BEGIN and size >= BEGIN_SIZE:
                         self.committed_at_us = <int64_t>big_endian_long(message + 9)
                         self._taken.append(big_endian(message + 17))
                         if not is_fresh:
@@ -299,7 +300,7 @@ cdef class LogReader:
                                 group.missing += missing
                                 missing = 0
                             group, is_fresh = self.begin(), True
-                    elif kind == 67 and size >= COMMIT_SIZE:  # C
+                    elif kind == COMMIT and size >= COMMIT_SIZE:
                         if not is_fresh and group.end_lsn is not None:
                             group, is_fresh = self.begin(), True
                         group.end_lsn = <int64_t>big_endian_long(message + 10)

@@ -340,7 +340,11 @@ async def test_what_a_snapshot_sees_is_proven_only_once_the_log_is_acknowledged_
     async def ended_by_now(_: object) -> tuple[int, Snapshot]:
         return 250, Snapshot(7, 9, frozenset({8}))
 
+    async def flushed_by_now(_: object) -> int:
+        return 300
+
     monkeypatch.setattr(wal_source, "ended_by_now", ended_by_now)
+    monkeypatch.setattr(wal_source, "flushed_by_now", flushed_by_now)
     writes: Any = Writes()
     source = WalSource(RelayConfig(postgres_url="", kafka_bootstrap="", topic="t"), writes)
     source._has_news = True
