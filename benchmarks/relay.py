@@ -1,6 +1,6 @@
 """`relay` in `make bench`: our relay's two sources beside a tuned Debezium, on the same rows, one after the other.
 
-Drain: rows that are committed already, from the start of reading to the last message on the topic. Latency: commit to
+Drain: rows that are committed already, from the first message on the topic to the last. Latency: commit to
 consumer at a steady rate of transactions.
 """
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from infra.relay.compiled import IS_COMPILED
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayConfig:
@@ -36,6 +38,11 @@ class RelayConfig:
     """How long Kafka may acknowledge nothing before the relay calls itself not ready."""
     stop_seconds: float = 10.0
     """How long a stop waits for Kafka; what is unacknowledged by then is published again by the next relay."""
+
+    @property
+    def uses_native(self) -> bool:
+        """Whether the compiled inner loop is used."""
+        return self.is_native and IS_COMPILED
 
     @property
     def end_seconds(self) -> float:

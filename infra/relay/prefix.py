@@ -3,7 +3,7 @@
 from collections import deque
 
 TIDY_ABOVE = 10_000
-"""Transactions kept at least before complete ones are looked for."""
+"""Groups kept at least before complete ones are looked for."""
 
 
 class Group:
@@ -23,7 +23,7 @@ class Group:
 class Prefix:
     """Transactions in the order of the log.
 
-    Acknowledgements arrive out of order across partitions, so the position moves only past transactions before which
+    Acknowledgements arrive out of order across partitions, so the position moves only past groups before which
     nothing is missing, and only to a COMMIT's end: resuming within a transaction would lose its first events.
     """
 
@@ -33,7 +33,7 @@ class Prefix:
         self._tidy_above = TIDY_ABOVE
 
     def begin(self, committed_at_us: int) -> Group:
-        """The next transaction of the log; it blocks the position until `end_lsn` is known and nothing is missing."""
+        """The next group in the log; it blocks the position until `end_lsn` is known and nothing is missing."""
         group = Group(committed_at_us)
         self._groups.append(group)
         return group
@@ -53,7 +53,7 @@ class Prefix:
         return self._lsn
 
     def _forget_complete(self) -> None:
-        """Behind a transaction that waits for long, complete ones would pile up; only the last one's end matters."""
+        """Behind a group that waits for long, complete ones would pile up; only the last one's end matters."""
         last = self._groups[-1]
         self._groups = deque(each for each in self._groups if each.missing or each.end_lsn is None or each is last)
         self._tidy_above = TIDY_ABOVE + 2 * len(self._groups)
@@ -65,5 +65,5 @@ class Prefix:
 
     @property
     def oldest_commit_us(self) -> int | None:
-        """When the first transaction with something missing was committed, in µs since 2000-01-01 UTC."""
+        """When the first transaction with something missing was committed, or one read with it, in µs since 2000-01-01 UTC."""
         return self._groups[0].committed_at_us if self._groups else None

@@ -94,8 +94,7 @@ class Publisher:
         self._config = config
         self._producers = {producer}
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
-        self._is_native = config.is_native and IS_COMPILED
-        self._new_records = records_class(is_native=config.is_native)
+        self._new_records = records_class(is_native=config.uses_native)
         self._open: list[Records | None] = [None] * partitions
         """What each lane's last batch is encoded by, while it may be appended to."""
         self._in_flight_bytes = 0
@@ -137,7 +136,7 @@ class Publisher:
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
-        if self._is_native and not self.blocked:
+        if self._config.uses_native and not self.blocked:
             count, size = native.encode(events, group, self.payload_max, self._open, self.renew)
             self.note(count, size)
             events = events[count:]

@@ -49,7 +49,7 @@ class Records(Protocol):
 
 def records_class(*, is_native: bool) -> Callable[[int], Records]:
     """What makes records, for batches of so many bytes at most."""
-    return native.Records if is_native and IS_COMPILED else plain.Records
+    return native.Records if is_native else plain.Records
 
 
 class RecordBatch:
@@ -92,6 +92,7 @@ class RecordBatch:
     # --- what aiokafka's sender asks of a batch -----------------------------------------------------------------------
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
+        assert self._built is None, "the broker would take what is built for another producer's, or for news"
         self._producer = (producer_id, producer_epoch, base_sequence)
 
     def _build(self) -> bytearray:
@@ -106,10 +107,6 @@ class RecordBatch:
     def record_count(self) -> int:
         """How many records."""
         return 1 if self.held is not None else self.records.count
-
-    def size(self) -> int:
-        """How many bytes."""
-        return len(self._build())
 
     def closed(self) -> bool:
         """Whether it may be sent at once: always."""

@@ -10,7 +10,6 @@ import psycopg
 import structlog
 
 from infra.relay import metrics
-from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.health import State, Status
 from infra.relay.leadership import leadership_key
@@ -110,7 +109,7 @@ class Session:
             slot=self._config.slot,
             topic=self._config.topic,
             source=self._config.source,
-            compiled=self._config.is_native and IS_COMPILED,
+            compiled=self._config.uses_native,
         )
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:

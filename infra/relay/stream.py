@@ -167,13 +167,11 @@ class ReplicationStream:
         """What is said of a stream whose end was read; libpq tells the end once only."""
         return PostgresAway(self._pgconn.get_error_message())
 
-    def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader | None":
-        """What takes the messages in C, from where `receive` has come to; None if it was not compiled.
+    def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader":
+        """What takes the messages in C, if it was compiled, from where `receive` has come to.
 
-        `begin` makes a transaction's group, and `taken` gets its id.
+        `begin` makes groups of transactions, and `taken` gets every transaction's id.
         """
-        if not IS_COMPILED:
-            return None
         return LogReader(self._pgconn.get_copy_data, self._read_socket, self._note_keepalive, begin, taken)
 
     def _note_keepalive(self, data: memoryview) -> None:

@@ -62,11 +62,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 PORTION: Final = 1000
-"""Events of the log that are taken in one go, before the loop turns to Kafka."""
+"""What is taken of the log in one go, before the loop turns to Kafka: events, or in Python messages."""
 IDLE_BYTES: Final = 1024 * 1024
 """How far the slot may stay behind a log in which nothing is ours: writing the position down is itself log."""
 
 PROOFS_MAX: Final = 1000
+"""Snapshots that wait until Kafka has acknowledged what they see."""
 
 FIND_SLOT: Final = """
     SELECT database, database IS DISTINCT FROM current_database(), plugin, wal_status,
@@ -97,11 +98,12 @@ class WalSource:
         self._stream: ReplicationStream
         self._prefix = Prefix()
         self._rows = RowReader()
-        self._log: LogReader | None = None
-        """What reads the stream in C, if it was compiled."""
+        self._reader: LogReader | None = None
+        """What reads the stream in C, if that is to be done."""
         self._group = Group(end_lsn=0)
         """What counts the events that come, unless it has ended."""
         self._committed_at_us = 0
+        """When the transaction that was begun last was committed."""
         self._saved = 0
         self._written: deque[tuple[int, int]] = deque()
         """Positions that the slot is not told yet, each behind where the log has it that they were written down."""
@@ -125,8 +127,8 @@ class WalSource:
         await self._prepare(desk, system, mark)
         await self._stream.start(self._config.slot, self._config.publication)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
-        if self._config.is_native:
-            self._log = self._stream.log_reader(self._prefix.begin, self._taken)
+        if self._config.uses_native:
+            self._reader = self._stream.log_reader(self._prefix.begin, self._taken)
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
@@ -207,22 +209,22 @@ class WalSource:
     async def read(self, intake: Intake) -> bool:
         if self._gulps.rest_seconds:
             return False
-        if self._log is not None and intake.open_records is not None:
-            count, is_all = self._encode(self._log, intake, intake.open_records)
+        if self._reader is not None and intake.open_records is not None:
+            count, is_all = self._read_natively(self._reader, intake, intake.open_records)
         else:
             count, is_all = self._hand_over(intake)
         self._gulps.note(count, is_all=is_all)
         return not is_all
 
-    def _encode(self, log: "LogReader", intake: Intake, records: list[Records | None]) -> tuple[int, bool]:
-        """In C, what can be; how many events, and whether that was all."""
+    def _read_natively(self, reader: "LogReader", intake: Intake, records: list[Records | None]) -> tuple[int, bool]:
+        """Read and encode in C what can be; how many events, and whether that was all."""
         room = intake.room
-        log.group, log.committed_at_us = self._group, self._committed_at_us
-        count, size, is_all, message = log.read(
+        reader.group, reader.committed_at_us = self._group, self._committed_at_us
+        count, size, is_all, message = reader.read(
             min(PORTION, room.events), room.size, intake.payload_max, records, intake.renew
         )
-        self._group, self._committed_at_us = log.group, log.committed_at_us
-        self._has_news, log.has_commit = self._has_news or log.has_commit, False
+        self._group, self._committed_at_us = reader.group, reader.committed_at_us
+        self._has_news, reader.has_commit = self._has_news or reader.has_commit, False
         intake.note(count, size)
         if message == b"":
             raise self._stream.ended()
@@ -284,8 +286,8 @@ class WalSource:
                 self._has_news = True
             case kind if kind == RELATION:
                 self._rows.learn(message)
-                if self._log is not None:
-                    self._log.learn(*self._rows.outbox)
+                if self._reader is not None:
+                    self._reader.learn(*self._rows.outbox)
             case kind:
                 log.warning("unexpected message in the log stream", kind=chr(kind))
 

@@ -306,7 +306,7 @@ class Bench:
         self.source = WalSource(config, leader)
         self.source._stream, self.source._prefix, self.source._gulps = self.stream, self.prefix, Gulps(is_taken=False)
         if is_native:
-            self.source._log = self.stream.log_reader(self.prefix.begin, self.source._taken)
+            self.source._reader = self.stream.log_reader(self.prefix.begin, self.source._taken)
         for message in (relation(OUTBOX, LAYOUTS[0]), relation(OTHER, LAYOUTS[0]).replace(b"outbox", b"others")):
             self.source._take(message)
         self.to_quarantine: list[Diverted] = []

@@ -319,7 +319,7 @@ async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
     connection: Any = SimpleNamespace(pgconn=_EndedConnection())
     source = WalSource(config, connection)
     source._stream = stream = ReplicationStream(connection)
-    source._log = stream.log_reader(source._prefix.begin, []) if is_native else None
+    source._reader = stream.log_reader(source._prefix.begin, []) if is_native else None
     with pytest.raises(PostgresAway, match="why it ended"):
         await source.read(Publisher(config, FakeProducer(), 1, lambda: None))
 
