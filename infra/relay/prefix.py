@@ -65,5 +65,5 @@ class Prefix:
 
     @property
     def oldest_commit_us(self) -> int | None:
-        """When the first transaction with something missing was committed, or one read with it, in µs since 2000-01-01 UTC."""
+        """When the first transaction with something missing, or one read with it, was committed: µs since 2000 UTC."""
         return self._groups[0].committed_at_us if self._groups else None

@@ -149,8 +149,15 @@ async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
     assert max(took) < TAKEOVER_SECONDS
 
 
-async def test_large_events_cost_no_more_memory_than_small_ones(config: RelayConfig, start_relay: StartRelay) -> None:
-    """A backlog of them, read from the table: 300 MB, some at a time."""
+@pytest.mark.parametrize("was_there_before", [False, True])
+async def test_large_events_cost_no_more_memory_than_small_ones(
+    config: RelayConfig, start_relay: StartRelay, *, was_there_before: bool
+) -> None:
+    """A backlog of 300 MB, from the table at the first start, or else from where the relay had come to."""
+    if was_there_before:
+        before = start_relay()
+        await before.streams()
+        before.kill()
     large = f'"{"x" * 500_000}"'
     rows = [row for number in range(20) for row in rows_of(f"pay_{number}", 30, payload=large)]
     for at in range(0, len(rows), 20):
