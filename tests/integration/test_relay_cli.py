@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from app import relay_desk
+from app import relay_desk, relay_troubles
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, postgres
@@ -22,7 +22,7 @@ from infra.relay.replay import HEADER
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
-from tests.integration.test_relay_gap import DROP, StandingStill
+from tests.integration.test_relay_gap import CREATE, DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import Row, commit, fetch_value, ids, insert, open_transaction, rows_of, until
 from tests.support.topic import read_until
@@ -89,14 +89,24 @@ def running_standby(config: RelayConfig) -> Any:
 
 @wal_only
 async def test_status_names_a_slot_that_keeps_log_for_nobody(
-    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(relay_troubles, "HELD_FOR_NOBODY", 0)
+    desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
+    old = f"{config.slot}_old"
     async with running(config):
-        create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
-        await fetch_value(config.postgres_url, create, f"{config.slot}_old")
-        status = json.loads((await payments_relay(config, "status", "--json")).stdout)
-    assert [each["slot"] for each in status["strangers"]] == [f"{config.slot}_old"]
-    await fetch_value(config.postgres_url, DROP, f"{config.slot}_old")
+        assert await asyncio.to_thread(desk.status, as_json=True) == 0
+        capsys.readouterr()
+        await fetch_value(config.postgres_url, CREATE, old)
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+        assert await asyncio.to_thread(desk.status, as_json=True) == 1
+        told = capsys.readouterr().out
+    status = json.loads(told[told.index("{") : told.rindex("}") + 1])
+    assert [each["slot"] for each in status["strangers"]] == [old]
+    (trouble,) = status["troubles"]
+    assert trouble.startswith(f"slot {old} keeps ")
+    assert trouble.endswith(f"if its reader is off for good, SELECT pg_drop_replication_slot('{old}')")
+    await fetch_value(config.postgres_url, DROP, old)
 
 
 @wal_only
