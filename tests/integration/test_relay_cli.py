@@ -12,8 +12,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
-from app import relay_desk
+from app import relay_desk, relay_troubles
+from app.cli import app
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, postgres
@@ -22,7 +24,7 @@ from infra.relay.replay import HEADER
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
-from tests.integration.test_relay_gap import DROP, StandingStill
+from tests.integration.test_relay_gap import CREATE, DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import Row, commit, fetch_value, ids, insert, open_transaction, rows_of, until
 from tests.support.topic import read_until
@@ -32,14 +34,18 @@ __all__ = ["config", "source"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment_of(config: RelayConfig) -> dict[str, str]:
+    """What tells `payments relay …` of this relay."""
+    return {
         "PAYMENTS_POSTGRES_URL": config.postgres_url,
         "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka_bootstrap,
         "PAYMENTS_EVENTS_TOPIC": config.topic,
         "PAYMENTS_RELAY_SLOT": config.slot,
-        "COLUMNS": str(columns),
     }
+
+
+async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | environment_of(config) | {"COLUMNS": str(columns)}
     command = [sys.executable, "-m", "app.cli", "relay", *arguments]
     return await asyncio.to_thread(
         subprocess.run, command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -89,14 +95,24 @@ def running_standby(config: RelayConfig) -> Any:
 
 @wal_only
 async def test_status_names_a_slot_that_keeps_log_for_nobody(
-    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(relay_troubles, "HELD_FOR_NOBODY", 0)
+    desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
+    old = f"{config.slot}_old"
     async with running(config):
-        create = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
-        await fetch_value(config.postgres_url, create, f"{config.slot}_old")
-        status = json.loads((await payments_relay(config, "status", "--json")).stdout)
-    assert [each["slot"] for each in status["strangers"]] == [f"{config.slot}_old"]
-    await fetch_value(config.postgres_url, DROP, f"{config.slot}_old")
+        assert await asyncio.to_thread(desk.status, as_json=True) == 0
+        capsys.readouterr()
+        await fetch_value(config.postgres_url, CREATE, old)
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+        assert await asyncio.to_thread(desk.status, as_json=True) == 1
+        told = capsys.readouterr().out
+    status = json.loads(told[told.index("{") : told.rindex("}") + 1])
+    assert [each["slot"] for each in status["strangers"]] == [old]
+    (trouble,) = status["troubles"]
+    assert trouble.startswith(f"slot {old} keeps ")
+    assert trouble.endswith(f"if its reader is off for good, SELECT pg_drop_replication_slot('{old}')")
+    await fetch_value(config.postgres_url, DROP, old)
 
 
 @wal_only
@@ -254,6 +270,26 @@ async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: Rel
     none = await payments_relay(config, "replay", "--until", "1h", "--dry-run")
     assert "0 events would be published" in none.stdout
     assert (await payments_relay(config, "replay")).returncode == 1
+
+
+@wal_only
+async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thirty events, ten a second, the last is not there before 2.9 s. In this process: no start of one counts."""
+    rows = rows_of("pay_a", 30)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    for name, value in environment_of(config).items():
+        monkeypatch.setenv(name, value)
+    started = time.monotonic()
+    arguments = ["relay", "replay", "--payment", "pay_a", "--rate", "10"]
+    done = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+    took = time.monotonic() - started
+    assert (done.exit_code, "30 events published again" in done.output) == (0, True), done.output
+    assert took >= 2.9
+    again = (await read_until(config.kafka_bootstrap, config.topic, lambda found: len(found) >= 60))[30:]
+    assert ids(again) == [row.id for row in rows]
+    assert all(HEADER in dict(record.headers) for record in again)
 
 
 async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:

@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 from pydantic import ValidationError
 
+from app.processes import relay_config
 from app.settings import Settings
 
 
@@ -69,3 +70,10 @@ def test_what_names_brokers_is_taken(brokers: str) -> None:
 def test_a_port_that_cannot_be_is_refused(port: int) -> None:
     with pytest.raises(ValidationError, match="relay_port"):
         Settings(relay_port=port)
+
+
+def test_a_relay_is_kept_from_its_compiled_loop_by_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PAYMENTS_RELAY_NATIVE", raising=False)
+    assert relay_config(Settings()).is_native
+    monkeypatch.setenv("PAYMENTS_RELAY_NATIVE", "false")
+    assert not relay_config(Settings()).is_native
