@@ -82,7 +82,7 @@ class Replay:
         Raises:
             psycopg.Error, KafkaError: a server is away; what was acknowledged stays published.
         """
-        done, started = 0, time.monotonic()
+        done = 0
         async with AIOKafkaProducer(
             bootstrap_servers=self._config.kafka_bootstrap,
             acks="all",
@@ -90,6 +90,7 @@ class Replay:
             max_request_size=2 * self._config.message_bytes_max,
         ) as producer:
             partitions = len(await producer.partitions_for(self._topic))
+            started = time.monotonic()
             async for chunk in self._chunks():
                 await self._publish(producer, partitions, chunk)
                 done += len(chunk)
