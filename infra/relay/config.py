@@ -26,8 +26,7 @@ class RelayConfig:
     is_native: bool = True
     """Whether the compiled inner loop is used, where there is one."""
     feedback_seconds: float = 1.0
-    """How often progress is written down, and the slot told of what was written down the time before: so a crash makes
-    the next relay repeat what comes in twice as long."""
+    """How often progress is written down: what a crash makes the next relay repeat. The slot is told the time after."""
     standby_seconds: float = 0.5
     """How often a standby looks whether it must take over."""
     retry_seconds_max: float = 5.0

@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {"wal": WalSource, "poll": PollSource}
 FLUSH_EVERY = 1000
+FIRST_SAVE_SECONDS = 0.1
+"""When progress is written down for the first time, so that relays that never live for long get on, too."""
 LEADER_SETTINGS = (
     "-c idle_session_timeout=10s -c idle_in_transaction_session_timeout=10s -c lock_timeout=5s -c synchronous_commit=on"
 )
@@ -194,10 +196,11 @@ class Session:
         await self._wake.wait()
 
     async def _tick(self) -> None:
+        await asyncio.sleep(FIRST_SAVE_SECONDS)
         while True:
-            await asyncio.sleep(self._config.feedback_seconds)
             self._is_save_due = self._is_retry_due = True
             self._wake.set()
+            await asyncio.sleep(self._config.feedback_seconds)
 
     async def _keep_up(self) -> None:
         """What is due besides publishing: progress, answers to the server, retries that somebody asked for."""

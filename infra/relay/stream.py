@@ -110,15 +110,16 @@ class ReplicationStream:
         except errors.ObjectInUse as error:
             raise SlotBusy(str(error)) from error
 
-    async def start(self, slot: str, publication: str) -> None:
-        """Begin to stream from where the slot stands.
+    async def start(self, slot: str, publication: str, lsn: int) -> None:
+        """Begin to stream behind `lsn`, or from where the slot stands, if that is further on.
 
         Raises:
             SlotBusy: another relay streams from it.
             SlotMissing: there is no such slot.
         """
         options = f"proto_version '1', publication_names '\"{publication}\"'"
-        self._pgconn.send_query(f'START_REPLICATION SLOT "{slot}" LOGICAL 0/0 ({options})'.encode())
+        position = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+        self._pgconn.send_query(f'START_REPLICATION SLOT "{slot}" LOGICAL {position} ({options})'.encode())
         result = (await self._connection.wait(generators.execute(self._pgconn)))[0]
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise _error(result)

@@ -125,7 +125,8 @@ class WalSource:
         mark = await find_mark(self._leader, self._config.slot)
         _, self._publication = await self._ask_publication()
         await self._prepare(desk, system, mark)
-        await self._stream.start(self._config.slot, self._config.publication)
+        # From what was written down: the slot is told later, and would repeat what is acknowledged since.
+        await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
         if self._config.uses_native:
             self._reader = self._stream.log_reader(self._prefix.begin, self._taken)

@@ -27,6 +27,7 @@ from tests.support.outbox import (
     assert_first_deliveries_in_order,
     commit,
     complete,
+    fetch_value,
     ids,
     insert,
     rows_of,
@@ -147,6 +148,27 @@ async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
     await assert_all_arrived(config, rows)
     print(f"takeovers: median {sorted(took)[len(took) // 2]:.2f} s, slowest of {len(took)}: {max(took):.2f} s")
     assert max(took) < TAKEOVER_SECONDS
+
+
+@pytest.mark.parametrize("config", ["wal", PLAIN], indirect=True)
+async def test_what_was_written_down_is_not_repeated_though_the_slot_was_not_told(
+    config: RelayConfig, start_relay: StartRelay
+) -> None:
+    """A relay that never lives long enough to tell it would begin at the same place again and again."""
+    relay = start_relay()
+    await relay.streams()
+    first, second = rows_of("pay_0", 30), rows_of("pay_0", 1, first=31)
+    await commit(config.postgres_url, first)
+    end = await fetch_value(config.postgres_url, "SELECT pg_current_wal_insert_lsn()")
+    written = "SELECT confirmed_lsn >= %s FROM relay_slots WHERE slot_name = %s"
+    await until(lambda: fetch_value(config.postgres_url, written, end, config.slot))
+    relay.kill()
+    told = "SELECT confirmed_flush_lsn >= %s FROM pg_replication_slots WHERE slot_name = %s"
+    assert not await fetch_value(config.postgres_url, told, end, config.slot)
+    start_relay()
+    await commit(config.postgres_url, second)
+    records = await read_until(config.kafka_bootstrap, config.topic, complete(second))
+    assert ids(records) == [row.id for row in [*first, *second]]
 
 
 @pytest.mark.parametrize("was_there_before", [False, True])

@@ -294,7 +294,7 @@ class Subscriber:
 async def subscriber(aged: Aged) -> AsyncIterator[Subscriber]:
     stream = await ReplicationStream.connect(aged.url)
     await stream.create_slot("probe")
-    await stream.start("probe", "payments_outbox")
+    await stream.start("probe", "payments_outbox", 0)
     subscriber = Subscriber(stream)
     task = asyncio.create_task(subscriber.run())
     yield subscriber

@@ -322,7 +322,7 @@ async def test_a_slot_that_another_reads_from_is_told_and_not_adopted_under_its_
         await commit(config.postgres_url, rows_of("pay_a", 3))
     other = await ReplicationStream.connect(config.postgres_url)
     await other._connection.execute("SET application_name = 'Debezium'")
-    await other.start(config.slot, config.publication)
+    await other.start(config.slot, config.publication, 0)
     async with running_standby(config):
         status = await payments_relay(config, "status")
         assert status.returncode == 1
