@@ -26,10 +26,12 @@ from tests.fault.test_relay_faults import (
     header,
     running,
     slot_position,
-    subscribed,
+    subscriber,
 )
-from tests.support.outbox import Row, fetch_value, insert, until
+from tests.support.outbox import fetch_value, until, write_next
 from tests.support.standby import PHYSICAL_SLOT, Standby
+
+__all__ = ["subscriber"]
 
 PAYMENTS = 20
 WRITERS = 4
@@ -72,12 +74,6 @@ def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, to
     )
 
 
-@pytest.fixture
-async def subscriber(config: RelayConfig) -> AsyncIterator[Subscriber]:
-    async with subscribed(config.kafka_bootstrap, config.topic) as found:
-        yield found
-
-
 class Committed(NamedTuple):
     """An event, and a position of the log behind its commit."""
 
@@ -100,16 +96,9 @@ async def writers(url: str) -> AsyncIterator[list[Committed]]:
 
 
 async def write(url: str, choose: random.Random, committed: list[Committed]) -> None:
-    """As the write path does it: lock some payments in order of id, take the next numbers, insert, commit."""
     async with await psycopg.AsyncConnection.connect(url) as connection:
         while True:
-            some = choose.sample(range(1, PAYMENTS + 1), 5)
-            lock = "SELECT id, seq + 1 FROM seqs WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE"
-            locked = await (await connection.execute(lock, [some])).fetchall()
-            rows = [Row(uuid4(), f"pay_{number}", seq) for number, seq in locked]
-            await connection.execute("UPDATE seqs SET seq = seq + 1 WHERE id = ANY(%s)", [some])
-            await insert(connection, rows)
-            await connection.commit()
+            rows = await write_next(connection, choose, 5, of=PAYMENTS)
             cursor = await connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint")
             behind = (await cursor.fetchall())[0][0]
             await connection.rollback()

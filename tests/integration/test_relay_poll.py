@@ -26,6 +26,7 @@ from tests.support.outbox import (
     open_transaction,
     rows_of,
     until,
+    write_next,
 )
 
 __all__ = ["config"]
@@ -91,14 +92,7 @@ async def write_to_some(config: RelayConfig, choose: random.Random) -> list[Row]
     written = []
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
         for _ in range(40):
-            some = choose.sample(range(1, 41), 8)
-            lock = "SELECT id, seq + 1 FROM seqs WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE"
-            locked = await (await connection.execute(lock, [some])).fetchall()
-            rows = [Row(uuid4(), f"pay_{number}", seq) for number, seq in locked]
-            await connection.execute("UPDATE seqs SET seq = seq + 1 WHERE id = ANY(%s)", [some])
-            await insert(connection, rows)
-            await connection.commit()
-            written += rows
+            written += await write_next(connection, choose, 8, of=40)
     return written
 
 

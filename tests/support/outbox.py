@@ -1,6 +1,7 @@
 """Outbox rows for the relay's tests, and what must hold for the records that they become."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -44,6 +45,21 @@ async def commit(url: str, *transactions: Iterable[Row]) -> None:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         for rows in transactions:
             await insert(connection, rows)
+
+
+async def write_next(connection: psycopg.AsyncConnection, choose: random.Random, count: int, *, of: int) -> list[Row]:
+    """The next events of so many payments out of `seqs`, as the write path writes them.
+
+    Lock them in order of id, take the next numbers, insert, commit.
+    """
+    some = choose.sample(range(1, of + 1), count)
+    lock = "SELECT id, seq + 1 FROM seqs WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE"
+    locked = await (await connection.execute(lock, [some])).fetchall()
+    rows = [Row(uuid4(), f"pay_{number}", seq) for number, seq in locked]
+    await connection.execute("UPDATE seqs SET seq = seq + 1 WHERE id = ANY(%s)", [some])
+    await insert(connection, rows)
+    await connection.commit()
+    return rows
 
 
 async def set_database(url: str, setting: str) -> None:

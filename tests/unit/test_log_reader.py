@@ -6,16 +6,13 @@ event is lost or repeated, and the position never passes a transaction of which 
 
 import asyncio
 import copy
-import gc
 import struct
-import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import psutil
 import psycopg
 import pytest
 from aiokafka.errors import MessageSizeTooLargeError
@@ -31,12 +28,12 @@ from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.prefix import Group, Prefix
 from infra.relay.publisher import Diverted, Publisher
-from infra.relay.records import RecordBatch, Records, records_class
+from infra.relay.records import RecordBatch
 from infra.relay.source import Room
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
 from tests.unit.test_pgoutput import insert, relation
-from tests.unit.test_records import EVENT, compiled, each_encoder
+from tests.unit.test_records import EVENT, Opened, assert_nothing_is_kept, compiled, each_encoder
 
 if IS_COMPILED:
     from infra.relay.native import LogReader
@@ -601,27 +598,8 @@ def test_the_compiled_reader_keeps_nothing_of_what_it_has_read() -> None:
             assert reader.read(1000, 2**26, PAYLOAD_MAX, to.open, to.renew)[0] == 1000
         taken.clear()
 
-    read()
-    gc.collect()
-    held = (group, message, None)
-    references, resident = [sys.getrefcount(each) for each in held], psutil.Process().memory_info().rss
-    read()
-    read()
-    gc.collect()
-    assert all(abs(sys.getrefcount(each) - before) < 1000 for each, before in zip(held, references, strict=True))
-    assert psutil.Process().memory_info().rss < resident + 4 * 2**20
+    assert_nothing_is_kept(read, group, message, None)
     message.clear()  # Which raises while anybody looks at it.
-
-
-class Opened:
-    """The records of one partition."""
-
-    def __init__(self) -> None:
-        self.open: list[Records | None] = [None]
-
-    def renew(self, number: int) -> Records:
-        self.open[number] = records = records_class(is_native=True)(100_000)
-        return records
 
 
 def reader_of(messages: list[bytes], prefix: Prefix) -> "tuple[LogReader, Connection]":

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -159,10 +159,22 @@ def test_an_acknowledged_batch_is_taken_off_each_of_its_groups(*, is_native: boo
 # --- what is only compiled --------------------------------------------------------------------------------------------
 
 
+def assert_nothing_is_kept(work: Callable[[], None], *held: object) -> None:
+    """Of these neither references nor memory pile up, however often it is done."""
+    work()
+    gc.collect()
+    references, resident = [sys.getrefcount(each) for each in held], psutil.Process().memory_info().rss
+    work()
+    work()
+    gc.collect()
+    assert all(abs(sys.getrefcount(each) - before) < 1000 for each, before in zip(held, references, strict=True))
+    assert psutil.Process().memory_info().rss < resident + 4 * 2**20
+
+
 class Opened:
     """Records of so many partitions, each opened when the first event comes."""
 
-    def __init__(self, partitions: int, bytes_max: int = 100_000) -> None:
+    def __init__(self, partitions: int = 1, bytes_max: int = 100_000) -> None:
         self.open: list[Records | None] = [None] * partitions
         self.renewed: list[int] = []
         self._bytes_max = bytes_max
@@ -222,12 +234,4 @@ def test_the_compiled_encoder_keeps_nothing_of_what_it_has_encoded() -> None:
         for _ in range(100):
             native.encode([event] * 1000, group, 1000, to.open, to.renew)
 
-    encode()
-    gc.collect()
-    held = (group, event, event.payload, None)
-    references, resident = [sys.getrefcount(each) for each in held], psutil.Process().memory_info().rss
-    encode()
-    encode()
-    gc.collect()
-    assert all(abs(sys.getrefcount(each) - before) < 1000 for each, before in zip(held, references, strict=True))
-    assert psutil.Process().memory_info().rss < resident + 4 * 2**20
+    assert_nothing_is_kept(encode, group, event, event.payload, None)

@@ -7,26 +7,21 @@ import pytest
 
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.prefix import Group, Prefix
-from infra.relay.records import Records
+from tests.unit.test_pgoutput import insert
+from tests.unit.test_records import Opened, compiled
 
 if IS_COMPILED:
     from infra.relay import native
 
-pytestmark = pytest.mark.skipif(not IS_COMPILED, reason="there is no C compiler")
+pytestmark = compiled
 
-BATCH_BYTES_MAX = 3000
 VALUES: list[bytes | None] = [b"id", b"pay", b"type", b"{}", b"7", b"/payments", b"1.0", b"now", b"00-trace"]
 PAYLOAD = 3
 BEGIN = struct.pack(">cqqI", b"B", 9, 100, 7)
 COMMIT = struct.pack(">cBqqq", b"C", 0, 8, 9, 100)
 
 
-def insert(values: list[bytes | None]) -> bytes:
-    parts = [b"n" if value is None else b"t" + struct.pack(">i", len(value)) + value for value in values]
-    return struct.pack(">cIcH", b"I", 5, b"N", len(values)) + b"".join(parts)
-
-
-ROW = insert(VALUES)
+ROW = insert(5, VALUES)
 
 
 class Log:
@@ -34,7 +29,7 @@ class Log:
 
     def __init__(self, *messages: bytes) -> None:
         self.messages: Iterator[bytes] = iter(messages)
-        self.open: list[Records | None] = [None]
+        self.to = Opened()
         self.prefix = Prefix()
         self.reader = native.LogReader(self.get, lambda: None, lambda _: None, self.prefix.begin, [])
         self.reader.learn(5, len(VALUES), range(len(VALUES)))
@@ -45,19 +40,15 @@ class Log:
         data = b"" if message is None else struct.pack(">cqqq", b"w", 0, 0, 0) + message
         return len(data), memoryview(data)
 
-    def renew(self, number: int) -> Records:
-        self.open[number] = records = native.Records(BATCH_BYTES_MAX)
-        return records
-
     def read(self, events_max: int = 100) -> tuple[int, int, bool, bytes | None]:
-        return self.reader.read(events_max, 1000, 1000, self.open, self.renew)
+        return self.reader.read(events_max, 1000, 1000, self.to.open, self.to.renew)
 
 
 @pytest.mark.parametrize("size", range(1, len(ROW)))
 def test_of_a_row_that_is_cut_off_nothing_is_taken(size: int) -> None:
     log = Log(BEGIN, ROW[:size])
     assert log.read() == (0, 0, False, ROW[:size])
-    assert (log.reader.group.missing, log.open) == (0, [None])
+    assert (log.reader.group.missing, log.to.open) == (0, [None])
 
 
 @pytest.mark.parametrize("length", [b"\x00\x00\x10\x00", b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff"])
@@ -74,7 +65,7 @@ def test_an_end_of_a_transaction_that_is_cut_off_is_left_to_who_complains(messag
 
 
 def test_a_row_without_a_payload_is_not_half_taken() -> None:
-    row = insert([*VALUES[:PAYLOAD], None, *VALUES[PAYLOAD + 1 :]])
+    row = insert(5, [*VALUES[:PAYLOAD], None, *VALUES[PAYLOAD + 1 :]])
     log = Log(BEGIN, row)
     assert log.read() == (0, 0, False, row)
-    assert log.open == [None]
+    assert log.to.open == [None]
