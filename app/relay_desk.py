@@ -46,9 +46,6 @@ ROW_WIDTH_MIN = 160
 SAY_EVERY_SECONDS = 5.0
 """How often a wait says how far it is, where nobody would see a line change."""
 
-REQUEST_TRIES = 10
-REQUEST_PAUSE_SECONDS = 0.05
-
 
 class RelayDesk:
     """One database's relays, seen by an operator. Each method prints, and returns the exit code."""
@@ -120,21 +117,13 @@ class RelayDesk:
                 self._out.print("The request to adopt is withdrawn: ask again when a relay runs.")
 
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
-        if not self._request(repair):
+        if not self._ask(lambda connection: request_repair(connection, self._slot, repair)):
             self._out.print(
                 f"Nothing to do: relay {self._slot!r} is active, or has never run here. (`payments relay status` says"
                 " which. To publish events once more beside an active relay: `payments relay replay`.)"
             )
             return 1
         return asyncio.run(self._wait_for_repair(timeout_seconds))
-
-    def _request(self, repair: Repair) -> bool:
-        """An active relay leads all the time; one that tries in vain to become active, again and again for a moment."""
-        for _ in range(REQUEST_TRIES):
-            if self._ask(lambda connection: request_repair(connection, self._slot, repair)):
-                return True
-            time.sleep(REQUEST_PAUSE_SECONDS)
-        return False
 
     async def _wait_for_repair(self, timeout_seconds: float) -> int:
         started = time.monotonic()

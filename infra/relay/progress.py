@@ -4,6 +4,7 @@
 the topic; `published_below` is its lower end.
 """
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,6 +18,9 @@ from infra.relay.leadership import IS_LED, leadership_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
+
+REQUEST_TRIES: Final = 10
+REQUEST_PAUSE_SECONDS: Final = 0.05
 
 FIND: Final = """
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
@@ -201,9 +205,16 @@ async def flushed_by_now(connection: psycopg.AsyncConnection) -> int:
 
 
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
-    """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend."""
+    """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend.
+
+    An active relay leads all the time, one that tries in vain to become active for a moment, again and again.
+    """
     values = {"repair": repair, "slot": slot, "leadership": leadership_key(slot)[1]}
-    return (await connection.execute(REPAIR.encode(), values)).rowcount == 1
+    for _ in range(REQUEST_TRIES):
+        if (await connection.execute(REPAIR.encode(), values)).rowcount == 1:
+            return True
+        await asyncio.sleep(REQUEST_PAUSE_SECONDS)
+    return False
 
 
 async def withdraw_adopt(connection: psycopg.AsyncConnection, slot: str) -> bool:
