@@ -255,7 +255,7 @@ class RelayBench:
                 await connection.execute("TRUNCATE outbox")
             if source != "poll":
                 await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)
-            await connection.execute(BEGIN_HERE, name, "poll" if source == "poll" else "wal")
+            await connection.execute(BEGIN_HERE, name, _source_of(source))
         reader = _Reader(self._stack.urls.kafka_bootstrap, source, name)
         yield reader
         reader.close()
@@ -297,7 +297,7 @@ class RelayBench:
             "PAYMENTS_KAFKA_BOOTSTRAP": self._stack.urls.kafka_bootstrap,
             "PAYMENTS_EVENTS_TOPIC": reader.name,
             "PAYMENTS_RELAY_SLOT": reader.name,
-            "PAYMENTS_RELAY_SOURCE": "wal" if reader.source == PLAIN else reader.source,
+            "PAYMENTS_RELAY_SOURCE": _source_of(reader.source),
             "PAYMENTS_RELAY_NATIVE": str(reader.source != PLAIN),
             "PAYMENTS_RELAY_PORT": str(free_port()),
         }
@@ -345,6 +345,10 @@ class _Reader:
             batch += self._consumer.consume(min(1000, count - 1), 0) if count > 1 else []
             yield time.perf_counter(), batch
             count -= len(batch)
+
+
+def _source_of(name: str) -> str:
+    return "wal" if name == PLAIN else name
 
 
 def _cpu(pid: int) -> float:
