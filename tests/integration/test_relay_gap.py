@@ -12,6 +12,7 @@ from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
+from infra.relay.leadership import leadership_key
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
@@ -307,6 +308,20 @@ async def test_an_active_relay_cannot_be_told_to_adopt_or_repair(config: RelayCo
         await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection,
     ):
         assert not await request_repair(connection, config.slot, "adopt")
+
+
+async def test_a_relay_that_leads_for_a_moment_only_can_be_told(config: RelayConfig) -> None:
+    """As one does that tries in vain to become active, again and again."""
+    async with running(config):
+        pass
+    connect = psycopg.AsyncConnection.connect
+    async with await connect(config.postgres_url) as leader, await connect(config.postgres_url) as connection:
+        await leader.execute("SELECT pg_advisory_lock(%s, %s)", leadership_key(config.slot))
+        asking = asyncio.create_task(request_repair(connection, config.slot, "adopt"))
+        await asyncio.sleep(0.1)
+        assert not asking.done()
+        await leader.execute("SELECT pg_advisory_unlock(%s, %s)", leadership_key(config.slot))
+        assert await asking
 
 
 @wal_only

@@ -21,9 +21,11 @@ from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher
 from infra.relay.records import RecordBatch, headers_of
+from infra.relay.session import Session
 from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
+from tests.support.outbox import until
 
 EVENT = OutboxEvent(
     id=b"0197a3c0-0000-7000-8000-000000000001",
@@ -332,6 +334,15 @@ class Writes:
 
     async def execute(self, _: bytes, values: dict[str, Any]) -> None:
         self.published.append(values["published"])
+
+
+async def test_progress_is_written_down_soon_after_the_start_though_it_is_seldom_later() -> None:
+    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="t", feedback_seconds=600)
+    session = Session(config, Status(stalled_seconds=15), asyncio.Event())
+    session._is_save_due = False
+    ticking = asyncio.create_task(session._tick())
+    await until(lambda: session._is_save_due)
+    ticking.cancel()
 
 
 async def test_what_a_snapshot_sees_is_proven_only_once_the_log_is_acknowledged_beyond_it(
