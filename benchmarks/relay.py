@@ -17,6 +17,7 @@ from typing import Any, Final
 import asyncpg
 import httpx
 import psutil
+from aiokafka.admin import AIOKafkaAdminClient
 from confluent_kafka import Consumer, TopicPartition
 
 from benchmarks.load import percentile
@@ -263,6 +264,7 @@ class RelayBench:
             "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = $1", name
         )
         await connection.close()
+        await _delete_topic(self._stack.urls.kafka_bootstrap, name)
 
     @contextlib.asynccontextmanager
     async def _publisher(
@@ -345,6 +347,14 @@ class _Reader:
             batch += self._consumer.consume(min(1000, count - 1), 0) if count > 1 else []
             yield time.perf_counter(), batch
             count -= len(batch)
+
+
+async def _delete_topic(bootstrap: str, name: str) -> None:
+    """Half a gigabyte of each drain, which would fill the disk run by run."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    await admin.delete_topics([name])
+    await admin.close()
 
 
 def _source_of(name: str) -> str:

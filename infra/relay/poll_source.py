@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 import structlog
@@ -32,37 +32,15 @@ from infra.relay.progress import (
     start_mark,
     trust_mark,
 )
-from infra.relay.scan import COLUMNS, PORTION_BYTES, rows_at_once
+from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Intake
 from infra.relay.stream import CONNECTION, with_settings
+from infra.relay.window import Portion, Rest, read_first
 
 log = structlog.get_logger(__name__)
 
-PORTION: Final = 2000
-
 LOOK: Final = "SELECT pg_current_snapshot()::text"
-WINDOW: Final = """
-    (SELECT * FROM outbox WHERE xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])
-     UNION ALL
-     SELECT * FROM outbox WHERE xact = ANY(%(late)s::bigint[]))
-"""
-"""From `first` on those that had ended, and before it those that ended late."""
-_WRITTEN: Final = "(date_part('epoch', o.created_at) * 1000000)::bigint"
-READ: Final = f"""
-    SELECT o.position, o.size, {_WRITTEN}, {COLUMNS}
-      FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
-              FROM (SELECT * FROM {WINDOW} AS o WHERE o.position > %(position)s
-                     ORDER BY o.position LIMIT {PORTION}) AS o) AS o
-     WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
-     ORDER BY o.position
-"""  # noqa: S608 - names from our own constants
-LARGEST: Final = f"""
-    SELECT coalesce(max(octet_length(o.payload)), 0) FROM {WINDOW} AS o WHERE o.position > %(position)s
-"""  # noqa: S608 - names from our own constants
-REST: Final = f"""
-    SELECT o.position, 0, {_WRITTEN}, {COLUMNS} FROM {WINDOW} AS o WHERE o.position > %(position)s ORDER BY o.position
-"""  # noqa: S608 - names from our own constants
 OLD: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constants
@@ -103,11 +81,9 @@ class PollSource:
         self._is_woken, self._is_notified = True, False
         self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
-        self._rest: psycopg.AsyncServerCursor[Any] | None = None
-        self._ahead: asyncio.Task[list[tuple[Any, ...]]] | None = None
+        self._rest: Rest | None = None
         self._left: list[OutboxEvent] = []
         self._steps: deque[_Step] = deque()
-        self._at_once = PORTION
         self._proven, self._unproven_end = 0, 0
         self._saved: _Step | None = None
         self._is_rest_used = False
@@ -189,28 +165,28 @@ class PollSource:
     async def _fetch(self) -> None:
         self._is_woken = False
         is_inside, end = self._end is not None, self._end or await self._look()
-        rows = await (self._read_window(end) if self._rest is None else self._read_rest(self._rest))
-        if rows and (len(rows) >= self._at_once or rows[-1][1] >= PORTION_BYTES):
-            await self._stay_in_window(end, rows[-1][0])
+        portion, is_more = await (self._read_first(end) if self._rest is None else self._read_rest(self._rest))
+        if portion is not None and is_more:
+            await self._stay_in_window(end, portion.position)
         else:
             await self._leave_window(end)
-        if rows:
+        if portion is not None:
             self._is_woken = True
             self._unproven_end = end.end
-        if rows or is_inside or self._is_proof_due():
-            self._note(rows)
+        if portion is not None or is_inside or self._is_proof_due():
+            self._note(portion)
 
     def _is_proof_due(self) -> bool:
         """What was running beside the last events has ended since, so that they are below what has."""
         return self._proven < self._begin.below and self._proven < self._unproven_end
 
-    def _note(self, rows: list[tuple[Any, ...]]) -> None:
-        """Once these are acknowledged, what is written down may move to where the reader is now."""
+    def _note(self, portion: Portion | None) -> None:
+        """Once this is acknowledged, what is written down may move to where the reader is now."""
         step = _Step(self._begin, self._end, self._position)
-        if rows:
-            step.group.committed_at_us = rows[0][2] - _EPOCH_2000_US
+        if portion is not None:
+            step.group.committed_at_us = portion.written_us - _EPOCH_2000_US
+            self._left += portion.events
         self._steps.append(step)
-        self._left += [OutboxEvent._make(row[3:]) for row in rows]
         self._proven = self._begin.below
 
     async def _look(self) -> Snapshot:
@@ -218,48 +194,29 @@ class PollSource:
         assert row is not None, "the query always gives a row"
         return Snapshot.read(row[0])
 
-    async def _read_window(self, end: Snapshot) -> list[tuple[Any, ...]]:
-        values = self._begin.until(end, self._position)
-        return await (await self._reader.execute(READ.encode(), values, binary=True)).fetchall()
+    async def _read_first(self, end: Snapshot) -> tuple[Portion | None, bool]:
+        return await read_first(self._reader, self._begin.until(end, self._position))
 
-    async def _read_rest(self, rest: "psycopg.AsyncServerCursor[Any]") -> list[tuple[Any, ...]]:
-        """The next portion; Postgres makes the one after it while this one is published."""
+    async def _read_rest(self, rest: Rest) -> tuple[Portion | None, bool]:
         self._is_rest_used = True
-        rows = await (self._ahead or rest.fetchmany(self._at_once))
-        if len(rows) < self._at_once:
-            self._ahead = None
-        else:
-            self._ahead = asyncio.create_task(rest.fetchmany(self._at_once))
-            await asyncio.sleep(0)  # So that it asks before these are encoded.
-        return rows
+        portion = await rest.read()
+        return portion, portion is not None
 
     async def _stay_in_window(self, end: Snapshot, position: int) -> None:
-        """A large window is sorted once, and read on by a cursor."""
         self._end, self._position = end, position
         if self._rest is None:
-            values = self._begin.until(end, position)
-            await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            self._at_once = min(PORTION, await rows_at_once(self._reader, LARGEST, values))
-            self._rest = self._reader.cursor("rest", binary=True)
-            await self._rest.execute(REST.encode(), values)
+            self._rest = Rest(self._reader)
+            await self._rest.open(self._begin.until(end, position))
 
     async def _leave_window(self, end: Snapshot) -> None:
         await self._close_rest()
         self._begin, self._end, self._position = end, None, 0
 
     async def _close_rest(self) -> None:
-        """The window may be sorted again: while Kafka takes nothing, an open cursor would keep VACUUM from its work."""
-        await self._forget_ahead()
-        if self._rest is not None:
-            await self._rest.close()
-            await self._reader.execute("COMMIT")
-        self._rest, self._at_once = None, PORTION
-
-    async def _forget_ahead(self) -> None:
-        """What nobody took is read again, from the position of what was taken."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            await ahead
+        """The rest may be sorted again: while Kafka takes nothing, its transaction would keep VACUUM from its work."""
+        rest, self._rest = self._rest, None
+        if rest is not None:
+            await rest.close()
 
     def _wake(self) -> None:
         self._is_woken = True
@@ -319,12 +276,8 @@ class PollSource:
             self._listening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._listening
-        if self._ahead is not None:
-            self._ahead.cancel()
-            await asyncio.gather(self._ahead, return_exceptions=True)
         if self._rest is not None:
-            with contextlib.suppress(psycopg.Error):
-                await self._rest.close()
+            await self._rest.abandon()
         for name in ("_reader", "_listener"):
             if hasattr(self, name):
                 await getattr(self, name).close()

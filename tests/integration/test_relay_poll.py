@@ -13,8 +13,9 @@ import pytest
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import RelayConfig, metrics, poll_source, session
-from infra.relay.snapshot import Snapshot
+from infra.relay import RelayConfig, metrics, poll_source, session, window
+from infra.relay.scan import PORTION_BYTES
+from infra.relay.snapshot import NOTHING, Snapshot
 from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
 from tests.support.outbox import (
     Row,
@@ -116,7 +117,7 @@ async def test_what_is_published_is_proven_once_what_ran_beside_it_has_ended(con
 
 
 async def test_a_backlog_of_exactly_one_portion_is_proven(config: RelayConfig) -> None:
-    rows = rows_of("pay_a", poll_source.PORTION)
+    rows = rows_of("pay_a", window.PORTION)
     proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"
     await commit(config.postgres_url, rows)
     async with running(config):
@@ -143,11 +144,58 @@ async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None
         await insert(connection, rows_of("pay_a", 20_000))
     begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
     async with await poll_source.connect_reader(postgres_url) as reader:
-        for query in (poll_source.READ, poll_source.LARGEST, poll_source.REST):
+        for query in (window.READ, window.KEYS):
             explained = await reader.execute(f"EXPLAIN {query}".encode(), begin.until(end, 0))
             plan = "\n".join(row[0] for row in await explained.fetchall())
             assert "Seq Scan" not in plan, plan
             assert "xact_idx" in plan, plan
+        fetch = window.FETCH.format(partition="outbox_default")
+        explained = await reader.execute(f"EXPLAIN {fetch}".encode(), ['{"(0,1)"}'])
+        assert "Tid Scan" in str(await explained.fetchall())
+
+
+async def rest_of(url: str, position: int = 0) -> list[window.Portion]:
+    """All that is in the outbox behind a position, as the rest of one window."""
+    async with await poll_source.connect_reader(url) as reader:
+        row = await (await reader.execute(poll_source.LOOK)).fetchone()
+        assert row is not None
+        rest = window.Rest(reader)
+        await rest.open(NOTHING.until(Snapshot.read(row[0]), position))
+        portions = []
+        while (portion := await rest.read()) is not None:
+            portions.append(portion)
+        await rest.close()
+    return portions
+
+
+async def test_a_windows_rest_has_its_order_across_partitions(postgres_url: str) -> None:
+    """Around midnight: transactions that began before it, and after it, end in turn."""
+    rows = rows_of("pay_a", window.PORTION * 5 // 2)
+    async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
+        for name, day in (("outbox_today", 0), ("outbox 100%", 1)):
+            bounds = f"FROM (current_date - {day}) TO (current_date - {day} + 1)"
+            await connection.execute(f'CREATE TABLE "{name}" PARTITION OF outbox FOR VALUES {bounds}'.encode())
+        await insert(connection, rows)
+        await connection.execute("UPDATE outbox SET created_at = created_at - interval '1 day' WHERE position % 3 = 2")
+        # What is written anew lies behind all others.
+        await connection.execute("UPDATE outbox SET source = source WHERE position % 7 = 0")
+    first = await fetch_value(postgres_url, "SELECT min(position) FROM outbox")
+    portions = await rest_of(postgres_url, first)
+    assert [event.id.decode() for portion in portions for event in portion.events] == [str(row.id) for row in rows[1:]]
+    assert portions[0].position == first + window.PORTION
+    assert portions[-1].position == first + len(rows) - 1
+    assert all(len(portion.events) <= window.PORTION for portion in portions)
+    assert portions[0].written_us < portions[1].written_us, "the first row of the first portion is of yesterday"
+
+
+async def test_a_portion_of_a_windows_rest_ends_with_the_event_that_fills_it(postgres_url: str) -> None:
+    large = f'"{"x" * (PORTION_BYTES // 2 - 100)}"'
+    rows = [row for number in range(4) for row in rows_of(f"pay_{number}", 2, payload=large)]
+    await commit(postgres_url, *([row, *rows_of(f"small_{number}", 3)] for number, row in enumerate(rows)))
+    portions = await rest_of(postgres_url)
+    assert len(portions) == 3, "of 4 MiB each: two of them do not quite fill one, and the third does"
+    for portion in portions:
+        assert sum(len(event.payload) for event in portion.events[:-1]) < PORTION_BYTES
 
 
 async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
@@ -177,7 +225,7 @@ async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
     async with running(config):
         records = await published(config, *rows)
     assert_first_deliveries_in_order(records, rows)
-    assert len(records) < len(rows) + poll_source.PORTION, "only what was not written down comes again"
+    assert len(records) < len(rows) + window.PORTION, "only what was not written down comes again"
 
 
 async def test_no_snapshot_is_kept_while_kafka_takes_nothing(postgres_url: str, own_kafka: EmbeddedKafka) -> None:

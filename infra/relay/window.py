@@ -1,0 +1,143 @@
+"""What one snapshot of the outbox sees and another did not, in the order of `position`: its first rows, and the rest.
+
+The rest is sorted by its keys alone, and its rows are fetched by their place. Sorted with their payloads, half a
+million of them went through files for half a second before the first one came.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+
+import psycopg
+
+from infra.relay.pgoutput import OutboxEvent
+from infra.relay.scan import COLUMNS, PORTION_BYTES
+
+PORTION: Final = 1000
+KEYS_AT_ONCE: Final = 20_000
+
+
+class Portion(NamedTuple):
+    """Events that follow one another in a window, the last one's position, and when the first was written (µs)."""
+
+    events: list[OutboxEvent]
+    position: int
+    written_us: int
+
+
+_Key = tuple[int, bytes, int, int, int]
+"""A row's partition, its place there, the bytes of its payload, its position, and when it was written."""
+
+_WRITTEN: Final = "(date_part('epoch', created_at) * 1000000)::bigint AS written"
+
+
+def _window(columns: str) -> str:
+    """From `first` on the transactions that had ended, and before it those that ended late."""
+    return f"""
+        (SELECT {columns} FROM outbox
+          WHERE xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[]) AND position > %(position)s
+         UNION ALL
+         SELECT {columns} FROM outbox WHERE xact = ANY(%(late)s::bigint[]) AND position > %(position)s)
+    """  # noqa: S608 - names from our own constants
+
+
+READ: Final = f"""
+    SELECT o.position, o.written, o.size, {COLUMNS}
+      FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
+              FROM (SELECT * FROM {_window(f"*, {_WRITTEN}")} AS o ORDER BY o.position LIMIT {PORTION}) AS o) AS o
+     WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
+     ORDER BY o.position
+"""  # noqa: S608 - names from our own constants
+_KEY: Final = f"tableoid AS partition, ctid AS place, octet_length(payload) AS size, position, {_WRITTEN}"
+KEYS: Final = f"""
+    SELECT o.partition, o.place::text, o.size, o.position, o.written FROM {_window(_KEY)} AS o ORDER BY o.position
+"""  # noqa: S608 - names from our own constants
+FETCH: Final = f"""
+    SELECT {COLUMNS} FROM {{partition}} AS o WHERE o.ctid = ANY(%s::tid[]) ORDER BY o.position
+"""  # noqa: S608 - names from our own constants, and a partition's as Postgres writes it
+PARTITIONS: Final = "SELECT inhrelid, inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'outbox'::regclass"
+
+
+async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) -> tuple[Portion | None, bool]:
+    """The first portion of a window, `Snapshot.until`, if there is one, and whether there may be more."""
+    rows = await (await reader.execute(READ.encode(), values, binary=True)).fetchall()
+    if not rows:
+        return None, False
+    portion = Portion([OutboxEvent._make(row[3:]) for row in rows], rows[-1][0], rows[0][1])
+    return portion, len(rows) >= PORTION or rows[-1][2] >= PORTION_BYTES
+
+
+class Rest:
+    """A window behind a position, in portions; one transaction of the reader, until it is closed.
+
+    A portion has at most PORTION events, and ends with the one that fills PORTION_BYTES of payloads.
+    """
+
+    def __init__(self, reader: psycopg.AsyncConnection) -> None:
+        self._reader = reader
+        self._cursor = reader.cursor("window", binary=True)
+        self._keys: list[_Key] = []
+        self._fetches: dict[int, bytes] = {}
+        self._ahead: asyncio.Task[Portion | None] | None = None
+
+    async def open(self, values: dict[str, Any]) -> None:
+        """Sort it. A row stays in its place for as long as the transaction sees it."""
+        await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        partitions = await (await self._reader.execute(PARTITIONS, binary=True)).fetchall()
+        self._fetches = {number: _fetch_from(name) for number, name in partitions}
+        await self._cursor.execute(KEYS.encode(), values)
+
+    async def read(self) -> Portion | None:
+        """The next portion, None at the end; Postgres looks for the one after it while this one is published."""
+        portion = await (self._ahead or self._fetch())
+        self._ahead = asyncio.create_task(self._fetch()) if portion is not None else None
+        await asyncio.sleep(0)  # So that it asks before these are encoded.
+        return portion
+
+    async def close(self) -> None:
+        """End the transaction; what nobody took is found again behind the position of what was taken."""
+        if self._ahead is not None:
+            await self._ahead
+        await self._cursor.close()
+        await self._reader.execute("COMMIT")
+
+    async def abandon(self) -> None:
+        """Stop reading, on a connection that may be lost and is closed next."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
+        with contextlib.suppress(psycopg.Error):
+            await self._cursor.close()
+
+    async def _fetch(self) -> Portion | None:
+        keys = await self._next_keys()
+        if not keys:
+            return None
+        found = {each: iter(await self._read(each, keys)) for each in {key[0] for key in keys}}
+        return Portion([next(found[key[0]]) for key in keys], position=keys[-1][3], written_us=keys[0][4])
+
+    async def _next_keys(self) -> list[_Key]:
+        if len(self._keys) < PORTION:
+            self._keys += await self._cursor.fetchmany(KEYS_AT_ONCE)
+        sizes = accumulate(key[2] for key in self._keys[:PORTION])
+        count = next((number for number, size in enumerate(sizes, start=1) if size >= PORTION_BYTES), PORTION)
+        keys, self._keys = self._keys[:count], self._keys[count:]
+        return keys
+
+    async def _read(self, partition: int, keys: Iterable[_Key]) -> list[OutboxEvent]:
+        """The rows of these keys that are in the partition."""
+        places = b'","'.join(key[1] for key in keys if key[0] == partition).decode()
+        async with self._reader.cursor(binary=True, row_factory=_event_row) as cursor:
+            await cursor.execute(self._fetches[partition], [f'{{"{places}"}}'])
+            return await cursor.fetchall()
+
+
+def _fetch_from(partition: bytes) -> bytes:
+    """The parameter is an array of places; the name is one of SQL already."""
+    return FETCH.format(partition=partition.decode().replace("%", "%%")).encode()
+
+
+def _event_row(_: object) -> Callable[[Iterable[Any]], OutboxEvent]:
+    return OutboxEvent._make
