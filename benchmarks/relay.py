@@ -10,8 +10,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import asyncpg
@@ -27,6 +27,7 @@ from infra.local import LocalStack
 from infra.local.connect import EmbeddedConnect
 from infra.local.postgres import create_database, drop_database
 from infra.local.server import free_port
+from infra.postgres.maintenance import maintain
 from infra.postgres.migrate import upgrade
 
 PARTITIONS: Final = 8
@@ -37,8 +38,9 @@ WARM_ROWS: Final = 50_000
 """What a JVM needs before its compiler has done its work."""
 OPTIMIZED: Final = ("-Xmx1g", "-XX:+UseParallelGC")
 """Debezium at its best: the optimizing compiler, and a warm JVM before anything is measured."""
-DRAINS: Final = 3
-"""Of these the middle one counts, where a tenth more or less is what is looked for."""
+TURNS: Final = 3
+"""Of these the middle counts, where a tenth more or less is what is looked for."""
+STORED_DAYS: Final = 10
 PAYLOAD: Final = (
     '{"type":"payment.captured.v1","event_id":"01890000-0000-7000-8000-000000000000","occurred_at":"2026-01-02T03:04:05'
     '.000006Z","payment_id":"5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69","payment_seq":1,"amount_minor":1250,"currency":"USD",'
@@ -51,8 +53,9 @@ WRITE: Final = """
 """
 FILL: Final = """
     DO $$ BEGIN FOR i IN 1..{transactions} LOOP
-        INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at)
-        SELECT gen_random_uuid(), 'pay_' || (i * 1000 + n), 'payment.captured.v1', '{payload}', 1, 'then'
+        INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, created_at)
+        SELECT gen_random_uuid(), 'pay_' || (i * 1000 + n), 'payment.captured.v1', '{payload}', 1, 'then',
+               now() - make_interval(days => i % {days})
           FROM generate_series(1, {rows}) AS n;
         COMMIT;
     END LOOP; END $$
@@ -76,12 +79,13 @@ class RelayPlan:
 
 
 class RelayBench:
-    """One database and topic for all sources; each has a slot of its own, made before the rows are written."""
+    """One database for all sources; each has a slot of its own, made before the rows are written, and a topic."""
 
     def __init__(self, stack: LocalStack, plan: RelayPlan, root: Path) -> None:
         self.results: dict[str, Any] = {"drain": [], "latency": []}
         self._stack = stack
         self._plan = plan
+        self._root = root
         self._run = uuid.uuid4().hex[:8]
         self._url = create_database(stack.urls.postgres_url, f"bench_relay_{self._run}")
         self._folder = root / ".local" / "bench-connect"
@@ -97,7 +101,8 @@ class RelayBench:
             for rows in (100, 1):
                 await self._drains((*sources, PLAIN), rows)
             for source in sources:
-                await self._latency(source)
+                self.results["latency"].append(await self._latency(source))
+                print(self.results["latency"][-1])
             await self._restart()
             if self._plan.stored_rows:
                 await self._with_stored_rows()
@@ -161,10 +166,11 @@ class RelayBench:
                 await asyncio.sleep(0.05)
         await connection.close()
 
-    async def _fill(self, transactions: int, rows: int) -> None:
+    async def _fill(self, transactions: int, rows: int, days: int = 1) -> None:
         connection = await asyncpg.connect(self._url)
         await connection.execute("SET synchronous_commit = off")  # Only while the rows are made.
-        await connection.execute(FILL.format(transactions=transactions, rows=rows, payload=PAYLOAD), timeout=900)
+        fill = FILL.format(transactions=transactions, rows=rows, payload=PAYLOAD, days=days)
+        await connection.execute(fill, timeout=900)
         # What writing so much in one go leaves to do would go on beside what is measured, whoever is.
         await connection.execute("VACUUM (ANALYZE) outbox", timeout=600)
         await connection.execute("CHECKPOINT", timeout=600)
@@ -178,7 +184,7 @@ class RelayBench:
 
     # --- latency ----------------------------------------------------------------------------------------------------
 
-    async def _latency(self, source: str, key: str = "latency") -> None:
+    async def _latency(self, source: str) -> dict[str, Any]:
         async with self._reader(source) as reader, self._publisher(reader, tuning="latency"):
             await self._write(WARM_ROWS)
             await asyncio.to_thread(reader.read, WARM_ROWS)
@@ -188,9 +194,7 @@ class RelayBench:
             arrived = await reading
         taken = [arrived[name] - at for name, at in committed.items()][self._plan.rate :]
         row = {"source": source, "rate": self._plan.rate}
-        row |= {f"p{share}_ms": round(percentile(taken, share / 100) * 1000, 1) for share in (50, 99)}
-        self.results.setdefault(key, []).append(row)
-        print(row)
+        return row | {f"p{share}_ms": round(percentile(taken, share / 100) * 1000, 1) for share in (50, 99)}
 
     async def _write_steadily(self, count: int) -> dict[bytes, float]:
         """One row a transaction; when each commit had returned."""
@@ -227,18 +231,32 @@ class RelayBench:
         print({"restart_s": self.results["restart_s"]})
 
     async def _with_stored_rows(self) -> None:
-        """The same with a full outbox, right after the same with an empty one."""
-        key = "with_stored_rows"
-        self.results[key] = []
-        for stored in (0, self._plan.stored_rows):
-            await self._fill(stored // 1000, 1000)
-            self._keeps_rows = stored > 0
-            for source in ("wal", "poll"):
-                drains = [await self._drain(source, 100) for _ in range(DRAINS)]
-                drain = sorted(drains, key=itemgetter("rows_per_second"))[DRAINS // 2]
-                await self._latency(source, key="latency_here")
-                self.results[key].append(drain | self.results.pop("latency_here")[0] | {"stored_rows": stored})
-                print(self.results[key][-1])
+        """The same with a full outbox and with an empty one, in turn: what else changes with time, changes for both."""
+        full = RelayBench(self._stack, self._plan, self._root)
+        upgrade(full._url)
+        try:
+            await full._store(self._plan.stored_rows)
+            self.results["with_stored_rows"] = [
+                row for source in ("wal", "poll") for row in await self._beside(full, source)
+            ]
+        finally:
+            drop_database(full._url)
+
+    async def _store(self, rows: int) -> None:
+        """So many published rows, of several days, in the partitions that `payments maintain` makes for these days."""
+        await self._fill(STORED_DAYS, 1, STORED_DAYS)
+        await maintain(self._url, days_ahead=1, retention_days=2 * STORED_DAYS)
+        await self._fill(rows // 1000, 1000, STORED_DAYS)
+        self._keeps_rows = True
+
+    async def _beside(self, full: "RelayBench", source: str) -> list[dict[str, Any]]:
+        benches = {0: self, self._plan.stored_rows: full}
+        turns: dict[int, list[dict[str, Any]]] = {stored: [] for stored in benches}
+        for _ in range(TURNS):
+            for stored, bench in benches.items():
+                turns[stored].append(await bench._drain(source, 100) | await bench._latency(source))
+                print(turns[stored][-1] | {"stored_rows": stored})
+        return [_middle(rows) | {"stored_rows": stored} for stored, rows in turns.items()]
 
     # --- who publishes, and who reads ---------------------------------------------------------------------------------
 
@@ -355,6 +373,12 @@ async def _delete_topic(bootstrap: str, name: str) -> None:
     await admin.start()
     await admin.delete_topics([name])
     await admin.close()
+
+
+def _middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure the middle one; they may be of different turns."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+    return rows[0] | {name: median(row[name] for row in rows) for name in names}
 
 
 def _source_of(name: str) -> str:

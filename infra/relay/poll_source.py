@@ -62,7 +62,9 @@ async def connect_reader(url: str) -> psycopg.AsyncConnection:
     Of a table that has grown since they were made Postgres believes that a third of it is new, and would look through
     all of it for the first such row: 0.7 s at 2 million rows, for every transaction that is published.
     """
-    settings = with_settings("-c enable_seqscan=off")
+    # To plan each look anew, with all partitions there are, or to start workers for it, takes longer than to look.
+    plans = "-c plan_cache_mode=force_generic_plan -c max_parallel_workers_per_gather=0"
+    settings = with_settings(f"-c enable_seqscan=off {plans}")
     connection = await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
     connection.adapters.register_loader("text", ByteaBinaryLoader)
     return connection

@@ -42,12 +42,14 @@ class Snapshot(NamedTuple):
         return [xid for xid in xids if xid in open_ or (xid - end) % 2**32 < 2**31]
 
     def until(self, later: "Snapshot", position: int) -> dict[str, Any]:
-        """Values for a poll's `WINDOW`: what `later` sees and this does not, behind `position`."""
+        """Values for a poll's window: what `later` sees and this does not, behind `position`."""
+        late = self.open - later.open
         return {
             "first": self.end,
             "end": later.end,
             "open": list(later.open),
-            "late": list(self.open - later.open),
+            "late": list(late),
+            "oldest": min(late, default=self.end),
             "position": position,
         }
 

@@ -33,27 +33,47 @@ _Key = tuple[int, bytes, int, int, int]
 _WRITTEN: Final = "(date_part('epoch', created_at) * 1000000)::bigint AS written"
 
 
-def _window(columns: str) -> str:
-    """From `first` on the transactions that had ended, and before it those that ended late."""
+# From `first` on the transactions that had ended, and before it those that ended late: `oldest` is the first of these.
+_NEAR: Final = (
+    "xact >= %(oldest)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])"
+    " AND (xact >= %(first)s OR xact = ANY(%(late)s::bigint[]))",
+)
+_FAR: Final = (
+    "xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])",
+    "xact = ANY(%(late)s::bigint[])",
+)
+NEAR_MAX: Final = 10_000
+"""Transactions between `oldest` and `first` that are rather passed by than every partition's index descended twice."""
+
+
+def _window(columns: str, arms: Iterable[str]) -> str:
+    return " UNION ALL ".join(
+        f"SELECT {columns}, {_WRITTEN} FROM outbox WHERE {arm} AND position > %(position)s"  # noqa: S608 - as below
+        for arm in arms
+    )
+
+
+def _read(arms: Iterable[str]) -> str:
     return f"""
-        (SELECT {columns} FROM outbox
-          WHERE xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[]) AND position > %(position)s
-         UNION ALL
-         SELECT {columns} FROM outbox WHERE xact = ANY(%(late)s::bigint[]) AND position > %(position)s)
+        SELECT o.position, o.written, o.size, {COLUMNS}
+          FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
+                  FROM ({_window("*", arms)} ORDER BY position LIMIT {PORTION}) AS o) AS o
+         WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
+         ORDER BY o.position
     """  # noqa: S608 - names from our own constants
 
 
-READ: Final = f"""
-    SELECT o.position, o.written, o.size, {COLUMNS}
-      FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
-              FROM (SELECT * FROM {_window(f"*, {_WRITTEN}")} AS o ORDER BY o.position LIMIT {PORTION}) AS o) AS o
-     WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
-     ORDER BY o.position
-"""  # noqa: S608 - names from our own constants
-_KEY: Final = f"tableoid AS partition, ctid AS place, octet_length(payload) AS size, position, {_WRITTEN}"
-KEYS: Final = f"""
-    SELECT o.partition, o.place::text, o.size, o.position, o.written FROM {_window(_KEY)} AS o ORDER BY o.position
-"""  # noqa: S608 - names from our own constants
+def _keys(arms: Iterable[str]) -> str:
+    columns = "tableoid AS partition, ctid AS place, octet_length(payload) AS size, position"
+    return f"""
+        SELECT o.partition, o.place::text, o.size, o.position, o.written
+          FROM ({_window(columns, arms)}) AS o ORDER BY o.position
+    """  # noqa: S608 - names from our own constants
+
+
+# Whether the window is far is their index.
+READ: Final = (_read(_NEAR), _read(_FAR))
+KEYS: Final = (_keys(_NEAR), _keys(_FAR))
 FETCH: Final = f"""
     SELECT {COLUMNS} FROM {{partition}} AS o WHERE o.ctid = ANY(%s::tid[]) ORDER BY o.position
 """  # noqa: S608 - names from our own constants, and a partition's as Postgres writes it
@@ -62,7 +82,7 @@ PARTITIONS: Final = "SELECT inhrelid, inhrelid::regclass::text FROM pg_inherits 
 
 async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) -> tuple[Portion | None, bool]:
     """The first portion of a window, `Snapshot.until`, if there is one, and whether there may be more."""
-    rows = await (await reader.execute(READ.encode(), values, binary=True)).fetchall()
+    rows = await (await reader.execute(READ[_is_far(values)].encode(), values, binary=True)).fetchall()
     if not rows:
         return None, False
     portion = Portion([OutboxEvent._make(row[3:]) for row in rows], rows[-1][0], rows[0][1])
@@ -87,7 +107,7 @@ class Rest:
         await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         partitions = await (await self._reader.execute(PARTITIONS, binary=True)).fetchall()
         self._fetches = {number: _fetch_from(name) for number, name in partitions}
-        await self._cursor.execute(KEYS.encode(), values)
+        await self._cursor.execute(KEYS[_is_far(values)].encode(), values)
 
     async def read(self) -> Portion | None:
         """The next portion, None at the end; Postgres looks for the one after it while this one is published."""
@@ -132,6 +152,10 @@ class Rest:
         async with self._reader.cursor(binary=True, row_factory=_event_row) as cursor:
             await cursor.execute(self._fetches[partition], [f'{{"{places}"}}'])
             return await cursor.fetchall()
+
+
+def _is_far(values: dict[str, Any]) -> bool:
+    return bool(values["first"] - values["oldest"] > NEAR_MAX)
 
 
 def _fetch_from(partition: bytes) -> bytes:

@@ -40,6 +40,14 @@ def source(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.fixture(params=["near", "far"])
+def window_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether those that ended late are looked for on the way to the others, or for themselves."""
+    if request.param == "far":
+        monkeypatch.setattr(window, "NEAR_MAX", -1)
+
+
+@pytest.mark.usefixtures("window_is")
 async def test_a_transaction_that_began_earlier_and_ends_later_is_not_passed_over(config: RelayConfig) -> None:
     early, late = rows_of("pay_early", 3), rows_of("pay_late", 3)
     async with running(config):
@@ -64,6 +72,7 @@ async def test_a_payments_events_keep_their_order_though_the_second_ones_transac
     assert ids(records) == [row.id for row in first + second]
 
 
+@pytest.mark.usefixtures("window_is")
 async def test_the_order_holds_with_a_third_transaction_between(config: RelayConfig) -> None:
     """The third one has an id between theirs, and still runs when both have ended: it does not part them."""
     first, second = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
@@ -77,6 +86,7 @@ async def test_the_order_holds_with_a_third_transaction_between(config: RelayCon
     assert ids(records) == [row.id for row in first + second]
 
 
+@pytest.mark.usefixtures("window_is")
 async def test_the_order_holds_while_many_lock_several_payments_each(config: RelayConfig) -> None:
     """As the write path does it: lock some in order of id, take the next numbers, insert, commit."""
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
@@ -144,7 +154,7 @@ async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None
         await insert(connection, rows_of("pay_a", 20_000))
     begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
     async with await poll_source.connect_reader(postgres_url) as reader:
-        for query in (window.READ, window.KEYS):
+        for query in (*window.READ, *window.KEYS):
             explained = await reader.execute(f"EXPLAIN {query}".encode(), begin.until(end, 0))
             plan = "\n".join(row[0] for row in await explained.fetchall())
             assert "Seq Scan" not in plan, plan
@@ -152,6 +162,17 @@ async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None
         fetch = window.FETCH.format(partition="outbox_default")
         explained = await reader.execute(f"EXPLAIN {fetch}".encode(), ['{"(0,1)"}'])
         assert "Tid Scan" in str(await explained.fetchall())
+
+
+async def test_its_looks_are_planned_once_and_without_workers(postgres_url: str) -> None:
+    """However many partitions there are."""
+    begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
+    async with await poll_source.connect_reader(postgres_url) as reader:
+        for _ in range(10):
+            await window.read_first(reader, begin.until(end, 0))
+        planned = await reader.execute("SELECT sum(custom_plans), sum(generic_plans) > 0 FROM pg_prepared_statements")
+        assert await planned.fetchone() == (0, True)
+        assert await (await reader.execute("SHOW max_parallel_workers_per_gather")).fetchone() == ("0",)
 
 
 async def rest_of(url: str, position: int = 0) -> list[window.Portion]:
@@ -210,6 +231,7 @@ async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
     assert time.monotonic() - began < 2, "a tick would have been 30 s"
 
 
+@pytest.mark.usefixtures("window_is")
 async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
