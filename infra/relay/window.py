@@ -42,7 +42,7 @@ _FAR: Final = (
     "xact >= %(first)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])",
     "xact = ANY(%(late)s::bigint[])",
 )
-NEAR_MAX: Final = 10_000
+NEAR_MAX: Final = 1_000
 """Transactions between `oldest` and `first` that are rather passed by than every partition's index descended twice."""
 
 
