@@ -10,7 +10,7 @@ from typing import Final
 
 BUSY_RATE: Final = 20_000
 """Events a second from which on gulps are taken."""
-GULP_SECONDS: Final = 0.01
+GULP_SECONDS: Final = 0.02
 
 
 class Gulps:
