@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Final
 
 import psycopg
@@ -36,15 +37,18 @@ from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Intake
 from infra.relay.stream import CONNECTION, with_settings
-from infra.relay.window import Portion, Rest, read_first
+from infra.relay.window import Portion, Rest, how_many_fill, read_first
 
 log = structlog.get_logger(__name__)
 
+LARGE: Final = 1000
+"""Transactions from which on a window is taken for one of several portions, and not looked into for a first one."""
 LOOK: Final = "SELECT pg_current_snapshot()::text"
 OLD: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constants
 LARGEST_OLD: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox WHERE xact IS NULL"
+_PAYLOAD: Final = attrgetter("payload")
 _EPOCH_2000_US: Final = 946_684_800_000_000
 
 
@@ -153,20 +157,17 @@ class PollSource:
         return bool(self._left) or self._is_woken or self._rest is not None
 
     def _hand_over(self, intake: Intake) -> None:
-        size, room = 0, intake.room
-        count = min(len(self._left), room.events)
-        for number, event in enumerate(self._left[:count], start=1):
-            size += len(event.payload)
-            if size >= room.size:
-                count = number
-                break
-        if count > 0:
+        room = intake.room
+        some = self._left[: max(0, room.events)]
+        if count := how_many_fill(room.size, map(len, map(_PAYLOAD, some))):
             events, self._left = self._left[:count], self._left[count:]
             intake.publish(events, self._steps[-1].group)
 
     async def _fetch(self) -> None:
         self._is_woken = False
         is_inside, end = self._end is not None, self._end or await self._look()
+        if self._rest is None and end.end - self._begin.end > LARGE:
+            await self._open_rest(end)
         portion, is_more = await (self._read_first(end) if self._rest is None else self._read_rest(self._rest))
         if portion is not None and is_more:
             await self._stay_in_window(end, portion.position)
@@ -207,8 +208,11 @@ class PollSource:
     async def _stay_in_window(self, end: Snapshot, position: int) -> None:
         self._end, self._position = end, position
         if self._rest is None:
-            self._rest = Rest(self._reader)
-            await self._rest.open(self._begin.until(end, position))
+            await self._open_rest(end)
+
+    async def _open_rest(self, end: Snapshot) -> None:
+        self._rest = Rest(self._reader)
+        await self._rest.open(self._begin.until(end, self._position))
 
     async def _leave_window(self, end: Snapshot) -> None:
         await self._close_rest()

@@ -6,8 +6,10 @@ million of them went through files for half a second before the first one came.
 
 import asyncio
 import contextlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import psycopg
@@ -135,23 +137,31 @@ class Rest:
         keys = await self._next_keys()
         if not keys:
             return None
-        found = {each: iter(await self._read(each, keys)) for each in {key[0] for key in keys}}
-        return Portion([next(found[key[0]]) for key in keys], position=keys[-1][3], written_us=keys[0][4])
+        partitions = set(map(itemgetter(0), keys))
+        found = {each: iter(await self._read(each, keys)) for each in partitions}
+        # Almost always of one day; of several they are put together in the order of their keys.
+        events = found[keys[0][0]] if len(partitions) == 1 else (next(found[key[0]]) for key in keys)
+        return Portion(list(events), position=keys[-1][3], written_us=keys[0][4])
 
     async def _next_keys(self) -> list[_Key]:
         if len(self._keys) < PORTION:
             self._keys += await self._cursor.fetchmany(KEYS_AT_ONCE)
-        sizes = accumulate(key[2] for key in self._keys[:PORTION])
-        count = next((number for number, size in enumerate(sizes, start=1) if size >= PORTION_BYTES), PORTION)
+        count = how_many_fill(PORTION_BYTES, map(itemgetter(2), self._keys[:PORTION]))
         keys, self._keys = self._keys[:count], self._keys[count:]
         return keys
 
     async def _read(self, partition: int, keys: Iterable[_Key]) -> list[OutboxEvent]:
         """The rows of these keys that are in the partition."""
-        places = b'","'.join(key[1] for key in keys if key[0] == partition).decode()
+        places = b'","'.join([key[1] for key in keys if key[0] == partition]).decode()
         async with self._reader.cursor(binary=True, row_factory=_event_row) as cursor:
             await cursor.execute(self._fetches[partition], [f'{{"{places}"}}'])
             return await cursor.fetchall()
+
+
+def how_many_fill(size: int, sizes: Iterable[int]) -> int:
+    """How many come to `size` together, with the one that reaches it; or all."""
+    sums = list(accumulate(sizes))
+    return min(bisect_left(sums, size) + 1, len(sums))
 
 
 def _is_far(values: dict[str, Any]) -> bool:

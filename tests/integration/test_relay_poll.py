@@ -40,11 +40,13 @@ def source(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture(params=["near", "far"])
+@pytest.fixture(params=["near", "far", "large"])
 def window_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether those that ended late are looked for on the way to the others, or for themselves."""
+    """What ended late is looked for on the way to the others, or by itself; or all is read by keys at once."""
     if request.param == "far":
         monkeypatch.setattr(window, "NEAR_MAX", -1)
+    if request.param == "large":
+        monkeypatch.setattr(poll_source, "LARGE", -1)
 
 
 @pytest.mark.usefixtures("window_is")
