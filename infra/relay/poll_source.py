@@ -27,13 +27,13 @@ from infra.relay.progress import (
     Mark,
     find_mark,
     forget_future_transactions,
-    forget_transactions,
+    move_here,
     refuse_gap,
     set_notify,
     start_mark,
     trust_mark,
 )
-from infra.relay.scan import COLUMNS, rows_at_once
+from infra.relay.scan import COLUMNS, lift_time_limit, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Intake
 from infra.relay.stream import CONNECTION, with_settings
@@ -66,10 +66,12 @@ async def connect_reader(url: str) -> psycopg.AsyncConnection:
     Of a table that has grown since they were made Postgres believes that a third of it is new, and would look through
     all of it for the first such row: 0.7 s at 2 million rows, for every transaction that is published.
     """
-    # To plan each look anew, with all partitions there are, or to start workers for it, takes longer than to look.
-    plans = "-c plan_cache_mode=force_generic_plan -c max_parallel_workers_per_gather=0"
+    # To plan each look anew, with all partitions there are, to start workers for it or to compile it takes longer than
+    # to look.
+    plans = "-c plan_cache_mode=force_generic_plan -c max_parallel_workers_per_gather=0 -c jit=off"
     settings = with_settings(f"-c enable_seqscan=off {plans}")
     connection = await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
+    await lift_time_limit(connection)
     connection.adapters.register_loader("text", ByteaBinaryLoader)
     return connection
 
@@ -124,7 +126,7 @@ class PollSource:
 
     async def _begin_at(self, desk: Desk, system: str, published: Snapshot, *, is_moved: bool) -> None:
         if is_moved:
-            await forget_transactions(self._leader)
+            await move_here(self._leader, self._config.slot)
         if published == NOTHING:
             await self._publish_old(desk)
         self._begin = published
@@ -166,11 +168,11 @@ class PollSource:
     async def _fetch(self) -> None:
         self._is_woken = False
         is_inside, end = self._end is not None, self._end or await self._look()
-        if self._rest is None and end.end - self._begin.end > LARGE:
+        if self._rest is None and (is_inside or end.end - self._begin.end > LARGE):
             await self._open_rest(end)
         portion, is_more = await (self._read_first(end) if self._rest is None else self._read_rest(self._rest))
         if portion is not None and is_more:
-            await self._stay_in_window(end, portion.position)
+            self._end, self._position = end, portion.position
         else:
             await self._leave_window(end)
         if portion is not None:
@@ -205,11 +207,6 @@ class PollSource:
         portion = await rest.read()
         return portion, portion is not None
 
-    async def _stay_in_window(self, end: Snapshot, position: int) -> None:
-        self._end, self._position = end, position
-        if self._rest is None:
-            await self._open_rest(end)
-
     async def _open_rest(self, end: Snapshot) -> None:
         self._rest = Rest(self._reader)
         await self._rest.open(self._begin.until(end, self._position))
@@ -220,9 +217,9 @@ class PollSource:
 
     async def _close_rest(self) -> None:
         """The rest may be sorted again: while Kafka takes nothing, its transaction would keep VACUUM from its work."""
-        rest, self._rest = self._rest, None
-        if rest is not None:
-            await rest.close()
+        if self._rest is not None:
+            await self._rest.close()
+            self._rest = None
 
     def _wake(self) -> None:
         self._is_woken = True
@@ -249,9 +246,13 @@ class PollSource:
         self._is_woken = True  # A notice that got lost is made up for within the second.
         if not self._is_notified:
             self._is_notified = await set_notify(self._leader, is_on=True)
+        await self._write_down()
         if not self._is_rest_used:
             await self._close_rest()
         self._is_rest_used = False
+
+    async def _write_down(self) -> None:
+        """How far all is acknowledged, if that is further than last time."""
         last = self._saved
         while self._steps and not self._steps[0].group.missing and (len(self._steps) > 1 or not self._left):
             last = self._steps.popleft()

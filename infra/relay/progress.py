@@ -77,6 +77,20 @@ TRUST: Final = """
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR topic IS DISTINCT FROM %(topic)s)
 """
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
+# Who of several relays came here first has forgotten; what has an id since then was written here, and somebody may have
+# to find it by that.
+FORGET: Final = """
+    UPDATE outbox SET xact = NULL
+     WHERE xact IS NOT NULL AND NOT EXISTS (
+        SELECT FROM relay_slots AS r, pg_control_system() AS here
+         WHERE r.system_identifier = here.system_identifier::text)
+"""
+MOVE: Final = """
+    UPDATE relay_slots AS r
+       SET system_identifier = here.system_identifier, repair = 'everything',
+           published_below = 0, window_begin = NULL, window_end = NULL, window_position = 0
+      FROM pg_control_system() AS here WHERE r.slot_name = %s
+"""
 # What a snapshot takes for the future, and is there, was written by another server's transactions.
 FORGET_FUTURE: Final = """
     UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
@@ -164,9 +178,16 @@ async def trust_mark(leader: psycopg.AsyncConnection, config: RelayConfig) -> No
     await leader.execute(TRUST, {"slot": config.slot, "topic": config.topic})
 
 
-async def forget_transactions(leader: psycopg.AsyncConnection) -> None:
-    """The rows came from another server: the ids of its transactions mean nothing here, and would be taken for ours."""
-    await leader.execute("UPDATE outbox SET xact = NULL WHERE xact IS NOT NULL")
+async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
+    """The rows came from another server: the ids of its transactions mean nothing here, and would be taken for ours.
+
+    Nothing counts as published any more by the relay of this slot.
+    """
+    async with leader.transaction():
+        await leader.execute("SELECT pg_advisory_xact_lock(hashtext('payments relays move'))")
+        await leader.execute(FORGET)
+        await leader.execute(FORGET_FUTURE)
+        await leader.execute(MOVE, [slot])
 
 
 async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:

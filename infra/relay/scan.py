@@ -34,13 +34,18 @@ async def rows_at_once(connection: psycopg.AsyncConnection, largest: str, values
     return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
 
 
+async def lift_time_limit(connection: psycopg.AsyncConnection) -> None:
+    """Let its transactions take as long as they do, whatever the database is set to."""
+    if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
+        await connection.execute("SET transaction_timeout = 0")
+
+
 async def scan(
     url: str, snapshot: str, publish: Callable[[OutboxEvent], Awaitable[None]], published: Snapshot
 ) -> tuple[int, Snapshot]:
     """Publish what the exported `snapshot` shows, and `published` does not; how many, and what is published now."""
     async with await psycopg.AsyncConnection.connect(url, **(CONNECTION | {"autocommit": False})) as connection:
-        if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
-            await connection.execute("SET transaction_timeout = 0")
+        await lift_time_limit(connection)
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         await connection.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'".encode())
         row = await (await connection.execute("SELECT pg_current_snapshot()::text")).fetchone()

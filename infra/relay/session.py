@@ -264,7 +264,7 @@ class Session:
             self._leadership.result()
 
     async def _finish(self) -> None:
-        """Have what was read acknowledged, and say so, that the next relay repeats nothing."""
+        """Have what was read acknowledged, and say so: the next relay repeats nothing, or part of a poll's portion."""
         self._source.unwatch()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.stop_seconds):

@@ -43,7 +43,7 @@ from infra.relay.progress import (
     find_mark,
     flushed_by_now,
     forget_future_transactions,
-    forget_transactions,
+    move_here,
     refuse_gap,
     set_notify,
     start_mark,
@@ -143,7 +143,7 @@ class WalSource:
             await forget_future_transactions(self._leader)
             await self._catch_up(desk, system, "first start", NOTHING)
         elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
-            await forget_transactions(self._leader)
+            await move_here(self._leader, self._config.slot)
             await self._catch_up(desk, system, "repair on another server", NOTHING)
         elif mark.repair == "everything":
             await self._catch_up(desk, system, "repair", NOTHING)

@@ -1,11 +1,11 @@
 """What one snapshot of the outbox sees and another did not, in the order of `position`: its first rows, and the rest.
 
-The rest is sorted by its keys alone, and its rows are fetched by their place. Sorted with their payloads, half a
-million of them went through files for half a second before the first one came.
+The rest is sorted by its keys alone, and its rows are fetched by their place, in one transaction: what its snapshot
+sees is neither moved nor removed meanwhile. Sorted with their payloads, half a million rows went through files for half
+a second before the first one came.
 """
 
 import asyncio
-import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import psycopg
 
-from infra.relay.pgoutput import OutboxEvent
+from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.scan import COLUMNS, PORTION_BYTES
 
 PORTION: Final = 1000
@@ -32,10 +32,13 @@ class Portion(NamedTuple):
 _Key = tuple[int, bytes, int, int, int]
 """A row's partition, its place there, the bytes of its payload, its position, and when it was written."""
 
+_EVENT: Final = ", ".join((*OUTBOX_COLUMNS, "position"))
 _WRITTEN: Final = "(date_part('epoch', created_at) * 1000000)::bigint AS written"
 
 
-# From `first` on the transactions that had ended, and before it those that ended late: `oldest` is the first of these.
+# What a window is made of, with the values of `Snapshot.until`. Near: one walk along the index from the oldest
+# transaction that ended late, past those that are not of this window. Far: those that ended late, each by its id, and
+# the others, which are all from `first` on.
 _NEAR: Final = (
     "xact >= %(oldest)s AND xact < %(end)s AND xact <> ALL(%(open)s::bigint[])"
     " AND (xact >= %(first)s OR xact = ANY(%(late)s::bigint[]))",
@@ -59,7 +62,7 @@ def _read(arms: Iterable[str]) -> str:
     return f"""
         SELECT o.position, o.written, o.size, {COLUMNS}
           FROM (SELECT *, sum(octet_length(payload)) OVER (ORDER BY position) AS size
-                  FROM ({_window("*", arms)} ORDER BY position LIMIT {PORTION}) AS o) AS o
+                  FROM ({_window(_EVENT, arms)} ORDER BY position LIMIT {PORTION}) AS o) AS o
          WHERE o.size - octet_length(o.payload) < {PORTION_BYTES}
          ORDER BY o.position
     """  # noqa: S608 - names from our own constants
@@ -73,13 +76,13 @@ def _keys(arms: Iterable[str]) -> str:
     """  # noqa: S608 - names from our own constants
 
 
-# Whether the window is far is their index.
+# Near and far.
 READ: Final = (_read(_NEAR), _read(_FAR))
 KEYS: Final = (_keys(_NEAR), _keys(_FAR))
 FETCH: Final = f"""
     SELECT {COLUMNS} FROM {{partition}} AS o WHERE o.ctid = ANY(%s::tid[]) ORDER BY o.position
 """  # noqa: S608 - names from our own constants, and a partition's as Postgres writes it
-PARTITIONS: Final = "SELECT inhrelid, inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'outbox'::regclass"
+PARTITION: Final = "SELECT %s::oid::regclass::text"
 
 
 async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) -> tuple[Portion | None, bool]:
@@ -105,10 +108,8 @@ class Rest:
         self._ahead: asyncio.Task[Portion | None] | None = None
 
     async def open(self, values: dict[str, Any]) -> None:
-        """Sort it. A row stays in its place for as long as the transaction sees it."""
+        """Begin; it is sorted when the first portion is read."""
         await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        partitions = await (await self._reader.execute(PARTITIONS, binary=True)).fetchall()
-        self._fetches = {number: _fetch_from(name) for number, name in partitions}
         await self._cursor.execute(KEYS[_is_far(values)].encode(), values)
 
     async def read(self) -> Portion | None:
@@ -126,12 +127,12 @@ class Rest:
         await self._reader.execute("COMMIT")
 
     async def abandon(self) -> None:
-        """Stop reading, on a connection that may be lost and is closed next."""
+        """Stop reading, and end the reader's connection, which may be lost."""
         if self._ahead is not None:
             self._ahead.cancel()
             await asyncio.gather(self._ahead, return_exceptions=True)
-        with contextlib.suppress(psycopg.Error):
-            await self._cursor.close()
+        await self._reader.close()
+        await self._cursor.close()
 
     async def _fetch(self) -> Portion | None:
         keys = await self._next_keys()
@@ -154,8 +155,16 @@ class Rest:
         """The rows of these keys that are in the partition."""
         places = b'","'.join([key[1] for key in keys if key[0] == partition]).decode()
         async with self._reader.cursor(binary=True, row_factory=_event_row) as cursor:
-            await cursor.execute(self._fetches[partition], [f'{{"{places}"}}'])
+            await cursor.execute(await self._fetch_from(partition), [f'{{"{places}"}}'])
             return await cursor.fetchall()
+
+    async def _fetch_from(self, partition: int) -> bytes:
+        """The query, whose parameter is an array of places. The name is one of SQL already."""
+        if partition not in self._fetches:
+            row = await (await self._reader.execute(PARTITION, [partition], binary=True)).fetchone()
+            assert row is not None, "the query always gives a row"
+            self._fetches[partition] = FETCH.format(partition=row[0].decode().replace("%", "%%")).encode()
+        return self._fetches[partition]
 
 
 def how_many_fill(size: int, sizes: Iterable[int]) -> int:
@@ -166,11 +175,6 @@ def how_many_fill(size: int, sizes: Iterable[int]) -> int:
 
 def _is_far(values: dict[str, Any]) -> bool:
     return bool(values["first"] - values["oldest"] > NEAR_MAX)
-
-
-def _fetch_from(partition: bytes) -> bytes:
-    """The parameter is an array of places; the name is one of SQL already."""
-    return FETCH.format(partition=partition.decode().replace("%", "%%")).encode()
 
 
 def _event_row(_: object) -> Callable[[Iterable[Any]], OutboxEvent]:

@@ -26,6 +26,7 @@ from tests.support.outbox import (
     insert,
     open_transaction,
     rows_of,
+    set_database,
     until,
     write_next,
 )
@@ -149,21 +150,40 @@ async def test_rows_from_before_there_was_an_order_are_published_after_an_upgrad
         assert_first_deliveries_in_order(await published(config, *rows), rows)
 
 
+VALUES = {
+    "first": "bigint",
+    "end": "bigint",
+    "open": "bigint[]",
+    "late": "bigint[]",
+    "oldest": "bigint",
+    "position": "bigint",
+}
+
+
+async def plan_of(reader: psycopg.AsyncConnection, query: str, types: dict[str, str], values: str) -> str:
+    """As it is planned when it is prepared; with values in it EXPLAIN would plan for these."""
+    for number, name in enumerate(types, start=1):
+        query = query.replace(f"%({name})s", f"${number}")
+    await reader.execute(f"PREPARE look ({','.join(types.values())}) AS {query}".encode())
+    explained = await reader.execute(f"EXPLAIN EXECUTE look ({values})".encode())
+    plan = "\n".join(row[0] for row in await explained.fetchall())
+    await reader.execute("DEALLOCATE look")
+    assert "$1" in plan, "it is a generic one"
+    return plan
+
+
 async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None:
     """Though statistics are of an empty one: a full outbox made each look half a second long."""
     async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
         await connection.execute("ANALYZE outbox")
         await insert(connection, rows_of("pay_a", 20_000))
-    begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
     async with await poll_source.connect_reader(postgres_url) as reader:
         for query in (*window.READ, *window.KEYS):
-            explained = await reader.execute(f"EXPLAIN {query}".encode(), begin.until(end, 0))
-            plan = "\n".join(row[0] for row in await explained.fetchall())
+            plan = await plan_of(reader, query, VALUES, "1099511627776, 2199023255552, '{}', '{}', 549755813888, 0")
             assert "Seq Scan" not in plan, plan
             assert "xact_idx" in plan, plan
-        fetch = window.FETCH.format(partition="outbox_default")
-        explained = await reader.execute(f"EXPLAIN {fetch}".encode(), ['{"(0,1)"}'])
-        assert "Tid Scan" in str(await explained.fetchall())
+        fetch = window.FETCH.format(partition="outbox_default").replace("%s", "$1")
+        assert "Tid Scan" in await plan_of(reader, fetch, {"places": "tid[]"}, "'{\"(0,1)\"}'")
 
 
 async def test_its_looks_are_planned_once_and_without_workers(postgres_url: str) -> None:
@@ -219,6 +239,56 @@ async def test_a_portion_of_a_windows_rest_ends_with_the_event_that_fills_it(pos
     assert len(portions) == 3, "of 4 MiB each: two of them do not quite fill one, and the third does"
     for portion in portions:
         assert sum(len(event.payload) for event in portion.events[:-1]) < PORTION_BYTES
+
+
+async def test_two_relays_of_a_moved_outbox_forget_its_transactions_once(config: RelayConfig) -> None:
+    """What was written after the first one came is not missing for it when the second one comes."""
+    other = replace(config, slot=f"{config.slot}_too")
+    before, after = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await commit(config.postgres_url, before)
+    columns = "slot_name, system_identifier, source, repair"
+    moved = f"INSERT INTO relay_slots ({columns}) VALUES (%s, 'another', 'poll', 'everything')"
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        for slot_name in (config.slot, other.slot):
+            await connection.execute(moved.encode(), [slot_name])
+    async with running(config):
+        await published(config, *before)
+    await commit(config.postgres_url, after)
+    async with running(other):
+        await published(config, *before, *after)
+    async with running(config):
+        proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"
+        await until(lambda: fetch_value(config.postgres_url, proven, config.slot))
+        records = await published(config, *before, *after)
+    assert ids(records).count(after[0].id) == 2, "each of them has published it"
+
+
+async def test_no_time_limit_of_the_database_ends_what_is_published_from_before_there_was_an_order(
+    config: RelayConfig,
+) -> None:
+    """It would begin anew again and again."""
+    rows = rows_of("pay_a", 3000)
+    await commit(config.postgres_url, rows)
+    await fetch_value(config.postgres_url, "UPDATE outbox SET xact = NULL, position = NULL RETURNING 1")
+    await set_database(config.postgres_url, "transaction_timeout = '100ms'")
+    async with running(replace(config, unacknowledged_max=20)):
+        records = await published(config, *rows)
+    assert len(records) == len(rows)
+
+
+async def test_a_connection_that_is_lost_while_a_window_is_read_is_given_up_without_a_warning(
+    postgres_url: str,
+) -> None:
+    await commit(postgres_url, rows_of("pay_a", window.PORTION * 3))
+    reader = await poll_source.connect_reader(postgres_url)
+    rest = window.Rest(reader)
+    await rest.open(NOTHING.until(Snapshot(2**40, 2**40, frozenset()), 0))
+    assert await rest.read() is not None
+    assert rest._ahead is not None
+    await rest._ahead
+    await fetch_value(postgres_url, "SELECT pg_terminate_backend(%s)", reader.info.backend_pid)
+    await rest.abandon()
+    assert rest._cursor.closed
 
 
 async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
