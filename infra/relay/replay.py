@@ -14,7 +14,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.records import headers_of
-from infra.relay.scan import COLUMNS, event_of
+from infra.relay.scan import COLUMNS, event_of, lift_time_limit
 from infra.relay.stream import CONNECTION
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
@@ -104,6 +104,7 @@ class Replay:
             await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection,
             connection.cursor("replay") as cursor,
         ):
+            await lift_time_limit(connection)
             await cursor.execute(SELECT.encode(), self._values)
             while rows := await cursor.fetchmany(size):
                 yield [event_of(row) for row in rows]

@@ -26,7 +26,17 @@ from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
 from tests.integration.test_relay_gap import CREATE, DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
-from tests.support.outbox import Row, commit, fetch_value, ids, insert, open_transaction, rows_of, until
+from tests.support.outbox import (
+    Row,
+    commit,
+    fetch_value,
+    ids,
+    insert,
+    open_transaction,
+    rows_of,
+    set_database,
+    until,
+)
 from tests.support.topic import read_until
 
 __all__ = ["config", "source"]
@@ -273,6 +283,16 @@ async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: Rel
 
 
 @wal_only
+async def test_no_time_limit_of_the_database_cuts_a_replay(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 30)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    await set_database(config.postgres_url, "transaction_timeout = '500ms'")
+    done = await payments_relay(config, "replay", "--payment", "pay_a", "--rate", "20")
+    assert done.returncode == 0, done.stderr
+
+
 async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thirty events, ten a second, the last is not there before 2.9 s. In this process: no start of one counts."""
     rows = rows_of("pay_a", 30)
