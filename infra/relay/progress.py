@@ -186,7 +186,7 @@ async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
     async with leader.transaction():
         await leader.execute("SELECT pg_advisory_xact_lock(hashtext('payments relays move'))")
         await leader.execute(FORGET)
-        await leader.execute(FORGET_FUTURE)
+        await forget_future_transactions(leader)
         await leader.execute(MOVE, [slot])
 
 

@@ -1,7 +1,7 @@
 """Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 
@@ -27,9 +27,9 @@ SCAN_UNPROVEN: Final = f"""
 """  # noqa: S608 - names from our own constants
 
 
-async def rows_at_once(connection: psycopg.AsyncConnection, largest: str, values: dict[str, Any] | None = None) -> int:
+async def rows_at_once(connection: psycopg.AsyncConnection, largest: str) -> int:
     """How many rows may be fetched in one go, if the query `largest` tells the bytes of the largest payload."""
-    row = await (await connection.execute(largest.encode(), values)).fetchone()
+    row = await (await connection.execute(largest.encode())).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
 

@@ -293,6 +293,7 @@ async def test_no_time_limit_of_the_database_cuts_a_replay(config: RelayConfig) 
     assert done.returncode == 0, done.stderr
 
 
+@wal_only
 async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thirty events, ten a second, the last is not there before 2.9 s. In this process: no start of one counts."""
     rows = rows_of("pay_a", 30)
