@@ -6,6 +6,7 @@ Through the write path, like a provider's word. The evidence stands in the event
 import asyncio
 import getpass
 import json
+from datetime import UTC, datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -108,6 +109,11 @@ def _outcome(operation: Operation, finding: Finding) -> Succeeded | NotExecuted:
         raise RulingRefused(
             f"operation {operation.number} is {operation.state}: a person decides only what is "
             f"{OperationState.NEEDS_REVIEW}; of all else the provider's word is awaited, or was heard"
+        )
+    if operation.is_held(datetime.now(UTC)):
+        raise RulingRefused(
+            f"operation {operation.number} is being sent or asked about just now, so that what you found may be old "
+            "news: look again in a minute"
         )
     if finding.verdict == NOT_EXECUTED:
         return NotExecuted("a person found that the provider did not execute it")

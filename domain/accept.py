@@ -82,7 +82,10 @@ def _begin(draft: Draft, operation: Operation, command: Command) -> None:
     operation.is_leased = True
     operation.due_at = draft.now + draft.rules.retry.lease
     operation.dispatched_at = draft.now
-    _let_rest(draft, draft.payment.waiting_for_payer)
+    waiting = draft.payment.waiting_for_payer
+    if waiting is not None:  # so that this is a void
+        operation.reference = waiting.reference
+        _let_rest(draft, waiting)
     _reserve(draft, command, amount, gateway)
     draft.keep(operation)
     draft.requests.append(gateway_request(draft.payment, operation, command))
@@ -107,12 +110,11 @@ def _reserve(draft: Draft, command: Command, amount: int, gateway: str | None) -
             assert_never(command.kind)
 
 
-def _let_rest(draft: Draft, waiting: Operation | None) -> None:
+def _let_rest(draft: Draft, waiting: Operation) -> None:
     """What waits for the payer is not asked about while it is being cancelled: that could execute it."""
-    if waiting is not None:
-        waiting = waiting.copy()
-        waiting.due_at = None
-        draft.keep(waiting)
+    waiting = waiting.copy()
+    waiting.due_at = None
+    draft.keep(waiting)
 
 
 def _reject(draft: Draft, operation: Operation, command: AnyCommand, rejection: Rejection) -> None:

@@ -87,7 +87,8 @@ class Draft:
             self.payment.gateway_payment_id = reference
         operation = operation.copy()
         operation.state = state
-        operation.reference = reference
+        if operation.kind is not OperationKind.VOID:  # which has the name of what it cancels
+            operation.reference = reference
         operation.is_leased = False
         operation.due_at = self.now + self._delay_in(state, operation)
         self.keep(operation)

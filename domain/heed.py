@@ -14,7 +14,7 @@ from domain.notices import Dispute, DisputeStage, Notice
 from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Succeeded
 from domain.payment import Payment
 from domain.requests import gateway_request
-from domain.settle import fits, move, review, settle_outcome
+from domain.settle import end_void_of_nothing, fits, leave_to_void, move, review, settle_outcome
 
 ENDED_WITHOUT_EFFECT: Final = (OperationState.DECLINED, OperationState.NOT_EXECUTED, OperationState.EXPIRED)
 
@@ -112,11 +112,13 @@ def _is_another_refund(operation: Operation, outcome: Succeeded) -> bool:
 
 def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     """What was called declined or expired was paid: it counts, and whoever was told otherwise is told again."""
-    told_before = operation.state
-    was_let_go = told_before is OperationState.EXPIRED or draft.payment.status is PaymentStatus.CANCELED
+    told_before, may_be_void = operation.state, draft.payment.status is PaymentStatus.CANCELED
     # Of a hold: then its news came after the news of its end.
-    is_gone = operation.kind is OperationKind.AUTHORIZE and was_let_go
+    is_gone = operation.kind is OperationKind.AUTHORIZE and told_before is OperationState.EXPIRED
     owed = move(draft, operation, outcome)
+    if operation.kind is OperationKind.AUTHORIZE and may_be_void:
+        # Released by the void of it, or held beside an attempt that was voided: the provider is asked.
+        draft.payment.authorization_expires_at = draft.now
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
     draft.publish(
         EventKind.LATE_SUCCESS,
@@ -128,6 +130,17 @@ def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> Non
     draft.book(operation.kind, operation.amount_minor or 0)
     if is_gone:
         _release_hold(draft, draft.changed[operation.number])
+    else:
+        _tell_void(draft, operation, outcome.reference, owed)
+
+
+def _tell_void(draft: Draft, paid: Operation, reference: str, owed_minor: int) -> None:
+    """A void under way whose attempt had ended already: what it was to cancel is what was paid now, or is nothing."""
+    void = draft.payment.under_way
+    if void is not None and void.kind is OperationKind.VOID and void.reference == reference:
+        leave_to_void(draft, paid, reference, owed_minor)
+    else:
+        end_void_of_nothing(draft)
 
 
 def _reverse_refund(draft: Draft, operation: Operation) -> None:

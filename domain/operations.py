@@ -161,7 +161,7 @@ class Operation:
     amount_minor: int | None = None
     gateway: str | None = None
     reference: str | None = None
-    """The provider's id of this operation."""
+    """The provider's id of this operation; of a void, from the beginning, of the attempt that it cancels."""
     attempts: int = 0
     lease_token: int = 0
     """Raised at every claim: a write that carries an older token matches no row."""
@@ -193,6 +193,10 @@ class Operation:
     @property
     def is_open(self) -> bool:
         return self.state in OPEN
+
+    def is_held(self, now: datetime) -> bool:
+        """Whether a worker has it, whose lease has not run out."""
+        return self.is_leased and self.due_at is not None and self.due_at > now
 
     @property
     def is_external(self) -> bool:

@@ -41,14 +41,11 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
 
 
 def _target(payment: Payment, operation: Operation) -> str | None:
-    """The provider's payment that it acts on: for a void, what waits for the payer, if something does.
+    """The provider's payment that it acts on: for a void that reserved nothing, the attempt that it was sent to cancel.
 
-    What waited may have been paid beside another attempt: then the void, which reserved nothing, has its reference.
+    Whatever became of that one since, and of other attempts.
     """
     if operation.kind is not OperationKind.VOID:
         return payment.gateway_payment_id
-    waiting = payment.waiting_for_payer
-    if waiting is not None:
-        return waiting.reference
     own = payment.gateway_payment_id
     return own if payment.reserved_capture_minor else operation.reference or own

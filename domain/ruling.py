@@ -12,10 +12,10 @@ def rule(draft: Draft, given: Ruling) -> None:
     """End an operation that needs review as the person found. Of any other, only evidence of the provider counts.
 
     It ends as on the provider's word, so that a later one is heard as late as it is. Where the amounts leave no room
-    for it, it still needs review.
+    for it, it still needs review; and while a worker has it, who may have sent it again just now.
     """
     operation = draft.under_way(given.operation_number)
-    if operation is None or operation.state is not OperationState.NEEDS_REVIEW:
+    if operation is None or operation.state is not OperationState.NEEDS_REVIEW or operation.is_held(draft.now):
         draft.is_stale = True
         return
     settle_outcome(draft, operation, given.outcome)

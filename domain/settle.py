@@ -57,10 +57,10 @@ def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None
             _succeed(draft, operation, outcome)
         case Declined():
             _decline(draft, operation, outcome)
-            _end_void_of(draft, operation)
+            end_void_of_nothing(draft)
         case Expired():
             _expire(draft, operation, outcome)
-            _end_void_of(draft, operation)
+            end_void_of_nothing(draft)
         case NotExecuted():
             _fail(draft, operation, _rejection_of(outcome))
         case RequiresAction(reference):
@@ -119,17 +119,19 @@ def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
         draft.payment.owed_held_minor -= amount
     draft.release_reservation(operation.kind)
     owed = move(draft, operation, outcome)
-    if operation.kind is OperationKind.AUTHORIZE and draft.payment.is_cancelling():
-        _leave_to_void(draft, amount, outcome.reference, is_owed=bool(owed))
+    if draft.payment.is_cancelling():
+        leave_to_void(draft, operation, outcome.reference, owed)
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
     draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference, owed_minor=owed)
     draft.book(operation.kind, amount)
 
 
-def _leave_to_void(draft: Draft, amount: int, reference: str, *, is_owed: bool) -> None:
-    """It came about while it was being cancelled: the void that is under way releases it, at every attempt."""
-    if not is_owed:
-        draft.payment.reserved_capture_minor = amount
+def leave_to_void(draft: Draft, hold: Operation, reference: str, owed_minor: int) -> None:
+    """A hold came about while it was being cancelled: the void that is under way releases it, at every attempt."""
+    if hold.kind is not OperationKind.AUTHORIZE:
+        return
+    if not owed_minor:
+        draft.payment.reserved_capture_minor = hold.amount_minor or 0
         return
     for each in draft.payment.operations:
         if each.kind is OperationKind.VOID and each.is_under_way:
@@ -185,6 +187,8 @@ def _end_of_holds(draft: Draft, outcome: Succeeded) -> datetime:
 
 def _decline(draft: Draft, operation: Operation, outcome: Declined) -> None:
     draft.release_reservation(operation.kind)
+    if operation.kind is OperationKind.VOID:
+        _ask_again(draft, draft.payment.waiting_for_payer)
     draft.finish(operation, OperationState.DECLINED, outcome.reference)
     draft.publish(
         EventKind.DECLINED,
@@ -206,16 +210,16 @@ def _expire(draft: Draft, operation: Operation, outcome: Expired) -> None:
     draft.publish(EventKind.EXPIRED, operation, reference=outcome.reference)
 
 
-def _end_void_of(draft: Draft, ended: Operation) -> None:
-    """What a void was to cancel has ended without it.
+def end_void_of_nothing(draft: Draft) -> None:
+    """What a void was to cancel has ended without it, and another attempt is paid: with that the void ends, too.
 
-    Where another attempt is paid, the void ends with that: sent again it would be about the payment that is paid.
+    No void holds what its provider says of an attempt that is paid.
     """
     void, payment = draft.payment.under_way, draft.payment
     if void is None or void.kind is not OperationKind.VOID or payment.reserved_capture_minor or not payment.has_money:
         return
-    draft.finish(void, OperationState.SUCCEEDED, ended.reference)
-    draft.publish(EventKind.VOIDED, void, reference=ended.reference)
+    draft.finish(void, OperationState.SUCCEEDED, void.reference)
+    draft.publish(EventKind.VOIDED, void, reference=void.reference)
 
 
 def _rejection_of(outcome: NotExecuted) -> Rejection:

@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from domain.commands import OperationKind
-from domain.decision import Answer, Delivery
-from domain.errors import ConcurrentUpdate, GatewayUnreachable
-from domain.operations import GatewayRequest, Outcome, Succeeded
+from domain.decision import Answer, Delivery, Notified
+from domain.errors import ConcurrentUpdate, GatewayError, GatewayUnreachable, OutcomeUnknown
+from domain.notices import Notice
+from domain.operations import Declined, DeclineReason, GatewayRequest, Outcome, RequiresAction, Succeeded
 from domain.ports import Changes
 from domain.rules import RetryPolicy
 from infra.postgres.store import PostgresStore, create_pool
@@ -137,6 +138,44 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
         await worker.write_path.apply([late])
     assert await value(postgres_url, "SELECT captured_minor FROM payments") == 0
     assert await events_of(postgres_url, payment_id) == []
+
+
+@pytest.mark.parametrize("lost", [GatewayUnreachable, OutcomeUnknown])
+async def test_a_void_that_is_sent_again_is_of_the_attempt_that_waits_and_not_of_the_paid_one(
+    postgres_url: str, lost: type[GatewayError]
+) -> None:
+    gateway, payment_id = _FirstVoidIsLost(lost), new_payment_id()
+    async with running_worker(postgres_url, gateway, sweeping=True) as worker:
+        for key in ("declined", "waits"):
+            await worker.accept(delivery("authorize", payment_id, key))
+            await worker.idle()
+        paid = Notice("books", "", "late", payment_id, 1, outcome=Succeeded("ref_1", 10_000))
+        assert not (await worker.write_path.apply([Notified(None, payment_id, paid)])).refused
+        await worker.accept(delivery("void", payment_id, "void"))
+        await until_settled(postgres_url)
+    assert gateway.voided == ["ref_2", "ref_2"]
+    assert (await events_of(postgres_url, payment_id))[-1]["type"] == "payment.voided.v1"
+    assert await value(postgres_url, "SELECT authorized_minor - released_minor FROM payments") == 10_000
+
+
+class _FirstVoidIsLost(BookkeepingGateway):
+    """Declines the first attempt, has the second one wait for its payer, and answers only the second void."""
+
+    def __init__(self, lost: type[GatewayError]) -> None:
+        super().__init__()
+        self._lost = lost
+        self.voided: list[str | None] = []
+        answers: dict[int, Outcome] = {
+            1: Declined(DeclineReason.OTHER, None, "ref_1"),
+            2: RequiresAction("ref_2", "redirect", "https://bank.invalid"),
+        }
+        self.outcome = lambda request: answers.get(request.operation_number)
+
+    async def void(self, request: GatewayRequest) -> Outcome:
+        self.voided.append(request.gateway_payment_id)
+        if len(self.voided) == 1:
+            raise self._lost("books", "no answer")
+        return await super().void(request)
 
 
 @pytest.mark.parametrize("is_at_hand", [True, False])

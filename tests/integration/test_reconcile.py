@@ -626,6 +626,17 @@ async def test_a_ruling_that_cannot_be_is_refused_and_changes_nothing(
     assert await events_of(postgres_url, payment) == before
 
 
+async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, redis_url: str) -> None:
+    payment = await in_review(postgres_url)
+    finding, settings = Finding(payment, 2, "not-executed", "the portal"), here(postgres_url, redis_url)
+    lease = "UPDATE operations SET is_leased = true, due_at = now() + $1 WHERE number = 2"
+    await value(postgres_url, lease, timedelta(minutes=1))
+    with pytest.raises(RulingRefused, match="look again in a minute"):
+        await asyncio.to_thread(rule, settings, finding, as_json=True)
+    await value(postgres_url, lease, timedelta(seconds=-1))  # Whose worker has died.
+    assert await asyncio.to_thread(rule, settings, finding, as_json=True) == 0
+
+
 async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: str, redis_url: str) -> None:
     payment = new_payment_id()
     await in_doubt(postgres_url, payment)

@@ -93,10 +93,9 @@ class Story:
         self.now += timedelta(**time)
 
     def claim(self) -> GatewayRequest:
-        """What the sweep does to the operation under way once it is due (CLAIM_DUE)."""
+        """What the sweep does to what is under way once it is due (CLAIM_DUE)."""
         assert self.payment is not None
-        operation = self.payment.under_way
-        assert operation is not None
+        operation = next(each for each in self.payment.operations if each.is_under_way and each.due_at is not None)
         assert operation.due_at is not None
         self.now = max(self.now, operation.due_at)
         claimed = operation.copy()
@@ -111,7 +110,8 @@ class Story:
         self.payment.operations = tuple(
             claimed if each.number == claimed.number else each for each in self.payment.operations
         )
-        self.requests.append(gateway_request(self.payment, claimed, command_from_content(claimed.content)))
+        alone = replace(self.payment, operations=())  # It does not load the others.
+        self.requests.append(gateway_request(alone, claimed, command_from_content(claimed.content)))
         return self.requests[-1]
 
     def give(self, given: Input) -> Decision:

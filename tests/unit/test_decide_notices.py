@@ -19,6 +19,7 @@ from domain.operations import (
     RequiresAction,
     Succeeded,
     Unknown,
+    Unreachable,
 )
 from domain.rules import RetryPolicy
 from tests.support.provider import CAPABILITIES
@@ -349,9 +350,74 @@ def test_a_void_that_had_no_hold_to_release_releases_no_other_attempts() -> None
     told.send("void")
     told.hear(NO, 2)
     told.hear(PAID, 1)
-    told.answer(Succeeded("ref_2"))
-    assert told.kinds[-2:] == ["late_success", "needs_review"]
+    assert told.kinds[-2:] == ["late_success", "voided"]
+    assert told.answer(Succeeded("ref_2")).is_stale
     assert told.amounts() == (10_000, 0, 0, 0)
+
+
+@pytest.mark.parametrize("lost", [Unreachable("429"), Unknown("lost")], ids=["not sent", "in doubt"])
+def test_a_void_is_of_the_attempt_that_it_was_sent_to_cancel_at_every_attempt(lost: Outcome) -> None:
+    told = tried_twice("authorize")
+    told.send("void")
+    told.answer(lost)
+    again = told.claim()
+    assert (again.gateway, again.gateway_payment_id) == ("other", "ref_2")
+    told.answer(Succeeded("ref_2"))
+    assert told.kinds[-2:] == ["declined", "voided"]
+    assert told.amounts() == (10_000, 0, 0, 0)
+
+
+def test_a_void_in_doubt_of_a_charge_that_is_paid_meanwhile_is_not_sent_to_another_attempts_hold() -> None:
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send("charge", "second")
+    told.answer(SECOND)
+    told.hear(PAID, 1)
+    told.send("void")
+    told.answer(Unknown("lost"))
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    assert told.claim().gateway_payment_id == "ref_2"
+
+
+def test_a_void_releases_what_it_cancels_though_that_was_declined_and_then_paid() -> None:
+    told = story()
+    told.send("authorize")
+    told.answer(ACTION)
+    told.send("void")
+    told.answer(Unreachable("429"))
+    told.hear(NO, 1)
+    told.hear(PAID, 1)
+    assert told.claim().gateway_payment_id == "ref_1"
+    told.answer(Succeeded("ref_1"))
+    assert (told.last.kind, told.last.snapshot.status) == ("voided", "canceled")
+    assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+def test_what_a_declined_void_was_to_cancel_is_looked_after_again() -> None:
+    told = story()
+    told.send("authorize")
+    told.answer(ACTION)
+    told.send("void")
+    told.answer(replace(NO, reference=None))
+    assert told.kinds == ["requires_action", "declined"]
+    assert told.claim().operation_number == 1
+
+
+def test_a_hold_that_comes_late_beside_a_voided_attempt_is_held_until_its_provider_says_otherwise() -> None:
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send("authorize", "second")
+    told.answer(SECOND)
+    told.does("void")
+    told.hear(PAID, 1)
+    assert (told.last.kind, told.last.snapshot.status) == ("late_success", "authorized")
+    assert told.payment is not None
+    assert told.payment.authorization_expires_at == told.now, "it is to be asked about at once"
+    told.learn(Declined(DeclineReason.CANCELED, None, "ref_1"), 1)
+    assert (told.last.kind, told.last.snapshot.status) == ("authorization_expired", "canceled")
+    assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
 def test_a_void_of_what_was_paid_meanwhile_releases_that_and_not_what_was_paid_first() -> None:

@@ -78,9 +78,19 @@ def test_of_what_needs_no_review_nobody_decides(answer: Unknown | Pending | None
     assert told.kinds == [*kinds, "captured"]
 
 
-def test_an_answer_that_comes_after_the_ruling_is_stale() -> None:
+def test_while_a_worker_sends_it_again_nobody_decides_and_its_answer_counts() -> None:
     told = refund_in_review()
     request = told.claim()
     assert (request.kind, request.state) == (OperationKind.REFUND, OperationState.NEEDS_REVIEW)
+    assert told.rule(NOT_DONE, 2).is_stale
+    told.answer()
+    assert told.last.kind == "refunded"
+
+
+def test_an_answer_that_comes_after_the_ruling_is_stale() -> None:
+    told = refund_in_review()
+    told.claim()
+    told.wait(seconds=told.rules.retry.lease.total_seconds())
     told.rule(NOT_DONE, 2)
+    assert told.last.kind == "command_rejected"
     assert told.answer(Unknown()).is_stale
