@@ -495,10 +495,12 @@ def _send(
     from domain.commands import OperationKind
 
     settings = find_settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
-    payment = _uuid(payment_id) if payment_id else uuid.uuid4()
+    if idempotency_key == "":  # A variable that is not set, perhaps; every try would be another payment.
+        fail("--idempotency-key is empty: leave it out for a new key")
+    payment = uuid.uuid4() if payment_id is None else _uuid(payment_id)
     if kind in ("charge", "authorize"):
         fields["order_id"] = fields["order_id"] or f"order-{str(payment)[:8]}"
-    key = idempotency_key or f"{kind}-{uuid.uuid4()}"
+    key = f"{kind}-{uuid.uuid4()}" if idempotency_key is None else idempotency_key
     command = outgoing(OperationKind(kind), payment, key, fields)
     with readable_errors():
         code = send_and_report(settings, kind, command, wait=wait, timeout_seconds=timeout, as_json=as_json)

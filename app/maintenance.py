@@ -17,6 +17,7 @@ from app.settings import Settings
 from domain.errors import StoreUnavailable
 from infra.postgres.inbox import forget_applied
 from infra.postgres.maintenance import MaintenanceReport, maintain
+from infra.postgres.schema import schema_trouble
 
 log = structlog.get_logger(__name__)
 
@@ -67,10 +68,9 @@ class Maintenance:
     async def _check_postgres(self) -> str | None:
         connection = await asyncpg.connect(self._settings.postgres_url, timeout=1.5)
         try:
-            await connection.fetchval("SELECT 1")
+            return await schema_trouble(connection)
         finally:
             await connection.close()
-        return None
 
     async def _check_kafka(self) -> str | None:
         admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka_bootstrap)

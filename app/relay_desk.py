@@ -138,7 +138,7 @@ class RelayDesk:
                         self._out.print(text)
                     gap, repair, events = await find_repair(connection, self._slot)
                     if repair is None and gap is not None:
-                        self._out.print(f"not done, the relay stands still: {gap}")
+                        self._out.print(f"not done, the relay stands still: {gap}. To do: {advice_on(gap)}")
                         return 1
                     if repair is None:
                         self._out.print(f"done{f': {events} events published' if events else ''}; the relay goes on")

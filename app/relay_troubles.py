@@ -40,6 +40,11 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     elif not relay.is_running:
         kept = f" and its slot keeps {in_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+    elif relay.source == "wal" and "inactive" in relay.slot_state:
+        found.append(
+            f"{relay.slot}: its relay reads nothing: it starts, or catches up, or cannot; then its log (`relay session"
+            " ended`) and its /health/ready say why"
+        )
     if "unreserved" in relay.slot_state:
         found.append(
             f"{relay.slot}: at the next checkpoint the server removes log that its slot needs: raise"

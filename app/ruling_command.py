@@ -116,6 +116,8 @@ def _outcome(operation: Operation, finding: Finding) -> Succeeded | NotExecuted:
             "news: look again in a minute"
         )
     if finding.verdict == NOT_EXECUTED:
+        if finding.reference is not None:
+            raise RulingRefused("--reference is the provider's id of what succeeded; what was not executed has none")
         return NotExecuted("a person found that the provider did not execute it")
     known = finding.reference or operation.reference
     if known is None and operation.kind in OPENING:

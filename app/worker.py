@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any, Final
 
 import structlog
-from aiokafka import AIOKafkaProducer
 from faststream.kafka import KafkaBroker
 
 from app import wiring
@@ -22,9 +21,10 @@ from handlers.consumer import CommandConsumer
 from handlers.heed import Heeder
 from handlers.reconcile import Asker, Reconciler
 from handlers.sweep import Sweep
-from infra.kafka.dead_letters import KafkaDeadLetters
+from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.skipping import SkippingReader
 from infra.postgres.inbox import PostgresInbox, listen
+from infra.postgres.schema import schema_trouble
 from infra.postgres.store import PostgresStore, create_pool
 
 log = structlog.get_logger(__name__)
@@ -81,8 +81,7 @@ class Worker:
         return "a loop has ended" if any(task.done() for task in self._tasks) else None
 
     async def _check_postgres(self) -> str | None:
-        await self._pool.fetchval("SELECT 1")
-        return None
+        return await schema_trouble(self._pool)
 
     async def _check_reading(self) -> str | None:
         silence = time.monotonic() - self._reader.read_at
@@ -141,7 +140,7 @@ class Worker:
             interval=timedelta(seconds=settings.reconcile_interval_seconds),
             cut_off=rules.retry.cut_off,
         )
-        producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True)
+        producer = dead_letter_producer(settings.kafka_bootstrap)
         stack.push_async_callback(producer.stop)  # Also of one that did not start.
         await producer.start()
         self._consumer = CommandConsumer(

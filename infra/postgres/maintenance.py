@@ -106,6 +106,10 @@ async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
             # since by then that partition refuses the day. Readers are not locked out until the attachment.
             await connection.execute("LOCK TABLE ONLY outbox IN SHARE ROW EXCLUSIVE MODE")
             moved += await _move(connection, day)
+        if moved:
+            # Who plans a query while the default partition is locked has looked up the partitions already, and looks
+            # into them by a snapshot of later: it would find the moved rows in neither. So it waits before that.
+            await connection.execute("LOCK TABLE ONLY outbox IN ACCESS EXCLUSIVE MODE")
         await connection.execute(f"ALTER TABLE outbox ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')")
     return moved
 

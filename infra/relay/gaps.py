@@ -33,6 +33,8 @@ def advice_on(gap: str) -> str:
     """What to do."""
     if is_about_topic(gap):
         return "set PAYMENTS_EVENTS_TOPIC back; if the change is meant, and is the only reason, `payments relay adopt`"
+    if NOT_IN_PUBLICATION in gap:
+        return f"make the publication whole (docs/operations/relay.md, A gap, has the statements); then {_REPAIR}"
     if gap == SLOT_AHEAD:
         return f"if Debezium moved it, `payments relay adopt`; otherwise {_REPAIR}"
     if gap == ANOTHER_SERVER:

@@ -92,8 +92,15 @@ MOVE: Final = """
       FROM pg_control_system() AS here WHERE r.slot_name = %s
 """
 # What a snapshot takes for the future, and is there, was written by another server's transactions.
+# Then its others are not ours either, and earlier events of a payment may be among them: all are forgotten, unless a
+# relay is here already, to which ids since then mean something.
 FORGET_FUTURE: Final = """
-    UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+    UPDATE outbox SET xact = NULL
+     WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+        OR xact IS NOT NULL
+           AND EXISTS (SELECT FROM outbox WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)
+           AND NOT EXISTS (SELECT FROM relay_slots AS r, pg_control_system() AS here
+                            WHERE r.system_identifier = here.system_identifier::text)
 """
 
 

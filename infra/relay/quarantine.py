@@ -12,7 +12,7 @@ from psycopg.rows import dict_row
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.publisher import Diverted
-from infra.relay.scan import PORTION_BYTES, event_of
+from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of
 
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
@@ -29,7 +29,7 @@ PUT: Final = f"""
 """  # noqa: S608 - names from our own constant
 KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
 DUE: Final = f"""
-    SELECT {", ".join(f"{name}::text" for name in OUTBOX_COLUMNS)} FROM relay_quarantine
+    SELECT {COLUMNS} FROM relay_quarantine AS o
      WHERE slot_name = %s AND state <> 'dropped'
        AND aggregateid IN (
            SELECT aggregateid
@@ -39,7 +39,7 @@ DUE: Final = f"""
                     GROUP BY aggregateid HAVING bool_or(state = 'retry') OR NOT bool_or(state = 'refused')
                     ORDER BY min(number) LIMIT {PAYMENTS_AT_ONCE}) AS due
             WHERE size_to_here - size < {PORTION_BYTES})
-     ORDER BY payment_seq
+     ORDER BY o.payment_seq
 """  # noqa: S608 - names from our own constant
 DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])"
 MARK_DUE: Final = """

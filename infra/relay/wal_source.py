@@ -151,15 +151,20 @@ class WalSource:
             await self._catch_up(desk, system, "repair", published)
         elif mark.source == "poll" and mark.reason_for_doubt(system, self._config.topic) is None:
             await self._catch_up(desk, system, "another source before", published)
-        elif mark.repair == "adopt" and wal_status not in ("missing", "lost"):
+        elif mark.repair == "adopt" and wal_status not in ("missing", "lost") and not await self._has_left_out(mark):
             await self._adopt(system, position, published)
         else:
             if mark.repair == "adopt":
                 # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
-                log.warning("no slot to adopt", slot=self._config.slot)
+                log.warning("nothing to adopt", slot=self._config.slot, slot_state=wal_status)
                 await withdraw_adopt(self._leader, self._config.slot)
             self._published = published
             await self._trust(mark, system, wal_status, position)
+
+    async def _has_left_out(self, mark: Mark) -> bool:
+        """Whether the log may be without some events: who has read the slot meanwhile has not had them either."""
+        self._publication = mark.publication or self._publication
+        return (_remembered(mark) or await self._doubt_about_publication()) is not None
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""

@@ -398,6 +398,13 @@ def test_too_many_decimals_send_nothing(up: Up) -> None:
     assert "USD has 2 decimals" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--idempotency-key", "--payment-id"])
+def test_an_empty_name_is_no_new_one(up: Up, option: str) -> None:
+    """As of a shell variable that is not set: each try would be another payment."""
+    done = up.run("send", *new_charge(option, ""))
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 def test_a_payment_can_be_followed_from_authorization_to_refund(up: Up) -> None:
     _, authorized = up.send("authorize", "--amount", "80", "--currency", "EUR", "--customer-id", "customer-cli")
     payment = ["--payment-id", authorized["payment_id"]]

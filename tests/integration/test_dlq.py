@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from prometheus_client import REGISTRY
 from typer.testing import CliRunner, Result
 
@@ -14,8 +16,10 @@ from app.cli import app
 from app.dlq_desk import DeadLetterDesk
 from app.settings import Settings
 from domain.decide import decide
+from domain.ports import DeadLetter
 from handlers import write_path as write_path_module
 from infra.kafka.dead_letter_log import DeadLetterLog
+from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.postgres.letters import LetterDecisions
 from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
@@ -96,6 +100,28 @@ async def put(
 
 async def is_waiting_for_a_lock(postgres_url: str) -> bool:
     return bool(await value(postgres_url, "SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+
+LETTER = DeadLetter(
+    value=b"", key=b"key", headers=(), topic="commands", partition=0, offset=0, reason="not_json", detail=""
+)
+
+
+async def test_a_letter_that_the_topic_refuses_holds_up_no_later_one_of_its_partition(settings: Settings) -> None:
+    topic = f"{settings.dead_letter_topic}.small"
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, 1, 1, topic_configs={"max.message.bytes": "1200"})])
+    async with dead_letter_producer(settings.kafka_bootstrap) as producer:
+        parking = KafkaDeadLetters(producer, topic=topic)
+        for offset, size in enumerate([10, 5_000, 10, 5_000, 10]):
+            letter = replace(LETTER, value=b"x" * size, offset=offset)
+            async with asyncio.timeout(10):
+                await parking.park([letter])
+    parked = await read_until(settings.kafka_bootstrap, topic, lambda found: len(found) >= 5)
+    assert [len(each.value or b"") for each in parked] == [10, 0, 10, 0, 10]
+    await admin.delete_topics([topic])
+    await admin.close()
 
 
 # --- before parking ---------------------------------------------------------------------------------------------------

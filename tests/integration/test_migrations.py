@@ -16,6 +16,7 @@ from alembic.script import ScriptDirectory
 
 import migrations
 from infra.postgres import migrate
+from infra.postgres.schema import schema_trouble
 from infra.postgres.tables import metadata
 
 # Everything that the schema consists of, in words.
@@ -243,3 +244,12 @@ async def test_postings_sum_to_zero_per_payment_and_currency(connection: asyncpg
         await insert(connection, "ledger", TRANSFER | row | {"payment_seq": number, "amount_minor": number})
     sums = "SELECT sum(amount_minor)::int FROM ledger_postings GROUP BY payment_id, currency"
     assert [row[0] for row in await connection.fetch(sums)] == [0] * 12
+
+
+async def test_a_database_without_the_schema_is_not_ready(empty_postgres_url: str, postgres_url: str) -> None:
+    for url, trouble in ((empty_postgres_url, "run `payments migrate`"), (postgres_url, "")):
+        connection = await asyncpg.connect(url)
+        told = await schema_trouble(connection)
+        await connection.close()
+        assert trouble in (told or "")
+        assert bool(told) == bool(trouble)

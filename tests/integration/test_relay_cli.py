@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 from app import relay_desk, relay_troubles
 from app.cli import app
+from app.relay_troubles import troubles_of
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
+from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
@@ -85,6 +87,22 @@ async def test_status_tells_how_it_is(config: RelayConfig) -> None:
     off = await payments_relay(config, "status")
     assert off.returncode == 1
     assert "no relay is active" in off.stdout
+
+
+@wal_only
+async def test_status_tells_of_a_relay_that_leads_and_cannot_read(config: RelayConfig) -> None:
+    async with running(config):
+        pass
+
+    async def is_told() -> bool:
+        return any("its relay reads nothing" in each for each in troubles_of(await read_status(config.postgres_url)))
+
+    stop = asyncio.Event()
+    trying = asyncio.create_task(Relay(replace(config, topic=f"{config.topic}.missing")).run(stop))
+    await until(is_told)
+    stop.set()
+    await trying
+    assert not await is_told()
 
 
 def running_standby(config: RelayConfig) -> Any:

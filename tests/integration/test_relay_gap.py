@@ -291,6 +291,27 @@ async def test_adopting_on_another_server_proves_nothing_about_its_transactions(
 
 
 @wal_only
+@pytest.mark.parametrize("is_whole_again", [True, False])
+async def test_what_the_publication_left_out_is_not_adopted(config: RelayConfig, *, is_whole_again: bool) -> None:
+    """Whoever has read the slot meanwhile has not had it either."""
+    rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await alter_publication(config, "DROP TABLE outbox")
+    await commit(config.postgres_url, missed)
+    if is_whole_again:
+        await alter_publication(config, "ADD TABLE outbox")
+    async with StandingStill(config) as standing:
+        async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+            assert await request_repair(connection, config.slot, "adopt")
+        await until(lambda: fetch_value(config.postgres_url, "SELECT repair IS NULL FROM relay_slots"))
+        assert not standing.relay.health.ready
+        if not is_whole_again:
+            await alter_publication(config, "ADD TABLE outbox")
+        await standing.decide("unproven")
+        assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
+
+
+@wal_only
 async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed(config: RelayConfig) -> None:
     before, theirs, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
     await before_the_gap(config, before)
@@ -504,6 +525,17 @@ async def test_a_slot_that_somebody_else_is_making_is_waited_for(config: RelayCo
     assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
     stop.set()
     await task
+
+
+async def test_a_restored_outbox_is_published_in_order_though_some_of_its_ids_are_of_the_past_here(
+    config: RelayConfig,
+) -> None:
+    rows = rows_of("pay_a", 6)
+    await commit(config.postgres_url, *([row] for row in rows))
+    future = "UPDATE outbox SET xact = xact + 1000000 WHERE payment_seq > 3 RETURNING 1"
+    await fetch_value(config.postgres_url, future)
+    async with running(config):
+        assert_first_deliveries_in_order(await published(config, *rows), rows)
 
 
 async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactions(config: RelayConfig) -> None:

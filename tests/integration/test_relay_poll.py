@@ -4,16 +4,19 @@ import asyncio
 import random
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import psycopg
 import pytest
 
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import RelayConfig, metrics, poll_source, session, window
+from infra.postgres import maintenance
+from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
 from infra.relay.scan import PORTION_BYTES
 from infra.relay.snapshot import NOTHING, Snapshot
 from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
@@ -390,3 +393,28 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
         async with running(config):
             await asyncio.sleep(1)
             assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
+
+
+async def test_rows_that_move_to_their_partition_while_a_relay_starts_are_not_passed_over(config: RelayConfig) -> None:
+    """Its queries are planned while maintenance holds the default partition."""
+    before, moved, after = (rows_of("pay_a", 3, first=first) for first in (1, 4, 7))
+    async with running(config):
+        await commit(config.postgres_url, before)
+        await published(config, *before)
+    await commit(config.postgres_url, moved)
+    maintaining = await asyncpg.connect(config.postgres_url)
+    attaching = maintaining.transaction()
+    await attaching.start()
+    assert await maintenance._attach(maintaining, datetime.now(UTC).date()) == 6
+    stop = asyncio.Event()
+    relay = asyncio.create_task(Relay(config).run(stop))
+    waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"
+    await until(lambda: fetch_value(config.postgres_url, waiting))
+    await asyncio.sleep(0.2)
+    await attaching.commit()
+    await maintaining.close()
+    await commit(config.postgres_url, after)
+    records = await published(config, *before, *moved, *after)
+    stop.set()
+    await relay
+    assert_first_deliveries_in_order(records, before + moved + after)

@@ -252,3 +252,17 @@ async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
         assert done
         assert len(await entries(desk)) == 2
     drop_database(postgres_url)
+
+
+async def test_a_payments_tenth_event_leaves_quarantine_after_its_ninth(
+    config: RelayConfig, desk: QuarantineDesk
+) -> None:
+    rows = rows_of("pay_0001", 12)
+    rows[1] = rows[1]._replace(payload=HUGE)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await holds(desk, ("pay_0001", 2, "refused"), *(("pay_0001", seq, "waiting") for seq in range(3, 13)))
+        await set_topic_limit(config, 5_000_000)
+        await asyncio.sleep(1)  # The broker learns of it.
+        await desk.retry(["pay_0001"])
+        assert_first_deliveries_in_order(await published(config, *rows), rows)
