@@ -45,7 +45,8 @@ class Heeder:
             except PaymentsError as error:
                 log.warning("webhooks postponed", error=str(error))
             try:
-                await asyncio.wait_for(self.arrived.wait(), INTERVAL_SECONDS)
+                async with asyncio.timeout(INTERVAL_SECONDS):
+                    await self.arrived.wait()
             except TimeoutError:
                 continue
 

@@ -192,7 +192,8 @@ class DeadLetterLog:
             consumer.seek(where, offset)
             try:
                 # What stands there may be no message but a mark, as transactions leave them: nothing comes then.
-                record = await asyncio.wait_for(consumer.getone(where), READ_TIMEOUT_SECONDS)
+                async with asyncio.timeout(READ_TIMEOUT_SECONDS):
+                    record = await consumer.getone(where)
             except TimeoutError:
                 return None
             return record if record.offset == offset else None

@@ -155,7 +155,8 @@ class Session:
         self._status.trouble = self._publisher.trouble
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), self._config.feedback_seconds)
+            async with asyncio.timeout(self._config.feedback_seconds):
+                await self._wake.wait()
         self._check_leadership()
         self._publisher.check_partitions()
         self._status.beat()

@@ -105,7 +105,8 @@ class WebhookSender:
         await asyncio.sleep(self.manners.delay_seconds)
         if random.random() < self.manners.reordered:  # noqa: S311 - as above
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._next.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self._next.wait()
         for attempt in range(ATTEMPTS_MAX):
             if await self._attempt(self.sign(outgoing)):
                 break
