@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -109,6 +111,8 @@ class RelayDesk:
                 f"Nothing to adopt: slot {self._slot!r} is {state}. `payments relay repair` closes the gap."
             )
             return 1
+        for number in (signal.SIGHUP, signal.SIGTERM):  # A terminal that is closed takes the request with it, too.
+            signal.signal(number, lambda caught, _: sys.exit(128 + caught))
         try:
             return self._decide("adopt", timeout_seconds)
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -353,6 +354,24 @@ async def test_adopt_refuses_a_slot_that_is_gone_and_withdraws_what_no_relay_too
     refused = await payments_relay(config, "adopt")
     assert (refused.returncode, "is missing" in refused.stdout) == (1, True)
     assert await fetch_value(config.postgres_url, query, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGTERM])
+async def test_an_adopt_whose_terminal_is_closed_is_withdrawn(config: RelayConfig, end: signal.Signals) -> None:
+    """A relay that starts some day would adopt another slot."""
+    async with running(config):
+        pass
+    command = [sys.executable, "-m", "app.cli", "relay", "adopt"]
+    asking = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=os.environ | environment_of(config), stdout=asyncio.subprocess.PIPE
+    )
+    asked = "SELECT count(*) > 0 FROM relay_slots WHERE repair = 'adopt'"
+    await until(lambda: fetch_value(config.postgres_url, asked))
+    asking.send_signal(end)
+    told, _ = await asking.communicate()
+    assert (asking.returncode, b"withdrawn" in told) == (128 + end, True)
+    assert not await fetch_value(config.postgres_url, asked)
 
 
 @wal_only
