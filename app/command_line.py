@@ -110,6 +110,7 @@ def advice_on(error: Exception) -> str | None:
     import asyncpg
     import psycopg
     from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+    from alembic.util import CommandError
     from sqlalchemy.exc import SQLAlchemyError
 
     from domain.errors import StoreUnavailable
@@ -118,6 +119,8 @@ def advice_on(error: Exception) -> str | None:
         return "The database is not at this version's schema: run `payments migrate`."
     if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
         return "The topic takes no message of that size: raise its max.message.bytes."
+    if isinstance(error, CommandError):
+        return "The revisions are the numbers of the files in migrations/versions; `base` is an empty database."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
     if isinstance(error, (OSError, asyncpg.PostgresError, psycopg.Error, SQLAlchemyError, StoreUnavailable)):

@@ -212,6 +212,8 @@ class PollSource:
         await self._rest.open(self._begin.until(end, self._position))
 
     async def _leave_window(self, end: Snapshot) -> None:
+        # What was told while a rest was read is beyond it.
+        self._is_woken = self._is_woken or self._rest is not None
         await self._close_rest()
         self._begin, self._end, self._position = end, None, 0
 

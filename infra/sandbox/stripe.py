@@ -312,8 +312,9 @@ def _created_filter(params: Params) -> Callable[[StripeObject], bool]:
     created = params.get("created", {})
     if not isinstance(created, dict):
         created = {"gte": created, "lte": created}
-    at_least, at_most = forms.integer(created, "gte", default=0), forms.integer(created, "lte", default=2**62)
-    return lambda each: at_least <= each["created"] <= at_most
+    begin = max(forms.integer(created, "gte", default=0), forms.integer(created, "gt", default=-1) + 1)
+    end = min(forms.integer(created, "lte", default=2**62) + 1, forms.integer(created, "lt", default=2**62))
+    return lambda each: begin <= each["created"] < end
 
 
 def _page(found: Iterable[StripeObject], params: Params, url: str) -> StripeObject:

@@ -113,6 +113,10 @@ def test_lists_are_newest_first_and_paged(http: httpx.Client) -> None:
     assert [each["id"] for each in first["data"] + rest["data"]] == ids[::-1]
     assert (first["has_more"], rest["has_more"]) == (True, False)
     assert http.get("/v1/payment_intents", params={"created[gte]": 2**40}).json()["data"] == []
+    created = first["data"][0]["created"]
+    for bound, is_listed in (("lt", False), ("lte", True), ("gt", False), ("gte", True)):
+        listed = http.get("/v1/payment_intents", params={f"created[{bound}]": created}).json()["data"]
+        assert (created in [each["created"] for each in listed]) == is_listed
 
 
 def test_the_books_add_up(http: httpx.Client, stripe_simulator: Simulator) -> None:

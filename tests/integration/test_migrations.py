@@ -13,8 +13,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 
 import migrations
+from app.command_line import advice_on
 from infra.postgres import migrate
 from infra.postgres.schema import schema_trouble
 from infra.postgres.tables import metadata
@@ -253,3 +255,10 @@ async def test_a_database_without_the_schema_is_not_ready(empty_postgres_url: st
         await connection.close()
         assert trouble in (told or "")
         assert bool(told) == bool(trouble)
+
+
+def test_a_revision_that_is_none_is_told_with_what_to_do(postgres_url: str) -> None:
+    for step in (migrate.upgrade, migrate.downgrade):
+        with pytest.raises(CommandError, match="nope") as caught:
+            step(postgres_url, "nope")
+        assert "migrations/versions" in (advice_on(caught.value) or "")
