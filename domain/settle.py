@@ -213,7 +213,7 @@ def _expire(draft: Draft, operation: Operation, outcome: Expired) -> None:
 def end_void_of_nothing(draft: Draft) -> None:
     """What a void was to cancel has ended without it, and another attempt is paid: with that the void ends, too.
 
-    No void holds what its provider says of an attempt that is paid.
+    Where no other is paid it is sent on until its provider answers.
     """
     void, payment = draft.payment.under_way, draft.payment
     if void is None or void.kind is not OperationKind.VOID or payment.reserved_capture_minor or not payment.has_money:
