@@ -23,7 +23,8 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         gateway=operation.gateway or "",
         amount=Money(operation.amount_minor, payment.currency),
         gateway_payment_id=None if operation.kind in OPENING else _target(payment, operation),
-        reference=operation.reference,
+        # A void's is not its own: it is the attempt that it cancels.
+        reference=None if operation.kind is OperationKind.VOID else operation.reference,
         payment_method=command.payment_method,
         order_id=payment.order_id,
         customer_id=payment.customer_id,

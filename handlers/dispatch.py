@@ -162,11 +162,7 @@ class Dispatcher:
         if request.state in WITH_THE_PROVIDER:
             return gateway.resume
         # What a person is to look at, and the provider has named, is not sent again: a stored answer would be old news.
-        is_known = (
-            request.state is OperationState.NEEDS_REVIEW
-            and request.reference is not None
-            and request.kind is not OperationKind.VOID  # names what it releases; to repeat that is harmless
-        )
+        is_known = request.state is OperationState.NEEDS_REVIEW and request.reference is not None
         return gateway.status if is_known or self._is_key_forgotten(gateway, request) else None
 
     def _has_expired(self, request: GatewayRequest) -> bool:

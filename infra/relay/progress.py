@@ -92,15 +92,8 @@ MOVE: Final = """
       FROM pg_control_system() AS here WHERE r.slot_name = %s
 """
 # What a snapshot takes for the future, and is there, was written by another server's transactions.
-# Then its others are not ours either, and earlier events of a payment may be among them: all are forgotten, unless a
-# relay is here already, to which ids since then mean something.
 FORGET_FUTURE: Final = """
-    UPDATE outbox SET xact = NULL
-     WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
-        OR xact IS NOT NULL
-           AND EXISTS (SELECT FROM outbox WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)
-           AND NOT EXISTS (SELECT FROM relay_slots AS r, pg_control_system() AS here
-                            WHERE r.system_identifier = here.system_identifier::text)
+    UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
 
 
@@ -198,8 +191,13 @@ async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
 
 
 async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
-    """Rows of a restored outbox whose transactions, by their ids, are still to come here: they would never be seen."""
-    await leader.execute(FORGET_FUTURE)
+    """Rows of a restored outbox whose transactions, by their ids, are still to come here: they would never be seen.
+
+    Where there are any, the others are not ours either, and earlier events of a payment may be among them.
+    """
+    async with leader.transaction():
+        if (await leader.execute(FORGET_FUTURE)).rowcount:
+            await leader.execute(FORGET)
 
 
 async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:

@@ -151,7 +151,9 @@ class WalSource:
             await self._catch_up(desk, system, "repair", published)
         elif mark.source == "poll" and mark.reason_for_doubt(system, self._config.topic) is None:
             await self._catch_up(desk, system, "another source before", published)
-        elif mark.repair == "adopt" and wal_status not in ("missing", "lost") and not await self._has_left_out(mark):
+        elif (
+            mark.repair == "adopt" and wal_status not in ("missing", "lost") and not await self._left_out(mark, system)
+        ):
             await self._adopt(system, position, published)
         else:
             if mark.repair == "adopt":
@@ -161,18 +163,22 @@ class WalSource:
             self._published = published
             await self._trust(mark, system, wal_status, position)
 
-    async def _has_left_out(self, mark: Mark) -> bool:
-        """Whether the log may be without some events: who has read the slot meanwhile has not had them either."""
+    async def _left_out(self, mark: Mark, system: str) -> str | None:
+        """Why the log may be without some events, which who has read the slot meanwhile has not had either.
+
+        Not on another server: there the publication is another one anyway.
+        """
+        if mark.system_identifier != system:
+            return None
         self._publication = mark.publication or self._publication
-        return (_remembered(mark) or await self._doubt_about_publication()) is not None
+        return _remembered(mark) or await self._doubt_about_publication()
 
     async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
-        self._publication = mark.publication or self._publication
         reason = mark.reason_for_doubt(system, self._config.topic)
-        if reason != ANOTHER_SERVER:  # There, slot and publication are others anyway.
-            of_publication = _remembered(mark) or await self._doubt_about_publication()
-            reason = gap_of((reason, _doubt_about_slot(mark, wal_status, position), of_publication))
+        if reason != ANOTHER_SERVER:  # There, the slot is another one, too.
+            of_slot = _doubt_about_slot(mark, wal_status, position)
+            reason = gap_of((reason, of_slot, await self._left_out(mark, system)))
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
         await trust_mark(self._leader, self._config)

@@ -282,8 +282,8 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
 @wal_only
 async def test_adopting_on_another_server_proves_nothing_about_its_transactions(config: RelayConfig) -> None:
     await before_the_gap(config, rows_of("pay_a", 3))
-    query = "UPDATE relay_slots SET system_identifier = '1', published_below = 1000000000 RETURNING 1"
-    await fetch_value(config.postgres_url, query)
+    there = "system_identifier = '1', published_below = 1000000000, publication = 'another'"
+    await fetch_value(config.postgres_url, f"UPDATE relay_slots SET {there} RETURNING 1")
     async with StandingStill(config) as standing:
         await standing.decide("adopt")
         await until(lambda: standing.relay.health.detail == "active")

@@ -286,6 +286,16 @@ def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer
 SECOND = RequiresAction("ref_2", "redirect", "https://bank.invalid/2")
 
 
+def declined_then_waiting(second: str = "authorize") -> Story:
+    """Declined, then tried again, where the payer is awaited."""
+    told = story()
+    told.send("authorize", "first")
+    told.answer(NO)
+    told.send(second, "second")
+    told.answer(SECOND)
+    return told
+
+
 def tried_twice(kind: str = "charge", **first: Any) -> Story:
     """Declined at one gateway, tried at another one where the payer is awaited; then the first one's money comes."""
     gateways = {"books": replace(CAPABILITIES, **first), "other": CAPABILITIES}
@@ -342,11 +352,7 @@ def test_a_void_ends_with_what_it_was_to_cancel_where_another_attempt_is_paid(en
 
 
 def test_a_void_that_had_no_hold_to_release_releases_no_other_attempts() -> None:
-    told = story()
-    told.send("authorize", "first")
-    told.answer(NO)
-    told.send("authorize", "second")
-    told.answer(SECOND)
+    told = declined_then_waiting()
     told.send("void")
     told.hear(NO, 2)
     told.hear(PAID, 1)
@@ -361,18 +367,23 @@ def test_a_void_is_of_the_attempt_that_it_was_sent_to_cancel_at_every_attempt(lo
     told.send("void")
     told.answer(lost)
     again = told.claim()
-    assert (again.gateway, again.gateway_payment_id) == ("other", "ref_2")
+    assert (again.gateway, again.gateway_payment_id, again.reference) == ("other", "ref_2", None)
     told.answer(Succeeded("ref_2"))
     assert told.kinds[-2:] == ["declined", "voided"]
     assert told.amounts() == (10_000, 0, 0, 0)
 
 
+def test_a_void_that_a_person_is_to_look_at_is_sent_again_and_not_only_asked_about() -> None:
+    """A request with a reference is asked about then; what a void cancels is no reference of its own."""
+    told = tried_twice("authorize")
+    told.send("void")
+    told.answer(Succeeded("ref_2", 1))
+    again = told.claim()
+    assert (again.state, again.gateway_payment_id, again.reference) == ("needs_review", "ref_2", None)
+
+
 def test_a_void_in_doubt_of_a_charge_that_is_paid_meanwhile_is_not_sent_to_another_attempts_hold() -> None:
-    told = story()
-    told.send("authorize", "first")
-    told.answer(NO)
-    told.send("charge", "second")
-    told.answer(SECOND)
+    told = declined_then_waiting("charge")
     told.hear(PAID, 1)
     told.send("void")
     told.answer(Unknown("lost"))
@@ -405,11 +416,7 @@ def test_what_a_declined_void_was_to_cancel_is_looked_after_again() -> None:
 
 
 def test_a_hold_that_comes_late_beside_a_voided_attempt_is_held_until_its_provider_says_otherwise() -> None:
-    told = story()
-    told.send("authorize", "first")
-    told.answer(NO)
-    told.send("authorize", "second")
-    told.answer(SECOND)
+    told = declined_then_waiting()
     told.does("void")
     told.hear(PAID, 1)
     assert (told.last.kind, told.last.snapshot.status) == ("late_success", "authorized")

@@ -199,13 +199,6 @@ async def test_what_a_person_is_to_look_at_is_only_asked_about_once_the_provider
     assert (gateway.asked, sum(gateway.calls.values())) == (1, 1)
 
 
-async def test_a_void_that_a_person_is_to_look_at_is_sent_again_though_it_names_what_it_cancels() -> None:
-    reviewed = request(kind=OperationKind.VOID, state=OperationState.NEEDS_REVIEW, attempts=3, reference="ref")
-    gateway = ScriptedGateway(raising(AssertionError("sent again")))
-    await Bench(gateway).outcomes(reviewed)
-    assert (gateway.asked, sum(gateway.calls.values())) == (0, 1)
-
-
 @pytest.mark.parametrize("attempts", [1, 2], ids=["a first attempt that slept", "a repeated attempt"])
 async def test_after_the_provider_may_have_forgotten_the_key_it_is_only_asked(attempts: int) -> None:
     gateway = ScriptedGateway(raising(AssertionError("sent again")))
