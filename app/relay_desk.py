@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -111,43 +109,42 @@ class RelayDesk:
                 f"Nothing to adopt: slot {self._slot!r} is {state}. `payments relay repair` closes the gap."
             )
             return 1
-        for number in (signal.SIGHUP, signal.SIGTERM):  # A terminal that is closed takes the request with it, too.
-            signal.signal(number, lambda caught, _: sys.exit(128 + caught))
         try:
             return self._decide("adopt", timeout_seconds)
         finally:
-            # It was asked of the slot as it is now; a relay that starts some day would do it to another one.
             if self._ask(lambda connection: withdraw_adopt(connection, self._slot)):
                 self._out.print("The request to adopt is withdrawn: ask again when a relay runs.")
 
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
-        if not self._ask(lambda connection: request_repair(connection, self._slot, repair)):
+        async def decided(connection: psycopg.AsyncConnection) -> int:
+            if await request_repair(connection, self._slot, repair):
+                return await self._wait_for_repair(connection, timeout_seconds)
             self._out.print(
                 f"Nothing to do: relay {self._slot!r} is active, or has never run here. (`payments relay status` says"
                 " which. To publish events once more beside an active relay: `payments relay replay`.)"
             )
             return 1
-        return asyncio.run(self._wait_for_repair(timeout_seconds))
 
-    async def _wait_for_repair(self, timeout_seconds: float) -> int:
+        return self._ask(decided)
+
+    async def _wait_for_repair(self, connection: psycopg.AsyncConnection, timeout_seconds: float) -> int:
         started = time.monotonic()
         said_at = started
-        async with await self._connect() as connection:
-            with self._out.status("asked the relay; waiting for it …") as shown:
-                while (now := time.monotonic()) < started + timeout_seconds:
-                    text = f"{now - started:.0f} s: {await self._repairing(connection)}"
-                    shown.update(text)
-                    if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
-                        said_at = now
-                        self._out.print(text)
-                    gap, repair, events = await find_repair(connection, self._slot)
-                    if repair is None and gap is not None:
-                        self._out.print(f"not done, the relay stands still: {gap}. To do: {advice_on(gap)}")
-                        return 1
-                    if repair is None:
-                        self._out.print(f"done{f': {events} events published' if events else ''}; the relay goes on")
-                        return 0
-                    await asyncio.sleep(0.2)
+        with self._out.status("asked the relay; waiting for it …") as shown:
+            while (now := time.monotonic()) < started + timeout_seconds:
+                text = f"{now - started:.0f} s: {await self._repairing(connection)}"
+                shown.update(text)
+                if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
+                    said_at = now
+                    self._out.print(text)
+                gap, repair, events = await find_repair(connection, self._slot)
+                if repair is None and gap is not None:
+                    self._out.print(f"not done, the relay stands still: {gap}. To do: {advice_on(gap)}")
+                    return 1
+                if repair is None:
+                    self._out.print(f"done{f': {events} events published' if events else ''}; the relay goes on")
+                    return 0
+                await asyncio.sleep(0.2)
         self._out.print("asked, and not done yet: is a relay running?")
         return 1
 

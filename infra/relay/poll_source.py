@@ -33,10 +33,10 @@ from infra.relay.progress import (
     start_mark,
     trust_mark,
 )
-from infra.relay.scan import COLUMNS, lift_time_limit, rows_at_once
+from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import Desk, Intake
-from infra.relay.stream import CONNECTION, with_settings
+from infra.relay.stream import CONNECTION, lift_time_limit, with_settings
 from infra.relay.window import Portion, Rest, how_many_fill, read_first
 
 log = structlog.get_logger(__name__)

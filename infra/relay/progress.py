@@ -14,7 +14,7 @@ import psycopg
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound
 from infra.relay.gaps import ANOTHER_SERVER, another_topic
-from infra.relay.leadership import IS_LED, leadership_key
+from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
@@ -22,11 +22,13 @@ Repair = Literal["unproven", "everything", "adopt"]
 REQUEST_TRIES: Final = 10
 REQUEST_PAUSE_SECONDS: Final = 0.05
 
-FIND: Final = """
+# Who asked to adopt, and waits no more, is not obeyed: what the slot has passed since, nobody has looked at.
+FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
-           window_begin::text, window_end::text, window_position, repair, gap, publication, topic
-      FROM relay_slots WHERE slot_name = %s
-"""
+           window_begin::text, window_end::text, window_position,
+           CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END, gap, publication, topic
+      FROM relay_slots WHERE slot_name = %(slot)s
+"""  # noqa: S608 - names from our own constants
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
 NOW: Final = """
     SELECT pg_current_snapshot()::text, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
@@ -59,7 +61,7 @@ NOTIFIES: Final = """
 """
 REPAIR: Final = f"""
     UPDATE relay_slots SET repair = %(repair)s
-     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {IS_LED})
+     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {is_held(LEADERSHIP)})
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
 # A transaction that was prepared, and that nobody has ended since, has no backend any more.
@@ -133,7 +135,8 @@ class Mark:
 
 async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
     """The record of the relay of this name; None before its first catch-up."""
-    row = await (await leader.execute(FIND.encode(), [slot])).fetchone()
+    values = {"slot": slot, "key": lock_key(ADOPTION, slot)[1]}
+    row = await (await leader.execute(FIND.encode(), values)).fetchone()
     if row is None:
         return None
     system, source, lsn, *others = row
@@ -233,9 +236,12 @@ async def flushed_by_now(connection: psycopg.AsyncConnection) -> int:
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
     """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend.
 
-    An active relay leads all the time, one that tries in vain to become active for a moment, again and again.
+    To adopt, it is told for as long as the connection lasts.
     """
-    values = {"repair": repair, "slot": slot, "leadership": leadership_key(slot)[1]}
+    values = {"repair": repair, "slot": slot, "key": lock_key(LEADERSHIP, slot)[1]}
+    if repair == "adopt":
+        await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", lock_key(ADOPTION, slot))
+    # An active relay leads all the time, one that tries in vain to become active for a moment, again and again.
     for _ in range(REQUEST_TRIES):
         if (await connection.execute(REPAIR.encode(), values)).rowcount == 1:
             return True

@@ -14,8 +14,8 @@ from infra.relay.config import RelayConfig
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.records import headers_of
-from infra.relay.scan import COLUMNS, event_of, lift_time_limit
-from infra.relay.stream import CONNECTION
+from infra.relay.scan import COLUMNS, event_of
+from infra.relay.stream import CONNECTION, lift_time_limit
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
 HEADER: Final = "replayed_at"

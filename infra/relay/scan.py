@@ -7,12 +7,11 @@ import psycopg
 
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
-from infra.relay.stream import CONNECTION
+from infra.relay.stream import CONNECTION, lift_time_limit
 
 ROWS_AT_ONCE: Final = 2000
 PORTION_BYTES: Final = 8 * 1024 * 1024
 """How much is read from the table at once, however large its rows are."""
-TRANSACTION_TIMEOUT_SINCE: Final = 170_000
 COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
 
 # created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock: only
@@ -32,12 +31,6 @@ async def rows_at_once(connection: psycopg.AsyncConnection, largest: str) -> int
     row = await (await connection.execute(largest.encode())).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
-
-
-async def lift_time_limit(connection: psycopg.AsyncConnection) -> None:
-    """Let its transactions take as long as they do, whatever the database is set to."""
-    if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
-        await connection.execute("SET transaction_timeout = 0")
 
 
 async def scan(

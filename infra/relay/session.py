@@ -12,7 +12,7 @@ import structlog
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.health import State, Status
-from infra.relay.leadership import leadership_key
+from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.poll_source import PollSource
 from infra.relay.prefix import Group
@@ -122,7 +122,7 @@ class Session:
         options = with_settings(LEADER_SETTINGS) | {"application_name": f"relay {self._config.slot}"}
         connection = await psycopg.AsyncConnection.connect(self._config.postgres_url, **options)
         await stack.enter_async_context(connection)
-        key = leadership_key(self._config.slot)
+        key = lock_key(LEADERSHIP, self._config.slot)
         while True:
             row = await (await connection.execute("SELECT pg_try_advisory_lock(%s, %s)", key)).fetchone()
             self._status.beat()

@@ -7,7 +7,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
-from infra.relay.leadership import IS_LED, LEADERSHIP, leadership_key
+from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
 MARKS: Final = """
@@ -125,13 +125,14 @@ async def read_status(postgres_url: str) -> Overview:
 
 async def is_led(connection: psycopg.AsyncConnection, slot: str) -> bool:
     """Whether a relay of this name holds the lock of its leader now."""
-    row = await (await connection.execute(f"SELECT {IS_LED}", {"leadership": leadership_key(slot)[1]})).fetchone()
+    values = {"key": lock_key(LEADERSHIP, slot)[1]}
+    row = await (await connection.execute(f"SELECT {is_held(LEADERSHIP)}".encode(), values)).fetchone()
     return row is not None and bool(row[0])
 
 
 async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
     name = mark["slot_name"]
-    values = {"name": f"relay {name}"[:63], "class": LEADERSHIP, "half": leadership_key(name)[1]}
+    values = {"name": f"relay {name}"[:63], "class": LEADERSHIP, "half": lock_key(LEADERSHIP, name)[1]}
     (running,) = await _rows(connection, RELAYS, values)
     (quarantine,) = await _rows(connection, QUARANTINE, [name])
     return RelayStatus(

@@ -24,7 +24,7 @@ _XLOG_DATA = Struct(">cqqq")
 _KEEPALIVE = Struct(">cqqB")
 _FEEDBACK = Struct(">cqqqqB")
 _LOG_DATA = ord("w")
-FAILOVER_SLOTS_SINCE = 170_000
+FAILOVER_SLOTS_SINCE = TRANSACTION_TIMEOUT_SINCE = 170_000
 _EPOCH_2000 = 946_684_800
 
 CONNECTION: dict[str, Any] = {
@@ -50,6 +50,12 @@ def with_settings(settings: str) -> dict[str, Any]:
     return CONNECTION | {"options": f"{CONNECTION['options']} {settings}"}
 
 
+async def lift_time_limit(connection: psycopg.AsyncConnection) -> None:
+    """Let its transactions take as long as they do, whatever the database is set to."""
+    if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
+        await connection.execute("SET transaction_timeout = 0")
+
+
 class ReplicationStream:
     """A connection in replication mode. Not for concurrent use; any error ends it."""
 
@@ -71,7 +77,9 @@ class ReplicationStream:
         # wal_sender_timeout: the slot of a relay that vanished without a word is free again soon.
         options = with_settings("-c wal_sender_timeout=10s")
         connect = psycopg.AsyncConnection.connect
-        return cls(await connect(url, replication="database", application_name="relay", **options))
+        connection = await connect(url, replication="database", application_name="relay", **options)
+        await lift_time_limit(connection)
+        return cls(connection)
 
     @property
     def is_unix_socket(self) -> bool:

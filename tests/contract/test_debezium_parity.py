@@ -209,6 +209,7 @@ async def adopt(config: RelayConfig) -> None:
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         await until(lambda: fetch_value(config.postgres_url, "SELECT gap IS NOT NULL FROM relay_slots"))
         assert await request_repair(connection, config.slot, "adopt")
+        await until(lambda: fetch_value(config.postgres_url, "SELECT gap IS NULL FROM relay_slots"))
 
 
 async def is_confirmed(config: RelayConfig, lsn: str) -> bool:

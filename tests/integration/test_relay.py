@@ -489,3 +489,16 @@ async def test_a_topic_that_is_not_there_is_named_and_waited_for(
     assert f"there is no topic {missing.topic}" in capfd.readouterr().out
     stop.set()
     await asyncio.wait_for(task, 30)
+
+
+async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayConfig) -> None:
+    """It would begin anew again and again."""
+    ended = metrics.RECONNECTS.labels("postgres")._value.get()
+    rows = rows_of("pay_a", 3000)
+    await commit(config.postgres_url, rows)
+    await fetch_value(config.postgres_url, "UPDATE outbox SET xact = NULL, position = NULL RETURNING 1")
+    await set_database(config.postgres_url, "transaction_timeout = '100ms'")
+    async with running(replace(config, unacknowledged_max=20)):
+        records = await published(config, *rows)
+    assert len(records) == len(rows)
+    assert metrics.RECONNECTS.labels("postgres")._value.get() == ended

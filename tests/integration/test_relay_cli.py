@@ -27,7 +27,7 @@ from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
-from tests.integration.test_relay_gap import CREATE, DROP, StandingStill
+from tests.integration.test_relay_gap import ADVANCE, CREATE, DROP, StandingStill
 from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import (
     Row,
@@ -357,21 +357,21 @@ async def test_adopt_refuses_a_slot_that_is_gone_and_withdraws_what_no_relay_too
 
 
 @wal_only
-@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGTERM])
-async def test_an_adopt_whose_terminal_is_closed_is_withdrawn(config: RelayConfig, end: signal.Signals) -> None:
+@pytest.mark.parametrize("end", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
+async def test_nobody_adopts_for_who_waits_no_more(config: RelayConfig, end: signal.Signals) -> None:
     """A relay that starts some day would adopt another slot."""
+    rows = rows_of("pay_a", 5)
     async with running(config):
         pass
     command = [sys.executable, "-m", "app.cli", "relay", "adopt"]
-    asking = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env=os.environ | environment_of(config), stdout=asyncio.subprocess.PIPE
-    )
-    asked = "SELECT count(*) > 0 FROM relay_slots WHERE repair = 'adopt'"
-    await until(lambda: fetch_value(config.postgres_url, asked))
+    asking = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=os.environ | environment_of(config))
+    await until(lambda: fetch_value(config.postgres_url, "SELECT repair = 'adopt' FROM relay_slots"))
     asking.send_signal(end)
-    told, _ = await asking.communicate()
-    assert (asking.returncode, b"withdrawn" in told) == (128 + end, True)
-    assert not await fetch_value(config.postgres_url, asked)
+    await asking.wait()
+    await commit(config.postgres_url, rows)
+    await fetch_value(config.postgres_url, ADVANCE, config.slot)
+    async with StandingStill(config) as standing:
+        assert "further on" in standing.relay.health.detail
 
 
 @wal_only

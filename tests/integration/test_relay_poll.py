@@ -29,7 +29,6 @@ from tests.support.outbox import (
     insert,
     open_transaction,
     rows_of,
-    set_database,
     until,
     write_next,
 )
@@ -264,19 +263,6 @@ async def test_two_relays_of_a_moved_outbox_forget_its_transactions_once(config:
         await until(lambda: fetch_value(config.postgres_url, proven, config.slot))
         records = await published(config, *before, *after)
     assert ids(records).count(after[0].id) == 2, "each of them has published it"
-
-
-async def test_no_time_limit_of_the_database_ends_what_is_published_from_before_there_was_an_order(
-    config: RelayConfig,
-) -> None:
-    """It would begin anew again and again."""
-    rows = rows_of("pay_a", 3000)
-    await commit(config.postgres_url, rows)
-    await fetch_value(config.postgres_url, "UPDATE outbox SET xact = NULL, position = NULL RETURNING 1")
-    await set_database(config.postgres_url, "transaction_timeout = '100ms'")
-    async with running(replace(config, unacknowledged_max=20)):
-        records = await published(config, *rows)
-    assert len(records) == len(rows)
 
 
 async def test_a_connection_that_is_lost_while_a_window_is_read_is_given_up_without_a_warning(
