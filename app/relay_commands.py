@@ -149,7 +149,8 @@ def drop_quarantine(
 ) -> None:
     """Give events up for ever: subscribers will never see them. What waited behind them is published.
 
-    The events stay in the table, with the reason.
+    The events stay in the table, with the reason. They stay in the outbox, too: `replay` and `repair --everything`,
+    which publish what is retained, try them again.
     """
     if not yes:
         typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)

@@ -203,13 +203,18 @@ class RelayDesk:
         return 1
 
     def drop(self, names: list[str], *, why: str) -> int:
-        dropped = self._at_quarantine(lambda desk: desk.drop(names, why=why))
-        if not dropped:
+        dropped, tried = self._at_quarantine(lambda desk: desk.drop(names, why=why))
+        if tried:
+            self._out.print(
+                f"{tried} of {len(names)} not dropped: the relay is trying to publish just that. List again."
+            )
+        elif not dropped:
             self._out.print(
                 f"Nothing of that is in quarantine of {self._named}; `drop` takes events' ids. Nothing is dropped."
             )
             return 1
-        self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
+        if dropped:
+            self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
         return 0 if dropped == len(set(names)) else 1
 
     # --- replay -------------------------------------------------------------------------------------------------------

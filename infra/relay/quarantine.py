@@ -10,6 +10,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
+from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.publisher import Diverted
 from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of
@@ -44,6 +45,7 @@ DUE: Final = f"""
 DONE: Final = "DELETE FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])"
 MARK_DUE: Final = """
     UPDATE relay_quarantine SET state = 'retry' WHERE slot_name = %s AND state <> 'dropped' AND aggregateid = ANY(%s)
+    RETURNING id::text
 """
 COUNT: Final = "SELECT count(*) FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
 
@@ -66,17 +68,20 @@ RETRY: Final = """
 STATES: Final = """
     SELECT state FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])
 """
-DROP: Final = """
+# What a relay is trying may be on the topic already.
+DROP: Final = f"""
     WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
                       WHERE slot_name = %(slot)s AND state <> 'dropped' AND id::text = ANY(%(names)s)
+                        AND (state <> 'retry' OR NOT {is_held(LEADERSHIP)})
                       RETURNING id, aggregateid)
     UPDATE relay_quarantine SET state = 'retry'
       FROM (SELECT DISTINCT aggregateid FROM dropped) AS freed
      WHERE relay_quarantine.aggregateid = freed.aggregateid AND slot_name = %(slot)s
        AND relay_quarantine.state IN ('refused', 'waiting') AND id NOT IN (SELECT id FROM dropped)
-"""
+"""  # noqa: S608 - names from our own constants
 COUNT_DROPPED: Final = """
-    SELECT count(*) FROM relay_quarantine WHERE slot_name = %s AND state = 'dropped' AND id::text = ANY(%s)
+    SELECT count(*) FILTER (WHERE state = 'dropped'), count(*) FILTER (WHERE state = 'retry')
+      FROM relay_quarantine WHERE slot_name = %s AND id::text = ANY(%s)
 """
 
 
@@ -111,9 +116,13 @@ class Quarantine:
         rows = await (await self._leader.execute(DUE.encode(), [self._slot, self._slot])).fetchall()
         return [event_of(row) for row in rows]
 
-    async def mark_due(self, keys: Sequence[bytes]) -> None:
-        """All that is here of these payments is being tried; what Kafka refuses again is put in anew."""
-        await self._leader.execute(MARK_DUE, [self._slot, [key.decode() for key in keys]])
+    async def mark_due(self, keys: Sequence[bytes]) -> set[bytes]:
+        """All that is here of these payments is being tried; what Kafka refuses again is put in anew.
+
+        The ids of these events: from now on nobody drops them.
+        """
+        rows = await self._leader.execute(MARK_DUE, [self._slot, [key.decode() for key in keys]])
+        return {row[0].encode() for row in await rows.fetchall()}
 
     async def done(self, published: Sequence[bytes]) -> None:
         """These events are on the topic."""
@@ -150,9 +159,14 @@ class QuarantineDesk:
         """The states of those of these events that are still here."""
         return [row[0] for row in await (await self._connection.execute(STATES, [self._slot, list(events)])).fetchall()]
 
-    async def drop(self, names: Sequence[str], *, why: str) -> int:
-        """Give these events up for ever; what waited behind them is tried. How many are dropped now."""
-        values = {"slot": self._slot, "names": list(names), "why": why}
+    async def drop(self, names: Sequence[str], *, why: str) -> tuple[int, int]:
+        """Give these events up for ever; what waited behind them is tried.
+
+        How many are dropped now, and how many are not, since a relay is trying them.
+        """
+        key = lock_key(LEADERSHIP, self._slot)[1]
+        values = {"slot": self._slot, "names": list(names), "why": why, "key": key}
         await self._connection.execute(DROP.encode(), values)
         row = await (await self._connection.execute(COUNT_DROPPED, [self._slot, list(names)])).fetchone()
-        return int(row[0]) if row is not None else 0
+        assert row is not None, "an aggregate always gives a row"
+        return row[0], row[1]

@@ -229,7 +229,8 @@ class Session:
         self._put_anew = set()
         keys = list({event.aggregateid for event in due})
         log.info("events leave quarantine", events=len(due), payments=len(keys))
-        await self._quarantine.mark_due(keys)
+        marked = await self._quarantine.mark_due(keys)
+        due = [event for event in due if event.id in marked]  # But for what somebody has dropped just now.
         self._publisher.blocked.difference_update(keys)
         if await self._publish_again(due):
             await self._quarantine.done([event.id for event in due if event.id not in self._put_anew])

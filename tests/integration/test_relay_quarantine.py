@@ -15,8 +15,10 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.leadership import LEADERSHIP, lock_key
+from infra.relay.pgoutput import OutboxEvent
 from infra.relay.progress import request_repair
-from infra.relay.quarantine import QuarantineDesk
+from infra.relay.quarantine import Quarantine, QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
@@ -135,7 +137,7 @@ async def test_a_dropped_event_stays_with_its_reason_and_frees_what_waits(
     async with running(config):
         await commit(config.postgres_url, poisoned)
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
-        assert await desk.drop([str(poisoned[1].id)], why="agreed with the shop") == 1
+        assert await desk.drop([str(poisoned[1].id)], why="agreed with the shop") == (1, 0)
         records = await published(config, poisoned[0], poisoned[2])
         await holds(desk, ("pay_0001", 2, "dropped"))
         assert (await desk.show("pay_0001"))[0]["dropped_because"] == "agreed with the shop"
@@ -192,6 +194,43 @@ async def test_after_a_drop_with_nothing_behind_it_the_payment_goes_on(
         await commit(config.postgres_url, later)
         await published(config, first, *later)
         await holds(desk, ("pay_0001", 2, "dropped"))
+
+
+async def test_what_is_dropped_just_before_it_is_tried_is_not_published(
+    config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, refused, given_up = rows_of("pay_0001", 3)
+    refused = refused._replace(payload=HUGE)
+    find_due = Quarantine.due
+
+    async def due_and_dropped(quarantine: Quarantine) -> list[OutboxEvent]:
+        found = await find_due(quarantine)
+        await desk.drop([event.id.decode() for event in found], why="agreed")
+        return found
+
+    monkeypatch.setattr(Quarantine, "due", due_and_dropped)
+    async with running(config):
+        await commit(config.postgres_url, [first, refused])
+        await holds(desk, ("pay_0001", 2, "refused"))
+        await desk.drop([str(refused.id)], why="agreed")
+        await commit(config.postgres_url, [given_up])
+        await holds(desk, ("pay_0001", 2, "dropped"), ("pay_0001", 3, "dropped"))
+        others = rows_of("pay_0002", 1)
+        await commit(config.postgres_url, others)
+        assert given_up.id not in ids(await published(config, first, *others))
+
+
+async def test_what_a_relay_is_trying_is_not_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """It may be on the topic already."""
+    async with running(config):
+        await commit(config.postgres_url, poisoned_payment())
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+    await desk.retry(["pay_0001"])
+    poisoned = str((await desk.entries(with_dropped=False, limit=1))[0][0])
+    async with await psycopg.AsyncConnection.connect(config.postgres_url) as leader:
+        await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
+        assert await desk.drop([poisoned], why="agreed") == (0, 1)
+    assert await desk.drop([poisoned], why="agreed") == (1, 0)
 
 
 async def test_what_is_delivered_again_keeps_its_state_and_its_reason(
