@@ -313,6 +313,10 @@ def reconcile(
     ] = None,
     evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is kept, and published.")] = None,
     reference: Annotated[str | None, typer.Option(help="With --as succeeded: the provider's id of it.")] = None,
+    amount: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --as succeeded: what it moved, in minor units, if not what was asked for."),
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -339,8 +343,8 @@ def reconcile(
             "say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
             "an operation that needs review"
         )
-    if verdict is None and (operation, evidence, reference) != (None, None, None):
-        fail("--operation, --evidence and --reference go with --as")
+    if verdict is None and (operation, evidence, reference, amount) != (None, None, None, None):
+        fail("--operation, --evidence, --reference and --amount go with --as")
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
     configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
     if day is not None:
@@ -351,7 +355,7 @@ def reconcile(
         if wanted is None or operation is None or evidence is None or dry_run:
             fail("--as needs --payment, --operation and --evidence, and has no --dry-run")
         with readable_errors():
-            finding = Finding(wanted, operation, verdict, evidence, reference)
+            finding = Finding(wanted, operation, verdict, evidence, reference, amount)
             raise typer.Exit(rule(settings, finding, as_json=as_json))
     with readable_errors():
         raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from app.reconcile_command import connected, working
 from app.settings import Settings
+from domain.commands import OperationKind
 from domain.decision import Ruling
 from domain.operations import NotExecuted, Operation, OperationState, Succeeded
 from domain.requests import OPENING
@@ -41,6 +42,8 @@ class Finding(NamedTuple):
     verdict: str
     evidence: str
     reference: str | None = None
+    amount_minor: int | None = None
+    """What it moved, where that is not what was asked for."""
 
 
 def rule(settings: Settings, finding: Finding, *, as_json: bool) -> int:
@@ -90,6 +93,7 @@ async def _rule(settings: Settings, finding: Finding) -> str:
         outcome=finding.verdict,
         evidence=finding.evidence,
         reference=finding.reference,
+        amount_minor=finding.amount_minor,
         user=_user(),
     )
     return result
@@ -118,14 +122,18 @@ def _outcome(operation: Operation, finding: Finding) -> Succeeded | NotExecuted:
     if finding.verdict == NOT_EXECUTED:
         if finding.reference is not None:
             raise RulingRefused("--reference is the provider's id of what succeeded; what was not executed has none")
+        if finding.amount_minor is not None:
+            raise RulingRefused("--amount is what was moved by what succeeded; what was not executed moved nothing")
         return NotExecuted("a person found that the provider did not execute it")
+    if finding.amount_minor is not None and operation.kind is OperationKind.VOID:
+        raise RulingRefused("--amount is not for a void: it releases all that is held")
     known = finding.reference or operation.reference
     if known is None and operation.kind in OPENING:
         raise RulingRefused(
             f"a {operation.kind} that succeeded needs --reference, the provider's id of the payment: captures and "
             "refunds name it"
         )
-    return Succeeded(known or "")
+    return Succeeded(known or "", finding.amount_minor)
 
 
 def _result(operation: Operation, evidence: str) -> str:

@@ -4,23 +4,34 @@ from domain.accept import begin_waiting
 from domain.decision import Ruling
 from domain.draft import Draft
 from domain.events import Event, Replay
-from domain.operations import Operation, OperationState
-from domain.settle import settle_outcome
+from domain.operations import NotExecuted, Operation, OperationState, Succeeded
+from domain.settle import fits, settle_outcome
 
 
 def rule(draft: Draft, given: Ruling) -> None:
     """End an operation that needs review as the person found. Of any other, only evidence of the provider counts.
 
-    It ends as on the provider's word, so that a later one is heard as late as it is. Where the amounts leave no room
-    for it, it still needs review; and while a worker has it, who may have sent it again just now.
+    It ends as on the provider's word, so that a later one is heard as late as it is, and with the amount that the
+    person found moved. Where the amounts leave no room for it, it still needs review; and while a worker has it, who
+    may have sent it again just now.
     """
     operation = draft.under_way(given.operation_number)
     if operation is None or operation.state is not OperationState.NEEDS_REVIEW or operation.is_held(draft.now):
         draft.is_stale = True
         return
-    settle_outcome(draft, operation, given.outcome)
+    found = _as_found(operation, given.outcome)
+    settle_outcome(draft, found if fits(draft, found) else operation, given.outcome)
     draft.events = [_with_evidence(each, operation, given.evidence) for each in draft.events]
     begin_waiting(draft)
+
+
+def _as_found(operation: Operation, outcome: Succeeded | NotExecuted) -> Operation:
+    """With what it has moved, where that is another amount than was asked for."""
+    if not isinstance(outcome, Succeeded) or outcome.amount_minor is None:
+        return operation
+    found = operation.copy()
+    found.amount_minor = outcome.amount_minor
+    return found
 
 
 def _with_evidence(event: Event | Replay, operation: Operation, evidence: str) -> Event | Replay:

@@ -218,6 +218,7 @@ def test_a_database_without_a_schema_says_to_migrate(
         (["--as", "succeeded"], "--as needs --payment, --operation and --evidence"),
         (["--as", "succeeded", "--now"], "say --now"),
         (["--now", "--evidence", "seen"], "go with --as"),
+        (["--now", "--amount", "5"], "go with --as"),
     ],
 )
 def test_a_ruling_that_is_not_whole_says_what_is_missing(tmp_path: Path, given: list[str], advice: str) -> None:

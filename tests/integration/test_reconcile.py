@@ -611,6 +611,8 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
         ({"number": 1}, "operation 1 is succeeded"),
         ({"number": 9}, "has no operation 9"),
         ({"verdict": "declined"}, "--as is succeeded or not-executed"),
+        ({"verdict": "not-executed", "amount_minor": 1}, "moved nothing"),
+        ({"amount_minor": 10_001}, "leave no room"),
         ({"evidence": " "}, "how you know"),
         ({"evidence": "card 4111 1111 1111 1111"}, "card number"),
     ],
@@ -624,6 +626,18 @@ async def test_a_ruling_that_cannot_be_is_refused_and_changes_nothing(
     with pytest.raises(RulingRefused, match=why):
         await asyncio.to_thread(rule, here(postgres_url, redis_url), finding, as_json=True)
     assert await events_of(postgres_url, payment) == before
+
+
+async def test_what_moved_another_amount_is_booked_with_that(postgres_url: str, redis_url: str) -> None:
+    payment = await in_review(postgres_url)
+    finding = Finding(payment, 2, "succeeded", "the portal", amount_minor=4_000)
+    assert await asyncio.to_thread(rule, here(postgres_url, redis_url), finding, as_json=True) == 0
+    refunds = [each for each in await events_of(postgres_url, payment) if each["type"] == "payment.refunded.v1"]
+    told = [(each["operation_number"], each["amount_minor"], each.get("evidence")) for each in refunds]
+    assert told == [(2, 4_000, "the portal"), (3, 6_000, None)], "what waited was to return the rest"
+    assert await value(postgres_url, "SELECT amount_minor FROM operations WHERE number = 2") == 4_000
+    booked = "SELECT sum(amount_minor) FROM ledger WHERE debit = 'customer_refunds'"
+    assert await value(postgres_url, booked) == 10_000
 
 
 async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, redis_url: str) -> None:

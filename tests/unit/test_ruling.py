@@ -94,3 +94,41 @@ def test_an_answer_that_comes_after_the_ruling_is_stale() -> None:
     told.rule(NOT_DONE, 2)
     assert told.last.kind == "command_rejected"
     assert told.answer(Unknown()).is_stale
+
+
+def moved_another_amount(first: str, kind: str, moved: int) -> Story:
+    told = story()
+    told.does(first)
+    told.send(kind, amount_minor=9_000)
+    told.answer(Succeeded("ref_2", moved))
+    assert told.kinds[-1] == "needs_review"
+    return told
+
+
+@pytest.mark.parametrize(("first", "kind"), [("charge", "refund"), ("authorize", "capture")])
+def test_what_moved_another_amount_is_booked_as_a_person_found_it(first: str, kind: str) -> None:
+    told = moved_another_amount(first, kind, 8_000)
+    told.rule(Succeeded("ref_2", 8_000), 2)
+    assert (told.last.amount_minor, told.transfers[-1].amount_minor) == (8_000, 8_000)
+    snapshot = told.last.snapshot
+    assert (snapshot.refunded_minor if kind == "refund" else snapshot.captured_minor) == 8_000
+    kinds = list(told.kinds)
+    told.hear(Succeeded("ref_2", 8_000), 2)
+    assert told.kinds == kinds, "the provider says the same once more"
+
+
+@pytest.mark.parametrize(("first", "kind"), [("charge", "refund"), ("authorize", "capture")])
+def test_more_than_there_is_room_for_is_not_booked_whoever_found_it(first: str, kind: str) -> None:
+    told = moved_another_amount(first, kind, 12_000)
+    told.rule(Succeeded("ref_2", 12_000), 2)
+    assert (told.kinds[-1], told.operations[2].amount_minor) == ("needs_review", 9_000)
+
+
+def test_a_charge_of_less_is_paid_with_less() -> None:
+    told = story()
+    told.send("charge")
+    told.answer(Succeeded("ref_1", 7_000))
+    told.rule(Succeeded("ref_1", 7_000))
+    assert (told.last.kind, told.last.amount_minor, told.last.snapshot.captured_minor) == ("captured", 7_000, 7_000)
+    told.does("refund", amount_minor=7_000)
+    assert told.last.snapshot.status == "refunded"
