@@ -155,7 +155,10 @@ def _reverse_refund(draft: Draft, operation: Operation) -> None:
 
 
 def _is_open_hold(draft: Draft, operation: Operation) -> bool:
-    """Whether it is an authorization that still holds money, with none of our own operations at work on it."""
+    """Whether it is an authorization that still holds money, with none of our own operations at work on it.
+
+    One whose end was told holds none, whatever the payment's other attempts hold.
+    """
     is_hold = operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED
     return is_hold and _held_minor(draft, operation) > 0 and draft.payment.under_way is None
 
@@ -179,6 +182,7 @@ def _release_hold(draft: Draft, operation: Operation) -> None:
     draft.payment.released_minor += released
     if _is_another(draft, operation):
         draft.payment.owed_held_minor -= released
+    draft.finish(operation, OperationState.LAPSED, operation.reference)
     draft.publish(EventKind.AUTHORIZATION_EXPIRED, operation, reference=operation.reference)
 
 

@@ -27,6 +27,8 @@ class OperationState(StrEnum):
     NEEDS_REVIEW = "needs_review"
     """Indeterminate past its deadline: a person should look, evidence still ends it."""
     SUCCEEDED = "succeeded"
+    LAPSED = "lapsed"
+    """An authorization that succeeded, and whose hold has ended at its provider since."""
     DECLINED = "declined"
     NOT_EXECUTED = "not_executed"
     EXPIRED = "expired"

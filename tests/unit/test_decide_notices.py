@@ -506,6 +506,22 @@ def test_the_end_of_one_attempts_hold_is_not_that_of_anothers() -> None:
     assert (told.requests[-1].gateway_payment_id, told.requests[-1].amount.minor) == ("ref_2", 10_000)
 
 
+@pytest.mark.parametrize("end", [Expired("ref_1"), Declined(DeclineReason.CANCELED, None, "ref_1")], ids=str)
+def test_the_end_of_a_hold_that_is_told_twice_is_not_that_of_another_late_hold(end: Outcome) -> None:
+    told = story()
+    for key in ("first", "second"):
+        told.send("authorize", key)
+        told.answer(NO)
+    told.does("authorize", "third")
+    told.hear(PAID, 1)
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    for _ in range(2):
+        told.learn(end, 1)
+    assert (told.last.kind, told.amounts()) == ("authorization_expired", (30_000, 0, 10_000, 0))
+    assert told.payment is not None
+    assert told.payment.owed_held_minor == 10_000, "that of the second is held still"
+
+
 def test_a_hold_that_is_gone_already_does_not_stand_in_the_way_of_the_next_one() -> None:
     told = held_and_let_go_in_the_wrong_order()
     told.hear(PAID, 1)
