@@ -362,12 +362,13 @@ def reconcile(
 
 
 @app.command()
-def gateways(as_json: AsJson = False) -> None:
+def gateways(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """What each gateway can do, and what is refused."""
     from app.gateways_command import list_gateways
 
+    settings = find_settings(data_dir, needs="PAYMENTS_GATEWAYS", or_defaults=True)
     with readable_errors():
-        raise typer.Exit(list_gateways(read_settings(), as_json=as_json))
+        raise typer.Exit(list_gateways(settings, as_json=as_json))
 
 
 # --- its processes ----------------------------------------------------------------------------------------------------
@@ -428,10 +429,12 @@ def sandbox(
 def migrate(
     to: Annotated[str, typer.Option(metavar="REVISION", help="To this revision of the schema.")] = "head",
     down: Annotated[bool, typer.Option("--down", help="Back to --to; dropped tables lose their data.")] = False,
+    data_dir: DataDir = None,
 ) -> None:
     """Prepare the schema, the topics, the partitions.
 
-    Does nothing where they are what this version needs.
+    Does nothing where they are what this version needs. With --to, only the schema: topics and partitions are made as
+    the newest one needs them.
 
     Example, back one step: payments migrate --down --to 0001
     """
@@ -440,20 +443,20 @@ def migrate(
     from app import processes
     from infra.postgres import migrate as schema
 
-    settings = read_settings()
+    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL", or_defaults=True)
     if down and to == "head":
         fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
     with readable_errors():
-        if down:
-            schema.downgrade(settings.postgres_url, to)
-            typer.echo(f"The schema is at {to}.")
+        if to != "head":
+            now = (schema.downgrade if down else schema.upgrade)(settings.postgres_url, to)
+            typer.echo(f"The schema is at {now}.")
             return
-        asyncio.run(processes.prepare(settings, revision=to))
-    typer.echo(f"The schema is at {to}; topics and partitions are there.")
+        asyncio.run(processes.prepare(settings))
+    typer.echo("The schema is at head; topics and partitions are there.")
 
 
 @app.command()
-def maintain() -> None:
+def maintain(data_dir: DataDir = None) -> None:
     """Make coming and drop old outbox partitions, once.
 
     `payments http` does it every hour."""
@@ -461,8 +464,9 @@ def maintain() -> None:
 
     from app.maintenance import maintain_once
 
+    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL", or_defaults=True)
     with readable_errors():
-        report = asyncio.run(maintain_once(read_settings()))
+        report = asyncio.run(maintain_once(settings))
     typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
     for reason in report.kept_because:
         typer.echo(f"Old partitions are kept: {reason}.")

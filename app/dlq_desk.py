@@ -8,20 +8,23 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from rich.text import Text
 
 from app.settings import Settings
+from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
+from handlers.messages.refusals import DeadLetterReason
 from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
 from infra.postgres.letters import Decision, LetterDecisions
 
 SHOWN_BYTES = 60
 Chosen = dict[LetterId, Decision | None]
 """Letters, each with what had been decided about it when it was chosen."""
+
+
+class ReasonUnknown(ValueError):
+    """No letter is parked for that; the message says for what they are."""
 
 
 class DeadLetterDesk:
@@ -34,12 +37,15 @@ class DeadLetterDesk:
         self._out = Console()
 
     def list_letters(self, *, with_decided: bool, reason: str | None, limit: int, as_json: bool) -> int:
-        """Print letters, oldest first, one a line."""
-        found = asyncio.run(self._rows(with_decided=with_decided, reason=reason, limit=limit + 1))
+        """Print letters, oldest first.
+
+        Raises:
+            ReasonUnknown: no letter has such a reason.
+        """
+        found = asyncio.run(self._rows(with_decided=with_decided, reason=_known(reason), limit=limit + 1))
         rows = found[:limit]
         if as_json:
-            for row in rows:
-                print(json.dumps(row))
+            print(json.dumps(rows, indent=2))
             return 0
         self._print_table(rows)
         if len(found) > limit:
@@ -50,10 +56,7 @@ class DeadLetterDesk:
         if not rows:
             self._out.print("No dead letters.")
             return
-        table = Table(*rows[0], box=box.SIMPLE)
-        for row in rows:
-            table.add_row(*(Text(str(fact)) for fact in row.values()))
-        self._out.print(table)
+        print_wide(self._out, table_of(rows[0], (map(str, row.values()) for row in rows), whole={"letter", "key"}))
 
     def show(self, name: str) -> int:
         """Print one letter whole; card numbers are masked in the text and left out of the bytes."""
@@ -77,8 +80,9 @@ class DeadLetterDesk:
 
         Raises:
             LetterUnknown: one of them is not there.
+            ReasonUnknown: no letter has such a reason.
         """
-        return asyncio.run(self._choose(names, reason))
+        return asyncio.run(self._choose(names, _known(reason)))
 
     async def _choose(self, names: list[str], reason: str | None) -> Chosen:
         if not names:
@@ -198,6 +202,12 @@ def _facts(letter: Letter, state: str) -> dict[str, Any]:
         "begins": _safe_text(letter.value or b"", SHOWN_BYTES),
         "state": state,
     }
+
+
+def _known(reason: str | None) -> str | None:
+    if reason is not None and reason not in set(DeadLetterReason):
+        raise ReasonUnknown(f"{reason!r} is no reason; there are: {', '.join(DeadLetterReason)}")
+    return reason
 
 
 def _safe_text(value: bytes, length: int | None = None) -> str:

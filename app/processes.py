@@ -97,7 +97,7 @@ def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | 
     create_server(host, port, sandbox).run()
 
 
-async def prepare(settings: Settings, *, revision: str = "head") -> None:
+async def prepare(settings: Settings) -> None:
     """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
 
     Raises:
@@ -109,7 +109,7 @@ async def prepare(settings: Settings, *, revision: str = "head") -> None:
 
     topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics))
     try:
-        await asyncio.to_thread(upgrade, settings.postgres_url, revision)
+        await asyncio.to_thread(upgrade, settings.postgres_url)
         await maintain_once(settings)
     finally:
         await topics

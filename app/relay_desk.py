@@ -14,13 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
 
 from app.command_line import fail
 from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
 from app.show import moment
+from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
 from infra.relay.gaps import advice_on, is_about_topic
 from infra.relay.progress import (
@@ -41,8 +41,6 @@ from infra.relay.stream import CONNECTION
 
 T = TypeVar("T")
 
-ROW_WIDTH_MIN = 160
-"""Of `quarantine list`; narrower, the two ids would leave nothing to the rest."""
 SAY_EVERY_SECONDS = 5.0
 """How often a wait says how far it is, where nobody would see a line change."""
 
@@ -167,13 +165,7 @@ class RelayDesk:
         if not rows:
             self._out.print(f"Nothing is in quarantine of {self._named}.")
             return 0
-        table = Table(box=box.SIMPLE)
-        for name in names:
-            # Ids are there to be copied: whole and on one line, even if the rest has to break, or the line runs over.
-            table.add_column(name, no_wrap=name in {"event", "payment"}, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(_cell(each)) for each in row))
-        Console(width=max(self._out.width, ROW_WIDTH_MIN)).print(table)
+        print_wide(self._out, table_of(names, (map(_cell, row) for row in rows), whole={"event", "payment"}))
         return 0
 
     def show_quarantine(self, name: str) -> int:

@@ -27,6 +27,8 @@ def send_and_report(
     try:
         return asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
     except NoResultYet as late:
+        if as_json:
+            console.print_json(json.dumps(late.last or _sent_facts(command)))
         if late.last is not None and late.last["type"] == REQUIRES_ACTION:
             aside.print(_payer_awaited(late.last, command), highlight=False, soft_wrap=True)
             return NO_RESULT
@@ -53,12 +55,15 @@ async def _exchange(
 
 def _sent(console: Console, command: OutgoingCommand, as_json: bool) -> int:
     if as_json:
-        console.print_json(
-            json.dumps({"payment_id": str(command.payment_id), "idempotency_key": command.idempotency_key})
-        )
+        console.print_json(json.dumps(_sent_facts(command)))
     else:
         console.print(f"  sent; look later with: payments show {command.payment_id}", highlight=False, soft_wrap=True)
     return DONE
+
+
+def _sent_facts(command: OutgoingCommand) -> dict[str, str]:
+    """What it takes to ask again."""
+    return {"payment_id": str(command.payment_id), "idempotency_key": command.idempotency_key}
 
 
 def _print_event(console: Console, event: WireEvent, seconds: float) -> None:

@@ -9,12 +9,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from app.client import minor_units
 from app.settings import Settings
+from app.tables import print_wide, table_of
 from domain.events import PaymentStatus
 from domain.money import Money
 from domain.operations import Operation
@@ -170,8 +170,8 @@ def _print_payment(
     console.print(f"payment [bold]{payment.payment_id}[/]  [bold]{payment.status}[/]", highlight=False, soft_wrap=True)
     for name, value in _lines(record).items():
         console.print(f"  {name:<12}{value}", highlight=False, soft_wrap=True)
-    console.print(_operations_table(payment, operations))
-    console.print(_events_table(events))
+    print_wide(console, _operations_table(payment, operations))
+    print_wide(console, _events_table(events))
 
 
 def _lines(record: PaymentRecord) -> dict[str, str]:
@@ -190,42 +190,40 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
 
 
 def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Table:
-    table = _table("#", "operation", "amount", "state", "provider's id", "idempotency key")
+    names = ("#", "operation", "amount", "state", "provider's id", "idempotency key")
+    rows = []
     for each in operations:
         amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
         key = "(in the provider's pages)" if each.is_external else each.idempotency_key
-        table.add_row(str(each.number), each.kind, amount, each.state, each.reference or "", key or "")
-    return table
+        rows.append((str(each.number), each.kind, amount, each.state, each.reference or "", key or ""))
+    return table_of(names, rows, whole=set(names))
 
 
 def _events_table(events: tuple[OutboxRow, ...]) -> Table:
-    table = _table("seq", "event", "time", "")
+    rows = []
     for event in events:
         body = json.loads(event.payload)
         note = "replayed" if body["replayed"] else body.get("decline_reason") or body.get("reason") or body.get("cause")
         note = f"decided by a person: {body['evidence']}" if "evidence" in body else note
-        table.add_row(str(event.payment_seq), event.type, event.occurred_at, note or "")
-    return table
+        rows.append((str(event.payment_seq), event.type, event.occurred_at, note or ""))
+    return table_of(("seq", "event", "time", ""), rows, whole={"event", "time"})
 
 
 def _print_page(console: Console, page: Page) -> None:
-    table = _table("payment", "status", "amount", "captured", "refunded", "gateway", "order", "created")
+    names = ("payment", "status", "amount", "captured", "refunded", "gateway", "order", "created")
+    rows = []
     for record in page.items:
         payment = record.payment
         amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
         cells = (_money(minor, payment) if minor else "" for minor in amounts)
-        names = (payment.gateway or "", payment.order_id or "", _time(record.created_at))
-        table.add_row(str(payment.payment_id), payment.status, *cells, *names)
-    console.print(table if page.items else "No payment matches.")
+        where = (payment.gateway or "", payment.order_id or "", _time(record.created_at))
+        rows.append((str(payment.payment_id), payment.status, *cells, *where))
+    if not rows:
+        console.print("No payment matches.")
+        return
+    print_wide(console, table_of(names, rows, whole=set(names)))
     if page.next_cursor:
         console.print(f"More: the same command with --cursor {page.next_cursor}", highlight=False)
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    return table
 
 
 def _money(minor: int, payment: Payment) -> str:

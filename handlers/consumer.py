@@ -25,6 +25,7 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
+from handlers.messages.refusals import DeadLetterReason
 from handlers.write_path import Applied, WritePath
 
 log = structlog.get_logger(__name__)
@@ -97,7 +98,7 @@ class CommandConsumer:
         """Park the place of a record that the Kafka client could not decode; nothing of it is known."""
         letter = DeadLetter(
             value=None, key=None, headers=(), topic=topic, partition=partition, offset=offset,
-            reason="record_undecodable", detail=trouble,
+            reason=DeadLetterReason.RECORD_UNDECODABLE, detail=trouble,
         )  # fmt: skip
         await self._park([letter])
 
@@ -148,7 +149,7 @@ class CommandConsumer:
         for refused in applied.refused:
             record = next(record for delivery, record in deliveries if delivery is refused.given)
             log.error("command cannot be processed", offset=record.offset, error=str(refused.error))
-            letters.append(_letter(record, "cannot_be_processed", type(refused.error).__name__))
+            letters.append(_letter(record, DeadLetterReason.CANNOT_BE_PROCESSED, type(refused.error).__name__))
         await self._park(letters)
 
     async def _try_again(self, deliveries: list[Delivery], applied: Applied) -> Applied:

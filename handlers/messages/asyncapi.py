@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.events import EVENT_MODELS, write_event
 from handlers.messages.examples import COMMAND_EXAMPLES, EVENT_EXAMPLES, EVENT_ID, PAYMENT_ID
-from handlers.messages.refusals import UnreadableReason
+from handlers.messages.refusals import DeadLetterReason
 
 COMMANDS_TOPIC: Final = "payments.commands"
 EVENTS_TOPIC: Final = "payments.events"
@@ -80,7 +80,7 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
         "description": "These, and the headers that the message came with.",
         "required": ["dlq_reason", "dlq_detail", "dlq_topic", "dlq_partition", "dlq_offset"],
         "properties": {
-            "dlq_reason": _text("A word from a closed list.", *UnreadableReason),
+            "dlq_reason": _text("A word from a closed list.", *DeadLetterReason),
             "dlq_detail": _text("For people: what was wrong."),
             "dlq_topic": _text("Where the message stood.", COMMANDS_TOPIC),
             "dlq_partition": _text("Where the message stood, in decimal digits.", "3"),

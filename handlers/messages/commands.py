@@ -17,9 +17,9 @@ from domain.errors import MessageUnreadable
 from handlers.messages.card_numbers import holds_card_number, is_card_number_of_any_brand, may_hold_card_number
 from handlers.messages.command_models import COMMAND_MODELS, NewPayment, WireCommand
 from handlers.messages.refusals import (
+    DeadLetterReason,
     DoubtfulCommand,
     Problems,
-    UnreadableReason,
     has_repetitions,
     look_again,
     misfits,
@@ -47,12 +47,12 @@ def read_command(value: bytes | None, traceparent: str | None) -> AnyCommand:
     Equal known fields give an equal `content` and `fingerprint`, whatever their order, spacing or unknown neighbours.
 
     Raises:
-        MessageUnreadable: no known type or no usable payment id; its reason is an `UnreadableReason`.
+        MessageUnreadable: no known type or no usable payment id; its reason is a `DeadLetterReason`.
     """
     if value is None:
-        raise MessageUnreadable(UnreadableReason.EMPTY, "the message has no value")
+        raise MessageUnreadable(DeadLetterReason.EMPTY, "the message has no value")
     if len(value) > COMMAND_BYTES_MAX:
-        raise MessageUnreadable(UnreadableReason.TOO_LARGE, f"{len(value)} bytes; at most {COMMAND_BYTES_MAX} are read")
+        raise MessageUnreadable(DeadLetterReason.TOO_LARGE, f"{len(value)} bytes; at most {COMMAND_BYTES_MAX} are read")
     try:
         message = _validate(value)
     except ValidationError:

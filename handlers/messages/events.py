@@ -23,7 +23,7 @@ from domain.events import Event, EventKind, PaymentSnapshot, PaymentStatus, Pend
 from domain.notices import DisputeStage
 from domain.operations import DeclineReason
 from handlers.messages.commands import command_type
-from handlers.messages.refusals import UnreadableReason
+from handlers.messages.refusals import DeadLetterReason
 
 _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
 _Owed = Annotated[
@@ -353,14 +353,14 @@ def read_event(value: bytes) -> WireEvent | None:
     try:
         body = from_json(value)
     except ValueError as error:
-        raise MessageUnreadable(UnreadableReason.NOT_JSON, str(error)) from error
+        raise MessageUnreadable(DeadLetterReason.NOT_JSON, str(error)) from error
     if not isinstance(body, dict):
-        raise MessageUnreadable(UnreadableReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
+        raise MessageUnreadable(DeadLetterReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
     model = EVENT_MODELS.get(str(body.get("type")))
     try:
         return model.model_validate_json(value) if model else None
     except ValidationError as error:
-        raise MessageUnreadable(UnreadableReason.UNKNOWN_TYPE, f"does not fit {body['type']}") from error
+        raise MessageUnreadable(DeadLetterReason.UNKNOWN_TYPE, f"does not fit {body['type']}") from error
 
 
 def _command_id(fingerprint: bytes) -> str:

@@ -27,8 +27,8 @@ NESTING_MAX: Final = 8
 CUT: Final = "[nested too deeply]"
 
 
-class UnreadableReason(StrEnum):
-    """Why a message cannot even be refused. Closed; it is the header `dlq_reason` of a dead letter."""
+class DeadLetterReason(StrEnum):
+    """Why a message is parked, where it cannot even be refused. Closed; it is the header `dlq_reason`."""
 
     EMPTY = "empty"
     TOO_LARGE = "too_large"
@@ -37,6 +37,10 @@ class UnreadableReason(StrEnum):
     NOT_AN_OBJECT = "not_an_object"
     UNKNOWN_TYPE = "unknown_type"
     NO_PAYMENT_ID = "no_payment_id"
+    RECORD_UNDECODABLE = "record_undecodable"
+    """The Kafka client could not decode the record: only its place is known."""
+    CANNOT_BE_PROCESSED = "cannot_be_processed"
+    """It can be read, and failed alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def look_again(value: bytes) -> DoubtfulCommand:
     """Read a command with patience.
 
     Raises:
-        MessageUnreadable: no known type or no usable payment id; its reason is an `UnreadableReason`.
+        MessageUnreadable: no known type or no usable payment id; its reason is a `DeadLetterReason`.
     """
     fields = _parse(value)
     type_, payment_id = _type_of(fields), _payment_id_of(fields)
@@ -144,13 +148,13 @@ def _parse(value: bytes) -> _Object:
     try:
         fields = json.loads(value.decode(), object_pairs_hook=_object, parse_int=_bounded_int)
     except UnicodeDecodeError as error:
-        raise MessageUnreadable(UnreadableReason.NOT_UTF8, f"byte {error.start} is not UTF-8") from error
+        raise MessageUnreadable(DeadLetterReason.NOT_UTF8, f"byte {error.start} is not UTF-8") from error
     except RecursionError as error:
-        raise MessageUnreadable(UnreadableReason.NOT_JSON, "nested too deeply") from error
+        raise MessageUnreadable(DeadLetterReason.NOT_JSON, "nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise MessageUnreadable(UnreadableReason.NOT_JSON, f"{error.msg} at character {error.pos}") from error
+        raise MessageUnreadable(DeadLetterReason.NOT_JSON, f"{error.msg} at character {error.pos}") from error
     if not isinstance(fields, _Object):
-        raise MessageUnreadable(UnreadableReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
+        raise MessageUnreadable(DeadLetterReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
     return fields
 
 
@@ -173,7 +177,7 @@ def _type_of(fields: _Object) -> str:
         return type_
     shown = f" {type_!r}" if isinstance(type_, str) and _SHOWABLE_TYPE.fullmatch(type_) else ""
     raise MessageUnreadable(
-        UnreadableReason.UNKNOWN_TYPE, f"`type`{shown} must be given once, as one of {', '.join(COMMAND_MODELS)}"
+        DeadLetterReason.UNKNOWN_TYPE, f"`type`{shown} must be given once, as one of {', '.join(COMMAND_MODELS)}"
     )
 
 
@@ -182,7 +186,7 @@ def _payment_id_of(fields: _Object) -> UUID:
     if isinstance(payment_id, str) and _PAYMENT_ID.fullmatch(payment_id) and "payment_id" not in fields.repeated:
         return UUID(payment_id)
     raise MessageUnreadable(
-        UnreadableReason.NO_PAYMENT_ID, "`payment_id` must be given once, as a UUID in the form 8-4-4-4-12"
+        DeadLetterReason.NO_PAYMENT_ID, "`payment_id` must be given once, as a UUID in the form 8-4-4-4-12"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
 
 import migrations
 
@@ -18,17 +19,20 @@ def sync_url(url: str) -> str:
     return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
-def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database at `url` to `revision`; does nothing when it is there already. Safe to run concurrently."""
-    _run(url, lambda config: command.upgrade(config, revision))
+def upgrade(url: str, revision: str = "head") -> str:
+    """Bring the database at `url` to `revision`; where it is there or beyond, nothing is done. The one it is at now.
+
+    Safe to run concurrently.
+    """
+    return _run(url, lambda config: command.upgrade(config, revision))
 
 
-def downgrade(url: str, revision: str) -> None:
-    """Take the database back to `revision` ("base" is empty). Data of dropped tables is lost."""
-    _run(url, lambda config: command.downgrade(config, revision))
+def downgrade(url: str, revision: str) -> str:
+    """Take the database back to `revision` ("base" is empty); the one it is at now. Data of dropped tables is lost."""
+    return _run(url, lambda config: command.downgrade(config, revision))
 
 
-def _run(url: str, step: Callable[[Config], None]) -> None:
+def _run(url: str, step: Callable[[Config], None]) -> str:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     engine = sa.create_engine(sync_url(url), poolclass=sa.NullPool)
@@ -39,5 +43,6 @@ def _run(url: str, step: Callable[[Config], None]) -> None:
             config.attributes["connection"] = connection
             step(config)
             connection.commit()
+            return MigrationContext.configure(connection).get_current_revision() or "base"
     finally:
         engine.dispose()

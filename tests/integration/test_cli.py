@@ -355,6 +355,13 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
     assert "running?" not in done.stderr
 
 
+def test_a_program_gets_where_the_payer_is_to_go(up: Up) -> None:
+    vnpay = ["--amount-minor", "50000", "--currency", "VND", "--gateway", "vnpay", "--timeout", "5"]
+    code, event = up.send("charge", *vnpay)
+    assert (code, event["type"]) == (3, "payment.requires_action.v1")
+    assert "vpcpay.html?" in event["action"]["url"]
+
+
 def test_a_charge_is_captured(up: Up) -> None:
     code, event = up.send(*new_charge())
     assert (code, event["type"]) == (0, "payment.captured.v1")
@@ -391,6 +398,9 @@ def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
     done = up.run("send", *new_charge("--timeout", "0.001"))
     assert done.returncode == 3
     assert "payments show" in done.stderr
+    key = f"k-{uuid.uuid4()}"
+    code, told = up.send(*new_charge("--timeout", "0.001", "--idempotency-key", key))
+    assert (code, told["idempotency_key"]) == (3, key), "a program can ask again"
 
 
 def test_too_many_decimals_send_nothing(up: Up) -> None:
@@ -480,10 +490,26 @@ def test_a_crashed_worker_is_started_again(up: Up) -> None:
 
 
 def test_migrating_what_is_migrated_does_nothing(up: Up) -> None:
-    settings = up.stack["environment"]
-    for command in (["migrate"], ["maintain"]):
-        done = run(*command, data_dir=up.data_dir, **settings)
+    for command in ("migrate", "maintain"):
+        done = up.run(command)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_matrix_marks_what_is_used_here(up: Up) -> None:
+    used = json.loads(up.stack["environment"]["PAYMENTS_GATEWAYS"])
+    assert used
+    told = up.run("gateways").stdout
+    assert all(f"{name} *" in told for name in used)
+
+
+def test_ids_can_be_copied_from_a_narrow_screen(up: Up) -> None:
+    key = f"k-{uuid.uuid4()}"
+    _, event = up.send(*new_charge("--idempotency-key", key))
+    listed = run("list", data_dir=up.data_dir, COLUMNS="80").stdout
+    assert any(event["payment_id"] in line.split() for line in listed.splitlines())
+    shown = run("show", event["payment_id"], data_dir=up.data_dir, COLUMNS="80").stdout.splitlines()
+    for whole in (key, event["payment"]["gateway_payment_id"], event["type"]):
+        assert any(whole in line.split() for line in shown)
 
 
 def test_up_ends_cleanly_and_leaves_nothing_behind(up: Up) -> None:

@@ -193,12 +193,21 @@ async def test_every_command_of_a_payment_that_always_fails_is_parked_in_order(
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
+async def test_a_misspelt_reason_is_told_with_those_that_there_are(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("list", "retry", "drop --why x --yes"):
+        told = await in_thread(payments_dlq, settings, *command.split(), "--reason", "not_jsn", monkeypatch=monkeypatch)
+        assert told.exit_code == 1
+        assert "'not_jsn' is no reason; there are: empty, " in told.output
+
+
 async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     await park(
         settings, (b"k1", UNREADABLE), (None, b'{"type":"payment.unknown.v9"}'), (b"k3", b"\x1b[31m 4242424242424242")
     )
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
-    rows = [json.loads(line) for line in listed.output.splitlines()]
+    rows = json.loads(listed.output)
     assert {row["reason"] for row in rows} == {"not_utf8", "unknown_type", "not_json"}
     assert "4242424242424242" not in listed.output
     assert "\x1b" not in (await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)).output
@@ -208,9 +217,9 @@ async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypa
     done = await in_thread(payments_dlq, settings, "drop", name, "--why", "rubbish", "--yes", monkeypatch=monkeypatch)
     assert done.exit_code == 0, done.output
     left = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
-    assert len(left.output.splitlines()) == 2
+    assert len(json.loads(left.output)) == 2
     everything = await in_thread(payments_dlq, settings, "list", "--all", "--json", monkeypatch=monkeypatch)
-    assert sorted(json.loads(line)["state"] for line in everything.output.splitlines()) == ["dropped", "open", "open"]
+    assert sorted(row["state"] for row in json.loads(everything.output)) == ["dropped", "open", "open"]
 
 
 async def test_bytes_key_and_headers_come_back_as_they_came(
@@ -243,7 +252,7 @@ async def test_a_message_that_no_worker_parked_breaks_no_listing_and_is_refused(
     foreign = await put(settings, b"foreign", headers=[("dlq_partition", b"no number")])
     ours = await put(settings, b"ours", headers=facts(settings))
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
-    assert {json.loads(line)["letter"] for line in listed.output.splitlines()} == {foreign, ours}
+    assert {row["letter"] for row in json.loads(listed.output)} == {foreign, ours}
     done = await in_thread(payments_dlq, settings, "retry", "--all", monkeypatch=monkeypatch)
     assert done.exit_code == 1
     assert "1 of 2 published again" in done.output
@@ -288,7 +297,7 @@ async def test_a_value_that_is_nowhere_is_refused_and_stays_open(
     assert done.exit_code == 1
     assert "they no longer stand at" in done.output.replace("\n", " ")
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
-    assert [json.loads(line)["state"] for line in listed.output.splitlines()] == ["open"]
+    assert [row["state"] for row in json.loads(listed.output)] == ["open"]
 
 
 async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(settings: Settings) -> None:

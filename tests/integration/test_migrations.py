@@ -14,8 +14,10 @@ import pytest
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from typer.testing import CliRunner
 
 import migrations
+from app.cli import app
 from app.command_line import advice_on
 from infra.postgres import migrate
 from infra.postgres.schema import schema_trouble
@@ -255,6 +257,15 @@ async def test_a_database_without_the_schema_is_not_ready(empty_postgres_url: st
         await connection.close()
         assert trouble in (told or "")
         assert bool(told) == bool(trouble)
+
+
+def test_an_older_schema_is_made_alone_and_a_newer_one_is_not_called_older(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAYMENTS_POSTGRES_URL", empty_postgres_url)
+    for steps, now in ((["0004"], "0004"), (["0005"], "0005"), (["0004"], "0005"), (["0004", "--down"], "0004")):
+        done = CliRunner().invoke(app, ["migrate", "--to", *steps])
+        assert (done.exit_code, done.output) == (0, f"The schema is at {now}.\n")
 
 
 def test_a_revision_that_is_none_is_told_with_what_to_do(postgres_url: str) -> None:

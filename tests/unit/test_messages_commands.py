@@ -14,7 +14,7 @@ from domain.errors import MessageUnreadable
 from domain.money import AMOUNT_MAX_MINOR
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import COMMAND_BYTES_MAX, command_from_content, read_command, read_traceparent
-from handlers.messages.refusals import UnreadableReason
+from handlers.messages.refusals import DeadLetterReason
 
 PAYMENT_ID = "0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"
 CHARGE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def survives(value: bytes) -> None:
     try:
         command = read_command(value, None)
     except MessageUnreadable as error:
-        UnreadableReason(error.reason)
+        DeadLetterReason(error.reason)
         return
     assert "\0" not in command.content
     command.content.encode()
@@ -263,28 +263,28 @@ def test_a_repeated_unknown_field_is_ignored() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, UnreadableReason.EMPTY),
-        (b"", UnreadableReason.NOT_JSON),
-        (b" " * (COMMAND_BYTES_MAX + 1), UnreadableReason.TOO_LARGE),
-        (b"\xff\xfe{}", UnreadableReason.NOT_UTF8),
-        (b"\xef\xbb\xbf{}", UnreadableReason.NOT_JSON),
-        (b"{", UnreadableReason.NOT_JSON),
-        (b"[" * 200_000, UnreadableReason.NOT_JSON),
-        (b"[]", UnreadableReason.NOT_AN_OBJECT),
-        (b"null", UnreadableReason.NOT_AN_OBJECT),
-        (b"{}", UnreadableReason.UNKNOWN_TYPE),
-        (b'{"type": "payment.charge.v2"}', UnreadableReason.UNKNOWN_TYPE),
-        (b'{"type": ["payment.charge.v1"]}', UnreadableReason.UNKNOWN_TYPE),
-        (b'{"type": "payment.charge.v1"}', UnreadableReason.NO_PAYMENT_ID),
-        (b'{"type": "payment.charge.v1", "payment_id": 7}', UnreadableReason.NO_PAYMENT_ID),
+        (None, DeadLetterReason.EMPTY),
+        (b"", DeadLetterReason.NOT_JSON),
+        (b" " * (COMMAND_BYTES_MAX + 1), DeadLetterReason.TOO_LARGE),
+        (b"\xff\xfe{}", DeadLetterReason.NOT_UTF8),
+        (b"\xef\xbb\xbf{}", DeadLetterReason.NOT_JSON),
+        (b"{", DeadLetterReason.NOT_JSON),
+        (b"[" * 200_000, DeadLetterReason.NOT_JSON),
+        (b"[]", DeadLetterReason.NOT_AN_OBJECT),
+        (b"null", DeadLetterReason.NOT_AN_OBJECT),
+        (b"{}", DeadLetterReason.UNKNOWN_TYPE),
+        (b'{"type": "payment.charge.v2"}', DeadLetterReason.UNKNOWN_TYPE),
+        (b'{"type": ["payment.charge.v1"]}', DeadLetterReason.UNKNOWN_TYPE),
+        (b'{"type": "payment.charge.v1"}', DeadLetterReason.NO_PAYMENT_ID),
+        (b'{"type": "payment.charge.v1", "payment_id": 7}', DeadLetterReason.NO_PAYMENT_ID),
         (
             b'{"type": "payment.charge.v1", "payment_id": "0190b3a17a3c7e119c531f0a3a8b9c00"}',
-            UnreadableReason.NO_PAYMENT_ID,
+            DeadLetterReason.NO_PAYMENT_ID,
         ),
-        (b'{"type": "payment.void.v1", "type": "payment.refund.v1"}', UnreadableReason.UNKNOWN_TYPE),
+        (b'{"type": "payment.void.v1", "type": "payment.refund.v1"}', DeadLetterReason.UNKNOWN_TYPE),
     ],
 )
-def test_a_message_that_nobody_could_answer_is_unreadable(value: bytes | None, reason: UnreadableReason) -> None:
+def test_a_message_that_nobody_could_answer_is_unreadable(value: bytes | None, reason: DeadLetterReason) -> None:
     assert unreadable(value) == reason
 
 
