@@ -105,7 +105,8 @@ def readable_errors() -> Iterator[None]:
         advice = advice_on(error)
         if advice is None:
             raise
-        fail(f"{type(error).__name__}: {error}\n{advice}")
+        name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
+        fail(f"{told if told.startswith(name) else f'{name}: {told}'}\n{advice}")
 
 
 def advice_on(error: Exception) -> str | None:

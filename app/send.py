@@ -3,8 +3,10 @@
 import asyncio
 import json
 import time
+from contextlib import AsyncExitStack
 from typing import Final
 
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 from rich.console import Console
 from rich.markup import escape
 
@@ -13,6 +15,8 @@ from app.settings import Settings
 from domain.money import Money
 
 DONE, REFUSED, NO_RESULT = 0, 2, 3
+CONNECT_SECONDS: Final = 10.0
+"""What Kafka has for its first answer; nothing is sent before."""
 REQUIRES_ACTION: Final = "payment.requires_action.v1"
 
 
@@ -39,9 +43,17 @@ def send_and_report(
 async def _exchange(
     settings: Settings, command: OutgoingCommand, console: Console, timeout_seconds: float | None, as_json: bool
 ) -> int:
-    async with PaymentsClient(settings) as client:
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                client = await stack.enter_async_context(PaymentsClient(settings))
+        except TimeoutError as error:
+            raise KafkaTimeoutError("Kafka does not answer; nothing was sent") from error
         sent_at = time.monotonic()
-        await client.send(command.value, command.payment_id)
+        try:
+            await client.send(command.value, command.payment_id)
+        except KafkaError as error:
+            raise KafkaError(f"{error!r}: Kafka may have the command or not. {_how_to_ask_again(command)}") from error
         if timeout_seconds is None:
             return _sent(console, command, as_json)
         async for heard in client.result_of(command, timeout_seconds=timeout_seconds):
@@ -116,7 +128,13 @@ def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float)
     return (
         f"[yellow]No result after {timeout_seconds:g} s: {state}.[/] The command is not lost and may still succeed.\n"
         f"  Look:        payments show {command.payment_id}\n"
-        f"  Ask again:   the same command with --payment-id {command.payment_id} --idempotency-key "
-        f"{command.idempotency_key}; nothing moves twice\n"
+        f"  {_how_to_ask_again(command)}\n"
         "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs."
+    )
+
+
+def _how_to_ask_again(command: OutgoingCommand) -> str:
+    return (
+        f"Ask again:   the same command with --payment-id {command.payment_id} --idempotency-key "
+        f"{command.idempotency_key}; nothing moves twice"
     )

@@ -19,7 +19,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import app
 from app.client import AmountUnusable, minor_units
 from app.settings import Settings
 from app.show import Wanted, list_payments
@@ -316,6 +318,19 @@ def test_up_says_what_to_do_where_a_server_of_the_environments_is_away(tmp_path:
     assert ended.returncode == 1
     assert "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?" in ended.stdout
     assert "Traceback" not in ended.stderr + ended.stdout
+
+
+def test_a_kafka_that_does_not_answer_is_not_waited_for_and_nothing_was_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.send.CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PAYMENTS_KAFKA_BOOTSTRAP", f"127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        done = CliRunner().invoke(app, ["send", *new_charge()])
+    assert done.exit_code == 1
+    assert "KafkaTimeoutError: Kafka does not answer; nothing was sent\nIs Kafka running" in done.output
+    assert time.monotonic() - started < 10
 
 
 def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
