@@ -24,7 +24,7 @@ GOING_ROUND = (State.ACTIVE, State.STANDBY)
 GAP_KNOWN = (State.GAP, State.ACTIVE, State.STANDBY, State.STOPPED)
 """Who is in any other state does not know yet whether there is a gap: what was true last goes on."""
 NOT_LEADING = (State.STANDBY, State.STOPPED)
-"""The slot is another's; a leader shows what it keeps of the log also before a gap, and while Kafka is away."""
+"""What waits is another's to show; a leader goes on showing it before a gap, and while Kafka is away."""
 
 
 class RelayHealth(NamedTuple):
@@ -58,7 +58,7 @@ class Status:
         if state in GAP_KNOWN:
             self._is_before_gap = state is State.GAP
         if state in NOT_LEADING:
-            metrics.RETAINED_BYTES.clear()
+            metrics.forget_backlog()
         self.state, self._detail, self.trouble = state, detail, None
         self.beat()
         for each in State:

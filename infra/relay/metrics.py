@@ -17,3 +17,10 @@ QUARANTINED = Gauge(
 GAP = Gauge("payments_relay_gap", "1 while the relay stands still since events may be missing, else 0")
 RETAINED_BYTES = Gauge("payments_relay_retained_bytes", "Log that the server keeps because of the slot", ["slot"])
 STATE = Gauge("payments_relay_state", "1 for the state that this relay is in, 0 for the others", ["state"])
+
+
+def forget_backlog() -> None:
+    """What a leader shows of what waits; who was one must not go on showing it."""
+    for gauge in (LAG_SECONDS, LAG_BYTES, QUARANTINED):
+        gauge.set(0)
+    RETAINED_BYTES.clear()

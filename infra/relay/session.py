@@ -67,7 +67,7 @@ class Session:
             RelayError, psycopg.Error, KafkaError, OSError: the session is over.
         """
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(_forget_lag)
+            stack.callback(metrics.UNACKNOWLEDGED.set, 0)
             preparation = asyncio.timeout(None)
             self._run_beside(stack, self._watch_stop(preparation))
             try:
@@ -96,6 +96,7 @@ class Session:
 
     async def _prepare(self, stack: contextlib.AsyncExitStack) -> None:
         leader = await self._lead(stack)
+        await self._measure_lag(leader)  # Also where Kafka is away, and every session ends at once.
         self._leadership = self._run_beside(stack, self._watch_leadership(leader))
         self._quarantine = Quarantine(leader, self._config.slot)
         self._source = SOURCES[self._config.source](self._config, leader)
@@ -247,19 +248,20 @@ class Session:
         return not group.missing
 
     async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
-        """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it.
-
-        The stream itself does not say how long the log is: its messages carry only how far the server has read.
-        """
+        """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
         while True:
-            row = await (await leader.execute(LAG.encode(), [self._config.slot])).fetchone()
-            if row is None:
-                metrics.RETAINED_BYTES.clear()
-            else:
-                if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
-                    metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
-                metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
             await asyncio.sleep(WATCH_SECONDS)
+            await self._measure_lag(leader)
+
+    async def _measure_lag(self, leader: psycopg.AsyncConnection) -> None:
+        """The stream itself does not say how long the log is: its messages carry only how far the server has read."""
+        row = await (await leader.execute(LAG.encode(), [self._config.slot])).fetchone()
+        if row is None:
+            metrics.RETAINED_BYTES.clear()
+            return
+        if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
+            metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
+        metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
 
     def _check_leadership(self) -> None:
         if self._leadership is not None and self._leadership.done():
@@ -280,12 +282,6 @@ class Session:
             await self._source.save()
             await self._source.finish()
         log.info("relay stopped", unacknowledged=self._publisher.unacknowledged)
-
-
-def _forget_lag() -> None:
-    """Who does not stream has no lag; a former leader must not go on showing its last one."""
-    for gauge in (metrics.LAG_SECONDS, metrics.LAG_BYTES, metrics.UNACKNOWLEDGED, metrics.QUARANTINED):
-        gauge.set(0)
 
 
 def _age(commit_us: int | None) -> float:
