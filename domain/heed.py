@@ -132,6 +132,7 @@ def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> Non
         _release_hold(draft, draft.changed[operation.number])
     else:
         _tell_void(draft, operation, outcome.reference, owed)
+    begin_waiting(draft)  # if that ended what was under way
 
 
 def _tell_void(draft: Draft, paid: Operation, reference: str, owed_minor: int) -> None:

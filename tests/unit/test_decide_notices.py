@@ -351,6 +351,15 @@ def test_a_void_ends_with_what_it_was_to_cancel_where_another_attempt_is_paid(en
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
+def test_what_waited_behind_a_void_of_nothing_goes_on_though_its_end_came_with_another_attempts_money() -> None:
+    told = declined_then_waiting("charge")
+    told.send("void")
+    told.send("refund", "late")
+    told.hear(Expired("ref_2"), 2)
+    told.hear(PAID, 1)
+    assert told.kinds[-3:] == ["late_success", "voided", "command_rejected"]
+
+
 def test_a_void_that_had_no_hold_to_release_releases_no_other_attempts() -> None:
     told = declined_then_waiting()
     told.send("void")
