@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import psycopg
 from rich import box
@@ -41,6 +41,11 @@ from infra.relay.stream import CONNECTION
 
 T = TypeVar("T")
 
+REQUESTS: Final[dict[str, str]] = {
+    "unproven": "`payments relay repair`",
+    "everything": "`payments relay repair --everything`",
+    "adopt": "`payments relay adopt`",
+}
 SAY_EVERY_SECONDS = 5.0
 """How often a wait says how far it is, where nobody would see a line change."""
 
@@ -117,6 +122,13 @@ class RelayDesk:
         async def decided(connection: psycopg.AsyncConnection) -> int:
             if await request_repair(connection, self._slot, repair):
                 return await self._wait_for_repair(connection, timeout_seconds)
+            _, asked, _ = await find_repair(connection, self._slot)
+            if asked is not None:
+                self._out.print(
+                    f"Not done: {REQUESTS[asked]} was asked for before, and is done first by a relay that runs: ask"
+                    " again after it"
+                )
+                return 1
             self._out.print(
                 f"Nothing to do: relay {self._slot!r} is active, or has never run here. (`payments relay status` says"
                 " which. To publish events once more beside an active relay: `payments relay replay`.)"
@@ -187,8 +199,11 @@ class RelayDesk:
             while time.monotonic() < deadline:
                 states = self._at_quarantine(lambda desk: desk.states(events))
                 if "retry" not in states:
-                    still = f"{len(states)} of them are in quarantine again"
-                    self._out.print(f"{asked}: {still if states else 'all published'}")
+                    dropped = states.count("dropped")
+                    told = [f"{len(events) - len(states)} published" if states else "all published"]
+                    told += [f"{len(states) - dropped} in quarantine again"] if len(states) > dropped else []
+                    told += [f"{dropped} dropped by somebody meanwhile"] if dropped else []
+                    self._out.print(f"{asked}: {', '.join(told)}")
                     return 1 if states else 0
                 time.sleep(0.3)
         self._out.print(f"{asked}; no relay has taken them up yet. One does when it runs.")
@@ -206,7 +221,10 @@ class RelayDesk:
             )
             return 1
         if dropped:
-            self._out.print(f"{dropped} of {len(names)} dropped; what waited behind them is published now")
+            self._out.print(
+                f"{dropped} of {len(names)} dropped; a relay that runs publishes now what waited behind them:"
+                " `quarantine list` shows what is left"
+            )
         return 0 if dropped == len(set(names)) else 1
 
     # --- replay -------------------------------------------------------------------------------------------------------

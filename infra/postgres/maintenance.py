@@ -31,16 +31,23 @@ PARTITIONS: Final = """
 """
 TODAY: Final = "SELECT (now() AT TIME ZONE 'UTC')::date"
 DEFAULT_DAYS: Final = "SELECT DISTINCT (created_at AT TIME ZONE 'UTC')::date FROM outbox_default"
+LAST: Final = "SELECT coalesce(max(xact), 0) FROM outbox WHERE created_at < $1"
+# While nothing happens a slot stands still; what its relay has proven counts then.
 SLOTS: Final = """
-    SELECT slot_name, active, coalesce(confirmed_flush_lsn >= $1, false) AS is_past
-      FROM pg_replication_slots
-     WHERE slot_type = 'logical' AND plugin = 'pgoutput' AND database = current_database() ORDER BY slot_name
+    SELECT s.slot_name, s.active,
+           coalesce(s.confirmed_flush_lsn >= $1, false)
+               OR coalesce(r.published_below > greatest($2, 1), false) AS is_past
+      FROM pg_replication_slots AS s
+      LEFT JOIN relay_slots AS r ON r.slot_name = s.slot_name::text AND r.gap IS NULL
+           AND r.system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+     WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database() ORDER BY s.slot_name
 """
 
 # A poll has no slot, and a relay without its slot publishes from the table what has no proof yet.
 BEHIND: Final = """
-    SELECT r.slot_name, r.published_below <= coalesce($1, 0) AS is_behind
-      FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
+    SELECT r.slot_name, r.published_below <= $1 AS is_behind
+      FROM relay_slots AS r
+      LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name AND s.database = current_database()
      WHERE r.source = 'poll' OR r.gap IS NOT NULL OR s.slot_name IS NULL ORDER BY r.slot_name
 """
 
@@ -128,13 +135,27 @@ async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tu
     if not past:
         return (), ()
     end = await _patiently(partial(_end_of, connection, past))
-    last = await connection.fetchval("SELECT max(xact) FROM outbox WHERE created_at < $1", _bounds(max(past))[1])
+    last = await connection.fetchval(LAST, _bounds(max(past))[1])
     reasons = await _reasons_to_keep(connection, end, last)
     if reasons:
         return (), reasons
-    for day in past:
-        await _patiently(partial(connection.execute, f"DROP TABLE {_name(day)}"))
-    return tuple(past), ()
+    dropped = tuple([day for day in past if await _patiently(partial(_drop_day, connection, day, last))])
+    return dropped, ("somebody writes into them still",) if len(dropped) < len(past) else ()
+
+
+async def _drop_day(connection: "asyncpg.Connection[Any]", day: date, last: int) -> bool:
+    """Drop the partition, if it has no row of a transaction after `last`: a long one may have written since the look.
+
+    One up to `last` has not: it had ended when the publishers that go by ids had come past it.
+    """
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE ONLY outbox IN ACCESS EXCLUSIVE MODE")  # As readers do: it comes first.
+        await connection.execute(f"LOCK TABLE {_name(day)} IN ACCESS EXCLUSIVE MODE")
+        newest = await connection.fetchval(f"SELECT coalesce(max(xact), 0) FROM {_name(day)}")  # noqa: S608 - a date
+        if newest > last:
+            return False
+        await connection.execute(f"DROP TABLE {_name(day)}")
+    return True
 
 
 async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> int:
@@ -148,7 +169,7 @@ async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> in
         return int(await connection.fetchval("SELECT pg_current_wal_flush_lsn()"))
 
 
-async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last: int | None) -> tuple[str, ...]:
+async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last: int) -> tuple[str, ...]:
     """Why rows before `end`, of transactions up to `last`, may be unpublished yet; empty when every publisher has
     confirmed them.
 
@@ -156,7 +177,7 @@ async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last
     """
     deadline = asyncio.get_running_loop().time() + PASS_SECONDS
     while True:
-        slots = await connection.fetch(SLOTS, end)
+        slots = await connection.fetch(SLOTS, end, last)
         relays = await connection.fetch(BEHIND, last)
         if not slots and not relays:
             return ("there is neither a replication slot nor a relay: nobody publishes the outbox",)

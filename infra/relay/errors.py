@@ -5,6 +5,7 @@ RelayError
 ├── SlotBusy          another relay streams from the slot  STAND BY
 ├── SlotMissing       the slot does not exist              RECONNECT, and find that there is a gap
 ├── GapFound          events may be missing                STOP, say which, wait for `payments relay repair`
+├── MarkMissing       the record of progress is gone       RECONNECT, as on a first start
 ├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
 ├── ColumnMissing     the log leaves out what events need  RECONNECT, and say so until the publication is mended
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
@@ -47,6 +48,10 @@ class GapFound(RelayError):
         """The message, with how many events have no proof, and when the first and the last were written."""
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
         return f"{self.reason}: {events} retained events have no proof of publication{span}: {advice_on(self.reason)}"
+
+
+class MarkMissing(RelayError):
+    """Nobody knows any more what is published; a first start publishes all that is retained."""
 
 
 class SlotOfAnother(RelayError):

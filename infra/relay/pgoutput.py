@@ -30,7 +30,6 @@ SHORT_MESSAGE = 0xFFFF
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
 )  # fmt: skip
-OUTBOX = "outbox"
 OPTIONAL_COLUMN = "traceparent"
 
 
@@ -69,9 +68,13 @@ class _Layout(NamedTuple):
 
 
 class RowReader:
-    """Reads inserts, by the column order that the server announced last for each table."""
+    """Reads inserts into the table with this OID, by the column order that the server announced last.
 
-    def __init__(self) -> None:
+    A table may have the outbox's name in another schema.
+    """
+
+    def __init__(self, outbox: int) -> None:
+        self._outbox = outbox
         self._layouts: dict[int, _Layout | None] = {}
         self._skipped: set[int] = set()
         self.outbox: tuple[int, int, list[int]] = (0, 0, [0] * len(OUTBOX_COLUMNS))
@@ -83,15 +86,15 @@ class RowReader:
         Raises:
             ColumnMissing: one that events need is not there.
         """
-        if _table_name(message) != OUTBOX:
+        (relation,) = _RELATION_HEAD.unpack_from(message)
+        if relation != self._outbox:
             # Its partitions are announced, too, and nothing else is said of them.
-            self._layouts[_RELATION_HEAD.unpack_from(message)[0]] = None
+            self._layouts[relation] = None
             return
         names = _column_names(message)
         if missing := {*OUTBOX_COLUMNS} - {*names}:
             raise ColumnMissing(f"the publication leaves out columns of the outbox: {', '.join(sorted(missing))}")
         places = [names.index(name) for name in OUTBOX_COLUMNS]
-        relation = _RELATION_HEAD.unpack_from(message)[0]
         self._layouts[relation] = _Layout(itemgetter(*places), names.index(OPTIONAL_COLUMN))
         self.outbox = relation, len(names), places
 
@@ -143,11 +146,6 @@ def _column_values(message: bytes, count: int) -> list[bytes | None]:
             append(None)
             position += 1
     return values
-
-
-def _table_name(message: bytes) -> str:
-    start = message.index(0, 5) + 1
-    return message[start : message.index(0, start)].decode()
 
 
 def _column_names(message: bytes) -> list[str]:

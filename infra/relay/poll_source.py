@@ -29,9 +29,11 @@ from infra.relay.progress import (
     forget_future_transactions,
     move_here,
     refuse_gap,
+    save_mark,
     set_notify,
     start_mark,
     trust_mark,
+    withdraw_adopt,
 )
 from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
@@ -114,9 +116,12 @@ class PollSource:
             await forget_future_transactions(self._leader)
         if mark is None or mark.repair == "everything":
             await self._begin_at(desk, system, NOTHING, is_moved=is_moved)
+        elif mark.repair == "unproven" and (moved := mark.another_topic(self._config.topic)) is not None:
+            await refuse_gap(self._leader, self._config.slot, moved, published)
         elif mark.repair is not None and not (is_moved and mark.repair == "adopt"):
             await self._begin_at(desk, system, published, is_moved=is_moved)
         elif (reason := mark.reason_for_doubt(system, self._config.topic)) is not None:
+            await withdraw_adopt(self._leader, self._config.slot)
             await refuse_gap(self._leader, self._config.slot, reason, published)
         elif mark.source != "poll":
             await self._begin_at(desk, system, published, is_moved=False)
@@ -267,7 +272,7 @@ class PollSource:
             "end": None if last.end is None else str(last.end),
             "position": last.position,
         }
-        await self._leader.execute(SAVE_WINDOW.encode(), values)
+        await save_mark(self._leader, SAVE_WINDOW, values)
         self._saved = last
 
     def answer(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import psycopg
 
 from infra.relay.config import RelayConfig
-from infra.relay.errors import GapFound
+from infra.relay.errors import GapFound, MarkMissing
 from infra.relay.gaps import ANOTHER_SERVER, another_topic
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
@@ -23,10 +23,11 @@ REQUEST_TRIES: Final = 10
 REQUEST_PAUSE_SECONDS: Final = 0.05
 
 # Who asked to adopt, and waits no more, is not obeyed: what the slot has passed since, nobody has looked at.
+_ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END"
 FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
            window_begin::text, window_end::text, window_position,
-           CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END, gap, publication, topic
+           {_ASKED}, gap, publication, topic
       FROM relay_slots WHERE slot_name = %(slot)s
 """  # noqa: S608 - names from our own constants
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -59,9 +60,11 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
+# What is being done, or will be when a relay runs, is not taken back: half of a repair is done by nobody else.
 REPAIR: Final = f"""
     UPDATE relay_slots SET repair = %(repair)s
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {is_held(LEADERSHIP)})
+       AND coalesce({_ASKED}, %(repair)s) = %(repair)s
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
 # A transaction that was prepared, and that nobody has ended since, has no backend any more.
@@ -74,10 +77,8 @@ FIND_BLOCKER: Final = """
      WHERE EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL)
      ORDER BY since LIMIT 1
 """
-TRUST: Final = """
-    UPDATE relay_slots SET gap = NULL, topic = %(topic)s
-     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR topic IS DISTINCT FROM %(topic)s)
-"""
+# Always: who cannot write how far he is would publish the same again and again.
+TRUST: Final = "UPDATE relay_slots SET gap = NULL, topic = %(topic)s WHERE slot_name = %(slot)s"
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 # Who of several relays came here first has forgotten; what has an id since then was written here, and somebody may have
 # to find it by that.
@@ -126,11 +127,11 @@ class Mark:
 
     def reason_for_doubt(self, system: str, topic: str) -> str | None:
         """Why a relay of whatever source must not simply go on from here."""
-        if self.system_identifier != system:
-            return ANOTHER_SERVER
-        if self.topic is not None and self.topic != topic:
-            return another_topic(self.topic, topic)
-        return None
+        return ANOTHER_SERVER if self.system_identifier != system else self.another_topic(topic)
+
+    def another_topic(self, topic: str) -> str | None:
+        """Why not, if it published to another topic before."""
+        return None if self.topic in (None, topic) else another_topic(str(self.topic), topic)
 
 
 async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
@@ -177,8 +178,18 @@ async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, pu
 
 
 async def trust_mark(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
-    """Everything is as it was left."""
+    """Everything is as it was left, and can be written down."""
     await leader.execute(TRUST, {"slot": config.slot, "topic": config.topic})
+
+
+async def save_mark(leader: psycopg.AsyncConnection, query: str, values: dict[str, Any]) -> None:
+    """Write down how far all is acknowledged, by SAVE_LSN or SAVE_WINDOW.
+
+    Raises:
+        MarkMissing: somebody has deleted the record.
+    """
+    if (await leader.execute(query.encode(), values)).rowcount != 1:
+        raise MarkMissing("the relay's row of relay_slots is gone: what it proves is forgotten")
 
 
 async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
@@ -260,7 +271,7 @@ async def withdraw_adopt(connection: psycopg.AsyncConnection, slot: str) -> bool
 
 async def find_slot_state(connection: psycopg.AsyncConnection, slot: str) -> str:
     """The slot's `wal_status`, or `missing`."""
-    query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s"
+    query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()"
     row = await (await connection.execute(query, [slot])).fetchone()
     return "missing" if row is None else str(row[0])
 
@@ -279,8 +290,10 @@ async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[
 
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:
     """The gap that the relay stands before, what it was told to do, and how many events its last repair published."""
-    query = "SELECT gap, repair, repaired_events FROM relay_slots WHERE slot_name = %s"
-    row = await (await connection.execute(query, [slot])).fetchone()
+    query = f"SELECT gap, {_ASKED}, repaired_events FROM relay_slots WHERE slot_name = %(slot)s"  # noqa: S608 - as above
+    row = await (
+        await connection.execute(query.encode(), {"slot": slot, "key": lock_key(ADOPTION, slot)[1]})
+    ).fetchone()
     return row if row is not None else (None, None, 0)
 
 

@@ -179,7 +179,7 @@ class Publisher:
 
     def note(self, events: int, size: int) -> None:
         """So many were encoded, which their groups have counted."""
-        if not self.unacknowledged:
+        if events and not self.unacknowledged:
             self._progress_at = time.monotonic()
         self.unacknowledged += events
         self.unacknowledged_bytes += size
@@ -224,6 +224,11 @@ class Publisher:
                 raise KafkaAway(
                     f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._lanes)}"
                 )
+
+    @property
+    def quiet_seconds(self) -> float:
+        """Since when Kafka has acknowledged nothing, whether there was something or not."""
+        return time.monotonic() - self._progress_at
 
     @property
     def trouble(self) -> str | None:

@@ -59,15 +59,13 @@ SHOW: Final = (
 )
 RETRY: Final = """
     UPDATE relay_quarantine SET state = 'retry'
-     WHERE slot_name = %(slot)s AND state IN ('refused', 'waiting')
+     WHERE slot_name = %(slot)s AND state <> 'dropped'
        AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
                             WHERE slot_name = %(slot)s AND state <> 'dropped'
                               AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
     RETURNING id::text
 """
-STATES: Final = """
-    SELECT state FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND id = ANY(%s::uuid[])
-"""
+STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
 # What a relay is trying may be on the topic already.
 DROP: Final = f"""
     WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
@@ -156,7 +154,7 @@ class QuarantineDesk:
         return {row[0] for row in await (await self._connection.execute(RETRY.encode(), values)).fetchall()}
 
     async def states(self, events: Collection[str]) -> list[str]:
-        """The states of those of these events that are still here."""
+        """The states of those of these events that are still here, dropped or not."""
         return [row[0] for row in await (await self._connection.execute(STATES, [self._slot, list(events)])).fetchall()]
 
     async def drop(self, names: Sequence[str], *, why: str) -> tuple[int, int]:

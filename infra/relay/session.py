@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 import structlog
@@ -39,8 +39,16 @@ _US_1970_TO_2000 = 946_684_800_000_000
 
 LAG = """
     SELECT slot_name::text, pg_current_wal_flush_lsn() - confirmed_flush_lsn, pg_current_wal_lsn() - restart_lsn
-      FROM pg_replication_slots WHERE slot_name = %s
+      FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()
 """
+# Whether all of the transaction is on the topic that was the newest one of the outbox before, and which that is now.
+NEWEST: Final = """
+    SELECT (SELECT pg_visible_in_snapshot(%(newest)s::text::xid8, window_begin) FROM relay_slots
+             WHERE slot_name = %(slot)s),
+           (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
+"""
+UNREAD_SECONDS = 5.0
+"""What is committed is proven to be published some two seconds later: what waits for longer is not being read."""
 
 
 class Session:
@@ -54,6 +62,8 @@ class Session:
         self._is_save_due = True
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
+        self._newest, self._newest_since = 0, time.monotonic()
+        """A transaction that was the newest one of the outbox, and since when it is waited for."""
         self._put_anew: set[bytes] | None = None
         """While events leave quarantine: those that Kafka has refused again, and what waits behind them."""
         self._source: Source
@@ -99,6 +109,7 @@ class Session:
         await self._measure_lag(leader)  # Also where Kafka is away, and every session ends at once.
         self._leadership = self._run_beside(stack, self._watch_leadership(leader))
         self._quarantine = Quarantine(leader, self._config.slot)
+        metrics.QUARANTINED.set(await self._quarantine.count())
         self._source = SOURCES[self._config.source](self._config, leader)
         stack.push_async_callback(self._source.close)
         self._publisher = await Publisher.connect(self._config, self._wake.set)
@@ -213,9 +224,9 @@ class Session:
             self._is_save_due = False
             self._publisher.check_partitions()
             await self._source.save()
-            self._status.trouble = self._publisher.trouble
+            self._status.trouble = self._publisher.trouble or self._silence
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)
-            metrics.LAG_SECONDS.set(_age(self._source.oldest_commit_us))
+            metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._unread_seconds))
         if self._is_retry_due:
             self._is_retry_due = False
             metrics.QUARANTINED.set(await self._quarantine.count())
@@ -225,6 +236,7 @@ class Session:
         """Publish what somebody asked for; what the stream brings of these payments meanwhile lines up behind."""
         due = await self._quarantine.due()
         if not due:
+            await self._unblock()
             return
         self._is_retry_due = True  # There may be more than a portion.
         self._put_anew = set()
@@ -237,6 +249,12 @@ class Session:
             await self._quarantine.done([event.id for event in due if event.id not in self._put_anew])
         self._put_anew = None
         metrics.QUARANTINED.set(await self._quarantine.count())
+
+    async def _unblock(self) -> None:
+        """Payments of which nothing is left in quarantine, since somebody has dropped it, go on."""
+        await self._flush()  # So that whatever is refused is there, and nothing is taken for dropped.
+        if blocked := set(self._publisher.blocked):
+            self._publisher.blocked -= blocked - await self._quarantine.keys()
 
     async def _publish_again(self, due: list[OutboxEvent]) -> bool:
         """Whether Kafka has taken or refused them all; not so if the relay is to stop meanwhile."""
@@ -252,6 +270,7 @@ class Session:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             await self._measure_lag(leader)
+            await self._look_for_unread(leader)
 
     async def _measure_lag(self, leader: psycopg.AsyncConnection) -> None:
         """The stream itself does not say how long the log is: its messages carry only how far the server has read."""
@@ -262,6 +281,29 @@ class Session:
         if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
             metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
         metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
+
+    async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
+        """A source that brings nothing does not know whether there is something: the table does."""
+        values = {"newest": self._newest, "slot": self._config.slot}
+        row = await (await leader.execute(NEWEST, values)).fetchone()
+        if row is None or row[0] is None or row[0] or not self._newest:
+            self._newest, self._newest_since = (row[1] or 0) if row is not None else 0, time.monotonic()
+
+    @property
+    def _unread_seconds(self) -> float:
+        """How long a transaction of the outbox has been waited for, where that is longer than usual."""
+        waited = time.monotonic() - self._newest_since if self._newest else 0.0
+        return waited if waited > UNREAD_SECONDS else 0.0
+
+    @property
+    def _silence(self) -> str | None:
+        """That the source brings nothing, though there is something."""
+        if min(self._unread_seconds, self._publisher.quiet_seconds) < self._config.stalled_seconds:
+            return None
+        return (
+            f"Postgres has brought nothing for {self._publisher.quiet_seconds:.0f} s, and events wait in the outbox: is"
+            " there each standby that synchronized_standby_slots names?"
+        )
 
     def _check_leadership(self) -> None:
         if self._leadership is not None and self._leadership.done():

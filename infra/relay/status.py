@@ -23,7 +23,8 @@ MARKS: Final = """
                   AND (r.window_end IS NULL OR position > r.window_position
                        OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_end))
            )), 0)::float AS lag_seconds
-      FROM relay_slots AS r LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name
+      FROM relay_slots AS r
+      LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name AND s.database = current_database()
      ORDER BY r.slot_name
 """
 STRANGERS: Final = """
@@ -53,7 +54,7 @@ LAST_EVENT: Final = """
 STARTING: Final = """
     SELECT DISTINCT substr(application_name, 7) AS slot_name FROM pg_stat_activity
      WHERE application_name LIKE 'relay %' AND datname = current_database()
-       AND substr(application_name, 7) NOT IN (SELECT slot_name FROM relay_slots)
+       AND substr(application_name, 7) NOT IN (SELECT left(slot_name, 57) FROM relay_slots)
 """
 
 

@@ -45,6 +45,7 @@ from infra.relay.progress import (
     forget_future_transactions,
     move_here,
     refuse_gap,
+    save_mark,
     set_notify,
     start_mark,
     trust_mark,
@@ -82,9 +83,11 @@ PUBLICATION: Final = """
          WHERE t.pubname = p.pubname AND p.pubinsert AND t.rowfilter IS NULL
            AND t.attnames::text[] @> %(columns)s::text[]
            AND format('%%I.%%I', t.schemaname, t.tablename)::regclass = 'outbox'::regclass),
-           concat_ws(' ', p.oid, p.xmin, r.oid, r.xmin)
+           concat_ws(' ', p.oid, p.xmin, r.oid, r.xmin, n.oid, n.xmin)
       FROM pg_publication AS p
       LEFT JOIN pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid = 'outbox'::regclass
+      LEFT JOIN pg_publication_namespace AS n ON n.pnpubid = p.oid
+           AND n.pnnspid = (SELECT relnamespace FROM pg_class WHERE oid = 'outbox'::regclass)
      WHERE p.pubname = %(name)s
 """
 
@@ -97,7 +100,7 @@ class WalSource:
         self._leader = leader
         self._stream: ReplicationStream
         self._prefix = Prefix()
-        self._rows = RowReader()
+        self._rows: RowReader
         self._reader: LogReader | None = None
         """What reads the stream in C, if that is to be done."""
         self._group = Group(end_lsn=0)
@@ -124,12 +127,18 @@ class WalSource:
         system = await self._stream.system_identifier()
         mark = await find_mark(self._leader, self._config.slot)
         _, self._publication = await self._ask_publication()
+        self._rows = RowReader(await self._outbox())
         await self._prepare(desk, system, mark)
         # From what was written down: the slot is told later, and would repeat what is acknowledged since.
         await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
         if self._config.uses_native:
             self._reader = self._stream.log_reader(self._prefix.begin, self._taken)
+
+    async def _outbox(self) -> int:
+        row = await (await self._leader.execute("SELECT 'outbox'::regclass::oid::bigint")).fetchone()
+        assert row is not None, "the query always gives a row"
+        return int(row[0])
 
     async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
@@ -142,6 +151,8 @@ class WalSource:
         if mark is None:
             await forget_future_transactions(self._leader)
             await self._catch_up(desk, system, "first start", NOTHING)
+        elif mark.repair == "unproven" and (moved := mark.another_topic(self._config.topic)) is not None:
+            await refuse_gap(self._leader, self._config.slot, moved, published)
         elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
             await move_here(self._leader, self._config.slot)
             await self._catch_up(desk, system, "repair on another server", NOTHING)
@@ -149,7 +160,7 @@ class WalSource:
             await self._catch_up(desk, system, "repair", NOTHING)
         elif mark.repair == "unproven":
             await self._catch_up(desk, system, "repair", published)
-        elif mark.source == "poll" and mark.reason_for_doubt(system, self._config.topic) is None:
+        elif _is_polled(mark, system) and (mark.repair == "adopt" or mark.another_topic(self._config.topic) is None):
             await self._catch_up(desk, system, "another source before", published)
         elif (
             mark.repair == "adopt" and wal_status not in ("missing", "lost") and not await self._left_out(mark, system)
@@ -177,7 +188,7 @@ class WalSource:
         """Go on where the slot stands, if that is where we left it."""
         reason = mark.reason_for_doubt(system, self._config.topic)
         if reason != ANOTHER_SERVER:  # There, the slot is another one, too.
-            of_slot = _doubt_about_slot(mark, wal_status, position)
+            of_slot = None if mark.source == "poll" else _doubt_about_slot(mark, wal_status, position)
             reason = gap_of((reason, of_slot, await self._left_out(mark, system)))
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
@@ -368,7 +379,7 @@ class WalSource:
         while self._proofs and self._proofs[0][0] <= lsn:
             _, self._published = self._proofs.popleft()
         values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
-        await self._leader.execute(SAVE_LSN.encode(), values)
+        await save_mark(self._leader, SAVE_LSN, values)
         await self._note_saved(lsn)
 
     async def _note_saved(self, lsn: int) -> None:
@@ -392,6 +403,11 @@ class WalSource:
         if hasattr(self, "_stream"):
             self.unwatch()
             await self._stream.close()
+
+
+def _is_polled(mark: Mark, system: str) -> bool:
+    """Whether a poll has been here until now: a slot of ours, if there is one, was begun and not finished since."""
+    return mark.source == "poll" and mark.system_identifier == system
 
 
 def _remembered(mark: Mark) -> str | None:

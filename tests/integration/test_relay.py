@@ -17,7 +17,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics
+from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.partitions import partition_of
 from infra.relay.session import LEADER_SETTINGS
 from infra.relay.stream import with_settings
@@ -521,3 +521,22 @@ async def test_a_leader_shows_its_backlog_while_kafka_is_away_and_who_stands_by_
     await task
     assert shown > 50, "for a while without a break, whatever ended meanwhile"
     assert metrics.LAG_BYTES._value.get() == 0, "it has stopped"
+
+
+@wal_only
+async def test_a_log_that_brings_nothing_though_events_wait_is_told(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender hangs, or waits for a standby that is gone."""
+    monkeypatch.setattr(session, "UNREAD_SECONDS", 1.5)
+    rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    async with running(replace(config, stalled_seconds=2.5)) as relay:
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        sender = await slot(config, "active_pid")
+        with frozen(sender):
+            await commit(config.postgres_url, more)
+            await until(lambda: metrics.LAG_SECONDS._value.get() > 1.5)
+            await until(lambda: "Postgres has brought nothing" in relay.health.detail)
+        await published(config, *more)
+        await until(lambda: relay.health == (True, "active") and metrics.LAG_SECONDS._value.get() == 0)

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from app.relay_troubles import troubles_of
+from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
@@ -17,7 +18,7 @@ from infra.relay.progress import Repair, count_unproven, find_repair, request_re
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import read_status
-from tests.conftest import Topics
+from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (
     Row,
@@ -588,3 +589,118 @@ async def set_synchronous_standby(url: str, name: str) -> None:
         # What the relay writes down must not wait for a standby that is not there.
         await connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'".encode())
         await connection.execute("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize(("first", "second"), [("unproven", "adopt"), ("everything", "unproven")])
+async def test_what_was_asked_for_is_not_taken_back_by_another_request(
+    config: RelayConfig, first: Repair, second: Repair
+) -> None:
+    """Half of a repair may be done: who adopted then would skip the other half."""
+    await before_the_gap(config, rows_of("pay_a", 3))
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        for repair, is_taken in ((first, True), (second, False), (first, True)):
+            assert await request_repair(connection, config.slot, repair) == is_taken
+        assert (await find_repair(connection, config.slot))[1] == first
+
+
+@pytest.mark.parametrize("source", ["poll"], indirect=True)
+async def test_adopting_a_new_topic_when_the_log_is_read_instead_of_the_table_leaves_nothing_out(
+    config: RelayConfig,
+) -> None:
+    """A slot of ours that was begun before is no slot that somebody else has moved."""
+    before, missed = rows_of("pay_a", 3), rows_of("pay_a", 5, first=4)
+    await before_the_gap(config, before)
+    await commit(config.postgres_url, missed)
+    await fetch_value(config.postgres_url, CREATE, config.slot)
+    moved = replace(config, source="wal", topic=f"{config.topic}.new")
+    await ensure_topics(config.kafka_bootstrap, {moved.topic: PARTITIONS})
+    async with StandingStill(moved) as standing:
+        assert "further on" not in standing.relay.health.detail
+        await standing.decide("adopt")
+        records = await published(moved, *missed)
+    assert_first_deliveries_in_order(records, missed)
+
+
+@pytest.mark.parametrize("is_slot_gone", [True, False])
+async def test_a_repair_that_was_asked_for_does_not_open_a_mistyped_topic(
+    config: RelayConfig, *, is_slot_gone: bool
+) -> None:
+    before, missed = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    await before_the_gap(config, before)
+    if is_slot_gone and config.source == "wal":
+        await fetch_value(config.postgres_url, DROP, config.slot)
+    await commit(config.postgres_url, missed)
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        assert await request_repair(connection, config.slot, "unproven")
+    mistyped = replace(config, topic=f"{config.topic}.typo")
+    await ensure_topics(config.kafka_bootstrap, {mistyped.topic: PARTITIONS})
+    async with StandingStill(mistyped) as standing:
+        assert "the events before went to topic" in standing.relay.health.detail
+    async with running(config):
+        assert_first_deliveries_in_order(await published(config, *before, *missed), before + missed)
+
+
+@wal_only
+async def test_a_publication_of_a_schema_that_left_it_out_for_a_while_is_noticed(config: RelayConfig) -> None:
+    of_schema = "FOR TABLES IN SCHEMA public WITH (publish = 'insert', publish_via_partition_root = true)"
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await connection.execute(f"DROP PUBLICATION {config.publication}".encode())
+        await connection.execute(f"CREATE PUBLICATION {config.publication} {of_schema}".encode())
+    before, missed = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    await before_the_gap(config, before)
+    await alter_publication(config, "DROP TABLES IN SCHEMA public")
+    await commit(config.postgres_url, missed)
+    await alter_publication(config, "ADD TABLES IN SCHEMA public")
+    async with StandingStill(config) as standing:
+        assert "the publication was changed" in standing.relay.health.detail
+        await standing.decide("unproven")
+        assert_first_deliveries_in_order(await published(config, *before, *missed), before + missed)
+
+
+async def test_who_cannot_write_down_how_far_he_is_publishes_nothing_again_and_again(config: RelayConfig) -> None:
+    rows, more = rows_of("pay_a", 3), rows_of("pay_a", 50, first=4)
+    await before_the_gap(config, rows)
+    await commit(config.postgres_url, more)
+    task, stop = None, asyncio.Event()
+    async with await psycopg.AsyncConnection.connect(config.postgres_url) as forgotten:
+        await forgotten.execute("SELECT FROM relay_slots FOR UPDATE")
+        task = asyncio.create_task(Relay(config).run(stop))
+        await asyncio.sleep(6.5)
+    await published(config, *more)
+    stop.set()
+    await task
+    async with running(config):
+        last = rows_of("pay_b", 1)
+        await commit(config.postgres_url, last)
+        records = await published(config, *last)
+    assert len(records) == len(rows + more + last)
+
+
+async def test_a_record_of_progress_that_is_deleted_is_begun_anew(config: RelayConfig) -> None:
+    rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT published_below > 1 FROM relay_slots"))
+        await fetch_value(config.postgres_url, "DELETE FROM relay_slots RETURNING 1")
+        await commit(config.postgres_url, more)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 1 FROM relay_slots"))
+        assert_first_deliveries_in_order(await published(config, *more), rows + more)
+
+
+@wal_only
+async def test_another_table_of_the_outboxs_name_is_none_of_ours(config: RelayConfig) -> None:
+    rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        await connection.execute("CREATE SCHEMA archive")
+        await connection.execute("CREATE TABLE archive.outbox (LIKE public.outbox INCLUDING DEFAULTS)")
+        await connection.execute("CREATE SCHEMA other")
+        await connection.execute("CREATE TABLE other.outbox (id int PRIMARY KEY)")
+        await alter_publication(config, "ADD TABLE archive.outbox, other.outbox")
+        async with running(config):
+            await commit(config.postgres_url, rows)
+            await connection.execute("INSERT INTO archive.outbox SELECT * FROM public.outbox")
+            await connection.execute("INSERT INTO other.outbox VALUES (1)")
+            await commit(config.postgres_url, more)
+            records = await published(config, *more)
+    assert ids(records) == [row.id for row in rows + more]

@@ -25,7 +25,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.errors import PostgresAway
 from infra.relay.gulps import Gulps
 from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader
 from infra.relay.prefix import Group, Prefix
 from infra.relay.publisher import Diverted, Publisher
 from infra.relay.records import RecordBatch
@@ -301,6 +301,7 @@ class Bench:
         leader: Any = None
         self.stream = ReplicationStream(connection)
         self.source = WalSource(config, leader)
+        self.source._rows = RowReader(OUTBOX)
         self.source._stream, self.source._prefix, self.source._gulps = self.stream, self.prefix, Gulps(is_taken=False)
         if is_native:
             self.source._reader = self.stream.log_reader(self.prefix.begin, self.source._taken)

@@ -23,7 +23,7 @@ def insert(number: int, values: list[bytes | None]) -> bytes:
 
 
 def reader(columns: list[str]) -> RowReader:
-    rows = RowReader()
+    rows = RowReader(5)
     rows.learn(relation(5, columns))
     return rows
 
@@ -51,7 +51,7 @@ def test_a_table_without_a_needed_column_is_refused() -> None:
 
 def test_rows_of_another_table_are_skipped() -> None:
     rows = reader([*OUTBOX_COLUMNS])
-    rows.learn(relation(6, ["id"]).replace(b"outbox", b"others"))
+    rows.learn(relation(6, ["id"]))  # of the same name, in another schema
     assert rows.read(insert(6, [b"1"])) is None
     assert rows.read(insert(5, [*EVENT])) == EVENT
 
