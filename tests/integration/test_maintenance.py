@@ -419,3 +419,48 @@ async def test_postgres_has_no_gentler_way_to_drop(aged: Aged) -> None:
     """Should this fail one day, partitions can be detached without locking inserts out."""
     with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError, match="when a default partition exists"):
         await aged.connection.execute(f"ALTER TABLE outbox DETACH PARTITION {name_of(today())} CONCURRENTLY")
+
+
+async def relay_row(connection: asyncpg.Connection, below: str, source: str = "wal") -> None:
+    await connection.execute(
+        f"""INSERT INTO relay_slots (slot_name, system_identifier, source, confirmed_lsn, published_below)
+            SELECT 'proven', system_identifier::text, $1, '0/0', {below} FROM pg_control_system()""",
+        source,
+    )
+
+
+@pytest.mark.parametrize("is_proven", [True, False])
+async def test_while_nothing_happens_what_is_proven_to_be_published_may_go(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, *, is_proven: bool
+) -> None:
+    """A slot stands still then, and would never come past what is written elsewhere meanwhile."""
+    monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
+    old = today() - timedelta(days=20)
+    await insert(connection, "old", noon(old))
+    stream = await ReplicationStream.connect(postgres_url)
+    await stream.create_slot("proven")
+    await stream.start("proven", "payments_outbox", 0)
+    await relay_row(connection, "pg_snapshot_xmin(pg_current_snapshot())::text::bigint" if is_proven else "1")
+    await connection.execute("SELECT pg_logical_emit_message(true, 'elsewhere', 'written')")
+    report = await maintain(postgres_url, days_ahead=0, retention_days=14)
+    await stream.close()
+    assert report.dropped == ((old,) if is_proven else ())
+
+
+async def test_what_a_long_transaction_writes_after_the_look_is_not_dropped(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = today() - timedelta(days=20)
+    await insert(connection, "old", noon(old))
+    await relay_row(connection, "pg_snapshot_xmin(pg_current_snapshot())::text::bigint", source="poll")
+    look = maintenance._reasons_to_keep
+
+    async def then_written(asked: asyncpg.Connection, end: int, last: int) -> tuple[str, ...]:
+        reasons = await look(asked, end, last)
+        await insert(connection, "late", noon(old))
+        return reasons
+
+    monkeypatch.setattr(maintenance, "_reasons_to_keep", then_written)
+    report = await maintain(postgres_url, days_ahead=0, retention_days=14)
+    assert (report.dropped, report.kept_because) == ((), ("somebody writes into them still",))
+    assert set(await where(connection)) == {"old", "late"}

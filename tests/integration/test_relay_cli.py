@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -20,7 +22,7 @@ from app.cli import app
 from app.relay_troubles import troubles_of
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
-from infra.local import EmbeddedPostgres, postgres
+from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_database, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
 from infra.relay.status import read_status
@@ -464,3 +466,67 @@ async def test_a_repair_does_not_publish_to_a_topic_that_was_mistyped(config: Re
     assert (await payments_relay(mistyped, "adopt")).returncode == 0
     stop.set()
     await task
+
+
+@pytest.fixture
+def other_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
+    """Another database of the same server."""
+    url = create_database(stack.postgres_url, f"test_{uuid4().hex[:12]}", template=migrated_template)
+    yield url
+    drop_database(url)
+
+
+@wal_only
+async def test_another_databases_slot_of_the_same_name_is_not_called_left_over(
+    config: RelayConfig, other_url: str
+) -> None:
+    """Who followed the advice would drop it under the feet of its relay."""
+    polling = replace(config, postgres_url=other_url, source="poll")
+    async with running(config), running(polling):
+        await commit(other_url, rows_of("pay_a", 2))
+        status = await payments_relay(polling, "status", "--json")
+        told = json.loads(status.stdout)
+    assert told["troubles"] == []
+    assert told["relays"][0]["slot_state"] == "none"
+
+
+@wal_only
+async def test_what_is_to_be_tried_already_is_found_by_another_retry(config: RelayConfig) -> None:
+    async with running(config):
+        await commit(config.postgres_url, poisoned_payment())
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+    for _ in range(2):
+        told = await payments_relay(config, "quarantine", "retry", "pay_0001", "--timeout", "0.5")
+        assert (told.returncode, "no relay has taken them up yet" in told.stdout) == (1, True), told.stdout
+
+
+@wal_only
+async def test_a_retry_does_not_call_published_what_somebody_has_dropped(config: RelayConfig) -> None:
+    async with running(config):
+        await commit(config.postgres_url, poisoned_payment())
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+    retry = asyncio.create_task(payments_relay(config, "quarantine", "retry", "pay_0001", "--timeout", "20"))
+    await until(lambda: fetch_value(config.postgres_url, "SELECT bool_and(state = 'retry') FROM relay_quarantine"))
+    await fetch_value(config.postgres_url, "UPDATE relay_quarantine SET state = 'dropped' RETURNING 1")
+    told = await retry
+    assert (told.returncode, "0 published, 2 dropped by somebody meanwhile" in told.stdout) == (1, True), told.stdout
+
+
+@wal_only
+async def test_a_relay_of_a_long_name_is_listed_once(config: RelayConfig) -> None:
+    config = replace(config, slot=f"test_{'s' * 58}")
+    async with running(config):
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 1 FROM relay_slots"))
+        told = json.loads((await payments_relay(config, "status", "--json")).stdout)
+    assert (len(told["relays"]), told["starting"]) == (1, [])
+    await fetch_value(config.postgres_url, DROP, config.slot)
+
+
+async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:
+    async with running(config):
+        pass
+    asked = await payments_relay(config, "repair", "--timeout", "0.2")
+    assert (asked.returncode, "asked, and not done yet" in asked.stdout) == (1, True)
+    other = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")
+    assert other.returncode == 1
+    assert "Not done: `payments relay repair` was asked for before" in other.stdout

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -18,6 +18,7 @@ from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.progress import request_repair
+from infra.relay.publisher import Publisher
 from infra.relay.quarantine import Quarantine, QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
@@ -305,3 +306,24 @@ async def test_a_payments_tenth_event_leaves_quarantine_after_its_ninth(
         await asyncio.sleep(1)  # The broker learns of it.
         await desk.retry(["pay_0001"])
         assert_first_deliveries_in_order(await published(config, *rows), rows)
+
+
+@pytest.mark.parametrize("source", ["wal"], indirect=True)
+async def test_once_all_of_a_payment_is_dropped_the_fast_path_is_taken_again(
+    config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishers: list[Publisher] = []
+    connect = Publisher.connect
+
+    async def connected(config: RelayConfig, wake: Callable[[], None]) -> Publisher:
+        publishers.append(await connect(config, wake))
+        return publishers[-1]
+
+    monkeypatch.setattr(Publisher, "connect", connected)
+    first, refused, *_ = poisoned_payment()
+    async with running(config):
+        await commit(config.postgres_url, [first, refused])
+        await holds(desk, ("pay_0001", 2, "refused"))
+        assert publishers[-1].blocked
+        await desk.drop([str(refused.id)], why="agreed")
+        await until(lambda: not publishers[-1].blocked)
