@@ -13,6 +13,7 @@ def troubles_of(overview: Overview) -> list[str]:
     troubles = []
     for relay in overview.relays:
         troubles += _troubles_of(relay)
+    troubles += _rivals_of(overview.relays)
     is_anyone_there = overview.relays or overview.starting or any(each.is_active for each in overview.strangers)
     if overview.last_event_at is not None and not is_anyone_there:
         troubles.append("events are written, and no relay has ever run here: start one, `payments relay`")
@@ -39,7 +40,9 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
         found.append(f"{relay.slot}: its slot is lost, and no relay is active: start one, which will tell of a gap")
     elif not relay.is_running:
         kept = f" and its slot keeps {in_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
-        found.append(f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, drop its slot")
+        found.append(
+            f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, {_farewell(relay)}"
+        )
     elif relay.source == "wal" and "inactive" in relay.slot_state:
         found.append(
             f"{relay.slot}: its relay reads nothing: it starts, or catches up, or cannot; then its log (`relay session"
@@ -63,6 +66,26 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
         found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
     return found
+
+
+def _farewell(relay: RelayStatus) -> str:
+    """What a relay leaves behind, and whoever keeps the outbox goes by."""
+    row = f"DELETE FROM relay_slots WHERE slot_name = '{relay.slot}'"  # noqa: S608 - for a person to read
+    return row if relay.slot_state == "none" else f"SELECT pg_drop_replication_slot('{relay.slot}') and {row}"
+
+
+def _rivals_of(relays: list[RelayStatus]) -> list[str]:
+    """Those who run and publish to one topic under several names, each all there is."""
+    by_topic: dict[str, list[str]] = {}
+    for relay in relays:
+        if relay.is_running and relay.topic is not None:
+            by_topic.setdefault(relay.topic, []).append(relay.slot)
+    return [
+        f"{' and '.join(slots)} publish to {topic}, each all events: PAYMENTS_RELAY_SLOT names one of them by mistake?"
+        " stop that one"
+        for topic, slots in by_topic.items()
+        if len(slots) > 1
+    ]
 
 
 def in_bytes(count: int | None) -> str:

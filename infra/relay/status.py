@@ -11,7 +11,7 @@ from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
 MARKS: Final = """
-    SELECT r.slot_name, r.source, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
+    SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
            s.active AND EXISTS (SELECT FROM pg_stat_activity AS a
                                  WHERE a.pid = s.active_pid AND a.application_name <> 'relay') AS is_anothers,
            pg_current_wal_flush_lsn() - s.confirmed_flush_lsn AS lag_bytes,
@@ -68,6 +68,7 @@ class RelayStatus:
 
     slot: str
     source: str
+    topic: str | None
     is_running: bool
     is_anothers: bool
     """Somebody else reads from its slot; its relays stand by."""
@@ -139,6 +140,7 @@ async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: di
     return RelayStatus(
         slot=name,
         source=mark["source"],
+        topic=mark["topic"],
         is_running=running["leaders"] > 0 and mark["gap"] is None and not mark["is_anothers"],
         is_anothers=bool(mark["is_anothers"]),
         standbys=running["relays"] - running["leaders"],
