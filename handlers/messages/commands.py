@@ -103,6 +103,7 @@ def _unacceptable(doubtful: DoubtfulCommand, problems: Problems, traceparent: st
         content=doubtful.text,
         fingerprint=sha256(doubtful.text.encode()).digest(),
         rejection=rejection(problems),
+        currency=None if "currency" in problems else doubtful.currency,
         traceparent=traceparent,
     )
 

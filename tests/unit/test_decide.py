@@ -162,6 +162,28 @@ def test_a_command_that_does_not_fit_its_payment_is_refused_and_names_the_field(
     assert (decision.requests, decision.transfers) == ([], [])
 
 
+OWN: dict[str, tuple[Callable[[Story], None], str, dict[str, Any], str | None]] = {
+    "another one's": (captured, "refund", {"amount_minor": 5_000, "currency": "JPY"}, "JPY"),
+    "the payment's": (captured, "refund", {"amount_minor": 10_001, "currency": "USD"}, "USD"),
+    "none": (captured, "refund", {"amount_minor": 10_001}, "USD"),
+    "none, of no payment": (nothing, "refund", {"amount_minor": 10_001}, None),
+    "that of a new payment": (nothing, "charge", {"currency": "JPY", "gateway": "nobody"}, "JPY"),
+    "that of a payment that exists": (captured, "charge", {"currency": "JPY"}, "JPY"),
+    "another one's under the same key": (captured, "charge", {"currency": "JPY", "key": "first"}, "JPY"),
+    "unreadable": (captured, "charge", {"currency": "JPY!", "amount_minor": 1}, "USD"),
+    "another one's, beside what is unreadable": (captured, "charge", {"currency": "JPY", "metadata": 1}, "JPY"),
+}
+
+
+@pytest.mark.parametrize("named", OWN)
+def test_a_refused_command_is_told_with_the_currency_that_it_named_and_otherwise_the_payments(named: str) -> None:
+    state, kind, fields, currency = OWN[named]
+    story = told(state)
+    story.send(kind, **{"key": "tested"} | fields)
+    assert (story.last.kind, story.last.currency) == ("command_rejected", currency)
+    assert story.last.snapshot.currency == (None if state is nothing else "USD")
+
+
 @pytest.mark.parametrize(
     ("amount", "reason"),
     [(99, "amount_below_minimum"), (100, None), (500, None), (501, "amount_above_maximum")],
