@@ -15,6 +15,7 @@ from domain.events import Event, EventKind
 from domain.operations import (
     Declined,
     DeclineReason,
+    Expired,
     NotExecuted,
     OperationState,
     Outcome,
@@ -24,6 +25,8 @@ from domain.operations import (
     Unknown,
     Unreachable,
 )
+from domain.requests import OPENING
+from domain.settle import ENDINGS
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, delivery, new_payment_id, rules
 from tests.support.story import START, Story
@@ -637,3 +640,47 @@ def test_a_doubt_that_a_sweep_began_is_announced_when_the_next_answer_is_lost_to
     first = decide(payment, lost, now=START, rules=rules())
     assert [event.kind for event in first.events if isinstance(event, Event)] == [EventKind.PENDING]
     assert decide(first.payment, lost, now=START, rules=rules()).events == []
+
+
+# --- how a command ends -----------------------------------------------------------------------------------------------
+
+
+BEFORE: dict[OperationKind, Callable[[Story], None]] = {
+    OperationKind.AUTHORIZE: nothing,
+    OperationKind.CHARGE: nothing,
+    OperationKind.CAPTURE: authorized,
+    OperationKind.VOID: authorized,
+    OperationKind.REFUND: captured,
+}
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+def test_a_command_may_end_in_just_the_events_that_its_kind_is_said_to_end_in(kind: OperationKind) -> None:
+    ends = set()
+    for outcome in (
+        None,
+        NO,
+        Expired("ref"),
+        NotExecuted("refused"),
+        Pending("ref"),
+        Unknown(),
+        RequiresAction("r", ""),
+    ):
+        story = told(BEFORE[kind])
+        story.send(kind, "tested")
+        story.answer(outcome)
+        ends |= {story.last.kind} if story.last.is_final else set()
+    assert ends == set(ENDINGS[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind not in OPENING])
+def test_what_needs_no_payer_does_not_expire_and_is_asked_about_until_its_provider_says_what_it_means(
+    kind: OperationKind,
+) -> None:
+    story = told(BEFORE[kind])
+    story.send(kind, "tested")
+    story.answer(Expired("ref"))
+    assert (story.last.kind, story.last.snapshot.status) == ("needs_review", story.events[0].snapshot.status)
+    story.claim()
+    story.answer()
+    assert story.last.kind == ENDINGS[kind][0]
