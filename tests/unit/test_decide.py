@@ -165,6 +165,16 @@ def test_a_command_that_does_not_fit_its_payment_is_refused_and_names_the_field(
     assert (decision.requests, decision.transfers) == ([], [])
 
 
+@pytest.mark.parametrize("amount", [None, 1])
+def test_where_nothing_is_left_a_refusal_says_so_and_not_how_much_nothing_is(amount: int | None) -> None:
+    for state, kind, reason in ((refunded, "refund", TOO_MUCH), (captured, "capture", STATE)):
+        story = told(state)
+        story.send(kind, "tested", **({} if amount is None else {"amount_minor": amount}))
+        assert story.last.rejection is not None
+        assert story.last.rejection.message.endswith(f"nothing is left to {kind}")
+        assert story.last.rejection.reason == reason
+
+
 OWN: dict[str, tuple[Callable[[Story], None], str, dict[str, Any], str | None]] = {
     "another one's": (captured, "refund", {"amount_minor": 5_000, "currency": "JPY"}, "JPY"),
     "the payment's": (captured, "refund", {"amount_minor": 10_001, "currency": "USD"}, "USD"),
