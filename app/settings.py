@@ -1,11 +1,23 @@
 """All settings, read once from the environment (`PAYMENTS_…`); nothing below `app` reads the environment."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import fields
 from datetime import timedelta
 from functools import cached_property
-from typing import Annotated, Final, Literal, Self
+from itertools import combinations
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domain.capabilities import AmountLimits
@@ -14,9 +26,65 @@ from domain.rules import RetryPolicy
 
 NOWHERE: Final = "https://example.invalid"
 """Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
+GATEWAYS_KNOWN: Final = ("instant", "momo", "paypal", "stripe", "vnpay")
+"""All that there are; what is set for one that is not in use waits until it is."""
 PORT_MAX: Final = 65_535
 Port = Annotated[int, Field(ge=1, le=PORT_MAX)]
+SECONDS_MAX: Final = 10**9
+"""Some thirty years: from now on, a day that calendars hold."""
+Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
+RetentionDays = Annotated[int, Field(ge=1, le=36_500)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
+_TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+_ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
+_LIMITS: Final = tuple(each.name for each in fields(AmountLimits))
+
+
+def _is_topic(name: str) -> str:
+    if _TOPIC.fullmatch(name) is None:
+        raise ValueError(f"{name!r} is no topic's name; write letters, digits, '.', '_' and '-', at most 249 of them")
+    return name
+
+
+def _is_address(url: str) -> str:
+    if _ADDRESS.fullmatch(url) is None:
+        raise ValueError("is no address; write it like https://host or http://host:8090")
+    return url
+
+
+def _names_limits(told: Any) -> Any:
+    """A limit under another name would be none."""
+    if isinstance(told, dict) and (unknown := sorted(told.keys() - set(_LIMITS))):
+        raise ValueError(f"{_quoted(unknown)} is no limit; write {' and '.join(_LIMITS)}")
+    return told
+
+
+def _are_bounds(limits: AmountLimits) -> AmountLimits:
+    least, most = limits.minimum_minor, limits.maximum_minor
+    if not 0 <= least <= most:
+        raise ValueError(
+            f"minimum_minor is {least} and maximum_minor is {most}; write two amounts, from 0, the greater one last"
+        )
+    return limits
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
+
+
+def _variable(name: str) -> str:
+    return f"PAYMENTS_{name.upper()}"
+
+
+def _too_long(name: str, bound: str, other: str) -> str:
+    return f"{_variable(name)} is too long; write {bound} {_variable(other)}"
+
+
+Topic = Annotated[str, AfterValidator(_is_topic)]
+Address = Annotated[str, AfterValidator(_is_address)]
+Limits = Annotated[AmountLimits, BeforeValidator(_names_limits), AfterValidator(_are_bounds)]
 
 
 class Settings(BaseSettings):
@@ -28,34 +96,34 @@ class Settings(BaseSettings):
     kafka_bootstrap: str = "127.0.0.1:9092"
     redis_url: str = "redis://127.0.0.1:6379/0"
 
-    commands_topic: str = "payments.commands"
-    events_topic: str = "payments.events"
-    dead_letter_topic: str = "payments.commands.dlq"
+    commands_topic: Topic = "payments.commands"
+    events_topic: Topic = "payments.events"
+    dead_letter_topic: Topic = "payments.commands.dlq"
     topic_partitions: PositiveInt = 8
-    consumer_group: str = "payments"
+    consumer_group: str = Field("payments", min_length=1)
 
     gateways: list[str] = ["stripe"]
     default_gateway: str = "stripe"
-    gateway_concurrency: dict[str, int] = {}
+    gateway_concurrency: dict[str, PositiveInt] = {}
     gateway_concurrency_default: PositiveInt = 64
-    gateway_questions_per_second: dict[str, PositiveFloat] = {}
-    gateway_questions_per_second_default: PositiveFloat = 50.0
+    gateway_questions_per_second: dict[str, Rate] = {}
+    gateway_questions_per_second_default: Rate = 50.0
     """How many stuck operations and holds a gateway is asked about per second, by one worker: less than the provider
     allows the account, for payers' own operations come on top."""
-    instant_gateway_latency_ms: float = 0.0
+    instant_gateway_latency_ms: float = Field(0.0, ge=0, allow_inf_nan=False)
     stripe_api_key: SecretStr = SecretStr("")
-    stripe_api_base: str | None = None
-    stripe_timeout_seconds: float = 20.0
+    stripe_api_base: Annotated[Address | None, BeforeValidator(lambda url: url or None)] = None
+    stripe_timeout_seconds: Seconds = 20.0
     stripe_return_url: str = f"{NOWHERE}/return"
     stripe_multi_capture: bool = False
     """Whether Stripe grants this account several captures of one hold. Where not, the first one releases the rest."""
-    stripe_action_window_seconds: float = Field(86_400.0, ge=1_800, le=6 * 86_400)
+    stripe_action_window_seconds: float = Field(86_400.0, ge=1_800, le=6 * 86_400, allow_inf_nan=False)
     """How long a payer may take for 3-D Secure. Stripe has no end for it: what is abandoned is canceled after this."""
     stripe_webhook_secrets: list[SecretStr] = []
     """Of the endpoint /webhooks/stripe; two while one is being rolled. None: every webhook is refused."""
     paypal_client_id: str = ""
     paypal_client_secret: SecretStr = SecretStr("")
-    paypal_api_base: str = "https://api-m.sandbox.paypal.com"
+    paypal_api_base: Address = "https://api-m.sandbox.paypal.com"
     paypal_webhook_id: str = ""
     """Of the webhook at PayPal that calls /webhooks/paypal; without it none is received."""
     paypal_allows_plain_http: bool = False
@@ -64,38 +132,38 @@ class Settings(BaseSettings):
     paypal_cancel_url: str = f"{NOWHERE}/cancel"
     vnpay_tmn_code: str = ""
     vnpay_hash_secret: SecretStr = SecretStr("")
-    vnpay_pay_url: str = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
-    vnpay_api_url: str = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
+    vnpay_pay_url: Address = "https://sandbox.vnpayment.vn/paymentv2/vpcpay.html"
+    vnpay_api_url: Address = "https://sandbox.vnpayment.vn/merchant_webapi/api/transaction"
     vnpay_return_url: str = f"{NOWHERE}/return"
-    vnpay_question_interval_seconds: float = Field(300.0, ge=0)
+    vnpay_question_interval_seconds: SecondsOrNone = 300.0
     """VNPay is asked about one payment no more often: it would answer 94, asked too soon."""
     momo_partner_code: str = ""
     momo_access_key: str = ""
     momo_secret_key: SecretStr = SecretStr("")
-    momo_api_base: str = "https://test-payment.momo.vn"
+    momo_api_base: Address = "https://test-payment.momo.vn"
     momo_redirect_url: str = f"{NOWHERE}/return"
     momo_ipn_url: str = f"{NOWHERE}/webhooks/momo"
     """Our own /webhooks/momo, as MoMo reaches it."""
 
-    currencies: list[str] = sorted(MINOR_UNITS)
-    amount_limits: dict[str, dict[str, AmountLimits]] = {}
+    currencies: list[str] = Field(sorted(MINOR_UNITS), min_length=1)
+    amount_limits: dict[str, dict[str, Limits]] = {}
     """gateway → currency → {"minimum_minor": …, "maximum_minor": …}"""
 
-    lease_seconds: PositiveFloat = 60.0
-    retry_first_delay_seconds: float = 1.0
-    retry_delay_max_seconds: float = 300.0
-    poll_interval_seconds: float = 300.0
+    lease_seconds: Seconds = 60.0
+    retry_first_delay_seconds: Seconds = 1.0
+    retry_delay_max_seconds: Seconds = 300.0
+    poll_interval_seconds: Seconds = 300.0
     """At most this long after its last answer, what is pending or waits for the payer is asked about again."""
-    review_after_seconds: float = 3600.0
-    review_pending_after_seconds: float = 7 * 86_400.0
-    review_poll_interval_seconds: float = 900.0
-    give_up_after_seconds: float = 900.0
-    sweep_interval_seconds: float = 1.0
-    reconcile_interval_seconds: PositiveFloat = 300.0
+    review_after_seconds: SecondsOrNone = 3600.0
+    review_pending_after_seconds: Seconds = 7 * 86_400.0
+    review_poll_interval_seconds: Seconds = 900.0
+    give_up_after_seconds: SecondsOrNone = 900.0
+    sweep_interval_seconds: Seconds = 1.0
+    reconcile_interval_seconds: Seconds = 300.0
     """How often holds past their end are looked for. Everything else that is stuck has its own time."""
-    reconcile_cut_off_seconds: float = Field(3600.0, gt=0, le=86_400)
+    reconcile_cut_off_seconds: float = Field(3600.0, gt=0, le=86_400, allow_inf_nan=False)
     """However often it was looked at in vain, what is stuck is looked at again so long after the last time, at most."""
-    retries_before_parking: int = 5
+    retries_before_parking: NonNegativeInt = 5
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6
     webhook_connections: PositiveInt = 3
@@ -104,7 +172,7 @@ class Settings(BaseSettings):
     http_port: Port = 8080
     worker_port: Port = 8081
     relay_port: Port = 8082
-    metrics_peers: dict[str, str] = {}
+    metrics_peers: dict[str, Address] = {}
     """name → base URL of the worker's and relay's own HTTP, whose metrics the HTTP process shows, too"""
 
     relay_slot: str = "payments_relay"
@@ -112,11 +180,12 @@ class Settings(BaseSettings):
     relay_source: Literal["wal", "poll"] = "wal"
     relay_native: bool = True
     """Whether the relay uses its compiled inner loop, where there is one; `False` has it all done in Python."""
-    outbox_retention_days: int = 14
-    inbox_retention_days: int = 35
+    outbox_retention_days: RetentionDays = 14
+    inbox_retention_days: RetentionDays = 35
     """How long applied webhooks are kept; Stripe, the most patient of the providers, sends one again for 30 days."""
-    outbox_days_ahead: int = 7
-    maintenance_interval_seconds: float = 3600.0
+    outbox_days_ahead: int = Field(7, ge=1, le=366)
+    """At least tomorrow: what finds no partition of its day is moved there later, under a lock that stops payments."""
+    maintenance_interval_seconds: Seconds = 3600.0
     log_json: bool = True
 
     @field_validator("postgres_url")
@@ -125,6 +194,14 @@ class Settings(BaseSettings):
         if not url.startswith("postgresql://"):
             # What is there is not repeated: it may hold a password.
             raise ValueError("is no database's URL; write it like postgresql://user:password@host:5432/payments")
+        return url
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_a_valkeys_url(cls, url: str) -> str:
+        if not url.startswith(("redis://", "rediss://", "unix://")):
+            # Nor is this repeated.
+            raise ValueError("is no Valkey's URL; write it like redis://:password@host:6379/0")
         return url
 
     @field_validator("kafka_bootstrap")
@@ -144,16 +221,40 @@ class Settings(BaseSettings):
         return name
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Self:
+    def _topics_differ(self) -> Self:
+        for one, other in combinations(("commands_topic", "events_topic", "dead_letter_topic"), 2):
+            if getattr(self, one) == getattr(self, other):
+                both = f"{_variable(one)} and {_variable(other)} are both {getattr(self, one)!r}"
+                raise ValueError(f"{both}; write a topic of its own for each")
+        return self
+
+    @model_validator(mode="after")
+    def _gateways_are_known(self) -> Self:
         if self.default_gateway not in self.gateways:
-            raise ValueError(f"default_gateway {self.default_gateway!r} is none of gateways {self.gateways}")
+            told = f"{_variable('default_gateway')} is {self.default_gateway!r}"
+            raise ValueError(f"{told}; write one of {_variable('gateways')}, which are {self.gateways}")
+        for name in ("gateway_concurrency", "gateway_questions_per_second", "amount_limits"):
+            if unknown := getattr(self, name).keys() - {*GATEWAYS_KNOWN, *self.gateways}:
+                known = ", ".join(GATEWAYS_KNOWN)
+                raise ValueError(f"{_variable(name)} names {_quoted(unknown)}; write one of {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _currencies_are_known(self) -> Self:
+        limited = {currency for by_currency in self.amount_limits.values() for currency in by_currency}
+        for name, currencies in (("currencies", set(self.currencies)), ("amount_limits", limited)):
+            if unknown := currencies - MINOR_UNITS.keys():
+                told = f"{_variable(name)} names {_quoted(unknown)}, which is not known here"
+                raise ValueError(f"{told}; write ISO 4217 codes like USD")
+        return self
+
+    @model_validator(mode="after")
+    def _times_fit_together(self) -> Self:
         if self.reconcile_interval_seconds > self.reconcile_cut_off_seconds:
-            raise ValueError("reconcile_interval_seconds is more than reconcile_cut_off_seconds")
+            raise ValueError(_too_long("reconcile_interval_seconds", "at most", "reconcile_cut_off_seconds"))
         if "stripe" in self.gateways and self.stripe_action_window_seconds >= self.review_pending_after_seconds:
             # What needs review is only asked about, so it would never be canceled.
-            raise ValueError("stripe_action_window_seconds is not less than review_pending_after_seconds")
-        if unknown := sorted(set(self.currencies) - set(MINOR_UNITS)):
-            raise ValueError(f"currencies: {', '.join(unknown)} are not known here")
+            raise ValueError(_too_long("stripe_action_window_seconds", "less than", "review_pending_after_seconds"))
         return self
 
     @cached_property

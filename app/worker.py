@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Final
 
+import asyncpg
 import structlog
 from faststream.kafka import KafkaBroker
 
@@ -29,6 +30,7 @@ from infra.postgres.store import PostgresStore, create_pool
 
 log = structlog.get_logger(__name__)
 
+STARTING: Final = "starting"
 STARTS_WITHIN: Final = 1.0
 """Seconds that a start may still take when it is told to stop; one that waits for others in its group takes longer."""
 LEAVES_WITHIN: Final = 5.0
@@ -46,6 +48,9 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tasks: list[asyncio.Task[None]] = []
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._broker: KafkaBroker | None = None
+        self._reader: SkippingReader | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish what is under way and leave.
@@ -77,17 +82,21 @@ class Worker:
 
     async def _check_loops(self) -> str | None:
         if not self._tasks:
-            return "starting"
+            return STARTING
         return "a loop has ended" if any(task.done() for task in self._tasks) else None
 
     async def _check_postgres(self) -> str | None:
-        return await schema_trouble(self._pool)
+        return STARTING if self._pool is None else await schema_trouble(self._pool)
 
     async def _check_reading(self) -> str | None:
+        if self._reader is None:
+            return STARTING
         silence = time.monotonic() - self._reader.read_at
         return f"no command was read or asked for in {silence:.0f} s" if silence > READING_SECONDS else None
 
     async def _check_kafka(self) -> str | None:
+        if self._broker is None:
+            return STARTING
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
 
     async def _is_started(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
@@ -112,9 +121,9 @@ class Worker:
         metrics.expect(gateways)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
-        self._pool = await create_pool(settings.postgres_url, size=settings.store_connections)
-        stack.push_async_callback(self._pool.close)
-        store = PostgresStore(self._pool)
+        self._pool = pool = await create_pool(settings.postgres_url, size=settings.store_connections)
+        stack.push_async_callback(pool.close)
+        store = PostgresStore(pool)
         redis = wiring.connect_redis(settings)
         stack.push_async_callback(redis.aclose)
         rules = wiring.create_rules(settings, gateways)
@@ -132,7 +141,7 @@ class Worker:
             lease=rules.retry.lease,
             interval_seconds=settings.sweep_interval_seconds,
         )
-        self._heeder = Heeder(inbox=PostgresInbox(self._pool), write_path=write_path, submit=self._dispatcher.submit)
+        self._heeder = Heeder(inbox=PostgresInbox(pool), write_path=write_path, submit=self._dispatcher.submit)
         reconciler = Reconciler(
             store=store,
             asker=Asker(gateways, paces),
@@ -150,10 +159,8 @@ class Worker:
             backlog=self._backlog,
             retries_before_parking=settings.retries_before_parking,
         )
-        self._broker = KafkaBroker(settings.kafka_bootstrap, logger=logging.getLogger("faststream"))
-        subscriber = self._consumer.subscribe(
-            self._broker, topic=settings.commands_topic, group_id=settings.consumer_group
-        )
+        self._broker = broker = KafkaBroker(settings.kafka_bootstrap, logger=logging.getLogger("faststream"))
+        subscriber = self._consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
         self._spawn(
             self._settler.run(),
             leases.run(),
@@ -165,7 +172,7 @@ class Worker:
             reconciler.watch(),
             listen(settings.postgres_url, self._heeder.arrived.set),
         )
-        await self._broker.start()
+        await broker.start()
         self._reader = SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
@@ -188,6 +195,7 @@ class Worker:
         await self._settler.drain(DRAIN_SECONDS)
 
     async def _leave_kafka(self) -> None:
+        assert self._broker is not None, "what works has its broker"
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVES_WITHIN):
                 await self._consumer.close()

@@ -165,6 +165,7 @@ class Draft:
                 fingerprint=command.fingerprint,
                 operation_number=operation.number if operation else None,
                 amount_minor=command.amount_minor if isinstance(command, Command) else None,
+                currency=command.currency or self.payment.currency,
                 rejection=rejection,
                 replays_due=operation.replays_due if operation else 0,
                 traceparent=command.traceparent,
@@ -193,6 +194,7 @@ class Draft:
             idempotency_key=None,
             fingerprint=None,
             snapshot=self.payment.snapshot(),
+            currency=self.payment.currency,
         )
 
     def book(self, kind: OperationKind, amount: int) -> None:

@@ -94,7 +94,8 @@ class Event(NamedTuple):
     """One thing that happened to a payment, mostly because of one command; a dispute, or what somebody did in the
     provider's pages, names none.
 
-    `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move.
+    `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move, and
+    `currency` that amount's: of a refused command its own where it named one, otherwise the payment's.
     `operation_number` is None for a rejection that left no operation behind, and for a dispute.
     `told_before` is how the operation of a late success had ended. `owed_minor` is what must be returned of a success,
     since another attempt of the payment was paid, too. `evidence` is there where a person decided, not the provider.
@@ -110,6 +111,7 @@ class Event(NamedTuple):
     snapshot: PaymentSnapshot
     operation_number: int | None = None
     amount_minor: int | None = None
+    currency: str | None = None
     reference: str | None = None
     rejection: Rejection | None = None
     decline_reason: DeclineReason | None = None

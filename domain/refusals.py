@@ -125,8 +125,11 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     amount = amount_of(command, payment)
     if payment.own_captured_minor == 0:
         return _invalid_state(payment, "nothing was captured, so there is nothing to refund; void it instead")
-    if amount > left or left <= 0:
-        message = f"{amount} is more than the {max(left, 0)} minor units that can still be refunded"
+    if left <= 0:
+        message = f"the payment is {payment.status}: nothing is left to refund"
+        return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
+    if amount > left:
+        message = f"{amount} is more than the {left} minor units that can still be refunded"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
     if amount < payment.own_kept_minor and not rules.gateways[payment.gateway or ""].partial_refund:
         return _unsupported(f"gateway {payment.gateway} cannot refund in part", "amount_minor")

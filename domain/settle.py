@@ -26,6 +26,7 @@ from domain.operations import (
     Unreachable,
 )
 from domain.payment import Payment
+from domain.requests import OPENING
 
 SUCCESS_EVENTS: Final = {
     OperationKind.AUTHORIZE: EventKind.AUTHORIZED,
@@ -34,6 +35,16 @@ SUCCESS_EVENTS: Final = {
     OperationKind.VOID: EventKind.VOIDED,
     OperationKind.REFUND: EventKind.REFUNDED,
 }
+ENDINGS: Final = {
+    kind: (
+        success,
+        EventKind.DECLINED,
+        *((EventKind.EXPIRED,) if kind in OPENING else ()),
+        EventKind.COMMAND_REJECTED,
+    )
+    for kind, success in SUCCESS_EVENTS.items()
+}
+"""The events that may end a command of each kind, of which it gets exactly one."""
 
 
 def settle(draft: Draft, answer: Answer) -> None:
@@ -47,7 +58,7 @@ def settle(draft: Draft, answer: Answer) -> None:
 
 def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None:
     match outcome:
-        case Succeeded(amount_minor=moved) if moved is not None and moved != operation.amount_minor:
+        case Succeeded() | Expired() if _is_no_answer(operation, outcome):
             review(draft, operation, outcome.reference)
         case Succeeded() if operation.kind is OperationKind.VOID and _cancels_unpaid(draft):
             _cancel_unpaid(draft, operation, outcome)
@@ -73,6 +84,14 @@ def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None
             _doubt(draft, operation)
         case _:
             assert_never(outcome)
+
+
+def _is_no_answer(operation: Operation, outcome: Succeeded | Expired) -> bool:
+    """Whether it says neither yes nor no to what was asked: another amount was moved, or a window of the payer's has
+    closed, of what no payer is waited for."""
+    if isinstance(outcome, Expired):
+        return operation.kind not in OPENING
+    return outcome.amount_minor not in (None, operation.amount_minor)
 
 
 def fits(draft: Draft, operation: Operation) -> bool:
@@ -204,7 +223,6 @@ def _expire(draft: Draft, operation: Operation, outcome: Expired) -> None:
         # Our own void's doing, told before the void's answer.
         _decline(draft, operation, Declined(DeclineReason.CANCELED, outcome.code, outcome.reference))
         return
-    draft.release_reservation(operation.kind)
     draft.finish(operation, OperationState.EXPIRED, outcome.reference)
     draft.payment.status = PaymentStatus.EXPIRED
     draft.publish(EventKind.EXPIRED, operation, reference=outcome.reference)

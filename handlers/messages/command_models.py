@@ -217,7 +217,7 @@ class PartOfPayment(_WireCommand):
 
 class ChargePayment(NewPayment):
     """Authorize and capture in one step. Ends in
-    `payment.captured.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    `payment.captured.v1`, `payment.declined.v1`, `payment.expired.v1` or `payment.command_rejected.v1`.
     """
 
     kind: ClassVar = OperationKind.CHARGE
@@ -226,7 +226,7 @@ class ChargePayment(NewPayment):
 
 class AuthorizePayment(NewPayment):
     """Reserve an amount for a later capture. Ends in
-    `payment.authorized.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
+    `payment.authorized.v1`, `payment.declined.v1`, `payment.expired.v1` or `payment.command_rejected.v1`.
     """
 
     kind: ClassVar = OperationKind.AUTHORIZE

@@ -49,7 +49,7 @@ def read_command(value: bytes | None, traceparent: str | None) -> AnyCommand:
     Raises:
         MessageUnreadable: no known type or no usable payment id; its reason is a `DeadLetterReason`.
     """
-    if value is None:
+    if not value:
         raise MessageUnreadable(DeadLetterReason.EMPTY, "the message has no value")
     if len(value) > COMMAND_BYTES_MAX:
         raise MessageUnreadable(DeadLetterReason.TOO_LARGE, f"{len(value)} bytes; at most {COMMAND_BYTES_MAX} are read")
@@ -103,6 +103,7 @@ def _unacceptable(doubtful: DoubtfulCommand, problems: Problems, traceparent: st
         content=doubtful.text,
         fingerprint=sha256(doubtful.text.encode()).digest(),
         rejection=rejection(problems),
+        currency=None if "currency" in problems else doubtful.currency,
         traceparent=traceparent,
     )
 

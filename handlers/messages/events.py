@@ -87,7 +87,10 @@ class _WireEvent(_Wire):
         int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
     ]
     amount_minor: Annotated[int | None, Field(description="What the operation moved or asked to move, in minor units.")]
-    currency: Annotated[str | None, Field(description="ISO 4217.")]
+    currency: Annotated[
+        str | None,
+        Field(description="ISO 4217. Of a refused command its own where it named one; otherwise the payment's."),
+    ]
     provider_reference: Annotated[str | None, Field(description="The provider's id of the operation.")]
     replayed: Annotated[
         bool, Field(description="True: this repeats an earlier result for one more delivery of its command.")
@@ -316,7 +319,7 @@ def write_event(event: Event, event_id: UUID) -> str:
         "idempotency_key": event.idempotency_key,
         "operation_number": event.operation_number,
         "amount_minor": event.amount_minor,
-        "currency": snapshot.currency,
+        "currency": event.currency,
         "provider_reference": event.reference,
         "replayed": False,
         **_particulars(event),

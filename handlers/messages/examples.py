@@ -96,6 +96,7 @@ def _example(kind: EventKind, command: OperationKind, key: str, snapshot: Paymen
         idempotency_key=key,
         fingerprint=sha256(key.encode()).digest(),
         snapshot=snapshot,
+        currency=snapshot.currency,
         **given,
     )
 

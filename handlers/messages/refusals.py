@@ -62,6 +62,8 @@ class DoubtfulCommand:
     type: str
     payment_id: UUID
     idempotency_key: str | None
+    currency: Any
+    """As it was given."""
     text: str
     problems: Problems
 
@@ -120,6 +122,7 @@ def look_again(value: bytes) -> DoubtfulCommand:
         type=type_,
         payment_id=payment_id,
         idempotency_key=None if "idempotency_key" in problems else _usable_key(known.get("idempotency_key")),
+        currency=known.get("currency"),
         text=_storable_text(known, problems),
         problems=problems,
     )

@@ -1,6 +1,7 @@
 """The AsyncAPI document in the repository is generated, complete, valid and true to the parser."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from domain.commands import Command
+from domain.settle import ENDINGS
 from handlers.messages.asyncapi import (
     COMMANDS_TOPIC,
     DEAD_LETTER,
@@ -19,7 +21,7 @@ from handlers.messages.asyncapi import (
 )
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
-from handlers.messages.events import EVENT_MODELS, read_event
+from handlers.messages.events import EVENT_MODELS, event_type, read_event
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "asyncapi"
@@ -64,6 +66,13 @@ def test_a_message_is_one_object_of_its_own_type(document: dict[str, Any], type_
     reference = document["components"]["messages"][type_]["payload"]["$ref"]
     schema = document["components"]["schemas"][reference.rsplit("/", 1)[1]]
     assert (schema["type"], schema["properties"]["type"]["const"]) == ("object", type_)
+
+
+@pytest.mark.parametrize("type_", COMMAND_MODELS)
+def test_a_command_names_every_event_that_may_end_it(document: dict[str, Any], type_: str) -> None:
+    model = COMMAND_MODELS[type_]
+    named = re.findall(r"`([\w.]+)`", document["components"]["schemas"][model.__name__]["description"])
+    assert named == [event_type(kind) for kind in ENDINGS[model.kind]]
 
 
 def test_every_example_of_a_command_is_accepted(document: dict[str, Any]) -> None:

@@ -550,5 +550,8 @@ def test_settings_that_cannot_work_are_a_message_before_anything_starts(tmp_data
     for command in ("up", "worker", "relay"):
         done = run(command, data_dir=tmp_data_dir, PAYMENTS_GATEWAYS='["nonsense"]')
         assert done.returncode == 1
-        assert "default_gateway 'stripe' is none of gateways ['nonsense']" in done.stderr
+        assert (
+            "PAYMENTS_DEFAULT_GATEWAY is 'stripe'; write one of PAYMENTS_GATEWAYS, which are ['nonsense']"
+            in done.stderr
+        )
         assert "Traceback" not in done.stderr

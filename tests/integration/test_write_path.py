@@ -41,6 +41,28 @@ class Hint:
         return self._are_new
 
 
+async def test_a_refused_amount_is_told_in_the_commands_own_currency_and_repeated_as_it_was(postgres_url: str) -> None:
+    payment_id, key = new_payment_id(), "in yen"
+    refused = [
+        delivery(kind, payment_id, f"{kind} in dollars", amount_minor=5_000, currency="USD")
+        for kind in ("refund", "capture", "charge")
+    ]
+    async with running_worker(postgres_url, BookkeepingGateway()) as worker:
+        await worker.accept(delivery("charge", payment_id, key, amount_minor=5_000, currency="JPY"))
+        await worker.idle()
+        await worker.accept(*refused)
+        await worker.accept(*refused, delivery("refund", payment_id, "too much", amount_minor=5_001))
+        await worker.idle()
+    events = [each for each in await events_of(postgres_url, payment_id) if each["idempotency_key"] != key]
+    told = [(each["reason"], each["currency"], each["payment"]["currency"]) for each in events]
+    once = [("currency_mismatch", "USD", "JPY")] * 2 + [("payment_already_exists", "USD", "JPY")]
+    assert sorted(told) == sorted([*once, *once, ("amount_exceeds_refundable", "JPY", "JPY")])
+    originals = {each["event_id"]: each for each in events if not each["replayed"]}
+    for replay in (each for each in events if each["replayed"]):
+        marks = {name: replay[name] for name in ("event_id", "original_event_id", "replayed")}
+        assert replay == originals[replay["original_event_id"]] | marks
+
+
 @pytest.mark.parametrize("are_new", [True, False], ids=["old keys seem new", "new keys seem old"])
 async def test_a_wrong_hint_changes_no_result(postgres_url: str, are_new: bool) -> None:
     gateway, payment_id, other = BookkeepingGateway(), new_payment_id(), new_payment_id()

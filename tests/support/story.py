@@ -16,6 +16,7 @@ from domain.operations import GatewayRequest, NotExecuted, Operation, OperationS
 from domain.payment import Payment
 from domain.requests import gateway_request
 from domain.rules import Rules
+from domain.settle import ENDINGS
 from handlers.messages.commands import command_from_content
 from tests.support.service import delivery, rules
 
@@ -141,6 +142,7 @@ class Story:
         results = {event.operation_number: event for event in decision.events if isinstance(event, Event)}
         for event in decision.events:
             if isinstance(event, Event):
+                assert not event.is_final or (event.command and event.kind in ENDINGS[event.command])
                 self.events.append(event)
             else:
                 self.replays.append(event)

@@ -15,6 +15,7 @@ from domain.events import Event, EventKind
 from domain.operations import (
     Declined,
     DeclineReason,
+    Expired,
     NotExecuted,
     OperationState,
     Outcome,
@@ -24,6 +25,8 @@ from domain.operations import (
     Unknown,
     Unreachable,
 )
+from domain.requests import OPENING
+from domain.settle import ENDINGS
 from tests.support.provider import CAPABILITIES
 from tests.support.service import QUICK_RETRY, delivery, new_payment_id, rules
 from tests.support.story import START, Story
@@ -160,6 +163,38 @@ def test_a_command_that_does_not_fit_its_payment_is_refused_and_names_the_field(
     decision = story.send(kind, "tested", **fields)
     assert _rejection(story) == (reason, (field,))
     assert (decision.requests, decision.transfers) == ([], [])
+
+
+@pytest.mark.parametrize("amount", [None, 1])
+def test_where_nothing_is_left_a_refusal_says_so_and_not_how_much_nothing_is(amount: int | None) -> None:
+    for state, kind, reason in ((refunded, "refund", TOO_MUCH), (captured, "capture", STATE)):
+        story = told(state)
+        story.send(kind, "tested", **({} if amount is None else {"amount_minor": amount}))
+        assert story.last.rejection is not None
+        assert story.last.rejection.message.endswith(f"nothing is left to {kind}")
+        assert story.last.rejection.reason == reason
+
+
+OWN: dict[str, tuple[Callable[[Story], None], str, dict[str, Any], str | None]] = {
+    "another one's": (captured, "refund", {"amount_minor": 5_000, "currency": "JPY"}, "JPY"),
+    "the payment's": (captured, "refund", {"amount_minor": 10_001, "currency": "USD"}, "USD"),
+    "none": (captured, "refund", {"amount_minor": 10_001}, "USD"),
+    "none, of no payment": (nothing, "refund", {"amount_minor": 10_001}, None),
+    "that of a new payment": (nothing, "charge", {"currency": "JPY", "gateway": "nobody"}, "JPY"),
+    "that of a payment that exists": (captured, "charge", {"currency": "JPY"}, "JPY"),
+    "another one's under the same key": (captured, "charge", {"currency": "JPY", "key": "first"}, "JPY"),
+    "unreadable": (captured, "charge", {"currency": "JPY!", "amount_minor": 1}, "USD"),
+    "another one's, beside what is unreadable": (captured, "charge", {"currency": "JPY", "metadata": 1}, "JPY"),
+}
+
+
+@pytest.mark.parametrize("named", OWN)
+def test_a_refused_command_is_told_with_the_currency_that_it_named_and_otherwise_the_payments(named: str) -> None:
+    state, kind, fields, currency = OWN[named]
+    story = told(state)
+    story.send(kind, **{"key": "tested"} | fields)
+    assert (story.last.kind, story.last.currency) == ("command_rejected", currency)
+    assert story.last.snapshot.currency == (None if state is nothing else "USD")
 
 
 @pytest.mark.parametrize(
@@ -615,3 +650,47 @@ def test_a_doubt_that_a_sweep_began_is_announced_when_the_next_answer_is_lost_to
     first = decide(payment, lost, now=START, rules=rules())
     assert [event.kind for event in first.events if isinstance(event, Event)] == [EventKind.PENDING]
     assert decide(first.payment, lost, now=START, rules=rules()).events == []
+
+
+# --- how a command ends -----------------------------------------------------------------------------------------------
+
+
+BEFORE: dict[OperationKind, Callable[[Story], None]] = {
+    OperationKind.AUTHORIZE: nothing,
+    OperationKind.CHARGE: nothing,
+    OperationKind.CAPTURE: authorized,
+    OperationKind.VOID: authorized,
+    OperationKind.REFUND: captured,
+}
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+def test_a_command_may_end_in_just_the_events_that_its_kind_is_said_to_end_in(kind: OperationKind) -> None:
+    ends = set()
+    for outcome in (
+        None,
+        NO,
+        Expired("ref"),
+        NotExecuted("refused"),
+        Pending("ref"),
+        Unknown(),
+        RequiresAction("r", ""),
+    ):
+        story = told(BEFORE[kind])
+        story.send(kind, "tested")
+        story.answer(outcome)
+        ends |= {story.last.kind} if story.last.is_final else set()
+    assert ends == set(ENDINGS[kind])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind not in OPENING])
+def test_what_needs_no_payer_does_not_expire_and_is_asked_about_until_its_provider_says_what_it_means(
+    kind: OperationKind,
+) -> None:
+    story = told(BEFORE[kind])
+    story.send(kind, "tested")
+    story.answer(Expired("ref"))
+    assert (story.last.kind, story.last.snapshot.status) == ("needs_review", story.events[0].snapshot.status)
+    story.claim()
+    story.answer()
+    assert story.last.kind == ENDINGS[kind][0]

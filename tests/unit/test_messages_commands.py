@@ -264,8 +264,9 @@ def test_a_repeated_unknown_field_is_ignored() -> None:
     ("value", "reason"),
     [
         (None, DeadLetterReason.EMPTY),
-        (b"", DeadLetterReason.NOT_JSON),
+        (b"", DeadLetterReason.EMPTY),
         (b" " * (COMMAND_BYTES_MAX + 1), DeadLetterReason.TOO_LARGE),
+        (b" ", DeadLetterReason.NOT_JSON),
         (b"\xff\xfe{}", DeadLetterReason.NOT_UTF8),
         (b"\xef\xbb\xbf{}", DeadLetterReason.NOT_JSON),
         (b"{", DeadLetterReason.NOT_JSON),

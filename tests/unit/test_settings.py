@@ -3,10 +3,13 @@
 from datetime import timedelta
 
 import pytest
+import typer
 from pydantic import ValidationError
 
+from app.command_line import read_settings
 from app.processes import relay_config
-from app.settings import Settings
+from app.settings import GATEWAYS_KNOWN, Settings
+from app.wiring import GATEWAYS
 
 
 @pytest.mark.parametrize("name", ["Payments-Relay", "", "a" * 64, "relay\n", "rélay"])
@@ -23,7 +26,9 @@ def test_what_is_stuck_is_looked_at_every_five_minutes_and_an_hour_behind_at_mos
 
 
 def test_rounds_that_are_further_apart_than_the_cut_off_are_refused() -> None:
-    with pytest.raises(ValidationError, match="reconcile_interval_seconds is more than reconcile_cut_off_seconds"):
+    with pytest.raises(
+        ValidationError, match="RECONCILE_INTERVAL_SECONDS is too long; write at most PAYMENTS_RECONCILE_CUT_OFF"
+    ):
         Settings(reconcile_interval_seconds=601, reconcile_cut_off_seconds=600)
 
 
@@ -42,7 +47,9 @@ def test_a_payer_at_stripe_has_a_day_unless_told_otherwise_and_less_than_the_dea
     for seconds in (1_799, 7 * 86_400):
         with pytest.raises(ValidationError, match="stripe_action_window_seconds"):
             Settings(stripe_action_window_seconds=seconds)
-    with pytest.raises(ValidationError, match="is not less than review_pending_after_seconds"):
+    with pytest.raises(
+        ValidationError, match="WINDOW_SECONDS is too long; write less than PAYMENTS_REVIEW_PENDING_AFTER_SECONDS"
+    ):
         Settings(stripe_action_window_seconds=7_200, review_pending_after_seconds=7_200)
     others = Settings(gateways=["momo"], default_gateway="momo", review_pending_after_seconds=7_200)
     assert others.review_pending_after_seconds == 7_200
@@ -77,3 +84,106 @@ def test_a_relay_is_kept_from_its_compiled_loop_by_the_environment_alone(monkeyp
     assert relay_config(Settings()).is_native
     monkeypatch.setenv("PAYMENTS_RELAY_NATIVE", "false")
     assert not relay_config(Settings()).is_native
+
+
+# --- what would stop a gateway, or endanger what is kept --------------------------------------------------------------
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: str) -> str:
+    """What the operator reads."""
+    for name, value in environment.items():
+        monkeypatch.setenv(f"PAYMENTS_{name.upper()}", value)
+    with pytest.raises(typer.Exit):
+        read_settings()
+    return capsys.readouterr().err
+
+
+NUMBERS = {
+    name
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+}
+NONE_IS_ENOUGH = {
+    "give_up_after_seconds",
+    "instant_gateway_latency_ms",
+    "retries_before_parking",
+    "review_after_seconds",
+    "vnpay_question_interval_seconds",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_no_number_is_less_than_nothing_nor_beyond_all_bounds_and_few_are_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for value in ("-1", "inf", "nan", *([] if name in NONE_IS_ENOUGH else ["0"])):
+        assert f"  PAYMENTS_{name.upper()}: Input should be " in refusal(monkeypatch, capsys, **{name: value})
+
+
+@pytest.mark.parametrize("name", sorted(NONE_IS_ENOUGH))
+def test_what_may_be_nothing_is_taken(name: str) -> None:
+    assert getattr(Settings(**{name: 0}), name) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(each for each in NUMBERS if each.endswith("_seconds")))
+def test_a_time_that_no_calendar_holds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert f"PAYMENTS_{name.upper()}: Input should be less" in refusal(monkeypatch, capsys, **{name: "1e12"})
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "1000000"])
+@pytest.mark.parametrize("name", ["outbox_retention_days", "inbox_retention_days", "outbox_days_ahead"])
+def test_todays_rows_are_kept_and_tomorrows_have_a_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, days: str
+) -> None:
+    assert f"PAYMENTS_{name.upper()}: Input should be" in refusal(monkeypatch, capsys, **{name: days})
+    assert getattr(Settings(**{name: 1}), name) == 1  # type: ignore[arg-type]
+
+
+REFUSED: list[tuple[str, str, str]] = [
+    ("gateway_concurrency", '{"stripe": 0}', "PAYMENTS_GATEWAY_CONCURRENCY__STRIPE: Input should be greater than 0"),
+    ("gateway_concurrency__stripe", "0", "PAYMENTS_GATEWAY_CONCURRENCY__STRIPE: Input should be greater than 0"),
+    ("gateway_questions_per_second", '{"stripe": 0}', "SECOND__STRIPE: Input should be greater than 0"),
+    ("gateway_concurrency", '{"strpe": 5}', "PAYMENTS_GATEWAY_CONCURRENCY names 'strpe'; write one of instant, momo,"),
+    ("gateway_questions_per_second", '{"a": 5, "b": 5}', "PAYMENTS_GATEWAY_QUESTIONS_PER_SECOND names 'a', 'b'; write"),
+    ("amount_limits", '{"strpe": {}}', "PAYMENTS_AMOUNT_LIMITS names 'strpe'; write one of instant, momo, paypal"),
+    ("amount_limits", '{"stripe": {"usd": {}}}', "PAYMENTS_AMOUNT_LIMITS names 'usd', which is not known here"),
+    ("amount_limits", '{"stripe": {"USD": {"maximum": 5}}}', "LIMITS__STRIPE__USD: Value error, 'maximum' is no limit"),
+    ("amount_limits", '{"stripe": {"USD": {"maximum_minor": 0}}}', "minimum_minor is 1 and maximum_minor is 0; write"),
+    ("amount_limits", '{"stripe": {"USD": {"minimum_minor": -1}}}', "write two amounts, from 0, the greater one last"),
+    ("currencies", '["USD", "XXX"]', "PAYMENTS_CURRENCIES names 'XXX', which is not known here; write ISO 4217 codes"),
+    ("currencies", "[]", "PAYMENTS_CURRENCIES: List should have at least 1 item"),
+    ("gateways", "[]", "PAYMENTS_DEFAULT_GATEWAY is 'stripe'; write one of PAYMENTS_GATEWAYS, which are []"),
+    ("events_topic", "payments.commands", "PAYMENTS_COMMANDS_TOPIC and PAYMENTS_EVENTS_TOPIC are both 'payments.com"),
+    ("dead_letter_topic", "payments.commands", "PAYMENTS_COMMANDS_TOPIC and PAYMENTS_DEAD_LETTER_TOPIC are both"),
+    ("dead_letter_topic", "payments.events", "write a topic of its own for each"),
+    ("events_topic", "", "PAYMENTS_EVENTS_TOPIC: Value error, '' is no topic's name; write letters, digits"),
+    ("commands_topic", "pay ments", "PAYMENTS_COMMANDS_TOPIC: Value error, 'pay ments' is no topic's name"),
+    ("consumer_group", "", "PAYMENTS_CONSUMER_GROUP: String should have at least 1 character"),
+    ("redis_url", "127.0.0.1:6379", "PAYMENTS_REDIS_URL: Value error, is no Valkey's URL; write it like redis://"),
+    (
+        "stripe_api_base",
+        "api.stripe.com",
+        "PAYMENTS_STRIPE_API_BASE: Value error, is no address; write it like https://host",
+    ),
+    ("paypal_api_base", "api-m.paypal.com", "PAYMENTS_PAYPAL_API_BASE: Value error, is no address; write it like"),
+    ("vnpay_pay_url", "https:/pay", "PAYMENTS_VNPAY_PAY_URL: Value error, is no address; write it like"),
+    ("vnpay_api_url", "", "PAYMENTS_VNPAY_API_URL: Value error, is no address; write it like"),
+    ("momo_api_base", "ftp://momo.vn", "PAYMENTS_MOMO_API_BASE: Value error, is no address; write it like"),
+    ("metrics_peers", '{"worker": "worker:8081"}', "PAYMENTS_METRICS_PEERS__WORKER: Value error, is no address"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), REFUSED, ids=lambda value: value)
+def test_what_would_do_harm_later_is_refused_at_the_start_with_what_to_write(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, told: str
+) -> None:
+    assert told in refusal(monkeypatch, capsys, **{name: value})
+
+
+def test_what_is_set_for_a_gateway_that_is_not_in_use_waits_until_it_is() -> None:
+    assert set(GATEWAYS_KNOWN) == set(GATEWAYS)
+    limits = {"paypal": {"EUR": {"minimum_minor": 100, "maximum_minor": 100}}}
+    settings = Settings(gateway_concurrency={"paypal": 5}, amount_limits=limits)
+    assert (settings.concurrency_of("paypal"), settings.amount_limits["paypal"]["EUR"].maximum_minor) == (5, 100)
