@@ -21,6 +21,7 @@ from infra.relay.progress import request_repair
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import Quarantine, QuarantineDesk
 from infra.relay.replay import Replay, Selection
+from infra.relay.session import Session
 from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
 from tests.support.relay_source import also_plain
@@ -209,6 +210,10 @@ async def test_what_is_dropped_just_before_it_is_tried_is_not_published(
         await desk.drop([event.id.decode() for event in found], why="agreed")
         return found
 
+    async def not_yet(_: Session) -> None:
+        """The next event comes before the relay has seen that nothing is left of its payment."""
+
+    monkeypatch.setattr(Session, "_unblock", not_yet)
     monkeypatch.setattr(Quarantine, "due", due_and_dropped)
     async with running(config):
         await commit(config.postgres_url, [first, refused])
