@@ -143,5 +143,8 @@ def _lacks_schema(error: BaseException | None) -> bool:
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:
-    typer.secho(f"payments: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
+    """Say it on standard error, and end."""
+    from app.console import safe_lines
+
+    typer.secho(safe_lines(f"payments: {message}"), err=True, fg="red" if sys.stderr.isatty() else None)
     raise typer.Exit(code)

@@ -8,9 +8,9 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from rich.console import Console
 from rich.progress import Progress
 
+from app.console import new_console, safe_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
@@ -34,7 +34,7 @@ class DeadLetterDesk:
         self._log = DeadLetterLog(settings.kafka_bootstrap, settings.dead_letter_topic)
         self._postgres_url = settings.postgres_url
         self._topic = settings.dead_letter_topic
-        self._out = Console()
+        self._out = new_console()
 
     def list_letters(self, *, with_decided: bool, reason: str | None, limit: int, as_json: bool) -> int:
         """Print letters, oldest first.
@@ -151,7 +151,7 @@ class DeadLetterDesk:
                     return "decided"
                 await self._log.publish(letter, producer)
         except NotRetriable as error:
-            self._out.print(str(error), style="red", markup=False)
+            self._out.print(str(error), style="red")
             return "refused"
         return "published"
 
@@ -218,5 +218,4 @@ def _safe_text(value: bytes, length: int | None = None) -> str:
     text = value.decode(errors="backslashreplace")
     if holds_card_number(text):
         return REMOVED
-    safe = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:length])
-    return "".join(safe)[:length]
+    return safe_text(text[:length])[:length]

@@ -6,7 +6,6 @@ saves the answers through the write path.
 """
 
 import asyncio
-import json
 import signal
 import threading
 from collections import Counter
@@ -17,9 +16,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from rich.console import Console
-
 from app import wiring
+from app.console import new_console, print_json, safe_text
 from app.settings import Settings
 from domain.decision import Answer
 from domain.errors import GatewayError
@@ -69,16 +67,16 @@ def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_
     told = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
         lines = [{name: str(getattr(each, name)) for name in Found.__slots__} for each in told.found]
-        Console().print_json(json.dumps(lines))
+        print_json(lines)
     elif told.found or not told.left_out:
         _print(told.found, dry_run=dry_run)
     for line in told.left_out:
-        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+        new_console(to_stderr=True).print(line, soft_wrap=True)
     return int(told.ended_early)
 
 
 def _print(found: list[Found], *, dry_run: bool) -> None:
-    console = Console()
+    console = new_console()
     if not found:
         console.print("Nothing is open that is not being worked on.")
         return
@@ -86,7 +84,7 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
         age = f" for {each.age}" if each.age else ""
         told = f"{each.payment_id}  {each.operation} at {each.gateway}, {each.amount}, {each.state}{age}"
         for line in (told, f"    the provider says: {each.answer}"):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(safe_text(line), soft_wrap=True)
     console.print(
         "\nNothing was changed." if dry_run else "\nApplied. `payments show PAYMENT_ID` tells what became of one."
     )

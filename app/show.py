@@ -11,8 +11,10 @@ from uuid import UUID
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.client import minor_units
+from app.console import new_console, safe_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from domain.events import PaymentStatus
@@ -57,13 +59,13 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
 
     record, operations, events = asyncio.run(_with_repository(settings, read))
     if record is None:
-        Console(stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
+        new_console(to_stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
         return 1
     if as_json:
         facts = _facts(record) | {"operations": list(map(_operation_facts, operations))}
         print(json.dumps(facts | {"events": [json.loads(event.payload) for event in events]}, indent=2))
     else:
-        _print_payment(Console(), record, operations, events)
+        _print_payment(new_console(), record, operations, events)
     return 0
 
 
@@ -78,7 +80,7 @@ def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"payments": list(map(_facts, page.items)), "next_cursor": page.next_cursor}, indent=2))
     else:
-        _print_page(Console(), page)
+        _print_page(new_console(), page)
     return 0
 
 
@@ -167,9 +169,10 @@ def _print_payment(
     console: Console, record: PaymentRecord, operations: tuple[Operation, ...], events: tuple[OutboxRow, ...]
 ) -> None:
     payment = record.payment
-    console.print(f"payment [bold]{payment.payment_id}[/]  [bold]{payment.status}[/]", highlight=False, soft_wrap=True)
+    id_and_status = (str(payment.payment_id), "bold"), "  ", (payment.status.value, "bold")
+    console.print(Text.assemble("payment ", *id_and_status), soft_wrap=True)
     for name, value in _lines(record).items():
-        console.print(f"  {name:<12}{value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<12}{safe_text(value)}", soft_wrap=True)
     print_wide(console, _operations_table(payment, operations))
     print_wide(console, _events_table(events))
 
@@ -223,7 +226,7 @@ def _print_page(console: Console, page: Page) -> None:
         return
     print_wide(console, table_of(names, rows, whole=set(names)))
     if page.next_cursor:
-        console.print(f"More: the same command with --cursor {page.next_cursor}", highlight=False)
+        console.print(f"More: the same command with --cursor {page.next_cursor}", soft_wrap=True)
 
 
 def _money(minor: int, payment: Payment) -> str:

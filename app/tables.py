@@ -8,17 +8,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from app.console import safe_text
+
 WIDTH_MIN: Final = 160
 """Narrower, the ids would leave nothing to the rest."""
 
 
 def table_of(names: Iterable[str], rows: Iterable[Iterable[str]], *, whole: Set[str]) -> Table:
-    """Rows of cells under these names; the columns in `whole` are never broken."""
+    """Rows of cells under these names, whatever is in them; the columns in `whole` are never broken."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=name in whole, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(safe_text(cell)) for cell in row))
     return table
 
 

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from app.child import ChildFailed
 from app.command_line import advice_on
+from app.console import new_console, safe_lines, safe_text
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
@@ -17,29 +18,29 @@ from infra.local import LocalServerError
 
 def up_here(data_dir: Path) -> int:
     """Run everything until told to stop; the exit code."""
-    console = Console()
+    console = new_console()
     reporter = ConsoleReporter(console)
-    console.print(
-        f"[bold]payments[/] starts everything on this machine [dim](data and logs in {data_dir})[/]", soft_wrap=True
-    )
+    where = f"(data and logs in {safe_text(str(data_dir))})"
+    title = Text.assemble(("payments", "bold"), " starts everything on this machine ", (where, "dim"))
+    console.print(title, soft_wrap=True)
     try:
         with StackFile(data_dir) as stack_file:
             asyncio.run(_up(Installation(data_dir, stack_file, reporter), console, reporter))
     except AlreadyRunning as error:
-        console.print(already_running(error), highlight=False)
+        console.print(already_running(error), soft_wrap=True)
         return 1
     except ChildFailed as failure:
         reporter.child_failed(failure)
         return 1
     except LocalServerError as error:
-        console.print(f"[bold red]✗[/] {error}", highlight=False)
+        console.print(trouble(str(error)), soft_wrap=True)
         return 1
     except Exception as error:
         # A server of the environment's, for which we do not care.
         advice = advice_on(error)
         if advice is None:
             raise
-        console.print(f"[bold red]✗[/] {type(error).__name__}: {escape(str(error))}\n  {advice}", highlight=False)
+        console.print(trouble(f"{type(error).__name__}: {error}\n  {advice}"), soft_wrap=True)
         return 1
     finally:
         reporter.rest()
@@ -52,7 +53,8 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
 
     def on_ready() -> None:
         reporter.rest()
-        console.print(f"[bold green]Ready[/] after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n")
+        after = f" after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n"
+        console.print(Text.assemble(("Ready", "bold green"), after))
         show_addresses(console, installation.urls)
 
     await run_until_stopped(installation, on_ready)
@@ -70,16 +72,21 @@ def show_addresses(console: Console, urls: dict[str, str]) -> None:
         "try": "payments send charge --amount 12.50 --currency USD",
     }
     for name, value in lines.items():
-        console.print(f"  {name:<22}{value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<22}{value}", soft_wrap=True)
 
 
-def already_running(error: AlreadyRunning) -> str:
+def trouble(told: str) -> Text:
+    """What has gone wrong, marked as that."""
+    return Text.assemble(("✗", "bold red"), f" {safe_lines(told)}")
+
+
+def already_running(error: AlreadyRunning) -> Text:
     """What to tell somebody who starts a second one."""
     if error.stack is None:
-        return f"[bold red]✗[/] Another `payments` is just starting or stopping in {error.data_dir}. Wait for it."
+        return trouble(f"Another `payments` is just starting or stopping in {error.data_dir}. Wait for it.")
     where = error.stack.urls.get("http", "")
-    return (
-        f"[bold red]✗[/] Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
+    return trouble(
+        f"Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
         f"  Use it: payments send charge --amount 12.50 --currency USD\n"
         f"  Stop it: Ctrl-C in its terminal, or kill {error.stack.pid}"
     )

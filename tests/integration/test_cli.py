@@ -418,6 +418,25 @@ def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
     assert (code, told["idempotency_key"]) == (3, key), "a program can ask again"
 
 
+def test_the_advice_to_ask_again_holds_the_key_as_it_was_given(up: Up) -> None:
+    key = f"refund {uuid.uuid4()}[a]:ticket:'"
+    done = up.run("send", *new_charge("--timeout", "0", "--idempotency-key", key))
+    assert f"idempotency key  {key}\n" in done.stdout
+    advice = next(line for line in done.stderr.splitlines() if "Ask again:" in line)
+    words = shlex.split(advice.partition(";")[0])
+    assert words[words.index("--idempotency-key") + 1] == key
+
+
+def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
+    order, customer = f"[/x]:ticket:{uuid.uuid4()}", f"[red]\x1b[2J{uuid.uuid4()}"
+    _, event = up.send(*new_charge("--order-id", order, "--customer-id", customer))
+    for told in (up.run("list", "--customer", customer), up.run("show", event["payment_id"])):
+        assert told.returncode == 0, told.stderr
+        assert order in told.stdout
+        assert "\x1b" not in told.stdout
+    assert customer.replace("\x1b", "\\x1b") in told.stdout
+
+
 def test_too_many_decimals_send_nothing(up: Up) -> None:
     done = up.run("send", "charge", "--amount", "12.505", "--currency", "USD")
     assert (done.returncode, done.stdout) == (1, "")
