@@ -301,8 +301,8 @@ def list_(
 @app.command()
 def reconcile(
     now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
-    payment: Annotated[str | None, typer.Option(help="Only of this payment.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only ask; change nothing.")] = False,
+    payment: Annotated[str | None, typer.Option(help="With --now: only of this payment. With --as: whose.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --now: only ask; change nothing.")] = False,
     day: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
     ] = None,
@@ -345,6 +345,10 @@ def reconcile(
         )
     if verdict is None and (operation, evidence, reference, amount) != (None, None, None, None):
         fail("--operation, --evidence, --reference and --amount go with --as")
+    if day is None and gateway is not None:
+        fail("--gateway goes with --day")
+    if day is not None and (payment is not None or dry_run):
+        fail("--payment and --dry-run go with --now: --day compares all of a day, and changes nothing")
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
     configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
     if day is not None:

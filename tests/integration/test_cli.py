@@ -221,9 +221,13 @@ def test_a_database_without_a_schema_says_to_migrate(
         (["--as", "succeeded", "--now"], "say --now"),
         (["--now", "--evidence", "seen"], "go with --as"),
         (["--now", "--amount", "5"], "go with --as"),
+        (["--now", "--gateway", "paypal"], "--gateway goes with --day"),
+        (["--as", "succeeded", "--gateway", "paypal"], "--gateway goes with --day"),
+        (["--day", "2026-01-31", "--payment", "p"], "go with --now"),
+        (["--day", "2026-01-31", "--dry-run"], "go with --now"),
     ],
 )
-def test_a_ruling_that_is_not_whole_says_what_is_missing(tmp_path: Path, given: list[str], advice: str) -> None:
+def test_options_of_reconcile_that_do_not_go_together_are_told(tmp_path: Path, given: list[str], advice: str) -> None:
     done = run("reconcile", *given, data_dir=tmp_path, PAYMENTS_POSTGRES_URL="postgresql://127.0.0.1:1/none")
     assert done.returncode == 1
     assert advice in done.stderr
