@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
+from datetime import UTC, datetime
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
@@ -99,13 +100,27 @@ class DeadLetterDesk:
             async for letter, _ in found:
                 yield letter
 
-    def retry(self, names: list[str], *, reason: str | None, dry_run: bool) -> int:
-        """Publish letters again; 1 if one of them could not be."""
+    def undecided(self, chosen: Chosen) -> Chosen:
+        """Those of them about which nobody has decided; of each other one it is told what was."""
+        for letter, decision in chosen.items():
+            if decision is not None:
+                why = f": {safe_text(decision.why)}" if decision.why else ""
+                self._out.print(f"{letter} was {decision.name} already{why} ({_time(decision.decided_at)})")
+        return {letter: decision for letter, decision in chosen.items() if decision is None}
+
+    def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:
+        """Publish letters again, what was decided about only if `again`; 1 if one of them could not be."""
         chosen = self.choose(names, reason=reason)
+        wanted = chosen if again else self.undecided(chosen)
+        left_alone = len(chosen) - len(wanted)
+        if left_alone:
+            self._out.print(f"{left_alone} left alone; --again publishes it all the same")
         if dry_run:
-            self._out.print(f"{len(chosen)} letters would be published again: {', '.join(map(str, chosen))}")
+            self._out.print(f"{len(wanted)} letters would be published again: {', '.join(map(str, wanted))}")
             return 0
-        return asyncio.run(self._retry_all(chosen, is_named=bool(names)))
+        if left_alone and not wanted:
+            return 1
+        return max(asyncio.run(self._retry_all(wanted, is_named=bool(names))), int(left_alone > 0))
 
     async def _retry_all(self, chosen: Chosen, *, is_named: bool) -> int:
         """One after the other, as they lie: a payment's letters keep their order."""
@@ -126,8 +141,11 @@ class DeadLetterDesk:
         self._out.print(
             f"{outcomes['published']} of {total} published again; `payments dlq list` shows what comes back"
         )
-        if outcomes["decided"]:
-            self._out.print(f"{outcomes['decided']} left alone: somebody else decided about them meanwhile")
+        self._tell_of_others(outcomes["decided"])
+
+    def _tell_of_others(self, count: int) -> None:
+        if count:
+            self._out.print(f"{count} left alone: somebody else decided about them meanwhile")
 
     async def _read(self, chosen: Chosen, *, is_named: bool) -> AsyncGenerator[Letter, None]:
         """The chosen letters, one in memory at a time; many are found fastest by reading the whole topic once."""
@@ -159,6 +177,7 @@ class DeadLetterDesk:
         """Note that nothing will be done about them."""
         dropped = asyncio.run(self._drop(chosen, why))
         self._out.print(f"{dropped} of {len(chosen)} dropped")
+        self._tell_of_others(len(chosen) - dropped)
         return 0
 
     async def _drop(self, chosen: Chosen, why: str) -> int:
@@ -194,7 +213,7 @@ class DeadLetterDesk:
 def _facts(letter: Letter, state: str) -> dict[str, Any]:
     return {
         "letter": str(letter.id),
-        "parked at": f"{letter.parked_at:%Y-%m-%d %H:%M:%S}",
+        "parked at": _time(letter.parked_at),
         "reason": _safe_text(letter.reason.encode(), SHOWN_BYTES),
         "key": _safe_text(letter.key or b"", SHOWN_BYTES),
         "from": _safe_text(":".join(map(str, letter.source or "?")).encode()),
@@ -202,6 +221,10 @@ def _facts(letter: Letter, state: str) -> dict[str, Any]:
         "begins": _safe_text(letter.value or b"", SHOWN_BYTES),
         "state": state,
     }
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def _known(reason: str | None) -> str | None:
