@@ -440,7 +440,7 @@ def migrate(
     Does nothing where they are what this version needs. With --to, only the schema: topics and partitions are made as
     the newest one needs them.
 
-    Example, back one step: payments migrate --down --to 0001
+    Example, back to the first revision, with all that later ones made dropped: payments migrate --down --to 0001
     """
     import asyncio
 
@@ -483,7 +483,8 @@ def asyncapi() -> None:
     Every message that the service reads and writes, with examples."""
     from handlers.messages.asyncapi import build_document
 
-    typer.echo(build_document(), nl=False)
+    with readable_errors():
+        typer.echo(build_document(), nl=False)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -103,10 +104,21 @@ def readable_errors() -> Iterator[None]:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
         advice = advice_on(error)
-        if advice is None:
+        if advice is not None:
+            fail(f"{told_error(error)}\n{advice}")
+        if not isinstance(error, OSError):
             raise
-        name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
-        fail(f"{told if told.startswith(name) else f'{name}: {told}'}\n{advice}")
+        fail(told_error(error))
+
+
+def told_error(error: Exception) -> str:
+    """An error in a line: what it is, and what it says."""
+    if isinstance(error, OSError) and not _is_of_a_server(error):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
+    if not told:
+        told = "no answer in time" if isinstance(error, TimeoutError) else "no more is known"
+    return told if told.startswith(name) else f"{name}: {told}"
 
 
 def advice_on(error: Exception) -> str | None:
@@ -127,9 +139,23 @@ def advice_on(error: Exception) -> str | None:
         return "The revisions are the numbers of the files in migrations/versions; `base` is an empty database."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
-    if isinstance(error, (OSError, asyncpg.PostgresError, psycopg.Error, SQLAlchemyError, StoreUnavailable)):
+    postgres_errors = (asyncpg.PostgresError, asyncpg.InterfaceError, psycopg.Error, SQLAlchemyError, StoreUnavailable)
+    if isinstance(error, postgres_errors) or _is_of_a_server(error):
         return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
     return None
+
+
+def _is_of_a_server(error: Exception) -> bool:
+    """Whether it comes of a connection, and not of a file."""
+    import socket
+    import ssl
+
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)):
+        return True
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    # Asyncio tells of several addresses at once without a number; a Unix socket that is not there has no name here.
+    return error.errno in (None, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOENT, errno.EACCES)
 
 
 def _lacks_schema(error: BaseException | None) -> bool:

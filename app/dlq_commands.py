@@ -47,7 +47,7 @@ def show_letter(letter: Annotated[str, typer.Argument(metavar="LETTER")], data_d
 
 
 @dlq.command("retry")
-def retry_letters(
+def retry_letters(  # noqa: PLR0917 - Typer passes by name
     letters: Names = None,
     everything: Everything = False,
     reason: Reason = None,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from app.child import ChildFailed
-from app.command_line import advice_on
+from app.command_line import advice_on, told_error
 from app.console import new_console, safe_lines, safe_text
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
@@ -36,11 +36,11 @@ def up_here(data_dir: Path) -> int:
         console.print(trouble(str(error)), soft_wrap=True)
         return 1
     except Exception as error:
-        # A server of the environment's, for which we do not care.
+        # A server of the environment's, for which we do not care, or the data folder.
         advice = advice_on(error)
-        if advice is None:
+        if advice is None and not isinstance(error, OSError):
             raise
-        console.print(trouble(f"{type(error).__name__}: {error}\n  {advice}"), soft_wrap=True)
+        console.print(trouble("\n  ".join(filter(None, (told_error(error), advice)))), soft_wrap=True)
         return 1
     finally:
         reporter.rest()

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.client import AmountUnusable, minor_units
+from app.command_line import advice_on, told_error
 from app.settings import Settings
 from app.show import Wanted, list_payments
 from app.wiring import ADDRESSES, CREDENTIALS
@@ -342,6 +343,40 @@ def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_
     done = run("dlq", "list", data_dir=tmp_path, **away)
     assert done.returncode == 1
     assert done.stderr.endswith("Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?\n")
+
+
+@pytest.mark.parametrize("command", [["gateways"], ["gateways", "--json"], ["asyncapi"]], ids=" ".join)
+def test_a_disk_that_is_full_is_no_trouble_of_postgres(tmp_path: Path, command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PAYMENTS, *command], cwd=ROOT, env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"payments: No space left on device\n")
+
+
+def test_a_file_in_the_place_of_the_data_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("up", data_dir=tmp_path / "file")
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"✗ {tmp_path}/file: File exists\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "is_of_a_server"),
+    [
+        (TimeoutError(), "TimeoutError: no answer in time", True),
+        (ConnectionRefusedError(111, "Connect call failed"), "ConnectionRefusedError: [Errno 111]", True),
+        (OSError("Multiple exceptions: …"), "OSError: Multiple exceptions", True),
+        (FileNotFoundError(2, "No such file or directory"), "FileNotFoundError: [Errno 2]", True),
+        (FileNotFoundError(2, "No such file or directory", "books"), "books: No such file or directory", False),
+        (OSError(28, "No space left on device"), "No space left on device", False),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
+)
+def test_only_an_error_of_a_connection_is_one_of_a_server(error: Exception, told: str, is_of_a_server: bool) -> None:
+    assert told_error(error).startswith(told)
+    assert (advice_on(error) is not None) is is_of_a_server
 
 
 def _answers(url: str) -> bool:
