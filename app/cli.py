@@ -18,6 +18,7 @@ from app.command_line import (
     default_data_dir,
     fail,
     find_settings,
+    no_nan,
     read_service_settings,
     read_settings,
     readable_errors,
@@ -71,7 +72,7 @@ IdempotencyKey = Annotated[
     typer.Option(help="Names this request: the same again moves nothing.", show_default="a new one"),
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
-Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]
+Timeout = Annotated[float, typer.Option(min=0, callback=no_nan, help="How many seconds to wait.")]
 
 
 # --- run it on this machine -------------------------------------------------------------------------------------------

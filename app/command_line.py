@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
 import errno
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -166,6 +167,13 @@ def _lacks_schema(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def no_nan(number: float) -> float:
+    """An option's number; nan, which is less than no bound, is wrong usage."""
+    if math.isnan(number):
+        raise typer.BadParameter("nan is no number.")
+    return number
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:

@@ -3,17 +3,20 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.text import Text
 
 from app.child import ChildFailed
-from app.command_line import advice_on, told_error
-from app.console import new_console, safe_lines, safe_text
+from app.command_line import advice_on, default_data_dir, told_error
+from app.console import new_console, safe_lines, safe_text, shell_word
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
 from infra.local import LocalServerError
+
+TO_TRY: Final = "payments send charge --amount 12.50 --currency USD"
 
 
 def up_here(data_dir: Path) -> int:
@@ -55,12 +58,12 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
         reporter.rest()
         after = f" after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n"
         console.print(Text.assemble(("Ready", "bold green"), after))
-        show_addresses(console, installation.urls)
+        show_addresses(console, installation.urls, installation.data_dir)
 
     await run_until_stopped(installation, on_ready)
 
 
-def show_addresses(console: Console, urls: dict[str, str]) -> None:
+def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> None:
     """Where to look, and what to try."""
     http = urls["http"]
     lines = {
@@ -69,10 +72,17 @@ def show_addresses(console: Console, urls: dict[str, str]) -> None:
         "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
         "Postgres": urls["postgres"],
-        "try": "payments send charge --amount 12.50 --currency USD",
+        "try": f"{TO_TRY}{told_folder(data_dir)}",
     }
     for name, value in lines.items():
         console.print(f"  {name:<22}{value}", soft_wrap=True)
+
+
+def told_folder(data_dir: Path) -> str:
+    """The option by which a command in another terminal finds what runs in this data folder."""
+    if data_dir.resolve() in (default_data_dir(), default_data_dir() / "demo"):
+        return ""
+    return f" --data-dir {shell_word(str(data_dir.resolve()))}"
 
 
 def trouble(told: str) -> Text:
@@ -87,6 +97,6 @@ def already_running(error: AlreadyRunning) -> Text:
     where = error.stack.urls.get("http", "")
     return trouble(
         f"Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
-        f"  Use it: payments send charge --amount 12.50 --currency USD\n"
+        f"  Use it: {TO_TRY}{told_folder(error.data_dir)}\n"
         f"  Stop it: Ctrl-C in its terminal, or kill {error.stack.pid}"
     )

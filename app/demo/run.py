@@ -26,7 +26,7 @@ from app.reporter import ConsoleReporter
 from app.settings import Settings
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import ALL_GATEWAYS, Installation, stop_on_signals
-from app.up_command import already_running, show_addresses, trouble
+from app.up_command import already_running, show_addresses, told_folder, trouble
 from infra.local import LocalServerError
 
 CRASH_AT: Final = 0.45
@@ -274,8 +274,9 @@ class Demo:
     def _show_addresses(self) -> None:
         payment = next(iter(self._tally.answers.values())).planned.payment_id
         self._screen.heading("Everything keeps running; Ctrl-C stops it")
-        show_addresses(self._screen.console, self._installation.urls)
-        self._screen.say(f"  {'look at a payment':<22}payments show {payment}")
+        data_dir = self._installation.data_dir
+        show_addresses(self._screen.console, self._installation.urls, data_dir)
+        self._screen.say(f"  {'look at a payment':<22}payments show {payment}{escape(told_folder(data_dir))}")
 
 
 def _check_books(books: Books) -> Iterator[Check]:

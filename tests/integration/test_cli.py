@@ -111,7 +111,17 @@ def new_charge(*more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("amount", "currency", "minor"),
-    [("12.50", "USD", 1250), ("12.5", "USD", 1250), ("1250", "JPY", 1250), ("0.001", "KWD", 1), ("0.07", "EUR", 7)],
+    [
+        ("12.50", "USD", 1250),
+        ("12.5", "USD", 1250),
+        ("1250", "JPY", 1250),
+        ("0.001", "KWD", 1),
+        ("0.07", "EUR", 7),
+        ("12.5000", "USD", 1250),
+        (".5", "USD", 50),
+        ("5.", "USD", 500),
+        ("9" * 18, "KWD", int("9" * 18 + "000")),
+    ],
 )
 def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor: int) -> None:
     assert minor_units(amount, currency) == minor
@@ -124,7 +134,14 @@ def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor
         ("1.5", "JPY", "JPY has no decimals"),
         ("0", "USD", "more than zero"),
         ("-3", "USD", "more than zero"),
-        ("NaN", "USD", "more than zero"),
+        ("NaN", "USD", "no amount"),
+        ("1e3", "USD", "no amount"),
+        ("1_0", "USD", "no amount"),
+        ("\u0665", "USD", "no amount"),
+        (" 1", "USD", "no amount"),
+        ("1.2.3", "USD", "no amount"),
+        (".", "USD", "no amount"),
+        ("12.500000000000000000000000000000001", "USD", "USD has 2 decimals"),
         ("twelve", "USD", "no amount"),
         ("1", "XXX", "not one of the currencies"),
     ],
@@ -232,6 +249,13 @@ def test_options_of_reconcile_that_do_not_go_together_are_told(tmp_path: Path, g
     done = run("reconcile", *given, data_dir=tmp_path, PAYMENTS_POSTGRES_URL="postgresql://127.0.0.1:1/none")
     assert done.returncode == 1
     assert advice in done.stderr
+
+
+def test_reconcile_logs_nothing_where_there_is_nothing_to_say(tmp_path: Path, postgres_url: str) -> None:
+    done = run(
+        "reconcile", "--now", "--dry-run", data_dir=tmp_path, **INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 SIGNING = {"PAYMENTS_STRIPE_WEBHOOK_SECRETS": '["whsec_cli"]', "PAYMENTS_PAYPAL_WEBHOOK_ID": "1JE"}
@@ -476,6 +500,13 @@ def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
     assert customer.replace("\x1b", "\\x1b") in told.stdout
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_a_wait_that_is_none_sends_nothing(up: Up, seconds: str) -> None:
+    done = up.run("send", *new_charge("--timeout", seconds))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--timeout" in done.stderr
+
+
 def test_too_many_decimals_send_nothing(up: Up) -> None:
     done = up.run("send", "charge", "--amount", "12.505", "--currency", "USD")
     assert (done.returncode, done.stdout) == (1, "")
@@ -546,6 +577,14 @@ def test_a_second_up_refuses_and_says_where_the_first_is(up: Up) -> None:
     assert done.returncode == 1
     assert str(up.process.pid) in done.stdout
     assert up.process.poll() is None
+
+
+def test_what_up_says_to_try_can_be_tried_in_another_terminal(up: Up) -> None:
+    told = (up.data_dir / "up.out").read_text() + up.run("up").stdout
+    hints = re.findall("(?:try|Use it:) +payments (send charge .*)", told)
+    assert len(hints) == 2
+    for each in hints:
+        assert shlex.split(each)[-2:] == ["--data-dir", str(up.data_dir)]
 
 
 def test_the_http_process_shows_all_processes(up: Up) -> None:
