@@ -266,7 +266,9 @@ def list_(
     currency: OptionalCurrency = None,
     amount_min: Annotated[str | None, typer.Option("--min", help="At least this amount; needs --currency.")] = None,
     amount_max: Annotated[str | None, typer.Option("--max", help="At most this amount; needs --currency.")] = None,
-    since: Annotated[str | None, typer.Option(help="Created since 2026-01-31, 2026-01-31T12:00:00Z, 2h ago.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Created since 2026-01-31 (in UTC), 2026-01-31T12:00:00Z, 2h (ago).")
+    ] = None,
     until: Annotated[str | None, typer.Option(help="Created before, written in the same way.")] = None,
     customer: Annotated[str | None, typer.Option(help="Of this customer; stands alone.")] = None,
     order: Annotated[str | None, typer.Option(help="For this order; stands alone.")] = None,

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,11 @@ def new_console(*, to_stderr: bool = False) -> Console:
 def print_json(value: Any) -> None:
     """Print one document for a program, in ASCII."""
     new_console().print_json(json.dumps(value), ensure_ascii=True)
+
+
+def told_time(moment: datetime) -> str:
+    """In UTC, to the second: `2026-01-31 12:00:00Z`."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def safe_text(text: str) -> str:

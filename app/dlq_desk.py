@@ -5,16 +5,16 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
-from datetime import UTC, datetime
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from rich.progress import Progress
 
-from app.console import new_console, safe_text
+from app.console import new_console, safe_text, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
+from handlers.messages.events import write_time
 from handlers.messages.refusals import DeadLetterReason
 from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
 from infra.postgres.letters import Decision, LetterDecisions
@@ -46,7 +46,7 @@ class DeadLetterDesk:
         found = asyncio.run(self._rows(with_decided=with_decided, reason=_known(reason), limit=limit + 1))
         rows = found[:limit]
         if as_json:
-            print(json.dumps(rows, indent=2))
+            print(json.dumps([row | {"parked_at": write_time(row["parked_at"])} for row in rows], indent=2))
             return 0
         self._print_table(rows)
         if len(found) > limit:
@@ -57,7 +57,9 @@ class DeadLetterDesk:
         if not rows:
             self._out.print("No dead letters.")
             return
-        print_wide(self._out, table_of(rows[0], (map(str, row.values()) for row in rows), whole={"letter", "key"}))
+        names = (name.replace("_", " ") for name in rows[0])
+        cells = ((row | {"parked_at": told_time(row["parked_at"])}).values() for row in rows)
+        print_wide(self._out, table_of(names, (map(str, each) for each in cells), whole={"letter", "key"}))
 
     def show(self, name: str) -> int:
         """Print one letter whole; card numbers are masked in the text and left out of the bytes."""
@@ -66,7 +68,7 @@ class DeadLetterDesk:
         text = _safe_text(value)
         facts = {
             "letter": str(letter.id),
-            "parked_at": letter.parked_at.isoformat(),
+            "parked_at": write_time(letter.parked_at),
             "key": _safe_text(letter.key or b""),
             **{name: _safe_text(fact.encode()) for name, fact in letter.facts.items()},
             "headers": [[_safe_text(header.encode()), _safe_text(each or b"")] for header, each in letter.headers],
@@ -105,7 +107,7 @@ class DeadLetterDesk:
         for letter, decision in chosen.items():
             if decision is not None:
                 why = f": {safe_text(decision.why)}" if decision.why else ""
-                self._out.print(f"{letter} was {decision.name} already{why} ({_time(decision.decided_at)})")
+                self._out.print(f"{letter} was {decision.name} already{why} ({told_time(decision.decided_at)})")
         return {letter: decision for letter, decision in chosen.items() if decision is None}
 
     def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:
@@ -213,7 +215,7 @@ class DeadLetterDesk:
 def _facts(letter: Letter, state: str) -> dict[str, Any]:
     return {
         "letter": str(letter.id),
-        "parked at": _time(letter.parked_at),
+        "parked_at": letter.parked_at,
         "reason": _safe_text(letter.reason.encode(), SHOWN_BYTES),
         "key": _safe_text(letter.key or b"", SHOWN_BYTES),
         "from": _safe_text(":".join(map(str, letter.source or "?")).encode()),
@@ -221,10 +223,6 @@ def _facts(letter: Letter, state: str) -> dict[str, Any]:
         "begins": _safe_text(letter.value or b"", SHOWN_BYTES),
         "state": state,
     }
-
-
-def _time(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def _known(reason: str | None) -> str | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.client import minor_units
-from app.console import new_console, safe_text
+from app.console import new_console, safe_text, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from domain.events import PaymentStatus
@@ -22,6 +22,7 @@ from domain.money import Money
 from domain.operations import Operation
 from domain.payment import Payment
 from domain.ports import OutboxRow
+from handlers.messages.events import write_time
 from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository, create_engine
 
 UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
@@ -121,15 +122,16 @@ def _bound(amount: str | None, currency: str | None) -> int | None:
 
 
 def moment(text: str | None) -> datetime | None:
-    """`2026-01-31`, `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`."""
+    """`2026-01-31` (its midnight), `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`. Without a zone, in UTC."""
     if text is None:
         return None
     if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
         return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
+        found = datetime.fromisoformat(text)
     except ValueError as error:
         raise FilterUnusable(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)") from error
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
@@ -152,8 +154,8 @@ def _facts(record: PaymentRecord) -> dict[str, Any]:
         **{name: getattr(payment, name) for name in names},
         "amount_minor": payment.amount_minor,
         **amounts,
-        "created_at": record.created_at.isoformat(),
-        "updated_at": record.updated_at.isoformat(),
+        "created_at": write_time(record.created_at),
+        "updated_at": write_time(record.updated_at),
     }
 
 
@@ -187,7 +189,7 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
         "gateway": " ".join(filter(None, (payment.gateway, payment.gateway_payment_id))),
         "order": payment.order_id or "",
         "customer": payment.customer_id or "",
-        "created": _time(record.created_at),
+        "created": told_time(record.created_at),
     }
     return {name: value for name, value in lines.items() if value}
 
@@ -219,7 +221,7 @@ def _print_page(console: Console, page: Page) -> None:
         payment = record.payment
         amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
         cells = (_money(minor, payment) if minor else "" for minor in amounts)
-        where = (payment.gateway or "", payment.order_id or "", _time(record.created_at))
+        where = (payment.gateway or "", payment.order_id or "", told_time(record.created_at))
         rows.append((str(payment.payment_id), payment.status, *cells, *where))
     if not rows:
         console.print("No payment matches.")
@@ -231,7 +233,3 @@ def _print_page(console: Console, page: Page) -> None:
 
 def _money(minor: int, payment: Payment) -> str:
     return str(Money(minor, payment.currency)) if payment.currency else str(minor)
-
-
-def _time(moment: datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

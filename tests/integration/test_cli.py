@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from app.cli import app
 from app.client import AmountUnusable, minor_units
 from app.command_line import advice_on, told_error
 from app.settings import Settings
-from app.show import Wanted, list_payments
+from app.show import Wanted, list_payments, moment
 from app.wiring import ADDRESSES, CREDENTIALS
 from infra.local.server import free_port
 
@@ -560,6 +561,30 @@ def test_a_filter_that_cannot_be_read_says_what_to_write(filters: dict[str, Any]
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Wanted))
     with pytest.raises(ValueError, match=advice):
         list_payments(Settings(), Wanted(**nothing | {"limit": 20} | filters), as_json=True)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_times_are_in_utc_wherever_the_terminal_is(up: Up, zone: str) -> None:
+    _, event = up.send(*new_charge())
+    shown = run("show", event["payment_id"], data_dir=up.data_dir, TZ=zone).stdout
+    facts = json.loads(run("show", event["payment_id"], "--json", data_dir=up.data_dir, TZ=zone).stdout)
+    created = re.search(r"created +(\S+ \S+Z)\n", shown)
+    assert created is not None, shown
+    assert facts["created_at"].endswith("Z")
+    happened_at = datetime.fromisoformat(event["occurred_at"])
+    for each in (created[1], facts["created_at"]):
+        assert abs(datetime.fromisoformat(each) - happened_at).total_seconds() < 60
+
+
+@pytest.mark.parametrize("text", ["2026-01-31", "2026-01-31T00:00:00", "2026-01-31T00:00Z", "2026-01-31T07:00+07:00"])
+def test_a_day_begins_at_midnight_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert moment(text) == datetime(2026, 1, 31, tzinfo=UTC)
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
 
 
 def test_a_cursor_that_is_none_is_told(up: Up) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -209,8 +210,12 @@ async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypa
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
     rows = json.loads(listed.output)
     assert {row["reason"] for row in rows} == {"not_utf8", "unknown_type", "not_json"}
+    assert all(re.fullmatch(r"20[0-9-]{8}T[0-9:.]+Z", row["parked_at"]) for row in rows)
     assert "4242424242424242" not in listed.output
-    assert "\x1b" not in (await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)).output
+    table = (await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)).output
+    assert "\x1b" not in table
+    assert "parked at" in table
+    assert re.search(r" 20[0-9-]{8} [0-9:]{8}Z ", table)
     name = next(row["letter"] for row in rows if row["key"] == "k1")
     shown = json.loads((await in_thread(payments_dlq, settings, "show", name, monkeypatch=monkeypatch)).output)
     assert bytes.fromhex(shown["hex"]) == UNREADABLE
