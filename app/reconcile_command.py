@@ -174,11 +174,13 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends this process as it stands."""
+    """An event that the first SIGINT or SIGTERM sets, and tells; the second ends this process as it stands."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
         stop.set()
+        told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
+        new_console(to_stderr=True).print(told, soft_wrap=True)
         for number in SIGNALS:
             loop.remove_signal_handler(number)
 

@@ -753,6 +753,10 @@ async def test_told_to_end_it_saves_what_is_under_way_and_gives_back_the_rest(
         while not await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased"):
             await asyncio.sleep(0.02)
         command.send_signal(number)
+        assert command.stderr is not None, "it is a pipe"
+        while not (line := await command.stderr.readline()).startswith(b"Ending: calls under way are waited for"):
+            assert line, "it ended without a word"
+        assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased"), "it is told at once"
         _, told = await command.communicate()
     assert command.returncode == 1
     states = "SELECT array_agg(DISTINCT state ORDER BY state) FROM operations"
