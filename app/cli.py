@@ -54,10 +54,11 @@ app.add_typer(dlq, name="dlq")
 PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
 KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]
 NewPayment = Annotated[str | None, typer.Option("--payment-id", help="A UUID of yours.", show_default="a new one")]
-Amount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
+Amount = Annotated[str | None, typer.Option(help="Like 12.50, of --currency.")]
+PartAmount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
 AmountMinor = Annotated[int | None, typer.Option(help="In minor units instead: 1250 is USD 12.50.")]
 Currency = Annotated[str, typer.Option(help="ISO 4217.")]
-OptionalCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
+SameCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
 PaymentMethod = Annotated[
     str, typer.Option(help="The provider's token. Try pm_card_visa_chargeDeclined, pm_sandbox_lost_answer.")
 ]
@@ -71,6 +72,7 @@ IdempotencyKey = Annotated[
     str | None,
     typer.Option(help="Names this request: the same again moves nothing.", show_default="a new one"),
 ]
+AsMessage = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
 Timeout = Annotated[float, typer.Option(min=0, callback=no_nan, help="How many seconds to wait.")]
 
@@ -133,7 +135,7 @@ def send_charge(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Take money now.
@@ -166,7 +168,7 @@ def send_authorize(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Reserve money, to be captured or voided later.
@@ -190,13 +192,13 @@ def send_authorize(
 @send.command("capture")
 def send_capture(
     payment_id: KnownPayment,
-    amount: Amount = None,
+    amount: PartAmount = None,
     amount_minor: AmountMinor = None,
-    currency: OptionalCurrency = None,
+    currency: SameCurrency = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Collect what was authorized; without an amount all of it.
@@ -215,7 +217,7 @@ def send_void(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Release what was authorized and not captured.
@@ -228,13 +230,13 @@ def send_void(
 @send.command("refund")
 def send_refund(
     payment_id: KnownPayment,
-    amount: Amount = None,
+    amount: PartAmount = None,
     amount_minor: AmountMinor = None,
-    currency: OptionalCurrency = None,
+    currency: SameCurrency = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Return captured money; without an amount all of it.
@@ -248,7 +250,7 @@ def send_refund(
 @app.command()
 def show(
     payment_id: PaymentArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """One payment: state, amounts, operations, events."""
@@ -263,7 +265,7 @@ def show(
 def list_(
     status: Annotated[str | None, typer.Option(help="Like captured, authorized, failed, processing.")] = None,
     gateway: Annotated[str | None, typer.Option(help="Like stripe.")] = None,
-    currency: OptionalCurrency = None,
+    currency: Annotated[str | None, typer.Option(help="Of this currency (ISO 4217).")] = None,
     amount_min: Annotated[str | None, typer.Option("--min", help="At least this amount; needs --currency.")] = None,
     amount_max: Annotated[str | None, typer.Option("--max", help="At most this amount; needs --currency.")] = None,
     since: Annotated[
@@ -274,7 +276,7 @@ def list_(
     order: Annotated[str | None, typer.Option(help="For this order; stands alone.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Payments, newest first.

@@ -25,7 +25,7 @@ DataDir = Annotated[
 UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 """Postgres' codes for a table, column, type or function that is not there."""
 
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def find_settings(data_dir: Path | None, *, needs: str, or_defaults: bool = False) -> "Settings":
@@ -89,7 +89,8 @@ def _not_json(told: str) -> str:
 def _complaints(error: "ValidationError") -> Iterator[str]:
     for each in error.errors(include_input=False, include_url=False):
         name = "__".join(str(part).upper() for part in each["loc"])
-        yield f"  PAYMENTS_{name}: {each['msg']}" if name else f"  {each['msg']}"
+        told = each["msg"].removeprefix("Value error, ")
+        yield f"  PAYMENTS_{name}: {told}" if name else f"  {told}"
 
 
 def default_data_dir() -> Path:

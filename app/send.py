@@ -83,7 +83,9 @@ def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
     word = event["type"].split(".")[1].replace("command_", "").replace("_", " ")
     facts = [_amount(event), _why(event), "replayed: nothing moved" if event["replayed"] else ""]
     text = safe_text("  ".join(fact for fact in facts if fact))
-    aside = f"payment is {event['payment']['status']}, {seconds * 1000:.0f} ms"
+    status = event["payment"]["status"]
+    state = f"payment was {status} then" if event["replayed"] else f"payment is {status}"
+    aside = f"{state}, {seconds * 1000:.0f} ms"
     console.print(Text.assemble("  ", (word, f"bold {colour}"), f"  {text}  ", (aside, "dim")), soft_wrap=True)
 
 

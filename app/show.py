@@ -17,16 +17,17 @@ from app.client import minor_units
 from app.console import new_console, safe_text, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
-from domain.events import PaymentStatus
+from domain.events import EventKind, PaymentStatus
 from domain.money import Money
 from domain.operations import Operation
 from domain.payment import Payment
 from domain.ports import OutboxRow
-from handlers.messages.events import write_time
+from handlers.messages.events import event_type, write_time
 from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository, create_engine
 
 UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 T = TypeVar("T")
+ASKED: Final = event_type(EventKind.REQUIRES_ACTION)
 AMOUNTS: Final = ("authorized", "captured", "released", "refunded", "disputed")
 
 
@@ -173,7 +174,7 @@ def _print_payment(
     payment = record.payment
     id_and_status = (str(payment.payment_id), "bold"), "  ", (payment.status.value, "bold")
     console.print(Text.assemble("payment ", *id_and_status), soft_wrap=True)
-    for name, value in _lines(record).items():
+    for name, value in (_lines(record) | _awaited(payment, events)).items():
         console.print(f"  {name:<12}{safe_text(value)}", soft_wrap=True)
     print_wide(console, _operations_table(payment, operations))
     print_wide(console, _events_table(events))
@@ -184,13 +185,32 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
     amounts = {name: getattr(payment, f"{name}_minor") for name in AMOUNTS}
     moved = ", ".join(f"{name} {_money(minor, payment)}" for name, minor in amounts.items() if minor)
     lines = {
-        "amounts": moved or f"nothing moved of {_money(payment.amount_minor, payment)}",
+        "amounts": moved or _nothing_moved(payment),
         "in doubt": "yes: an outcome is unknown, money may have moved" if payment.has_indeterminate else "",
         "gateway": " ".join(filter(None, (payment.gateway, payment.gateway_payment_id))),
         "order": payment.order_id or "",
         "customer": payment.customer_id or "",
         "created": told_time(record.created_at),
     }
+    return {name: value for name, value in lines.items() if value}
+
+
+def _nothing_moved(payment: Payment) -> str:
+    if not payment.amount_minor:
+        return "none: no charge or authorize of it was accepted"
+    return f"nothing moved of {_money(payment.amount_minor, payment)}"
+
+
+def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
+    """Where the payer goes and until when, while they are awaited: as the newest event says that asked for it."""
+    if payment.status is not PaymentStatus.REQUIRES_ACTION:
+        return {}
+    asked = [json.loads(event.payload)["action"] for event in events if event.type == ASKED]
+    if not asked:
+        return {}
+    action = asked[-1]
+    until = action["expires_at"] and told_time(datetime.fromisoformat(action["expires_at"]))
+    lines = {"payer goes": f"to {action['url'] or action['type']}", "until": until or ""}
     return {name: value for name, value in lines.items() if value}
 
 

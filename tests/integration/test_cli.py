@@ -201,6 +201,11 @@ def test_a_setting_that_is_no_json_says_what_to_write(tmp_path: Path, command: s
     assert "Traceback" not in done.stderr
 
 
+def test_a_setting_that_cannot_be_says_why_in_our_words(tmp_path: Path) -> None:
+    done = run("gateways", data_dir=tmp_path, PAYMENTS_KAFKA_BOOTSTRAP="x y")
+    assert "PAYMENTS_KAFKA_BOOTSTRAP: 'x y' is no broker" in done.stderr
+
+
 def test_a_secret_that_is_no_json_is_not_printed(tmp_path: Path) -> None:
     done = run("worker", data_dir=tmp_path, PAYMENTS_STRIPE_WEBHOOK_SECRETS="whsec_secret")
     assert "PAYMENTS_STRIPE_WEBHOOK_SECRETS is no JSON" in done.stderr
@@ -419,6 +424,25 @@ def test_the_simulator_signs_no_webhooks_with_nothing(tmp_path: Path) -> None:
         assert f"--webhooks-to needs {missing}" in done.stderr
 
 
+def test_a_folder_in_the_place_of_the_simulators_books_is_told(tmp_path: Path) -> None:
+    done = run("sandbox", "--state-file", str(tmp_path), data_dir=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"payments: --state-file: {tmp_path} is a folder; name a file in it\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("list", "Of this currency"),
+        ("send charge", "Like 12.50, of --currency."),
+        ("send charge", "the message as it came"),
+        ("reconcile", "As JSON."),
+    ],
+)
+def test_help_says_what_an_option_is_for_here(tmp_path: Path, command: str, told: str) -> None:
+    assert told in run(*command.split(), "--help", data_dir=tmp_path).stdout
+
+
 def test_the_simulators_help_names_all_four(tmp_path: Path) -> None:
     told = run("sandbox", "--help", data_dir=tmp_path).stdout
     assert all(name in told for name in ("Stripe", "PayPal", "VNPay", "MoMo"))
@@ -432,6 +456,17 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
     assert "the payer is awaited until" in done.stderr
     assert re.search(r"Payer goes to: +http://\S+/paymentv2/vpcpay\.html\?\S+", done.stderr)
     assert "running?" not in done.stderr
+    payment = re.search(r"payment (\S+)", done.stdout)
+    assert payment is not None, done.stdout
+    shown = up.run("show", payment[1]).stdout
+    assert re.search(r"payer goes +to http://\S+/paymentv2/vpcpay\.html\?\S+\n", shown)
+    assert re.search(r"until +20[0-9-]{8} [0-9:]{8}Z\n", shown)
+
+
+def test_a_payment_that_never_was_one_is_shown_as_that(up: Up) -> None:
+    payment = str(uuid.uuid4())
+    up.send("capture", "--payment-id", payment)
+    assert "no charge or authorize of it was accepted" in up.run("show", payment).stdout
 
 
 def test_a_program_gets_where_the_payer_is_to_go(up: Up) -> None:
@@ -459,6 +494,7 @@ def test_a_command_sent_again_is_replayed(up: Up) -> None:
     code, second = up.send(*same)
     assert (code, second["replayed"]) == (0, True)
     assert second["original_event_id"] == first["event_id"]
+    assert "replayed: nothing moved  payment was captured then, " in up.run("send", *same).stdout
 
 
 def test_a_key_with_other_content_is_rejected(up: Up) -> None:
