@@ -31,6 +31,15 @@ def test_a_cell_of_a_table_stays_on_its_line() -> None:
     assert rf"{FOREIGN}\n\x1b[31m" in file.getvalue()
 
 
+def test_ids_stay_whole_however_long_they_are_and_no_word_beside_them_is_broken() -> None:
+    file = io.StringIO()
+    ids = [f"{letter} id " * 40 for letter in "abcd"]
+    table = table_of([*"abcd", "why"], [[*ids, "some words " * 60]], whole=set("abcd"))
+    print_wide(Console(file=file, width=80), table)
+    assert all(each.strip() in file.getvalue() for each in ids)
+    assert file.getvalue().count("words") == 60
+
+
 @pytest.mark.parametrize("word", ["refund-77", "refund 77[a]", "it's $HOME", "\x1b it's\n\\x \x85\u202e €"])
 def test_a_word_to_be_copied_is_read_back_by_a_shell(word: str) -> None:
     quoted = shell_word(word)
