@@ -18,6 +18,7 @@ from app.command_line import (
     default_data_dir,
     fail,
     find_settings,
+    no_nan,
     read_service_settings,
     read_settings,
     readable_errors,
@@ -53,10 +54,11 @@ app.add_typer(dlq, name="dlq")
 PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
 KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]
 NewPayment = Annotated[str | None, typer.Option("--payment-id", help="A UUID of yours.", show_default="a new one")]
-Amount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
+Amount = Annotated[str | None, typer.Option(help="Like 12.50, of --currency.")]
+PartAmount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
 AmountMinor = Annotated[int | None, typer.Option(help="In minor units instead: 1250 is USD 12.50.")]
 Currency = Annotated[str, typer.Option(help="ISO 4217.")]
-OptionalCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
+SameCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
 PaymentMethod = Annotated[
     str, typer.Option(help="The provider's token. Try pm_card_visa_chargeDeclined, pm_sandbox_lost_answer.")
 ]
@@ -70,8 +72,9 @@ IdempotencyKey = Annotated[
     str | None,
     typer.Option(help="Names this request: the same again moves nothing.", show_default="a new one"),
 ]
+AsMessage = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
-Timeout = Annotated[float, typer.Option(help="How many seconds to wait.")]
+Timeout = Annotated[float, typer.Option(min=0, callback=no_nan, help="How many seconds to wait.")]
 
 
 # --- run it on this machine -------------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def send_charge(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Take money now.
@@ -165,7 +168,7 @@ def send_authorize(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Reserve money, to be captured or voided later.
@@ -189,13 +192,13 @@ def send_authorize(
 @send.command("capture")
 def send_capture(
     payment_id: KnownPayment,
-    amount: Amount = None,
+    amount: PartAmount = None,
     amount_minor: AmountMinor = None,
-    currency: OptionalCurrency = None,
+    currency: SameCurrency = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Collect what was authorized; without an amount all of it.
@@ -214,7 +217,7 @@ def send_void(
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Release what was authorized and not captured.
@@ -227,13 +230,13 @@ def send_void(
 @send.command("refund")
 def send_refund(
     payment_id: KnownPayment,
-    amount: Amount = None,
+    amount: PartAmount = None,
     amount_minor: AmountMinor = None,
-    currency: OptionalCurrency = None,
+    currency: SameCurrency = None,
     idempotency_key: IdempotencyKey = None,
     wait: Wait = True,
     timeout: Timeout = 30.0,
-    as_json: AsJson = False,
+    as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
     """Return captured money; without an amount all of it.
@@ -247,7 +250,7 @@ def send_refund(
 @app.command()
 def show(
     payment_id: PaymentArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """One payment: state, amounts, operations, events."""
@@ -262,16 +265,18 @@ def show(
 def list_(
     status: Annotated[str | None, typer.Option(help="Like captured, authorized, failed, processing.")] = None,
     gateway: Annotated[str | None, typer.Option(help="Like stripe.")] = None,
-    currency: OptionalCurrency = None,
+    currency: Annotated[str | None, typer.Option(help="Of this currency (ISO 4217).")] = None,
     amount_min: Annotated[str | None, typer.Option("--min", help="At least this amount; needs --currency.")] = None,
     amount_max: Annotated[str | None, typer.Option("--max", help="At most this amount; needs --currency.")] = None,
-    since: Annotated[str | None, typer.Option(help="Created since 2026-01-31, 2026-01-31T12:00:00Z, 2h ago.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Created since 2026-01-31 (in UTC), 2026-01-31T12:00:00Z, 2h (ago).")
+    ] = None,
     until: Annotated[str | None, typer.Option(help="Created before, written in the same way.")] = None,
     customer: Annotated[str | None, typer.Option(help="Of this customer; stands alone.")] = None,
     order: Annotated[str | None, typer.Option(help="For this order; stands alone.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Payments, newest first.
@@ -301,8 +306,8 @@ def list_(
 @app.command()
 def reconcile(
     now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
-    payment: Annotated[str | None, typer.Option(help="Only of this payment.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only ask; change nothing.")] = False,
+    payment: Annotated[str | None, typer.Option(help="With --now: only of this payment. With --as: whose.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --now: only ask; change nothing.")] = False,
     day: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
     ] = None,
@@ -345,6 +350,10 @@ def reconcile(
         )
     if verdict is None and (operation, evidence, reference, amount) != (None, None, None, None):
         fail("--operation, --evidence, --reference and --amount go with --as")
+    if day is None and gateway is not None:
+        fail("--gateway goes with --day")
+    if day is not None and (payment is not None or dry_run):
+        fail("--payment and --dry-run go with --now: --day compares all of a day, and changes nothing")
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
     configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
     if day is not None:
@@ -436,7 +445,7 @@ def migrate(
     Does nothing where they are what this version needs. With --to, only the schema: topics and partitions are made as
     the newest one needs them.
 
-    Example, back one step: payments migrate --down --to 0001
+    Example, back to the first revision, with all that later ones made dropped: payments migrate --down --to 0001
     """
     import asyncio
 
@@ -479,7 +488,8 @@ def asyncapi() -> None:
     Every message that the service reads and writes, with examples."""
     from handlers.messages.asyncapi import build_document
 
-    typer.echo(build_document(), nl=False)
+    with readable_errors():
+        typer.echo(build_document(), nl=False)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------

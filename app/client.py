@@ -6,10 +6,10 @@ by the id of the command, which is derived from the command's content and so the
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any, Final, Self
 from uuid import UUID
 
@@ -25,6 +25,7 @@ from handlers.messages.events import event_type
 FINAL_TYPES: Final = frozenset(event_type(kind) for kind in FINAL_EVENTS)
 AMENDING_TYPES: Final = frozenset(event_type(kind) for kind in AMENDING_EVENTS)
 REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1", "payment.refund_failed.v1"))
+AMOUNT: Final = re.compile(r"-?(?=\.?[0-9])[0-9]{0,18}\.?[0-9]{0,50}")
 POLL_MS: Final = 200
 AMENDED_SECONDS: Final = 1.0
 """What took a result back follows its repetition at once: both were written in one transaction."""
@@ -66,21 +67,20 @@ def minor_units(amount: str, currency: str) -> int:
     """`12.50` and `USD` are 1250, exactly.
 
     Raises:
-        AmountUnusable: unknown currency, no number, or more decimals than the currency has.
+        AmountUnusable: unknown currency, no digits, or more decimals than the currency has.
     """
     decimals = MINOR_UNITS.get(currency)
     if decimals is None:
         raise AmountUnusable(f"{currency} is not one of the currencies known here: {', '.join(sorted(MINOR_UNITS))}")
-    try:
-        number = Decimal(amount)
-    except InvalidOperation as error:
-        raise AmountUnusable(f"{amount!r} is no amount; write it like 12.50") from error
-    scaled = number.scaleb(decimals) if number.is_finite() else Decimal("NaN")
-    if not scaled.is_finite() or scaled <= 0:
+    if AMOUNT.fullmatch(amount) is None:
+        raise AmountUnusable(f"{amount!r} is no amount; write it like 12.50")
+    if amount.startswith("-") or not amount.strip("0."):
         raise AmountUnusable(f"{amount} is no amount: it must be more than zero")
-    if scaled != scaled.to_integral_value():
+    whole, _, fraction = amount.partition(".")
+    fraction = fraction.rstrip("0")
+    if len(fraction) > decimals:
         raise AmountUnusable(f"{currency} has {_decimals(decimals)}: {amount} cannot be paid")
-    return int(scaled)
+    return int(whole + fraction.ljust(decimals, "0"))
 
 
 def outgoing(kind: OperationKind, payment_id: UUID, idempotency_key: str, fields: Mapping[str, Any]) -> OutgoingCommand:

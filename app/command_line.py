@@ -2,6 +2,8 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
+import errno
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ DataDir = Annotated[
 UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 """Postgres' codes for a table, column, type or function that is not there."""
 
-AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def find_settings(data_dir: Path | None, *, needs: str, or_defaults: bool = False) -> "Settings":
@@ -87,7 +89,8 @@ def _not_json(told: str) -> str:
 def _complaints(error: "ValidationError") -> Iterator[str]:
     for each in error.errors(include_input=False, include_url=False):
         name = "__".join(str(part).upper() for part in each["loc"])
-        yield f"  PAYMENTS_{name}: {each['msg']}" if name else f"  {each['msg']}"
+        told = each["msg"].removeprefix("Value error, ")
+        yield f"  PAYMENTS_{name}: {told}" if name else f"  {told}"
 
 
 def default_data_dir() -> Path:
@@ -103,10 +106,21 @@ def readable_errors() -> Iterator[None]:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
         advice = advice_on(error)
-        if advice is None:
+        if advice is not None:
+            fail(f"{told_error(error)}\n{advice}")
+        if not isinstance(error, OSError):
             raise
-        name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
-        fail(f"{told if told.startswith(name) else f'{name}: {told}'}\n{advice}")
+        fail(told_error(error))
+
+
+def told_error(error: Exception) -> str:
+    """An error in a line: what it is, and what it says."""
+    if isinstance(error, OSError) and not _is_of_a_server(error):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
+    if not told:
+        told = "no answer in time" if isinstance(error, TimeoutError) else "no more is known"
+    return told if told.startswith(name) else f"{name}: {told}"
 
 
 def advice_on(error: Exception) -> str | None:
@@ -127,9 +141,23 @@ def advice_on(error: Exception) -> str | None:
         return "The revisions are the numbers of the files in migrations/versions; `base` is an empty database."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
-    if isinstance(error, (OSError, asyncpg.PostgresError, psycopg.Error, SQLAlchemyError, StoreUnavailable)):
+    postgres_errors = (asyncpg.PostgresError, asyncpg.InterfaceError, psycopg.Error, SQLAlchemyError, StoreUnavailable)
+    if isinstance(error, postgres_errors) or _is_of_a_server(error):
         return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
     return None
+
+
+def _is_of_a_server(error: Exception) -> bool:
+    """Whether it comes of a connection, and not of a file."""
+    import socket
+    import ssl
+
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)):
+        return True
+    if not isinstance(error, OSError) or error.filename is not None:
+        return False
+    # Asyncio tells of several addresses at once without a number; a Unix socket that is not there has no name here.
+    return error.errno in (None, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOENT, errno.EACCES)
 
 
 def _lacks_schema(error: BaseException | None) -> bool:
@@ -142,6 +170,16 @@ def _lacks_schema(error: BaseException | None) -> bool:
     return False
 
 
+def no_nan(number: float) -> float:
+    """An option's number; nan, which is less than no bound, is wrong usage."""
+    if math.isnan(number):
+        raise typer.BadParameter("nan is no number.")
+    return number
+
+
 def fail(message: str, *, code: int = 1) -> NoReturn:
-    typer.secho(f"payments: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
+    """Say it on standard error, and end."""
+    from app.console import safe_lines
+
+    typer.secho(safe_lines(f"payments: {message}"), err=True, fg="red" if sys.stderr.isatty() else None)
     raise typer.Exit(code)

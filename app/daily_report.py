@@ -4,20 +4,18 @@ It changes nothing. A difference is a question for a person, or for the sweep, i
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final, NamedTuple
 
 import asyncpg
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from app import wiring
+from app.console import new_console, print_json
 from app.differences import Booked, Difference, of_movements, of_payments
 from app.settings import Settings
+from app.tables import print_wide, table_of
 from domain.errors import GatewayError
 from domain.operations import UNDER_WAY
 from domain.ports import Gateway, Movements, Statements
@@ -105,25 +103,23 @@ def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: b
     except NoList as error:
         if not as_json:
             raise
-        Console().print_json(json.dumps(head | {"error": "no_list", "message": str(error)}))
+        print_json(head | {"error": "no_list", "message": str(error)})
         return 1
     if as_json:
-        told = head | {"listed": count, "differences": [each._asdict() for each in found]}
-        Console().print_json(json.dumps(told))
+        print_json(head | {"listed": count, "differences": [each._asdict() for each in found]})
     else:
         _print(name, day, count, found)
         if day == today:
-            Console().print("The day is not over yet (UTC): what is to come is not in this.")
+            new_console().print("The day is not over yet (UTC): what is to come is not in this.")
     return 1 if found else 0
 
 
 def _refuse_to_come(name: str, day: date, *, as_json: bool) -> int:
     message = f"{day} has not begun in UTC, so there is nothing to compare yet"
     if as_json:
-        told = {"gateway": name, "day": day.isoformat(), "error": "day_to_come", "message": message}
-        Console().print_json(json.dumps(told))
+        print_json({"gateway": name, "day": day.isoformat(), "error": "day_to_come", "message": message})
     else:
-        Console(stderr=True).print(f"payments: {message}")
+        new_console(to_stderr=True).print(f"payments: {message}")
     return 2
 
 
@@ -179,12 +175,9 @@ async def _compare_movements(
 
 
 def _print(name: str, day: date, count: int, found: list[Difference]) -> None:
-    console = Console()
+    console = new_console()
     if found:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("provider's id", "payment", "what", "ours", "theirs", "likely cause"):
-            table.add_column(column, overflow="fold")
-        for each in found:
-            table.add_row(*(text or "" for text in each))
-        console.print(table)
+        names = ("provider's id", "payment", "what", "ours", "theirs", "likely cause")
+        rows = ((text or "" for text in each) for each in found)
+        print_wide(console, table_of(names, rows, whole={"provider's id", "payment"}))
     console.print(f"{name}, {day}: {count:,} listed there, {len(found):,} differences.")

@@ -47,20 +47,27 @@ def show_letter(letter: Annotated[str, typer.Argument(metavar="LETTER")], data_d
 
 
 @dlq.command("retry")
-def retry_letters(
+def retry_letters(  # noqa: PLR0917 - Typer passes by name
     letters: Names = None,
     everything: Everything = False,
     reason: Reason = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="With letters' names: also what was retried or dropped before.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Publish letters to the topic that they came from, as they came.
 
+    What was retried or dropped before is left alone, and told.
+
     Example: payments dlq retry --all --reason cannot_be_processed
     """
     _require_choice(letters, everything=everything, reason=reason)
+    if again and not letters:
+        fail("--again goes with letters' names")
     with readable_errors():
-        raise typer.Exit(_desk(data_dir).retry(letters or [], reason=reason, dry_run=dry_run))
+        raise typer.Exit(_desk(data_dir).retry(letters or [], reason=reason, dry_run=dry_run, again=again))
 
 
 @dlq.command("drop")
@@ -72,18 +79,29 @@ def drop_letters(  # noqa: PLR0917 - Typer passes by name
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Decide that nothing will be done. The letters stay on the topic until its retention ends."""
+    """Decide that nothing will be done. The letters stay on the topic until its retention ends.
+
+    What was retried or dropped before is left as it is, and told.
+    """
     _require_choice(letters, everything=everything, reason=reason)
+    if not why.strip():
+        fail("--why says why nothing will be done: whoever looks at the letter later reads it")
     with readable_errors():
         desk = _desk(data_dir)
         chosen = desk.choose(letters or [], reason=reason)
+        wanted = desk.undecided(chosen)
+        if not wanted:
+            typer.echo("Nothing to drop.")
+            raise typer.Exit(1 if chosen else 0)
         if not yes:
-            typer.confirm(f"Nothing will be done about {len(chosen)} letter(s). Go on?", abort=True)
-        raise typer.Exit(desk.drop(chosen, why=why))
+            typer.confirm(f"Nothing will be done about {len(wanted)} letter(s). Go on?", abort=True)
+        raise typer.Exit(max(desk.drop(wanted, why=why), int(len(wanted) < len(chosen))))
 
 
 def _require_choice(letters: list[str] | None, *, everything: bool, reason: str | None) -> None:
-    if bool(letters) == (everything or reason is not None):
+    if letters and (everything or reason is not None):
+        fail("name letters, or say --all or --reason, not both")
+    if not letters and not everything and reason is None:
         fail("name letters, or say --all or --reason")
 
 

@@ -8,12 +8,13 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from rich.console import Console
 from rich.progress import Progress
 
+from app.console import new_console, safe_text, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
+from handlers.messages.events import write_time
 from handlers.messages.refusals import DeadLetterReason
 from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
 from infra.postgres.letters import Decision, LetterDecisions
@@ -34,7 +35,7 @@ class DeadLetterDesk:
         self._log = DeadLetterLog(settings.kafka_bootstrap, settings.dead_letter_topic)
         self._postgres_url = settings.postgres_url
         self._topic = settings.dead_letter_topic
-        self._out = Console()
+        self._out = new_console()
 
     def list_letters(self, *, with_decided: bool, reason: str | None, limit: int, as_json: bool) -> int:
         """Print letters, oldest first.
@@ -45,7 +46,7 @@ class DeadLetterDesk:
         found = asyncio.run(self._rows(with_decided=with_decided, reason=_known(reason), limit=limit + 1))
         rows = found[:limit]
         if as_json:
-            print(json.dumps(rows, indent=2))
+            print(json.dumps([row | {"parked_at": write_time(row["parked_at"])} for row in rows], indent=2))
             return 0
         self._print_table(rows)
         if len(found) > limit:
@@ -56,7 +57,9 @@ class DeadLetterDesk:
         if not rows:
             self._out.print("No dead letters.")
             return
-        print_wide(self._out, table_of(rows[0], (map(str, row.values()) for row in rows), whole={"letter", "key"}))
+        names = (name.replace("_", " ") for name in rows[0])
+        cells = ((row | {"parked_at": told_time(row["parked_at"])}).values() for row in rows)
+        print_wide(self._out, table_of(names, (map(str, each) for each in cells), whole={"letter", "key"}))
 
     def show(self, name: str) -> int:
         """Print one letter whole; card numbers are masked in the text and left out of the bytes."""
@@ -65,7 +68,7 @@ class DeadLetterDesk:
         text = _safe_text(value)
         facts = {
             "letter": str(letter.id),
-            "parked_at": letter.parked_at.isoformat(),
+            "parked_at": write_time(letter.parked_at),
             "key": _safe_text(letter.key or b""),
             **{name: _safe_text(fact.encode()) for name, fact in letter.facts.items()},
             "headers": [[_safe_text(header.encode()), _safe_text(each or b"")] for header, each in letter.headers],
@@ -99,13 +102,27 @@ class DeadLetterDesk:
             async for letter, _ in found:
                 yield letter
 
-    def retry(self, names: list[str], *, reason: str | None, dry_run: bool) -> int:
-        """Publish letters again; 1 if one of them could not be."""
+    def undecided(self, chosen: Chosen) -> Chosen:
+        """Those of them about which nobody has decided; of each other one it is told what was."""
+        for letter, decision in chosen.items():
+            if decision is not None:
+                why = f": {safe_text(decision.why)}" if decision.why else ""
+                self._out.print(f"{letter} was {decision.name} already{why} ({told_time(decision.decided_at)})")
+        return {letter: decision for letter, decision in chosen.items() if decision is None}
+
+    def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:
+        """Publish letters again, what was decided about only if `again`; 1 if one of them could not be."""
         chosen = self.choose(names, reason=reason)
+        wanted = chosen if again else self.undecided(chosen)
+        left_alone = len(chosen) - len(wanted)
+        if left_alone:
+            self._out.print(f"{left_alone} left alone; --again publishes it all the same")
         if dry_run:
-            self._out.print(f"{len(chosen)} letters would be published again: {', '.join(map(str, chosen))}")
+            self._out.print(f"{len(wanted)} letters would be published again: {', '.join(map(str, wanted))}")
             return 0
-        return asyncio.run(self._retry_all(chosen, is_named=bool(names)))
+        if left_alone and not wanted:
+            return 1
+        return max(asyncio.run(self._retry_all(wanted, is_named=bool(names))), int(left_alone > 0))
 
     async def _retry_all(self, chosen: Chosen, *, is_named: bool) -> int:
         """One after the other, as they lie: a payment's letters keep their order."""
@@ -126,8 +143,11 @@ class DeadLetterDesk:
         self._out.print(
             f"{outcomes['published']} of {total} published again; `payments dlq list` shows what comes back"
         )
-        if outcomes["decided"]:
-            self._out.print(f"{outcomes['decided']} left alone: somebody else decided about them meanwhile")
+        self._tell_of_others(outcomes["decided"])
+
+    def _tell_of_others(self, count: int) -> None:
+        if count:
+            self._out.print(f"{count} left alone: somebody else decided about them meanwhile")
 
     async def _read(self, chosen: Chosen, *, is_named: bool) -> AsyncGenerator[Letter, None]:
         """The chosen letters, one in memory at a time; many are found fastest by reading the whole topic once."""
@@ -151,7 +171,7 @@ class DeadLetterDesk:
                     return "decided"
                 await self._log.publish(letter, producer)
         except NotRetriable as error:
-            self._out.print(str(error), style="red", markup=False)
+            self._out.print(str(error), style="red")
             return "refused"
         return "published"
 
@@ -159,6 +179,7 @@ class DeadLetterDesk:
         """Note that nothing will be done about them."""
         dropped = asyncio.run(self._drop(chosen, why))
         self._out.print(f"{dropped} of {len(chosen)} dropped")
+        self._tell_of_others(len(chosen) - dropped)
         return 0
 
     async def _drop(self, chosen: Chosen, why: str) -> int:
@@ -194,7 +215,7 @@ class DeadLetterDesk:
 def _facts(letter: Letter, state: str) -> dict[str, Any]:
     return {
         "letter": str(letter.id),
-        "parked at": f"{letter.parked_at:%Y-%m-%d %H:%M:%S}",
+        "parked_at": letter.parked_at,
         "reason": _safe_text(letter.reason.encode(), SHOWN_BYTES),
         "key": _safe_text(letter.key or b"", SHOWN_BYTES),
         "from": _safe_text(":".join(map(str, letter.source or "?")).encode()),
@@ -218,5 +239,4 @@ def _safe_text(value: bytes, length: int | None = None) -> str:
     text = value.decode(errors="backslashreplace")
     if holds_card_number(text):
         return REMOVED
-    safe = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:length])
-    return "".join(safe)[:length]
+    return safe_text(text[:length])[:length]

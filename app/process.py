@@ -13,7 +13,7 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from app.command_line import advice_on, fail
+from app.command_line import advice_on, fail, told_error
 from infra.last_resort import end_within
 
 log = structlog.get_logger(__name__)
@@ -41,7 +41,7 @@ def run(main: Main, *, app: ASGIApp, host: str, port: int, end_seconds: float | 
         error, *others = group.exceptions
         if others or not _is_server_away(error):
             raise
-        fail(f"{type(error).__name__}: {error}\n{advice_on(error)}")
+        fail(f"{told_error(error)}\n{advice_on(error)}")
 
 
 def _is_server_away(error: Exception) -> bool:

@@ -6,7 +6,6 @@ saves the answers through the write path.
 """
 
 import asyncio
-import json
 import signal
 import threading
 from collections import Counter
@@ -17,18 +16,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from rich.console import Console
-
 from app import wiring
+from app.console import new_console, print_json, safe_text
 from app.settings import Settings
+from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayError
+from domain.money import Money
 from domain.operations import GatewayRequest, Operation, Outcome
 from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
 from handlers.dispatch import GIVEN_BACK
 from handlers.messages.commands import command_from_content
+from handlers.messages.events import write_time
 from handlers.pace import Pace
 from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
@@ -37,6 +38,8 @@ from infra.postgres.store import PostgresStore, create_pool
 
 ASKED_MAX: Final = 1_000
 """Operations of one dry run: the soonest due; workers ask about all of them anyway."""
+PAST_ITS_END: Final = "hold_past_its_end"
+"""What a hold is found in, where an operation is found in its state."""
 AT_ONCE: Final = 8
 DRAIN_SECONDS: Final = 25.0
 """Told to end, how long calls under way may take, as in a worker."""
@@ -48,11 +51,13 @@ class Found:
     """One open operation or hold past its end, and the provider's word on it."""
 
     payment_id: UUID
-    operation: str
+    kind: OperationKind
+    number: int
     gateway: str
     state: str
-    amount: str
-    age: str
+    amount: Money
+    since: datetime | None
+    """When it was first sent, or when the hold's time was over; None of what was never sent."""
     answer: str
 
 
@@ -68,25 +73,40 @@ def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_
     """Ask about what is open, print it, and unless it is a dry run apply it; the exit code."""
     told = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
-        lines = [{name: str(getattr(each, name)) for name in Found.__slots__} for each in told.found]
-        Console().print_json(json.dumps(lines))
+        print_json(list(map(_facts, told.found)))
     elif told.found or not told.left_out:
         _print(told.found, dry_run=dry_run)
     for line in told.left_out:
-        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+        new_console(to_stderr=True).print(line, soft_wrap=True)
     return int(told.ended_early)
 
 
+def _facts(found: Found) -> dict[str, Any]:
+    """For programs; the operation's names are those of `payments show --json`."""
+    return {
+        "payment_id": str(found.payment_id),
+        "number": found.number,
+        "kind": found.kind,
+        "gateway": found.gateway,
+        "state": found.state,
+        "amount_minor": found.amount.minor,
+        "currency": found.amount.currency,
+        "since": found.since and write_time(found.since),
+        "answer": found.answer,
+    }
+
+
 def _print(found: list[Found], *, dry_run: bool) -> None:
-    console = Console()
+    console = new_console()
     if not found:
         console.print("Nothing is open that is not being worked on.")
         return
     for each in found:
-        age = f" for {each.age}" if each.age else ""
-        told = f"{each.payment_id}  {each.operation} at {each.gateway}, {each.amount}, {each.state}{age}"
+        state = "a hold past its end" if each.state == PAST_ITS_END else each.state
+        age = f" for {_age(each.since)}" if each.since else ""
+        told = f"{each.payment_id}  {each.kind} {each.number} at {each.gateway}, {each.amount}, {state}{age}"
         for line in (told, f"    the provider says: {each.answer}"):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(safe_text(line), soft_wrap=True)
     console.print(
         "\nNothing was changed." if dry_run else "\nApplied. `payments show PAYMENT_ID` tells what became of one."
     )
@@ -154,11 +174,13 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends this process as it stands."""
+    """An event that the first SIGINT or SIGTERM sets, and tells; the second ends this process as it stands."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
         stop.set()
+        told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
+        new_console(to_stderr=True).print(told, soft_wrap=True)
         for number in SIGNALS:
             loop.remove_signal_handler(number)
 
@@ -297,11 +319,12 @@ async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, di
 def _found(request: GatewayRequest, answer: str) -> Found:
     return Found(
         request.payment_id,
-        f"{request.kind} {request.operation_number}",
+        request.kind,
+        request.operation_number,
         request.gateway,
         request.state.value,
-        str(request.amount),
-        _age(request.first_dispatched_at),
+        request.amount,
+        request.first_dispatched_at,
         answer,
     )
 
@@ -310,7 +333,7 @@ def _hold(answer: HoldAnswer) -> Found:
     payment, operation = answer.payment, answer.operation
     request = gateway_request(payment, operation, command_from_content(operation.content))
     found = _found(request, said(answer.outcome) if answer.outcome else answer.why_not)
-    return replace(found, state="a hold past its end", age=_age(payment.authorization_expires_at))
+    return replace(found, state=PAST_ITS_END, since=payment.authorization_expires_at)
 
 
 def said(outcome: Outcome) -> str:
@@ -325,8 +348,6 @@ def _is_told(name: str, value: object) -> bool:
     return value not in (None, "") and value is not False and name != "url"
 
 
-def _age(since: datetime | None) -> str:
-    if since is None:
-        return ""
+def _age(since: datetime) -> str:
     minutes = int((datetime.now(UTC) - since).total_seconds() // 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"

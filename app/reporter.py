@@ -2,12 +2,14 @@
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from app.child import ChildFailed
+from app.console import safe_lines, safe_text
 
 
 class ConsoleReporter:
-    """Fits `app.up.Reporter`."""
+    """Fits `app.up.Reporter`. The console is one of `app.console`: what is told here is not all ours."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -15,18 +17,18 @@ class ConsoleReporter:
 
     def step(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(f"  · {text}", style="dim", highlight=False)
+            self._console.print(f"  · {safe_text(text)}", style="dim")
         elif self._status is None:
-            self._status = self._console.status(f"[dim]{text}")
+            self._status = self._console.status(Text(safe_text(text), "dim"))
             self._status.start()
         else:
-            self._status.update(f"[dim]{text}")
+            self._status.update(Text(safe_text(text), "dim"))
 
     def done(self, what: str, detail: str) -> None:
-        self._console.print(f"  [green]✓[/] {what:<26}[dim]{detail}", highlight=False)
+        self._console.print(Text.assemble("  ", ("✓", "green"), f" {what:<26}", (safe_text(detail), "dim")))
 
     def note(self, text: str) -> None:
-        self._console.print(f"  [yellow]![/] {text}", highlight=False, soft_wrap=True)
+        self._console.print(Text.assemble("  ", ("!", "yellow"), f" {safe_lines(text)}"), soft_wrap=True)
 
     def rest(self) -> None:
         """End the spinner: nothing is being waited for."""
@@ -37,5 +39,6 @@ class ConsoleReporter:
     def child_failed(self, failure: ChildFailed) -> None:
         """Say which process did not come up, and show the end of its log."""
         self.rest()
-        self._console.print(f"\n[bold red]✗ {failure}[/]\n[dim]the end of {failure.log_path}:[/]", highlight=False)
-        self._console.print(failure.log_tail or "(empty)", markup=False, highlight=False)
+        self._console.print(Text(f"\n✗ {safe_lines(str(failure))}", "bold red"))
+        self._console.print(Text(f"the end of {failure.log_path}:", "dim"), soft_wrap=True)
+        self._console.print(safe_lines(failure.log_tail or "(empty)"))

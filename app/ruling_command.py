@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 import structlog
-from rich.console import Console
 
+from app.console import new_console, print_json
 from app.reconcile_command import connected, working
 from app.settings import Settings
 from domain.commands import OperationKind
@@ -57,10 +57,10 @@ def rule(settings: Settings, finding: Finding, *, as_json: bool) -> int:
     finding = finding._replace(evidence=_usable(finding.evidence))
     result = asyncio.run(_rule(settings, finding))
     if as_json:
-        Console().print_json(result)
+        print_json(json.loads(result))
     else:
         told = f"operation {finding.number} is {finding.verdict}: {json.loads(result)['type']} is on its way."
-        Console().print(f"{finding.payment_id}  {told}", highlight=False, markup=False, soft_wrap=True)
+        new_console().print(f"{finding.payment_id}  {told}", soft_wrap=True)
     return 0
 
 

@@ -27,10 +27,12 @@ def check_sandbox(
     """See that it can start, and make the state file's folder.
 
     Raises:
-        SandboxUnusable: the address is taken, the folder cannot be made, or webhooks could not be signed.
+        SandboxUnusable: the address is taken, the file cannot be one, or webhooks could not be signed.
     """
     _check_webhooks(settings, webhooks_to)
     if state_file is not None:
+        if state_file.is_dir():
+            raise SandboxUnusable(f"--state-file: {state_file} is a folder; name a file in it")
         try:
             state_file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

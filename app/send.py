@@ -1,16 +1,16 @@
 """`payments send`, as a person sees it: what was sent, what came back, and the exit code that sums it up."""
 
 import asyncio
-import json
 import time
 from contextlib import AsyncExitStack
 from typing import Final
 
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_result
+from app.console import new_console, print_json, safe_text, shell_word
 from app.settings import Settings
 from domain.money import Money
 
@@ -24,19 +24,19 @@ def send_and_report(
     settings: Settings, kind: str, command: OutgoingCommand, *, wait: bool, timeout_seconds: float, as_json: bool
 ) -> int:
     """Send the command, say what becomes of it, and return the exit code."""
-    console, aside = Console(), Console(stderr=True)
+    console, aside = new_console(), new_console(to_stderr=True)
     if not as_json:
-        console.print(f"{kind}  payment [bold]{command.payment_id}[/]", highlight=False, soft_wrap=True)
-        console.print(f"  idempotency key  {command.idempotency_key}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(f"{kind}  payment ", (str(command.payment_id), "bold")), soft_wrap=True)
+        console.print(f"  idempotency key  {safe_text(command.idempotency_key)}", soft_wrap=True)
     try:
         return asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
     except NoResultYet as late:
         if as_json:
-            console.print_json(json.dumps(late.last or _sent_facts(command)))
+            print_json(late.last or _sent_facts(command))
         if late.last is not None and late.last["type"] == REQUIRES_ACTION:
-            aside.print(_payer_awaited(late.last, command), highlight=False, soft_wrap=True)
+            aside.print(_payer_awaited(late.last, command), soft_wrap=True)
             return NO_RESULT
-        aside.print(_advice(late, command, timeout_seconds), highlight=False, soft_wrap=True)
+        aside.print(_advice(late, command, timeout_seconds), soft_wrap=True)
         return NO_RESULT
 
 
@@ -61,15 +61,15 @@ async def _exchange(
             if not as_json:
                 _print_event(console, event, heard.at - sent_at)
         if as_json:
-            console.print_json(json.dumps(event))
+            print_json(event)
         return REFUSED if event["type"] in REFUSALS else DONE
 
 
 def _sent(console: Console, command: OutgoingCommand, as_json: bool) -> int:
     if as_json:
-        console.print_json(json.dumps(_sent_facts(command)))
+        print_json(_sent_facts(command))
     else:
-        console.print(f"  sent; look later with: payments show {command.payment_id}", highlight=False, soft_wrap=True)
+        console.print(f"  sent; look later with: payments show {command.payment_id}", soft_wrap=True)
     return DONE
 
 
@@ -82,12 +82,11 @@ def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
     colour = "red" if event["type"] in REFUSALS else "green" if is_result(event) else "yellow"
     word = event["type"].split(".")[1].replace("command_", "").replace("_", " ")
     facts = [_amount(event), _why(event), "replayed: nothing moved" if event["replayed"] else ""]
-    text = "  ".join(fact for fact in facts if fact)
-    console.print(
-        f"  [bold {colour}]{word}[/]  {text}  [dim]payment is {event['payment']['status']}, {seconds * 1000:.0f} ms[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
+    text = safe_text("  ".join(fact for fact in facts if fact))
+    status = event["payment"]["status"]
+    state = f"payment was {status} then" if event["replayed"] else f"payment is {status}"
+    aside = f"{state}, {seconds * 1000:.0f} ms"
+    console.print(Text.assemble("  ", (word, f"bold {colour}"), f"  {text}  ", (aside, "dim")), soft_wrap=True)
 
 
 def _amount(event: WireEvent) -> str:
@@ -110,31 +109,33 @@ def _why(event: WireEvent) -> str:
             return ""
 
 
-def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> str:
+def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> Text:
     """All is well: it is the payer's turn."""
     action = event["action"]
     until = f" until {action['expires_at']}" if action["expires_at"] else ""
-    return (
-        f"[yellow]No result yet: the payer is awaited{until}.[/] The result follows when they have acted.\n"
-        f"  Payer goes to: {escape(action['url'] or action['type'])}\n"
+    return Text.assemble(
+        (f"No result yet: the payer is awaited{until}.", "yellow"),
+        " The result follows when they have acted.\n"
+        f"  Payer goes to: {safe_text(action['url'] or action['type'])}\n"
         f"  Look:          payments show {command.payment_id}\n"
         f"  Cancel:        payments send void --payment-id {command.payment_id} (where the provider can: payments "
-        "gateways)"
+        "gateways)",
     )
 
 
-def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float) -> str:
+def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float) -> Text:
     state = f"its last event is {late.last['type']}" if late.last else "nothing was heard of it"
-    return (
-        f"[yellow]No result after {timeout_seconds:g} s: {state}.[/] The command is not lost and may still succeed.\n"
+    return Text.assemble(
+        (f"No result after {timeout_seconds:g} s: {state}.", "yellow"),
+        " The command is not lost and may still succeed.\n"
         f"  Look:        payments show {command.payment_id}\n"
         f"  {_how_to_ask_again(command)}\n"
-        "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs."
+        "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs.",
     )
 
 
 def _how_to_ask_again(command: OutgoingCommand) -> str:
     return (
         f"Ask again:   the same command with --payment-id {command.payment_id} --idempotency-key "
-        f"{command.idempotency_key}; nothing moves twice"
+        f"{shell_word(command.idempotency_key)}; nothing moves twice"
     )

@@ -11,19 +11,23 @@ from uuid import UUID
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.client import minor_units
+from app.console import new_console, safe_text, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
-from domain.events import PaymentStatus
+from domain.events import EventKind, PaymentStatus
 from domain.money import Money
 from domain.operations import Operation
 from domain.payment import Payment
 from domain.ports import OutboxRow
+from handlers.messages.events import event_type, write_time
 from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository, create_engine
 
 UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 T = TypeVar("T")
+ASKED: Final = event_type(EventKind.REQUIRES_ACTION)
 AMOUNTS: Final = ("authorized", "captured", "released", "refunded", "disputed")
 
 
@@ -57,13 +61,13 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
 
     record, operations, events = asyncio.run(_with_repository(settings, read))
     if record is None:
-        Console(stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
+        new_console(to_stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
         return 1
     if as_json:
         facts = _facts(record) | {"operations": list(map(_operation_facts, operations))}
         print(json.dumps(facts | {"events": [json.loads(event.payload) for event in events]}, indent=2))
     else:
-        _print_payment(Console(), record, operations, events)
+        _print_payment(new_console(), record, operations, events)
     return 0
 
 
@@ -78,7 +82,7 @@ def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"payments": list(map(_facts, page.items)), "next_cursor": page.next_cursor}, indent=2))
     else:
-        _print_page(Console(), page)
+        _print_page(new_console(), page)
     return 0
 
 
@@ -119,15 +123,16 @@ def _bound(amount: str | None, currency: str | None) -> int | None:
 
 
 def moment(text: str | None) -> datetime | None:
-    """`2026-01-31`, `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`."""
+    """`2026-01-31` (its midnight), `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`. Without a zone, in UTC."""
     if text is None:
         return None
     if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
         return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
-        return datetime.fromisoformat(text).astimezone(UTC)
+        found = datetime.fromisoformat(text)
     except ValueError as error:
         raise FilterUnusable(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)") from error
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
@@ -150,8 +155,8 @@ def _facts(record: PaymentRecord) -> dict[str, Any]:
         **{name: getattr(payment, name) for name in names},
         "amount_minor": payment.amount_minor,
         **amounts,
-        "created_at": record.created_at.isoformat(),
-        "updated_at": record.updated_at.isoformat(),
+        "created_at": write_time(record.created_at),
+        "updated_at": write_time(record.updated_at),
     }
 
 
@@ -167,9 +172,10 @@ def _print_payment(
     console: Console, record: PaymentRecord, operations: tuple[Operation, ...], events: tuple[OutboxRow, ...]
 ) -> None:
     payment = record.payment
-    console.print(f"payment [bold]{payment.payment_id}[/]  [bold]{payment.status}[/]", highlight=False, soft_wrap=True)
-    for name, value in _lines(record).items():
-        console.print(f"  {name:<12}{value}", highlight=False, soft_wrap=True)
+    id_and_status = (str(payment.payment_id), "bold"), "  ", (payment.status.value, "bold")
+    console.print(Text.assemble("payment ", *id_and_status), soft_wrap=True)
+    for name, value in (_lines(record) | _awaited(payment, events)).items():
+        console.print(f"  {name:<12}{safe_text(value)}", soft_wrap=True)
     print_wide(console, _operations_table(payment, operations))
     print_wide(console, _events_table(events))
 
@@ -179,13 +185,32 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
     amounts = {name: getattr(payment, f"{name}_minor") for name in AMOUNTS}
     moved = ", ".join(f"{name} {_money(minor, payment)}" for name, minor in amounts.items() if minor)
     lines = {
-        "amounts": moved or f"nothing moved of {_money(payment.amount_minor, payment)}",
+        "amounts": moved or _nothing_moved(payment),
         "in doubt": "yes: an outcome is unknown, money may have moved" if payment.has_indeterminate else "",
         "gateway": " ".join(filter(None, (payment.gateway, payment.gateway_payment_id))),
         "order": payment.order_id or "",
         "customer": payment.customer_id or "",
-        "created": _time(record.created_at),
+        "created": told_time(record.created_at),
     }
+    return {name: value for name, value in lines.items() if value}
+
+
+def _nothing_moved(payment: Payment) -> str:
+    if not payment.amount_minor:
+        return "none: no charge or authorize of it was accepted"
+    return f"nothing moved of {_money(payment.amount_minor, payment)}"
+
+
+def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
+    """Where the payer goes and until when, while they are awaited: as the newest event says that asked for it."""
+    if payment.status is not PaymentStatus.REQUIRES_ACTION:
+        return {}
+    asked = [json.loads(event.payload)["action"] for event in events if event.type == ASKED]
+    if not asked:
+        return {}
+    action = asked[-1]
+    until = action["expires_at"] and told_time(datetime.fromisoformat(action["expires_at"]))
+    lines = {"payer goes": f"to {action['url'] or action['type']}", "until": until or ""}
     return {name: value for name, value in lines.items() if value}
 
 
@@ -216,19 +241,15 @@ def _print_page(console: Console, page: Page) -> None:
         payment = record.payment
         amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
         cells = (_money(minor, payment) if minor else "" for minor in amounts)
-        where = (payment.gateway or "", payment.order_id or "", _time(record.created_at))
+        where = (payment.gateway or "", payment.order_id or "", told_time(record.created_at))
         rows.append((str(payment.payment_id), payment.status, *cells, *where))
     if not rows:
         console.print("No payment matches.")
         return
     print_wide(console, table_of(names, rows, whole=set(names)))
     if page.next_cursor:
-        console.print(f"More: the same command with --cursor {page.next_cursor}", highlight=False)
+        console.print(f"More: the same command with --cursor {page.next_cursor}", soft_wrap=True)
 
 
 def _money(minor: int, payment: Payment) -> str:
     return str(Money(minor, payment.currency)) if payment.currency else str(minor)
-
-
-def _time(moment: datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -3,43 +3,47 @@
 import asyncio
 import time
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from app.child import ChildFailed
-from app.command_line import advice_on
+from app.command_line import advice_on, default_data_dir, told_error
+from app.console import new_console, safe_lines, safe_text, shell_word
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
 from infra.local import LocalServerError
 
+TO_TRY: Final = "payments send charge --amount 12.50 --currency USD"
+
 
 def up_here(data_dir: Path) -> int:
     """Run everything until told to stop; the exit code."""
-    console = Console()
+    console = new_console()
     reporter = ConsoleReporter(console)
-    console.print(
-        f"[bold]payments[/] starts everything on this machine [dim](data and logs in {data_dir})[/]", soft_wrap=True
-    )
+    where = f"(data and logs in {safe_text(str(data_dir))})"
+    title = Text.assemble(("payments", "bold"), " starts everything on this machine ", (where, "dim"))
+    console.print(title, soft_wrap=True)
     try:
         with StackFile(data_dir) as stack_file:
             asyncio.run(_up(Installation(data_dir, stack_file, reporter), console, reporter))
     except AlreadyRunning as error:
-        console.print(already_running(error), highlight=False)
+        console.print(already_running(error), soft_wrap=True)
         return 1
     except ChildFailed as failure:
         reporter.child_failed(failure)
         return 1
     except LocalServerError as error:
-        console.print(f"[bold red]✗[/] {error}", highlight=False)
+        console.print(trouble(str(error)), soft_wrap=True)
         return 1
     except Exception as error:
-        # A server of the environment's, for which we do not care.
+        # A server of the environment's, for which we do not care, or the data folder.
         advice = advice_on(error)
-        if advice is None:
+        if advice is None and not isinstance(error, OSError):
             raise
-        console.print(f"[bold red]✗[/] {type(error).__name__}: {escape(str(error))}\n  {advice}", highlight=False)
+        console.print(trouble("\n  ".join(filter(None, (told_error(error), advice)))), soft_wrap=True)
         return 1
     finally:
         reporter.rest()
@@ -52,13 +56,14 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
 
     def on_ready() -> None:
         reporter.rest()
-        console.print(f"[bold green]Ready[/] after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n")
-        show_addresses(console, installation.urls)
+        after = f" after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n"
+        console.print(Text.assemble(("Ready", "bold green"), after))
+        show_addresses(console, installation.urls, installation.data_dir)
 
     await run_until_stopped(installation, on_ready)
 
 
-def show_addresses(console: Console, urls: dict[str, str]) -> None:
+def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> None:
     """Where to look, and what to try."""
     http = urls["http"]
     lines = {
@@ -67,19 +72,31 @@ def show_addresses(console: Console, urls: dict[str, str]) -> None:
         "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
         "Postgres": urls["postgres"],
-        "try": "payments send charge --amount 12.50 --currency USD",
+        "try": f"{TO_TRY}{told_folder(data_dir)}",
     }
     for name, value in lines.items():
-        console.print(f"  {name:<22}{value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<22}{value}", soft_wrap=True)
 
 
-def already_running(error: AlreadyRunning) -> str:
+def told_folder(data_dir: Path) -> str:
+    """The option by which a command in another terminal finds what runs in this data folder."""
+    if data_dir.resolve() in (default_data_dir(), default_data_dir() / "demo"):
+        return ""
+    return f" --data-dir {shell_word(str(data_dir.resolve()))}"
+
+
+def trouble(told: str) -> Text:
+    """What has gone wrong, marked as that."""
+    return Text.assemble(("✗", "bold red"), f" {safe_lines(told)}")
+
+
+def already_running(error: AlreadyRunning) -> Text:
     """What to tell somebody who starts a second one."""
     if error.stack is None:
-        return f"[bold red]✗[/] Another `payments` is just starting or stopping in {error.data_dir}. Wait for it."
+        return trouble(f"Another `payments` is just starting or stopping in {error.data_dir}. Wait for it.")
     where = error.stack.urls.get("http", "")
-    return (
-        f"[bold red]✗[/] Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
-        f"  Use it: payments send charge --amount 12.50 --currency USD\n"
+    return trouble(
+        f"Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
+        f"  Use it: {TO_TRY}{told_folder(error.data_dir)}\n"
         f"  Stop it: Ctrl-C in its terminal, or kill {error.stack.pid}"
     )

@@ -12,9 +12,11 @@ from typing import Final
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
 from app.child import ChildFailed
 from app.client import PaymentsClient
+from app.console import new_console, safe_text
 from app.demo.books import Books, compare, database_time
 from app.demo.orders import Sending, stream
 from app.demo.outsiders import Outsiders
@@ -24,7 +26,7 @@ from app.reporter import ConsoleReporter
 from app.settings import Settings
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import ALL_GATEWAYS, Installation, stop_on_signals
-from app.up_command import already_running, show_addresses
+from app.up_command import already_running, show_addresses, told_folder, trouble
 from infra.local import LocalServerError
 
 CRASH_AT: Final = 0.45
@@ -53,7 +55,7 @@ class Interrupted(Exception):
 
 def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> int:
     """Run it; the exit code."""
-    console = Console()
+    console = new_console()
     screen = Screen(console)
     reporter = Teller(console, screen)
     chosen = random.randrange(10_000) if seed is None else seed  # noqa: S311 - no secret
@@ -64,11 +66,11 @@ def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> in
             demo.introduce(orders, chosen)
             return asyncio.run(demo.run(stay=stay))
     except AlreadyRunning as error:
-        console.print(already_running(error), highlight=False)
+        console.print(already_running(error), soft_wrap=True)
     except ChildFailed as failure:
         reporter.child_failed(failure)
     except LocalServerError as error:
-        console.print(f"[bold red]✗[/] {error}", highlight=False)
+        console.print(trouble(str(error)), soft_wrap=True)
     except Interrupted:
         console.print("Interrupted; everything is stopped.")
     finally:
@@ -86,7 +88,7 @@ class Teller(ConsoleReporter):
 
     def note(self, text: str) -> None:
         if self.has_started:
-            self._screen.tell(f"[yellow]{text}[/]")
+            self._screen.tell(f"[yellow]{escape(safe_text(text))}[/]")
         else:
             super().note(text)
 
@@ -113,7 +115,8 @@ class Demo:
             "are compared with the providers'."
         )
         haste = ", ".join(f"{name.removeprefix('PAYMENTS_').lower()} {value}" for name, value in HASTE.items())
-        say(f"[dim]In a hurry: {haste}. Everything else is as in production. Data: {self._installation.data_dir}[/]")
+        data = escape(str(self._installation.data_dir))
+        say(f"[dim]In a hurry: {haste}. Everything else is as in production. Data: {data}[/]")
 
     async def run(self, *, stay: bool) -> int:
         """Everything, in order; whatever happens, all that was started is stopped."""
@@ -265,13 +268,15 @@ class Demo:
             planned = answer.planned
             self._screen.say(f"    missing: {planned.kind} of payment {planned.payment_id} ({planned.story})")
         if len(missing) > MISSING_SHOWN:
-            self._screen.say(f"    and {len(missing) - MISSING_SHOWN} more; logs: {self._installation.data_dir}/logs")
+            logs = escape(f"{self._installation.data_dir}/logs")
+            self._screen.say(f"    and {len(missing) - MISSING_SHOWN} more; logs: {logs}")
 
     def _show_addresses(self) -> None:
         payment = next(iter(self._tally.answers.values())).planned.payment_id
         self._screen.heading("Everything keeps running; Ctrl-C stops it")
-        show_addresses(self._screen.console, self._installation.urls)
-        self._screen.say(f"  {'look at a payment':<22}payments show {payment}")
+        data_dir = self._installation.data_dir
+        show_addresses(self._screen.console, self._installation.urls, data_dir)
+        self._screen.say(f"  {'look at a payment':<22}payments show {payment}{escape(told_folder(data_dir))}")
 
 
 def _check_books(books: Books) -> Iterator[Check]:

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from app.console import safe_text
 from app.demo.books import Books
 from app.demo.orders import STORIES, TROUBLED
 from app.demo.tally import Check, Tally, percentile
@@ -27,7 +28,7 @@ GOOD: Final = ("captured", "authorized", "voided", "refunded")
 
 
 class Screen:
-    """The demo's voice."""
+    """The demo's voice. Its own texts are markup, and are told as such; what is not its own is escaped before."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -42,10 +43,10 @@ class Screen:
 
     def say(self, text: str) -> None:
         # In a file or a pipe a line stays a line.
-        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(Text.from_markup(text, emoji=False), soft_wrap=not self.console.is_terminal)
 
     def heading(self, text: str) -> None:
-        self.console.print(f"\n[bold]{text}[/]", highlight=False)
+        self.console.print(Text(f"\n{text}", "bold"))
 
     async def follow(self, tally: Tally, total: int) -> None:
         """Show how far it is, until cancelled."""
@@ -126,7 +127,7 @@ class Screen:
                 if word == "disputed" and not ours and not theirs:
                     continue
                 colour = "green" if ours == theirs else "bold red"
-                difference = f"[{colour}]{_money(theirs - ours, each.currency)}[/]"
+                difference = Text(_money(theirs - ours, each.currency), colour)
                 table.add_row(
                     f"{each.gateway} {each.currency} {word}",
                     _money(ours, each.currency),
@@ -137,8 +138,9 @@ class Screen:
 
     def show_checks(self, checks: Iterable[Check]) -> None:
         for check in checks:
-            mark = "[green]✓[/]" if check.held else "[bold red]✗[/]"
-            self.console.print(f"  {mark} {check.promise}: [dim]{check.found}[/]", highlight=False, soft_wrap=True)
+            mark = ("✓", "green") if check.held else ("✗", "bold red")
+            line = Text.assemble("  ", mark, f" {check.promise}: ", (safe_text(check.found), "dim"))
+            self.console.print(line, soft_wrap=True)
 
 
 def _table(first: str, *others: str) -> Table:

@@ -30,5 +30,5 @@ def configure_logs(process: str, *, as_json: bool) -> None:
     )
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    for noisy in ("aiokafka", "stripe", "httpx", "httpcore", "faststream"):
+    for noisy in ("aiokafka", "stripe", "httpx", "httpcore", "faststream", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -19,16 +19,17 @@ CLAIM: Final = """
     RETURNING true
 """
 SELECT: Final = """
-    SELECT "partition", "offset", decision, decided_at FROM dead_letter_decisions WHERE topic = $1
+    SELECT "partition", "offset", decision, decided_at, why FROM dead_letter_decisions WHERE topic = $1
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`retried` or `dropped`, and when."""
+    """`retried` or `dropped`, when, and why it was dropped."""
 
     name: str
     decided_at: datetime
+    why: str
 
 
 class LetterDecisions:
@@ -51,7 +52,9 @@ class LetterDecisions:
     async def all(self) -> dict[tuple[int, int], Decision]:
         """By partition and offset; what is not here is open."""
         rows = await self._connection.fetch(SELECT, self._topic)
-        return {(row["partition"], row["offset"]): Decision(row["decision"], row["decided_at"]) for row in rows}
+        return {
+            (row["partition"], row["offset"]): Decision(row["decision"], row["decided_at"], row["why"]) for row in rows
+        }
 
     @asynccontextmanager
     async def claim(

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.client import AmountUnusable, minor_units
+from app.command_line import advice_on, told_error
 from app.settings import Settings
-from app.show import Wanted, list_payments
+from app.show import Wanted, list_payments, moment
 from app.wiring import ADDRESSES, CREDENTIALS
 from infra.local.server import free_port
 
@@ -110,7 +112,17 @@ def new_charge(*more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("amount", "currency", "minor"),
-    [("12.50", "USD", 1250), ("12.5", "USD", 1250), ("1250", "JPY", 1250), ("0.001", "KWD", 1), ("0.07", "EUR", 7)],
+    [
+        ("12.50", "USD", 1250),
+        ("12.5", "USD", 1250),
+        ("1250", "JPY", 1250),
+        ("0.001", "KWD", 1),
+        ("0.07", "EUR", 7),
+        ("12.5000", "USD", 1250),
+        (".5", "USD", 50),
+        ("5.", "USD", 500),
+        ("9" * 18, "KWD", int("9" * 18 + "000")),
+    ],
 )
 def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor: int) -> None:
     assert minor_units(amount, currency) == minor
@@ -123,7 +135,14 @@ def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor
         ("1.5", "JPY", "JPY has no decimals"),
         ("0", "USD", "more than zero"),
         ("-3", "USD", "more than zero"),
-        ("NaN", "USD", "more than zero"),
+        ("NaN", "USD", "no amount"),
+        ("1e3", "USD", "no amount"),
+        ("1_0", "USD", "no amount"),
+        ("\u0665", "USD", "no amount"),
+        (" 1", "USD", "no amount"),
+        ("1.2.3", "USD", "no amount"),
+        (".", "USD", "no amount"),
+        ("12.500000000000000000000000000000001", "USD", "USD has 2 decimals"),
         ("twelve", "USD", "no amount"),
         ("1", "XXX", "not one of the currencies"),
     ],
@@ -182,6 +201,11 @@ def test_a_setting_that_is_no_json_says_what_to_write(tmp_path: Path, command: s
     assert "Traceback" not in done.stderr
 
 
+def test_a_setting_that_cannot_be_says_why_in_our_words(tmp_path: Path) -> None:
+    done = run("gateways", data_dir=tmp_path, PAYMENTS_KAFKA_BOOTSTRAP="x y")
+    assert "PAYMENTS_KAFKA_BOOTSTRAP: 'x y' is no broker" in done.stderr
+
+
 def test_a_secret_that_is_no_json_is_not_printed(tmp_path: Path) -> None:
     done = run("worker", data_dir=tmp_path, PAYMENTS_STRIPE_WEBHOOK_SECRETS="whsec_secret")
     assert "PAYMENTS_STRIPE_WEBHOOK_SECRETS is no JSON" in done.stderr
@@ -221,12 +245,23 @@ def test_a_database_without_a_schema_says_to_migrate(
         (["--as", "succeeded", "--now"], "say --now"),
         (["--now", "--evidence", "seen"], "go with --as"),
         (["--now", "--amount", "5"], "go with --as"),
+        (["--now", "--gateway", "paypal"], "--gateway goes with --day"),
+        (["--as", "succeeded", "--gateway", "paypal"], "--gateway goes with --day"),
+        (["--day", "2026-01-31", "--payment", "p"], "go with --now"),
+        (["--day", "2026-01-31", "--dry-run"], "go with --now"),
     ],
 )
-def test_a_ruling_that_is_not_whole_says_what_is_missing(tmp_path: Path, given: list[str], advice: str) -> None:
+def test_options_of_reconcile_that_do_not_go_together_are_told(tmp_path: Path, given: list[str], advice: str) -> None:
     done = run("reconcile", *given, data_dir=tmp_path, PAYMENTS_POSTGRES_URL="postgresql://127.0.0.1:1/none")
     assert done.returncode == 1
     assert advice in done.stderr
+
+
+def test_reconcile_logs_nothing_where_there_is_nothing_to_say(tmp_path: Path, postgres_url: str) -> None:
+    done = run(
+        "reconcile", "--now", "--dry-run", data_dir=tmp_path, **INSTANT | {"PAYMENTS_POSTGRES_URL": postgres_url}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 SIGNING = {"PAYMENTS_STRIPE_WEBHOOK_SECRETS": '["whsec_cli"]', "PAYMENTS_PAYPAL_WEBHOOK_ID": "1JE"}
@@ -340,6 +375,40 @@ def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_
     assert done.stderr.endswith("Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?\n")
 
 
+@pytest.mark.parametrize("command", [["gateways"], ["gateways", "--json"], ["asyncapi"]], ids=" ".join)
+def test_a_disk_that_is_full_is_no_trouble_of_postgres(tmp_path: Path, command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PAYMENTS, *command], cwd=ROOT, env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"payments: No space left on device\n")
+
+
+def test_a_file_in_the_place_of_the_data_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("up", data_dir=tmp_path / "file")
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"✗ {tmp_path}/file: File exists\n")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "is_of_a_server"),
+    [
+        (TimeoutError(), "TimeoutError: no answer in time", True),
+        (ConnectionRefusedError(111, "Connect call failed"), "ConnectionRefusedError: [Errno 111]", True),
+        (OSError("Multiple exceptions: …"), "OSError: Multiple exceptions", True),
+        (FileNotFoundError(2, "No such file or directory"), "FileNotFoundError: [Errno 2]", True),
+        (FileNotFoundError(2, "No such file or directory", "books"), "books: No such file or directory", False),
+        (OSError(28, "No space left on device"), "No space left on device", False),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
+)
+def test_only_an_error_of_a_connection_is_one_of_a_server(error: Exception, told: str, is_of_a_server: bool) -> None:
+    assert told_error(error).startswith(told)
+    assert (advice_on(error) is not None) is is_of_a_server
+
+
 def _answers(url: str) -> bool:
     try:
         return httpx.get(url, trust_env=False).status_code == 200
@@ -355,6 +424,25 @@ def test_the_simulator_signs_no_webhooks_with_nothing(tmp_path: Path) -> None:
         assert f"--webhooks-to needs {missing}" in done.stderr
 
 
+def test_a_folder_in_the_place_of_the_simulators_books_is_told(tmp_path: Path) -> None:
+    done = run("sandbox", "--state-file", str(tmp_path), data_dir=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"payments: --state-file: {tmp_path} is a folder; name a file in it\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("list", "Of this currency"),
+        ("send charge", "Like 12.50, of --currency."),
+        ("send charge", "the message as it came"),
+        ("reconcile", "As JSON."),
+    ],
+)
+def test_help_says_what_an_option_is_for_here(tmp_path: Path, command: str, told: str) -> None:
+    assert told in run(*command.split(), "--help", data_dir=tmp_path).stdout
+
+
 def test_the_simulators_help_names_all_four(tmp_path: Path) -> None:
     told = run("sandbox", "--help", data_dir=tmp_path).stdout
     assert all(name in told for name in ("Stripe", "PayPal", "VNPay", "MoMo"))
@@ -368,6 +456,17 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
     assert "the payer is awaited until" in done.stderr
     assert re.search(r"Payer goes to: +http://\S+/paymentv2/vpcpay\.html\?\S+", done.stderr)
     assert "running?" not in done.stderr
+    payment = re.search(r"payment (\S+)", done.stdout)
+    assert payment is not None, done.stdout
+    shown = up.run("show", payment[1]).stdout
+    assert re.search(r"payer goes +to http://\S+/paymentv2/vpcpay\.html\?\S+\n", shown)
+    assert re.search(r"until +20[0-9-]{8} [0-9:]{8}Z\n", shown)
+
+
+def test_a_payment_that_never_was_one_is_shown_as_that(up: Up) -> None:
+    payment = str(uuid.uuid4())
+    up.send("capture", "--payment-id", payment)
+    assert "no charge or authorize of it was accepted" in up.run("show", payment).stdout
 
 
 def test_a_program_gets_where_the_payer_is_to_go(up: Up) -> None:
@@ -395,6 +494,7 @@ def test_a_command_sent_again_is_replayed(up: Up) -> None:
     code, second = up.send(*same)
     assert (code, second["replayed"]) == (0, True)
     assert second["original_event_id"] == first["event_id"]
+    assert "replayed: nothing moved  payment was captured then, " in up.run("send", *same).stdout
 
 
 def test_a_key_with_other_content_is_rejected(up: Up) -> None:
@@ -416,6 +516,32 @@ def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
     key = f"k-{uuid.uuid4()}"
     code, told = up.send(*new_charge("--timeout", "0.001", "--idempotency-key", key))
     assert (code, told["idempotency_key"]) == (3, key), "a program can ask again"
+
+
+def test_the_advice_to_ask_again_holds_the_key_as_it_was_given(up: Up) -> None:
+    key = f"refund {uuid.uuid4()}[a]:ticket:'"
+    done = up.run("send", *new_charge("--timeout", "0", "--idempotency-key", key))
+    assert f"idempotency key  {key}\n" in done.stdout
+    advice = next(line for line in done.stderr.splitlines() if "Ask again:" in line)
+    words = shlex.split(advice.partition(";")[0])
+    assert words[words.index("--idempotency-key") + 1] == key
+
+
+def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
+    order, customer = f"[/x]:ticket:{uuid.uuid4()}", f"[red]\x1b[2J{uuid.uuid4()}"
+    _, event = up.send(*new_charge("--order-id", order, "--customer-id", customer))
+    for told in (up.run("list", "--customer", customer), up.run("show", event["payment_id"])):
+        assert told.returncode == 0, told.stderr
+        assert order in told.stdout
+        assert "\x1b" not in told.stdout
+    assert customer.replace("\x1b", "\\x1b") in told.stdout
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_a_wait_that_is_none_sends_nothing(up: Up, seconds: str) -> None:
+    done = up.run("send", *new_charge("--timeout", seconds))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--timeout" in done.stderr
 
 
 def test_too_many_decimals_send_nothing(up: Up) -> None:
@@ -473,6 +599,30 @@ def test_a_filter_that_cannot_be_read_says_what_to_write(filters: dict[str, Any]
         list_payments(Settings(), Wanted(**nothing | {"limit": 20} | filters), as_json=True)
 
 
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_times_are_in_utc_wherever_the_terminal_is(up: Up, zone: str) -> None:
+    _, event = up.send(*new_charge())
+    shown = run("show", event["payment_id"], data_dir=up.data_dir, TZ=zone).stdout
+    facts = json.loads(run("show", event["payment_id"], "--json", data_dir=up.data_dir, TZ=zone).stdout)
+    created = re.search(r"created +(\S+ \S+Z)\n", shown)
+    assert created is not None, shown
+    assert facts["created_at"].endswith("Z")
+    happened_at = datetime.fromisoformat(event["occurred_at"])
+    for each in (created[1], facts["created_at"]):
+        assert abs(datetime.fromisoformat(each) - happened_at).total_seconds() < 60
+
+
+@pytest.mark.parametrize("text", ["2026-01-31", "2026-01-31T00:00:00", "2026-01-31T00:00Z", "2026-01-31T07:00+07:00"])
+def test_a_day_begins_at_midnight_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert moment(text) == datetime(2026, 1, 31, tzinfo=UTC)
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
+
+
 def test_a_cursor_that_is_none_is_told(up: Up) -> None:
     done = up.run("list", "--cursor", "!")
     assert (done.returncode, done.stdout) == (1, "")
@@ -488,6 +638,14 @@ def test_a_second_up_refuses_and_says_where_the_first_is(up: Up) -> None:
     assert done.returncode == 1
     assert str(up.process.pid) in done.stdout
     assert up.process.poll() is None
+
+
+def test_what_up_says_to_try_can_be_tried_in_another_terminal(up: Up) -> None:
+    told = (up.data_dir / "up.out").read_text() + up.run("up").stdout
+    hints = re.findall("(?:try|Use it:) +payments (send charge .*)", told)
+    assert len(hints) == 2
+    for each in hints:
+        assert shlex.split(each)[-2:] == ["--data-dir", str(up.data_dir)]
 
 
 def test_the_http_process_shows_all_processes(up: Up) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -164,8 +165,8 @@ async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
     (letter,) = await letters(settings)
     assert letter.reason == "cannot_be_processed"
     async with running(settings):
-        for _ in range(2):
-            done = await in_thread(payments_dlq, settings, "retry", str(letter.id), monkeypatch=monkeypatch)
+        for again in ([], ["--again"]):
+            done = await in_thread(payments_dlq, settings, "retry", str(letter.id), *again, monkeypatch=monkeypatch)
             assert done.exit_code == 0, done.output
         await until_captured(settings, 2)
         await read_until(settings.kafka_bootstrap, settings.commands_topic, lambda found: len(found) >= 4)
@@ -209,8 +210,12 @@ async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypa
     listed = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)
     rows = json.loads(listed.output)
     assert {row["reason"] for row in rows} == {"not_utf8", "unknown_type", "not_json"}
+    assert all(re.fullmatch(r"20[0-9-]{8}T[0-9:.]+Z", row["parked_at"]) for row in rows)
     assert "4242424242424242" not in listed.output
-    assert "\x1b" not in (await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)).output
+    table = (await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)).output
+    assert "\x1b" not in table
+    assert "parked at" in table
+    assert re.search(r" 20[0-9-]{8} [0-9:]{8}Z ", table)
     name = next(row["letter"] for row in rows if row["key"] == "k1")
     shown = json.loads((await in_thread(payments_dlq, settings, "show", name, monkeypatch=monkeypatch)).output)
     assert bytes.fromhex(shown["hex"]) == UNREADABLE
@@ -342,6 +347,30 @@ async def test_a_letter_that_another_operator_has_decided_about_is_not_published
         assert set((await consumer.end_offsets(places)).values()) == {0}
 
 
+async def test_what_was_decided_before_is_told_and_left_as_it_was(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, other = [await put(settings, b"v", headers=facts(settings)) for _ in range(2)]
+    await in_thread(payments_dlq, settings, "drop", name, "--why", "a [test]", "--yes", monkeypatch=monkeypatch)
+    for command in (["retry", name], ["drop", name, other, "--why", "mine", "--yes"]):
+        told = await in_thread(payments_dlq, settings, *command, monkeypatch=monkeypatch)
+        assert told.exit_code == 1
+        assert f"{name} was dropped already: a [test] (20" in told.output
+    decisions = "SELECT string_agg(decision || ' ' || why, ', ' ORDER BY why) FROM dead_letter_decisions"
+    assert await value(settings.postgres_url, decisions) == "dropped a [test], dropped mine"
+    done = await in_thread(payments_dlq, settings, "retry", name, "--again", monkeypatch=monkeypatch)
+    assert (done.exit_code, "1 of 1 published again" in done.output) == (0, True), done.output
+    told = await in_thread(payments_dlq, settings, "drop", name, "--why", "late", "--yes", monkeypatch=monkeypatch)
+    assert f"{name} was retried already (20" in told.output
+
+
+async def test_to_drop_what_is_not_there_is_not_asked_about(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = await in_thread(payments_dlq, settings, "drop", "--all", "--why", "rubbish", monkeypatch=monkeypatch)
+    assert (done.exit_code, done.output) == (0, "Nothing to drop.\n")
+
+
 async def test_hundreds_are_published_again_in_the_order_of_each_key(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +393,9 @@ async def test_hundreds_are_published_again_in_the_order_of_each_key(
         (("show", "nonsense"), "PARTITION:OFFSET"),
         (("show", "0:999999"), "there is no letter 0:999999"),
         (("retry",), "--all or --reason"),
-        (("retry", "0:1", "--all"), "--all or --reason"),
+        (("retry", "0:1", "--all"), "--all or --reason, not both"),
+        (("retry", "--all", "--again"), "goes with letters' names"),
+        (("drop", "--all", "--why", " ", "--yes"), "--why says why"),
     ],
 )
 async def test_wrong_use_says_what_to_do(

@@ -497,6 +497,10 @@ async def test_while_a_provider_rests_what_is_stuck_there_stays_due_for_whoever_
     assert await value(postgres_url, "SELECT array_agg(status ORDER BY id) FROM payments") == ["captured", "captured"]
 
 
+def hours_ago(time: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds() / 3600
+
+
 def here(postgres_url: str, redis_url: str) -> Settings:
     return Settings(postgres_url=postgres_url, redis_url=redis_url, gateways=["instant"], default_gateway="instant")
 
@@ -525,9 +529,11 @@ async def test_holds_past_their_end_are_asked_about_at_once_and_in_a_dry_run_too
     for dry_run in (True, False):
         told = await run(settings, capsys, dry_run=dry_run)
         assert {each["payment_id"] for each in told} == {str(each) for each in payments}
-        assert {(each["operation"], each["state"], each["age"]) for each in told} == {
-            ("authorize 1", "a hold past its end", "5 h")
+        facts = ("kind", "number", "state", "amount_minor", "currency")
+        assert {tuple(each[name] for name in facts) for each in told} == {
+            ("authorize", 1, "hold_past_its_end", 10_000, "USD")
         }
+        assert all(5 <= hours_ago(each["since"]) < 5.1 and each["since"].endswith("Z") for each in told)
         (told,) = await run(settings, capsys, dry_run=dry_run, payment=payments[0])
         assert told["payment_id"] == str(payments[0])
 
@@ -747,6 +753,10 @@ async def test_told_to_end_it_saves_what_is_under_way_and_gives_back_the_rest(
         while not await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased"):
             await asyncio.sleep(0.02)
         command.send_signal(number)
+        assert command.stderr is not None, "it is a pipe"
+        while not (line := await command.stderr.readline()).startswith(b"Ending: calls under way are waited for"):
+            assert line, "it ended without a word"
+        assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased"), "it is told at once"
         _, told = await command.communicate()
     assert command.returncode == 1
     states = "SELECT array_agg(DISTINCT state ORDER BY state) FROM operations"
