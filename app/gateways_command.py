@@ -1,14 +1,13 @@
 """`payments gateways`: what each gateway can do, read from the code that decides by it."""
 
-import json
 from datetime import timedelta
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from app import wiring
+from app.console import new_console, print_json
 from app.settings import Settings
 from domain.capabilities import Capabilities, Listing
 from domain.commands import OperationKind
@@ -32,7 +31,7 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
     wiring.check_names(settings)
     known = known_capabilities(settings)
     if as_json:
-        Console().print_json(json.dumps({name: described(each) for name, each in known.items()}))
+        print_json({name: described(each) for name, each in known.items()})
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -40,8 +39,9 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
         table.add_column(name + (" *" if name in settings.gateways else ""))
     for row in rows(known):
         table.add_row(*row)
-    Console().print(table)
-    Console().print("* used by this installation (PAYMENTS_GATEWAYS). What a gateway cannot do is refused up front.")
+    console = new_console()
+    console.print(table)
+    console.print("* used by this installation (PAYMENTS_GATEWAYS). What a gateway cannot do is refused up front.")
     return 0
 
 

@@ -11,11 +11,12 @@ from typing import Final, TypeVar
 
 import psycopg
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from app.command_line import fail
+from app.console import new_console, told_time
 from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
@@ -57,7 +58,7 @@ class RelayDesk:
         self._settings = settings
         self._slot = settings.relay_slot
         self._named = f"relay {self._slot!r}, which PAYMENTS_RELAY_SLOT names"
-        self._out = Console()
+        self._out = new_console()
 
     # --- status -------------------------------------------------------------------------------------------------------
 
@@ -82,9 +83,10 @@ class RelayDesk:
             self._out.print(
                 f"other slot: {stranger.slot}, {'active' if stranger.is_active else 'inactive'}, keeps {kept}"
             )
-        self._out.print(f"newest event written: {overview.last_event_at or 'none'}")
+        newest = overview.last_event_at
+        self._out.print(f"newest event written: {'none' if newest is None else told_time(newest)}")
         for trouble in troubles:
-            self._out.print(f"[bold red]![/] {trouble}")
+            self._out.print(Text.assemble(("!", "bold red"), f" {trouble}"))
 
     # --- repair and adopt ---------------------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ class RelayDesk:
         count = count_retained if everything else partial(count_unproven, slot=self._slot)
         events, first, last = self._ask(count)
         what = "events are retained" if everything else "retained events have no proof of publication"
-        self._out.print(f"{events} {what}" + (f", from {first} to {last}" if events else ""))
+        self._out.print(f"{events} {what}" + (f", from {told_time(first)} to {told_time(last)}" if events else ""))
         if dry_run:
             return 0
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
@@ -161,7 +163,7 @@ class RelayDesk:
     async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
             who, since = blocker
-            return f"the new slot waits for the end of a transaction that runs since {since:%H:%M:%S}, of {who}"
+            return f"the new slot waits for the end of a transaction that runs since {told_time(since)}, of {who}"
         if await is_led(connection, self._slot):
             return "a relay is at it: it makes the slot anew and publishes"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
@@ -285,7 +287,7 @@ def _relay_table(relay: RelayStatus) -> Table:
         "source": relay.source,
         "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
         "slot": f"{relay.slot_state}" + (f", keeps {in_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
-        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {relay.saved_at:%H:%M:%S}, when it was last written down)",
+        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {told_time(relay.saved_at)}, when it was last written down)",
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
@@ -295,4 +297,4 @@ def _relay_table(relay: RelayStatus) -> Table:
 
 
 def _cell(fact: object) -> str:
-    return f"{fact:%Y-%m-%d %H:%M:%S}" if isinstance(fact, datetime) else str(fact)
+    return told_time(fact) if isinstance(fact, datetime) else str(fact)
