@@ -124,11 +124,12 @@ class RelayDesk:
         async def decided(connection: psycopg.AsyncConnection) -> int:
             if await request_repair(connection, self._slot, repair):
                 return await self._wait_for_repair(connection, timeout_seconds)
-            _, asked, _ = await find_repair(connection, self._slot)
+            gap, asked, _ = await find_repair(connection, self._slot)
             if asked is not None:
+                topic = " with PAYMENTS_EVENTS_TOPIC as it was, or `payments relay repair --everything` for another one"
                 self._out.print(
-                    f"Not done: {REQUESTS[asked]} was asked for before, and is done first by a relay that runs: ask"
-                    " again after it"
+                    f"Not done: {REQUESTS[asked]} was asked for before, and is done first by a relay that runs"
+                    f"{topic if gap is not None and is_about_topic(gap) else ''}: ask again after it"
                 )
                 return 1
             self._out.print(

@@ -5,7 +5,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Final
 
-from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from rich.console import Console
 from rich.text import Text
 
@@ -52,6 +52,8 @@ async def _exchange(
         sent_at = time.monotonic()
         try:
             await client.send(command.value, command.payment_id)
+        except MessageSizeTooLargeError:
+            raise
         except KafkaError as error:
             raise KafkaError(f"{error!r}: Kafka may have the command or not. {_how_to_ask_again(command)}") from error
         if timeout_seconds is None:

@@ -1,4 +1,6 @@
-"""The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`."""
+"""The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`,
+and its name in `app.settings.GATEWAYS_KNOWN`.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -39,6 +39,7 @@ def heed(draft: Draft, given: Notified) -> None:
     if current is None:
         _heed_late(draft, given, given.operation, notice)
         external.take_rest(draft, given)
+        begin_waiting(draft)
     elif notice.is_ripe:
         _dispatch_again(draft, current)
     elif isinstance(notice.outcome, Succeeded) and draft.is_foreign(notice.currency):
@@ -132,7 +133,6 @@ def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> Non
         _release_hold(draft, draft.changed[operation.number])
     else:
         _tell_void(draft, operation, outcome.reference, owed)
-    begin_waiting(draft)  # if that ended what was under way
 
 
 def _tell_void(draft: Draft, paid: Operation, reference: str, owed_minor: int) -> None:

@@ -140,7 +140,7 @@ async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tu
     if reasons:
         return (), reasons
     dropped = tuple([day for day in past if await _patiently(partial(_drop_day, connection, day, last))])
-    return dropped, ("somebody writes into them still",) if len(dropped) < len(past) else ()
+    return dropped, ("somebody has written into them since they were looked at",) if len(dropped) < len(past) else ()
 
 
 async def _drop_day(connection: "asyncpg.Connection[Any]", day: date, last: int) -> bool:

@@ -24,7 +24,7 @@ GOING_ROUND = (State.ACTIVE, State.STANDBY)
 GAP_KNOWN = (State.GAP, State.ACTIVE, State.STANDBY, State.STOPPED)
 """Who is in any other state does not know yet whether there is a gap: what was true last goes on."""
 NOT_LEADING = (State.STANDBY, State.STOPPED)
-"""What waits is another's to show; a leader goes on showing it before a gap, and while Kafka is away."""
+"""What waits is another's to show; a leader goes on showing what it knows of it, before a gap and without Kafka."""
 
 
 class RelayHealth(NamedTuple):

@@ -121,7 +121,8 @@ class PollSource:
         elif mark.repair is not None and not (is_moved and mark.repair == "adopt"):
             await self._begin_at(desk, system, published, is_moved=is_moved)
         elif (reason := mark.reason_for_doubt(system, self._config.topic)) is not None:
-            await withdraw_adopt(self._leader, self._config.slot)
+            if mark.repair == "adopt":
+                await withdraw_adopt(self._leader, self._config.slot)
             await refuse_gap(self._leader, self._config.slot, reason, published)
         elif mark.source != "poll":
             await self._begin_at(desk, system, published, is_moved=False)

@@ -60,11 +60,13 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
-# What is being done, or will be when a relay runs, is not taken back: half of a repair is done by nobody else.
+# What is being done, or will be when a relay runs, is not taken back: half of a repair is done by nobody else. But all
+# that is retained has in it what is not proven, if that has not begun.
 REPAIR: Final = f"""
     UPDATE relay_slots SET repair = %(repair)s
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {is_held(LEADERSHIP)})
-       AND coalesce({_ASKED}, %(repair)s) = %(repair)s
+       AND (coalesce({_ASKED}, %(repair)s) = %(repair)s
+            OR %(repair)s = 'everything' AND repair = 'unproven' AND NOT {is_held(LEADERSHIP)})
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
 # A transaction that was prepared, and that nobody has ended since, has no backend any more.
@@ -78,7 +80,9 @@ FIND_BLOCKER: Final = """
      ORDER BY since LIMIT 1
 """
 # Always: who cannot write how far he is would publish the same again and again.
-TRUST: Final = "UPDATE relay_slots SET gap = NULL, topic = %(topic)s WHERE slot_name = %(slot)s"
+TRUST: Final = """
+    UPDATE relay_slots SET gap = NULL, topic = %(topic)s, repair = nullif(repair, 'adopt') WHERE slot_name = %(slot)s
+"""
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 # Who of several relays came here first has forgotten; what has an id since then was written here, and somebody may have
 # to find it by that.

@@ -58,12 +58,15 @@ SHOW: Final = (
     "SELECT * FROM relay_quarantine WHERE slot_name = %s AND (id::text = %s OR aggregateid = %s) ORDER BY number"
 )
 RETRY: Final = """
-    UPDATE relay_quarantine SET state = 'retry'
-     WHERE slot_name = %(slot)s AND state <> 'dropped'
-       AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
-                            WHERE slot_name = %(slot)s AND state <> 'dropped'
-                              AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
-    RETURNING id::text
+    WITH asked AS (
+        SELECT id FROM relay_quarantine
+         WHERE slot_name = %(slot)s AND state <> 'dropped'
+           AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
+                                WHERE slot_name = %(slot)s AND state <> 'dropped'
+                                  AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
+         ORDER BY number FOR UPDATE)
+    UPDATE relay_quarantine AS q SET state = 'retry' FROM asked WHERE q.slot_name = %(slot)s AND q.id = asked.id
+    RETURNING q.id::text
 """
 STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
 # What a relay is trying may be on the topic already.
@@ -71,15 +74,15 @@ DROP: Final = f"""
     WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
                       WHERE slot_name = %(slot)s AND state <> 'dropped' AND id::text = ANY(%(names)s)
                         AND (state <> 'retry' OR NOT {is_held(LEADERSHIP)})
-                      RETURNING id, aggregateid)
-    UPDATE relay_quarantine SET state = 'retry'
-      FROM (SELECT DISTINCT aggregateid FROM dropped) AS freed
-     WHERE relay_quarantine.aggregateid = freed.aggregateid AND slot_name = %(slot)s
-       AND relay_quarantine.state IN ('refused', 'waiting') AND id NOT IN (SELECT id FROM dropped)
+                      RETURNING id, aggregateid),
+         freed AS (UPDATE relay_quarantine SET state = 'retry'
+                     FROM (SELECT DISTINCT aggregateid FROM dropped) AS d
+                    WHERE relay_quarantine.aggregateid = d.aggregateid AND slot_name = %(slot)s
+                      AND relay_quarantine.state IN ('refused', 'waiting') AND id NOT IN (SELECT id FROM dropped))
+    SELECT count(*) FROM dropped
 """  # noqa: S608 - names from our own constants
-COUNT_DROPPED: Final = """
-    SELECT count(*) FILTER (WHERE state = 'dropped'), count(*) FILTER (WHERE state = 'retry')
-      FROM relay_quarantine WHERE slot_name = %s AND id::text = ANY(%s)
+COUNT_TRIED: Final = """
+    SELECT count(*) FROM relay_quarantine WHERE slot_name = %s AND state = 'retry' AND id::text = ANY(%s)
 """
 
 
@@ -164,7 +167,10 @@ class QuarantineDesk:
         """
         key = lock_key(LEADERSHIP, self._slot)[1]
         values = {"slot": self._slot, "names": list(names), "why": why, "key": key}
-        await self._connection.execute(DROP.encode(), values)
-        row = await (await self._connection.execute(COUNT_DROPPED, [self._slot, list(names)])).fetchone()
+        dropped = await self._count(DROP, values)
+        return dropped, await self._count(COUNT_TRIED, [self._slot, list(names)])
+
+    async def _count(self, query: str, values: Any) -> int:
+        row = await (await self._connection.execute(query.encode(), values)).fetchone()
         assert row is not None, "an aggregate always gives a row"
-        return row[0], row[1]
+        return int(row[0])

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import psycopg
 import structlog
+from psycopg import sql
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
@@ -41,12 +42,14 @@ LAG = """
     SELECT slot_name::text, pg_current_wal_flush_lsn() - confirmed_flush_lsn, pg_current_wal_lsn() - restart_lsn
       FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()
 """
-# Whether all of the transaction is on the topic that was the newest one of the outbox before, and which that is now.
-NEWEST: Final = """
-    SELECT (SELECT pg_visible_in_snapshot(%(newest)s::text::xid8, window_begin) FROM relay_slots
-             WHERE slot_name = %(slot)s),
+# Whether all of the transaction is on the topic that was the newest one of the outbox before, and which that is now. In
+# one message, and so one transaction: whoever else uses this connection does not wait for who has locked the outbox.
+NEWEST: Final = sql.SQL("""
+    SET LOCAL lock_timeout = '100ms';
+    SELECT (SELECT pg_visible_in_snapshot({newest}::text::xid8, window_begin) FROM relay_slots
+             WHERE slot_name = {slot}),
            (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
-"""
+""")
 UNREAD_SECONDS = 5.0
 """What is committed is proven to be published some two seconds later: what waits for longer is not being read."""
 
@@ -117,6 +120,7 @@ class Session:
         self._publisher.blocked = await self._quarantine.keys()
         self._status.enter(State.CATCHING_UP)
         await self._source.open(self._desk())
+        self._wait_for(0)  # Until now nothing was to be read.
         self._status.enter(State.ACTIVE)
         log.info(
             "relay active",
@@ -277,6 +281,7 @@ class Session:
         row = await (await leader.execute(LAG.encode(), [self._config.slot])).fetchone()
         if row is None:
             metrics.RETAINED_BYTES.clear()
+            metrics.LAG_BYTES.set(0)
             return
         if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
             metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
@@ -284,10 +289,18 @@ class Session:
 
     async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
         """A source that brings nothing does not know whether there is something: the table does."""
-        values = {"newest": self._newest, "slot": self._config.slot}
-        row = await (await leader.execute(NEWEST, values)).fetchone()
-        if row is None or row[0] is None or row[0] or not self._newest:
-            self._newest, self._newest_since = (row[1] or 0) if row is not None else 0, time.monotonic()
+        query = NEWEST.format(newest=self._newest, slot=self._config.slot)
+        with contextlib.suppress(psycopg.errors.LockNotAvailable):
+            cursor = await leader.execute(query)
+            cursor.nextset()
+            row = await cursor.fetchone()
+            assert row is not None, "the query always gives a row"
+            is_published, newest = row
+            if is_published is not False or not self._newest:
+                self._wait_for(newest or 0)
+
+    def _wait_for(self, transaction: int) -> None:
+        self._newest, self._newest_since = transaction, time.monotonic()
 
     @property
     def _unread_seconds(self) -> float:

@@ -32,7 +32,7 @@ STRANGERS: Final = """
       FROM pg_replication_slots
      WHERE database = current_database() AND NOT temporary
        AND slot_name::text NOT IN (SELECT slot_name FROM relay_slots)
-       AND slot_name::text <> ALL(%s)
+       AND left(slot_name::text, 57) <> ALL(%s)
 """
 RELAYS: Final = """
     SELECT count(*) AS relays,

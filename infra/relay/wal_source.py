@@ -100,7 +100,8 @@ class WalSource:
         self._leader = leader
         self._stream: ReplicationStream
         self._prefix = Prefix()
-        self._rows: RowReader
+        self._rows = RowReader(outbox=0)
+        """Of no table, until it is open."""
         self._reader: LogReader | None = None
         """What reads the stream in C, if that is to be done."""
         self._group = Group(end_lsn=0)

@@ -525,11 +525,11 @@ async def test_a_relay_of_a_long_name_is_listed_once(config: RelayConfig) -> Non
 async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:
     async with running(config):
         pass
-    asked = await payments_relay(config, "repair", "--timeout", "0.2")
+    asked = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")
     assert (asked.returncode, "asked, and not done yet" in asked.stdout) == (1, True)
-    other = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")
+    other = await payments_relay(config, "repair", "--timeout", "0.2")
     assert other.returncode == 1
-    assert "Not done: `payments relay repair` was asked for before" in other.stdout
+    assert "Not done: `payments relay repair --everything` was asked for before" in other.stdout
 
 
 @wal_only

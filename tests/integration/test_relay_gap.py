@@ -591,7 +591,7 @@ async def set_synchronous_standby(url: str, name: str) -> None:
         await connection.execute("SELECT pg_reload_conf()")
 
 
-@pytest.mark.parametrize(("first", "second"), [("unproven", "adopt"), ("everything", "unproven")])
+@pytest.mark.parametrize(("first", "second"), [("unproven", "adopt"), ("everything", "unproven")], ids=str)
 async def test_what_was_asked_for_is_not_taken_back_by_another_request(
     config: RelayConfig, first: Repair, second: Repair
 ) -> None:
@@ -601,6 +601,17 @@ async def test_what_was_asked_for_is_not_taken_back_by_another_request(
         for repair, is_taken in ((first, True), (second, False), (first, True)):
             assert await request_repair(connection, config.slot, repair) == is_taken
         assert (await find_repair(connection, config.slot))[1] == first
+
+
+async def test_all_that_is_retained_has_in_it_what_is_not_proven(config: RelayConfig) -> None:
+    await before_the_gap(config, rows_of("pay_a", 3))
+    connect = psycopg.AsyncConnection.connect
+    async with await connect(config.postgres_url, autocommit=True) as connection:
+        assert await request_repair(connection, config.slot, "unproven")
+        async with await connect(config.postgres_url) as leader:
+            await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
+            assert not await request_repair(connection, config.slot, "everything"), "it has begun"
+        assert await request_repair(connection, config.slot, "everything")
 
 
 @pytest.mark.parametrize("source", ["poll"], indirect=True)
@@ -664,8 +675,9 @@ async def test_who_cannot_write_down_how_far_he_is_publishes_nothing_again_and_a
     task, stop = None, asyncio.Event()
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as forgotten:
         await forgotten.execute("SELECT FROM relay_slots FOR UPDATE")
+        ended = metrics.RECONNECTS.labels("postgres")._value.get()
         task = asyncio.create_task(Relay(config).run(stop))
-        await asyncio.sleep(6.5)
+        await until(lambda: metrics.RECONNECTS.labels("postgres")._value.get() > ended)
     await published(config, *more)
     stop.set()
     await task

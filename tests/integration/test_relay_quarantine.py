@@ -19,7 +19,7 @@ from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.progress import request_repair
 from infra.relay.publisher import Publisher
-from infra.relay.quarantine import Quarantine, QuarantineDesk
+from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.session import Session
 from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
@@ -236,6 +236,12 @@ async def test_what_a_relay_is_trying_is_not_dropped(config: RelayConfig, desk: 
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as leader:
         await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
         assert await desk.drop([poisoned], why="agreed") == (0, 1)
+        await desk._connection.execute("UPDATE relay_quarantine SET state = 'refused'")
+        await leader.execute(MARK_DUE, [config.slot, ["pay_0001"]])
+        dropping = asyncio.create_task(desk.drop([poisoned], why="agreed"))
+        await asyncio.sleep(0.1)
+        await leader.commit()
+        assert await dropping == (0, 1), "begun just before"
     assert await desk.drop([poisoned], why="agreed") == (1, 0)
 
 

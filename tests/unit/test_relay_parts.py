@@ -17,7 +17,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway, PostgresAway
 from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
-from infra.relay.pgoutput import OutboxEvent, RowReader
+from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher
 from infra.relay.records import RecordBatch, headers_of
@@ -320,7 +320,6 @@ async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
     config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events", is_native=is_native)
     connection: Any = SimpleNamespace(pgconn=_EndedConnection())
     source = WalSource(config, connection)
-    source._rows = RowReader(5)
     source._stream = stream = ReplicationStream(connection)
     source._reader = stream.log_reader(source._prefix.begin, []) if is_native else None
     with pytest.raises(PostgresAway, match="why it ended"):
