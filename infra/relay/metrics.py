@@ -3,7 +3,10 @@
 from prometheus_client import Counter, Gauge
 
 EVENTS = Counter("payments_relay_events_total", "Outbox events acknowledged by Kafka")
-LAG_SECONDS = Gauge("payments_relay_lag_seconds", "Age of the oldest commit read and not yet acknowledged, or 0")
+LAG_SECONDS = Gauge(
+    "payments_relay_lag_seconds",
+    "Age of the oldest commit read and not yet acknowledged, or for how long one that was not read is waited for, or 0",
+)
 LAG_BYTES = Gauge("payments_relay_lag_bytes", "Log between the slot's confirmed position and the end of the log")
 UNACKNOWLEDGED = Gauge("payments_relay_unacknowledged", "Events read and not yet acknowledged by Kafka")
 RECONNECTS = Counter("payments_relay_reconnects_total", "Sessions that an error ended, by whose it was", ["server"])
