@@ -83,8 +83,9 @@ def _begin(draft: Draft, operation: Operation, command: Command) -> None:
     operation.due_at = draft.now + draft.rules.retry.lease
     operation.dispatched_at = draft.now
     waiting = draft.payment.waiting_for_payer
-    if waiting is not None:  # so that this is a void
-        operation.reference = waiting.reference
+    if command.kind is OperationKind.VOID:
+        operation.reference = draft.payment.gateway_payment_id if waiting is None else waiting.reference
+    if waiting is not None:
         _let_rest(draft, waiting)
     _reserve(draft, command, amount, gateway)
     draft.keep(operation)

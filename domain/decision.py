@@ -38,7 +38,7 @@ class Notified(NamedTuple):
     `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
     for what did not come by itself: the answer to a question about an operation that has ended. `known` is for what
     carries no mark of ours (`Notice.external`), and for late word of success: all operations of that kind that the
-    payment has, under way or ended.
+    payment has, under way or ended; for the end of a hold its voids.
     """
 
     notice_id: int | None

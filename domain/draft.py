@@ -107,7 +107,8 @@ class Draft:
         """It has its outcome."""
         operation = operation.copy()
         operation.state = state
-        operation.reference = reference or operation.reference
+        if operation.kind is not OperationKind.VOID or operation.reference is None:
+            operation.reference = reference or operation.reference
         operation.is_leased = False
         operation.due_at = None
         self.keep(operation)

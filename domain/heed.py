@@ -11,7 +11,7 @@ from domain.draft import Draft
 from domain.events import EventKind, PaymentStatus
 from domain.ledger import Account
 from domain.notices import Dispute, DisputeStage, Notice
-from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Succeeded
+from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
 from domain.requests import gateway_request
 from domain.settle import end_void_of_nothing, fits, leave_to_void, move, review, settle_outcome
@@ -79,9 +79,9 @@ def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Noti
                 draft.disagrees = is_news or not is_ours or _is_another_refund(operation, outcome)
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
-        case Expired() if _is_open_hold(draft, operation):
+        case Expired() if _is_open_hold(draft, given, operation):
             _release_hold(draft, operation)
-        case Declined(reason=DeclineReason.CANCELED) if was_asked and _is_open_hold(draft, operation):
+        case Declined(reason=DeclineReason.CANCELED) if was_asked and _is_open_hold(draft, given, operation):
             _release_hold(draft, operation)
         case _:
             pass  # Old news: it was true before what ended the operation.
@@ -155,13 +155,24 @@ def _reverse_refund(draft: Draft, operation: Operation) -> None:
     draft.transfer(Account.GATEWAY_CLEARING, Account.CUSTOMER_REFUNDS, amount)
 
 
-def _is_open_hold(draft: Draft, operation: Operation) -> bool:
+def is_end_of_hold(operation: Operation, outcome: Outcome | None) -> bool:
+    """Whether it says of an authorization that succeeded, and whose end was not told, that it holds nothing."""
+    is_hold = operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED
+    return is_hold and isinstance(outcome, Expired | Declined)
+
+
+def _is_open_hold(draft: Draft, given: Notified, hold: Operation) -> bool:
     """Whether it is an authorization that still holds money, with none of our own operations at work on it.
 
-    One whose end was told holds none, whatever the payment's other attempts hold.
+    One whose end was told, or that a void of ours has released, holds none, whatever the payment's other attempts hold.
     """
-    is_hold = operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED
-    return is_hold and _held_minor(draft, operation) > 0 and draft.payment.under_way is None
+    if not is_end_of_hold(hold, given.notice.outcome) or draft.payment.under_way is not None:
+        return False
+    return _held_minor(draft, hold) > 0 and not any(_has_released(each, hold) for each in given.known)
+
+
+def _has_released(void: Operation, hold: Operation) -> bool:
+    return void.state is OperationState.SUCCEEDED and void.reference == hold.reference and bool(void.amount_minor)
 
 
 def _is_another(draft: Draft, operation: Operation) -> bool:

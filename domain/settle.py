@@ -126,9 +126,16 @@ def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
     waiting = draft.payment.waiting_for_payer
     if waiting is not None:
         _decline(draft, waiting, Declined(DeclineReason.CANCELED, None, waiting.reference))
-    draft.finish(void, OperationState.SUCCEEDED, outcome.reference)
+    draft.finish(_of_nothing(void), OperationState.SUCCEEDED, outcome.reference)
     draft.payment.status = PaymentStatus.CANCELED
     draft.publish(EventKind.VOIDED, void, reference=outcome.reference)
+
+
+def _of_nothing(void: Operation) -> Operation:
+    """The void as one that has released nothing: should its attempt be paid after all, that is held."""
+    void = void.copy()
+    void.amount_minor = 0
+    return void
 
 
 def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
@@ -236,7 +243,7 @@ def end_void_of_nothing(draft: Draft) -> None:
     void, payment = draft.payment.under_way, draft.payment
     if void is None or void.kind is not OperationKind.VOID or payment.reserved_capture_minor or not payment.has_money:
         return
-    draft.finish(void, OperationState.SUCCEEDED, void.reference)
+    draft.finish(_of_nothing(void), OperationState.SUCCEEDED, void.reference)
     draft.publish(EventKind.VOIDED, void, reference=void.reference)
 
 

@@ -18,7 +18,7 @@ from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import Event, Replay
-from domain.heed import ENDED_WITHOUT_EFFECT
+from domain.heed import ENDED_WITHOUT_EFFECT, is_end_of_hold
 from domain.ledger import Transfer
 from domain.operations import IN_DOUBT, UNDER_WAY, GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment
@@ -181,15 +181,21 @@ def _place(given: Input) -> tuple[UUID, int] | None:
 
 
 def _kin(given: Input, named: Mapping[tuple[UUID, int], Operation]) -> tuple[UUID, OperationKind] | None:
-    """Among which operations a notice without a mark may be known, or one with a mark may have been, before it came."""
+    """Among which operations a notice without a mark may be known, or one with a mark may have been, before it came.
+
+    What tells the end of a hold may tell what one of our voids has done.
+    """
     if not isinstance(given, Notified):
         return None
     if given.notice.external is not None:
         return given.payment_id, given.notice.external.kind
     operation = named.get(_place(given) or (given.payment_id, 0))
-    if operation is None or operation.state not in ENDED_WITHOUT_EFFECT:
+    if operation is None:
         return None
-    return (given.payment_id, operation.kind) if isinstance(given.notice.outcome, Succeeded) else None
+    if is_end_of_hold(operation, given.notice.outcome):
+        return given.payment_id, OperationKind.VOID
+    is_late_success = operation.state in ENDED_WITHOUT_EFFECT and isinstance(given.notice.outcome, Succeeded)
+    return (given.payment_id, operation.kind) if is_late_success else None
 
 
 WAITING: Final = (OperationState.RECEIVED, OperationState.REQUIRES_ACTION)

@@ -32,7 +32,7 @@ from tests.support.service import QUICK_RETRY, rules
 from tests.support.story import Story
 
 STORIES = int(os.environ.get("PAYMENTS_TEST_STORIES", "4000"))
-STEPS = 30
+STEPS = 60
 CANCELED = DeclineReason.CANCELED
 
 

@@ -10,6 +10,7 @@ from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.events import Event, Replay
+from domain.heed import is_end_of_hold
 from domain.ledger import Transfer
 from domain.notices import External, Notice
 from domain.operations import GatewayRequest, NotExecuted, Operation, OperationState, Outcome, Succeeded
@@ -59,7 +60,9 @@ class Story:
         """A webhook about an operation."""
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, number, outcome=outcome)
         self.heard.append(notice._replace(**facts))
-        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], self._stored(number), known))
+        stored = self._stored(number)
+        known = known or self._voids(stored, outcome)
+        return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], stored, known))
 
     def hear_external(
         self, outcome: Outcome, amount: int = 10_000, kind: OperationKind = OperationKind.REFUND, **facts: Any
@@ -75,11 +78,18 @@ class Story:
     def learn(self, outcome: Outcome, number: int = 1) -> Decision:
         """The answer to a question about an operation that has ended."""
         notice = Notice("books", "", "status", self.payment_id, number, outcome=outcome)
-        return self.give(Notified(None, self.payment_id, notice, self._stored(number)))
+        stored = self._stored(number)
+        return self.give(Notified(None, self.payment_id, notice, stored, self._voids(stored, outcome)))
 
     def rule(self, outcome: Succeeded | NotExecuted, number: int = 1, evidence: str = "seen in the portal") -> Decision:
         """A person decides."""
         return self.give(Ruling(self.payment_id, number, outcome, evidence))
+
+    def _voids(self, operation: Operation | None, outcome: Outcome | None) -> tuple[Operation, ...]:
+        """What the write path loads for the end of a hold."""
+        if operation is None or not is_end_of_hold(operation, outcome):
+            return ()
+        return tuple(each for each in self.operations.values() if each.kind is OperationKind.VOID)
 
     def _stored(self, number: int) -> Operation | None:
         stored = self.operations.get(number)

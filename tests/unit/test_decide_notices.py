@@ -531,6 +531,23 @@ def test_the_end_of_a_hold_that_is_told_twice_is_not_that_of_another_late_hold(e
     assert told.payment.owed_held_minor == 10_000, "that of the second is held still"
 
 
+@pytest.mark.parametrize("end", [Expired("ref_3"), Declined(DeclineReason.CANCELED, None, "ref_3")], ids=str)
+def test_the_end_of_a_hold_that_we_voided_is_not_that_of_another_late_hold(end: Outcome) -> None:
+    told = story()
+    for key in ("first", "second"):
+        told.send("authorize", key)
+        told.answer(NO)
+    told.does("authorize", "third")
+    told.send("void")
+    told.answer(Succeeded("void_at_the_provider"))
+    told.hear(PAID, 1)
+    told.hear(Succeeded("ref_2", 10_000), 2)
+    told.learn(end, 3)
+    assert (told.last.kind, told.amounts()) == ("late_success", (30_000, 0, 10_000, 0))
+    told.learn(Expired("ref_2"), 2)
+    assert (told.last.kind, told.amounts()) == ("authorization_expired", (30_000, 0, 20_000, 0))
+
+
 def test_a_hold_that_is_gone_already_does_not_stand_in_the_way_of_the_next_one() -> None:
     told = held_and_let_go_in_the_wrong_order()
     told.hear(PAID, 1)
