@@ -57,16 +57,18 @@ LIST: Final = """
 SHOW: Final = (
     "SELECT * FROM relay_quarantine WHERE slot_name = %s AND (id::text = %s OR aggregateid = %s) ORDER BY number"
 )
+# What is being tried is told, and left alone: its relay may lock the same rows in another order.
 RETRY: Final = """
     WITH asked AS (
         SELECT id FROM relay_quarantine
          WHERE slot_name = %(slot)s AND state <> 'dropped'
            AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
                                 WHERE slot_name = %(slot)s AND state <> 'dropped'
-                                  AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))
-         ORDER BY number FOR UPDATE)
-    UPDATE relay_quarantine AS q SET state = 'retry' FROM asked WHERE q.slot_name = %(slot)s AND q.id = asked.id
-    RETURNING q.id::text
+                                  AND (%(all)s OR id::text = ANY(%(names)s) OR aggregateid = ANY(%(names)s)))),
+         changed AS (
+        UPDATE relay_quarantine SET state = 'retry'
+         WHERE slot_name = %(slot)s AND state IN ('refused', 'waiting') AND id IN (SELECT id FROM asked))
+    SELECT id::text FROM asked
 """
 STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
 # What a relay is trying may be on the topic already.
