@@ -1,5 +1,7 @@
 """What a person's finding does to an operation whose provider will never give evidence."""
 
+from dataclasses import replace
+
 from domain.accept import begin_waiting
 from domain.decision import Ruling
 from domain.draft import Draft
@@ -29,9 +31,7 @@ def _as_found(operation: Operation, outcome: Succeeded | NotExecuted) -> Operati
     """With what it has moved, where that is another amount than was asked for."""
     if not isinstance(outcome, Succeeded) or outcome.amount_minor is None:
         return operation
-    found = operation.copy()
-    found.amount_minor = outcome.amount_minor
-    return found
+    return replace(operation, amount_minor=outcome.amount_minor)
 
 
 def _with_evidence(event: Event | Replay, operation: Operation, evidence: str) -> Event | Replay:

@@ -3,6 +3,7 @@
 The exception proves the rule: what was never executed, on proof, may be given up (`_retry_or_give_up`).
 """
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Final, assert_never
 
@@ -133,9 +134,7 @@ def _cancel_unpaid(draft: Draft, void: Operation, outcome: Succeeded) -> None:
 
 def _of_nothing(void: Operation) -> Operation:
     """The void as one that has released nothing: should its attempt be paid after all, that is held."""
-    void = void.copy()
-    void.amount_minor = 0
-    return void
+    return replace(void, amount_minor=0)
 
 
 def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
