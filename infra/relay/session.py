@@ -8,10 +8,12 @@ from typing import Any, Final
 
 import psycopg
 import structlog
+from aiokafka.errors import KafkaError
 from psycopg import sql
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
+from infra.relay.errors import RelayError
 from infra.relay.health import State, Status
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
@@ -49,6 +51,17 @@ NEWEST: Final = sql.SQL("""
     SELECT (SELECT pg_visible_in_snapshot({newest}::text::xid8, window_begin) FROM relay_slots
              WHERE slot_name = {slot}),
            (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
+""")
+# How long the first event that no proof sees has waited. What a long transaction makes many of is given up.
+WAITING: Final = sql.SQL("""
+    SET LOCAL statement_timeout = '1s';
+    SELECT extract(epoch FROM now() - o.created_at)::float
+      FROM relay_slots AS r, LATERAL (
+           SELECT created_at FROM outbox
+            WHERE xact >= r.published_below
+              AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_begin))
+            ORDER BY xact LIMIT 1) AS o
+     WHERE r.slot_name = {slot}
 """)
 UNREAD_SECONDS = 5.0
 """What is committed is proven to be published some two seconds later: what waits for longer is not being read."""
@@ -115,7 +128,7 @@ class Session:
         metrics.QUARANTINED.set(await self._quarantine.count())
         self._source = SOURCES[self._config.source](self._config, leader)
         stack.push_async_callback(self._source.close)
-        self._publisher = await Publisher.connect(self._config, self._wake.set)
+        self._publisher = await self._connect(leader)
         stack.push_async_callback(self._publisher.close)
         self._publisher.blocked = await self._quarantine.keys()
         self._status.enter(State.CATCHING_UP)
@@ -129,6 +142,14 @@ class Session:
             source=self._config.source,
             compiled=self._config.uses_native,
         )
+
+    async def _connect(self, leader: psycopg.AsyncConnection) -> Publisher:
+        """To Kafka; while it is away, what waits goes on growing old."""
+        try:
+            return await Publisher.connect(self._config, self._wake.set)
+        except (RelayError, KafkaError):
+            await self._measure_waiting(leader)
+            raise
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
         """Wait to be the one relay that may create, scan and stream: the holder of an advisory lock on this connection.
@@ -286,6 +307,13 @@ class Session:
         if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
             metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
         metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
+
+    async def _measure_waiting(self, leader: psycopg.AsyncConnection) -> None:
+        with contextlib.suppress(psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+            cursor = await leader.execute(WAITING.format(slot=self._config.slot))
+            cursor.nextset()
+            row = await cursor.fetchone()
+            metrics.LAG_SECONDS.set(0 if row is None else row[0])
 
     async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
         """A source that brings nothing does not know whether there is something: the table does."""

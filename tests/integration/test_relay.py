@@ -106,6 +106,19 @@ async def running(config: RelayConfig) -> AsyncIterator[Relay]:
         await asyncio.wait_for(task, 30)
 
 
+@contextlib.asynccontextmanager
+async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
+    """A relay that leads, and looks for its brokers where there are none."""
+    stop = asyncio.Event()
+    relay = Relay(replace(config, kafka_bootstrap="127.0.0.1:1", retry_seconds_max=0.2))
+    task = asyncio.create_task(relay.run(stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 30)
+
+
 async def published(config: RelayConfig, *rows: Row) -> list[Any]:
     """What is on the topic once these rows are."""
     return await read_until(config.kafka_bootstrap, config.topic, complete(rows))
@@ -504,21 +517,32 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
     assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 
+async def test_what_waits_grows_old_while_kafka_is_away(config: RelayConfig) -> None:
+    """Every session ends before it has read anything."""
+    rows, waiting = rows_of("pay_a", 3), metrics.LAG_SECONDS._value
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+    async with without_kafka(config):
+        await commit(config.postgres_url, rows_of("pay_a", 1, first=4))
+        await until(lambda: waiting.get() > 0.5)
+        before = waiting.get()
+        await until(lambda: waiting.get() > before + 0.5)
+        assert waiting.get() < 60
+
+
 @wal_only
 async def test_a_leader_shows_its_backlog_while_kafka_is_away_and_who_stands_by_shows_none(config: RelayConfig) -> None:
     async with running(config):
         await commit(config.postgres_url, rows_of("pay_a", 3))
-    away, stop = Relay(replace(config, kafka_bootstrap="127.0.0.1:1", retry_seconds_max=0.2)), asyncio.Event()
-    task = asyncio.create_task(away.run(stop))
-    await commit(config.postgres_url, rows_of("pay_a", 500, first=4))
-    ended, lag = metrics.RECONNECTS.labels("kafka")._value, metrics.LAG_BYTES._value
-    await until(lambda: lag.get() > 10_000)
-    last = ended.get() + 3
-    while ended.get() < last:
-        assert lag.get() > 10_000, "whatever has ended meanwhile"
-        await asyncio.sleep(0.005)
-    stop.set()
-    await task
+    async with without_kafka(config):
+        await commit(config.postgres_url, rows_of("pay_a", 500, first=4))
+        ended, lag = metrics.RECONNECTS.labels("kafka")._value, metrics.LAG_BYTES._value
+        await until(lambda: lag.get() > 10_000)
+        last = ended.get() + 3
+        while ended.get() < last:
+            assert lag.get() > 10_000, "whatever has ended meanwhile"
+            await asyncio.sleep(0.005)
     assert metrics.LAG_BYTES._value.get() == 0, "it has stopped"
 
 
