@@ -103,7 +103,12 @@ def demo(
     stay: Annotated[bool, typer.Option("--stay", help="Leave everything running at the end, until Ctrl-C.")] = False,
     data_dir: Annotated[
         Path | None,
-        typer.Option(envvar="PAYMENTS_DATA_DIR", help="For this demo's data, emptied first.", show_default=".local"),
+        typer.Option(
+            envvar="PAYMENTS_DATA_DIR",
+            file_okay=False,
+            help="For this demo's data, emptied first.",
+            show_default=".local",
+        ),
     ] = None,
 ) -> None:
     """See it work: orders, faults, a crash, equal books.

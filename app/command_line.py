@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 DataDir = Annotated[
     Path | None,
-    typer.Option(envvar="PAYMENTS_DATA_DIR", help="Where data and logs are kept.", show_default=".local"),
+    typer.Option(
+        envvar="PAYMENTS_DATA_DIR", file_okay=False, help="Where data and logs are kept.", show_default=".local"
+    ),
 ]
 UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 """Postgres' codes for a table, column, type or function that is not there."""

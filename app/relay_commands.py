@@ -92,8 +92,9 @@ def replay(  # noqa: PLR0917 - Typer passes by name
 ) -> None:
     """Publish retained events once more.
 
-    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out. The topic has
-    to be there: if not, the exit code is 2.
+    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out, and those that
+    were dropped from quarantine. The topic has to be there: if not, the exit code is 2; it is 1 if there is no such
+    event.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """
@@ -149,8 +150,8 @@ def drop_quarantine(
 ) -> None:
     """Give events up for ever: subscribers will never see them. What waited behind them is published.
 
-    The events stay in the table, with the reason. They stay in the outbox, too: `replay` and `repair --everything`,
-    which publish what is retained, try them again.
+    The events stay in the table, with the reason, and `replay` leaves them out. They stay in the outbox, too: `repair
+    --everything`, which publishes all that is retained, tries them again.
     """
     if not yes:
         typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)

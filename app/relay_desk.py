@@ -58,6 +58,7 @@ class RelayDesk:
         self._settings = settings
         self._slot = settings.relay_slot
         self._named = f"relay {self._slot!r}, which PAYMENTS_RELAY_SLOT names"
+        self._nothing = f"Nothing of that is in quarantine of {self._named}."
         self._out = new_console()
 
     # --- status -------------------------------------------------------------------------------------------------------
@@ -186,12 +187,14 @@ class RelayDesk:
     def show_quarantine(self, name: str) -> int:
         rows = self._at_quarantine(lambda desk: desk.show(name))
         print(json.dumps(rows, indent=2, default=str))
-        return 0 if rows else 1
+        if not rows:
+            fail(self._nothing)
+        return 0
 
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
         events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
         if not events:
-            self._out.print(f"Nothing of that is in quarantine of {self._named}.")
+            self._out.print(self._nothing)
             return 1
         return self._wait_for_quarantine(events, timeout_seconds)
 
@@ -219,9 +222,7 @@ class RelayDesk:
                 f"{tried} of {len(names)} not dropped: the relay is trying to publish just that. List again."
             )
         elif not dropped:
-            self._out.print(
-                f"Nothing of that is in quarantine of {self._named}; `drop` takes events' ids. Nothing is dropped."
-            )
+            self._out.print(f"{self._nothing} `drop` takes events' ids: nothing is dropped.")
             return 1
         if dropped:
             self._out.print(
@@ -240,18 +241,28 @@ class RelayDesk:
             until=moment(wanted["until"]),
         )
         target = topic or self._settings.events_topic
+        self._refuse_own_input(target)
         replay = Replay(relay_config(self._settings), selection, topic=target, rate=rate)
         if not dry_run:
             self._check_topic(target)
         count = asyncio.run(replay.count())
-        if dry_run or not count:
+        if dry_run:
             self._out.print(f"{count} events would be published to {target}")
             return 0
+        if not count:
+            self._out.print(
+                "Nothing to publish again: no event that is retained, and was published before, is like that."
+            )
+            return 1
         with Progress(console=self._out) as progress:
             task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
             done = asyncio.run(replay.run(lambda published: progress.update(task, completed=published)))
         self._out.print(f"{done} events published again to {target}")
         return 0
+
+    def _refuse_own_input(self, topic: str) -> None:
+        if topic in (self._settings.commands_topic, self._settings.dead_letter_topic):
+            fail(f"--to {topic}: that topic is for commands, and events are none; name one that only subscribers read")
 
     def _check_topic(self, topic: str) -> None:
         """A producer would wait long for a topic that is not there, and then blame Kafka."""

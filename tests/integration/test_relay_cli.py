@@ -223,6 +223,9 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         retried = await payments_relay(config, "quarantine", "retry", "--all")
         assert (retried.returncode, "all published" in retried.stdout) == (0, True)
         records = await published(config, *poisoned, other[0], other[2])
+        await proven(config, other[2])
+        left_out = await payments_relay(config, "replay", "--payment", "pay_0009", "--dry-run")
+        assert "2 events would be published" in left_out.stdout, "of three, but not what was dropped"
     assert [each for each in ids(records) if each in {row.id for row in poisoned}] == [row.id for row in poisoned]
 
 
@@ -253,6 +256,8 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
         assert nothing.returncode == 1
         assert f"Nothing of that is in quarantine of relay '{config.slot}'" in nothing.stdout
+        unknown = await payments_relay(config, "quarantine", "show", "pay_0008")
+        assert (unknown.returncode, unknown.stdout, "Nothing of that" in unknown.stderr) == (1, "[]\n", True)
 
 
 @wal_only
@@ -301,6 +306,15 @@ async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: Rel
     none = await payments_relay(config, "replay", "--until", "1h", "--dry-run")
     assert "0 events would be published" in none.stdout
     assert (await payments_relay(config, "replay")).returncode == 1
+    nobody = await payments_relay(config, "replay", "--payment", "pay_c")
+    assert (nobody.returncode, "Nothing to publish again" in nobody.stdout) == (1, True), nobody.stdout
+
+
+@pytest.mark.parametrize("topic", ["payments.commands", "payments.commands.dlq"])
+async def test_events_are_not_replayed_to_a_topic_of_commands(config: RelayConfig, topic: str) -> None:
+    """Each of them would be one that nobody can read."""
+    refused = await payments_relay(config, "replay", "--payment", "pay_a", "--to", topic, "--dry-run")
+    assert (refused.returncode, "that topic is for commands" in refused.stderr) == (1, True), refused.stderr
 
 
 @wal_only
