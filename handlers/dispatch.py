@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Final, NamedTuple, assert_never
+from typing import Final, NamedTuple, assert_never, cast
 
 import structlog
 
@@ -276,14 +276,16 @@ class _Lane:
 
     def _start(self) -> None:
         if len(self.tasks) < self._limit:
-            task = asyncio.create_task(self._work())
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
         """Call for one request after the other until none is left; a task serves many."""
-        while (given := self._next()) is not None:
-            await self._run(self, given)
+        try:
+            while (given := self._next()) is not None:
+                await self._run(self, given)
+        finally:
+            # Now, and not in a callback: what is added before that would find the lane full, and nobody to take it.
+            self.tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
 
     def _next(self) -> "_Given | None":
         self._by_turns.rotate()

@@ -106,6 +106,32 @@ def raising(error: BaseException) -> Callable[[GatewayRequest], Awaitable[Outcom
     return behave
 
 
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_what_comes_as_the_last_call_of_a_full_lane_ends_is_sent(limit: int) -> None:
+    """In the same turn of the loop: nobody else would take it up while this worker holds its lease."""
+    done = asyncio.Event()
+
+    async def wait(_: GatewayRequest) -> Outcome:
+        await done.wait()
+        return Succeeded("x")
+
+    bench = Bench(ScriptedGateway(wait), limit=limit)
+    bench.dispatcher.submit([request() for _ in range(limit)])
+    await asyncio.sleep(0.01)
+
+    async def submit_then() -> None:
+        await done.wait()
+        bench.dispatcher.submit([request()])
+
+    late = asyncio.create_task(submit_then())
+    await asyncio.sleep(0.01)
+    done.set()
+    await late
+    async with asyncio.timeout(5):
+        while len(bench.answers) <= limit:
+            await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize(
     ("state", "expires_at", "is_sent"),
     [
