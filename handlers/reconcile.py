@@ -186,12 +186,16 @@ def _by_gateway(holds: Iterable[LapsedHold]) -> Iterable[list[LapsedHold]]:
 
 
 async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> HoldAnswer:
-    request = gateway_request(payment, operation, command_from_content(operation.content, operation.traceparent))
+    """None of what goes wrong with one hold stops its neighbours."""
     try:
+        request = gateway_request(payment, operation, command_from_content(operation.content, operation.traceparent))
         return HoldAnswer(payment, operation, await gateway.status(request))
     except GatewayError as error:
         log.info("hold not asked about", payment=str(payment.payment_id), error=str(error))
         return HoldAnswer(payment, operation, None, f"no answer: {error.message}")
+    except Exception:
+        log.exception("hold cannot be asked about", key=operation.provider_key)
+        return HoldAnswer(payment, operation, None, "it cannot be asked about: the log says why")
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:

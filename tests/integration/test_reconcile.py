@@ -230,6 +230,26 @@ async def test_a_question_that_got_no_answer_is_asked_again_later_by_whoever_is_
             assert await second.reconcile_holds() == 1
 
 
+async def test_a_hold_that_cannot_be_read_or_breaks_its_gateway_stops_no_other(postgres_url: str) -> None:
+    gateway = StillHeld()
+    held = gateway.status
+
+    async def breaking(request: GatewayRequest) -> Outcome:
+        if request.payment_id == broken:
+            raise KeyError("a defect")
+        return await held(request)
+
+    async with running_worker(postgres_url, gateway) as worker:
+        unreadable, broken, sound = await lapsed_holds(postgres_url, worker, 3)
+        await value(postgres_url, "UPDATE operations SET content = '{}' WHERE payment_id = $1 RETURNING 1", unreadable)
+        gateway.status = breaking  # type: ignore[method-assign]
+        answers: list[HoldAnswer] = []
+        async with reconcilers(postgres_url, worker, gateway, on_answer=answers.append) as (reconciler,):
+            assert await reconciler.reconcile_holds() == 3
+    told = {each.payment.payment_id: each.outcome is not None for each in answers}
+    assert told == {unreadable: False, broken: False, sound: True}
+
+
 async def test_a_new_hold_is_asked_about_from_its_own_end_whatever_was_asked_about_an_earlier_one(
     postgres_url: str,
 ) -> None:
