@@ -307,6 +307,9 @@ class MoMoGateway:
         if code in EXPIRED and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
             return Expired(_order_of(request), str(code))
         if code in (WAITING, IN_PROGRESS, 7002):
+            if request.kind in (OperationKind.CAPTURE, OperationKind.VOID):
+                # A question shows only the end of these. Sent again, MoMo answers with what came of it.
+                raise OutcomeUnknown(NAME, f"still being executed (result {code})")
             return Pending(None)
         refusals = REFUSED | EXPIRED | DECLINES.keys()
         found = await self.status(request) if code in DUPLICATES | {1081} | refusals else Unknown()

@@ -471,6 +471,15 @@ async def test_a_refusal_is_no_proof_once_an_attempt_is_unaccounted_for(code: in
             assert await gateway(handle).charge(lost) == Pending(momo.order_id(PAYMENT_ID, 1))
 
 
+@pytest.mark.parametrize("code", [7000, 7002])
+@pytest.mark.parametrize("kind", [OperationKind.CAPTURE, OperationKind.VOID])
+async def test_a_capture_or_void_that_is_still_being_executed_is_sent_again(kind: OperationKind, code: int) -> None:
+    """A question would show the hold as it was, and never that this one came to nothing."""
+    call = getattr(gateway(result(code)), kind.value)
+    with pytest.raises(OutcomeUnknown):
+        await call(a(kind))
+
+
 async def test_a_duplicate_is_looked_for() -> None:
     def handle(path: str, _: dict[str, Any]) -> dict[str, Any]:
         return {"resultCode": 0} if path == "query" else {"resultCode": 41}
