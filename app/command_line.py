@@ -143,8 +143,8 @@ def advice_on(error: Exception) -> str | None:
         return "The revisions are the numbers of the files in migrations/versions; `base` is an empty database."
     if isinstance(error, KafkaError):
         return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
-    postgres_errors = (asyncpg.PostgresError, asyncpg.InterfaceError, psycopg.Error, SQLAlchemyError, StoreUnavailable)
-    if isinstance(error, postgres_errors) or _is_of_a_server(error):
+    drivers = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, psycopg.Error)
+    if isinstance(error, (*drivers, SQLAlchemyError, StoreUnavailable)) or _is_of_a_server(error):
         return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
     return None
 

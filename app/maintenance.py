@@ -15,6 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from app.health import Checks
 from app.settings import Settings
 from domain.errors import StoreUnavailable
+from infra.postgres.errors import AWAY
 from infra.postgres.inbox import forget_applied
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.schema import schema_trouble
@@ -26,7 +27,7 @@ async def maintain_once(settings: Settings) -> MaintenanceReport:
     """Make the partitions of the coming days; drop those past retention, and forget webhooks that are.
 
     Raises:
-        OSError, asyncpg.PostgresError: as `infra.postgres.maintenance.maintain`.
+        `infra.postgres.errors.AWAY`: as `infra.postgres.maintenance.maintain`.
         StoreUnavailable: as `infra.postgres.inbox.forget_applied`.
     """
     report = await maintain(
@@ -53,7 +54,7 @@ class Maintenance:
         while not stop.is_set():
             try:
                 await maintain_once(self._settings)
-            except (OSError, asyncpg.PostgresError, StoreUnavailable) as error:
+            except (*AWAY, StoreUnavailable) as error:
                 log.warning("maintenance failed", error=type(error).__name__)
             try:
                 async with asyncio.timeout(self._settings.maintenance_interval_seconds):

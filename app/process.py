@@ -53,7 +53,7 @@ def _is_server_away(error: Exception) -> bool:
 
     if isinstance(error, (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)):
         return False  # A defect of ours: it is answering.
-    return isinstance(error, (StoreUnavailable, asyncpg.PostgresError, KafkaError))
+    return isinstance(error, (StoreUnavailable, asyncpg.PostgresError, asyncpg.InternalClientError, KafkaError))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -74,11 +74,12 @@ def run_http(settings: Settings) -> None:
         receiving = asyncio.create_task(webhooks.run())
         maintaining = asyncio.create_task(maintenance.run(stop))
         watching = asyncio.create_task(watch_slots(settings.postgres_url))
-        # Webhooks end only with an error, which ends the process.
-        done, _ = await asyncio.wait((receiving, maintaining), return_when=asyncio.FIRST_COMPLETED)
-        for task in (receiving, maintaining, watching):
+        tasks = (receiving, maintaining, watching)
+        # Webhooks and the watch end only with an error, which ends the process.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(receiving, maintaining, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
 

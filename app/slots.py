@@ -7,6 +7,8 @@ from typing import Final
 import asyncpg
 from prometheus_client import Gauge
 
+from infra.postgres.errors import AWAY
+
 WATCH_SECONDS: Final = 15.0
 RETAINED: Final = """
     SELECT slot_name::text, coalesce(pg_current_wal_lsn() - restart_lsn, 0)::float8 AS bytes
@@ -18,7 +20,7 @@ RETAINED_BYTES: Final = Gauge("payments_slot_retained_bytes", "Log that a replic
 async def watch_slots(postgres_url: str) -> None:
     """Keep the metric, until cancelled; while Postgres is away it tells what was true last."""
     while True:
-        with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError):
+        with contextlib.suppress(*AWAY):
             await note_slots(postgres_url)
         await asyncio.sleep(WATCH_SECONDS)
 
@@ -27,7 +29,7 @@ async def note_slots(postgres_url: str) -> None:
     """Ask once.
 
     Raises:
-        OSError, TimeoutError, asyncpg.PostgresError: Postgres is away.
+        `infra.postgres.errors.AWAY`: Postgres is away.
     """
     connection = await asyncpg.connect(postgres_url, timeout=5, command_timeout=5)
     try:

@@ -74,8 +74,8 @@ async def maintain(url: str, *, days_ahead: int, retention_days: int) -> Mainten
     several processes may do it at once.
 
     Raises:
-        OSError: Postgres cannot be reached.
-        asyncpg.PostgresError: it refused; a LockNotAvailableError when the table stayed too busy.
+        `infra.postgres.errors.AWAY`: Postgres cannot be reached, or refused; a LockNotAvailableError when the table
+            stayed too busy.
     """
     connection = await asyncpg.connect(url, timeout=10, command_timeout=300)
     try:

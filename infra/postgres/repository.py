@@ -23,6 +23,7 @@ from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
+from infra.postgres.errors import told
 from infra.postgres.tables import operations, outbox, payments
 
 MAX_PAGE_SIZE: Final = 200
@@ -45,6 +46,7 @@ _UNAVAILABLE: Final = (
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InternalClientError,
 )
 
 
@@ -433,7 +435,7 @@ def _translated() -> Iterator[None]:
 
 def _ours(cause: BaseException | None, error: Exception) -> Exception:
     """Our error for `cause`, most specific first; `error` itself for a mistake of ours, such as a wrong column."""
-    message = str(cause or error) or type(cause or error).__name__
+    message = told(cause or error)
     named = ERROR_OF_CONSTRAINT.get(getattr(cause, "constraint_name", None) or "")
     if named is not None:
         return named(message)

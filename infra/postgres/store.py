@@ -22,6 +22,7 @@ from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place, Stuck
+from infra.postgres.errors import told
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 """A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
@@ -267,7 +268,12 @@ _UNAVAILABLE: Final = (
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
-    # Nothing of these is an input's fault: a schema of another release, a missing privilege, a session that was ended.
+    # Nothing of these is an input's fault: a password that has changed, a server or database that lets nobody in, a
+    # schema of another release, a missing privilege, a session that was ended.
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.InvalidSQLStatementNameError,
     asyncpg.SyntaxOrAccessError,
     asyncpg.FeatureNotSupportedError,
     asyncpg.InvalidTransactionStateError,
@@ -321,11 +327,11 @@ def translated() -> Iterator[None]:
     try:
         yield
     except _LOST_RACE as error:
-        raise ConcurrentUpdate(str(error)) from error
+        raise ConcurrentUpdate(told(error)) from error
     except _REFUSED as error:
-        raise InputRefusedByStore(str(error)) from error
+        raise InputRefusedByStore(told(error)) from error
     except _UNAVAILABLE as error:
-        raise StoreUnavailable(str(error) or type(error).__name__) from error
+        raise StoreUnavailable(told(error)) from error
 
 
 class PostgresStore:

@@ -1,0 +1,36 @@
+"""While every host that answers is a standby: what asks Postgres now and then says so, and asks again."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from app import slots
+from app.maintenance import Maintenance
+from app.settings import Settings
+from tests.integration.test_cli import run
+
+
+def nobody_writes(postgres_url: str) -> str:
+    """A primary is what this address does not take, as one for writing takes no standby."""
+    return f"{postgres_url}?target_session_attrs=read-only"
+
+
+async def test_slots_are_watched_and_the_outbox_maintained_when_it_is_over(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "WATCH_SECONDS", 0.05)
+    url = nobody_writes(postgres_url)
+    maintenance = Maintenance(Settings(postgres_url=url, maintenance_interval_seconds=0.05))
+    tasks = {asyncio.create_task(slots.watch_slots(url)), asyncio.create_task(maintenance.run(asyncio.Event()))}
+    ended, _ = await asyncio.wait(tasks, timeout=1)
+    for each in tasks:
+        each.cancel()
+    assert not ended
+
+
+def test_a_command_says_what_is_the_matter(postgres_url: str, tmp_path: Path) -> None:
+    done = run("maintain", data_dir=tmp_path, PAYMENTS_POSTGRES_URL=nobody_writes(postgres_url))
+    assert done.returncode == 1
+    assert done.stderr.endswith("Is Postgres running, and PAYMENTS_POSTGRES_URL right?\n")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,41 @@
+"""What Postgres refuses is an input's fault or the server's state, and what is told of it repeats no row."""
+
+import asyncpg
+import pytest
+
+from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
+from infra.postgres.store import translated
+
+# Connections, prepared statements, who may come in, databases, resources, states of the server, operators, its disk.
+OF_THE_SERVER = ("08", "26", "28", "3D", "53", "55", "57", "58")
+NOT_OF_AN_INPUT: set[type[asyncpg.PostgresError]] = {
+    each
+    for each in vars(asyncpg.exceptions).values()
+    if isinstance(each, type)
+    and issubclass(each, asyncpg.PostgresError)
+    and str(each.sqlstate or "").startswith(OF_THE_SERVER)
+}
+DETAILS = {
+    "S": "ERROR",
+    "C": "23514",
+    "M": 'new row for relation "operations" violates check constraint "operations_state_known"',
+    "D": "Failing row contains (42, vault:4f9c, customer-7).",
+    "n": "operations_state_known",
+}
+
+
+def test_there_are_such_errors() -> None:
+    assert len(NOT_OF_AN_INPUT) > 30
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_OF_AN_INPUT, key=str))
+def test_no_state_of_the_server_is_taken_for_an_inputs_fault(kind: type[Exception]) -> None:
+    """A command would be parked for a password that has changed."""
+    with pytest.raises((StoreUnavailable, ConcurrentUpdate)), translated():
+        raise kind("so says Postgres")
+
+
+def test_what_a_constraint_refuses_is_told_by_its_name_and_without_the_row() -> None:
+    with pytest.raises(InputRefusedByStore) as refused, translated():
+        raise asyncpg.PostgresError.new(DETAILS)
+    assert str(refused.value) == DETAILS["M"]
