@@ -23,7 +23,7 @@ from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayError
 from domain.money import Money
-from domain.operations import GatewayRequest, Operation, Outcome
+from domain.operations import GatewayRequest, Operation, said
 from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
@@ -334,18 +334,6 @@ def _hold(answer: HoldAnswer) -> Found:
     request = gateway_request(payment, operation, command_from_content(operation.content))
     found = _found(request, said(answer.outcome) if answer.outcome else answer.why_not)
     return replace(found, state=PAST_ITS_END, since=payment.authorization_expires_at)
-
-
-def said(outcome: Outcome) -> str:
-    """An outcome as a line of text: what it is, and what it says; a payer's URL is long, and in the event."""
-    details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
-    told = ", ".join(f"{name} {value}" for name, value in details.items() if _is_told(name, value))
-    word = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(outcome).__name__).strip()
-    return f"{word} ({told})" if told else word
-
-
-def _is_told(name: str, value: object) -> bool:
-    return value not in (None, "") and value is not False and name != "url"
 
 
 def _age(since: datetime) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from domain.commands import NO_METADATA, Command, OperationKind
@@ -141,6 +141,18 @@ class Unknown:
 
 
 Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecuted | Unreachable | Unknown
+
+
+def said(outcome: Outcome) -> str:
+    """An outcome as a line of text: what it is, and what it says. Without a payer's URL, which may hold a secret."""
+    details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
+    told = ", ".join(f"{name} {value}" for name, value in details.items() if _is_told(name, value))
+    word = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(outcome).__name__).strip()
+    return f"{word} ({told})" if told else word
+
+
+def _is_told(name: str, value: object) -> bool:
+    return value not in (None, "") and value is not False and name != "url"
 
 
 @dataclass(slots=True)

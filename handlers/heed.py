@@ -57,8 +57,15 @@ class Heeder:
         applied = await self._write_path.apply(notices)
         self._submit(applied.requests)
         for refused in applied.refused:
+            assert isinstance(refused.given, Notified), "nothing else was given"
+            notice = refused.given.notice
             log.error(
-                "webhook not applied; it will be tried again", notice=str(refused.given), error=str(refused.error)
+                "webhook not applied; it will be tried again",
+                payment=str(refused.given.payment_id),
+                gateway=notice.gateway,
+                event_id=notice.event_id,
+                type=notice.type,
+                error=str(refused.error),
             )
         return len(claimed)
 

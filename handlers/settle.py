@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from domain.decision import Answer, Input
 from domain.errors import StoreUnavailable
-from domain.operations import GatewayRequest
+from domain.operations import GatewayRequest, said
 from handlers import metrics
 from handlers.leases import Leases
 from handlers.write_path import Applied, WritePath
@@ -104,4 +104,11 @@ class Settler:
 def _report(given: Input, error: str) -> None:
     """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
     metrics.REFUSED_ANSWERS.inc()
-    log.error("gateway answer not saved; the sweep will ask again", answer=str(given), error=error)
+    assert isinstance(given, Answer), "nothing else was given"
+    log.error(
+        "gateway answer not saved; the sweep will ask again",
+        payment=str(given.payment_id),
+        operation=given.operation_number,
+        answer=said(given.outcome),
+        error=error,
+    )
