@@ -458,6 +458,8 @@ def migrate(
     from infra.postgres import migrate as schema
 
     settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL", or_defaults=True)
+    if not to:  # A variable that is not set, perhaps.
+        fail("--to is empty: write a revision, or leave it out")
     if down and to == "head":
         fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
     with readable_errors():

@@ -18,6 +18,11 @@ def print_json(value: Any) -> None:
     new_console().print_json(json.dumps(value), ensure_ascii=True)
 
 
+def tell_of_more(limit: int) -> None:
+    """That a list was cut; beside it, so that a program reads the list alone."""
+    new_console(to_stderr=True).print(f"… and more: --limit shows more than {limit}")
+
+
 def told_time(moment: datetime) -> str:
     """In UTC, to the second: `2026-01-31 12:00:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")

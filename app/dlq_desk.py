@@ -10,7 +10,7 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from rich.progress import Progress
 
-from app.console import new_console, safe_text, told_time
+from app.console import new_console, safe_text, tell_of_more, told_time
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
@@ -47,10 +47,10 @@ class DeadLetterDesk:
         rows = found[:limit]
         if as_json:
             print(json.dumps([row | {"parked_at": write_time(row["parked_at"])} for row in rows], indent=2))
-            return 0
-        self._print_table(rows)
+        else:
+            self._print_table(rows)
         if len(found) > limit:
-            self._out.print(f"… and more: --limit shows more than {limit}")
+            tell_of_more(limit)
         return 0
 
     def _print_table(self, rows: list[dict[str, Any]]) -> None:
@@ -90,7 +90,7 @@ class DeadLetterDesk:
     async def _choose(self, names: list[str], reason: str | None) -> Chosen:
         if not names:
             return {letter.id: None async for letter in self._open(reason)}
-        wanted = [LetterId.parse(name) for name in names]
+        wanted = sorted(LetterId.parse(name) for name in names)
         for each in wanted:
             await self._log.letter(each)
         async with self._decisions() as decisions:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.command_line import fail
-from app.console import new_console, told_time
+from app.console import new_console, safe_text, tell_of_more, told_time
 from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
@@ -92,6 +92,7 @@ class RelayDesk:
     # --- repair and adopt ---------------------------------------------------------------------------------------------
 
     def repair(self, *, everything: bool, dry_run: bool, timeout_seconds: float) -> int:
+        self._require_relay()
         count = count_retained if everything else partial(count_unproven, slot=self._slot)
         events, first, last = self._ask(count)
         what = "events are retained" if everything else "retained events have no proof of publication"
@@ -108,7 +109,7 @@ class RelayDesk:
         return self._decide("everything" if everything else "unproven", timeout_seconds)
 
     def adopt(self, *, timeout_seconds: float) -> int:
-        is_polled = self._ask(lambda connection: find_source(connection, self._slot)) == "poll"
+        is_polled = self._require_relay() == "poll"
         state = self._ask(lambda connection: find_slot_state(connection, self._slot))
         if not is_polled and state in ("missing", "lost"):
             self._out.print(
@@ -120,6 +121,13 @@ class RelayDesk:
         finally:
             if self._ask(lambda connection: withdraw_adopt(connection, self._slot)):
                 self._out.print("The request to adopt is withdrawn: ask again when a relay runs.")
+
+    def _require_relay(self) -> str:
+        """What it reads. Of a name that was mistyped everything would be unproven, and nothing to be replayed."""
+        source = self._ask(lambda connection: find_source(connection, self._slot))
+        if source is None:
+            fail(f"{self._named}, has never run here, or its first start is not done: `payments relay status` tells")
+        return source
 
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
         async def decided(connection: psycopg.AsyncConnection) -> int:
@@ -134,8 +142,8 @@ class RelayDesk:
                 )
                 return 1
             self._out.print(
-                f"Nothing to do: relay {self._slot!r} is active, or has never run here. (`payments relay status` says"
-                " which. To publish events once more beside an active relay: `payments relay replay`.)"
+                f"Nothing to do: relay {self._slot!r} is active. (To publish events once more beside it:"
+                " `payments relay replay`.)"
             )
             return 1
 
@@ -174,14 +182,16 @@ class RelayDesk:
 
     def list_quarantine(self, *, with_dropped: bool, limit: int, as_json: bool) -> int:
         names = ("event", "payment", "seq", "type", "state", "reason", "bytes", "since", "dropped because")
-        rows = self._at_quarantine(lambda desk: desk.entries(with_dropped=with_dropped, limit=limit))
+        found = self._at_quarantine(lambda desk: desk.entries(with_dropped=with_dropped, limit=limit + 1))
+        rows = found[:limit]
         if as_json:
             print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2, default=str))
-            return 0
-        if not rows:
+        elif not rows:
             self._out.print(f"Nothing is in quarantine of {self._named}.")
-            return 0
-        print_wide(self._out, table_of(names, (map(_cell, row) for row in rows), whole={"event", "payment"}))
+        else:
+            print_wide(self._out, table_of(names, (map(_cell, row) for row in rows), whole={"event", "payment"}))
+        if len(found) > limit:
+            tell_of_more(limit)
         return 0
 
     def show_quarantine(self, name: str) -> int:
@@ -196,7 +206,10 @@ class RelayDesk:
         if not events:
             self._out.print(self._nothing)
             return 1
-        return self._wait_for_quarantine(events, timeout_seconds)
+        code = self._wait_for_quarantine(set(events), timeout_seconds)
+        if unknown := set(names) - events.keys() - set(events.values()):
+            self._out.print(f"Not in quarantine of {self._named}: {', '.join(map(safe_text, sorted(unknown)))}")
+        return 1 if unknown else code
 
     def _wait_for_quarantine(self, events: set[str], timeout_seconds: float) -> int:
         """Until the relay has tried each of `events`; what else is in quarantine does not matter here."""
@@ -212,8 +225,14 @@ class RelayDesk:
                     self._out.print(f"{asked}: {', '.join(told)}")
                     return 1 if states else 0
                 time.sleep(0.3)
-        self._out.print(f"{asked}; no relay has taken them up yet. One does when it runs.")
+        published = len(events) - len(self._at_quarantine(lambda desk: desk.states(events)))
+        self._out.print(f"{asked}, and not all are done: {published} published; {self._who_is_at_it()}")
         return 1
+
+    def _who_is_at_it(self) -> str:
+        if self._ask(lambda connection: is_led(connection, self._slot)):
+            return "a relay is at it, `quarantine list` shows what is left"
+        return "no relay is active, one goes on with it when it is"
 
     def drop(self, names: list[str], *, why: str) -> int:
         dropped, tried = self._at_quarantine(lambda desk: desk.drop(names, why=why))
@@ -242,6 +261,7 @@ class RelayDesk:
         )
         target = topic or self._settings.events_topic
         self._refuse_own_input(target)
+        self._require_relay()
         replay = Replay(relay_config(self._settings), selection, topic=target, rate=rate)
         if not dry_run:
             self._check_topic(target)
@@ -250,9 +270,7 @@ class RelayDesk:
             self._out.print(f"{count} events would be published to {target}")
             return 0
         if not count:
-            self._out.print(
-                "Nothing to publish again: no event that is retained, and was published before, is like that."
-            )
+            self._out.print(f"Nothing to publish again: {self._named}, has published no retained event like that.")
             return 1
         with Progress(console=self._out) as progress:
             task = progress.add_task(f"to {target}, at most {rate}/s", total=count)

@@ -36,27 +36,29 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
             f"{relay.slot}: somebody else reads from its slot (Debezium?), and publishes, if it is meant to; to come"
             " back: docs/operations/hand-over-to-debezium.md"
         )
-    elif "lost" in relay.slot_state:
+    elif relay.source == "wal" and "lost" in relay.slot_state:
         found.append(f"{relay.slot}: its slot is lost, and no relay is active: start one, which will tell of a gap")
     elif not relay.is_running:
         kept = f" and its slot keeps {in_bytes(relay.retained_bytes)} of log" if relay.retained_bytes else ""
         found.append(
-            f"{relay.slot}: no relay is active{kept}: start one, or, if it is off for good, {_farewell(relay)}"
+            f"{relay.slot}: no relay is active{kept}: start one; one that runs says in its log (`relay session ended`)"
+            f" and at /health/ready what keeps it, Kafka perhaps; if it is off for good, {_farewell(relay)}"
         )
     elif relay.source == "wal" and "inactive" in relay.slot_state:
         found.append(
             f"{relay.slot}: its relay reads nothing: it starts, or catches up, or cannot; then its log (`relay session"
             " ended`) and its /health/ready say why"
         )
-    if "unreserved" in relay.slot_state:
+    if relay.source == "wal" and "unreserved" in relay.slot_state:
         found.append(
             f"{relay.slot}: at the next checkpoint the server removes log that its slot needs: raise"
             " max_slot_wal_keep_size (ALTER SYSTEM SET …, SELECT pg_reload_conf()), or have it read at once"
         )
-    if relay.source == "poll" and relay.retained_bytes is not None:
+    if relay.source == "poll" and relay.slot_state != "none":
+        kept = "is lost" if "lost" in relay.slot_state else f"keeps {in_bytes(relay.retained_bytes)} of log for nobody"
         found.append(
-            f"{relay.slot}: it polls, and the slot that it had before keeps {in_bytes(relay.retained_bytes)} of log for"
-            f" nobody: if it polls for good, SELECT pg_drop_replication_slot('{relay.slot}')"
+            f"{relay.slot}: it polls, and the slot that it had before {kept}: if it polls for good, SELECT"
+            f" pg_drop_replication_slot('{relay.slot}'), since old partitions of the outbox are kept for it"
         )
     if relay.lag_seconds > LAG_SECONDS_MAX:
         found.append(

@@ -126,13 +126,13 @@ def moment(text: str | None) -> datetime | None:
     """`2026-01-31` (its midnight), `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`. Without a zone, in UTC."""
     if text is None:
         return None
-    if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
-        return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
+        if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
+            return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
         found = datetime.fromisoformat(text)
-    except ValueError as error:
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError) as error:  # Before the year 1 is no time, either.
         raise FilterUnusable(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)") from error
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:

@@ -30,7 +30,7 @@ class NotRetriable(Exception):
     """This letter cannot be published again; the message says why, and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class LetterId:
     """Where a letter lies on the dead-letter topic; written as `PARTITION:OFFSET`."""
 

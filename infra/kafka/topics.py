@@ -1,13 +1,19 @@
 """Whether topics exist; creates those that the service speaks on, where they are missing."""
 
 from collections.abc import Mapping
+from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
+COPIES: Final = 3
+"""With a broker's disk gone there are two, and what is acknowledged from then on is on both."""
 
-async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, replication_factor: int = 1) -> None:
+
+async def ensure_topics(bootstrap: str, partitions: Mapping[str, int]) -> None:
     """Create each missing topic with its number of partitions; existing topics stay as they are.
+
+    What Kafka acknowledges is on two brokers at least, where there are three: each partition has three copies then.
 
     Raises:
         KafkaError: the broker cannot be reached or refuses.
@@ -16,8 +22,9 @@ async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, replic
     await admin.start()
     try:
         missing = set(partitions) - set(await admin.list_topics())
-        topics = [NewTopic(name, partitions[name], replication_factor) for name in sorted(missing)]
-        if topics:
+        if missing:
+            brokers = len((await admin.describe_cluster())["brokers"])
+            topics = [_new_topic(name, partitions[name], brokers) for name in sorted(missing)]
             _check(await admin.create_topics(topics))
     finally:
         await admin.close()
@@ -35,6 +42,12 @@ async def has_topic(bootstrap: str, name: str) -> bool:
         return name in await admin.list_topics()
     finally:
         await admin.close()
+
+
+def _new_topic(name: str, partitions: int, brokers: int) -> NewTopic:
+    copies = min(COPIES, brokers)
+    configs = {"min.insync.replicas": str(COPIES - 1)} if copies == COPIES else {}
+    return NewTopic(name, partitions, copies, topic_configs=configs)
 
 
 def _check(response: object) -> None:

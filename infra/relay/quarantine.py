@@ -60,7 +60,7 @@ SHOW: Final = (
 # What is being tried is told, and left alone: its relay may lock the same rows in another order.
 RETRY: Final = """
     WITH asked AS (
-        SELECT id FROM relay_quarantine
+        SELECT id, aggregateid FROM relay_quarantine
          WHERE slot_name = %(slot)s AND state <> 'dropped'
            AND aggregateid IN (SELECT aggregateid FROM relay_quarantine
                                 WHERE slot_name = %(slot)s AND state <> 'dropped'
@@ -68,7 +68,7 @@ RETRY: Final = """
          changed AS (
         UPDATE relay_quarantine SET state = 'retry'
          WHERE slot_name = %(slot)s AND state IN ('refused', 'waiting') AND id IN (SELECT id FROM asked))
-    SELECT id::text FROM asked
+    SELECT id::text, aggregateid FROM asked
 """
 STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
 # What a relay is trying may be on the topic already.
@@ -153,10 +153,10 @@ class QuarantineDesk:
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             return await (await cursor.execute(SHOW, [self._slot, name, name])).fetchall()
 
-    async def retry(self, names: Sequence[str], *, everything: bool = False) -> set[str]:
-        """Have the relay try all events of the payments that these events or payments name; the ids of the events."""
+    async def retry(self, names: Sequence[str], *, everything: bool = False) -> dict[str, str]:
+        """Have the relay try all events of the payments that these events or payments name; each event's payment."""
         values = {"slot": self._slot, "names": list(names), "all": everything}
-        return {row[0] for row in await (await self._connection.execute(RETRY.encode(), values)).fetchall()}
+        return dict(await (await self._connection.execute(RETRY.encode(), values)).fetchall())
 
     async def states(self, events: Collection[str]) -> list[str]:
         """The states of those of these events that are still here, dropped or not."""

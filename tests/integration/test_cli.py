@@ -26,7 +26,7 @@ from app.cli import app
 from app.client import AmountUnusable, minor_units
 from app.command_line import advice_on, told_error
 from app.settings import Settings
-from app.show import Wanted, list_payments, moment
+from app.show import FilterUnusable, Wanted, list_payments, moment
 from app.wiring import ADDRESSES, CREDENTIALS
 from infra.local.server import free_port
 
@@ -621,6 +621,12 @@ def test_a_day_begins_at_midnight_utc(text: str, monkeypatch: pytest.MonkeyPatch
     finally:
         monkeypatch.delenv("TZ")
         time.tzset()
+
+
+@pytest.mark.parametrize("text", ["999999d", "0001-01-01T00:00+14:00", "soon"])
+def test_a_time_that_is_none_is_told(text: str) -> None:
+    with pytest.raises(FilterUnusable, match="is no time"):
+        moment(text)
 
 
 def test_a_cursor_that_is_none_is_told(up: Up) -> None:

@@ -241,6 +241,16 @@ async def test_bytes_key_and_headers_come_back_as_they_came(
     assert [(each.value, each.key, list(each.headers)) for each in records] == [(UNREADABLE, None, ODD_HEADERS)] * 2
 
 
+async def test_letters_are_published_again_as_they_lie_however_they_are_named(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The capture before its authorization would be refused for good."""
+    names = [await put(settings, each, key=b"pay", headers=facts(settings)) for each in (b"first", b"second")]
+    await in_thread(payments_dlq, settings, "retry", *reversed(names), monkeypatch=monkeypatch)
+    records = await read_until(settings.kafka_bootstrap, settings.commands_topic, lambda found: len(found) >= 2)
+    assert [each.value for each in records] == [b"first", b"second"]
+
+
 async def test_thousands_of_letters_are_read_to_the_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     where = facts(settings)
     async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:

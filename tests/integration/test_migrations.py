@@ -268,6 +268,13 @@ def test_an_older_schema_is_made_alone_and_a_newer_one_is_not_called_older(
         assert (done.exit_code, done.output) == (0, f"The schema is at {now}.\n")
 
 
+@pytest.mark.parametrize("more", [[], ["--down"]])
+def test_a_revision_that_is_empty_is_told(postgres_url: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAYMENTS_POSTGRES_URL", postgres_url)
+    done = CliRunner().invoke(app, ["migrate", "--to", "", *more])
+    assert (done.exit_code, "--to is empty" in done.output) == (1, True)
+
+
 def test_a_revision_that_is_none_is_told_with_what_to_do(postgres_url: str) -> None:
     for step in (migrate.upgrade, migrate.downgrade):
         with pytest.raises(CommandError, match="nope") as caught:

@@ -215,6 +215,8 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         assert shown[0]["payload"] == poisoned[1].payload
         again = await payments_relay(config, "quarantine", "retry", "pay_0001")
         assert (again.returncode, "0 published, 2 in quarantine again" in again.stdout) == (1, True)
+        listed = await payments_relay(config, "quarantine", "list", "--limit", "1", "--json")
+        assert (len(json.loads(listed.stdout)), "and more" in listed.stderr) == (1, True)
         dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
         assert (dropped.returncode, "1 of 1 dropped" in dropped.stdout) == (0, True)
         await published(config, other[2])
@@ -249,8 +251,9 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         await commit(config.postgres_url, poisoned, other)
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 3 FROM relay_quarantine"))
         await set_topic_limit(config, 2_500_000)
-        retried = await payments_relay(config, "quarantine", "retry", "pay_0001")
-        assert (retried.returncode, "asked for 2 events: all published" in retried.stdout) == (0, True), retried.stdout
+        retried = await payments_relay(config, "quarantine", "retry", "pay_0001", "pay_mistyped")
+        assert "asked for 2 events: all published" in retried.stdout, retried.stdout
+        assert (retried.returncode, "pay_mistyped" in retried.stdout, "pay_0001" in retried.stdout) == (1, True, False)
         await published(config, *poisoned)
         assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
         nothing = await payments_relay(config, "quarantine", "drop", "pay_0009", "--why", "test", "--yes")
@@ -504,6 +507,17 @@ async def test_another_databases_slot_of_the_same_name_is_not_called_left_over(
     assert told["relays"][0]["slot_state"] == "none"
 
 
+@pytest.mark.parametrize("command", [["repair", "--dry-run"], ["repair"], ["adopt"], ["replay", "--since", "1h"]])
+async def test_a_relay_that_never_was_is_not_repaired_adopted_or_replayed(
+    config: RelayConfig, command: list[str]
+) -> None:
+    """Its name was mistyped: of that one nothing is proven, and nothing published."""
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    refused = await payments_relay(replace(config, slot="mistyped"), *command)
+    assert (refused.returncode, "has never run here" in refused.stderr, refused.stdout) == (1, True, "")
+
+
 @wal_only
 async def test_what_is_to_be_tried_already_is_found_by_another_retry(config: RelayConfig) -> None:
     async with running(config):
@@ -511,7 +525,7 @@ async def test_what_is_to_be_tried_already_is_found_by_another_retry(config: Rel
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
     for _ in range(2):
         told = await payments_relay(config, "quarantine", "retry", "pay_0001", "--timeout", "0.5")
-        assert (told.returncode, "no relay has taken them up yet" in told.stdout) == (1, True), told.stdout
+        assert (told.returncode, "0 published; no relay is active" in told.stdout) == (1, True), told.stdout
 
 
 @wal_only

@@ -17,7 +17,7 @@ from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
-from infra.relay.status import read_status
+from infra.relay.status import Overview, read_status
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (
@@ -490,6 +490,10 @@ async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
     await write_until(config.postgres_url, "unreserved", "SELECT pg_switch_wal()")
     assert any("raise max_slot_wal_keep_size" in each for each in troubles_of(await read_status(config.postgres_url)))
     await write_until(config.postgres_url, "lost", "SELECT pg_switch_wal()", "CHECKPOINT")
+    (lost,) = (await read_status(config.postgres_url)).relays
+    polled = replace(lost, source="poll", is_running=True)
+    (told,) = troubles_of(Overview(relays=[polled], starting=[], strangers=[], last_event_at=None))
+    assert "the slot that it had before is lost" in told, "a poll goes on without it"
     async with StandingStill(config) as standing:
         assert SLOT_LOST in standing.relay.health.detail
         assert await standing.decide("unproven") == 5
