@@ -1,31 +1,44 @@
-"""Reads on behind a record that the Kafka client itself cannot decode, which otherwise holds up its partition for ever.
+"""Reads that lose no record, whatever the Kafka client cannot read, and that go on behind what it never will.
 
-A header's *name* must be UTF-8 (KIP-82); the broker does not check it, and aiokafka raises in the middle of a fetch.
+aiokafka takes the records of one partition after the other, and moves each position at once: where it then raises, what
+it had taken is lost to the caller. It does so for a header whose *name* is not UTF-8 (KIP-82; the broker does not check
+it), and for a batch whose checksum or compression is wrong. So after such a read all begins again at what is committed,
+and each partition is read by itself: a record that cannot be decoded is skipped, and told; a batch that cannot be read
+holds up its own partition alone.
 """
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import ConsumerStoppedError, CorruptRecordException, KafkaError
 
 log = structlog.get_logger(__name__)
 
-CAREFUL_MS = 100
+CAREFUL_MS: Final = 100
+IDLE_PASSES_MAX: Final = 3
+"""So often nothing is found, and nothing amiss, before it is read as usual again: the bad record is gone."""
 
 OnSkipped = Callable[[str, int, int, str], Awaitable[None]]
 """Told the topic, partition, offset and trouble of a record before it is skipped."""
 
+Records = dict[TopicPartition, list[Any]]
+
 
 class SkippingReader:
-    """Takes the place of a consumer's `getmany`. While it looks for the one bad record it reads one at a time."""
+    """Takes the place of a consumer's `getmany`. While something cannot be read it reads one record at a time."""
 
     def __init__(self, consumer: AIOKafkaConsumer, on_skipped: OnSkipped) -> None:
         self._consumer = consumer
         self._getmany = consumer.getmany
         self._on_skipped = on_skipped
-        self._is_careful = False
+        self._is_rewind_due = False
+        """A read has failed, and may have passed over good records."""
+        self._careful_of: frozenset[TopicPartition] | None = None
+        """The partitions that are read one by one, until these are others."""
+        self._idle_passes = 0
         self.read_at = time.monotonic()
         """When it was last asked, and did not fail."""
 
@@ -36,43 +49,90 @@ class SkippingReader:
         consumer.getmany = reader.getmany
         return reader
 
-    async def getmany(self, *partitions: TopicPartition, **limits: Any) -> dict[TopicPartition, list[Any]]:
-        """As the consumer's own."""
-        records = await self._read(*partitions, **limits)
+    @property
+    def is_careful(self) -> bool:
+        """Whether each partition is read by itself, since something could not be read."""
+        return self._careful_of is not None
+
+    async def getmany(self, *partitions: TopicPartition, **limits: Any) -> Records:
+        """As the consumer's own.
+
+        Raises:
+            KafkaError: nothing could be read; the next read brings all that this one has passed over.
+        """
+        if self._is_rewind_due:
+            await self._rewind()
+        if self._careful_of not in (None, self._consumer.assignment()):
+            self._careful_of = None  # What was amiss may be another worker's now; if not, it is met again.
+        read = self._read_carefully() if self.is_careful else self._read(*partitions, **limits)
+        records = await read
         self.read_at = time.monotonic()
         return records
 
-    async def _read(self, *partitions: TopicPartition, **limits: Any) -> dict[TopicPartition, list[Any]]:
-        if self._is_careful:
-            return await self._read_carefully()
+    async def _read(self, *partitions: TopicPartition, **limits: Any) -> Records:
         try:
-            records: dict[TopicPartition, list[Any]] = await self._getmany(*partitions, **limits)
-        except UnicodeDecodeError as error:
-            log.error("a record cannot be decoded; looking for it", error=str(error))
-            self._is_careful = True
-            await self._forget_what_was_fetched()
-            return {}
-        return records
+            return dict(await self._getmany(*partitions, **limits))
+        except ConsumerStoppedError:
+            raise
+        except Exception as error:
+            log.error("a read from Kafka failed; each partition is read by itself now", error=str(error))
+            self._is_rewind_due = True
+            self._careful_of, self._idle_passes = frozenset(self._consumer.assignment()), 0
+            if isinstance(error, UnicodeDecodeError):
+                return {}
+            raise _kafka_error(error) from error
 
-    async def _forget_what_was_fetched(self) -> None:
-        """Begin again at what is committed: the failed read has passed over good records of other partitions."""
+    async def _rewind(self) -> None:
+        """Begin again at what is committed; until that has succeeded it is owed."""
         for partition in self._consumer.assignment():
             committed = await self._consumer.committed(partition)
             if committed is None:
                 committed = (await self._consumer.beginning_offsets([partition]))[partition]
             self._consumer.seek(partition, committed)
+        self._is_rewind_due = False
 
-    async def _read_carefully(self) -> dict[TopicPartition, list[Any]]:
-        found: dict[TopicPartition, list[Any]] = {}
-        for partition in self._consumer.assignment():
-            try:
-                found |= await self._getmany(partition, timeout_ms=CAREFUL_MS, max_records=1)
-            except UnicodeDecodeError as error:
-                await self._skip(partition, str(error))
+    async def _read_carefully(self) -> Records:
+        """At most one record of each partition; of one in trouble none, which does not stop the others.
+
+        Raises:
+            KafkaError: the trouble, if there is nothing else.
+        """
+        found: Records = {}
+        troubles: list[Exception] = []
+        for timeout_ms in (0, CAREFUL_MS):  # What is here already, before any is waited for.
+            for partition in self._consumer.assignment():
+                try:
+                    found |= await self._read_one(partition, timeout_ms)
+                except ConsumerStoppedError:
+                    raise
+                except Exception as error:
+                    troubles.append(error)
+            if found or troubles or not self.is_careful:
+                break
+        if troubles and not found:
+            raise _kafka_error(troubles[0]) from troubles[0]
+        self._note_pass(is_idle=not found)
         return found
+
+    async def _read_one(self, partition: TopicPartition, timeout_ms: int) -> Records:
+        try:
+            return dict(await self._getmany(partition, timeout_ms=timeout_ms, max_records=1))
+        except UnicodeDecodeError as error:
+            await self._skip(partition, str(error))
+            return {}
 
     async def _skip(self, partition: TopicPartition, trouble: str) -> None:
         offset = await self._consumer.position(partition)
         await self._on_skipped(partition.topic, partition.partition, offset, trouble)
         self._consumer.seek(partition, offset + 1)
-        self._is_careful = False
+        self._careful_of = None
+
+    def _note_pass(self, *, is_idle: bool) -> None:
+        self._idle_passes = self._idle_passes + 1 if is_idle else 0
+        if self._idle_passes >= IDLE_PASSES_MAX:
+            self._careful_of = None
+
+
+def _kafka_error(error: Exception) -> KafkaError:
+    """What who reads waits after, and tries again: a decompressor's own error would end it."""
+    return error if isinstance(error, KafkaError) else CorruptRecordException(f"{type(error).__name__}: {error}")

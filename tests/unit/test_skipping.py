@@ -1,0 +1,171 @@
+"""No record is lost to a read that fails: aiokafka's own fetcher and positions, with no broker behind them."""
+
+import collections
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
+from aiokafka.consumer.subscription_state import SubscriptionState
+from aiokafka.errors import KafkaError
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
+from aiokafka.record.util import calc_crc32c
+
+from infra.kafka.skipping import IDLE_PASSES_MAX, SkippingReader
+
+SOUND, SICK = TopicPartition("t", 0), TopicPartition("t", 1)
+BAD = b"bad"
+
+
+def batch_of(base: int, values: list[bytes]) -> bytearray:
+    """A batch in Kafka's format from offset `base`; the header's name of a BAD one is no UTF-8."""
+    builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 20)
+    for number, value in enumerate(values):
+        builder.append(number, timestamp=1, key=None, value=value, headers=[("xx" if value == BAD else "ok", b"")])
+    batch = bytearray(bytes(builder.build()).replace(b"xx", b"\xff\xfe"))
+    struct.pack_into(">q", batch, 0, base)
+    struct.pack_into(">I", batch, 17, calc_crc32c(memoryview(bytes(batch))[21:]))
+    return batch
+
+
+class Consumer:
+    """What a reader asks of aiokafka's, over logs that have been fetched already."""
+
+    def __init__(self, logs: dict[TopicPartition, list[bytes]]) -> None:
+        self._logs = logs
+        self.corrupt: set[TopicPartition] = set()
+        self.committed_to: dict[TopicPartition, int] = {}
+        self.failing_questions = 0
+        self._state = SubscriptionState()
+        self._state.subscribe({"t"})
+        self.assign(*logs)
+        self._fetcher: Any = Fetcher.__new__(Fetcher)
+        vars(self._fetcher).update(
+            _subscriptions=self._state, _records={}, _wait_consume_future=None, _closed=False, _fetch_waiters=set()
+        )
+
+    def assign(self, *partitions: TopicPartition) -> None:
+        self._state.assign_from_subscribed(list(partitions))
+        for each in partitions:
+            self._state.subscription.assignment.state_value(each).reset_to(self.committed_to.get(each, 0))
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        return frozenset(self._state.assigned_partitions())
+
+    def _position(self, partition: TopicPartition) -> int:
+        return int(self._state.subscription.assignment.state_value(partition).position)
+
+    def _fetch(self) -> None:
+        for partition in sorted(self.assignment() - self._fetcher._records.keys()):
+            position = self._position(partition)
+            if not (left := self._logs[partition][position:]):
+                continue
+            batch = batch_of(position, left)
+            if partition in self.corrupt:
+                batch[-1] ^= 1
+            records = PartitionRecords(
+                partition, MemoryRecords(bytes(batch)), [], position, None, None, check_crcs=True, isolation_level=0
+            )
+            self._fetcher._records[partition] = FetchResult(
+                partition, assignment=self._state.subscription.assignment, backoff=0, partition_records=records
+            )
+
+    async def getmany(self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None) -> Any:
+        self._fetch()
+        return await self._fetcher.fetched_records(partitions, 0, max_records=max_records)
+
+    async def position(self, partition: TopicPartition) -> int:
+        return self._position(partition)
+
+    async def committed(self, partition: TopicPartition) -> int | None:
+        if self.failing_questions:
+            self.failing_questions -= 1
+            raise KafkaError("the coordinator is away")
+        return self.committed_to.get(partition)
+
+    async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 0)
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        self._state.subscription.assignment.state_value(partition).seek(offset)
+        self._fetcher._records.pop(partition, None)
+
+
+async def read_on(consumer: Any, reads: int = 30) -> dict[int, list[bytes]]:
+    """What a handler is given that commits each batch, and that reads on after an error; what repeats, once."""
+    given: dict[int, dict[int, bytes]] = collections.defaultdict(dict)
+    for _ in range(reads):
+        try:
+            records = await consumer.getmany(timeout_ms=5, max_records=500)
+        except KafkaError:
+            continue
+        for partition, found in records.items():
+            given[partition.partition] |= {each.offset: each.value for each in found}
+            consumer.committed_to[partition] = found[-1].offset + 1
+    return {partition: [by_offset[each] for each in sorted(by_offset)] for partition, by_offset in given.items()}
+
+
+def parks(failures: int = 0) -> tuple[Callable[..., Any], list[int]]:
+    """A dead-letter topic that is away for so many tries, and the offsets that were parked."""
+    parked: list[int] = []
+    left = [failures]
+
+    async def park(topic: str, partition: int, offset: int, trouble: str) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise KafkaError("the dead-letter topic is away")
+        parked.append(offset)
+
+    return park, parked
+
+
+def logs() -> dict[TopicPartition, list[bytes]]:
+    return {SOUND: [b"a1", b"a2", b"a3", b"a4", b"a5"], SICK: [b"b1", BAD, b"b3"]}
+
+
+EVERYTHING = {0: [b"a1", b"a2", b"a3", b"a4", b"a5"], 1: [b"b1", b"b3"]}
+
+
+@pytest.mark.parametrize("failures", [0, 3], ids=["", "the dead-letter topic is away"])
+@pytest.mark.parametrize("questions", [0, 2], ids=["", "the coordinator is away"])
+async def test_what_cannot_be_decoded_is_parked_and_nothing_else_is_missing(failures: int, questions: int) -> None:
+    consumer = Consumer(logs())
+    consumer.failing_questions = questions
+    park, parked = parks(failures)
+    reader = SkippingReader.install(consumer, park)
+    assert await read_on(consumer) == EVERYTHING
+    assert (parked, reader.is_careful) == ([1], False)
+
+
+async def test_a_partition_that_cannot_be_read_holds_up_no_other_and_loses_nothing() -> None:
+    consumer = Consumer({SOUND: EVERYTHING[0], SICK: EVERYTHING[1]})
+    consumer.corrupt = {SICK}
+    SkippingReader.install(consumer, parks()[0])
+    assert await read_on(consumer) == {0: EVERYTHING[0]}
+    consumer.corrupt = set()
+    consumer._fetcher._records.clear()
+    assert await read_on(consumer) == {1: EVERYTHING[1]}
+
+
+async def test_who_loses_the_bad_records_partition_reads_as_usual_again() -> None:
+    consumer = Consumer(logs())
+    park, parked = parks()
+    reader = SkippingReader.install(consumer, park)
+    await consumer.getmany(timeout_ms=5, max_records=500)
+    assert reader.is_careful
+    consumer.assign(SOUND)
+    assert await read_on(consumer, reads=1) == {0: EVERYTHING[0]}, "in one go"
+    assert (parked, reader.is_careful) == ([], False)
+
+
+async def test_once_the_bad_record_is_gone_it_reads_as_usual_again() -> None:
+    """Its topic may forget it before it is met again."""
+    consumer = Consumer(logs())
+    reader = SkippingReader.install(consumer, parks()[0])
+    await consumer.getmany(timeout_ms=5, max_records=500)
+    consumer._logs[SICK][1] = b"b2"
+    await read_on(consumer, reads=10 + IDLE_PASSES_MAX)
+    assert not reader.is_careful
