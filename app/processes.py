@@ -74,8 +74,9 @@ def run_http(settings: Settings) -> None:
         receiving = asyncio.create_task(webhooks.run())
         maintaining = asyncio.create_task(maintenance.run(stop))
         watching = asyncio.create_task(watch_slots(settings.postgres_url))
-        tasks = (receiving, maintaining, watching)
-        # Webhooks and the watch end only with an error, which ends the process.
+        stopping = asyncio.create_task(stop.wait())  # Maintenance may be waiting for another process's.
+        tasks: tuple[asyncio.Task[object], ...] = (receiving, maintaining, watching, stopping)
+        # The others end only with an error, which ends the process.
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()

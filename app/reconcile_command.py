@@ -293,7 +293,7 @@ async def working(
     finally:
         try:
             # As a worker stops: what was not sent is given back, what was is waited for and saved.
-            await dispatcher.drain(DRAIN_SECONDS)
+            await dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: settler.waiting > 0)
             for loop in loops:
                 loop.cancel()
             await asyncio.gather(*loops, return_exceptions=True)

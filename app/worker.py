@@ -106,13 +106,15 @@ class Worker:
         stopping.cancel()
         # What is cut short leaves connections behind, so it is let come to its end if that is near.
         await asyncio.wait([starting], timeout=STARTS_WITHIN)
-        if starting.done():
-            starting.result()
+        is_done = starting.done()
+        if is_done and starting.exception() is None:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         if self._tasks:  # It works already, though it reads no commands yet: what it has begun is saved.
             await self._shut_down()
+        if is_done:
+            starting.result()
         return False
 
     async def _start(self, stack: AsyncExitStack) -> None:
@@ -187,7 +189,7 @@ class Worker:
         for task in others:
             task.cancel()
         await self._leave_kafka()
-        await self._dispatcher.drain(DRAIN_SECONDS)
+        await self._dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: self._settler.waiting > 0)
         settler.cancel()
         leases.cancel()
         # A save that was cut short gives its answers back; only then are they there to be drained.

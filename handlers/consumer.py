@@ -26,7 +26,7 @@ from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
 from handlers.messages.refusals import DeadLetterReason
-from handlers.write_path import Applied, WritePath
+from handlers.write_path import Applied, SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
 
@@ -116,6 +116,8 @@ class CommandConsumer:
         except (StoreUnavailable, KafkaError) as error:
             cause = "postgres" if isinstance(error, StoreUnavailable) else "kafka"
             log.warning("batch postponed", records=len(records), cause=cause, error=str(error))
+            if isinstance(error, SavedInPart):
+                self._dispatcher.submit(error.requests)
             await self._postpone(message, cause)
             return
         except Exception:

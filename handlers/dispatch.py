@@ -4,6 +4,7 @@ No transaction is open here. An exception never loses an operation: what is not 
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -31,6 +32,8 @@ WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_A
 """The provider has these and told us so: sending them again is pointless."""
 ROOM_SECONDS: Final = 2.0
 """What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
+LOOK_SECONDS: Final = 0.01
+"""How often a process that ends looks whether more has come."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
@@ -57,6 +60,7 @@ class Dispatcher:
         self._store = store
         self._clock = clock
         self._leases = leases
+        self._has_ended = False
 
     @property
     def waiting(self) -> int:
@@ -78,6 +82,10 @@ class Dispatcher:
 
     def _add(self, requests: Sequence[GatewayRequest], add: Callable[["_Lane", GatewayRequest], None]) -> None:
         self._leases.hold(requests)
+        if self._has_ended:
+            for request in requests:
+                self._answer(request, Unreachable(PROCESS_ENDS))
+            return
         for request in requests:
             lane = self._lanes.get(request.gateway)
             if lane is None:
@@ -90,17 +98,21 @@ class Dispatcher:
         log.error("gateway is not configured", gateway=request.gateway, key=request.provider_key)
         self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
-    async def drain(self, timeout_seconds: float) -> None:
-        """Wait until all that was begun is answered, or the time is up; a sweep takes over what is left.
+    async def drain(self, timeout_seconds: float, *, may_more_come: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all that was begun is answered, and no more may come, or the time is up; a sweep takes over the
+        rest.
 
         What was not sent is given back, so that no lease runs out on it and nobody takes it for begun: what is stuck at
-        once, payers' operations when the time is up.
+        once, payers' operations when the time is up, and whatever comes after that.
         """
         lanes, why = self._lanes.values(), Unreachable(PROCESS_ENDS)
         self._give_back(lanes, why)
-        tasks = [task for lane in lanes for task in lane.tasks]
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout_seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                # An answer that is saved may begin its payment's next operation.
+                while (tasks := [task for lane in lanes for task in lane.tasks]) or may_more_come():
+                    await (asyncio.wait(tasks) if tasks else asyncio.sleep(LOOK_SECONDS))
+        self._has_ended = True
         for request in [each for lane in lanes for each in lane.give_back_new()]:
             self._answer(request, why)
 
@@ -146,7 +158,7 @@ class Dispatcher:
         except (GatewayUnreachable, OutcomeUnknown) as error:
             return _read(error, request)
         except asyncio.CancelledError:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             log.error("gateway call cancelled itself", gateway=request.gateway, key=request.provider_key)
             return Unknown("the gateway adapter was cancelled")
@@ -209,7 +221,7 @@ def _call_of(gateway: Gateway, kind: OperationKind) -> Call:
             assert_never(kind)
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """Whether somebody cancelled this very task; otherwise a library leaked a cancellation of its own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

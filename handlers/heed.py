@@ -16,7 +16,7 @@ from domain.errors import PaymentsError
 from domain.operations import GatewayRequest
 from domain.ports import Inbox, StoredNotice
 from handlers.messages.notices import read_notice
-from handlers.write_path import WritePath
+from handlers.write_path import SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
 
@@ -54,7 +54,11 @@ class Heeder:
         """Claim one portion and apply it; how many there were."""
         claimed = await self._inbox.claim(limit=CLAIMED_MAX, lease=LEASE)
         notices = [each for stored in claimed if (each := _notified(stored)) is not None]
-        applied = await self._write_path.apply(notices)
+        try:
+            applied = await self._write_path.apply(notices)
+        except SavedInPart as error:
+            self._submit(error.requests)
+            raise
         self._submit(applied.requests)
         for refused in applied.refused:
             assert isinstance(refused.given, Notified), "nothing else was given"

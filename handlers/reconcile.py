@@ -25,6 +25,7 @@ from domain.payment import Payment
 from domain.ports import Gateway, LapsedHold, PaymentStore, Place
 from domain.requests import gateway_request
 from handlers import metrics
+from handlers.dispatch import is_cancelled
 from handlers.messages.commands import command_from_content
 from handlers.pace import Pace
 from handlers.write_path import WritePath
@@ -195,7 +196,11 @@ async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> 
         return HoldAnswer(payment, operation, None, f"no answer: {error.message}")
     except Exception:
         log.exception("hold cannot be asked about", key=operation.provider_key)
-        return HoldAnswer(payment, operation, None, "it cannot be asked about: the log says why")
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        log.error("a library's own cancellation leaked", key=operation.provider_key)
+    return HoldAnswer(payment, operation, None, "it cannot be asked about: the log says why")
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:

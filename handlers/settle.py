@@ -15,7 +15,7 @@ from domain.errors import StoreUnavailable
 from domain.operations import GatewayRequest, said
 from handlers import metrics
 from handlers.leases import Leases
-from handlers.write_path import Applied, WritePath
+from handlers.write_path import Applied, SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
 
@@ -96,8 +96,10 @@ class Settler:
         try:
             with metrics.BATCH_SECONDS.labels("answer").time():
                 return await self._write_path.apply(batch)
-        except StoreUnavailable:
+        except StoreUnavailable as error:
             metrics.POSTPONED.labels("answer", "postgres").inc()
+            if isinstance(error, SavedInPart):
+                self._submit(error.requests)
             raise
 
 

@@ -48,6 +48,15 @@ class Refused:
         return not isinstance(self.error, InputRefusedByStore)
 
 
+class SavedInPart(StoreUnavailable):
+    """Postgres went away while a batch was taken apart. What was saved has begun: its `requests` are to be sent."""
+
+    def __init__(self, requests: Sequence[GatewayRequest], error: StoreUnavailable) -> None:
+        super().__init__(str(error))
+        later: Sequence[GatewayRequest] = error.requests if isinstance(error, SavedInPart) else ()
+        self.requests: list[GatewayRequest] = [*requests, *later]
+
+
 @dataclass(slots=True)
 class Applied:
     """What a batch led to: requests for the gateways, the inputs that stood alone in failing, and those not tried.
@@ -86,7 +95,8 @@ class WritePath:
         """Apply all inputs; one that cannot be applied is found by bisection and does not stop its neighbours.
 
         Raises:
-            StoreUnavailable: nothing is known to be saved; apply the same inputs again later.
+            SavedInPart: some are saved, and apply the same inputs again later, as for any other StoreUnavailable:
+                nothing is known to be saved.
         """
         if not inputs:
             return Applied()
@@ -101,7 +111,10 @@ class WritePath:
         first = await self.apply(inputs[:middle])
         held_up = {_payment_id(each.given) for each in first.refused if each.may_heal}
         held_up |= {_payment_id(each) for each in first.not_tried}
-        second = await self.apply([each for each in inputs[middle:] if _payment_id(each) not in held_up])
+        try:
+            second = await self.apply([each for each in inputs[middle:] if _payment_id(each) not in held_up])
+        except StoreUnavailable as error:
+            raise SavedInPart(first.requests, error) from error
         first.not_tried += [each for each in inputs[middle:] if _payment_id(each) in held_up]
         return first.then(second)
 

@@ -1,0 +1,162 @@
+"""What is saved is sent, and what is begun is waited for, however a batch or a process ends."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from unittest.mock import AsyncMock, Mock, create_autospec
+from uuid import uuid4
+
+import pytest
+
+from app.worker import Worker
+from domain.commands import OperationKind
+from domain.decision import Answer, Input, Notified
+from domain.errors import StoreUnavailable
+from domain.notices import Notice
+from domain.operations import GatewayRequest, Outcome, Succeeded, Unreachable
+from domain.ports import Inbox, RecentKeys
+from domain.rules import Rules
+from handlers import consumer, heed
+from handlers.consumer import CommandConsumer
+from handlers.dispatch import PROCESS_ENDS, Dispatcher
+from handlers.heed import Heeder
+from handlers.leases import Leases
+from handlers.settle import Settler
+from handlers.write_path import Applied, SavedInPart, WritePath
+from tests.unit.test_dispatch import NOW, NoStore, ScriptedGateway, request
+
+POISON = Answer(uuid4(), 1, 1, Succeeded("poison"))
+
+
+def answer() -> Answer:
+    return Answer(uuid4(), 1, 1, Succeeded("ref"))
+
+
+class HalfSaving(WritePath):
+    """Postgres refuses a batch with POISON in it, saves the first half, and is away then; later it is back."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            store=Mock(),
+            rules=create_autospec(Rules),
+            clock=lambda: NOW,
+            new_id=uuid4,
+            recent=create_autospec(RecentKeys),
+        )
+        self.saved: list[Input] = []
+        self.begun: list[GatewayRequest] = []
+        self.is_away = False
+
+    async def _apply_whole(self, inputs: Sequence[Input]) -> list[GatewayRequest]:
+        if self.is_away:
+            self.is_away = False
+            raise StoreUnavailable("Postgres is away")
+        if POISON in inputs:
+            raise ValueError("a row that no constraint takes")
+        self.saved += inputs
+        self.is_away = len(self.saved) == 2
+        self.begun += (requests := [request() for _ in inputs])
+        return requests
+
+
+BATCH = [answer(), answer(), answer(), POISON]
+
+
+async def test_what_was_saved_before_postgres_went_away_is_told() -> None:
+    path = HalfSaving()
+    with pytest.raises(SavedInPart) as part:
+        await path.apply(BATCH)
+    assert (part.value.requests, len(path.saved)) == (path.begun, 2)
+
+
+async def test_a_consumer_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sent = HalfSaving(), list[GatewayRequest]()
+    dispatcher = create_autospec(Dispatcher, instance=True)
+    dispatcher.submit.side_effect = sent.extend
+    reads = CommandConsumer(write_path=path, dispatcher=dispatcher, dead_letters=Mock(), backlog=Mock())
+    monkeypatch.setattr(consumer, "_read", lambda records: ([(each, each) for each in records], []))
+    message: Any = Mock(raw_message=BATCH, nack=AsyncMock())
+    await reads._on_batch(message)
+    assert sent == path.begun
+    message.nack.assert_awaited_once()
+
+
+async def test_a_settler_sends_it_and_goes_on_trying() -> None:
+    path, sent = HalfSaving(), list[GatewayRequest]()
+    settler = Settler(write_path=path, submit=sent.extend, leases=create_autospec(Leases, instance=True))
+    for each in BATCH:
+        settler.add(each)
+    await settler.settle_some()
+    assert sent == path.begun
+    assert {each for each in path.saved if isinstance(each, Answer)} == set(BATCH) - {POISON}
+
+
+async def test_a_heeder_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, sent = [request()], list[GatewayRequest]()
+    path = create_autospec(WritePath, instance=True)
+    path.apply.side_effect = SavedInPart(begun, StoreUnavailable("Postgres is away"))
+    inbox = create_autospec(Inbox, instance=True)
+    inbox.claim.return_value = ["stored"]
+    notified = Notified(1, uuid4(), Notice("stripe", "evt_1", "any"))
+    monkeypatch.setattr(heed, "_notified", lambda stored: notified)
+    with pytest.raises(StoreUnavailable):
+        await Heeder(inbox=inbox, write_path=path, submit=sent.extend).heed_once()
+    assert sent == begun
+
+
+class FollowedUp:
+    """A worker's calls and answers, whose first operations begin their payments' next ones when they are saved."""
+
+    def __init__(self, takes_seconds: float) -> None:
+        async def take(_: GatewayRequest) -> Outcome:
+            await asyncio.sleep(takes_seconds)
+            return Succeeded("x")
+
+        self.gateway = ScriptedGateway(take)
+        leases = Leases(store=NoStore(), lease=timedelta(seconds=60))  # type: ignore[arg-type]
+        self.dispatcher = Dispatcher(
+            gateways={"books": self.gateway},
+            limits={"books": 8},
+            store=NoStore(),  # type: ignore[arg-type]
+            clock=lambda: datetime.now(UTC),
+            leases=leases,
+        )
+        self.path = create_autospec(WritePath, instance=True)
+        self.path.apply.side_effect = self._apply
+        self.saved: list[tuple[int, Outcome]] = []
+        self.settler = Settler(write_path=self.path, submit=self.dispatcher.submit, leases=leases)
+        self.dispatcher.on_answer = self.settler.add
+
+    async def _apply(self, answers: Sequence[Answer]) -> Applied:
+        await asyncio.sleep(0.01)
+        self.saved += [(each.operation_number, each.outcome) for each in answers]
+        first = [each for each in answers if each.operation_number == 1]
+        return Applied([request(payment_id=each.payment_id, operation_number=2) for each in first])
+
+    async def shut_down(self) -> None:
+        """As a worker does."""
+        worker: Any = Worker.__new__(Worker)
+        worker._dispatcher, worker._settler, worker._leave_kafka = self.dispatcher, self.settler, AsyncMock()
+        worker._tasks = [asyncio.create_task(self.settler.run()), asyncio.create_task(asyncio.sleep(60))]
+        self.dispatcher.submit([request(kind=OperationKind.AUTHORIZE)])
+        await asyncio.sleep(0.02)
+        await worker._shut_down()
+
+
+async def test_a_call_that_begins_while_a_worker_ends_is_waited_for() -> None:
+    worker = FollowedUp(takes_seconds=0.1)
+    await worker.shut_down()
+    assert worker.saved == [(1, Succeeded("x")), (2, Succeeded("x"))]
+    assert worker.dispatcher.waiting == 0
+
+
+async def test_what_would_begin_once_the_time_is_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.105)
+    worker = FollowedUp(takes_seconds=0.1)
+    worker.path.apply.side_effect = None
+    worker.path.apply.return_value = Applied()
+    await worker.shut_down()
+    worker.dispatcher.submit([request()])
+    (given,) = worker.settler._pending
+    assert given.outcome == Unreachable(PROCESS_ENDS)
