@@ -163,7 +163,7 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
-            await _sweep(parts, stop)
+            await _sweep(parts, stop, payment_id)
             await _unless(stop, parts.reconciler.reconcile_holds_now(payment_id))
         left = await _left(store, parts, payment_id)
     return Told(
@@ -190,12 +190,15 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def _sweep(parts: "Parts", stop: asyncio.Event) -> None:
-    """Have all that is due asked about once, unless told to stop. A claim is never cut short: it would leave leases."""
+async def _sweep(parts: "Parts", stop: asyncio.Event, payment_id: UUID | None) -> None:
+    """Have all that is due, of one payment or of all, asked about once, unless told to stop.
+
+    A claim is never cut short: it would leave leases.
+    """
     asked_before = -1
     while len(parts.asked) > asked_before and not stop.is_set():
         asked_before = len(parts.asked)
-        await parts.sweep.sweep_once()
+        await parts.sweep.sweep_once(payment_id)
         await _unless(stop, parts.is_idle())
 
 

@@ -58,11 +58,11 @@ OWN_INDEXES: Final = """
 FINDERS: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
     "due_operations_ms": (
         f"WITH RECURSIVE unused AS (SELECT $2::interval), {store.DUE} SELECT * FROM due",
-        (STUCK, None, [], []),
+        (STUCK, None, [], [], None),
     ),
     "due_operations_with_a_full_gateway_ms": (
         f"WITH RECURSIVE unused AS (SELECT $2::interval), {store.DUE} SELECT * FROM due",
-        (STUCK, None, ["stripe"], [0]),
+        (STUCK, None, ["stripe"], [0], None),
     ),
     "due_holds_ms": (f"WITH {store.HOLDS_DUE} SELECT * FROM due", (STUCK, None)),
     "how_much_is_stuck_ms": (store.STUCK, ()),

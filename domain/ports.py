@@ -215,12 +215,12 @@ class PaymentStore(Protocol):
         ...
 
     async def claim_due(
-        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = ...
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = ..., payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due: raise their lease token and return them with their payments.
 
-        Of one gateway at most `limit`, or what `rooms` says if that is less, oldest first. An operation whose lease ran
-        out without an answer comes back `indeterminate`.
+        Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less, oldest first.
+        An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         ...
 

@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from uuid import UUID
 
 import structlog
 
@@ -53,12 +54,14 @@ class Sweep:
                 log.warning("sweep postponed", error=str(error))
             await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1.25))  # noqa: S311 - spreads load
 
-    async def sweep_once(self) -> int:
-        """Claim one portion of each gateway's and pass it on; how many there were."""
+    async def sweep_once(self, payment_id: UUID | None = None) -> int:
+        """Claim one portion of each gateway's, of one payment or of all, and pass it on; how many there were."""
         limit = min(CLAIMED_MAX, self._room())
         if limit <= 0:
             return 0
-        claimed = await self._store.claim_due(limit=limit, lease=self._lease, rooms=self._rooms())
+        claimed = await self._store.claim_due(
+            limit=limit, lease=self._lease, rooms=self._rooms(), payment_id=payment_id
+        )
         metrics.CLAIMED.inc(len(claimed))
         self._submit([request for each in claimed if (request := _request(*each))])
         return len(claimed)

@@ -133,6 +133,7 @@ SAVE = f"""
 # all have the rest, so that nothing waits for ever (where there is room for one only, they have it by chance). One that
 # is found as both is updated once.
 REFUSED = "state = 'dispatched' AND NOT is_leased"
+OF_THIS = "($5::uuid IS NULL OR payment_id = $5)"
 DUE = f"""
     named AS (
         (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
@@ -148,13 +149,13 @@ DUE = f"""
          CROSS JOIN LATERAL (
                SELECT * FROM (
                       SELECT payment_id, number FROM operations
-                       WHERE gateway = given.gateway AND {REFUSED} AND due_at <= now()
+                       WHERE gateway = given.gateway AND {REFUSED} AND due_at <= now() AND {OF_THIS}
                        ORDER BY due_at DESC LIMIT (given.room + round(random())::integer) / 2
                          FOR UPDATE SKIP LOCKED) AS refused
                UNION ALL
                SELECT * FROM (
                       SELECT payment_id, number FROM operations
-                       WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now()
+                       WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now() AND {OF_THIS}
                        ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS oldest
                LIMIT given.room) AS d
     )
@@ -368,16 +369,16 @@ class PostgresStore:
         return _in_transaction.get()
 
     async def claim_due(
-        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = NO_ROOMS
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = NO_ROOMS, payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due, each gateway's oldest first: the caller's until `lease` has passed.
 
-        Of one gateway at most `limit`, or what `rooms` says if that is less. An operation whose lease ran out without
-        an answer comes back `indeterminate`.
+        Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less.
+        An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         with translated():
             async with self._pool.acquire() as connection:
-                rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()))
+                rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()), payment_id)
                 return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:

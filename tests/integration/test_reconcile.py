@@ -83,8 +83,11 @@ async def test_a_dry_run_tells_and_changes_nothing_and_then_it_is_applied(
     assert all(each["answer"].startswith("succeeded") for each in told)
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'indeterminate'") == 3
 
+    await value(postgres_url, "UPDATE operations SET due_at = now() - interval '1 hour' WHERE due_at IS NOT NULL")
     told = await run(settings, capsys, dry_run=False, payment=payments[0])
     assert [each["payment_id"] for each in told] == [str(payments[0])]
+    asked_again = "SELECT count(*) FROM operations WHERE lease_token > 1"
+    assert await value(postgres_url, asked_again) == 1, "others are due for longer, and not what was asked for"
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'indeterminate'") == 2
     assert len(await run(settings, capsys, dry_run=False)) == 2
     assert await value(postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'") == 3
