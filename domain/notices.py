@@ -132,6 +132,8 @@ class WebhookReader(Protocol):
     async def read(self, request: WebhookRequest) -> Notice:
         """Verify the signature over the raw request, in constant time, then read it.
 
+        What it verifies is the body, or the query of a request without one: that is kept as the evidence.
+
         Raises:
             WebhookRefused: FORGED, STALE, MALFORMED, or UNAVAILABLE where verification itself could not be done.
         """

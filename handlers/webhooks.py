@@ -60,6 +60,7 @@ class Webhooks:
             return Verdict.TOO_LARGE
         try:
             notice = await reader.read(request)
+            # What was verified, by the promise of `WebhookReader.read`.
             return await self._store(notice, request.body or request.query.encode())
         except WebhookRefused as refused:
             log.warning("webhook refused", gateway=reader.gateway, verdict=refused.verdict, detail=refused.detail)

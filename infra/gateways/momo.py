@@ -491,7 +491,7 @@ class MoMoWebhooks:
         Raises:
             WebhookRefused: FORGED or MALFORMED.
         """
-        fields = _returned(request.query) if request.method == "GET" else _plain(request.body)
+        fields = _returned(request) if request.method == "GET" else _plain(request.body)
         try:
             text = signed_text(self._config.access_key, fields, IPN)
             signature = str(fields["signature"])
@@ -525,10 +525,15 @@ def _plain(body: bytes) -> dict[str, str]:
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def _returned(query: str) -> dict[str, str]:
+def _returned(request: WebhookRequest) -> dict[str, str]:
     """The texts in a query string, in which a plus is a space; each name once, for all of them are signed."""
+    if request.body:
+        # The query alone is signed, and a body would be kept as the evidence in its place. A browser sends none.
+        raise WebhookRefused(Verdict.MALFORMED, "a body, which nobody signed")
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100)
+        pairs = parse_qsl(
+            request.query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100
+        )
     except ValueError as error:
         raise WebhookRefused(Verdict.MALFORMED, "no query string") from error
     fields = dict(pairs)

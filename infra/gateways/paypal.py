@@ -562,13 +562,14 @@ class PayPalHttp:
     """PayPal's REST API as JSON in and out: bounded connections, one access token for all calls.
 
     A token is fetched once for everybody who waits, some minutes before the old one ends; many of them are a documented
-    cause of rate limits. https://developer.paypal.com/api/rest/authentication/
+    cause of rate limits. Nobody waits for longer than that one attempt: if it fails, it fails for all of them.
+    https://developer.paypal.com/api/rest/authentication/
     """
 
     def __init__(self, config: PayPalConfig) -> None:
         self._config = config
         self._token: _Token | None = None
-        self._refreshing = asyncio.Lock()
+        self._fetching: asyncio.Task[_Token] | None = None
         self._http = ProviderHttp(
             NAME,
             max_connections=config.max_connections,
@@ -654,15 +655,19 @@ class PayPalHttp:
         return await self._http.request(method, path, content=content, headers=sent)
 
     async def _access_token(self) -> _Token:
-        if not self._is_fresh():
-            async with self._refreshing:
-                if not self._is_fresh():
-                    self._token = await self._fetch_token()
-        assert self._token is not None, "a fresh token exists"
-        return self._token
+        """Raises GatewayUnreachable: the attempt to fetch one failed, whoever of those who wait began it."""
+        if self._token is not None and time.monotonic() < self._token.refresh_at:
+            return self._token
+        if self._fetching is None or self._fetching.done():
+            self._fetching = asyncio.create_task(self._renew())
+            # If all who wait are cancelled, nobody else asks how it ended, and asyncio would log that.
+            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+        # Whoever is cancelled takes it from nobody else.
+        return await asyncio.shield(self._fetching)
 
-    def _is_fresh(self) -> bool:
-        return self._token is not None and time.monotonic() < self._token.refresh_at
+    async def _renew(self) -> _Token:
+        self._token = await self._fetch_token()
+        return self._token
 
     def _drop(self, token: _Token) -> None:
         """Unless somebody else has replaced it already."""

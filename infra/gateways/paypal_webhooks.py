@@ -10,10 +10,11 @@ import base64
 import binascii
 import json
 import re
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -56,8 +57,15 @@ from infra.gateways.paypal import (
     time_of,
 )
 
+T = TypeVar("T")
+
 CERTIFICATE_BYTES_MAX: Final = 65_536
 CERTIFICATES_MAX: Final = 16
+WAITING_MAX: Final = 20
+"""How many messages may wait for a certificate, each with its body: until it is there, they are anybody's."""
+REFUSED_SECONDS: Final = 60.0
+REFUSED_MAX: Final = 1_000
+"""For how long, and of how many addresses, it is remembered that PayPal has no certificate there."""
 CERTIFICATE_PATH: Final = r"/v1/notifications/certs/[A-Za-z0-9_\-]{1,128}"
 ALGORITHM: Final = "SHA256withRSA"
 QUESTIONS_MAX: Final = 4
@@ -100,6 +108,9 @@ class PayPalWebhooks:
     That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
     chains to a public authority, and under which subject, is unconfirmed and not demanded.
 
+    Anybody may name an address of PayPal's at which there is no certificate. So few may wait for one, the others are
+    told to come again, and what PayPal refused is not asked for again soon.
+
     A refund that somebody made at PayPal's pages names no order, so PayPal is asked for its capture, which does.
 
     Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
@@ -113,7 +124,10 @@ class PayPalWebhooks:
         self._config = config
         self._trusted = _trusted_urls(config)
         self._certificates: dict[str, x509.Certificate] = {}
+        self._refused: dict[str, float] = {}
+        """Until when each is refused unasked, by the monotonic clock; the oldest first."""
         self._fetching = asyncio.Lock()
+        self._waiting = 0
         self._api = PayPalHttp(config.model_copy(update={"max_connections": QUESTIONS_MAX}))
         self._http = httpx.AsyncClient(
             timeout=config.connect_timeout_seconds,
@@ -169,16 +183,33 @@ class PayPalWebhooks:
 
     async def _certificate(self, url: str) -> x509.Certificate:
         """The certificate at a trusted address, from memory where possible; one at a time is fetched."""
-        if url not in self._certificates:
+        if (known := self._remembered(url)) is not None:
+            return known
+        if self._waiting >= WAITING_MAX:
+            raise WebhookRefused(Verdict.UNAVAILABLE, "too many wait for a certificate")
+        self._waiting += 1
+        try:
             async with self._fetching:
-                if url not in self._certificates:
-                    self._keep(url, await self._fetch(url))
-        return self._certificates[url]
+                return self._remembered(url) or await self._fetched(url)
+        finally:
+            self._waiting -= 1
 
-    def _keep(self, url: str, certificate: x509.Certificate) -> None:
-        if len(self._certificates) >= CERTIFICATES_MAX:
-            del self._certificates[next(iter(self._certificates))]
-        self._certificates[url] = certificate
+    def _remembered(self, url: str) -> x509.Certificate | None:
+        """Raises WebhookRefused(FORGED) where there was none a moment ago."""
+        certificate = self._certificates.get(url)
+        if certificate is None and time.monotonic() < self._refused.get(url, 0.0):
+            raise WebhookRefused(Verdict.FORGED, "no such certificate a moment ago")
+        return certificate
+
+    async def _fetched(self, url: str) -> x509.Certificate:
+        try:
+            certificate = await self._fetch(url)
+        except WebhookRefused as refused:
+            if refused.verdict is Verdict.FORGED:
+                _put(self._refused, url, time.monotonic() + REFUSED_SECONDS, at_most=REFUSED_MAX)
+            raise
+        _put(self._certificates, url, certificate, at_most=CERTIFICATES_MAX)
+        return certificate
 
     async def _fetch(self, url: str) -> x509.Certificate:
         try:
@@ -191,6 +222,14 @@ class PayPalWebhooks:
         except (httpx.HTTPError, TimeoutError) as error:
             raise WebhookRefused(Verdict.UNAVAILABLE, f"the certificate: {type(error).__name__}") from error
         return _certificate(pem)
+
+
+def _put(memory: dict[str, T], url: str, value: T, *, at_most: int) -> None:
+    """As the newest one; the oldest one gives way."""
+    memory.pop(url, None)
+    if len(memory) >= at_most:
+        del memory[next(iter(memory))]
+    memory[url] = value
 
 
 def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:

@@ -522,6 +522,9 @@ class VNPayWebhooks:
         Raises:
             WebhookRefused: FORGED or MALFORMED.
         """
+        if request.body:
+            # The query alone is signed, and a body would be kept as the evidence in its place. VNPay sends none.
+            raise WebhookRefused(Verdict.MALFORMED, "a body, which nobody signed")
         fields = self._verified(request.query)
         try:
             return _notice(fields)

@@ -365,6 +365,12 @@ async def test_a_return_that_cannot_be_read_is_malformed(more: str) -> None:
         assert refused.value.verdict is Verdict.MALFORMED
 
 
+async def test_a_return_with_a_body_is_refused_for_only_its_query_is_signed() -> None:
+    with pytest.raises(WebhookRefused) as refused:
+        await MoMoWebhooks(config()).read(returned(told())._replace(body=ipn(told(resultCode=1006)).body))
+    assert refused.value.verdict is Verdict.MALFORMED
+
+
 def test_a_browser_is_shown_a_text() -> None:
     reader = MoMoWebhooks(config())
     answers = {each: reader.answer(each, returned({})) for each in Verdict}

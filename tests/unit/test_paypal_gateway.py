@@ -1,5 +1,7 @@
 """Amounts, marks, the status tables and the error table of the PayPal gateway."""
 
+import asyncio
+import gc
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -36,6 +38,7 @@ from infra.gateways.paypal import (
     Look,
     PayPalConfig,
     PayPalGateway,
+    PayPalHttp,
     PayPalRefused,
     from_paypal_amount,
     invoice_of,
@@ -643,3 +646,68 @@ async def test_an_app_that_may_not_search_is_told_so() -> None:
     )
     with pytest.raises(GatewayUnreachable, match="NOT_AUTHORIZED"):
         await movements(search)
+
+
+# --- the access token -------------------------------------------------------------------------------------------------
+
+
+class SlowTokens:
+    """PayPal, whose token endpoint answers when `release` is set; all else is there at once."""
+
+    def __init__(self, *, timeout_seconds: float = 12) -> None:
+        self.asked = 0
+        self.is_asked = asyncio.Event()
+        self.release = asyncio.Event()
+        self.api = PayPalHttp(config(timeout_seconds=timeout_seconds))
+        self.api._http._client = httpx.AsyncClient(transport=httpx.MockTransport(self._answer), base_url=LIVE)
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            self.asked += 1
+            self.is_asked.set()
+            await self.release.wait()
+        return httpx.Response(200, json={"access_token": "t", "expires_in": 9_000})
+
+
+async def test_all_who_wait_for_a_token_share_one_attempt_and_its_failure() -> None:
+    paypal = SlowTokens(timeout_seconds=0.05)
+
+    ends = await asyncio.gather(*(paypal.api.get("/v2/anything") for _ in range(6)), return_exceptions=True)
+
+    assert [type(each) for each in ends] == [GatewayUnreachable] * 6
+    assert paypal.asked == 1
+    paypal.release.set()
+    assert await paypal.api.get("/v2/anything"), "the next one tries again"
+    await paypal.api.close()
+
+
+async def test_who_is_cancelled_while_waiting_for_a_token_takes_it_from_nobody_else() -> None:
+    paypal = SlowTokens()
+    first, second = (asyncio.create_task(paypal.api.get("/v2/anything")) for _ in range(2))
+    await paypal.is_asked.wait()
+
+    first.cancel()
+    await asyncio.wait([first])
+    paypal.release.set()
+
+    assert first.cancelled()
+    assert await second
+    assert paypal.asked == 1
+    await paypal.api.close()
+
+
+async def test_a_token_that_nobody_waits_for_any_more_fails_silently() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    paypal = SlowTokens(timeout_seconds=0.05)
+    only = asyncio.create_task(paypal.api.get("/v2/anything"))
+    await paypal.is_asked.wait()
+    only.cancel()
+    fetching = paypal.api._fetching
+    assert fetching is not None
+
+    await asyncio.wait([only, fetching])
+    await paypal.api.close()
+    del paypal, only, fetching
+    gc.collect()
+    assert not complaints

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -30,9 +32,11 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
+from infra.gateways import paypal_webhooks
 from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
 from infra.gateways.paypal_webhooks import (
     CERTIFICATE_BYTES_MAX,
+    WAITING_MAX,
     PayPalWebhooks,
     _nameless_refund,
     _refund_of,
@@ -289,25 +293,84 @@ async def test_a_certificate_is_fetched_once_also_for_parallel_messages(
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    "answer",
     [
-        ((404, b""), Verdict.FORGED),
-        ((302, b""), Verdict.FORGED),
-        ((200, b"no certificate"), Verdict.FORGED),
-        ((200, b""), Verdict.FORGED),
-        ((200, CERTIFICATE + b" " * CERTIFICATE_BYTES_MAX), Verdict.FORGED),
-        ((500, b""), Verdict.UNAVAILABLE),
-        ((429, b""), Verdict.UNAVAILABLE),
+        (404, b""),
+        (302, b""),
+        (200, b"no certificate"),
+        (200, b""),
+        (200, CERTIFICATE + b" " * CERTIFICATE_BYTES_MAX),
     ],
 )
-async def test_a_certificate_that_is_not_served_is_no_proof(
-    webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], expected: Verdict
+async def test_where_paypal_has_no_certificate_it_is_not_asked_again_for_a_minute(
+    webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(paypal_webhooks, "time", SimpleNamespace(monotonic=lambda: now))
     server.answer = answer
-    assert await verdict(webhooks, a_request(server)) is expected
+    assert await verdict(webhooks, a_request(server)) is Verdict.FORGED
+
+    server.answer, now = (200, CERTIFICATE), now + 59
+    assert await verdict(webhooks, a_request(server)) is Verdict.FORGED
+    assert server.asked == 1
+
+    now += 1
+    assert (await webhooks.read(a_request(server))).event_id == "WH-KAV-1"
+
+
+async def test_of_addresses_without_a_certificate_only_the_latest_are_remembered(
+    webhooks: PayPalWebhooks, server: CertificateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paypal_webhooks, "REFUSED_MAX", 2)
+    server.answer = (404, b"")
+    first, second, third = (
+        a_request(headers={"paypal-cert-url": f"{server.url}/v1/notifications/certs/{each}"}) for each in range(3)
+    )
+
+    for each in (first, second, third, third, second):
+        assert await verdict(webhooks, each) is Verdict.FORGED
+    assert server.asked == 3
+    assert await verdict(webhooks, first) is Verdict.FORGED
+    assert server.asked == 4
+
+
+@pytest.mark.parametrize("status", [500, 429])
+async def test_where_a_certificate_cannot_be_had_now_the_message_should_come_again(
+    webhooks: PayPalWebhooks, server: CertificateServer, status: int
+) -> None:
+    server.answer = (status, b"")
+    assert await verdict(webhooks, a_request(server)) is Verdict.UNAVAILABLE
 
     server.answer = (200, CERTIFICATE)
     assert (await webhooks.read(a_request(server))).event_id == "WH-KAV-1"
+
+
+async def test_few_messages_wait_for_a_certificate_and_what_needs_none_is_read_meanwhile(
+    webhooks: PayPalWebhooks, server: CertificateServer
+) -> None:
+    await webhooks.read(a_request(server))
+    is_asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def hang(_: httpx.Request) -> httpx.Response:
+        is_asked.set()
+        await goes_on.wait()
+        return httpx.Response(404)
+
+    await webhooks._http.aclose()
+    webhooks._http = httpx.AsyncClient(transport=httpx.MockTransport(hang))
+    *some, another = (
+        a_request(headers={"paypal-cert-url": f"{server.url}/v1/notifications/certs/{each}"})
+        for each in range(WAITING_MAX + 1)
+    )
+    waiting = [asyncio.create_task(verdict(webhooks, each)) for each in some]
+    await is_asked.wait()
+
+    async with asyncio.timeout(5):
+        assert await verdict(webhooks, another) is Verdict.UNAVAILABLE
+        assert (await webhooks.read(a_request(server))).event_id == "WH-KAV-1"
+    goes_on.set()
+    assert set(await asyncio.gather(*waiting)) == {Verdict.FORGED}
+    assert await verdict(webhooks, another) is Verdict.FORGED, "there is room again"
 
 
 async def test_without_a_connection_the_message_should_come_again(webhooks: PayPalWebhooks) -> None:

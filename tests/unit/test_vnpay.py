@@ -194,6 +194,13 @@ async def test_what_cannot_be_read_is_malformed(query: str) -> None:
     assert refused.value.verdict is Verdict.MALFORMED
 
 
+async def test_a_callback_with_a_body_is_refused_for_only_its_query_is_signed() -> None:
+    for method in ("GET", "POST"):
+        with pytest.raises(WebhookRefused) as refused:
+            await VNPayWebhooks(config()).read(ipn(told())._replace(method=method, body=b"vnp_ResponseCode=24"))
+        assert refused.value.verdict is Verdict.MALFORMED
+
+
 async def test_the_payers_own_url_that_we_signed_is_no_callback() -> None:
     action = await gateway(AssertionError()).charge(charge())
     assert isinstance(action, RequiresAction)
