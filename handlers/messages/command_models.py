@@ -15,6 +15,8 @@ from pydantic_core import CoreSchema, core_schema
 from domain.commands import NO_METADATA, Command, OperationKind
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 
+_NO_CARD: Final = "A text that is or holds a card number (by its form and check digit) is refused."
+
 
 class _CanonicalUuid:
     """A UUID written as 8-4-4-4-12 hexadecimal digits: of the forms that Rust parses, the only one of 36 characters."""
@@ -78,7 +80,8 @@ OptionalCurrency = Annotated[
 CustomerId = Annotated[
     Annotated[str, Field(min_length=1, max_length=255)] | None,
     Field(
-        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too.",
+        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too. "
+        f"{_NO_CARD}",
         examples=["customer-77"],
     ),
 ]
@@ -99,7 +102,8 @@ IdempotencyKey = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description="Names this request: the same key and content again moves nothing and repeats the result.",
+        description="Names this request: the same key and content again moves nothing and repeats the result. "
+        f"{_NO_CARD}",
         examples=["order-1001-charge"],
     ),
 ]
@@ -114,7 +118,8 @@ Metadata = Annotated[
     ]
     | None,
     Field(
-        description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider.",
+        description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider. "
+        f"{_NO_CARD}",
         examples=[{"channel": "web"}],
     ),
 ]
@@ -129,7 +134,10 @@ OffSession = Annotated[
 OrderId = Annotated[
     str,
     Field(
-        min_length=1, max_length=255, description="The order that is paid for, in your words.", examples=["order-1001"]
+        min_length=1,
+        max_length=255,
+        description=f"The order that is paid for, in your words. {_NO_CARD}",
+        examples=["order-1001"],
     ),
 ]
 PaymentId = Annotated[
