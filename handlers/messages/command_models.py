@@ -118,7 +118,9 @@ Metadata = Annotated[
     ]
     | None,
     Field(
-        description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider. "
+        description="At most 50 texts of at most 500 characters, with keys of at most 40. Only Stripe is given "
+        "them, with an authorization, charge or refund: at most 46, none whose key holds [ or ] or is one of our own "
+        "(`payment_id`, `operation_number`, `order_id`, `last_capture`). "
         f"{_NO_CARD}",
         examples=[{"channel": "web"}],
     ),
