@@ -95,7 +95,11 @@ ExpiresAt = Annotated[
 ]
 GatewayName = Annotated[
     Annotated[str, Field(min_length=1, max_length=64)] | None,
-    Field(description="Which gateway to use. Left out: the service's default.", examples=["sandbox"]),
+    Field(
+        description="Which gateway to use, of those that are set up: `momo`, `paypal`, `stripe`, `vnpay` (`instant`, "
+        "for measurements, moves no money). Left out: the service's default.",
+        examples=["stripe"],
+    ),
 ]
 IdempotencyKey = Annotated[
     str,

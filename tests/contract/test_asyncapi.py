@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from app.settings import GATEWAYS_KNOWN
 from domain.commands import Command
 from domain.settle import ENDINGS
 from handlers.messages.asyncapi import (
@@ -85,6 +87,32 @@ def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None
     for type_, model in EVENT_MODELS.items():
         for example in document["components"]["messages"][type_]["examples"]:
             assert isinstance(read_event(json.dumps(example["payload"]).encode()), model)
+
+
+def named(key: str, value: object) -> Iterator[Any]:
+    """What this key has, wherever it is in a JSON value."""
+    match value:
+        case dict():
+            yield from (inner for name, inner in value.items() if name == key)
+            for inner in value.values():
+                yield from named(key, inner)
+        case list():
+            for inner in value:
+                yield from named(key, inner)
+
+
+def test_every_gateway_in_an_example_is_one_that_there_is(document: dict[str, Any]) -> None:
+    messages, schemas = document["components"]["messages"], document["components"]["schemas"]
+    payloads = [example["payload"] for each in messages.values() for example in each.get("examples", [])]
+    of_fields = [example for field in named("gateway", schemas) for example in field.get("examples", [])]
+    used = {*named("gateway", payloads), *of_fields}
+    assert used
+    assert used <= set(GATEWAYS_KNOWN)
+
+
+def test_a_sender_is_told_the_names_of_all_gateways(document: dict[str, Any]) -> None:
+    field = document["components"]["schemas"]["ChargePayment"]["properties"]["gateway"]
+    assert set(re.findall(r"`(\w+)`", field["description"])) == set(GATEWAYS_KNOWN)
 
 
 @pytest.fixture(scope="module")
