@@ -9,13 +9,16 @@ from datetime import UTC, datetime
 from typing import Annotated, ClassVar, Final, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from domain.commands import NO_METADATA, Command, OperationKind
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 
 _NO_CARD: Final = "A text that is or holds a card number (by its form and check digit) is refused."
+
+UUID_PATTERN: Final = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class _CanonicalUuid:
@@ -24,6 +27,10 @@ class _CanonicalUuid:
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(min_length=36, max_length=36, strict=True)
         return core_schema.chain_schema([text, core_schema.uuid_schema(strict=False)])
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # Told to senders only: reading with the pattern, too, would cost every command some time, and refuse no more.
+        return handler(schema) | {"format": "uuid", "pattern": UUID_PATTERN}
 
 
 class _Rfc3339:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from app.settings import GATEWAYS_KNOWN
 from domain.commands import Command
+from domain.errors import MessageUnreadable
 from domain.settle import ENDINGS
 from handlers.messages.asyncapi import (
     COMMANDS_TOPIC,
@@ -24,6 +26,7 @@ from handlers.messages.asyncapi import (
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
 from handlers.messages.events import EVENT_MODELS, event_type, read_event
+from handlers.messages.examples import COMMAND_EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "asyncapi"
@@ -113,6 +116,41 @@ def test_every_gateway_in_an_example_is_one_that_there_is(document: dict[str, An
 def test_a_sender_is_told_the_names_of_all_gateways(document: dict[str, Any]) -> None:
     field = document["components"]["schemas"]["ChargePayment"]["properties"]["gateway"]
     assert set(re.findall(r"`(\w+)`", field["description"])) == set(GATEWAYS_KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("payment_id", "is_taken"),
+    [
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00", True),
+        ("0190B3A1-7A3C-7E11-9C53-1F0A3A8B9C00", True),
+        ("00000000-0000-0000-0000-000000000000", True),
+        ("0190b3a17a3c7e119c531f0a3a8b9c00", False),
+        ("{0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00}", False),
+        ("urn:uuid:0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c0g", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c0\n", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00\n", False),
+        ("0190b3a1-7a3c-7e119c53--1f0a3a8b9c00", False),
+        ("order-1001-of-the-shop-in-the-old-town", False),
+        ("an order's number of 36 characters...", False),
+        ("", False),
+        (7, False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("type_", COMMAND_MODELS)
+def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
+    document: dict[str, Any], type_: str, payment_id: object, *, is_taken: bool
+) -> None:
+    """One that nobody could read a payment id in would be parked, and its sender hear nothing."""
+    command = COMMAND_EXAMPLES[type_] | {"payment_id": payment_id}
+    schema = {"$ref": f"#/components/schemas/{COMMAND_MODELS[type_].__name__}", "components": document["components"]}
+    assert Draft202012Validator(schema).is_valid(command) is is_taken
+    if is_taken:
+        assert isinstance(read_command(json.dumps(command).encode(), None), Command)
+    else:
+        with pytest.raises(MessageUnreadable):
+            read_command(json.dumps(command).encode(), None)
 
 
 @pytest.fixture(scope="module")
