@@ -40,7 +40,8 @@ class Capabilities:
     cancel_waiting: bool
     """Whether a void ends, for good, a payment that still waits for the payer (3-D Secure, a redirect).
 
-    Where not, the void waits as any command does, and releases what the payer consented to.
+    Where not, the void waits as any command does: it releases a hold that the payer consented to, and is rejected where
+    a charge was paid, which stays captured until it is refunded.
     """
     idempotency_retention: timedelta
     """How long a repeated provider key surely returns the first answer. Afterwards only a status query is safe.

@@ -9,11 +9,16 @@ from datetime import UTC, datetime
 from typing import Annotated, ClassVar, Final, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from domain.commands import NO_METADATA, Command, OperationKind
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
+
+_NO_CARD: Final = "A text that is or holds a card number (by its form and check digit) is refused."
+
+UUID_PATTERN: Final = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class _CanonicalUuid:
@@ -22,6 +27,10 @@ class _CanonicalUuid:
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(min_length=36, max_length=36, strict=True)
         return core_schema.chain_schema([text, core_schema.uuid_schema(strict=False)])
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # Told to senders only: reading with the pattern, too, would cost every command some time, and refuse no more.
+        return handler(schema) | {"format": "uuid", "pattern": UUID_PATTERN}
 
 
 class _Rfc3339:
@@ -78,7 +87,8 @@ OptionalCurrency = Annotated[
 CustomerId = Annotated[
     Annotated[str, Field(min_length=1, max_length=255)] | None,
     Field(
-        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too.",
+        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too. "
+        f"{_NO_CARD}",
         examples=["customer-77"],
     ),
 ]
@@ -92,14 +102,19 @@ ExpiresAt = Annotated[
 ]
 GatewayName = Annotated[
     Annotated[str, Field(min_length=1, max_length=64)] | None,
-    Field(description="Which gateway to use. Left out: the service's default.", examples=["sandbox"]),
+    Field(
+        description="Which gateway to use, of those that are set up: `momo`, `paypal`, `stripe`, `vnpay` (`instant`, "
+        "for measurements, moves no money). Left out: the service's default.",
+        examples=["stripe"],
+    ),
 ]
 IdempotencyKey = Annotated[
     str,
     Field(
         min_length=1,
         max_length=255,
-        description="Names this request: the same key and content again moves nothing and repeats the result.",
+        description="Names this request: the same key and content again moves nothing and repeats the result. "
+        f"{_NO_CARD}",
         examples=["order-1001-charge"],
     ),
 ]
@@ -114,7 +129,10 @@ Metadata = Annotated[
     ]
     | None,
     Field(
-        description="At most 50 texts of at most 500 characters, with keys of at most 40, for the provider.",
+        description="At most 50 texts of at most 500 characters, with keys of at most 40. Only Stripe is given "
+        "them, with an authorization, charge or refund: at most 46, none whose key holds [ or ] or is one of our own "
+        "(`payment_id`, `operation_number`, `order_id`, `last_capture`). "
+        f"{_NO_CARD}",
         examples=[{"channel": "web"}],
     ),
 ]
@@ -129,7 +147,10 @@ OffSession = Annotated[
 OrderId = Annotated[
     str,
     Field(
-        min_length=1, max_length=255, description="The order that is paid for, in your words.", examples=["order-1001"]
+        min_length=1,
+        max_length=255,
+        description=f"The order that is paid for, in your words. {_NO_CARD}",
+        examples=["order-1001"],
     ),
 ]
 PaymentId = Annotated[
@@ -243,7 +264,8 @@ class CapturePayment(PartOfPayment):
 
 
 class VoidPayment(_WireCommand):
-    """Release what was authorized and not captured. Ends in
+    """Release what was authorized and not captured, or end what waits for its payer, where the provider can. A charge
+    that its payer pays all the same stays captured: the void is then rejected, and the charge must be refunded. Ends in
     `payment.voided.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
     """
 

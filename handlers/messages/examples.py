@@ -34,7 +34,7 @@ COMMAND_EXAMPLES: Final[Mapping[str, Mapping[str, Any]]] = {
         "type": "payment.authorize.v1",
         "idempotency_key": "order-1001-authorize",
         **_NEW_PAYMENT,
-        "gateway": "sandbox",
+        "gateway": "stripe",
         "expires_at": "2030-01-01T12:00:00Z",
     },
     "payment.capture.v1": {
@@ -67,7 +67,7 @@ _NOTHING_YET: Final = PaymentSnapshot(
     refunded_minor=0,
     disputed_minor=0,
     has_indeterminate=False,
-    gateway="sandbox",
+    gateway="stripe",
     gateway_payment_id=None,
     order_id="order-1001",
     customer_id="customer-77",

@@ -20,7 +20,7 @@ from domain.commands import Rejection, RejectionReason
 from domain.errors import MessageUnreadable
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 from handlers.messages.card_numbers import REMOVED, holds_card_number, is_card_number_of_any_brand
-from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.command_models import COMMAND_MODELS, UUID_PATTERN
 
 NESTING_MAX: Final = 8
 """Levels kept of a value in a refused command; no field of a good one has more than two."""
@@ -96,7 +96,7 @@ _CARD: Final = Problem(
 _UNPRINTABLE: Final = Problem(
     RejectionReason.INVALID_COMMAND, "holds a NUL character or half a surrogate pair: leave it out"
 )
-_PAYMENT_ID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_PAYMENT_ID: Final = re.compile(UUID_PATTERN)
 _SHOWABLE_TYPE: Final = re.compile(r"[a-z_.]{1,64}(v[0-9]{1,3})?")
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 

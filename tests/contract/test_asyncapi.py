@@ -1,16 +1,21 @@
 """The AsyncAPI document in the repository is generated, complete, valid and true to the parser."""
 
+import inspect
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
+from app.settings import GATEWAYS_KNOWN
 from domain.commands import Command
+from domain.errors import MessageUnreadable
 from domain.settle import ENDINGS
 from handlers.messages.asyncapi import (
     COMMANDS_TOPIC,
@@ -22,6 +27,8 @@ from handlers.messages.asyncapi import (
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
 from handlers.messages.events import EVENT_MODELS, event_type, read_event
+from handlers.messages.examples import COMMAND_EXAMPLES
+from infra.kafka import dead_letters
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "asyncapi"
@@ -85,6 +92,81 @@ def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None
     for type_, model in EVENT_MODELS.items():
         for example in document["components"]["messages"][type_]["examples"]:
             assert isinstance(read_event(json.dumps(example["payload"]).encode()), model)
+
+
+def named(key: str, value: object) -> Iterator[Any]:
+    """What this key has, wherever it is in a JSON value."""
+    match value:
+        case dict():
+            yield from (inner for name, inner in value.items() if name == key)
+            for inner in value.values():
+                yield from named(key, inner)
+        case list():
+            for inner in value:
+                yield from named(key, inner)
+
+
+def test_every_gateway_in_an_example_is_one_that_there_is(document: dict[str, Any]) -> None:
+    messages, schemas = document["components"]["messages"], document["components"]["schemas"]
+    payloads = [example["payload"] for each in messages.values() for example in each.get("examples", [])]
+    of_fields = [example for field in named("gateway", schemas) for example in field.get("examples", [])]
+    used = {*named("gateway", payloads), *of_fields}
+    assert used
+    assert used <= set(GATEWAYS_KNOWN)
+
+
+def test_a_sender_is_told_the_names_of_all_gateways(document: dict[str, Any]) -> None:
+    field = document["components"]["schemas"]["ChargePayment"]["properties"]["gateway"]
+    assert set(re.findall(r"`(\w+)`", field["description"])) == set(GATEWAYS_KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("payment_id", "is_taken"),
+    [
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00", True),
+        ("0190B3A1-7A3C-7E11-9C53-1F0A3A8B9C00", True),
+        ("00000000-0000-0000-0000-000000000000", True),
+        ("0190b3a17a3c7e119c531f0a3a8b9c00", False),
+        ("{0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00}", False),
+        ("urn:uuid:0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c0g", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c0\n", False),
+        ("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00\n", False),
+        ("0190b3a1-7a3c-7e119c53--1f0a3a8b9c00", False),
+        ("order-1001-of-the-shop-in-the-old-town", False),
+        ("an order's number of 36 characters...", False),
+        ("", False),
+        (7, False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("type_", COMMAND_MODELS)
+def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
+    document: dict[str, Any], type_: str, payment_id: object, *, is_taken: bool
+) -> None:
+    """One that nobody could read a payment id in would be parked, and its sender hear nothing."""
+    command = COMMAND_EXAMPLES[type_] | {"payment_id": payment_id}
+    schema = {"$ref": f"#/components/schemas/{COMMAND_MODELS[type_].__name__}", "components": document["components"]}
+    assert Draft202012Validator(schema).is_valid(command) is is_taken
+    if is_taken:
+        assert isinstance(read_command(json.dumps(command).encode(), None), Command)
+    else:
+        with pytest.raises(MessageUnreadable):
+            read_command(json.dumps(command).encode(), None)
+
+
+def test_every_header_that_a_dead_letter_may_have_is_told(document: dict[str, Any]) -> None:
+    headers = document["components"]["messages"][DEAD_LETTER]["headers"]
+    assert headers["properties"].keys() == set(re.findall(r'"(dlq_\w+)"', inspect.getsource(dead_letters)))
+    assert set(headers["properties"]) - set(headers["required"]) == {"dlq_value_left_out", "dlq_key_left_out"}
+
+
+@pytest.mark.parametrize("told", [None, "", "of an earlier program"])
+def test_a_dead_letter_may_have_any_key_and_value_and_none(document: dict[str, Any], told: str | None) -> None:
+    message = document["components"]["messages"][DEAD_LETTER]
+    components = {"components": document["components"]}
+    for schema in (message["payload"], message["bindings"]["kafka"]["key"]):
+        assert Draft202012Validator(schema | components).is_valid(told)
 
 
 @pytest.fixture(scope="module")

@@ -45,3 +45,9 @@ def test_an_alert_leads_to_what_to_do(alert: dict[str, Any]) -> None:
     assert not part or part in map(anchor, headings)
     assert path.startswith("docs/operations/")
     assert part or alert["alert"] in text or path != "docs/operations/reconciliation.md"
+
+
+def test_somebody_is_called_when_nothing_can_be_saved_and_it_does_not_heal() -> None:
+    """A worker that postpones its batches for ever is up, and has nothing else to tell of it."""
+    paging = [alert["expr"] for alert in ALERTS if alert["labels"]["severity"] == "page"]
+    assert any("payments_batches_postponed_total" in expr for expr in paging)

@@ -31,6 +31,7 @@ NO = Declined(DeclineReason.REFUSED_BY_ISSUER, "do_not_honor", "ref_1")
 GONE = Expired("ref_1", "canceled")
 ACTION = RequiresAction("ref_1", "redirect", "https://bank.invalid/1")
 REFUND_FAILED = Declined(DeclineReason.REFUND_FAILED, None, "ref_2")
+WITHOUT_VOID = CAPABILITIES.operations - {OperationKind.VOID}
 
 
 def story() -> Story:
@@ -279,6 +280,21 @@ def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer
     told.answer()
     assert told.kinds == ["requires_action", "authorized", "voided"]
     assert told.amounts() == (10_000, 0, 10_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("gateway", "reason"), [({}, "invalid_state"), ({"operations": WITHOUT_VOID}, "unsupported_by_gateway")]
+)
+def test_where_it_cannot_be_cancelled_a_charge_that_is_paid_stays_captured(gateway: Any, reason: str) -> None:
+    told = Story(rules(gateways={"books": replace(CAPABILITIES, cancel_waiting=False, **gateway)}))
+    told.send("charge")
+    told.answer(ACTION)
+    told.send("void")
+    told.hear(PAID)
+    assert told.kinds == ["requires_action", "captured", "command_rejected"]
+    assert told.last.rejection is not None
+    assert told.last.rejection.reason == reason
+    assert told.amounts() == (10_000, 10_000, 0, 0)
 
 
 # --- several attempts -------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from app.settings import Settings
 from app.wiring import GATEWAYS, WEBHOOKS, create_gateways, create_webhook_readers
 from domain.capabilities import Listing
 from domain.ports import Movements, Statements
+from handlers.messages.command_models import ChargePayment
+from infra.gateways.stripe import LAST_CAPTURE, METADATA_KEYS_MAX
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gateways.md"
 
@@ -22,6 +24,14 @@ def test_the_documented_matrix_is_what_the_code_decides_by() -> None:
         ["---"] * (len(known) + 1),
         *expected[1:],
     ]
+
+
+def test_a_sender_is_told_what_stripe_leaves_out_of_their_metadata() -> None:
+    own = ("payment_id", "operation_number", "order_id", LAST_CAPTURE)
+    for told in (ChargePayment.model_fields["metadata"].description, DOCUMENT.read_text(encoding="utf-8")):
+        assert told is not None
+        assert f"at most {METADATA_KEYS_MAX - len(own)}" in told
+        assert ", ".join(f"`{name}`" for name in own) in told
 
 
 def test_every_gateway_but_the_one_for_benchmarks_receives_webhooks() -> None:
