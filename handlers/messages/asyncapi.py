@@ -77,7 +77,8 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
     },
     DEAD_LETTERS_TOPIC: {
         "type": "object",
-        "description": "These, and the headers that the message came with.",
+        "description": "These, and the headers that the message came with: but for one whose value is left out, and "
+        "for one that the Kafka client could not decode (`record_undecodable`), of which only its place is known.",
         "required": ["dlq_reason", "dlq_detail", "dlq_topic", "dlq_partition", "dlq_offset"],
         "properties": {
             "dlq_reason": _text("A word from a closed list.", *DeadLetterReason),
@@ -85,7 +86,27 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
             "dlq_topic": _text("Where the message stood.", COMMANDS_TOPIC),
             "dlq_partition": _text("Where the message stood, in decimal digits.", "3"),
             "dlq_offset": _text("Where the message stood, in decimal digits.", "1042"),
+            "dlq_value_left_out": _text(
+                "Only where the topic did not take the message, too large with these headers: it lies here without its "
+                "value and its own headers. The value's size in bytes, in decimal digits.",
+                "1048576",
+            ),
+            "dlq_key_left_out": _text(
+                "Only beside `dlq_value_left_out`, where the key was too long, too: its size in bytes, in digits.",
+                "2048",
+            ),
         },
+    },
+}
+_PAYMENTS_KEY: Final = _text("The payment's id.", PAYMENT_ID)
+_KEYS: Final[Mapping[str, JsonObject]] = {
+    COMMANDS_TOPIC: _PAYMENTS_KEY,
+    EVENTS_TOPIC: _PAYMENTS_KEY,
+    DEAD_LETTERS_TOPIC: {
+        "type": ["string", "null"],
+        "description": "As the message came: any bytes, mostly the payment's id, or null. Null, too, where "
+        "`dlq_key_left_out` tells its size, and where the Kafka client could not decode the message.",
+        "examples": [PAYMENT_ID, None],
     },
 }
 
@@ -143,7 +164,7 @@ def _messages() -> dict[str, str]:
 def _declared() -> KafkaBroker:
     """A broker that is never started and declares every message by itself."""
     broker = KafkaBroker("localhost:9092", description="Plain Kafka; any version since 2.4 will do.")
-    models: dict[str, Any] = {**COMMAND_MODELS, **EVENT_MODELS, DEAD_LETTER: bytes}
+    models: dict[str, Any] = {**COMMAND_MODELS, **EVENT_MODELS, DEAD_LETTER: bytes | None}
     for name, topic in _messages().items():
         # A publisher also for what the service reads: it needs no handler, and the schema is the same.
         broker.publisher(topic, title=name, schema=models[name])
@@ -173,11 +194,12 @@ def _message(name: str, payload: JsonObject) -> JsonObject:
         "contentType": "application/json",
         "headers": _HEADERS[topic],
         "payload": payload,
-        "bindings": {"kafka": {"key": _text("The payment's id.", PAYMENT_ID), "bindingVersion": "0.5.0"}},
+        "bindings": {"kafka": {"key": _KEYS[topic], "bindingVersion": "0.5.0"}},
     }
     if topic == DEAD_LETTERS_TOPIC:
         return message | {
-            "summary": "A message's value as it was, whatever that is.",
+            "summary": "A message's value as it was, whatever that is; null or empty where it had none, where the "
+            "Kafka client could not decode it, and where `dlq_value_left_out` tells its size.",
             "contentType": "application/octet-stream",
         }
     return message | {

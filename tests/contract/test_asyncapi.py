@@ -1,5 +1,6 @@
 """The AsyncAPI document in the repository is generated, complete, valid and true to the parser."""
 
+import inspect
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
 from handlers.messages.events import EVENT_MODELS, event_type, read_event
 from handlers.messages.examples import COMMAND_EXAMPLES
+from infra.kafka import dead_letters
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "asyncapi"
@@ -143,7 +145,7 @@ def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
     document: dict[str, Any], type_: str, payment_id: object, *, is_taken: bool
 ) -> None:
     """One that nobody could read a payment id in would be parked, and its sender hear nothing."""
-    command = COMMAND_EXAMPLES[type_] | {"payment_id": payment_id}
+    command = {**COMMAND_EXAMPLES[type_], "payment_id": payment_id}
     schema = {"$ref": f"#/components/schemas/{COMMAND_MODELS[type_].__name__}", "components": document["components"]}
     assert Draft202012Validator(schema).is_valid(command) is is_taken
     if is_taken:
@@ -151,6 +153,20 @@ def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
     else:
         with pytest.raises(MessageUnreadable):
             read_command(json.dumps(command).encode(), None)
+
+
+def test_every_header_that_a_dead_letter_may_have_is_told(document: dict[str, Any]) -> None:
+    headers = document["components"]["messages"][DEAD_LETTER]["headers"]
+    assert headers["properties"].keys() == set(re.findall(r'"(dlq_\w+)"', inspect.getsource(dead_letters)))
+    assert set(headers["properties"]) - set(headers["required"]) == {"dlq_value_left_out", "dlq_key_left_out"}
+
+
+@pytest.mark.parametrize("told", [None, "", "of an earlier program"])
+def test_a_dead_letter_may_have_any_key_and_value_and_none(document: dict[str, Any], told: str | None) -> None:
+    message = document["components"]["messages"][DEAD_LETTER]
+    components = {"components": document["components"]}
+    for schema in (message["payload"], message["bindings"]["kafka"]["key"]):
+        assert Draft202012Validator(schema | components).is_valid(told)
 
 
 @pytest.fixture(scope="module")
