@@ -145,7 +145,7 @@ def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
     document: dict[str, Any], type_: str, payment_id: object, *, is_taken: bool
 ) -> None:
     """One that nobody could read a payment id in would be parked, and its sender hear nothing."""
-    command = COMMAND_EXAMPLES[type_] | {"payment_id": payment_id}
+    command = {**COMMAND_EXAMPLES[type_], "payment_id": payment_id}
     schema = {"$ref": f"#/components/schemas/{COMMAND_MODELS[type_].__name__}", "components": document["components"]}
     assert Draft202012Validator(schema).is_valid(command) is is_taken
     if is_taken:
