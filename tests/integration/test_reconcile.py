@@ -233,13 +233,16 @@ async def test_a_question_that_got_no_answer_is_asked_again_later_by_whoever_is_
             assert await second.reconcile_holds() == 1
 
 
-async def test_a_hold_that_cannot_be_read_or_breaks_its_gateway_stops_no_other(postgres_url: str) -> None:
+@pytest.mark.parametrize("error", [KeyError("a defect"), asyncio.CancelledError("a library's own")], ids=type)
+async def test_a_hold_that_cannot_be_read_or_breaks_its_gateway_stops_no_other(
+    postgres_url: str, error: BaseException
+) -> None:
     gateway = StillHeld()
     held = gateway.status
 
     async def breaking(request: GatewayRequest) -> Outcome:
         if request.payment_id == broken:
-            raise KeyError("a defect")
+            raise error
         return await held(request)
 
     async with running_worker(postgres_url, gateway) as worker:

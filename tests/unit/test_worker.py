@@ -1,5 +1,11 @@
 """What a worker says of itself before it works; how it works is in integration/test_consumer.py."""
 
+import asyncio
+from contextlib import AsyncExitStack
+from unittest.mock import AsyncMock
+
+import pytest
+
 from app.health import troubles
 from app.settings import Settings
 from app.worker import Worker
@@ -8,3 +14,18 @@ from app.worker import Worker
 async def test_a_worker_that_has_not_started_says_so_of_each_of_its_parts() -> None:
     checks = Worker(Settings()).checks()
     assert await troubles(checks) == dict.fromkeys(checks, "starting")
+
+
+async def test_a_worker_whose_start_fails_waits_for_what_its_loops_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has begun to sweep before it reads: its calls would be cut off at every start."""
+
+    async def fail(worker: Worker, _: AsyncExitStack) -> None:
+        worker._spawn(asyncio.sleep(0))
+        raise ConnectionError("no coordinator")
+
+    shut_down = AsyncMock()
+    monkeypatch.setattr(Worker, "_start", fail)
+    monkeypatch.setattr(Worker, "_shut_down", shut_down)
+    with pytest.raises(ConnectionError):
+        await Worker(Settings()).run(asyncio.Event())
+    shut_down.assert_awaited_once()
