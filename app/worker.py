@@ -26,7 +26,7 @@ from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.skipping import SkippingReader
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.schema import schema_trouble
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.store import PostgresStore, close_pool, create_pool
 
 log = structlog.get_logger(__name__)
 
@@ -124,7 +124,7 @@ class Worker:
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
         self._pool = pool = await create_pool(settings.postgres_url, size=settings.store_connections)
-        stack.push_async_callback(pool.close)
+        stack.push_async_callback(close_pool, pool)
         store = PostgresStore(pool)
         redis = wiring.connect_redis(settings)
         stack.push_async_callback(redis.aclose)

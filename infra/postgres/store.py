@@ -6,6 +6,7 @@ pinned to the indexes (`PINNED_PLANS`): joined with `unnest`, Postgres guesses r
 was small would scan all of it for ever (tests/integration/test_query_plans.py reads the plans).
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -284,6 +285,9 @@ _UNAVAILABLE: Final = (
 _LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
 _REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 
+CLOSES_WITHIN: Final = 5.0
+"""Seconds that a server may take to let connections go."""
+
 _in_transaction: ContextVar[bool] = ContextVar("in_transaction", default=False)
 
 Connection = Any
@@ -307,6 +311,15 @@ async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
             init=_insist_on_the_disk,
             reset=_keep_session,
         )
+
+
+async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    """End its connections in good order, or at once where the server does not answer."""
+    try:
+        async with asyncio.timeout(CLOSES_WITHIN):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
 
 
 async def _insist_on_the_disk(connection: Connection) -> None:

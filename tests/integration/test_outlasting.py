@@ -19,9 +19,10 @@ from handlers.consumer import CommandConsumer
 from handlers.leases import Leases
 from handlers.write_path import WritePath
 from infra.postgres import store as store_module
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.store import PostgresStore, close_pool, create_pool
 from tests.conftest import Topics
 from tests.integration.test_consumer import charges, committed, running, until, until_captured
+from tests.integration.test_relay import frozen
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import NoHint, delivery, events_of, new_payment_id, rules, running_worker, value
 from tests.support.topic import read_until, send
@@ -251,3 +252,12 @@ async def test_a_renewal_that_waits_in_a_circle_with_somebody_else_goes_on(postg
     await other.close()
     held = "SELECT count(*) FROM operations WHERE is_leased"
     assert await value(postgres_url, held) == 2
+
+
+async def test_a_pool_is_closed_though_its_server_is_frozen(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is told to end would wait for it, and end with an error."""
+    monkeypatch.setattr(store_module, "CLOSES_WITHIN", 0.2)
+    pool = await create_pool(postgres_url, size=1)
+    with frozen(await pool.fetchval("SELECT pg_backend_pid()")):
+        async with asyncio.timeout(3):
+            await close_pool(pool)
