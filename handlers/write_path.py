@@ -95,8 +95,8 @@ class WritePath:
         """Apply all inputs; one that cannot be applied is found by bisection and does not stop its neighbours.
 
         Raises:
-            SavedInPart: some are saved, and apply the same inputs again later, as for any other StoreUnavailable:
-                nothing is known to be saved.
+            StoreUnavailable: nothing is known to be saved; apply the same inputs again later.
+            SavedInPart: as well, but some are saved; it has their requests, to be sent now.
         """
         if not inputs:
             return Applied()
