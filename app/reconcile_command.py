@@ -34,7 +34,7 @@ from handlers.pace import Pace
 from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.store import PostgresStore, close_pool, create_pool
 
 ASKED_MAX: Final = 1_000
 """Operations of one dry run: the soonest due; workers ask about all of them anyway."""
@@ -312,7 +312,8 @@ async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, di
         gateways = wiring.create_gateways(settings)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
-        pool = await stack.enter_async_context(await create_pool(settings.postgres_url, size=2))
+        pool = await create_pool(settings.postgres_url, size=2)
+        stack.push_async_callback(close_pool, pool)
         yield PostgresStore(pool), gateways
 
 

@@ -21,7 +21,7 @@ from domain.notices import BODY_BYTES_MAX, WebhookAnswer, WebhookRequest
 from domain.ports import Accepted, Received
 from handlers.webhooks import Webhooks
 from infra.postgres.inbox import PostgresInbox
-from infra.postgres.store import create_pool
+from infra.postgres.store import close_pool, create_pool
 
 log = structlog.get_logger(__name__)
 
@@ -53,9 +53,11 @@ class WebhookService:
             ):
                 with attempt:
                     pool = await create_pool(self._settings.postgres_url, size=self._settings.webhook_connections)
-            async with pool:
+            try:
                 self._inbox = PostgresInbox(pool)
                 await storing
+            finally:
+                await close_pool(pool)
         finally:
             storing.cancel()
             for reader in self._readers.values():
