@@ -11,6 +11,7 @@ Guarantees
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -35,6 +36,7 @@ HOST = "127.0.0.1"
 # Below every system's range for outgoing connections. A client that keeps dialling a dead server's port inside that
 # range will in time be given the same number as its own and connect to itself; the server then cannot come back.
 PORTS = range(20_000, 30_000)
+PORTS_LOOKED_AT_MAX = 200
 PORT_ATTEMPTS_MAX = 5
 PROBE_INTERVAL_SECONDS = 0.02
 LOG_TAIL_BYTES = 4_000
@@ -74,9 +76,13 @@ def is_free(port: int) -> bool:
     return False
 
 
+# Each comes once in a round: who asks twice before anybody listens is given two different ones.
+_ports = itertools.cycle(random.SystemRandom().sample(PORTS, k=len(PORTS)))
+
+
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
-    for port in random.sample(PORTS, k=200):
+    """A loopback port that nobody listens on at this moment, and that this process was not given lately."""
+    for port in itertools.islice(_ports, PORTS_LOOKED_AT_MAX):
         if is_free(port):
             return port
     raise LocalServerError("network", f"no free port found in {PORTS}", "end other servers on this machine")

@@ -24,6 +24,7 @@ from infra.local import (
     create_database,
     drop_database,
 )
+from infra.local.server import free_port
 from tests.conftest import Topics
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to hand Postgres to another account")
@@ -252,3 +253,9 @@ async def first_record(bootstrap: str, topic: str) -> bytes | None:
     async with AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest") as consumer:
         value: bytes | None = (await consumer.getone()).value
         return value
+
+
+def test_who_asks_for_many_free_ports_is_given_different_ones() -> None:
+    ports = [free_port() for _ in range(500)]
+
+    assert len(set(ports)) == len(ports)
