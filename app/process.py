@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -31,8 +30,6 @@ def run(main: Main, *, app: ASGIApp, host: str, port: int, end_seconds: float | 
     A port that it cannot have is told before anything begins, and of a server that is away what to do.
     If it has not ended `end_seconds` after the signal, it ends all the same, with `last_resort.STATUS`.
     """
-    # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a third of the CPU.
-    gc.set_threshold(100_000, 50, 100)
     listener = _listen(host, port)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -19,7 +19,8 @@ class Machine:
 
     def __init__(self, log_dir: Path, environment: Mapping[str, str]) -> None:
         self._log_dir = log_dir
-        self._environment = dict(os.environ) | dict(environment)
+        # Bytecode is kept, as in an image: else every start would compile the service anew.
+        self._environment = dict(os.environ) | {"PYTHONDONTWRITEBYTECODE": ""} | dict(environment)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         log_dir.mkdir(parents=True, exist_ok=True)
 
