@@ -557,8 +557,8 @@ def _uuid(text: str) -> Any:
 
 def main() -> None:
     """The entry point."""
-    # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a worker a third of its
-    # CPU, and every command a tenth of its start.
+    # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a worker a third of
+    # its CPU, and every command a tenth of its start.
     gc.set_threshold(100_000, 50, 100)
     # Typer's own code for wrong usage is 2, which here says that a payment was refused.
     usage_error = typer.BadParameter.__base__
