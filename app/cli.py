@@ -259,7 +259,7 @@ def show(
     """One payment: state, amounts, operations, events."""
     from app.show import show_payment
 
-    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
     with readable_errors():
         raise typer.Exit(show_payment(settings, _uuid(payment_id), as_json=as_json))
 
@@ -301,7 +301,7 @@ def list_(
         limit=limit,
         cursor=cursor,
     )
-    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
     with readable_errors():
         raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
 
@@ -357,7 +357,7 @@ def reconcile(
         fail("--gateway goes with --day")
     if day is not None and (payment is not None or dry_run):
         fail("--payment and --dry-run go with --now: --day compares all of a day, and changes nothing")
-    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
     configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
     if day is not None:
         with readable_errors():
@@ -378,7 +378,7 @@ def gateways(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """What each gateway can do, and what is refused."""
     from app.gateways_command import list_gateways
 
-    settings = find_settings(data_dir, needs="PAYMENTS_GATEWAYS", or_defaults=True)
+    settings = find_settings(data_dir, "PAYMENTS_GATEWAYS", or_defaults=True)
     with readable_errors():
         raise typer.Exit(list_gateways(settings, as_json=as_json))
 
@@ -455,7 +455,7 @@ def migrate(
     from app import processes
     from infra.postgres import migrate as schema
 
-    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL", or_defaults=True)
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL", or_defaults=True)
     if not to:  # A variable that is not set, perhaps.
         fail("--to is empty: write a revision, or leave it out")
     if down and to == "head":
@@ -478,7 +478,7 @@ def maintain(data_dir: DataDir = None) -> None:
 
     from app.maintenance import maintain_once
 
-    settings = find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL", or_defaults=True)
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL", or_defaults=True)
     with readable_errors():
         report = asyncio.run(maintain_once(settings))
     typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
@@ -517,7 +517,7 @@ def _send(
     from app.send import send_and_report
     from domain.commands import OperationKind
 
-    settings = find_settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
+    settings = find_settings(data_dir, "PAYMENTS_KAFKA_BOOTSTRAP")
     if idempotency_key == "":  # A variable that is not set, perhaps; every try would be another payment.
         fail("--idempotency-key is empty: leave it out for a new key")
     payment = uuid.uuid4() if payment_id is None else _uuid(payment_id)

@@ -30,7 +30,7 @@ UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-def find_settings(data_dir: Path | None, *, needs: str, or_defaults: bool = False) -> "Settings":
+def find_settings(data_dir: Path | None, *needs: str, or_defaults: bool = False) -> "Settings":
     """Settings by the environment, completed by a running `payments up` or `payments demo --stay`.
 
     Where there is neither what it needs nor anything running, the defaults do, or it is a message, and the end.
@@ -40,10 +40,11 @@ def find_settings(data_dir: Path | None, *, needs: str, or_defaults: bool = Fals
     from app.stack_file import adopt_environment
 
     folder = data_dir or default_data_dir()
-    if needs not in os.environ and adopt_environment([folder, folder / "demo"]) is None and not or_defaults:
+    missing = " and ".join(name for name in needs if name not in os.environ)
+    if missing and adopt_environment([folder, folder / "demo"]) is None and not or_defaults:
         fail(
-            "nothing is running here: no `payments up` was found, and "
-            f"{needs} is not set.\nStart everything with `payments up` in another terminal, or set {needs}."
+            f"nothing is running here: no `payments up` was found; not set: {missing}.\n"
+            f"Start everything with `payments up` in another terminal, or set {missing}."
         )
     return read_settings()
 

@@ -1,5 +1,6 @@
 """What people see. Texts of other people stay what they are: no markup, no emoji codes, no commands to a terminal."""
 
+import errno
 import json
 import shlex
 from datetime import UTC, datetime
@@ -8,9 +9,18 @@ from typing import Any
 from rich.console import Console
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: an error, which ends what runs in good order, and not an exit in the midst of it."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from None
+
+
 def new_console(*, to_stderr: bool = False) -> Console:
     """A console that prints what it is given; what is to be styled is a `rich.text.Text`."""
-    return Console(stderr=to_stderr, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=to_stderr, markup=False, emoji=False, highlight=False)
 
 
 def print_json(value: Any) -> None:

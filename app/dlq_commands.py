@@ -108,5 +108,4 @@ def _require_choice(letters: list[str] | None, *, everything: bool, reason: str 
 def _desk(data_dir: Any) -> "DeadLetterDesk":
     from app.dlq_desk import DeadLetterDesk
 
-    find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
-    return DeadLetterDesk(find_settings(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP"))
+    return DeadLetterDesk(find_settings(data_dir, "PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"))

@@ -101,8 +101,7 @@ def replay(  # noqa: PLR0917 - Typer passes by name
     if payment is None and since is None and until is None and type_ is None:
         fail("say which events: --payment, --since, --until or --type; they can be combined")
     with readable_errors():
-        find_settings(data_dir, needs="PAYMENTS_POSTGRES_URL")
-        desk = _desk(data_dir, needs="PAYMENTS_KAFKA_BOOTSTRAP")
+        desk = _desk(data_dir, "PAYMENTS_KAFKA_BOOTSTRAP")
         wanted = {"payment": payment, "type": type_, "since": since, "until": until}
         raise typer.Exit(desk.replay(wanted, topic=to, rate=rate, dry_run=dry_run))
 
@@ -160,7 +159,7 @@ def drop_quarantine(
         raise typer.Exit(_desk(data_dir).drop(names, why=why))
 
 
-def _desk(data_dir: Any, *, needs: str = "PAYMENTS_POSTGRES_URL") -> "RelayDesk":
+def _desk(data_dir: Any, *also_needs: str) -> "RelayDesk":
     from app.relay_desk import RelayDesk
 
-    return RelayDesk(find_settings(data_dir, needs=needs))
+    return RelayDesk(find_settings(data_dir, "PAYMENTS_POSTGRES_URL", *also_needs))

@@ -384,6 +384,25 @@ def test_a_disk_that_is_full_is_no_trouble_of_postgres(tmp_path: Path, command: 
     assert (done.returncode, done.stderr) == (1, b"payments: No space left on device\n")
 
 
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_it_ends_without_a_traceback_when_nobody_reads_any_more(tmp_path: Path, command: str) -> None:
+    with subprocess.Popen(
+        [*PAYMENTS, command],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        told = process.stderr.read()
+
+    assert (process.returncode, told) == (1, "")
+
+
 @pytest.mark.parametrize("command", ["up", "demo", "list"])
 def test_a_file_in_the_place_of_the_data_folder_is_told(tmp_path: Path, command: str) -> None:
     (tmp_path / "file").touch()
