@@ -75,6 +75,7 @@ class CommandConsumer:
             batch_timeout_ms=IDLE_POLL_MS,
             group_id=group_id,
             auto_offset_reset="earliest",
+            isolation_level="read_committed",  # An order that was rolled back is not to be charged.
             ack_policy=AckPolicy.MANUAL,
             parser=_whole,
             decoder=_itself,

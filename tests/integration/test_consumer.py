@@ -153,6 +153,26 @@ async def test_one_unreadable_message_among_500_is_parked_whole_and_499_are_proc
     assert await captured(settings) == 499
 
 
+async def test_a_transaction_that_its_producer_aborts_moves_no_money(settings: Settings) -> None:
+    """Its order service has rolled back, and may order anew under other ids."""
+    given_up, meant = uuid4(), uuid4()
+    async with AIOKafkaProducer(
+        bootstrap_servers=settings.kafka_bootstrap, transactional_id=f"orders-{meant}"
+    ) as producer:
+        for payment in (given_up, meant):
+            await producer.begin_transaction()
+            await producer.send(settings.commands_topic, body("charge", payment, f"charge-{payment}"), partition=0)
+            if payment == given_up:
+                await producer.flush()
+                await producer.abort_transaction()
+            else:
+                await producer.commit_transaction()
+    async with running(settings):
+        await until_captured(settings, 1)
+    stored = await value(settings.postgres_url, "SELECT array_agg(payment_id::text) FROM payments")
+    assert stored == [str(meant)]
+
+
 async def test_a_command_that_postgres_refuses_is_parked_alone(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
