@@ -314,7 +314,9 @@ async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, di
             stack.push_async_callback(gateway.close)
         pool = await create_pool(settings.postgres_url, size=2)
         stack.push_async_callback(close_pool, pool)
-        yield PostgresStore(pool), gateways
+        store = PostgresStore(pool)
+        await store.look_at_clock()
+        yield store, gateways
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

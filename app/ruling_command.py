@@ -6,7 +6,7 @@ Through the write path, like a provider's word. The evidence stands in the event
 import asyncio
 import getpass
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -76,7 +76,7 @@ def _usable(evidence: str) -> str:
 async def _rule(settings: Settings, finding: Finding) -> str:
     async with connected(settings) as (store, gateways):
         operation = await _operation(store, finding)
-        outcome = _outcome(operation, finding)
+        outcome = _outcome(operation, finding, now=store.now())
         async with working(settings, store, gateways, lambda found: None) as parts:
             given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
             applied = await parts.write_path.apply([given])
@@ -108,13 +108,13 @@ async def _operation(store: PostgresStore, finding: Finding) -> Operation:
     return found[payment_id, number]
 
 
-def _outcome(operation: Operation, finding: Finding) -> Succeeded | NotExecuted:
+def _outcome(operation: Operation, finding: Finding, *, now: datetime) -> Succeeded | NotExecuted:
     if operation.state is not OperationState.NEEDS_REVIEW:
         raise RulingRefused(
             f"operation {operation.number} is {operation.state}: a person decides only what is "
             f"{OperationState.NEEDS_REVIEW}; of all else the provider's word is awaited, or was heard"
         )
-    if operation.is_held(datetime.now(UTC)):
+    if operation.is_held(now):
         raise RulingRefused(
             f"operation {operation.number} is being sent or asked about just now, so that what you found may be old "
             "news: look again in a minute"

@@ -75,7 +75,7 @@ new_id = uuid7
 
 
 def now() -> datetime:
-    """The wall clock, timezone-aware UTC."""
+    """This machine's clock, timezone-aware UTC; times of payments are told by the store's."""
     return datetime.now(UTC)
 
 
@@ -129,7 +129,7 @@ def create_gateways(settings: Settings) -> dict[str, Gateway]:
 def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:
     """The one write path over this store."""
     recent = ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc)
-    return WritePath(store=store, rules=rules, clock=now, new_id=new_id, recent=recent)
+    return WritePath(store=store, rules=rules, clock=store.now, new_id=new_id, recent=recent)
 
 
 def connect_redis(settings: Settings) -> Redis:
@@ -164,7 +164,7 @@ def create_calling(
 ) -> Calling:
     """Calls to `gateways`, at most `limits` at a time each, whose answers go through the write path."""
     leases = Leases(store=store, lease=rules.retry.lease)
-    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=now, leases=leases, paces=paces)
+    dispatcher = Dispatcher(gateways=gateways, limits=limits, store=store, clock=store.now, leases=leases, paces=paces)
     settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
     dispatcher.on_answer = settler.add
     return Calling(dispatcher, settler, leases)

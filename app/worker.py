@@ -126,6 +126,7 @@ class Worker:
         self._pool = pool = await create_pool(settings.postgres_url, size=settings.store_connections)
         stack.push_async_callback(close_pool, pool)
         store = PostgresStore(pool)
+        await store.look_at_clock()
         redis = wiring.connect_redis(settings)
         stack.push_async_callback(redis.aclose)
         rules = wiring.create_rules(settings, gateways)

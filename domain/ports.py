@@ -197,7 +197,12 @@ class WriteTransaction(Protocol):
 
 
 class PaymentStore(Protocol):
-    """Where payments live. Every method raises StoreUnavailable when Postgres is away."""
+    """Where payments live. Every method but `now` raises StoreUnavailable when Postgres is away."""
+
+    @property
+    def now(self) -> Clock:
+        """The store's clock, by which leases and the age of calls are told: all processes share it."""
+        ...
 
     def begin(self) -> AbstractAsyncContextManager[WriteTransaction]: ...
 

@@ -23,6 +23,7 @@ from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place, Stuck
+from infra.postgres.clock import PostgresClock
 from infra.postgres.errors import told
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
@@ -353,6 +354,12 @@ class PostgresStore:
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
+        self.now = PostgresClock()
+
+    async def look_at_clock(self) -> None:
+        """Have `now` tell Postgres's time from here on; before, it is this machine's."""
+        with translated():
+            await self.now.look(self._pool)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator["PostgresTransaction"]:
@@ -391,6 +398,7 @@ class PostgresStore:
         """
         with translated():
             async with self._pool.acquire() as connection:
+                await self.now.look(connection)  # How old what is taken over is, decides whether it may be sent again.
                 rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()), payment_id)
                 return await _with_payments(connection, [_operation(row) for row in rows])
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,12 +18,13 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from confluent_kafka import Consumer, Producer
 from prometheus_client import REGISTRY
 
+from app import wiring
 from app.settings import Settings
 from app.worker import Worker
 from handlers import metrics
 from infra.local import EmbeddedValkey
 from infra.local.server import free_port
-from infra.postgres import store
+from infra.postgres import clock, store
 from tests.conftest import PARTITIONS, Topics
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import body, delivery, events_of, new_payment_id, running_worker, value
@@ -171,6 +174,21 @@ async def test_a_transaction_that_its_producer_aborts_moves_no_money(settings: S
         await until_captured(settings, 1)
     stored = await value(settings.postgres_url, "SELECT array_agg(payment_id::text) FROM payments")
     assert stored == [str(meant)]
+
+
+async def test_when_it_called_is_told_by_postgres_whatever_its_own_clock_says(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider forgets a key after a day: by a clock two hours ahead it would be sent again, and charge again."""
+    ahead = datetime.now(UTC) + timedelta(hours=2)
+    monkeypatch.setattr(wiring, "now", lambda: ahead)
+    monkeypatch.setattr(clock, "datetime", SimpleNamespace(now=lambda zone: ahead))
+    payment = uuid4()
+    await send(settings.kafka_bootstrap, settings.commands_topic, *charges([payment]))
+    async with running(settings):
+        await until_captured(settings, 1)
+    age = await value(settings.postgres_url, "SELECT now() - dispatched_at FROM operations")
+    assert timedelta(0) < age < timedelta(minutes=1)
 
 
 async def test_a_command_that_postgres_refuses_is_parked_alone(

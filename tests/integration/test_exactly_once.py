@@ -198,6 +198,16 @@ async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(
     assert await value(postgres_url, "SELECT state FROM operations") == "indeterminate"
 
 
+async def test_how_old_a_call_is_that_is_taken_over_is_told_by_postgres(postgres_url: str) -> None:
+    """A machine that was stopped and goes on has an old clock: by it, the provider would still know the key."""
+    pool = await create_pool(postgres_url, size=1)
+    store = PostgresStore(pool)
+    store.now._told -= timedelta(hours=2)
+    await store.claim_due(limit=1, lease=timedelta(seconds=60))
+    assert abs(await pool.fetchval("SELECT clock_timestamp()") - store.now()) < timedelta(seconds=5)
+    await pool.close()
+
+
 class _ClaimedBeforeSave:
     """A store in which another worker claims the operation after it was read and before it is written, once."""
 
