@@ -1,6 +1,6 @@
 """What a command does to a payment: refused, begun, or kept until what is under way has its outcome."""
 
-from typing import assert_never
+from typing import Final, assert_never
 
 from domain.commands import AnyCommand, Command, OperationKind, Rejection, RejectionReason, UnacceptableCommand
 from domain.draft import Draft
@@ -8,6 +8,10 @@ from domain.events import Replay
 from domain.operations import Operation, OperationState
 from domain.refusals import amount_of, gateway_of, refusal_of
 from domain.requests import gateway_request
+
+REPLAYS_DUE_MAX: Final = 1_000
+"""They are published in one transaction, with the result: a producer that repeats itself for a day, while a payer is
+awaited, would make it one that cannot be saved."""
 
 
 def accept(draft: Draft, command: AnyCommand) -> None:
@@ -28,12 +32,15 @@ def accept(draft: Draft, command: AnyCommand) -> None:
 def repeat(draft: Draft, command: AnyCommand, stored: Operation) -> None:
     """A command whose key was seen: its stored result again, or a conflict if it asks for something else."""
     if stored.fingerprint != command.fingerprint:
-        message = "this idempotency key was used for a different command; use a new key for a new command"
+        message = (
+            f"this idempotency key is that of another command, a {stored.kind} of payment {stored.payment_id}, which "
+            "stands: its own result was published, or is to come. Under a new key this would be one more command"
+        )
         refused = Rejection(RejectionReason.IDEMPOTENCY_CONFLICT, message, ("idempotency_key",))
         draft.publish_rejection(command, refused, None)
     elif stored.result is not None:
         draft.events.append(Replay(stored.payment_id, stored.result, command.traceparent))
-    else:
+    elif stored.replays_due < REPLAYS_DUE_MAX:
         operation = stored.copy()
         operation.replays_due += 1
         draft.keep(operation)

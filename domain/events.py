@@ -88,6 +88,7 @@ class PaymentSnapshot(NamedTuple):
     gateway_payment_id: str | None
     order_id: str | None
     customer_id: str | None
+    owed_minor: int = 0
 
 
 class Event(NamedTuple):

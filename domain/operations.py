@@ -185,7 +185,7 @@ class Operation:
     """When the sweep may claim it: at the end of the lease, or for the next attempt. None: nothing is to be done."""
     dispatched_at: datetime | None = None
     replays_due: int = 0
-    """Deliveries that came while it was open; each is owed the result once it exists."""
+    """Deliveries that came while it was open; each (of the first thousand) is owed the result once it exists."""
     result: str | None = None
     """The wire text of the final event; after it, each on a line of its own, of those that took it back since."""
     traceparent: str | None = None

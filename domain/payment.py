@@ -141,6 +141,7 @@ class Payment:
             self.gateway_payment_id,
             self.order_id,
             self.customer_id,
+            self.owed_minor,
         )
 
 

@@ -124,16 +124,22 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     left = payment.refundable_minor
     amount = amount_of(command, payment)
     if payment.own_captured_minor == 0:
-        return _invalid_state(payment, "nothing was captured, so there is nothing to refund; void it instead")
+        instead = "; void what is held" if payment.capturable_minor else ""
+        return _invalid_state(payment, f"nothing was captured, so there is nothing to refund{instead}")
     if left <= 0:
-        message = f"the payment is {payment.status}: nothing is left to refund"
+        message = f"the payment is {payment.status}: nothing is left to refund{_besides(payment)}"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
     if amount > left:
-        message = f"{amount} is more than the {left} minor units that can still be refunded"
+        message = f"{amount} is more than the {left} minor units that can still be refunded{_besides(payment)}"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))
     if amount < payment.own_kept_minor and not rules.gateways[payment.gateway or ""].partial_refund:
         return _unsupported(f"gateway {payment.gateway} cannot refund in part", "amount_minor")
     return None
+
+
+def _besides(payment: Payment) -> str:
+    owed = payment.owed_minor
+    return f"; {owed} were taken by another attempt, and are returned in the provider's pages" if owed else ""
 
 
 def _refusal_to_void(payment: Payment) -> Rejection | None:

@@ -17,6 +17,7 @@ from faststream.specification import AsyncAPI
 from pydantic import BaseModel
 
 from handlers.messages.command_models import COMMAND_MODELS
+from handlers.messages.commands import COMMAND_BYTES_MAX
 from handlers.messages.events import EVENT_MODELS, write_event
 from handlers.messages.examples import COMMAND_EXAMPLES, EVENT_EXAMPLES, EVENT_ID, PAYMENT_ID
 from handlers.messages.refusals import DeadLetterReason
@@ -32,16 +33,28 @@ _DESCRIPTION: Final = """\
 Payment **commands** come in on a Kafka topic, **events** go out on another; money moves at most once for each command.
 
 - Send a command with a `payment_id` of your choice (a UUID), which is also the message key, and an `idempotency_key`.
-  Sending it again is safe: nothing moves twice, and the result is published again with `replayed: true`, followed by
-  what took it back since, if anything did (`late_success`, `refund_failed`).
+  Sending it again is safe: nothing moves twice, and the result is published again with `replayed: true`, as it was
+  (`payment`, too), followed by what took it back since, if anything did (`late_success`, `refund_failed`).
+- Again means with the same content: every known field as it was, `expires_at` and an explicit `gateway` included. Their
+  order, unknown fields and headers do not count, and null is as good as left out. Other content under a known key is
+  refused (`idempotency_conflict`); that is no result of the first command, which stands and has its own.
 - Every readable command ends in exactly one final event that names it (`idempotency_key`, `command_id`), whatever comes
-  in between (`requires_action`, `pending`, `needs_review`).
+  in between (`requires_action`, `pending`, `needs_review`). Two refusals leave nothing behind, and are published for
+  each delivery: that of a conflict, and that of a command without a usable key.
+- Commands of a payment run one at a time. One that comes while another is under way, which may wait for its payer for a
+  day, waits for its turn, and nothing is published of it until then; nor of a second delivery of the first. (More than
+  a thousand are repeated a thousand times.) So do not pay for an order under another `payment_id` while the first is
+  open, or both may be paid: send a `void`, and wait.
+- After `declined`, `expired` or `command_rejected` another attempt may be made at the same payment, under a new key.
 - Events come at least once and in order for each payment: `payment_seq` has no gaps.
 - Amounts are integers in minor units beside an ISO 4217 currency. Unknown fields are ignored; ignore them, too.
 """
 
 _CHANNELS: Final[Mapping[str, str]] = {
-    COMMANDS_TOPIC: "What an order service asks for. Keyed by `payment_id`: a payment's commands stay in order.",
+    COMMANDS_TOPIC: "What an order service asks for. Keyed by `payment_id`: a payment's commands stay in order; "
+    "without a key one may overtake another, and be refused. A value has at most "
+    f"{COMMAND_BYTES_MAX} bytes. Commands of a Kafka transaction are read once it is committed, and those of one that "
+    "is aborted never.",
     EVENTS_TOPIC: "What happened to payments, in order for each payment. Keyed by `payment_id`.",
     DEAD_LETTERS_TOPIC: "Messages that could not be read, or that Postgres refused, byte for byte, with the reason.",
 }
@@ -53,7 +66,7 @@ _OPERATIONS: Final[Mapping[str, tuple[str, str, str]]] = {
 
 
 def _text(description: str, *examples: str) -> JsonObject:
-    return {"type": "string", "description": description, "examples": list(examples)}
+    return {"type": "string", "description": description} | ({"examples": list(examples)} if examples else {})
 
 
 _TRACEPARENT: Final = _text(
@@ -73,6 +86,10 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
             "ce_specversion": _text("CloudEvents.", "1.0"),
             "payment_seq": _text("As `payment_seq` in the body, in decimal digits.", "1"),
             "traceparent": _TRACEPARENT,
+            "replayed_at": _text(
+                "Only on what an operator published once more: when. No first delivery has it.",
+                "2026-01-31T12:00:00.250000Z",
+            ),
         },
     },
     DEAD_LETTERS_TOPIC: {
@@ -81,7 +98,7 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
         "for one that the Kafka client could not decode (`record_undecodable`), of which only its place is known.",
         "required": ["dlq_reason", "dlq_detail", "dlq_topic", "dlq_partition", "dlq_offset"],
         "properties": {
-            "dlq_reason": _text("A word from a closed list.", *DeadLetterReason),
+            "dlq_reason": _text("A word from a closed list.") | {"enum": list(DeadLetterReason)},
             "dlq_detail": _text("For people: what was wrong."),
             "dlq_topic": _text("Where the message stood.", COMMANDS_TOPIC),
             "dlq_partition": _text("Where the message stood, in decimal digits.", "3"),
@@ -124,7 +141,8 @@ _Dumper.add_representer(
 def build_document() -> str:
     """The whole document as YAML text, the same at every call."""
     # The detour over JSON leaves plain values, none of them shared: YAML would write shared ones as anchors.
-    plain = json.loads(json.dumps(build_specification()))
+    # FastStream's name for the schema of what has no model holds a colon, which AsyncAPI's keys may not.
+    plain = json.loads(json.dumps(build_specification()).replace(f"{DEAD_LETTER}:Message:Payload", "DeadLetter"))
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

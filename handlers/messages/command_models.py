@@ -70,7 +70,10 @@ def _true_or_none(value: bool) -> bool | None:
 Amount = Annotated[
     int,
     Field(
-        gt=0, le=AMOUNT_MAX_MINOR, description="Integer minor units: 1250 is USD 12.50 and JPY 1250.", examples=[1250]
+        gt=0,
+        le=AMOUNT_MAX_MINOR,
+        description="Integer minor units, in digits alone: 1250 is USD 12.50 and JPY 1250.",
+        examples=[1250],
     ),
 ]
 AmountOrRest = Annotated[
@@ -95,8 +98,9 @@ CustomerId = Annotated[
 ExpiresAt = Annotated[
     Annotated[datetime, _Rfc3339(), AfterValidator(_in_utc)] | None,
     Field(
-        description="RFC 3339 with an offset. Past this time the command is refused, not executed late; one that may "
-        "have reached the provider before is followed up, and its result told.",
+        description="RFC 3339 with an offset. Past this time the command is not begun, but refused when its turn "
+        "comes. One that may have reached the provider before is repeated there, under the same key, until its outcome is "
+        "known; so it can be executed later than this. Its result is told: refund it if it comes too late for you.",
         examples=["2030-01-01T12:00:00Z"],
     ),
 ]
@@ -113,8 +117,8 @@ IdempotencyKey = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description="Names this request: the same key and content again moves nothing and repeats the result. "
-        f"{_NO_CARD}",
+        description="Names this request, among those of all payments, for ever: the same key and content again moves "
+        f"nothing and repeats the result. {_NO_CARD}",
         examples=["order-1001-charge"],
     ),
 ]
@@ -157,7 +161,8 @@ PaymentId = Annotated[
     UUID,
     _CanonicalUuid(),
     Field(
-        description="Chosen by the sender, one for each payment. Also the Kafka key: it keeps a payment in order.",
+        description="Chosen by the sender, one for each payment. Also the Kafka key: it keeps a payment in order. "
+        "Events have it in lower case.",
         examples=["0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"],
     ),
 ]

@@ -26,8 +26,8 @@ from handlers.messages.refusals import (
     rejection,
 )
 
-COMMAND_BYTES_MAX: Final = 262_144
-"""Longer values are not read; the largest sensible command, all metadata escaped, is about as long."""
+COMMAND_BYTES_MAX: Final = 524_288
+"""Longer values are not read. Every known field at its limit, and each character escaped, takes two thirds of it."""
 
 _READER: Final[TypeAdapter[WireCommand]] = TypeAdapter(Annotated[WireCommand, Field(discriminator="type")])
 _validate: Final[Callable[[bytes | str], WireCommand]] = _READER.validator.validate_json

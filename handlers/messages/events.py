@@ -1,9 +1,9 @@
 """The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
 
 Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
-say; only a replay has `original_event_id`, only a success that came twice has `owed_minor`, and only what a person
-decided has `evidence`. The models declare it and read it for clients; `write_event` builds the text without them,
-several times faster, and a test holds the two together.
+say; only a replay has `original_event_id`, only a success that came twice and its payment have `owed_minor`, and only
+what a person decided has `evidence`. The models declare it and read it for clients; `write_event` builds the text
+without them, several times faster, and a test holds the two together.
 """
 
 import re
@@ -26,9 +26,12 @@ from handlers.messages.commands import command_type
 from handlers.messages.refusals import DeadLetterReason
 
 _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
+_OWED: Final = (
+    "to be returned to the payer in any case. Send no refund for it, which would return what the other attempt has "
+    "taken: an operator returns it in the provider's pages."
+)
 _Owed = Annotated[
-    _Minor | None,
-    Field(description="Only where an earlier attempt was paid late, too: to be returned in any case."),
+    _Minor | None, Field(description=f"Only where an earlier attempt was paid late, too: what this one took, {_OWED}")
 ]
 
 _Evidence = Annotated[
@@ -52,6 +55,13 @@ class PaymentState(_Wire):
     refunded_minor: _Minor
     disputed_minor: _Minor
     has_indeterminate: Annotated[bool, Field(description="An operation's outcome is unknown: money may have moved.")]
+    owed_minor: Annotated[
+        _Minor | None,
+        Field(
+            description="Only where it is not zero: of what is captured, taken by another attempt than the one that "
+            "captures, voids and refunds act on, and not returned yet."
+        ),
+    ] = None
     gateway: str | None
     gateway_payment_id: str | None
     order_id: str | None
@@ -61,7 +71,7 @@ class PaymentState(_Wire):
 class Action(_Wire):
     """What the payer must do first, such as 3-D Secure at `url`."""
 
-    type: str
+    type: Annotated[str, Field(description="The provider's word, such as `redirect`: `url` is where the payer goes.")]
     url: str | None
     expires_at: Annotated[AwareDatetime | None, Field(description="When it will be too late; null where unknown.")] = (
         None
@@ -158,10 +168,18 @@ class PaymentNeedsReview(_WireEvent):
 
 
 class PaymentCommandRejected(_WireEvent):
-    """The command was refused and moved no money. Final."""
+    """The command was refused and moved no money. Final, but for `idempotency_conflict`: that is no result of the first
+    command of this key, which stands, and has its own."""
 
     type: Literal["payment.command_rejected.v1"]
-    reason: RejectionReason
+    reason: Annotated[
+        RejectionReason,
+        Field(
+            description="`idempotency_conflict`: the key is another command's, which stands. `gateway_refused`: the "
+            "provider's no, such as to a void of what its payer has just paid. `gateway_unavailable`: nothing was "
+            "sent; a new command under a new key may fare better. `command_expired`: its `expires_at` had passed."
+        ),
+    ]
     message: Annotated[str, Field(description="For people: what is wrong and what to do. Do not switch over it.")]
     fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
     evidence: _Evidence = None
@@ -176,13 +194,19 @@ class PaymentExpired(_WireEvent):
 class PaymentLateSuccess(_WireEvent):
     """The provider did execute what was called declined, rejected or expired: the money has moved, and counts.
 
-    Accept it, or return it with a refund or void.
+    Where `owed_minor` is 0, accept it, or return it with a refund or void.
     """
 
     type: Literal["payment.late_success.v1"]
-    told_before: Annotated[str, Field(description="How the operation had ended: declined, not_executed or expired.")]
+    told_before: Annotated[
+        str,
+        Field(
+            description="How the operation had ended.",
+            json_schema_extra={"enum": ["declined", "not_executed", "expired"]},
+        ),
+    ]
     owed_minor: Annotated[
-        _Minor, Field(description="To be returned in any case: the payment was paid by another attempt, too.")
+        _Minor, Field(description=f"0, but where the payment was paid by another attempt, too: {_OWED}")
     ]
 
 
@@ -412,6 +436,7 @@ def _payment_state(snapshot: PaymentSnapshot) -> dict[str, Any]:
         "refunded_minor": snapshot.refunded_minor,
         "disputed_minor": snapshot.disputed_minor,
         "has_indeterminate": snapshot.has_indeterminate,
+        **({"owed_minor": snapshot.owed_minor} if snapshot.owed_minor else {}),
         "gateway": snapshot.gateway,
         "gateway_payment_id": snapshot.gateway_payment_id,
         "order_id": snapshot.order_id,

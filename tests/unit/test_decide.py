@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from domain.accept import REPLAYS_DUE_MAX
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import NO_METADATA, OperationKind, RejectionReason, UnacceptableCommand
 from domain.decide import decide
@@ -566,6 +567,14 @@ def test_deliveries_while_a_command_is_open_are_each_owed_the_result() -> None:
     assert len(story.replays) == 3
 
 
+def test_a_command_that_is_repeated_without_end_is_owed_no_more_than_can_be_saved() -> None:
+    story = told(processing)
+    for _ in range(REPLAYS_DUE_MAX + 5):
+        story.send("charge", "first")
+    story.answer()
+    assert story.last.replays_due == REPLAYS_DUE_MAX
+
+
 @pytest.mark.parametrize("state", [processing, captured], ids=["open", "ended"])
 def test_the_same_key_with_other_content_is_a_conflict_that_is_not_remembered(state: Callable[[Story], None]) -> None:
     story = told(state)
@@ -573,6 +582,8 @@ def test_the_same_key_with_other_content_is_a_conflict_that_is_not_remembered(st
         decision = story.send("charge", "first", amount_minor=9_000)
         assert _rejection(story) == ("idempotency_conflict", ("idempotency_key",))
         assert story.last.operation_number is None
+        assert story.last.rejection is not None
+        assert f"a charge of payment {story.payment_id}" in story.last.rejection.message
         assert (decision.operations, decision.requests) == ((), [])
     assert len(story.operations) == 1
 

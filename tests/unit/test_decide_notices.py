@@ -112,8 +112,13 @@ def test_money_that_came_twice_is_owed_back() -> None:
     told.does("charge", "second")
     told.hear(PAID, 1)
     assert told.last.kind == "late_success"
-    assert told.last.owed_minor == 10_000
+    assert (told.last.owed_minor, told.last.snapshot.owed_minor) == (10_000, 10_000)
     assert told.amounts() == (20_000, 20_000, 0, 0)
+    told.does("refund")
+    assert told.last.snapshot.owed_minor == 10_000, "a command returns what the other attempt has taken"
+    told.send("refund", "again")
+    assert told.last.rejection is not None
+    assert "10000 were taken by another attempt" in told.last.rejection.message
 
 
 def test_an_abandoned_action_expires_and_another_attempt_may_follow() -> None:
