@@ -317,20 +317,21 @@ class VNPayGateway:
         if request.kind is OperationKind.REFUND:
             return self._read_refunded(request, *await self._query(_charge_of(request)))
         reference = request.reference or _reference(request)
-        answer, _ = await self._query(reference)
+        answer, vnpays = await self._query(reference)
+        now = min(vnpays, datetime.now(UTC))  # a clock that is ahead, VNPay's or ours, must not end what can be paid
         if answer is None:
-            return self._unpaid(request, reference)
+            return self._unpaid(request, reference, now)
         type_ = str(answer["vnp_TransactionType"])
         if type_ in REFUND_TYPES:
             return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
         if type_ != "01":
             return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
-        if isinstance(outcome, Declined) and datetime.now(UTC) >= self._ends(reference):
+        if isinstance(outcome, Declined) and now >= self._ends(reference):
             # A query has no code beside the status: what failed by the URL's end is told as the IPN's 11 tells it.
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
-        return self._unpaid(request, reference, BEGUN_GRACE) if is_begun else outcome
+        return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
@@ -368,9 +369,9 @@ class VNPayGateway:
     def _ends(self, reference: str) -> datetime:
         return _expires_at(reference, self._config)
 
-    def _unpaid(self, request: GatewayRequest, reference: str, grace: timedelta = GRACE) -> Outcome:
+    def _unpaid(self, request: GatewayRequest, reference: str, now: datetime, grace: timedelta = GRACE) -> Outcome:
         """VNPay knows of no payment. The URL is good until its end, and what was begun may take a while longer."""
-        if datetime.now(UTC) < self._ends(reference) + grace:
+        if now < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")
 

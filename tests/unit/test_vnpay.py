@@ -370,6 +370,16 @@ async def test_nobody_paid_until_the_end_and_a_while_longer_so_it_has_expired() 
     assert isinstance(await gateway(answered(ResponseCode="91")).status(asked), Expired)
 
 
+@pytest.mark.parametrize(
+    ("minutes", "clock", "outcome"), [(31, -2, RequiresAction), (33, -1, Expired), (29, 2, RequiresAction)]
+)
+async def test_nothing_expires_before_both_clocks_say_so(minutes: int, clock: int, outcome: type[Outcome]) -> None:
+    """Ours is ahead, or VNPay's is."""
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=minutes))
+    unpaid = gateway(answered(timedelta(minutes=clock), ResponseCode="91"))
+    assert isinstance(await unpaid.status(asked), outcome)
+
+
 async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it_as_an_ipn_tells_it() -> None:
     failed = gateway(answered(TransactionStatus="02"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=14))
