@@ -14,6 +14,7 @@ import hmac
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, quote_plus
 from uuid import UUID
@@ -54,6 +55,8 @@ GRACE: Final = timedelta(minutes=15)
 """After the URL's end, in which a bank may still finish what the payer began (hypothesis: 60 to 90 s were observed)."""
 BEGUN_GRACE: Final = timedelta(days=1)
 """The same where VNPay says that the payer began, and has neither paid nor failed (TransactionStatus 01)."""
+UNDER_WAY: Final = timedelta(minutes=15)
+"""After its dispatch, in which a refund may have reached VNPay: also if the question before it had to be repeated."""
 
 
 class VNPayConfig(BaseModel):
@@ -289,7 +292,7 @@ class VNPayGateway:
         """
         paid = await self._ask_first(request)
         body = self._refund_body(request, paid)
-        answer = await self._post(body, joined(body, REFUND))
+        answer, _ = await self._post(body, joined(body, REFUND))
         code = str(answer.get("vnp_ResponseCode", ""))
         _complain(code)
         if code in REFUSED:
@@ -312,22 +315,23 @@ class VNPayGateway:
             GatewayContractBroken: the answer is not signed, or about something else.
         """
         if request.kind is OperationKind.REFUND:
-            return self._read_refunded(request, await self._query(_charge_of(request)))
+            return self._read_refunded(request, *await self._query(_charge_of(request)))
         reference = request.reference or _reference(request)
-        answer = await self._query(reference)
+        answer, vnpays = await self._query(reference)
+        now = min(vnpays, datetime.now(UTC))  # a clock that is ahead, VNPay's or ours, must not end what can be paid
         if answer is None:
-            return self._unpaid(request, reference)
+            return self._unpaid(request, reference, now)
         type_ = str(answer["vnp_TransactionType"])
         if type_ in REFUND_TYPES:
             return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
         if type_ != "01":
             return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
-        if isinstance(outcome, Declined) and datetime.now(UTC) >= self._ends(reference):
+        if isinstance(outcome, Declined) and now >= self._ends(reference):
             # A query has no code beside the status: what failed by the URL's end is told as the IPN's 11 tells it.
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
-        return self._unpaid(request, reference, BEGUN_GRACE) if is_begun else outcome
+        return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
 
     def rests_seconds(self) -> float:
         return self._http.rest.seconds()
@@ -365,18 +369,17 @@ class VNPayGateway:
     def _ends(self, reference: str) -> datetime:
         return _expires_at(reference, self._config)
 
-    def _unpaid(self, request: GatewayRequest, reference: str, grace: timedelta = GRACE) -> Outcome:
+    def _unpaid(self, request: GatewayRequest, reference: str, now: datetime, grace: timedelta = GRACE) -> Outcome:
         """VNPay knows of no payment. The URL is good until its end, and what was begun may take a while longer."""
-        if datetime.now(UTC) < self._ends(reference) + grace:
+        if now < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
-    async def _query(self, reference: str) -> dict[str, Any] | None:
-        """The signed answer about a TxnRef, None where VNPay has no payment of it."""
+    async def _query(self, reference: str) -> tuple[dict[str, Any] | None, datetime]:
+        """The signed answer about a TxnRef, None where VNPay has no payment of it; and when, by VNPay's clock."""
         ref, _, created = reference.partition("@")
-        now = datetime.now(VIETNAM).strftime(TIME)
         body = {
             "vnp_RequestId": hashlib.sha256(f"{reference}{datetime.now(UTC).timestamp()}".encode()).hexdigest()[:32],
             "vnp_Version": VERSION,
@@ -385,19 +388,19 @@ class VNPayGateway:
             "vnp_TxnRef": ref,
             "vnp_OrderInfo": f"Query {ref}",
             "vnp_TransactionDate": created,
-            "vnp_CreateDate": now,
+            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
             "vnp_IpAddr": self._config.ip_address,
         }
-        answer = await self._post(body, joined(body, QUERY))
+        answer, now = await self._post(body, joined(body, QUERY))
         code = str(answer.get("vnp_ResponseCode", ""))
         if code == "91":
-            return None
+            return None, now
         _complain(code)
         if code != "00":
             # 94: asked again too soon. Whatever it is, it is no answer about the payment.
             raise OutcomeUnknown(NAME, f"query answered with code {code}")
         self._verify(answer, QUERY_ANSWER, body)
-        return answer
+        return answer, now
 
     def _verify(self, answer: Mapping[str, Any], names: Sequence[str], asked: Mapping[str, str]) -> None:
         if not is_signed(self._config.hash_secret, joined(answer, names), str(answer.get("vnp_SecureHash", ""))):
@@ -408,24 +411,26 @@ class VNPayGateway:
     async def _ask_first(self, request: GatewayRequest) -> Mapping[str, Any]:
         """The charge as VNPay has it, with the number that a refund must name. Asking is harmless."""
         try:
-            paid = await self._query(_charge_of(request))
+            paid, _ = await self._query(_charge_of(request))
         except OutcomeUnknown as error:
             raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
         if paid is None:
             raise GatewayUnreachable(NAME, "no refund was sent: VNPay does not show the payment now")
         return paid
 
-    def _read_refunded(self, request: GatewayRequest, answer: Mapping[str, Any] | None) -> Outcome:
-        """What the query of a charge says of one refund.
+    def _read_refunded(self, request: GatewayRequest, answer: Mapping[str, Any] | None, now: datetime) -> Outcome:
+        """What the query of a charge says of one refund; `now` is VNPay's.
 
-        Hypothesis: after a refund it tells of the latest one (type 02 or 03). Only one for this very amount is
-        believed, and only if no other could be meant: it has the number that the answer to this refund told, or, where
-        none was told, this is the first operation after the charge.
+        Hypothesis: after a refund it tells of the latest one (type 02 or 03), with the PayDate that the answer to that
+        one had. Only one for this very amount is believed, and only if no other could be meant: it has the number that
+        the answer to this refund told, or, where none was told, this is the first operation after the charge, and it
+        was made while this was under way. Somebody may have made another in VNPay's portal, at any other time.
         """
         if answer is None or str(answer["vnp_TransactionType"]) not in REFUND_TYPES:
             return Unknown("VNPay shows no refund")
         number, amount = str(answer["vnp_TransactionNo"]), _minor(answer["vnp_Amount"])
-        is_meant = request.operation_number == 2 if request.reference is None else request.reference == number
+        is_first = request.operation_number == 2 and _was_under_way(request, str(answer.get("vnp_PayDate")), now)
+        is_meant = is_first if request.reference is None else request.reference == number
         if not is_meant or amount != request.amount.minor:
             return Unknown("VNPay shows a refund that may be another one")
         return read_refund(str(answer["vnp_TransactionStatus"]), number, amount)
@@ -450,9 +455,11 @@ class VNPayGateway:
             "vnp_OrderInfo": f"Refund {ref}",
         }
 
-    async def _post(self, body: Mapping[str, str], signed: str) -> dict[str, Any]:
+    async def _post(self, body: Mapping[str, str], signed: str) -> tuple[dict[str, Any], datetime]:
+        """The answer, and when it was given."""
         sealed = {**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
-        return _json(await self._http.request("POST", self._config.api_url, json=sealed))
+        response = await self._http.request("POST", self._config.api_url, json=sealed)
+        return _json(response), _given_at(response)
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -466,6 +473,14 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     return answer
 
 
+def _given_at(response: httpx.Response) -> datetime:
+    """When VNPay answered, by its own clock; by ours where it does not tell."""
+    try:
+        return parsedate_to_datetime(response.headers.get("date", "")).astimezone(UTC)
+    except ValueError:
+        return datetime.now(UTC)
+
+
 def _complain(code: str) -> None:
     """Say loudly what no repetition will mend; as an outcome it is no news about the payment."""
     if code in OUR_MISTAKES:
@@ -475,6 +490,18 @@ def _complain(code: str) -> None:
 def _charge_of(request: GatewayRequest) -> str:
     assert request.gateway_payment_id is not None, "a refund acts on a payment known to VNPay"
     return request.gateway_payment_id
+
+
+def _was_under_way(request: GatewayRequest, pay_date: str, now: datetime) -> bool:
+    """Whether `request` was, when VNPay made what has this PayDate; however far apart VNPay's clock and ours are."""
+    assert request.first_dispatched_at is not None, "a dispatched operation has a time"
+    sent = request.first_dispatched_at + (now - datetime.now(UTC))
+    try:
+        made = datetime.strptime(pay_date, TIME).replace(tzinfo=VIETNAM)
+    except ValueError:
+        return False
+    # VNPay tells whole seconds.
+    return sent - timedelta(seconds=1) < made < sent + UNDER_WAY
 
 
 def _own_number(answer: Mapping[str, Any], paid: Mapping[str, Any]) -> str | None:

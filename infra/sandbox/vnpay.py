@@ -273,28 +273,30 @@ class VNPaySimulator:
 
     def _query(self, body: Mapping[str, Any], payment: Payment) -> Response:
         """The latest that happened to the payment: itself, or its last refund."""
-        last = payment["refunds"][-1] if payment["refunds"] else None
-        told = last or {"amount": payment["amount"], "number": payment["number"], "type": "01", **_status(payment)}
-        return self._respond(body, _told(told) | {"BankCode": "NCB", "PayDate": payment["paid_at"]})
+        told = payment["refunds"][-1] if payment["refunds"] else payment | {"type": "01"}
+        return self._respond(body, _told(told))
 
     def _refund(self, body: Mapping[str, Any], payment: Payment, fault: Fault | None) -> Response:
-        amount, left = int(body["vnp_Amount"]), payment["amount"] - _refunded(payment)
-        is_whole = body["vnp_TransactionType"] == "02"
+        amount, type_ = int(body["vnp_Amount"]), str(body["vnp_TransactionType"])
         if payment["status"] != PAID:
             return self._respond(body, {"ResponseCode": "95", "Message": "Not successful"})
-        if amount <= 0 or amount > left or (is_whole and amount != payment["amount"]):
+        if amount <= 0 or amount > _left(payment) or (type_ == "02" and amount != payment["amount"]):
             return self._respond(body, {"ResponseCode": "93", "Message": "Invalid amount"})
+        is_declined = fault is not None and fault.action is Action.DECLINE
+        return self._respond(body, _told(self._take_on(payment, amount, type_, is_declined=is_declined)))
+
+    def _take_on(self, payment: Payment, amount: int, type_: str, *, is_declined: bool = False) -> dict[str, Any]:
+        """A refund, in VNPay's books from now on."""
         refund = {
             "amount": amount,
             "number": self._next_number(),
-            "type": body["vnp_TransactionType"],
-            "status": "05" if self.refunds_wait else "00",
+            "type": type_,
+            "status": "09" if is_declined else "05" if self.refunds_wait else "00",
+            "paid_at": _now(),
         }
-        if fault is not None and fault.action is Action.DECLINE:
-            refund["status"] = "09"
         payment["refunds"].append(refund)
         self._keep(payment)
-        return self._respond(body, _told(refund) | {"BankCode": "NCB", "PayDate": _now()})
+        return refund
 
     refunds_wait = False
     """Whether refunds are in process (05) until they are settled by hand."""
@@ -323,6 +325,7 @@ class VNPaySimulator:
             Route("/merchant_webapi/api/transaction", self._transaction, methods=["POST"]),
             Route(f"{own}/books", self._books),
             Route(f"{own}/payments/{{ref}}/decide", self._decide_by_hand, methods=["POST"]),
+            Route(f"{own}/payments/{{ref}}/refund", self._refund_by_hand, methods=["POST"]),
             Route(f"{own}/payments/{{ref}}/settle_refund", self._settle_refund, methods=["POST"]),
             Route(f"{own}/configure", self._configure, methods=["POST"]),
             *control_routes(own, lambda _: self),
@@ -339,6 +342,14 @@ class VNPaySimulator:
         if payment is None:
             return JSONResponse({"error": "nobody has opened the payment page"}, 404)
         return self._decide(payment, request.query_params.get("code", "00"))
+
+    async def _refund_by_hand(self, request: Request) -> Response:
+        """Somebody returns `amount` dong in VNPay's portal, or what is left. VNPay tells nobody of it."""
+        payment = self._payments[request.path_params["ref"]]
+        amount = int(request.query_params.get("amount", _left(payment) // 100)) * 100
+        if payment["status"] != PAID or not 0 < amount <= _left(payment):
+            return JSONResponse({"error": "there is not so much left of it"}, 400)
+        return JSONResponse(self._take_on(payment, amount, "02" if amount == payment["amount"] else "03"))
 
     async def _settle_refund(self, request: Request) -> Response:
         payment = self._payments[request.path_params["ref"]]
@@ -370,8 +381,8 @@ def _refunded(payment: Payment) -> int:
     return sum(int(each["amount"]) for each in payment["refunds"] if each["status"] != "09")
 
 
-def _status(payment: Payment) -> dict[str, str]:
-    return {"status": str(payment["status"])}
+def _left(payment: Payment) -> int:
+    return int(payment["amount"]) - _refunded(payment)
 
 
 def _told(given: Mapping[str, Any]) -> dict[str, str]:
@@ -379,6 +390,8 @@ def _told(given: Mapping[str, Any]) -> dict[str, str]:
         "ResponseCode": "00",
         "Message": "Success",
         "Amount": str(given["amount"]),
+        "BankCode": "NCB",
+        "PayDate": str(given.get("paid_at", "")),
         "TransactionNo": str(given["number"]),
         "TransactionType": str(given["type"]),
         "TransactionStatus": str(given["status"]),

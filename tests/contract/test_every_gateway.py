@@ -492,3 +492,23 @@ async def test_vnpay_asked_again_too_soon_says_nothing(till: Till) -> None:
     finally:
         configure(json={}).raise_for_status()
     assert isinstance(await till.send(asked), Succeeded)
+
+
+@pytest.mark.parametrize("till", ["vnpay"], indirect=True)
+@pytest.mark.parametrize("number", [2, 3])
+async def test_a_refund_before_ours_at_vnpay_is_not_taken_for_ours_that_was_lost(till: Till, number: int) -> None:
+    """Somebody's in VNPay's portal before our first one, or our own first one before our second."""
+    request = await till.prepared(REFUND)
+    whole, part = till.provider.amount.minor, Money(till.provider.amount.minor * 2 // 5, "VND")
+    if number == 3:
+        assert isinstance(await till.finish(request._replace(amount=part)), Succeeded)
+    else:
+        reference = str(request.gateway_payment_id).partition("@")[0]
+        portal = f"{till.provider.own}/payments/{reference}/refund"
+        till.provider.http.post(portal, params={"amount": part.minor}).raise_for_status()
+    later = datetime.now(UTC) + timedelta(seconds=5)  # VNPay tells whole ones, of its refunds and of its clock
+    ours = request._replace(operation_number=number, amount=part, first_dispatched_at=later)
+    till.provider.fault("cut_before", "refund", request.payment_id)
+    assert isinstance(await till.send(ours), Unknown)
+    assert isinstance(await till.finish(ours._replace(state=OperationState.INDETERMINATE, attempts=2)), Unknown)
+    assert till.effect(ours) == (0, whole, part.minor)

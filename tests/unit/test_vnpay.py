@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
@@ -300,22 +301,27 @@ def charge(**more: Any) -> GatewayRequest:
 
 
 def refund(**more: Any) -> GatewayRequest:
-    created = datetime.now(vnpay.VIETNAM).strftime(vnpay.TIME)
-    reference = f"{vnpay.txn_ref(PAYMENT_ID, 1)}@{created}"
+    reference = f"{vnpay.txn_ref(PAYMENT_ID, 1)}@{at(datetime.now(UTC))}"
     given = {"number": 2, "gateway_payment_id": reference, "captured_minor": 10_000} | more
     return charge(**given)._replace(kind=OperationKind.REFUND)
 
 
-def answered(**told: str) -> Callable[[dict[str, Any]], httpx.Response]:
-    """VNPay's answer, signed; to whatever is asked."""
+def at(time: datetime) -> str:
+    return time.astimezone(vnpay.VIETNAM).strftime(vnpay.TIME)
+
+
+def answered(clock: timedelta = timedelta(0), /, **told: str) -> Callable[[dict[str, Any]], httpx.Response]:
+    """VNPay's answer, signed; to whatever is asked. VNPay's clock is ahead of ours by `clock`."""
+    now = datetime.now(UTC) + clock
 
     def answer(body: dict[str, Any]) -> httpx.Response:
         names = vnpay.QUERY_ANSWER if body["vnp_Command"] == "querydr" else vnpay.REFUND_ANSWER
         fields = {name: body.get(name, "") for name in ("vnp_Command", "vnp_TmnCode", "vnp_TxnRef", "vnp_OrderInfo")}
         fields |= {"vnp_ResponseCode": "00", "vnp_Amount": "1000000", "vnp_TransactionNo": "14422574"}
-        fields |= {"vnp_TransactionType": "01", "vnp_TransactionStatus": "00"}
+        fields |= {"vnp_TransactionType": "01", "vnp_TransactionStatus": "00", "vnp_PayDate": at(now)}
         fields |= {f"vnp_{name}": value for name, value in told.items()}
-        return httpx.Response(200, json=fields | {"vnp_SecureHash": vnpay.sign(SECRET, vnpay.joined(fields, names))})
+        sealed = fields | {"vnp_SecureHash": vnpay.sign(SECRET, vnpay.joined(fields, names))}
+        return httpx.Response(200, headers={"Date": format_datetime(now, usegmt=True)}, json=sealed)
 
     return answer
 
@@ -362,6 +368,16 @@ async def test_nobody_paid_until_the_end_and_a_while_longer_so_it_has_expired() 
     ended = datetime.now(UTC) - timedelta(minutes=31)
     asked = charge()._replace(first_dispatched_at=ended)
     assert isinstance(await gateway(answered(ResponseCode="91")).status(asked), Expired)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "clock", "outcome"), [(31, -2, RequiresAction), (33, -1, Expired), (29, 2, RequiresAction)]
+)
+async def test_nothing_expires_before_both_clocks_say_so(minutes: int, clock: int, outcome: type[Outcome]) -> None:
+    """Ours is ahead, or VNPay's is."""
+    asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=minutes))
+    unpaid = gateway(answered(timedelta(minutes=clock), ResponseCode="91"))
+    assert isinstance(await unpaid.status(asked), outcome)
 
 
 async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it_as_an_ipn_tells_it() -> None:
@@ -509,6 +525,34 @@ async def test_a_lost_refund_is_found_only_where_no_other_could_be_meant() -> No
     assert isinstance(await gateway(seen).status(lost._replace(operation_number=3)), Unknown)
     assert isinstance(await gateway(answered(TransactionType="03", Amount="500000")).status(lost), Unknown)
     assert isinstance(await gateway(answered()).status(lost), Unknown)
+
+
+@pytest.mark.parametrize("clock", [timedelta(0), timedelta(minutes=30), timedelta(minutes=-30)])
+@pytest.mark.parametrize(
+    ("seconds", "outcome"), [(-1200, Unknown), (-5, Unknown), (0, Succeeded), (870, Succeeded), (930, Unknown)]
+)
+async def test_a_lost_refund_is_one_that_was_made_while_it_was_under_way_by_vnpays_own_clock(
+    clock: timedelta, seconds: int, outcome: type[Outcome]
+) -> None:
+    sent = datetime.now(UTC) - timedelta(hours=1)
+    lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2, first_dispatched_at=sent)
+    made = at(sent + clock + timedelta(seconds=seconds))
+    assert isinstance(await gateway(answered(clock, TransactionType="02", PayDate=made)).status(lost), outcome)
+
+
+@pytest.mark.parametrize("made", ["", "yesterday"])
+async def test_a_refund_without_a_time_is_not_taken_for_a_lost_one(made: str) -> None:
+    lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2)
+    assert isinstance(await gateway(answered(TransactionType="02", PayDate=made)).status(lost), Unknown)
+
+
+async def test_where_vnpay_does_not_tell_its_time_ours_is_taken() -> None:
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        told = answered(TransactionType="02")(body)
+        return httpx.Response(200, content=told.content)
+
+    lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2)
+    assert isinstance(await gateway(answer).status(lost), Succeeded)
 
 
 async def test_a_refund_that_has_a_number_is_found_by_it_however_many_there_are() -> None:
