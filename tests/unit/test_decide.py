@@ -705,3 +705,60 @@ def test_what_needs_no_payer_does_not_expire_and_is_asked_about_until_its_provid
     story.claim()
     story.answer()
     assert story.last.kind == ENDINGS[kind][0]
+
+
+@pytest.mark.parametrize("outcome", [Pending("ref_1"), RequiresAction("ref_1", "redirect")], ids=["pending", "waiting"])
+def test_what_the_provider_keeps_open_for_ever_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
+    story = told(processing)
+    story.answer(outcome)
+    story.now = START + RETRY.review_pending_after
+    story.claim()
+    story.now = START + RETRY.review_pending_after
+    story.answer(outcome)
+    assert len(story.kinds) == 1
+    story.claim()
+    story.answer(outcome)
+    assert story.kinds[1:] == ["needs_review"]
+
+
+def test_what_needs_review_needs_it_still_after_a_lost_answer() -> None:
+    story = Story(rules(replace(RETRY, review_after=timedelta(hours=1))))
+    story.send("charge")
+    story.answer(Succeeded("ref_1", 9_999))
+    assert story.state(1) == "needs_review"
+    story.claim()
+    story.answer(Unknown())
+    assert (story.state(1), story.kinds) == ("needs_review", ["needs_review"])
+
+
+def test_what_needs_review_is_asked_about_at_its_own_interval() -> None:
+    story = told(processing)
+    story.answer(Succeeded("ref_1", 9_999))
+    assert story.operations[1].due_at == story.now + RETRY.review_poll_interval
+
+
+def test_the_limits_are_those_of_the_gateway_that_the_command_names() -> None:
+    small = replace(CAPABILITIES, limits={"USD": AmountLimits(1, 100)})
+    story = Story(rules(RETRY, gateways={"books": CAPABILITIES, "small": small}))
+    story.send("charge", gateway="small", amount_minor=101)
+    assert story.requests == []
+    assert story.last.rejection is not None
+    assert story.last.rejection.reason == "amount_above_maximum"
+
+
+def test_what_was_cancelled_is_told_as_cancelled() -> None:
+    story = told(processing)
+    story.answer(RequiresAction("ref_1", "redirect"))
+    story.send("void")
+    story.answer()
+    assert [each.decline_reason for each in story.events if each.kind == "declined"] == [DeclineReason.CANCELED]
+
+
+def test_an_event_tells_what_the_provider_said_and_of_which_command() -> None:
+    story = told(processing)
+    story.answer(Declined(DeclineReason.CARD_EXPIRED, "x", "r"))
+    found = story.last
+    assert (found.decline_reason, found.decline_code, found.reference) == (DeclineReason.CARD_EXPIRED, "x", "r")
+    story = told()
+    story.send("refund", "early", amount_minor=5)
+    assert (story.last.idempotency_key, story.last.amount_minor, bool(story.last.fingerprint)) == ("early", 5, True)

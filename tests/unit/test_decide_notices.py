@@ -785,3 +785,45 @@ def test_any_order_any_number_of_times_before_or_after_the_answer_ends_the_same(
                 told.hear(each)  # type: ignore[arg-type]  # the other one is handled above
         ends.add((told.amounts(), told.payment.status if told.payment else None, told.state(1)))
     assert len(ends) == 1, ends
+
+
+@pytest.mark.parametrize(("opening", "kind", "place"), [("charge", "refund", 3), ("authorize", "capture", 1)])
+def test_a_late_success_of_all_that_there_is_counts(opening: str, kind: str, place: int) -> None:
+    told = story()
+    told.does(opening)
+    told.send(kind)
+    told.answer(NotExecuted("no"))
+    assert not told.hear(Succeeded("ref_2", 10_000), 2).is_postponed
+    assert told.amounts()[place] == 10_000
+
+
+@pytest.mark.parametrize(("kind", "place"), [("capture", 1), ("void", 2)])
+def test_a_late_success_waits_for_what_has_set_the_hold_aside(kind: str, place: int) -> None:
+    told = story()
+    told.does("authorize")
+    told.send(kind, "a")
+    told.answer(NotExecuted("no"))
+    told.send("capture", "b")
+    assert told.hear(Succeeded("ref_2", 10_000), 2).is_postponed
+    assert told.amounts()[place] == 0
+
+
+def test_a_refund_that_came_back_is_booked_on_the_accounts_that_it_was_booked_on() -> None:
+    told = story()
+    told.does("charge")
+    told.does("refund")
+    told.hear(REFUND_FAILED, 2)
+    last = told.transfers[-1]
+    assert (last.debit, last.credit, last.amount_minor) == ("gateway_clearing", "customer_refunds", 10_000)
+
+
+def test_what_goes_on_once_the_payer_consented_is_leased_from_then_on() -> None:
+    told = story()
+    told.send("charge")
+    told.answer(ACTION)
+    told.wait(minutes=1)
+    told.hear(is_ripe=True)
+    operation = told.operations[1]
+    assert operation.is_leased
+    assert operation.due_at == told.now + told.rules.retry.lease
+    assert operation.attempts == told.requests[-1].attempts == 2

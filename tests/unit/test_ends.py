@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock, create_autospec
 from uuid import uuid4
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 
 from app.worker import Worker
 from domain.commands import OperationKind
@@ -160,3 +163,40 @@ async def test_what_would_begin_once_the_time_is_up_is_given_back(monkeypatch: p
     worker.dispatcher.submit([request()])
     (given,) = worker.settler._pending
     assert given.outcome == Unreachable(PROCESS_ENDS)
+
+
+async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_came_since() -> None:
+    path, started = create_autospec(WritePath, instance=True), asyncio.Event()
+
+    async def hang(_: object) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    path.apply.side_effect = hang
+    leases = create_autospec(Leases, instance=True)
+    settler, first, later = Settler(write_path=path, submit=Mock(), leases=leases), answer(), answer()
+    settler.add(first)
+    running = asyncio.create_task(settler.settle_some())
+    await started.wait()
+    settler.add(later)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (settler._pending, settler.waiting) == ([first, later], 2)
+    leases.release.assert_not_called()
+
+
+async def test_newer_offsets_outlast_a_commit_that_failed() -> None:
+    offsets = consumer.Offsets()
+
+    def record(offset: int) -> SimpleNamespace:
+        return SimpleNamespace(topic="t", partition=3, offset=offset)
+
+    async def commit(_: object) -> None:
+        offsets.accepted(kafka, [record(7)])
+        raise KafkaError("away")
+
+    kafka = Mock(commit=commit)
+    offsets.accepted(kafka, [record(4)])
+    await offsets.commit()
+    assert offsets._next == {TopicPartition("t", 3): 8}

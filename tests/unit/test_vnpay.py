@@ -585,3 +585,33 @@ async def test_vnpay_is_asked_about_one_payment_no_more_often_than_it_answers() 
     assert min(gaps) >= built.capabilities.question_interval == timedelta(minutes=5)
     assert max(gaps) <= timedelta(minutes=6, seconds=15)
     await built.close()
+
+
+@pytest.mark.parametrize("wrong", ["unsigned", "TxnRef", "TmnCode"])
+async def test_an_answer_to_a_refund_that_is_not_signed_or_about_another_payment_is_not_believed(wrong: str) -> None:
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        if body["vnp_Command"] != "refund":
+            return answered()(body)
+        if wrong == "unsigned":
+            return httpx.Response(200, json=answered()(body).json() | {"vnp_TransactionStatus": "09"})
+        return answered(**{wrong: "5"})(body)
+
+    with pytest.raises(GatewayContractBroken):
+        await gateway(answer).refund(refund())
+
+
+async def test_a_second_refund_does_not_name_the_first_ones_number_for_the_payments() -> None:
+    sent: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        sent.append(body)
+        before = {"TransactionType": "03", "TransactionNo": "14422580"}
+        return answered(**(before if body["vnp_Command"] == "querydr" else {"TransactionStatus": "05"}))(body)
+
+    await gateway(answer).refund(refund(number=3))
+    assert sent[1]["vnp_TransactionNo"] == "0"
+
+
+@pytest.mark.parametrize("status", ["00", "04", "07", "99"])
+def test_the_code_of_an_expiry_ends_nothing_that_did_not_fail(status: str) -> None:
+    assert vnpay.read_payment("11", status, "r", 1) == Pending("r")
