@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -21,13 +22,16 @@ from domain.ports import DeadLetter
 from handlers import write_path as write_path_module
 from infra.kafka.dead_letter_log import DeadLetterLog
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
+from infra.kafka.topics import ensure_topics, has_topic
 from infra.postgres.letters import LetterDecisions
+from tests.conftest import PARTITIONS
 from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
 from tests.support.topic import read_until, send
 
 __all__ = ["settings"]
 
+PARKED_AT = datetime(2026, 3, 1, tzinfo=UTC)
 ODD_HEADERS = [("trace", b"\xff\xfe"), ("x", b"")]
 
 
@@ -320,24 +324,24 @@ async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(set
     async with LetterDecisions.connect(url, topic) as first, LetterDecisions.connect(url, topic) as second:
 
         async def claim_second() -> bool:
-            async with second.claim(letter, "retried", seen=None) as is_ours:
+            async with second.claim(letter, "retried", parked_at=PARKED_AT, seen=None) as is_ours:
                 return is_ours
 
         async def crash() -> None:
-            async with first.claim(letter, "retried", seen=None):
+            async with first.claim(letter, "retried", parked_at=PARKED_AT, seen=None):
                 raise RuntimeError("crash")
 
         with pytest.raises(RuntimeError, match="crash"):
             await crash()
         assert await first.all() == {}
-        async with first.claim(letter, "retried", seen=None) as is_ours:
+        async with first.claim(letter, "retried", parked_at=PARKED_AT, seen=None) as is_ours:
             assert is_ours
             waiting = asyncio.create_task(claim_second())
             await until(lambda: is_waiting_for_a_lock(url))
             assert not waiting.done()
         assert await waiting is False
         seen = (await second.all())[letter]
-        async with second.claim(letter, "dropped", seen=seen, why="seen") as is_ours:
+        async with second.claim(letter, "dropped", parked_at=PARKED_AT, seen=seen, why="seen") as is_ours:
             assert is_ours
         assert (await first.all())[letter].name == "dropped"
 
@@ -372,6 +376,45 @@ async def test_what_was_decided_before_is_told_and_left_as_it_was(
     assert (done.exit_code, "1 of 1 published again" in done.output) == (0, True), done.output
     told = await in_thread(payments_dlq, settings, "drop", name, "--why", "late", "--yes", monkeypatch=monkeypatch)
     assert f"{name} was retried already (20" in told.output
+
+
+async def make_anew(bootstrap: str, topic: str) -> None:
+    """Lose the topic with all that it holds; another one has its name afterwards."""
+
+    async def is_gone() -> bool:
+        return not await has_topic(bootstrap, topic)
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    await admin.delete_topics([topic])
+    await until(is_gone)
+    await ensure_topics(bootstrap, {topic: PARTITIONS})
+    await admin.close()
+
+
+async def test_a_letter_in_the_place_of_one_on_a_topic_that_is_gone_is_open(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["drop", "--why", "old", "--yes"], ["retry"], ["drop", "--why", "new", "--yes"]):
+        name = await put(settings, b"v", key=b"k", headers=facts(settings))
+        rows = json.loads((await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)).output)
+        assert [(row["letter"], row["state"]) for row in rows] == [(name, "open")]
+        done = await in_thread(payments_dlq, settings, *command, name, monkeypatch=monkeypatch)
+        assert (done.exit_code, "1 of 1" in done.output) == (0, True), done.output
+        left = await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)
+        assert "No dead letters." in left.output
+        await make_anew(settings.kafka_bootstrap, settings.dead_letter_topic)
+
+
+async def test_what_the_release_before_decided_counts_for_what_was_parked_until_then(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition, offset = (await put(settings, b"v", headers=facts(settings))).split(":")
+    note = """INSERT INTO dead_letter_decisions (topic, "partition", "offset", decision)
+              VALUES ($1, $2, $3, 'dropped') RETURNING true"""
+    assert await value(settings.postgres_url, note, settings.dead_letter_topic, int(partition), int(offset))
+    listed = await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)
+    assert "No dead letters." in listed.output
 
 
 async def test_to_drop_what_is_not_there_is_not_asked_about(
