@@ -11,11 +11,14 @@ from uuid import UUID
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
 from app.cli import app
 from app.dlq_desk import DeadLetterDesk
+from app.processes import prepare
 from app.settings import Settings
 from domain.decide import decide
 from domain.ports import DeadLetter
@@ -125,6 +128,29 @@ async def test_a_letter_that_the_topic_refuses_holds_up_no_later_one_of_its_part
                 await parking.park([letter])
     parked = await read_until(settings.kafka_bootstrap, topic, lambda found: len(found) >= 5)
     assert [len(each.value or b"") for each in parked] == [10, 0, 10, 0, 10]
+    await admin.delete_topics([topic])
+    await admin.close()
+
+
+async def told_limits(settings: Settings) -> list[dict[str, str]]:
+    """What `payments migrate` tells of the topic for dead letters."""
+    with capture_logs() as logs:
+        await prepare(settings)
+    return [each["limits"] for each in logs if each.get("topic") == settings.dead_letter_topic]
+
+
+async def test_letters_are_kept_and_a_topic_from_before_that_loses_them_is_told(settings: Settings) -> None:
+    topic = f"{settings.dead_letter_topic}.own"
+    settings = settings.model_copy(update={"dead_letter_topic": topic})
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    assert await told_limits(settings) == await told_limits(settings) == []
+    await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": "86400000"})])
+
+    async def is_told() -> bool:
+        return await told_limits(settings) == [{"retention.ms": "86400000"}]
+
+    await until(is_told, timeout_seconds=20)
     await admin.delete_topics([topic])
     await admin.close()
 
