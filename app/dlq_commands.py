@@ -32,7 +32,11 @@ def list_letters(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """What is parked, and why."""
+    """What is parked, and why.
+
+    Letters stay until somebody deletes them from the topic, as `payments migrate` makes it; of one that limits how long
+    it keeps them it warns.
+    """
     with readable_errors():
         raise typer.Exit(
             _desk(data_dir).list_letters(with_decided=with_decided, reason=reason, limit=limit, as_json=as_json)
@@ -79,7 +83,7 @@ def drop_letters(  # noqa: PLR0917 - Typer passes by name
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Decide that nothing will be done. The letters stay on the topic until its retention ends.
+    """Decide that nothing will be done. The letters stay on the topic.
 
     What was retried or dropped before is left as it is, and told.
     """

@@ -3,9 +3,10 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 from rich.progress import Progress
@@ -20,8 +21,16 @@ from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetr
 from infra.postgres.letters import Decision, LetterDecisions
 
 SHOWN_BYTES = 60
-Chosen = dict[LetterId, Decision | None]
-"""Letters, each with what had been decided about it when it was chosen."""
+
+
+class Seen(NamedTuple):
+    """A letter when it was chosen: when it was parked, and what had been decided about it."""
+
+    parked_at: datetime
+    decision: Decision | None
+
+
+Chosen = dict[LetterId, Seen]
 
 
 class ReasonUnknown(ValueError):
@@ -89,13 +98,14 @@ class DeadLetterDesk:
 
     async def _choose(self, names: list[str], reason: str | None) -> Chosen:
         if not names:
-            return {letter.id: None async for letter in self._open(reason)}
-        wanted = sorted(LetterId.parse(name) for name in names)
-        for each in wanted:
-            await self._log.letter(each)
+            return {letter.id: Seen(letter.parked_at, None) async for letter in self._open(reason)}
         async with self._decisions() as decisions:
             decided = await decisions.all()
-        return {each: decided.get((each.partition, each.offset)) for each in wanted}
+        chosen: Chosen = {}
+        for each in sorted(LetterId.parse(name) for name in names):
+            letter = await self._log.letter(each)
+            chosen[each] = Seen(letter.parked_at, _about(letter, decided))
+        return chosen
 
     async def _open(self, reason: str | None) -> AsyncGenerator[Letter, None]:
         async with aclosing(self._find(with_decided=False, reason=reason)) as found:
@@ -104,11 +114,11 @@ class DeadLetterDesk:
 
     def undecided(self, chosen: Chosen) -> Chosen:
         """Those of them about which nobody has decided; of each other one it is told what was."""
-        for letter, decision in chosen.items():
+        for letter, (_, decision) in chosen.items():
             if decision is not None:
                 why = f": {safe_text(decision.why)}" if decision.why else ""
                 self._out.print(f"{letter} was {decision.name} already{why} ({told_time(decision.decided_at)})")
-        return {letter: decision for letter, decision in chosen.items() if decision is None}
+        return {letter: seen for letter, seen in chosen.items() if seen.decision is None}
 
     def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:
         """Publish letters again, what was decided about only if `again`; 1 if one of them could not be."""
@@ -133,7 +143,7 @@ class DeadLetterDesk:
                     task = progress.add_task("publishing again", total=len(chosen))
                     async with aclosing(self._read(chosen, is_named=is_named)) as letters:
                         async for letter in letters:
-                            outcomes[await self._retry(letter, chosen[letter.id], decisions, producer)] += 1
+                            outcomes[await self._retry(letter, chosen[letter.id].decision, decisions, producer)] += 1
                             progress.advance(task)
         finally:
             self._report(outcomes, len(chosen))
@@ -166,7 +176,7 @@ class DeadLetterDesk:
         """Published before it is noted: a crash in between repeats a command, and loses none."""
         place = (letter.id.partition, letter.id.offset)
         try:
-            async with decisions.claim(place, "retried", seen=seen) as is_ours:
+            async with decisions.claim(place, "retried", parked_at=letter.parked_at, seen=seen) as is_ours:
                 if not is_ours:
                     return "decided"
                 await self._log.publish(letter, producer)
@@ -185,8 +195,9 @@ class DeadLetterDesk:
     async def _drop(self, chosen: Chosen, why: str) -> int:
         dropped = 0
         async with self._decisions() as decisions:
-            for each, seen in chosen.items():
-                async with decisions.claim((each.partition, each.offset), "dropped", seen=seen, why=why) as is_ours:
+            for each, (parked_at, seen) in chosen.items():
+                place = (each.partition, each.offset)
+                async with decisions.claim(place, "dropped", parked_at=parked_at, seen=seen, why=why) as is_ours:
                     dropped += is_ours
         return dropped
 
@@ -198,7 +209,7 @@ class DeadLetterDesk:
             decided = await decisions.all()
         async with aclosing(self._log.letters()) as letters:
             async for letter in letters:
-                decision = decided.get((letter.id.partition, letter.id.offset))
+                decision = _about(letter, decided)
                 if (with_decided or decision is None) and reason in (None, letter.reason):
                     yield letter, decision.name if decision else "open"
 
@@ -210,6 +221,11 @@ class DeadLetterDesk:
                 if len(rows) >= limit:
                     break
         return rows
+
+
+def _about(letter: Letter, decided: Mapping[tuple[int, int], Decision]) -> Decision | None:
+    decision = decided.get((letter.id.partition, letter.id.offset))
+    return decision if decision and letter.parked_at <= decision.parked_at else None
 
 
 def _facts(letter: Letter, state: str) -> dict[str, Any]:

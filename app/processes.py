@@ -109,7 +109,8 @@ async def prepare(settings: Settings) -> None:
     from infra.kafka.topics import ensure_topics
     from infra.postgres.migrate import upgrade
 
-    topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics))
+    kept = {settings.dead_letter_topic}
+    topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics, kept=kept))
     try:
         await asyncio.to_thread(upgrade, settings.postgres_url)
         await maintain_once(settings)

@@ -14,6 +14,7 @@ import structlog
 from faststream.kafka import KafkaBroker
 
 from app import wiring
+from app.clock import watch_clock
 from app.health import Checks
 from app.settings import Settings
 from handlers import metrics
@@ -174,6 +175,7 @@ class Worker:
             reconciler.run(),
             reconciler.watch(),
             listen(settings.postgres_url, self._heeder.arrived.set),
+            watch_clock(pool),
         )
         await broker.start()
         self._reader = SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)

@@ -1,19 +1,26 @@
 """Whether topics exist; creates those that the service speaks on, where they are missing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
+import structlog
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
+
+log = structlog.get_logger(__name__)
 
 COPIES: Final = 3
 """With a broker's disk gone there are two, and what is acknowledged from then on is on both."""
+KEPT: Final = {"retention.ms": "-1", "retention.bytes": "-1"}
+"""Otherwise the broker's default holds, which is a week."""
 
 
-async def ensure_topics(bootstrap: str, partitions: Mapping[str, int]) -> None:
+async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, kept: Collection[str] = ()) -> None:
     """Create each missing topic with its number of partitions; existing topics stay as they are.
 
     What Kafka acknowledges is on two brokers at least, where there are three: each partition has three copies then.
+    Messages of the topics in `kept` stay until somebody deletes them; where one existed and it is not so, it is logged.
 
     Raises:
         KafkaError: the broker cannot be reached or refuses.
@@ -24,8 +31,10 @@ async def ensure_topics(bootstrap: str, partitions: Mapping[str, int]) -> None:
         missing = set(partitions) - set(await admin.list_topics())
         if missing:
             brokers = len((await admin.describe_cluster())["brokers"])
-            topics = [_new_topic(name, partitions[name], brokers) for name in sorted(missing)]
+            topics = [_new_topic(name, partitions[name], brokers, is_kept=name in kept) for name in sorted(missing)]
             _check(await admin.create_topics(topics))
+        for name in set(kept) - missing:
+            await _tell_of_limits(admin, name)
     finally:
         await admin.close()
 
@@ -44,10 +53,19 @@ async def has_topic(bootstrap: str, name: str) -> bool:
         await admin.close()
 
 
-def _new_topic(name: str, partitions: int, brokers: int) -> NewTopic:
+async def _tell_of_limits(admin: AIOKafkaAdminClient, topic: str) -> None:
+    asked = ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(KEPT))
+    (answer,) = await admin.describe_configs([asked])
+    # Where we may not ask, there are no settings in the answer.
+    limits = {name: value for *_, settings in answer.resources for name, value, *_ in settings if value != KEPT[name]}
+    if limits:
+        log.warning("this topic loses its messages: see docs/operations/dead-letters.md", topic=topic, limits=limits)
+
+
+def _new_topic(name: str, partitions: int, brokers: int, *, is_kept: bool) -> NewTopic:
     copies = min(COPIES, brokers)
-    configs = {"min.insync.replicas": str(COPIES - 1)} if copies == COPIES else {}
-    return NewTopic(name, partitions, copies, topic_configs=configs)
+    safe = {"min.insync.replicas": str(COPIES - 1)} if copies == COPIES else {}
+    return NewTopic(name, partitions, copies, topic_configs=safe | (KEPT if is_kept else {}))
 
 
 def _check(response: object) -> None:

@@ -10,26 +10,31 @@ import asyncpg
 
 CLAIM: Final = """
     -- Another operator's open claim of the same letter makes this one wait. Afterwards the WHERE clause is the fence:
-    -- a decision that is not the one this operator has seen matches no row.
-    INSERT INTO dead_letter_decisions AS d (topic, "partition", "offset", decision, why)
-    VALUES ($1, $2, $3, $4, $5)
+    -- a decision that is not the one this operator has seen matches no row, unless it is about an earlier letter.
+    INSERT INTO dead_letter_decisions AS d (topic, "partition", "offset", decision, why, parked_at)
+    VALUES ($1, $2, $3, $4, $5, $6)
     ON CONFLICT (topic, "partition", "offset") DO UPDATE
-       SET decision = excluded.decision, why = excluded.why, decided_at = now()
-     WHERE d.decided_at = $6
+       SET decision = excluded.decision, why = excluded.why, parked_at = excluded.parked_at, decided_at = now()
+     WHERE d.decided_at = $7 OR d.parked_at < excluded.parked_at
     RETURNING true
 """
 SELECT: Final = """
-    SELECT "partition", "offset", decision, decided_at, why FROM dead_letter_decisions WHERE topic = $1
+    SELECT "partition", "offset", decision, decided_at, why, parked_at FROM dead_letter_decisions WHERE topic = $1
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`retried` or `dropped`, when, and why it was dropped."""
+    """`retried` or `dropped`, when, and why it was dropped.
+
+    It is about what was parked at `parked_at`, by Kafka's clock. A letter of the same place that was parked later is
+    another one, on a topic that was made anew: about that nothing is decided.
+    """
 
     name: str
     decided_at: datetime
     why: str
+    parked_at: datetime
 
 
 class LetterDecisions:
@@ -52,13 +57,11 @@ class LetterDecisions:
     async def all(self) -> dict[tuple[int, int], Decision]:
         """By partition and offset; what is not here is open."""
         rows = await self._connection.fetch(SELECT, self._topic)
-        return {
-            (row["partition"], row["offset"]): Decision(row["decision"], row["decided_at"], row["why"]) for row in rows
-        }
+        return {(partition, offset): Decision(*decision) for partition, offset, *decision in rows}
 
     @asynccontextmanager
     async def claim(
-        self, letter: tuple[int, int], decision: str, *, seen: Decision | None, why: str = ""
+        self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: Decision | None, why: str = ""
     ) -> AsyncIterator[bool]:
         """Decide about a letter unless somebody has since `seen` was read; the block is told which, and acts on it.
 
@@ -67,6 +70,6 @@ class LetterDecisions:
         async with self._connection.transaction():
             yield bool(
                 await self._connection.fetchval(
-                    CLAIM, self._topic, *letter, decision, why, seen.decided_at if seen else None
+                    CLAIM, self._topic, *place, decision, why, parked_at, seen.decided_at if seen else None
                 )
             )

@@ -4,30 +4,37 @@ import asyncio
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
 from app.cli import app
 from app.dlq_desk import DeadLetterDesk
+from app.processes import prepare
 from app.settings import Settings
 from domain.decide import decide
 from domain.ports import DeadLetter
 from handlers import write_path as write_path_module
 from infra.kafka.dead_letter_log import DeadLetterLog
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
+from infra.kafka.topics import ensure_topics, has_topic
 from infra.postgres.letters import LetterDecisions
+from tests.conftest import PARTITIONS
 from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
 from tests.support.topic import read_until, send
 
 __all__ = ["settings"]
 
+PARKED_AT = datetime(2026, 3, 1, tzinfo=UTC)
 ODD_HEADERS = [("trace", b"\xff\xfe"), ("x", b"")]
 
 
@@ -121,6 +128,29 @@ async def test_a_letter_that_the_topic_refuses_holds_up_no_later_one_of_its_part
                 await parking.park([letter])
     parked = await read_until(settings.kafka_bootstrap, topic, lambda found: len(found) >= 5)
     assert [len(each.value or b"") for each in parked] == [10, 0, 10, 0, 10]
+    await admin.delete_topics([topic])
+    await admin.close()
+
+
+async def told_limits(settings: Settings) -> list[dict[str, str]]:
+    """What `payments migrate` tells of the topic for dead letters."""
+    with capture_logs() as logs:
+        await prepare(settings)
+    return [each["limits"] for each in logs if each.get("topic") == settings.dead_letter_topic]
+
+
+async def test_letters_are_kept_and_a_topic_from_before_that_loses_them_is_told(settings: Settings) -> None:
+    topic = f"{settings.dead_letter_topic}.own"
+    settings = settings.model_copy(update={"dead_letter_topic": topic})
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    assert await told_limits(settings) == await told_limits(settings) == []
+    await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": "86400000"})])
+
+    async def is_told() -> bool:
+        return await told_limits(settings) == [{"retention.ms": "86400000"}]
+
+    await until(is_told, timeout_seconds=20)
     await admin.delete_topics([topic])
     await admin.close()
 
@@ -320,24 +350,24 @@ async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(set
     async with LetterDecisions.connect(url, topic) as first, LetterDecisions.connect(url, topic) as second:
 
         async def claim_second() -> bool:
-            async with second.claim(letter, "retried", seen=None) as is_ours:
+            async with second.claim(letter, "retried", parked_at=PARKED_AT, seen=None) as is_ours:
                 return is_ours
 
         async def crash() -> None:
-            async with first.claim(letter, "retried", seen=None):
+            async with first.claim(letter, "retried", parked_at=PARKED_AT, seen=None):
                 raise RuntimeError("crash")
 
         with pytest.raises(RuntimeError, match="crash"):
             await crash()
         assert await first.all() == {}
-        async with first.claim(letter, "retried", seen=None) as is_ours:
+        async with first.claim(letter, "retried", parked_at=PARKED_AT, seen=None) as is_ours:
             assert is_ours
             waiting = asyncio.create_task(claim_second())
             await until(lambda: is_waiting_for_a_lock(url))
             assert not waiting.done()
         assert await waiting is False
         seen = (await second.all())[letter]
-        async with second.claim(letter, "dropped", seen=seen, why="seen") as is_ours:
+        async with second.claim(letter, "dropped", parked_at=PARKED_AT, seen=seen, why="seen") as is_ours:
             assert is_ours
         assert (await first.all())[letter].name == "dropped"
 
@@ -372,6 +402,45 @@ async def test_what_was_decided_before_is_told_and_left_as_it_was(
     assert (done.exit_code, "1 of 1 published again" in done.output) == (0, True), done.output
     told = await in_thread(payments_dlq, settings, "drop", name, "--why", "late", "--yes", monkeypatch=monkeypatch)
     assert f"{name} was retried already (20" in told.output
+
+
+async def make_anew(bootstrap: str, topic: str) -> None:
+    """Lose the topic with all that it holds; another one has its name afterwards."""
+
+    async def is_gone() -> bool:
+        return not await has_topic(bootstrap, topic)
+
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    await admin.delete_topics([topic])
+    await until(is_gone)
+    await ensure_topics(bootstrap, {topic: PARTITIONS})
+    await admin.close()
+
+
+async def test_a_letter_in_the_place_of_one_on_a_topic_that_is_gone_is_open(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["drop", "--why", "old", "--yes"], ["retry"], ["drop", "--why", "new", "--yes"]):
+        name = await put(settings, b"v", key=b"k", headers=facts(settings))
+        rows = json.loads((await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)).output)
+        assert [(row["letter"], row["state"]) for row in rows] == [(name, "open")]
+        done = await in_thread(payments_dlq, settings, *command, name, monkeypatch=monkeypatch)
+        assert (done.exit_code, "1 of 1" in done.output) == (0, True), done.output
+        left = await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)
+        assert "No dead letters." in left.output
+        await make_anew(settings.kafka_bootstrap, settings.dead_letter_topic)
+
+
+async def test_what_the_release_before_decided_counts_for_what_was_parked_until_then(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition, offset = (await put(settings, b"v", headers=facts(settings))).split(":")
+    note = """INSERT INTO dead_letter_decisions (topic, "partition", "offset", decision)
+              VALUES ($1, $2, $3, 'dropped') RETURNING true"""
+    assert await value(settings.postgres_url, note, settings.dead_letter_topic, int(partition), int(offset))
+    listed = await in_thread(payments_dlq, settings, "list", monkeypatch=monkeypatch)
+    assert "No dead letters." in listed.output
 
 
 async def test_to_drop_what_is_not_there_is_not_asked_about(

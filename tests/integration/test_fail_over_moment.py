@@ -3,9 +3,10 @@
 import asyncio
 from pathlib import Path
 
+import asyncpg
 import pytest
 
-from app import slots
+from app import clock, slots
 from app.maintenance import Maintenance
 from app.settings import Settings
 from tests.integration.test_cli import run
@@ -16,16 +17,19 @@ def nobody_writes(postgres_url: str) -> str:
     return f"{postgres_url}?target_session_attrs=read-only"
 
 
-async def test_slots_are_watched_and_the_outbox_maintained_when_it_is_over(
+async def test_slots_and_clocks_are_watched_and_the_outbox_maintained_when_it_is_over(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(clock, "WATCH_SECONDS", 0.05)
     url = nobody_writes(postgres_url)
     maintenance = Maintenance(Settings(postgres_url=url, maintenance_interval_seconds=0.05))
-    tasks = {asyncio.create_task(slots.watch_slots(url)), asyncio.create_task(maintenance.run(asyncio.Event()))}
-    ended, _ = await asyncio.wait(tasks, timeout=1)
-    for each in tasks:
-        each.cancel()
+    async with asyncpg.create_pool(url, min_size=0) as pool:
+        loops = slots.watch_slots(url), clock.watch_clock(pool), maintenance.run(asyncio.Event())
+        tasks = {asyncio.create_task(each) for each in loops}
+        ended, _ = await asyncio.wait(tasks, timeout=1)
+        for each in tasks:
+            each.cancel()
     assert not ended
 
 

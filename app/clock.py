@@ -1,0 +1,44 @@
+"""How far a worker's clock is from Postgres's: leases are on that one, expiries and payers' windows on the worker's."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Final
+
+import asyncpg
+import structlog
+from prometheus_client import Gauge
+
+from infra.postgres.errors import AWAY
+
+log = structlog.get_logger(__name__)
+
+WATCH_SECONDS: Final = 60.0
+TIMEOUT_SECONDS: Final = 5.0
+TOLD_FROM_SECONDS: Final = 2.0
+NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
+OFFSET_SECONDS: Final = Gauge("payments_clock_offset_seconds", "This worker's clock minus Postgres's")
+
+
+async def watch_clock(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    """Keep the metric, until cancelled; while Postgres is away it tells what was true last."""
+    while True:
+        with contextlib.suppress(*AWAY):
+            await note_offset(pool)
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def note_offset(pool: "asyncpg.Pool[asyncpg.Record]", clock: Callable[[], float] = time.time) -> None:
+    """Compare once; Postgres is taken to have looked at its clock in the middle between question and answer.
+
+    Raises:
+        `infra.postgres.errors.AWAY`: Postgres is away.
+    """
+    async with pool.acquire(timeout=TIMEOUT_SECONDS) as connection:
+        asked_at = clock()
+        theirs = await connection.fetchval(NOW, timeout=TIMEOUT_SECONDS)
+        offset = (asked_at + clock()) / 2 - theirs
+    OFFSET_SECONDS.set(offset)
+    if abs(offset) > TOLD_FROM_SECONDS:
+        log.warning("this worker's clock is off", offset_seconds=round(offset, 1))

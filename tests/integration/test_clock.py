@@ -1,0 +1,45 @@
+"""How far a worker's clock is from Postgres's, as it tells it."""
+
+import math
+import time
+
+import asyncpg
+import pytest
+from structlog.testing import capture_logs
+
+from app.clock import OFFSET_SECONDS, note_offset
+from app.settings import Settings
+from tests.integration.test_consumer import running, settings, until
+
+__all__ = ["settings"]
+
+
+def told() -> float:
+    """As it would be scraped."""
+    (metric,) = OFFSET_SECONDS.collect()
+    return metric.samples[0].value
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "offset", "logged"), [(7, 7, 7, [7.0]), (-7, -7, -7, [-7.0]), (-60, 60, 0, []), (0, 0, 0, [])]
+)
+async def test_a_clock_is_off_by_what_it_shows_in_the_middle_of_the_question(
+    postgres_url: str, asked: float, answered: float, offset: float, logged: list[float]
+) -> None:
+    shifts = iter([asked, answered])
+    async with asyncpg.create_pool(postgres_url, min_size=1) as pool:
+        with capture_logs() as logs:
+            await note_offset(pool, lambda: time.time() + next(shifts))
+    assert told() == pytest.approx(offset, abs=0.5)
+    assert [each["offset_seconds"] for each in logs] == pytest.approx(logged, abs=0.5)
+
+
+async def test_a_worker_tells_it(settings: Settings) -> None:
+    OFFSET_SECONDS.set(math.nan)
+
+    async def is_told() -> bool:
+        return not math.isnan(told())
+
+    async with running(settings):
+        await until(is_told, timeout_seconds=20)
+    assert told() == pytest.approx(0, abs=0.5)
