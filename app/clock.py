@@ -1,4 +1,5 @@
-"""How far a worker's clock is from Postgres's: leases are on that one, expiries and payers' windows on the worker's."""
+"""How far a worker's own clock is from Postgres's: by that one leases and the age of calls are told, by its own the time
+that payers take, and how old a signature is."""
 
 import asyncio
 import contextlib
