@@ -1,5 +1,5 @@
-"""How far a worker's own clock is from Postgres's: by that one leases and the age of calls are told, by its own the time
-that payers take, and how old a signature is."""
+"""How far a worker's own clock is from Postgres's: by that one leases and the age of calls are told, by its own the
+time that payers take, and how old a signature is."""
 
 import asyncio
 import contextlib
