@@ -38,6 +38,7 @@ LATEST: Final = 1.25
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
 """Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
+UNKNOWN_HERE: Final = "this gateway is not configured here"
 RESTS: Final = "not asked: its provider wants to rest"
 SILENT: Final = "not asked: its provider leaves questions unanswered"
 SILENT_AFTER: Final = AT_ONCE
@@ -78,7 +79,7 @@ class Asker:
     async def _ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
         gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
-            return HoldAnswer(payment, operation, None, "this gateway is not configured here")
+            return HoldAnswer(payment, operation, None, UNKNOWN_HERE)
         async with self._limits[gateway.name]:
             if self._unanswered[gateway.name] >= SILENT_AFTER:
                 return HoldAnswer(payment, operation, None, SILENT)
