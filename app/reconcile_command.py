@@ -108,7 +108,9 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
         for line in (told, f"    the provider says: {each.answer}"):
             console.print(safe_text(line), soft_wrap=True)
     console.print(
-        "\nNothing was changed." if dry_run else "\nApplied. `payments show PAYMENT_ID` tells what became of one."
+        "\nNothing was changed."
+        if dry_run
+        else "\nApplied, unless it says otherwise. `payments show PAYMENT_ID` tells what became of one."
     )
 
 

@@ -28,7 +28,7 @@ BATCH_SECONDS = Histogram(
 CONCURRENT_UPDATES = Counter("payments_concurrent_updates_total", "Batches decided again after a lost race")
 STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers whose lease was taken over: not applied")
 REFUSED_ANSWERS = Counter(
-    "payments_refused_answers_total", "Gateway answers that could not be saved; asked again later"
+    "payments_refused_answers_total", "Gateway answers, about operations or holds, that could not be saved; asked again"
 )
 POSTPONED = Counter(
     "payments_batches_postponed_total",

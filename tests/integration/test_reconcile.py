@@ -185,6 +185,25 @@ async def lapsed_holds(postgres_url: str, worker: InProcessWorker, count: int) -
     return payments
 
 
+async def test_a_word_about_a_hold_that_postgres_refuses_is_told_as_such_and_costs_no_other(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Instant()
+    monkeypatch.setattr(gateway, "status", lambda request: asyncio.sleep(0, Expired("gone")))
+    installed(monkeypatch, gateway)
+    async with running_worker(postgres_url, gateway) as worker:
+        payments = await lapsed_holds(postgres_url, worker, 3)
+    refusing = f"ALTER TABLE payments ADD CHECK (released_minor = 0 OR payment_id <> '{payments[1]}')"
+    await value(postgres_url, refusing)
+    before = REGISTRY.get_sample_value("payments_refused_answers_total") or 0.0
+    settings = here(postgres_url, redis_url)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    assert REGISTRY.get_sample_value("payments_refused_answers_total") == before + 1
+    told = [line for line in capsys.readouterr().out.splitlines() if "the provider says: expired" in line]
+    assert sorted("could not be saved" in line for line in told) == [False, False, True]
+    assert await value(postgres_url, "SELECT count(*) FROM payments WHERE released_minor > 0") == 2
+
+
 async def test_workers_share_the_holds_past_their_end_and_none_is_asked_about_twice(postgres_url: str) -> None:
     gateway = StillHeld()
     async with running_worker(postgres_url, gateway) as worker:
