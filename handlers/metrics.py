@@ -13,6 +13,9 @@ RESULTS = Counter("payments_command_results_total", "Events that answer commands
 COMMANDS = Counter("payments_commands_received_total", "Commands read, duplicates and postponed ones included")
 DUPLICATES = Counter("payments_commands_duplicate_total", "Deliveries whose idempotency key was known")
 DEAD_LETTERS = Counter("payments_commands_dead_lettered_total", "Messages parked in the dead-letter topic", ["reason"])
+COMMANDS_LOST = Counter(
+    "payments_commands_lost_total", "Offsets of the commands' topic that Kafka deleted before they were read"
+)
 RESULT_SECONDS = Histogram(
     "payments_command_result_seconds",
     "From a command's dispatch to its saved result",
