@@ -9,7 +9,7 @@ import asyncio
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -31,7 +31,7 @@ from handlers.dispatch import GIVEN_BACK
 from handlers.messages.commands import command_from_content
 from handlers.messages.events import write_time
 from handlers.pace import Pace
-from handlers.reconcile import RESTS, Asker, HoldAnswer, Reconciler, ask_about_holds
+from handlers.reconcile import RESTS, UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.store import PostgresStore, close_pool, create_pool
@@ -108,7 +108,9 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
         for line in (told, f"    the provider says: {each.answer}"):
             console.print(safe_text(line), soft_wrap=True)
     console.print(
-        "\nNothing was changed." if dry_run else "\nApplied. `payments show PAYMENT_ID` tells what became of one."
+        "\nNothing was changed."
+        if dry_run
+        else "\nApplied, unless it says otherwise. `payments show PAYMENT_ID` tells what became of one."
     )
 
 
@@ -143,7 +145,7 @@ async def _asked(
     request = gateway_request(payment, operation, command_from_content(operation.content))
     gateway = gateways.get(request.gateway)
     if gateway is None:
-        return _found(request, "this gateway is not configured here")
+        return _found(request, UNKNOWN_HERE)
     async with limits[gateway.name]:
         if not await paces[gateway.name].turn():
             return _found(request, RESTS)
@@ -168,7 +170,7 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
         left = await _left(store, parts, payment_id)
     return Told(
         [each for each in found if payment_id in (None, each.payment_id)],
-        _in_words(left, ended_early=stop.is_set()),
+        _in_words(left, gateways, ended_early=stop.is_set()),
         stop.is_set(),
     )
 
@@ -215,9 +217,12 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> Non
         await asyncio.gather(doing, stopping, return_exceptions=True)
 
 
-def _in_words(left: Mapping[str, int], *, ended_early: bool) -> list[str]:
+def _in_words(left: Mapping[str, int], here: Container[str], *, ended_early: bool) -> list[str]:
     why = "told to end" if ended_early else "the provider wants to rest, or they became due meanwhile"
-    lines = [f"{number:,} left at {name}: {why}. Workers ask about them in time." for name, number in left.items()]
+    lines = [
+        f"{number:,} left at {name}: {why if name in here else UNKNOWN_HERE}. Workers ask about them in time."
+        for name, number in left.items()
+    ]
     return lines or (["Told to end before all holds were asked about."] if ended_early else [])
 
 

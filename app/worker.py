@@ -178,7 +178,10 @@ class Worker:
             watch_clock(pool),
         )
         await broker.start()
-        self._reader = SkippingReader.install(subscriber.consumer, self._consumer.park_undecodable)
+        # At once, so that it is there before the first read.
+        self._reader = SkippingReader.install(
+            subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
+        )
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -173,7 +173,9 @@ def move(draft: Draft, operation: Operation, outcome: Succeeded) -> int:
             return _open(draft, operation, outcome)
         case OperationKind.CAPTURE:
             payment.captured_minor += amount
-            if not draft.rules.gateways[payment.gateway or ""].multi_capture:
+            gateway = draft.rules.gateways.get(payment.gateway or "")
+            # Of one that is not here any more nothing is said to be released.
+            if gateway is not None and not gateway.multi_capture:
                 payment.released_minor += payment.capturable_minor
         case OperationKind.VOID:
             payment.released_minor += amount

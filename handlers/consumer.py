@@ -5,6 +5,7 @@ policy: Postgres away means rewind and back off; anything else was already pinne
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ IDLE_POLL_MS = 5
 CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
 COMMIT_INTERVAL_SECONDS = 0.05
+POSITION_SECONDS = 1.0
 RETRIES_BEFORE_PARKING = 5
 HEALING_WAIT = wait_exponential_jitter(multiplier=0.2, max=2, jitter=0.2)
 """Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
@@ -67,14 +69,17 @@ class CommandConsumer:
         self._is_closed = False
 
     def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> Any:
-        """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead."""
+        """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead.
+
+        Whoever runs it finds the offset to begin at where the group has none (`infra/kafka/skipping.py`).
+        """
         subscriber = broker.subscriber(
             topic,
             batch=True,
             max_records=BATCH_MAX,
             batch_timeout_ms=IDLE_POLL_MS,
             group_id=group_id,
-            auto_offset_reset="earliest",
+            auto_offset_reset="none",  # Commands that Kafka deleted unread are told of: see `tell_deleted`.
             isolation_level="read_committed",  # An order that was rolled back is not to be charged.
             ack_policy=AckPolicy.MANUAL,
             parser=_whole,
@@ -103,6 +108,15 @@ class CommandConsumer:
         )  # fmt: skip
         await self._park([letter])
 
+    def tell_deleted(self, topic: str, partition: int, expected: int, beginning: int) -> None:
+        """Say that the log begins at another offset than this group was to read next, and is read on from there."""
+        place = {"topic": topic, "partition": partition, "from_offset": expected, "to_offset": beginning}
+        if beginning > expected:
+            metrics.COMMANDS_LOST.inc(beginning - expected)
+            log.error("commands were deleted before they were read", **place)
+        else:
+            log.error("the topic ends before what was read of it; it is read again from its beginning", **place)
+
     async def close(self) -> None:
         """Accept nothing more, and commit the offsets of what was accepted."""
         self._is_closed = True
@@ -127,7 +141,7 @@ class CommandConsumer:
             await self._postpone(message, "defect")
             return
         self._retry.reset()
-        self.offsets.accepted(consumer, records)
+        await self.offsets.accepted(consumer, records)
         self._backlog.pause_if_full(consumer)
 
     async def _postpone(self, message: KafkaMessage, cause: str) -> None:
@@ -238,11 +252,17 @@ class Offsets:
         self._consumer: Any = None
         self._next: dict[TopicPartition, int] = {}
 
-    def accepted(self, consumer: Any, records: Sequence[Record]) -> None:
-        """Everything up to these records is in Postgres."""
+    async def accepted(self, consumer: Any, records: Sequence[Record]) -> None:
+        """Everything up to these records, the last that were read, is in Postgres.
+
+        What is no record counts as read, too: if Kafka deletes no more than the end of a transaction, nothing is lost.
+        """
         self._consumer = consumer
-        for record in records:
-            self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+        for partition, read_to in {
+            TopicPartition(each.topic, each.partition): each.offset + 1 for each in records
+        }.items():
+            with contextlib.suppress(IllegalStateError):  # It has moved, and whoever has it reads these again.
+                self._next[partition] = max(read_to, await _position(consumer, partition))
 
     async def run(self) -> None:
         """Commit every `COMMIT_INTERVAL_SECONDS` until cancelled."""
@@ -296,3 +316,12 @@ class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka s
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
         self._backlog.forget_pause()
+
+
+async def _position(consumer: Any, partition: TopicPartition) -> int:
+    """What is read next; 0 where that is not known just now, since the partition has only just come back."""
+    try:
+        async with asyncio.timeout(POSITION_SECONDS):
+            return int(await consumer.position(partition))
+    except TimeoutError:
+        return 0

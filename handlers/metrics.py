@@ -13,6 +13,9 @@ RESULTS = Counter("payments_command_results_total", "Events that answer commands
 COMMANDS = Counter("payments_commands_received_total", "Commands read, duplicates and postponed ones included")
 DUPLICATES = Counter("payments_commands_duplicate_total", "Deliveries whose idempotency key was known")
 DEAD_LETTERS = Counter("payments_commands_dead_lettered_total", "Messages parked in the dead-letter topic", ["reason"])
+COMMANDS_LOST = Counter(
+    "payments_commands_lost_total", "Offsets of the commands' topic that Kafka deleted before they were read"
+)
 RESULT_SECONDS = Histogram(
     "payments_command_result_seconds",
     "From a command's dispatch to its saved result",
@@ -28,7 +31,7 @@ BATCH_SECONDS = Histogram(
 CONCURRENT_UPDATES = Counter("payments_concurrent_updates_total", "Batches decided again after a lost race")
 STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers whose lease was taken over: not applied")
 REFUSED_ANSWERS = Counter(
-    "payments_refused_answers_total", "Gateway answers that could not be saved; asked again later"
+    "payments_refused_answers_total", "Gateway answers, about operations or holds, that could not be saved; asked again"
 )
 POSTPONED = Counter(
     "payments_batches_postponed_total",

@@ -20,7 +20,7 @@ import structlog
 from domain.decision import Notified
 from domain.errors import GatewayError, PaymentsError
 from domain.notices import Notice
-from domain.operations import Operation, Outcome
+from domain.operations import Operation, Outcome, said
 from domain.payment import Payment
 from domain.ports import Gateway, LapsedHold, PaymentStore, Place
 from domain.requests import gateway_request
@@ -38,6 +38,7 @@ LATEST: Final = 1.25
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
 """Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
+UNKNOWN_HERE: Final = "this gateway is not configured here"
 RESTS: Final = "not asked: its provider wants to rest"
 SILENT: Final = "not asked: its provider leaves questions unanswered"
 SILENT_AFTER: Final = AT_ONCE
@@ -46,7 +47,7 @@ may have waited for as long as it lets them, and no others should."""
 
 
 class HoldAnswer(NamedTuple):
-    """A hold past its end, and its provider's word on it; None where it could not be asked now, and why not."""
+    """A hold past its end, and its provider's word on it; None where there is none to be counted, and why not."""
 
     payment: Payment
     operation: Operation
@@ -78,7 +79,7 @@ class Asker:
     async def _ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
         gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
-            return HoldAnswer(payment, operation, None, "this gateway is not configured here")
+            return HoldAnswer(payment, operation, None, UNKNOWN_HERE)
         async with self._limits[gateway.name]:
             if self._unanswered[gateway.name] >= SILENT_AFTER:
                 return HoldAnswer(payment, operation, None, SILENT)
@@ -164,9 +165,13 @@ class Reconciler:
     async def _reconcile(self, holds: Iterable[LapsedHold]) -> None:
         """Holds of one gateway: what another has to say is applied without waiting for this one."""
         answers = await self._asker.ask(holds)
-        await self._write_path.apply([told for each in answers if (told := _notified(each)) is not None])
-        for each in answers:
-            self._on_answer(each)
+        words = [_notified(each) for each in answers]
+        applied = await self._write_path.apply([word for word in words if word is not None])
+        not_saved = {id(each.given): str(each.error) for each in applied.refused}
+        not_saved |= dict.fromkeys(map(id, applied.not_tried), "an earlier answer of its payment could not be saved")
+        for answer, word in zip(answers, words, strict=True):
+            error = not_saved.get(id(word))
+            self._on_answer(answer if error is None else _report(answer, error))
 
     async def reconcile_holds_now(self, payment_id: UUID | None = None) -> int:
         """As `reconcile_holds`, of every hold past its end, however lately it was asked about."""
@@ -201,6 +206,21 @@ async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> 
             raise
         log.error("a library's own cancellation leaked", key=operation.provider_key)
     return HoldAnswer(payment, operation, None, "it cannot be asked about: the log says why")
+
+
+def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
+    """The word is not saved. The hold stays, and is asked about at its next turn."""
+    assert answer.outcome is not None, "only a word is given to be saved"
+    metrics.REFUSED_ANSWERS.inc()
+    word = said(answer.outcome)
+    log.error(
+        "answer about a hold not saved; it will be asked about again",
+        payment=str(answer.payment.payment_id),
+        operation=answer.operation.number,
+        answer=word,
+        error=error,
+    )
+    return answer._replace(outcome=None, why_not=f"{word}, which could not be saved: {error}")
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:

@@ -35,7 +35,7 @@ class Sweep:
         room: Callable[[], int],
         lease: timedelta,
         interval_seconds: float,
-        rooms: Callable[[], Mapping[str, int]] = dict,
+        rooms: Callable[[], Mapping[str, int]],
     ) -> None:
         self._store = store
         self._submit = submit

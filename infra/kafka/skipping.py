@@ -5,6 +5,10 @@ it had taken is lost to the caller. It does so for a header whose *name* is not 
 it), and for a batch whose checksum or compression is wrong. So after such a read all begins again at what is committed,
 and each partition is read by itself: a record that cannot be decoded is skipped, and told; a batch that cannot be read
 holds up its own partition alone.
+
+Where Kafka has deleted what was to be read next, aiokafka would go on behind it without a word ("earliest"). Told not
+to ("none") it raises; the reader goes on where the log begins now, and tells. Only Kafka knows this: gaps between the
+offsets of records are no sign (ends of transactions, aborted ones, compaction).
 """
 
 import time
@@ -13,7 +17,13 @@ from typing import Any, Final, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import ConsumerStoppedError, CorruptRecordException, KafkaError
+from aiokafka.errors import (
+    ConsumerStoppedError,
+    CorruptRecordException,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -24,16 +34,20 @@ IDLE_PASSES_MAX: Final = 3
 OnSkipped = Callable[[str, int, int, str], Awaitable[None]]
 """Told the topic, partition, offset and trouble of a record before it is skipped."""
 
+OnDeleted = Callable[[str, int, int, int], None]
+"""Told the topic, partition, the offset that was to be read next, and that at which the log begins now."""
+
 Records = dict[TopicPartition, list[Any]]
 
 
 class SkippingReader:
     """Takes the place of a consumer's `getmany`. While something cannot be read it reads one record at a time."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, on_skipped: OnSkipped) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, on_skipped: OnSkipped, on_deleted: OnDeleted) -> None:
         self._consumer = consumer
         self._getmany = consumer.getmany
         self._on_skipped = on_skipped
+        self._on_deleted = on_deleted
         self._is_rewind_due = False
         """A read has failed, and may have passed over good records."""
         self._careful_of: frozenset[TopicPartition] | None = None
@@ -43,9 +57,12 @@ class SkippingReader:
         """When it was last asked, and did not fail."""
 
     @classmethod
-    def install(cls, consumer: AIOKafkaConsumer, on_skipped: OnSkipped) -> Self:
-        """Have this consumer skip what it cannot decode, from its next `getmany` on."""
-        reader = cls(consumer, on_skipped)
+    def install(cls, consumer: AIOKafkaConsumer, on_skipped: OnSkipped, on_deleted: OnDeleted) -> Self:
+        """Have this consumer skip what it cannot decode, from its next `getmany` on.
+
+        Its `auto_offset_reset` is "none".
+        """
+        reader = cls(consumer, on_skipped, on_deleted)
         consumer.getmany = reader.getmany
         return reader
 
@@ -71,7 +88,7 @@ class SkippingReader:
 
     async def _read(self, *partitions: TopicPartition, **limits: Any) -> Records:
         try:
-            return dict(await self._getmany(*partitions, **limits))
+            return await self._get(*partitions, **limits)
         except ConsumerStoppedError:
             raise
         except Exception as error:
@@ -82,12 +99,34 @@ class SkippingReader:
                 return {}
             raise _kafka_error(error) from error
 
+    async def _get(self, *partitions: TopicPartition, **limits: Any) -> Records:
+        """As the consumer's own, but nothing where there is no offset to go on at: there is one then."""
+        try:
+            return dict(await self._getmany(*partitions, **limits))
+        except NoOffsetForPartitionError as error:  # Of this group nobody has ever read it.
+            await self._go_on(error.args[0], None)
+        except OffsetOutOfRangeError as error:
+            for partition, offset in error.args[0].items():
+                await self._go_on(partition, offset)
+        return {}
+
+    async def _go_on(self, partition: TopicPartition, offset: int | None) -> None:
+        beginning = await self._beginning_of(partition)
+        if partition not in self._consumer.assignment():
+            return  # It is another worker's now, who meets the same.
+        if offset is not None:
+            self._on_deleted(partition.topic, partition.partition, offset, beginning)
+        self._consumer.seek(partition, beginning)
+
+    async def _beginning_of(self, partition: TopicPartition) -> int:
+        return int((await self._consumer.beginning_offsets([partition]))[partition])
+
     async def _rewind(self) -> None:
         """Begin again at what is committed; until that has succeeded it is owed."""
         for partition in self._consumer.assignment():
             committed = await self._consumer.committed(partition)
             if committed is None:
-                committed = (await self._consumer.beginning_offsets([partition]))[partition]
+                committed = await self._beginning_of(partition)
             self._consumer.seek(partition, committed)
         self._is_rewind_due = False
 
@@ -116,7 +155,7 @@ class SkippingReader:
 
     async def _read_one(self, partition: TopicPartition, timeout_ms: int) -> Records:
         try:
-            return dict(await self._getmany(partition, timeout_ms=timeout_ms, max_records=1))
+            return await self._get(partition, timeout_ms=timeout_ms, max_records=1)
         except UnicodeDecodeError as error:
             await self._skip(partition, str(error))
             return {}

@@ -133,9 +133,12 @@ SAVE = f"""
 # much each has room for), with however much is due there, keeps none of the others' from being found. Half of the room
 # is for what was refused at the door, its newest first, whose payer is the likeliest to be still there; the oldest of
 # all have the rest, so that nothing waits for ever (where there is room for one only, they have it by chance). One that
-# is found as both is updated once.
+# is found as both is updated once. What is of none of the caller's gateways ($3) is for workers that have it: while a
+# release adds one, some have it and some not yet, and these could only end what those would send.
 REFUSED = "state = 'dispatched' AND NOT is_leased"
 OF_THIS = "($5::uuid IS NULL OR payment_id = $5)"
+FORSAKEN_AFTER = "interval '6 hours'"
+"""Due for so long, it is taken over by whoever does not have its gateway: nobody has it any more."""
 DUE = f"""
     named AS (
         (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
@@ -145,19 +148,20 @@ DUE = f"""
           FROM named AS n WHERE n.gateway IS NOT NULL
     ), due AS MATERIALIZED (
         SELECT d.payment_id, d.number
-          FROM (SELECT n.gateway, least($1, coalesce(r.room, $1)) AS room
+          FROM (SELECT n.gateway, least($1, coalesce(r.room, $1)) AS room,
+                       CASE WHEN r.gateway IS NOT NULL OR $3 IS NULL THEN now() ELSE now() - {FORSAKEN_AFTER} END AS by
                   FROM named AS n LEFT JOIN unnest($3::text[], $4::integer[]) AS r(gateway, room) USING (gateway)
                ) AS given
          CROSS JOIN LATERAL (
                SELECT * FROM (
                       SELECT payment_id, number FROM operations
-                       WHERE gateway = given.gateway AND {REFUSED} AND due_at <= now() AND {OF_THIS}
+                       WHERE gateway = given.gateway AND {REFUSED} AND due_at <= given.by AND {OF_THIS}
                        ORDER BY due_at DESC LIMIT (given.room + round(random())::integer) / 2
                          FOR UPDATE SKIP LOCKED) AS refused
                UNION ALL
                SELECT * FROM (
                       SELECT payment_id, number FROM operations
-                       WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= now() AND {OF_THIS}
+                       WHERE gateway = given.gateway AND due_at IS NOT NULL AND due_at <= given.by AND {OF_THIS}
                        ORDER BY due_at LIMIT given.room FOR UPDATE SKIP LOCKED) AS oldest
                LIMIT given.room) AS d
     )
@@ -259,7 +263,6 @@ IN_DOUBT = """
 """
 PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"
 
-NO_ROOMS: Final[Mapping[str, int]] = {}
 _OPEN_STATES: Final = sorted(OPEN)
 
 _UNAVAILABLE: Final = (
@@ -389,17 +392,19 @@ class PostgresStore:
         return _in_transaction.get()
 
     async def claim_due(
-        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] = NO_ROOMS, payment_id: UUID | None = None
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] | None = None, payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due, each gateway's oldest first: the caller's until `lease` has passed.
 
-        Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less.
+        Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less: these are the
+        caller's gateways: of others it gets what nobody has taken over in hours. None: it has all.
         An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         with translated():
             async with self._pool.acquire() as connection:
                 await self.now.look(connection)  # How old what is taken over is, decides whether it may be sent again.
-                rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()), payment_id)
+                names, sizes = (None, None) if rooms is None else (list(rooms), list(rooms.values()))
+                rows = await connection.fetch(CLAIM_DUE, limit, lease, names, sizes, payment_id)
                 return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:

@@ -15,8 +15,10 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from confluent_kafka import Consumer, Producer
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from app import wiring
 from app.settings import Settings
@@ -212,6 +214,70 @@ async def test_a_command_that_postgres_refuses_is_parked_alone(
     assert letter.value == body("charge", poisoned, f"charge-{poisoned}")
     assert dict(letter.headers)["dlq_reason"] == b"cannot_be_processed"
     assert await committed(settings) == 20
+
+
+async def delete_all_before(settings: Settings, offset: int) -> None:
+    """As retention does, of partition 0."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    await admin.delete_records({TopicPartition(settings.commands_topic, 0): RecordsToDelete(before_offset=offset)})
+    await admin.close()
+
+
+async def put_in_partition_0(settings: Settings, payments: list[UUID]) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
+        for each in payments:
+            await producer.send_and_wait(settings.commands_topic, body("charge", each, f"charge-{each}"), partition=0)
+
+
+async def test_commands_that_kafka_deleted_before_they_were_read_are_counted_and_told(settings: Settings) -> None:
+    before = counted("payments_commands_lost_total")
+    await put_in_partition_0(settings, [uuid4() for _ in range(3)])
+    await delete_all_before(settings, 1)
+    async with running(settings):
+        await until_captured(settings, 2)
+    assert counted("payments_commands_lost_total") == before, "a new group has lost nothing"
+    await put_in_partition_0(settings, [uuid4() for _ in range(7)])
+    await delete_all_before(settings, 8)
+    with capture_logs() as logs:
+        async with running(settings):
+            await until_captured(settings, 4)
+    assert counted("payments_commands_lost_total") == before + 5
+    (told,) = (each for each in logs if each["event"] == "commands were deleted before they were read")
+    facts = {"topic": settings.commands_topic, "partition": 0, "from_offset": 3, "to_offset": 8}
+    assert facts.items() <= told.items()
+
+
+async def test_a_topic_that_ends_before_what_was_read_of_it_is_told_and_read_again(settings: Settings) -> None:
+    before = counted("payments_commands_lost_total")
+    await put_in_partition_0(settings, [uuid4() for _ in range(2)])
+    async with AIOKafkaConsumer(
+        bootstrap_servers=settings.kafka_bootstrap, group_id=settings.consumer_group, enable_auto_commit=False
+    ) as reader:
+        place = TopicPartition(settings.commands_topic, 0)
+        reader.assign([place])
+        await reader.commit({place: 100})
+    with capture_logs() as logs:
+        async with running(settings):
+            await until_captured(settings, 2)
+    assert any(each["event"].startswith("the topic ends before what was read of it") for each in logs)
+    assert counted("payments_commands_lost_total") == before
+
+
+async def test_where_only_the_end_of_a_transaction_is_deleted_nothing_is_lost(settings: Settings) -> None:
+    before, payment = counted("payments_commands_lost_total"), uuid4()
+    async with AIOKafkaProducer(
+        bootstrap_servers=settings.kafka_bootstrap, transactional_id=f"orders-{payment}"
+    ) as producer:
+        async with producer.transaction():
+            await producer.send(settings.commands_topic, body("charge", payment, f"charge-{payment}"), partition=0)
+        async with running(settings):
+            await until_captured(settings, 1)
+        await delete_all_before(settings, 2)
+        async with running(settings):
+            await put_in_partition_0(settings, [uuid4()])
+            await until_captured(settings, 2)
+    assert counted("payments_commands_lost_total") == before
 
 
 async def test_offsets_are_committed_only_after_postgres_has_the_batch(settings: Settings) -> None:

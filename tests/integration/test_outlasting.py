@@ -160,7 +160,7 @@ async def test_an_operation_of_a_gateway_that_is_gone_stops_no_other_that_is_due
         await worker.write_path.apply([delivery("charge", each, f"key-{each}") for each in payments])
         gone = "UPDATE operations SET gateway = 'removed' WHERE payment_id = $1 RETURNING 1"
         await value(postgres_url, gone, payments[2])
-        await value(postgres_url, "UPDATE operations SET due_at = now() RETURNING 1")
+        await value(postgres_url, "UPDATE operations SET due_at = now() - interval '1 day' RETURNING 1")
         assert await worker.sweep.sweep_once() == 5
         await worker.idle()
     assert await value(postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'") == 4

@@ -104,9 +104,9 @@ async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
 
 async def test_what_is_due_of_a_gateway_is_read_past_no_other_gateways(pinned: asyncpg.Connection) -> None:
     plan = await generic_plan(pinned, STATEMENTS["CLAIM_DUE"])
-    assert re.search(
-        r"Index Cond: \(\(gateway = [\w.]+\) AND \(due_at IS NOT NULL\) AND \(due_at <= now\(\)\)\)", plan
-    ), plan
+    assert re.search(r"Index Cond: \(\(gateway = [\w.]+\) AND \(due_at IS NOT NULL\) AND \(due_at <= .+\)\)", plan), (
+        plan
+    )
 
 
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:

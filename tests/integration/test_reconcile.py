@@ -185,6 +185,25 @@ async def lapsed_holds(postgres_url: str, worker: InProcessWorker, count: int) -
     return payments
 
 
+async def test_a_word_about_a_hold_that_postgres_refuses_is_told_as_such_and_costs_no_other(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Instant()
+    monkeypatch.setattr(gateway, "status", lambda request: asyncio.sleep(0, Expired("gone")))
+    installed(monkeypatch, gateway)
+    async with running_worker(postgres_url, gateway) as worker:
+        payments = await lapsed_holds(postgres_url, worker, 3)
+    refusing = f"ALTER TABLE payments ADD CHECK (released_minor = 0 OR payment_id <> '{payments[1]}')"
+    await value(postgres_url, refusing)
+    before = REGISTRY.get_sample_value("payments_refused_answers_total") or 0.0
+    settings = here(postgres_url, redis_url)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    assert REGISTRY.get_sample_value("payments_refused_answers_total") == before + 1
+    told = [line for line in capsys.readouterr().out.splitlines() if "the provider says: expired" in line]
+    assert sorted("could not be saved" in line for line in told) == [False, False, True]
+    assert await value(postgres_url, "SELECT count(*) FROM payments WHERE released_minor > 0") == 2
+
+
 async def test_workers_share_the_holds_past_their_end_and_none_is_asked_about_twice(postgres_url: str) -> None:
     gateway = StillHeld()
     async with running_worker(postgres_url, gateway) as worker:
@@ -486,10 +505,10 @@ async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(pos
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(*(delivery("charge", each, f"key-{each}") for each in payments))
         await worker.idle()
-    due = "UPDATE operations SET due_at = now() - interval '1 hour', gateway = $1 WHERE payment_id = ANY($2)"
+    due = "UPDATE operations SET due_at = now() - interval '1 day', gateway = $1 WHERE payment_id = ANY($2)"
     for name, some in (("busy", payments[:20]), ("free", payments[20:30]), ("removed", payments[30:])):
         await value(postgres_url, due, name, some)
-    await value(postgres_url, "UPDATE operations SET due_at = now() WHERE gateway <> 'busy'")
+    await value(postgres_url, "UPDATE operations SET due_at = now() WHERE gateway = 'free'")
     pool = await create_pool(postgres_url, size=1)
     store, lease = PostgresStore(pool), timedelta(seconds=60)
     claimed = await store.claim_due(limit=8, lease=lease, rooms={"busy": 0, "free": 5})
@@ -497,6 +516,33 @@ async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(pos
     claimed = await store.claim_due(limit=8, lease=lease, rooms={"busy": 3, "free": 100})
     assert Counter(operation.gateway for _, operation in claimed) == {"busy": 3, "free": 5, "removed": 2}
     pool.terminate()
+
+
+async def test_what_is_of_a_gateway_that_is_not_here_is_left_to_whoever_has_it_until_nobody_seems_to(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payment_id, gateway = new_payment_id(), BookkeepingGateway()
+    gateway.outcome = lambda request: Unreachable("429")
+    due = "UPDATE operations SET due_at = now() - $1::interval, dispatched_at = now() - interval '1 day'"
+    async with running_worker(postgres_url, gateway) as new, running_worker(postgres_url, Instant()) as old:
+        await new.accept(delivery("charge", payment_id, "charge"))
+        await new.idle()
+        await value(postgres_url, due, timedelta(hours=5))
+        assert await old.sweep.sweep_once() == 0
+        assert await run(here(postgres_url, redis_url), capsys, dry_run=False) == []
+        await value(postgres_url, due, timedelta(hours=7))
+        assert await old.sweep.sweep_once() == 1
+        await old.idle()
+    assert (await events_of(postgres_url, payment_id))[-1]["reason"] == "gateway_unavailable"
+
+
+async def test_what_is_left_at_a_gateway_that_is_not_here_is_told(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await under_way(postgres_url, BookkeepingGateway(), lambda request: Pending(request.provider_key), 3)
+    settings = here(postgres_url, redis_url)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    assert "3 left at books: this gateway is not configured here" in capsys.readouterr().err
 
 
 async def test_while_a_provider_rests_what_is_stuck_there_stays_due_for_whoever_may_ask_first(

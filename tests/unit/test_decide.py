@@ -271,6 +271,17 @@ def test_a_capture_in_part_releases_the_rest_where_a_gateway_captures_once() -> 
     assert _rejection(story)[0] == STATE
 
 
+def test_a_capture_at_a_gateway_that_was_removed_meanwhile_counts_and_releases_nothing() -> None:
+    story = Story(rules(gateways={"books": replace(CAPABILITIES, multi_capture=False)}))
+    story.does("authorize")
+    story.send("capture", amount_minor=4_000)
+    story.rules = rules(gateways={"other": CAPABILITIES}, default_gateway="other")
+    story.answer()
+    assert story.amounts() == (10_000, 4_000, 0, 0)
+    story.send("capture", "again")
+    assert _rejection(story) == ("unknown_gateway", ("gateway",))
+
+
 def test_a_void_after_a_partial_capture_releases_the_rest_and_keeps_the_captured_refundable() -> None:
     story = told(partly_captured)
     story.send("void")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
+from aiokafka.consumer.fetcher import Fetcher, FetchError, FetchResult, PartitionRecords
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import calc_crc32c
@@ -37,6 +37,7 @@ class Consumer:
     def __init__(self, logs: dict[TopicPartition, list[bytes]]) -> None:
         self._logs = logs
         self.corrupt: set[TopicPartition] = set()
+        self.begins_at: dict[TopicPartition, int] = {}
         self.committed_to: dict[TopicPartition, int] = {}
         self.failing_questions = 0
         self._state = SubscriptionState()
@@ -61,6 +62,10 @@ class Consumer:
     def _fetch(self) -> None:
         for partition in sorted(self.assignment() - self._fetcher._records.keys()):
             position = self._position(partition)
+            if position < self.begins_at.get(partition, 0):
+                error = OffsetOutOfRangeError({partition: position})
+                self._fetcher._records[partition] = FetchError(error=error, backoff=0)
+                continue
             if not (left := self._logs[partition][position:]):
                 continue
             batch = batch_of(position, left)
@@ -87,7 +92,7 @@ class Consumer:
         return self.committed_to.get(partition)
 
     async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        return dict.fromkeys(partitions, 0)
+        return {each: self.begins_at.get(each, 0) for each in partitions}
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         self._state.subscription.assignment.state_value(partition).seek(offset)
@@ -122,6 +127,10 @@ def parks(failures: int = 0) -> tuple[Callable[..., Any], list[int]]:
     return park, parked
 
 
+def unheard(*place: Any) -> None:
+    raise AssertionError(f"nothing was deleted: {place}")
+
+
 def logs() -> dict[TopicPartition, list[bytes]]:
     return {SOUND: [b"a1", b"a2", b"a3", b"a4", b"a5"], SICK: [b"b1", BAD, b"b3"]}
 
@@ -135,7 +144,7 @@ async def test_what_cannot_be_decoded_is_parked_and_nothing_else_is_missing(fail
     consumer = Consumer(logs())
     consumer.failing_questions = questions
     park, parked = parks(failures)
-    reader = SkippingReader.install(consumer, park)
+    reader = SkippingReader.install(consumer, park, unheard)
     assert await read_on(consumer) == EVERYTHING
     assert (parked, reader.is_careful) == ([1], False)
 
@@ -143,17 +152,27 @@ async def test_what_cannot_be_decoded_is_parked_and_nothing_else_is_missing(fail
 async def test_a_partition_that_cannot_be_read_holds_up_no_other_and_loses_nothing() -> None:
     consumer = Consumer({SOUND: EVERYTHING[0], SICK: EVERYTHING[1]})
     consumer.corrupt = {SICK}
-    SkippingReader.install(consumer, parks()[0])
+    SkippingReader.install(consumer, parks()[0], unheard)
     assert await read_on(consumer) == {0: EVERYTHING[0]}
     consumer.corrupt = set()
     consumer._fetcher._records.clear()
     assert await read_on(consumer) == {1: EVERYTHING[1]}
 
 
+@pytest.mark.parametrize("is_careful", [False, True], ids=["", "read one by one"])
+async def test_what_was_deleted_before_it_was_read_is_told_and_costs_no_other(is_careful: bool) -> None:
+    consumer = Consumer(logs() if is_careful else {SOUND: EVERYTHING[0], SICK: EVERYTHING[1]})
+    told: list[Any] = []
+    SkippingReader.install(consumer, parks()[0], lambda *place: told.append(place))
+    consumer.begins_at = {SOUND: 2}
+    assert await read_on(consumer) == {0: EVERYTHING[0][2:], 1: EVERYTHING[1]}
+    assert told == [("t", 0, 0, 2)]
+
+
 async def test_who_loses_the_bad_records_partition_reads_as_usual_again() -> None:
     consumer = Consumer(logs())
     park, parked = parks()
-    reader = SkippingReader.install(consumer, park)
+    reader = SkippingReader.install(consumer, park, unheard)
     await consumer.getmany(timeout_ms=5, max_records=500)
     assert reader.is_careful
     consumer.assign(SOUND)
@@ -164,7 +183,7 @@ async def test_who_loses_the_bad_records_partition_reads_as_usual_again() -> Non
 async def test_once_the_bad_record_is_gone_it_reads_as_usual_again() -> None:
     """Its topic may forget it before it is met again."""
     consumer = Consumer(logs())
-    reader = SkippingReader.install(consumer, parks()[0])
+    reader = SkippingReader.install(consumer, parks()[0], unheard)
     await consumer.getmany(timeout_ms=5, max_records=500)
     consumer._logs[SICK][1] = b"b2"
     await read_on(consumer, reads=10 + IDLE_PASSES_MAX)
