@@ -193,10 +193,24 @@ async def test_newer_offsets_outlast_a_commit_that_failed() -> None:
         return SimpleNamespace(topic="t", partition=3, offset=offset)
 
     async def commit(_: object) -> None:
-        offsets.accepted(kafka, [record(7)])
+        await offsets.accepted(kafka, [record(7)])
         raise KafkaError("away")
 
-    kafka = Mock(commit=commit)
-    offsets.accepted(kafka, [record(4)])
+    kafka = Mock(commit=commit, position=AsyncMock(return_value=0))
+    await offsets.accepted(kafka, [record(4)])
     await offsets.commit()
     assert offsets._next == {TopicPartition("t", 3): 8}
+
+
+@pytest.mark.parametrize(("position", "read_to"), [(9, 9), (2, 5), (None, 5)], ids=["the end of a transaction", "", ""])
+async def test_what_was_accepted_is_read_to_its_last_record_at_least(position: int | None, read_to: int) -> None:
+    """A partition that has only just come back has its old position, or none yet, for which nobody may wait."""
+
+    async def wait_for_ever(_: object) -> int:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    offsets = consumer.Offsets()
+    kafka = Mock(position=AsyncMock(return_value=position) if position else wait_for_ever)
+    await offsets.accepted(kafka, [SimpleNamespace(topic="t", partition=3, offset=4)])
+    assert offsets._next == {TopicPartition("t", 3): read_to}
