@@ -39,8 +39,15 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("UPDATE payments SET owed_captured_minor = owed_captured_minor - owed_returned_minor")
-    op.execute("ALTER TABLE payments DROP CONSTRAINT payments_returned_within_owed")
+    # Between the two no constraint holds: what is returned counts as a refund only when it is owed no more.
+    op.execute(
+        "ALTER TABLE payments DROP CONSTRAINT payments_returned_within_owed,"
+        " DROP CONSTRAINT payments_refunded_within_captured"
+    )
+    op.execute(
+        "UPDATE payments SET owed_captured_minor = owed_captured_minor - owed_returned_minor"
+        " WHERE owed_returned_minor <> 0"
+    )
     _constrain(
         {
             "payments_amounts_not_negative": f"least({AMOUNTS}) >= 0",

@@ -79,6 +79,22 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
     }
 
 
+async def test_what_was_returned_of_other_attempts_is_no_hindrance_to_going_back(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    """Both payments were paid twice, and of one the second hundred was given back."""
+    returned = {"authorized_minor": 200, "captured_minor": 200, "refunded_minor": 100, "owed_captured_minor": 100}
+    for number, more in enumerate(({}, {"owed_returned_minor": 100})):
+        row = {"payment_id": uuid.UUID(int=number), "status": "partially_refunded", "currency": "EUR"}
+        await insert(connection, "payments", row | returned | more)
+    written = "SELECT owed_captured_minor, xmin::text FROM payments ORDER BY payment_id"
+    before = await connection.fetch(written)
+    migrate.downgrade(postgres_url, "0011")
+    after = await connection.fetch(written)
+    assert [row["owed_captured_minor"] for row in after] == [100, 0]
+    assert after[0] == before[0], "it was written for nothing"
+
+
 def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
     """Both are made to wait at the same door before either has begun."""
     # Processes: Alembic's own state is one for all threads of a process.
