@@ -1,9 +1,9 @@
 """An authorization whose hold has ended is `lapsed`: its end, told again, is not taken for that of another attempt's.
 
 On a busy table: replaces two CHECK constraints unvalidated first; by `migrations.steps`, so that no table is read under
-a lock. Workers of the release before cannot read what has become `lapsed`: a command that was executed by it, should it
-be delivered again, they park as `cannot_be_processed`, from where it is retried once they are replaced. Backward: calls
-it `succeeded` again; operations are read through under a lock.
+a lock. Workers of the release before cannot read what has become `lapsed`: its command, should it be delivered again,
+they park as `cannot_be_processed`, and `payments dlq retry` answers it once they are replaced. Backward: calls it
+`succeeded` again; operations are read through under a lock.
 """
 
 from alembic import op
