@@ -25,6 +25,7 @@ from app.command_line import advice_on
 from infra.postgres import migrate
 from infra.postgres.schema import schema_trouble
 from infra.postgres.tables import metadata
+from migrations import steps
 
 # Everything that the schema consists of, in words.
 SCHEMA = """
@@ -176,6 +177,18 @@ def test_payments_do_not_wait_behind_a_migration_that_waits(empty_postgres_url: 
         assert not upgrading.done()
         report.rollback()
         assert upgrading.result() > "0004"
+
+
+def test_a_migration_gives_up_on_a_table_that_stays_busy(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "PAUSES_SECONDS", (0.01,))
+    migrate.upgrade(empty_postgres_url, "0011")
+    with psycopg.connect(empty_postgres_url) as report:
+        report.execute("SELECT FROM payments")
+        with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+            migrate.upgrade(empty_postgres_url, "0012")
+    assert migrate.upgrade(empty_postgres_url, "0012") == "0012"
 
 
 class Interrupted(Exception):
@@ -373,8 +386,8 @@ def test_an_older_schema_is_made_alone_and_a_newer_one_is_not_called_older(
     empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAYMENTS_POSTGRES_URL", empty_postgres_url)
-    for steps, now in ((["0004"], "0004"), (["0005"], "0005"), (["0004"], "0005"), (["0004", "--down"], "0004")):
-        done = CliRunner().invoke(app, ["migrate", "--to", *steps])
+    for words, now in ((["0004"], "0004"), (["0005"], "0005"), (["0004"], "0005"), (["0004", "--down"], "0004")):
+        done = CliRunner().invoke(app, ["migrate", "--to", *words])
         assert (done.exit_code, done.output) == (0, f"The schema is at {now}.\n")
 
 
