@@ -484,6 +484,8 @@ def maintain(data_dir: DataDir = None) -> None:
     typer.echo(f"{len(report.made)} partitions made, {len(report.dropped)} dropped, {report.moved_rows} rows moved.")
     for reason in report.kept_because:
         typer.echo(f"Old partitions are kept: {reason}.")
+    if report.failed:
+        fail("\n".join(f"Left undone: {each}." for each in report.failed))
 
 
 @app.command()

@@ -7,10 +7,12 @@ any number may do it at once. Should none, rows land in the default partition an
 
 import asyncio
 from datetime import timedelta
+from typing import Final
 
 import asyncpg
 import structlog
 from aiokafka.admin import AIOKafkaAdminClient
+from prometheus_client import Gauge
 
 from app.health import Checks
 from app.settings import Settings
@@ -20,11 +22,17 @@ from infra.postgres.inbox import forget_applied
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.schema import schema_trouble
 
+LAST_SUCCESS: Final = Gauge(
+    "payments_maintenance_last_success_timestamp_seconds", "When a round of maintenance last left nothing undone"
+)
+
 log = structlog.get_logger(__name__)
 
 
 async def maintain_once(settings: Settings) -> MaintenanceReport:
     """Make the partitions of the coming days; drop those past retention, and forget webhooks that are.
+
+    What is left undone, and why, is in the report and in the log.
 
     Raises:
         `infra.postgres.errors.AWAY`: as `infra.postgres.maintenance.maintain`.
@@ -35,11 +43,15 @@ async def maintain_once(settings: Settings) -> MaintenanceReport:
         days_ahead=settings.outbox_days_ahead,
         retention_days=settings.outbox_retention_days,
     )
+    if report.failed:
+        log.warning("maintenance left something undone", failed=report.failed)
     if report.kept_because:
         log.warning("old outbox partitions kept", reasons=report.kept_because)
     forgotten = await forget_applied(settings.postgres_url, older_than=timedelta(days=settings.inbox_retention_days))
     if forgotten:
         log.info("old webhooks forgotten", webhooks=forgotten)
+    if not (report.failed or report.kept_because):
+        LAST_SUCCESS.set_to_current_time()
     return report
 
 

@@ -103,9 +103,10 @@ async def prepare(settings: Settings) -> None:
     """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
 
     Raises:
-        SQLAlchemyError, KafkaError: a server is away or refuses.
+        SQLAlchemyError, KafkaError, StoreUnavailable: a server is away or refuses.
     """
     from app.maintenance import maintain_once
+    from domain.errors import StoreUnavailable
     from infra.kafka.topics import ensure_topics
     from infra.postgres.migrate import upgrade
 
@@ -113,7 +114,9 @@ async def prepare(settings: Settings) -> None:
     topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics, kept=kept))
     try:
         await asyncio.to_thread(upgrade, settings.postgres_url)
-        await maintain_once(settings)
+        report = await maintain_once(settings)
+        if report.failed:
+            raise StoreUnavailable("; ".join(report.failed))
     finally:
         await topics
 

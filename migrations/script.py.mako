@@ -1,6 +1,6 @@
 """${message}.
 
-On a busy table: say what this locks and for how long. Backward: say what is lost.
+On a busy table: say what this locks and for how long; `migrations.steps` has what needs to lock nobody out. Backward: say what is lost.
 """
 
 from alembic import op

@@ -5,6 +5,9 @@ the past, and a dropped one, lock inserts out for some milliseconds. A lock that
 wait as well, so it is given up after `LOCK_TIMEOUT` and asked for again after a pause, over some 20 seconds: a
 transaction that is stopped in its middle is ended by the server before that (infra/postgres/store.py).
 
+What payments write to comes first, and what cannot be done holds up nothing else: a day of the past that will not move
+keeps neither the coming days from their partitions nor the rest from its retention.
+
 DETACH CONCURRENTLY is no way to drop: Postgres refuses it on a table that has a default partition.
 """
 
@@ -18,6 +21,11 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
+from infra.postgres.errors import AWAY, told
+
+COMMAND_TIMEOUT_SECONDS: Final = 300.0
+PORTION_PAGES: Final = 1_000
+"""Of the default partition, 8 MB: as much is moved by one statement, however long all of a day's rows take."""
 LOCK_TIMEOUT: Final = "200ms"
 PAUSES_SECONDS: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
 PASS_SECONDS: Final = 10.0
@@ -30,6 +38,7 @@ PARTITIONS: Final = """
      WHERE i.inhparent = 'outbox'::regclass ORDER BY c.relname
 """
 TODAY: Final = "SELECT (now() AT TIME ZONE 'UTC')::date"
+DEFAULT_PAGES: Final = "SELECT pg_relation_size('outbox_default') / current_setting('block_size')::int"
 DEFAULT_DAYS: Final = "SELECT DISTINCT (created_at AT TIME ZONE 'UTC')::date FROM outbox_default"
 LAST: Final = "SELECT coalesce(max(xact), 0) FROM outbox WHERE created_at < $1"
 # While nothing happens a slot stands still; what its relay has proven counts then.
@@ -59,41 +68,68 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """What one round did. `kept_because` says why partitions past retention were not dropped."""
+    """What one round did. `kept_because` says why partitions past retention were not dropped, `failed` what else was to
+    be done and could not be."""
 
     made: tuple[date, ...]
     moved_rows: int
     dropped: tuple[date, ...]
     kept_because: tuple[str, ...]
+    failed: tuple[str, ...] = ()
 
 
 async def maintain(url: str, *, days_ahead: int, retention_days: int) -> MaintenanceReport:
     """Make the partitions of today and the next `days_ahead` days; drop those over `retention_days` old.
 
     Rows that landed in the default partition move to the partition of their day. Does nothing when all is done;
-    several processes may do it at once.
+    several processes may do it at once. What Postgres refuses, since the table stays too busy, say, is in the report.
 
     Raises:
-        `infra.postgres.errors.AWAY`: Postgres cannot be reached, or refused; a LockNotAvailableError when the table
-            stayed too busy.
+        `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
-    connection = await asyncpg.connect(url, timeout=10, command_timeout=300)
+    connection = await asyncpg.connect(url, timeout=10, command_timeout=COMMAND_TIMEOUT_SECONDS)
     try:
         await connection.execute(f"SELECT pg_advisory_lock({MAINTENANCE_LOCK:d})")  # released as the session ends
         await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         today = await connection.fetchval(TODAY)
-        made, moved = await _make(connection, {today + timedelta(days=ahead) for ahead in range(days_ahead + 1)})
-        dropped, kept_because = await _drop(connection, today - timedelta(days=retention_days))
-        return MaintenanceReport(made, moved, dropped, kept_because)
+        return await _Round(connection).all(
+            {today + timedelta(days=ahead) for ahead in range(days_ahead + 1)}, today - timedelta(days=retention_days)
+        )
     finally:
         await connection.close(timeout=10)
 
 
-async def _make(connection: "asyncpg.Connection[Any]", wanted: set[date]) -> tuple[tuple[date, ...], int]:
-    found = {row[0] for row in await connection.fetch(DEFAULT_DAYS)}
-    missing = sorted((wanted | found) - set(await _days(connection)))
-    moved = [await _patiently(partial(_attach, connection, day)) for day in missing]
-    return tuple(missing), sum(moved)
+class _Round:
+    """One round's steps, and what became of them."""
+
+    def __init__(self, connection: "asyncpg.Connection[Any]") -> None:
+        self._connection = connection
+        self._moved: dict[date, int] = {}
+        self._failed: list[str] = []
+
+    async def all(self, wanted: set[date], oldest: date) -> MaintenanceReport:
+        await self._make(wanted)
+        found = await self._attempt("rows without a partition", partial(self._connection.fetch, DEFAULT_DAYS))
+        await self._make({row[0] for row in found or ()} - wanted)
+        dropped, kept = await self._attempt("old partitions", partial(_drop, self._connection, oldest)) or ((), ())
+        return MaintenanceReport(tuple(self._moved), sum(self._moved.values()), dropped, kept, tuple(self._failed))
+
+    async def _make(self, days: set[date]) -> None:
+        for day in sorted(days - set(await _days(self._connection))):
+            attach = partial(_attach, self._connection, day)
+            moved = await self._attempt(f"the partition of {day}", partial(_patiently, attach))
+            if moved is not None:
+                self._moved[day] = moved
+
+    async def _attempt(self, what: str, step: Callable[[], Awaitable[T]]) -> T | None:
+        """What `step` returns, None where Postgres refuses it."""
+        try:
+            return await step()
+        except AWAY as error:
+            if self._connection.is_closed():
+                raise
+            self._failed.append(f"{what}: {told(error)}")
+            return None
 
 
 async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
@@ -122,12 +158,19 @@ async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
 
 
 async def _move(connection: "asyncpg.Connection[Any]", day: date) -> int:
-    done = await connection.execute(  # the name is made of a date
-        "WITH moved AS (DELETE FROM outbox_default WHERE created_at >= $1 AND created_at < $2 RETURNING *)"  # noqa: S608
-        f" INSERT INTO {_name(day)} SELECT * FROM moved",
-        *_bounds(day),
-    )
-    return int(done.split()[-1])
+    """In portions, so that none takes as long as the client waits; all in the transaction that attaches it."""
+    moved = 0
+    for first in range(0, await connection.fetchval(DEFAULT_PAGES), PORTION_PAGES):
+        done = await connection.execute(  # the name is made of a date
+            "WITH moved AS (DELETE FROM outbox_default WHERE ctid >= $1 AND ctid < $2"  # noqa: S608
+            " AND created_at >= $3 AND created_at < $4 RETURNING *)"
+            f" INSERT INTO {_name(day)} SELECT * FROM moved",
+            (first, 0),
+            (first + PORTION_PAGES, 0),
+            *_bounds(day),
+        )
+        moved += int(done.split()[-1])
+    return moved
 
 
 async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tuple[date, ...], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """The schema's versions: forward and back by Alembic, whose scripts lie in `migrations/`."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def sync_url(url: str) -> str:
 def upgrade(url: str, revision: str = "head") -> str:
     """Bring the database at `url` to `revision`; where it is there or beyond, nothing is done. The one it is at now.
 
-    Safe to run concurrently.
+    Safe to run concurrently, and again where it was interrupted.
     """
     return _run(url, lambda config: command.upgrade(config, revision))
 
@@ -32,14 +33,21 @@ def downgrade(url: str, revision: str) -> str:
     return _run(url, lambda config: command.downgrade(config, revision))
 
 
+def _take_turns(connection: sa.Connection) -> None:
+    """Wait without a transaction: an index that is made CONCURRENTLY waits for the end of all that are open."""
+    while not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(MIGRATION_LOCK))):
+        connection.commit()
+        time.sleep(0.1)
+    connection.commit()
+
+
 def _run(url: str, step: Callable[[Config], None]) -> str:
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     engine = sa.create_engine(sync_url(url), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(MIGRATION_LOCK)))
-            connection.commit()
+            _take_turns(connection)
             config.attributes["connection"] = connection
             step(config)
             connection.commit()

@@ -1,7 +1,8 @@
 """What the relay needs beyond the slot: an order to read the outbox by, its own progress, and a quarantine.
 
 On a busy table: the new columns of `outbox` have no value in old rows, so that nothing is rewritten; their index is
-built while inserts wait, some seconds a million retained events. Backward: drops them, and what lies in quarantine.
+built while readers and writers wait, some seconds a million retained events. Backward: drops them, and what lies in
+quarantine.
 """
 
 from alembic import op

@@ -1,11 +1,14 @@
 """Webhooks are stored before they are answered; disputes; operations that expire.
 
-On a busy table: adds a column without a default and replaces two CHECK constraints unvalidated first, so that no table
-is read under a lock. Workers of the release before wait, and lose nothing, until they are replaced. Backward: drops the
-inbox and what is known of disputes; refuses while an operation is `expired`.
+On a busy table: adds a column without a default and replaces two CHECK constraints unvalidated first; by
+`migrations.steps`, so that no table is read under a lock. Workers of the release before wait, and lose nothing, until
+they are replaced. Backward: drops the inbox and what is known of disputes; refuses while an operation is `expired`;
+operations are read through under a lock.
 """
 
 from alembic import op
+
+from migrations import steps
 
 revision = "0005"
 down_revision = "0004"
@@ -40,25 +43,22 @@ STATES = (
 ENDED = "'rejected', 'succeeded', 'declined', 'not_executed'"
 
 
-def _constrain(states: str, ended: str) -> None:
-    for name, check in (
-        ("operations_state_known", f"state IN ({states})"),
-        ("operations_final_has_result", f"state NOT IN ({ended}) OR (result IS NOT NULL AND due_at IS NULL)"),
-    ):
-        op.execute(f"ALTER TABLE operations DROP CONSTRAINT {name}")
-        op.execute(f"ALTER TABLE operations ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
-        op.execute(f"ALTER TABLE operations VALIDATE CONSTRAINT {name}")
+def _checks(states: str, ended: str) -> dict[str, str]:
+    return {
+        "operations_state_known": f"state IN ({states})",
+        "operations_final_has_result": f"state NOT IN ({ended}) OR (result IS NOT NULL AND due_at IS NULL)",
+    }
 
 
 def upgrade() -> None:
+    steps.change("ALTER TABLE payments ADD COLUMN IF NOT EXISTS disputes text")
+    steps.constrain("operations", _checks(f"{STATES}, 'expired'", f"{ENDED}, 'expired'"))
     op.execute(INBOX)
-    op.execute("ALTER TABLE payments ADD COLUMN disputes text")
     op.execute("ALTER TYPE payment_row ADD ATTRIBUTE disputes text")
-    _constrain(f"{STATES}, 'expired'", f"{ENDED}, 'expired'")
 
 
 def downgrade() -> None:
-    _constrain(STATES, ENDED)
+    steps.constrain_at_once("operations", _checks(STATES, ENDED))
     op.execute("ALTER TYPE payment_row DROP ATTRIBUTE disputes")
     op.execute("ALTER TABLE payments DROP COLUMN disputes")
     op.execute("DROP TABLE inbox")

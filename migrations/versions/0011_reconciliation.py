@@ -1,12 +1,14 @@
 """Holds have a time at which they are asked about next, and what is due is found gateway by gateway.
 
-On a busy table: adds a column without a default and one with a constant, so that no table is rewritten. Making the
-indexes has writers wait, about a second for a million rows: made beforehand by hand, CONCURRENTLY and under their
-names, they are left as they are. Workers of the release before find what is due more slowly, and ask about holds at
-every round, until they are replaced. Backward: forgets when holds were asked about.
+On a busy table: adds a column without a default and one with a constant, so that no table is rewritten, and makes
+indexes CONCURRENTLY; by `migrations.steps`, so that no table is read under a lock. Workers of the release before find
+what is due more slowly, and ask about holds at every round, until they are replaced. Backward: forgets when holds were
+asked about; makes an index while operations are not written.
 """
 
 from alembic import op
+
+from migrations import steps
 
 revision = "0011"
 down_revision = "0010"
@@ -17,20 +19,20 @@ depends_on = None
 # By the amounts, so that whatever is held is found, under every status; they change where the status, which stands in
 # an index anyway, changes with them.
 HOLDS = """
-    CREATE INDEX IF NOT EXISTS payments_hold_due ON payments (greatest(hold_due_at, authorization_expires_at))
-     WHERE authorized_minor > captured_minor + released_minor
+    payments (greatest(hold_due_at, authorization_expires_at)) WHERE authorized_minor > captured_minor + released_minor
 """
 # A gateway that may not be asked now, however much of it is due, stands in no other's way.
-DUE = "CREATE INDEX IF NOT EXISTS operations_due_by_gateway ON operations (gateway, due_at) WHERE due_at IS NOT NULL"
+DUE = "operations (gateway, due_at) WHERE due_at IS NOT NULL"
 
 
 def upgrade() -> None:
-    op.execute(
-        "ALTER TABLE payments ADD COLUMN hold_due_at timestamptz, ADD COLUMN hold_questions integer NOT NULL DEFAULT 0"
+    steps.change(
+        "ALTER TABLE payments ADD COLUMN IF NOT EXISTS hold_due_at timestamptz,"
+        " ADD COLUMN IF NOT EXISTS hold_questions integer NOT NULL DEFAULT 0"
     )
-    op.execute(HOLDS)
-    op.execute(DUE)
-    op.execute("DROP INDEX operations_due")
+    steps.make_index("payments_hold_due", HOLDS)
+    steps.make_index("operations_due_by_gateway", DUE)
+    steps.drop_index("operations_due")
 
 
 def downgrade() -> None:

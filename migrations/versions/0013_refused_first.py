@@ -1,11 +1,12 @@
 """What was refused at the door, and so was never executed, is found without reading past all else that is due.
 
-On a busy table: an index of a handful of rows, over a table that is read once for it; writers wait for about a second
-for a million rows. Made beforehand by hand, CONCURRENTLY and under its name, it is left as it is. Workers of the
-release before work on as they did. Backward: drops the index.
+On a busy table: an index of a handful of rows, over a table that is read for it, CONCURRENTLY. Workers of the release
+before work on as they did. Backward: drops the index.
 """
 
 from alembic import op
+
+from migrations import steps
 
 revision = "0013"
 down_revision = "0012"
@@ -13,14 +14,11 @@ branch_labels = None
 depends_on = None
 
 # An operation is inserted leased and, where its first attempt has an end, leaves this state: only the refused enter.
-REFUSED = """
-    CREATE INDEX IF NOT EXISTS operations_refused ON operations (gateway, due_at)
-     WHERE state = 'dispatched' AND NOT is_leased
-"""
+REFUSED = "operations (gateway, due_at) WHERE state = 'dispatched' AND NOT is_leased"
 
 
 def upgrade() -> None:
-    op.execute(REFUSED)
+    steps.make_index("operations_refused", REFUSED)
 
 
 def downgrade() -> None:

@@ -1,11 +1,14 @@
 """An authorization whose hold has ended is `lapsed`: its end, told again, is not taken for that of another attempt's.
 
-On a busy table: replaces two CHECK constraints, for which the operations are read through while writers wait. Workers
-of the release before wait with what has become `lapsed`, and lose nothing, until they are replaced. Backward: calls it
-`succeeded` again.
+On a busy table: replaces two CHECK constraints unvalidated first; by `migrations.steps`, so that no table is read under
+a lock. Workers of the release before cannot read what has become `lapsed`: its command, should it be delivered again,
+they park as `cannot_be_processed`, and `payments dlq retry` answers it once they are replaced. Backward: calls it
+`succeeded` again; operations are read through under a lock.
 """
 
 from alembic import op
+
+from migrations import steps
 
 revision = "0014"
 down_revision = "0013"
@@ -19,19 +22,17 @@ STATES = (
 ENDED = "'rejected', 'succeeded', 'declined', 'not_executed', 'expired'"
 
 
-def _constrain(states: str, ended: str) -> None:
-    for name, check in (
-        ("operations_state_known", f"state IN ({states})"),
-        ("operations_final_has_result", f"state NOT IN ({ended}) OR (result IS NOT NULL AND due_at IS NULL)"),
-    ):
-        op.execute(f"ALTER TABLE operations DROP CONSTRAINT {name}")
-        op.execute(f"ALTER TABLE operations ADD CONSTRAINT {name} CHECK ({check})")
+def _checks(states: str, ended: str) -> dict[str, str]:
+    return {
+        "operations_state_known": f"state IN ({states})",
+        "operations_final_has_result": f"state NOT IN ({ended}) OR (result IS NOT NULL AND due_at IS NULL)",
+    }
 
 
 def upgrade() -> None:
-    _constrain(f"{STATES}, 'lapsed'", f"{ENDED}, 'lapsed'")
+    steps.constrain("operations", _checks(f"{STATES}, 'lapsed'", f"{ENDED}, 'lapsed'"))
 
 
 def downgrade() -> None:
     op.execute("UPDATE operations SET state = 'succeeded' WHERE state = 'lapsed'")
-    _constrain(STATES, ENDED)
+    steps.constrain_at_once("operations", _checks(STATES, ENDED))

@@ -1,10 +1,12 @@
 """The schema: forward and back, and what it refuses whoever writes."""
 
+import contextlib
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -14,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg import sql
 from typer.testing import CliRunner
 
 import migrations
@@ -22,6 +25,7 @@ from app.command_line import advice_on
 from infra.postgres import migrate
 from infra.postgres.schema import schema_trouble
 from infra.postgres.tables import metadata
+from migrations import steps
 
 # Everything that the schema consists of, in words.
 SCHEMA = """
@@ -79,16 +83,32 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
     }
 
 
+async def test_what_was_returned_of_other_attempts_is_no_hindrance_to_going_back(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    """Both payments were paid twice, and of one the second hundred was given back."""
+    returned = {"authorized_minor": 200, "captured_minor": 200, "refunded_minor": 100, "owed_captured_minor": 100}
+    for number, more in enumerate(({}, {"owed_returned_minor": 100})):
+        row = {"payment_id": uuid.UUID(int=number), "status": "partially_refunded", "currency": "EUR"}
+        await insert(connection, "payments", row | returned | more)
+    written = "SELECT owed_captured_minor, xmin::text FROM payments ORDER BY payment_id"
+    before = await connection.fetch(written)
+    migrate.downgrade(postgres_url, "0011")
+    after = await connection.fetch(written)
+    assert [row["owed_captured_minor"] for row in after] == [100, 0]
+    assert after[0] == before[0], "it was written for nothing"
+
+
 def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
-    """Both are made to wait at the same door before either has begun."""
+    """Both are made to wait at the same door before either has begun; who waits has no transaction open meanwhile."""
     # Processes: Alembic's own state is one for all threads of a process.
     upgrade = [sys.executable, "-c", "import sys; from infra.postgres.migrate import upgrade; upgrade(sys.argv[1])"]
-    queue = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted AND database = %s"
+    queue = """SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+                  AND backend_type = 'client backend' AND state = 'idle' AND query = 'COMMIT'"""
     with psycopg.connect(empty_postgres_url, autocommit=True) as door:
         door.execute("SELECT pg_advisory_lock(%s)", [migrate.MIGRATION_LOCK])
-        database = one_value(door, "SELECT oid FROM pg_database WHERE datname = current_database()")
         running = [subprocess.Popen([*upgrade, empty_postgres_url]) for _ in range(2)]
-        while one_value(door, queue, [migrate.MIGRATION_LOCK % 2**32, database]) < len(running):
+        while one_value(door, queue) < len(running):
             assert [each.poll() for each in running] == [None, None], "one went past the lock"
             time.sleep(0.05)
     assert [each.wait(timeout=120) for each in running] == [0, 0]
@@ -99,6 +119,109 @@ def one_value(connection: psycopg.Connection[Any], query: LiteralString, values:
     row = connection.execute(query, values).fetchone()
     assert row is not None
     return row[0]
+
+
+BUSY = ("payments", "operations")
+LOCKS = """
+    SELECT count(*) FROM pg_locks WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND relation IN ('payments'::regclass, 'operations'::regclass)
+       AND mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND
+"""
+"""That keep payments from being written, or read."""
+
+
+@contextlib.contextmanager
+def each_statement(event: str, seen: Callable[[str], None]) -> Iterator[None]:
+    """Have `seen` called with the SQL of each statement of SQLAlchemy's, before or after it is executed."""
+
+    def told(connection: object, cursor: object, statement: str, *others: object) -> None:
+        seen(statement)
+
+    sa.event.listen(sa.Engine, event, told)
+    try:
+        yield
+    finally:
+        sa.event.remove(sa.Engine, event, told)
+
+
+def test_no_lock_on_payments_outlives_the_statement_that_takes_it(empty_postgres_url: str) -> None:
+    """So that none is held while another statement reads a table through or makes an index."""
+    migrate.upgrade(empty_postgres_url, "0004")
+    holding: list[str] = []
+    with psycopg.connect(empty_postgres_url, autocommit=True) as watch:
+
+        def look(statement: str) -> None:
+            if one_value(watch, f"{LOCKS} granted"):
+                holding.append(statement)
+
+        with each_statement("after_cursor_execute", look):
+            migrate.upgrade(empty_postgres_url)
+    assert holding == []
+
+
+@pytest.mark.parametrize("table", BUSY)
+def test_payments_do_not_wait_behind_a_migration_that_waits(empty_postgres_url: str, table: str) -> None:
+    """Somebody reads a table for long: no lock that a migration needs meanwhile stands in a payment's way for long."""
+    migrate.upgrade(empty_postgres_url, "0004")
+    with (
+        ThreadPoolExecutor() as pool,
+        psycopg.connect(empty_postgres_url) as report,
+        psycopg.connect(empty_postgres_url, autocommit=True) as payment,
+    ):
+        report.execute(sql.SQL("SELECT FROM {}").format(sql.Identifier(table)))
+        upgrading = pool.submit(migrate.upgrade, empty_postgres_url)
+        while not one_value(payment, f"{LOCKS} NOT granted"):
+            assert not upgrading.done()
+        payment.execute("SET statement_timeout = '1s'")
+        payment.execute(sql.SQL("SELECT FROM {}").format(sql.Identifier(table)))
+        assert not upgrading.done()
+        report.rollback()
+        assert upgrading.result() > "0004"
+
+
+def test_a_migration_gives_up_on_a_table_that_stays_busy(
+    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "PAUSES_SECONDS", (0.01,))
+    migrate.upgrade(empty_postgres_url, "0011")
+    with psycopg.connect(empty_postgres_url) as report:
+        report.execute("SELECT FROM payments")
+        with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+            migrate.upgrade(empty_postgres_url, "0012")
+    assert migrate.upgrade(empty_postgres_url, "0012") == "0012"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_upgrade_that_is_interrupted_anywhere_is_done_by_the_next(
+    empty_postgres_url: str, postgres_url: str
+) -> None:
+    done: set[str] = set()
+
+    def interrupt(statement: str) -> None:
+        if statement not in done:
+            done.add(statement)
+            raise Interrupted
+
+    migrate.upgrade(empty_postgres_url, "0001")
+    with each_statement("before_cursor_execute", interrupt):
+        while True:
+            with contextlib.suppress(Interrupted):
+                migrate.upgrade(empty_postgres_url)
+                break
+    assert len(done) > 30
+    assert schema_of(empty_postgres_url) == schema_of(postgres_url)
+
+
+def test_an_index_whose_making_broke_off_is_made_anew(empty_postgres_url: str, postgres_url: str) -> None:
+    migrate.upgrade(empty_postgres_url, "0012")
+    with psycopg.connect(empty_postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE INDEX operations_refused ON operations (gateway)")
+        connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'operations_refused'::regclass")
+    migrate.upgrade(empty_postgres_url)
+    assert schema_of(empty_postgres_url) == schema_of(postgres_url)
 
 
 def test_versions_form_one_line() -> None:
@@ -263,8 +386,8 @@ def test_an_older_schema_is_made_alone_and_a_newer_one_is_not_called_older(
     empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAYMENTS_POSTGRES_URL", empty_postgres_url)
-    for steps, now in ((["0004"], "0004"), (["0005"], "0005"), (["0004"], "0005"), (["0004", "--down"], "0004")):
-        done = CliRunner().invoke(app, ["migrate", "--to", *steps])
+    for words, now in ((["0004"], "0004"), (["0005"], "0005"), (["0004"], "0005"), (["0004", "--down"], "0004")):
+        done = CliRunner().invoke(app, ["migrate", "--to", *words])
         assert (done.exit_code, done.output) == (0, f"The schema is at {now}.\n")
 
 

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
-from app import clock, slots
+from app import clock, maintenance, slots
 from handlers import metrics as service_metrics
 from infra.relay import metrics as relay_metrics
 
-DEFINING = (clock, slots, service_metrics, relay_metrics)
+DEFINING = (clock, maintenance, slots, service_metrics, relay_metrics)
 """Read for the metrics that they define."""
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"][0]["rules"]
