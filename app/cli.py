@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejec
 # by name
 
 import gc
+import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,13 @@ send = typer.Typer(
 app.add_typer(send, name="send")
 app.add_typer(relay, name="relay")
 app.add_typer(dlq, name="dlq")
+
+
+@app.callback()
+def _begin() -> None:
+    # A command says itself what is amiss, and what to do; a process has the libraries told in its log.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
 
 PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
 KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]

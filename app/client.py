@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
 
 from app.settings import Settings
 from domain.commands import OperationKind, command_id
@@ -27,6 +28,8 @@ AMENDING_TYPES: Final = frozenset(event_type(kind) for kind in AMENDING_EVENTS)
 REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1", "payment.refund_failed.v1"))
 AMOUNT: Final = re.compile(r"-?(?=\.?[0-9])[0-9]{0,18}\.?[0-9]{0,50}")
 POLL_MS: Final = 200
+TOPIC_SECONDS: Final = 5.0
+"""Until a topic that was made just now is known to every broker."""
 AMENDED_SECONDS: Final = 1.0
 """What took a result back follows its repetition at once: both were written in one transaction."""
 
@@ -125,6 +128,7 @@ class PaymentsClient:
 
     def __init__(self, settings: Settings) -> None:
         self._commands = settings.commands_topic
+        self._topics = settings.topics
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True
         )
@@ -134,6 +138,7 @@ class PaymentsClient:
     async def __aenter__(self) -> Self:
         try:
             await self._producer.start()
+            await self._find_topics()
             await asyncio.gather(self._events.start(self._producer), self.dead_letters.start(self._producer))
         except BaseException:
             await self.__aexit__()
@@ -144,6 +149,15 @@ class PaymentsClient:
         await self._producer.stop()
         await self._events.stop()
         await self.dead_letters.stop()
+
+    async def _find_topics(self) -> None:
+        """A producer would wait long for a topic that is not there, and then blame Kafka."""
+        for topic in self._topics:
+            try:
+                async with asyncio.timeout(TOPIC_SECONDS):
+                    await self._producer.partitions_for(topic)
+            except TimeoutError as error:
+                raise KafkaError(f"there is no topic {topic}: `payments migrate` makes it; nothing was sent") from error
 
     async def send(self, value: bytes, payment_id: UUID) -> None:
         """Have Kafka acknowledge one message."""

@@ -1,21 +1,25 @@
 """Whether a process can do its work, and the HTTP by which each process tells it, beside its own metrics.
 
 Promises: liveness depends on nothing but the event loop; readiness names the part that is not ready; the parts are
-asked at once, and none may keep the answer waiting. Every process imports this, and starts the quicker the less it
-needs: start-up is part of every recovery.
+asked at once, and none may keep the answer waiting; the metric `payments_ready` tells the same of each part, whether
+anybody asks or not. Every process imports this, and starts the quicker the less it needs: start-up is part of every
+recovery.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Final
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 CHECK_TIMEOUT_SECONDS: Final = 2.0
+WATCH_SECONDS: Final = 10.0
+READY: Final = Gauge("payments_ready", "1 where this part of the process is ready, as /health/ready tells it", ["part"])
 
 Check = Callable[[], Awaitable[str | None]]
 """None where the part is ready, otherwise why it is not, in words that may be shown."""
@@ -24,18 +28,42 @@ Checks = Mapping[str, Check]
 
 def create_process_app(*, checks: Checks) -> Starlette:
     """The worker's or the relay's own health and metrics."""
-    return Starlette(routes=[*health_routes(checks), Route("/metrics", _own_metrics)])
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with watching_readiness(checks):
+            yield
+
+    return Starlette(routes=[*health_routes(checks), Route("/metrics", _own_metrics)], lifespan=lifespan)
 
 
-def health_routes(checks: Checks) -> list[Route]:
+def health_routes(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> list[Route]:
     """Liveness, and readiness with every part that keeps the process from it."""
 
     async def ready(_: Request) -> Response:
-        found = await troubles(checks)
+        found = await troubles(checks, timeout_seconds=timeout_seconds)
         parts = {name: found.get(name, "ready") for name in checks}
         return JSONResponse({"ready": not found, "parts": parts}, status_code=503 if found else 200)
 
     return [Route("/health/live", _live), Route("/health/ready", ready)]
+
+
+@asynccontextmanager
+async def watching_readiness(checks: Checks) -> AsyncIterator[None]:
+    """Keep `payments_ready` within the block: asked every `WATCH_SECONDS`, at once at first."""
+    watching = asyncio.create_task(_watch_readiness(checks))
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+async def _watch_readiness(checks: Checks) -> None:
+    while True:
+        found = await troubles(checks)
+        for part in checks:
+            READY.labels(part).set(part not in found)
+        await asyncio.sleep(WATCH_SECONDS)
 
 
 async def _live(_: Request) -> Response:
@@ -53,11 +81,22 @@ async def troubles(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SEC
 
 
 async def _trouble(check: Check, timeout_seconds: float) -> str | None:
+    asking = asyncio.ensure_future(check())
+    asking.add_done_callback(_ended)
     try:
         async with asyncio.timeout(timeout_seconds):
-            return await check()
+            return await asyncio.shield(asking)
     except TimeoutError:
         return f"no answer within {timeout_seconds:g} s"
     except Exception as error:  # A check that breaks says that its part is not ready, whatever the error.
         # Only the kind of error is shown: its message may hold a password from a URL.
         return f"check failed: {type(error).__name__}"
+    finally:
+        # Not waited for: a connection whose server is frozen takes half a minute to give up.
+        asking.cancel()
+
+
+def _ended(asking: "asyncio.Future[str | None]") -> None:
+    """An error that comes after its time is nobody's any more."""
+    if not asking.cancelled():
+        asking.exception()

@@ -19,8 +19,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from app.health import Checks, health_routes
-from app.peers import MetricsPage, Peers, peer_checks
+from app.health import Checks, health_routes, watching_readiness
+from app.peers import PEER_READY_SECONDS, MetricsPage, Peers, peer_checks
 from handlers.messages.asyncapi import build_document
 
 STATIC_DIR: Final = Path(__file__).parent / "static"
@@ -39,11 +39,11 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
     `peers` maps the name of another process to the base URL of its own HTTP.
     """
     page = MetricsPage(peers)
-    checks = {**checks, **peer_checks(peers)}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
+        async with watching_readiness(checks):  # The others tell of themselves, on the page of metrics as well.
+            yield
         await page.close()
 
     async def metrics(_: Request) -> Response:
@@ -52,7 +52,7 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
     routes = [
         Route("/", _index),
         *more_routes,
-        *health_routes(checks),
+        *health_routes({**checks, **peer_checks(peers)}, timeout_seconds=PEER_READY_SECONDS),
         Route("/metrics", metrics),
         Route("/asyncapi", _asyncapi_page),
         Route("/asyncapi.yaml", _asyncapi_yaml),

@@ -39,6 +39,9 @@ LEAVES_WITHIN: Final = 5.0
 
 READING_SECONDS = 30.0
 """A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
+TOPICS_SECONDS = 30.0
+"""How often Kafka is asked what partitions there are: so long a topic that is made anew is not read. By default it is
+five minutes; the question is one small request of each connection's."""
 DRAIN_SECONDS = 25.0
 """On SIGTERM, how long running gateway calls may take to end. What is left is taken over after its lease."""
 
@@ -93,7 +96,12 @@ class Worker:
         if self._reader is None:
             return STARTING
         silence = time.monotonic() - self._reader.read_at
-        return f"no command was read or asked for in {silence:.0f} s" if silence > READING_SECONDS else None
+        if silence > READING_SECONDS:
+            return f"no command was read or asked for in {silence:.0f} s"
+        topic = self._settings.commands_topic
+        if not self._reader.knows(topic):
+            return f"no topic {topic} was there when Kafka was asked last; run `payments migrate`"
+        return None
 
     async def _check_kafka(self) -> str | None:
         if self._broker is None:
@@ -163,7 +171,11 @@ class Worker:
             backlog=self._backlog,
             retries_before_parking=settings.retries_before_parking,
         )
-        self._broker = broker = KafkaBroker(settings.kafka_bootstrap, logger=logging.getLogger("faststream"))
+        self._broker = broker = KafkaBroker(
+            settings.kafka_bootstrap,
+            metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
+            logger=logging.getLogger("faststream"),
+        )
         subscriber = self._consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
         self._spawn(
             self._settler.run(),

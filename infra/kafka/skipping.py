@@ -71,6 +71,10 @@ class SkippingReader:
         """Whether each partition is read by itself, since something could not be read."""
         return self._careful_of is not None
 
+    def knows(self, topic: str) -> bool:
+        """Whether the topic has partitions, by what Kafka told last. (None may be ours, where others have them all.)"""
+        return bool(self._consumer.partitions_for_topic(topic))
+
     async def getmany(self, *partitions: TopicPartition, **limits: Any) -> Records:
         """As the consumer's own.
 

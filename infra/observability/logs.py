@@ -7,7 +7,7 @@ import structlog
 
 
 def configure_logs(process: str, *, as_json: bool) -> None:
-    """Send everything, including the libraries' warnings, through one chain."""
+    """Send everything, including the libraries' warnings, through one chain; call it once they are imported."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -30,5 +30,8 @@ def configure_logs(process: str, *, as_json: bool) -> None:
     )
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    for noisy in ("aiokafka", "stripe", "httpx", "httpcore", "faststream", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("aiokafka", "stripe", "httpx", "httpcore", "faststream", "alembic"):
+        noisy = logging.getLogger(name)
+        noisy.setLevel(logging.WARNING)
+        noisy.handlers.clear()  # FastStream's writes past ours, in colours.
+        noisy.propagate = True

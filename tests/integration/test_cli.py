@@ -29,6 +29,7 @@ from app.settings import Settings
 from app.show import FilterUnusable, Wanted, list_payments, moment
 from app.wiring import ADDRESSES, CREDENTIALS
 from infra.local.server import free_port
+from tests.conftest import Topics
 
 PAYMENTS = [sys.executable, "-m", "app.cli"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -368,11 +369,25 @@ def test_a_kafka_that_does_not_answer_is_not_waited_for_and_nothing_was_sent(
     assert time.monotonic() - started < 10
 
 
-def test_where_kafka_is_away_what_to_do_is_the_last_word_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
+def test_where_kafka_is_away_only_what_to_do_is_said_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
     away = {"PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1", "PAYMENTS_POSTGRES_URL": postgres_url}
     done = run("dlq", "list", data_dir=tmp_path, **away)
     assert done.returncode == 1
-    assert done.stderr.endswith("Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?\n")
+    told, advice = done.stderr.splitlines()
+    assert told.startswith("payments: KafkaConnectionError: ")
+    assert advice == "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
+
+
+def test_a_topic_that_is_not_there_is_told_at_once_and_nothing_was_sent(
+    tmp_path: Path, kafka_bootstrap: str, topics: Topics
+) -> None:
+    names = {"COMMANDS": "none", "EVENTS": topics.events, "DEAD_LETTER": topics.dlq}
+    there = {f"PAYMENTS_{name}_TOPIC": topic for name, topic in names.items()}
+    started = time.monotonic()
+    done = run("send", *new_charge("--no-wait"), data_dir=tmp_path, PAYMENTS_KAFKA_BOOTSTRAP=kafka_bootstrap, **there)
+    assert done.returncode == 1
+    assert done.stderr.startswith("payments: KafkaError: there is no topic none: `payments migrate` makes it; nothing")
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("command", [["gateways"], ["gateways", "--json"], ["asyncapi"]], ids=" ".join)

@@ -21,7 +21,12 @@ def event(kind: str, *, replayed: bool) -> bytes:
 
 
 async def heard(bootstrap: str, topics: Topics, *events: bytes, seconds: float) -> list[Any]:
-    settings = Settings(kafka_bootstrap=bootstrap, events_topic=topics.events, dead_letter_topic=topics.dlq)
+    settings = Settings(
+        kafka_bootstrap=bootstrap,
+        commands_topic=topics.commands,
+        events_topic=topics.events,
+        dead_letter_topic=topics.dlq,
+    )
     async with PaymentsClient(settings) as client:
         await send(bootstrap, topics.events, *((str(REFUND.payment_id).encode(), each) for each in events))
         found = client.result_of(REFUND, timeout_seconds=seconds)

@@ -15,12 +15,13 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from confluent_kafka import Consumer, Producer
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from app import wiring
+from app.health import troubles
 from app.settings import Settings
 from app.worker import Worker
 from handlers import metrics
@@ -541,3 +542,52 @@ async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start
             return [REGISTRY.get_sample_value(name, {"gateway": "instant"}) for name in names] == [0, 0]
 
         await until(are_there, timeout_seconds=15)
+
+
+async def test_a_topic_that_is_gone_is_told_until_its_commands_are_read_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.worker.TOPICS_SECONDS", 1.0)
+    async with running(settings) as worker, admin_of(settings) as admin:
+
+        async def is_reading() -> bool:
+            return await worker.checks()["commands"]() is None
+
+        async def is_told() -> bool:
+            return "payments migrate" in (await worker.checks()["commands"]() or "")
+
+        await until(is_reading)
+        await admin.delete_topics([settings.commands_topic])
+        await until(is_told)
+        await admin.create_topics([NewTopic(settings.commands_topic, PARTITIONS, 1)])
+        await send(settings.kafka_bootstrap, settings.commands_topic, *charges([uuid4()]))
+        await until_captured(settings, 1)
+        assert await is_reading()
+
+
+async def test_a_worker_without_a_partition_is_ready_where_others_have_them_all(settings: Settings) -> None:
+    async with admin_of(settings) as admin:
+        alone = settings.model_copy(update={"commands_topic": f"{settings.commands_topic}.alone"})
+        await admin.create_topics([NewTopic(alone.commands_topic, 1, 1)])
+        try:
+            async with running(alone) as first, running(alone) as second:
+
+                async def are_ready() -> bool:
+                    return not await troubles(first.checks()) and not await troubles(second.checks())
+
+                await until(are_ready)
+                await send(alone.kafka_bootstrap, alone.commands_topic, *charges([uuid4()]))
+                await until_captured(alone, 1)
+                assert await are_ready()
+        finally:
+            await admin.delete_topics([alone.commands_topic])
+
+
+@asynccontextmanager
+async def admin_of(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()

@@ -6,16 +6,18 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import httpx
 import pytest
 import uvicorn
 import yaml
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from app.health import Checks, create_process_app, troubles
+from app.health import CHECK_TIMEOUT_SECONDS, Checks, create_process_app, troubles
 from app.http import CONTENT_SECURITY_POLICY, STATIC_DIR, create_http_app
 from app.peers import Peers
 from app.process import REQUESTS_END_WITHIN
@@ -41,6 +43,14 @@ async def broken() -> str | None:
 async def silent() -> str | None:
     await asyncio.Event().wait()
     return None
+
+
+async def stubborn() -> str | None:
+    """As asked of a frozen Postgres: what was begun takes long to give up."""
+    try:
+        return await silent()
+    finally:
+        await asyncio.sleep(5)
 
 
 async def get(app: Starlette, path: str) -> httpx.Response:
@@ -94,8 +104,33 @@ async def test_a_check_that_breaks_shows_no_secret() -> None:
 
 async def test_silent_parts_are_given_up_together() -> None:
     async with asyncio.timeout(2):
-        found = await troubles({str(n): silent for n in range(50)}, timeout_seconds=0.1)
+        found = await troubles({str(n): (silent, stubborn)[n % 2] for n in range(50)}, timeout_seconds=0.1)
     assert set(found.values()) == {"no answer within 0.1 s"}
+
+
+@pytest.mark.parametrize(
+    "create", [create_process_app, partial(create_http_app, peers={"worker": "http://127.0.0.1:9"})]
+)
+async def test_metrics_say_which_part_is_not_ready_though_nobody_asks(
+    monkeypatch: pytest.MonkeyPatch, create: Callable[..., Starlette]
+) -> None:
+    monkeypatch.setattr("app.health.WATCH_SECONDS", 0.01)
+    is_there = False
+
+    async def kafka() -> str | None:
+        return None if is_there else "the broker does not answer"
+
+    app = create(checks={"postgres": ready, "kafka": kafka})
+    async with app.router.lifespan_context(app):
+        await until_told({"postgres": 1, "kafka": 0})
+        is_there = True
+        await until_told({"postgres": 1, "kafka": 1})
+
+
+async def until_told(parts: dict[str, float]) -> None:
+    async with asyncio.timeout(5):
+        while {part: REGISTRY.get_sample_value("payments_ready", {"part": part}) for part in parts} != parts:
+            await asyncio.sleep(0.01)
 
 
 async def test_metrics_of_a_peer_carry_its_name() -> None:
@@ -198,3 +233,9 @@ async def test_the_http_process_says_which_other_process_is_not_ready() -> None:
     answer = await get(create_http_app(checks={"postgres": ready}, peers=peers), "/health/ready")
     assert answer.status_code == 503
     assert answer.json()["parts"] == {"postgres": "ready", "worker": "check failed: ConnectError"}
+
+
+async def test_the_http_process_hears_what_another_waits_for_in_vain() -> None:
+    async with served(create_process_app(checks={"postgres": silent})) as url:
+        answer = await get(create_http_app(checks=NO_CHECKS, peers={"worker": url}), "/health/ready")
+    assert answer.json()["parts"] == {"worker": f"postgres: no answer within {CHECK_TIMEOUT_SECONDS:g} s"}

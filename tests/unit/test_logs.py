@@ -1,0 +1,21 @@
+"""What the libraries tell comes out as our own records do."""
+
+import json
+import subprocess
+import sys
+
+LOUD = """
+import logging
+from app.worker import Worker
+from infra.observability.logs import configure_logs
+
+configure_logs("worker", as_json=True)
+for name in ("faststream", "aiokafka.cluster", "uvicorn.error"):
+    logging.getLogger(name).warning("no partition assignments")
+"""
+
+
+def test_a_process_writes_nothing_but_json_whichever_library_speaks() -> None:
+    told = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["event"] for line in told.stderr.splitlines()] == ["no partition assignments"] * 3
+    assert not told.stdout
