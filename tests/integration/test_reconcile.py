@@ -68,8 +68,10 @@ async def in_doubt(postgres_url: str, *payments: Any) -> None:
     await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour' WHERE due_at IS NOT NULL")
 
 
-async def run(settings: Settings, capsys: pytest.CaptureFixture[str], *, dry_run: bool, payment: Any = None) -> Any:
-    assert await asyncio.to_thread(reconcile, settings, payment, dry_run=dry_run, as_json=True) == 0
+async def run(
+    settings: Settings, capsys: pytest.CaptureFixture[str], *, dry_run: bool, payment: Any = None, code: int = 0
+) -> Any:
+    assert await asyncio.to_thread(reconcile, settings, payment, dry_run=dry_run, as_json=True) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -572,7 +574,7 @@ async def test_a_dry_run_that_leaves_something_out_says_so(
     monkeypatch.setattr(reconcile_command, "ASKED_MAX", 2)
     await in_doubt(postgres_url, *(new_payment_id() for _ in range(3)))
     settings = here(postgres_url, redis_url)
-    await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True) == 1
     told = capsys.readouterr()
     assert len(json.loads(told.out)) == 2
     assert "the first 2 of 3" in told.err
@@ -754,7 +756,7 @@ async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
     settings = here(postgres_url, redis_url)
     settings.gateways.append("books")
     async with asyncio.timeout(10):
-        told = await run(settings, capsys, dry_run=True)
+        told = await run(settings, capsys, dry_run=True, code=1)
     assert Counter((each["gateway"], each["answer"]) for each in told) == {
         ("books", RESTS): 8,
         ("instant", "unknown (message no trace of it)"): 1,
@@ -772,7 +774,7 @@ class Limiting(Resting):
 
 
 async def under_way(
-    postgres_url: str, gateway: BookkeepingGateway, outcome: Callable[[GatewayRequest], Outcome], count: int
+    postgres_url: str, gateway: BookkeepingGateway, outcome: Callable[[GatewayRequest], Outcome | None], count: int
 ) -> None:
     """Charges that are due in an hour."""
     gateway.outcome, payments = outcome, [new_payment_id() for _ in range(count)]
@@ -791,7 +793,7 @@ async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_work
     settings = here(postgres_url, redis_url)
     settings.gateways.append("books")
     async with asyncio.timeout(20):
-        assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+        assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 1
     asked = len(gateway.asked)
     assert 1 <= asked <= 16
     assert f"{150 - asked} left at books: the provider wants to rest" in capsys.readouterr().err
@@ -799,6 +801,31 @@ async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_work
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'pending'") == 150
     # What two seconds have no room for was not even taken over.
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE attempts = 1") == 50
+
+
+async def test_how_many_were_answered_is_told_and_what_was_not_stays_open(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, silent = BookkeepingGateway(), set[UUID]()
+    installed(monkeypatch, gateway)
+    gateway.lose_answer = lambda request: True
+    await under_way(postgres_url, gateway, lambda request: None, 3)
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append("books")
+
+    async def told() -> tuple[int, str]:
+        code = await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False)
+        return code, capsys.readouterr().out.splitlines()[-1].split("`")[0]
+
+    stays = "The rest stays open: workers ask about it again. "
+    assert await told() == (1, f"0 of 3 answered: nothing is applied. {stays}")
+    assert not any(each["is_answered"] for each in await run(settings, capsys, dry_run=False, code=1))
+    silent.add(await value(postgres_url, "SELECT payment_id FROM operations LIMIT 1"))
+    gateway.lose_answer = lambda request: request.payment_id in silent
+    assert await told() == (1, f"2 of 3 answered, and that is applied. {stays}")
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'indeterminate'") == 1
+    silent.clear()
+    assert await told() == (0, "1 of 1 answered, and that is applied. ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
