@@ -330,22 +330,26 @@ def reconcile(
     evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is kept, and published.")] = None,
     reference: Annotated[str | None, typer.Option(help="With --as succeeded: the provider's id of it.")] = None,
     amount: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --as succeeded: what it moved, in minor units, if not what was asked for."),
+        str | None,
+        typer.Option(
+            help="With --as succeeded: what it moved, like 12.50 in the payment's currency, if not what was asked for."
+        ),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --as: do not ask.")] = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """What the providers say of all that is open.
 
     Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
-    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything.
+    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything. Exits
+    with 1 if anything got no answer or was not asked about.
 
     --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
     offer a list: payments gateways.
 
     --as ends one operation that needs review as a person found out, where the provider will never tell: with --payment,
-    --operation and --evidence. Nothing else can be ended so.
+    --operation and --evidence. Nothing else can be ended so. It says what will be booked, and asks before it does that.
 
     Example: payments reconcile --now --dry-run
     """
@@ -359,8 +363,8 @@ def reconcile(
             "say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
             "an operation that needs review"
         )
-    if verdict is None and (operation, evidence, reference, amount) != (None, None, None, None):
-        fail("--operation, --evidence, --reference and --amount go with --as")
+    if verdict is None and (yes or (operation, evidence, reference, amount) != (None, None, None, None)):
+        fail("--operation, --evidence, --reference, --amount and --yes go with --as")
     if day is None and gateway is not None:
         fail("--gateway goes with --day")
     if day is not None and (payment is not None or dry_run):
@@ -374,9 +378,11 @@ def reconcile(
     if verdict is not None:
         if wanted is None or operation is None or evidence is None or dry_run:
             fail("--as needs --payment, --operation and --evidence, and has no --dry-run")
+        if as_json and not yes:
+            fail("--as with --json asks nothing, for a program reads it: say --yes as well")
         with readable_errors():
             finding = Finding(wanted, operation, verdict, evidence, reference, amount)
-            raise typer.Exit(rule(settings, finding, as_json=as_json))
+            raise typer.Exit(rule(settings, finding, yes=yes, as_json=as_json))
     with readable_errors():
         raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))
 

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Mapping, Set
+from collections.abc import AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayError
 from domain.money import Money
-from domain.operations import GatewayRequest, Operation, said
+from domain.operations import GatewayRequest, Operation, Outcome, Unknown, Unreachable, said
 from domain.payment import Payment
 from domain.ports import Gateway
 from domain.requests import gateway_request
@@ -59,6 +59,8 @@ class Found:
     since: datetime | None
     """When it was first sent, or when the hold's time was over; None of what was never sent."""
     answer: str
+    is_answered: bool
+    """Whether the answer is the provider's word."""
 
 
 class Told(NamedTuple):
@@ -66,11 +68,10 @@ class Told(NamedTuple):
 
     found: list[Found]
     left_out: list[str]
-    ended_early: bool = False
 
 
 def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_json: bool) -> int:
-    """Ask about what is open, print it, and unless it is a dry run apply it; the exit code."""
+    """Ask about what is open, print it, and unless it is a dry run apply it; the exit code, 0 if all was answered."""
     told = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
         print_json(list(map(_facts, told.found)))
@@ -78,7 +79,12 @@ def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_
         _print(told.found, dry_run=dry_run)
     for line in told.left_out:
         new_console(to_stderr=True).print(line, soft_wrap=True)
-    return int(told.ended_early)
+    return int(bool(told.left_out) or not all(_answered(told.found)))
+
+
+def _answered(found: list[Found]) -> Collection[bool]:
+    """Of each operation and hold, whether it was answered when it was last asked about."""
+    return {(each.payment_id, each.number): each.is_answered for each in found}.values()
 
 
 def _facts(found: Found) -> dict[str, Any]:
@@ -93,6 +99,7 @@ def _facts(found: Found) -> dict[str, Any]:
         "currency": found.amount.currency,
         "since": found.since and write_time(found.since),
         "answer": found.answer,
+        "is_answered": found.is_answered,
     }
 
 
@@ -107,11 +114,17 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
         told = f"{each.payment_id}  {each.kind} {each.number} at {each.gateway}, {each.amount}, {state}{age}"
         for line in (told, f"    the provider says: {each.answer}"):
             console.print(safe_text(line), soft_wrap=True)
-    console.print(
-        "\nNothing was changed."
-        if dry_run
-        else "\nApplied, unless it says otherwise. `payments show PAYMENT_ID` tells what became of one."
-    )
+    console.print(f"\n{_summary(_answered(found), dry_run=dry_run)}", soft_wrap=True)
+
+
+def _summary(answered: Collection[bool], *, dry_run: bool) -> str:
+    told = f"{sum(answered):,} of {len(answered):,} answered"
+    if dry_run:
+        return f"{told}. Nothing was changed."
+    told += ", and that is applied." if any(answered) else ": nothing is applied."
+    if not all(answered):
+        told += " The rest stays open: workers ask about it again."
+    return f"{told} `payments show PAYMENT_ID` tells what became of one."
 
 
 # --- a dry run --------------------------------------------------------------------------------------------------------
@@ -145,14 +158,14 @@ async def _asked(
     request = gateway_request(payment, operation, command_from_content(operation.content))
     gateway = gateways.get(request.gateway)
     if gateway is None:
-        return _found(request, UNKNOWN_HERE)
+        return _unanswered(request, UNKNOWN_HERE)
     async with limits[gateway.name]:
         if not await paces[gateway.name].turn():
-            return _found(request, RESTS)
+            return _unanswered(request, RESTS)
         try:
-            return _found(request, said(await gateway.status(request)))
+            return _found(request, await gateway.status(request))
         except GatewayError as error:
-            return _found(request, f"no answer: {error.message}")
+            return _unanswered(request, f"no answer: {error.message}")
 
 
 # --- for real ---------------------------------------------------------------------------------------------------------
@@ -171,7 +184,6 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
     return Told(
         [each for each in found if payment_id in (None, each.payment_id)],
         _in_words(left, gateways, ended_early=stop.is_set()),
-        stop.is_set(),
     )
 
 
@@ -269,7 +281,7 @@ async def working(
         place = answer.payment_id, answer.operation_number
         (unsent.add if answer.outcome in GIVEN_BACK else unsent.discard)(place)
         if (request := asked.get(place)) is not None:
-            note(_found(request, said(answer.outcome)))
+            note(_found(request, answer.outcome))
         settler.add(answer)
 
     async def is_idle() -> None:
@@ -327,7 +339,15 @@ async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, di
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def _found(request: GatewayRequest, answer: str) -> Found:
+def _found(request: GatewayRequest, outcome: Outcome) -> Found:
+    return _told(request, said(outcome), is_answered=not isinstance(outcome, Unknown | Unreachable))
+
+
+def _unanswered(request: GatewayRequest, why: str) -> Found:
+    return _told(request, why, is_answered=False)
+
+
+def _told(request: GatewayRequest, answer: str, *, is_answered: bool) -> Found:
     return Found(
         request.payment_id,
         request.kind,
@@ -337,13 +357,14 @@ def _found(request: GatewayRequest, answer: str) -> Found:
         request.amount,
         request.first_dispatched_at,
         answer,
+        is_answered,
     )
 
 
 def _hold(answer: HoldAnswer) -> Found:
     payment, operation = answer.payment, answer.operation
     request = gateway_request(payment, operation, command_from_content(operation.content))
-    found = _found(request, said(answer.outcome) if answer.outcome else answer.why_not)
+    found = _found(request, answer.outcome) if answer.outcome else _unanswered(request, answer.why_not)
     return replace(found, state=PAST_ITS_END, since=payment.authorization_expires_at)
 
 

@@ -11,13 +11,17 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 import structlog
+import typer
 
+from app.client import minor_units
 from app.console import new_console, print_json
 from app.reconcile_command import connected, working
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling
+from domain.money import Money
 from domain.operations import NotExecuted, Operation, OperationState, Succeeded
+from domain.payment import Payment
 from domain.requests import OPENING
 from handlers.messages.card_numbers import holds_card_number
 from infra.postgres.store import PostgresStore
@@ -42,20 +46,24 @@ class Finding(NamedTuple):
     verdict: str
     evidence: str
     reference: str | None = None
-    amount_minor: int | None = None
-    """What it moved, where that is not what was asked for."""
+    amount: str | None = None
+    """What it moved, where that is not what was asked for: like 12.50, in the payment's currency."""
 
 
-def rule(settings: Settings, finding: Finding, *, as_json: bool) -> int:
+def rule(settings: Settings, finding: Finding, *, yes: bool, as_json: bool) -> int:
     """End the operation as was found, print its final event, and return the exit code.
+
+    What will be booked is told on stderr, and asked about unless `yes`.
 
     Raises:
         RulingRefused: it does not need review, or what is said of it cannot be.
+        AmountUnusable: the amount cannot be read.
+        typer.Abort: the answer was no; nothing was changed.
     """
     if finding.verdict not in (SUCCEEDED, NOT_EXECUTED):
         raise RulingRefused(f"--as is {SUCCEEDED} or {NOT_EXECUTED}")
     finding = finding._replace(evidence=_usable(finding.evidence))
-    result = asyncio.run(_rule(settings, finding))
+    result = asyncio.run(_rule(settings, finding, yes=yes))
     if as_json:
         print_json(json.loads(result))
     else:
@@ -73,10 +81,13 @@ def _usable(evidence: str) -> str:
     return evidence
 
 
-async def _rule(settings: Settings, finding: Finding) -> str:
+async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
     async with connected(settings) as (store, gateways):
-        operation = await _operation(store, finding)
-        outcome = _outcome(operation, finding, now=store.now())
+        payment, operation = await _found(store, finding)
+        outcome = _outcome(payment, operation, finding, now=store.now())
+        new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
+        if not yes:
+            typer.confirm("Go on?", abort=True)
         async with working(settings, store, gateways, lambda found: None) as parts:
             given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
             applied = await parts.write_path.apply([given])
@@ -85,7 +96,8 @@ async def _rule(settings: Settings, finding: Finding) -> str:
             # What waited for this operation goes on at once.
             parts.submit(applied.requests)
             await parts.is_idle()
-        result = _result(await _operation(store, finding), finding.evidence)
+        _, operation = await _found(store, finding)
+        result = _result(operation, finding.evidence)
     log.warning(
         "a person decided an outcome",
         payment=str(finding.payment_id),
@@ -93,22 +105,39 @@ async def _rule(settings: Settings, finding: Finding) -> str:
         outcome=finding.verdict,
         evidence=finding.evidence,
         reference=finding.reference,
-        amount_minor=finding.amount_minor,
+        amount_minor=outcome.amount_minor if isinstance(outcome, Succeeded) else None,
         user=_user(),
     )
     return result
 
 
-async def _operation(store: PostgresStore, finding: Finding) -> Operation:
+async def _found(store: PostgresStore, finding: Finding) -> tuple[Payment, Operation]:
     payment_id, number = finding.payment_id, finding.number
     async with store.begin() as transaction:
-        found = await transaction.operations_at([(payment_id, number)])
-    if not found:
+        payments = await transaction.lock_payments([payment_id])
+        operations = await transaction.operations_at([(payment_id, number)])
+    if not operations:
         raise RulingRefused(f"payment {payment_id} has no operation {number}: payments show {payment_id}")
-    return found[payment_id, number]
+    return payments[payment_id], operations[payment_id, number]
 
 
-def _outcome(operation: Operation, finding: Finding, *, now: datetime) -> Succeeded | NotExecuted:
+def _in_words(payment: Payment, operation: Operation, outcome: Succeeded | NotExecuted) -> str:
+    """What will be booked, and what was asked for where that is another amount."""
+    asked = _asked(payment, operation)
+    told = f"{payment.payment_id}  {operation.kind} {operation.number} at {operation.gateway}"
+    if isinstance(outcome, NotExecuted):
+        return f"{told}: nothing will be booked of the {asked} that was asked for."
+    moved = asked if outcome.amount_minor is None else Money(outcome.amount_minor, asked.currency)
+    return f"{told}: {moved} will be booked" + ("." if moved == asked else f", and {asked} was asked for.")
+
+
+def _asked(payment: Payment, operation: Operation) -> Money:
+    assert payment.currency is not None, "a payment with a dispatched operation has a currency"
+    assert operation.amount_minor is not None, "a dispatched operation has an amount"
+    return Money(operation.amount_minor, payment.currency)
+
+
+def _outcome(payment: Payment, operation: Operation, finding: Finding, *, now: datetime) -> Succeeded | NotExecuted:
     if operation.state is not OperationState.NEEDS_REVIEW:
         raise RulingRefused(
             f"operation {operation.number} is {operation.state}: a person decides only what is "
@@ -122,18 +151,31 @@ def _outcome(operation: Operation, finding: Finding, *, now: datetime) -> Succee
     if finding.verdict == NOT_EXECUTED:
         if finding.reference is not None:
             raise RulingRefused("--reference is the provider's id of what succeeded; what was not executed has none")
-        if finding.amount_minor is not None:
+        if finding.amount is not None:
             raise RulingRefused("--amount is what was moved by what succeeded; what was not executed moved nothing")
         return NotExecuted("a person found that the provider did not execute it")
-    if finding.amount_minor is not None and operation.kind is OperationKind.VOID:
-        raise RulingRefused("--amount is not for a void: it releases all that is held")
     known = finding.reference or operation.reference
     if known is None and operation.kind in OPENING:
         raise RulingRefused(
             f"a {operation.kind} that succeeded needs --reference, the provider's id of the payment: captures and "
             "refunds name it"
         )
-    return Succeeded(known or "", finding.amount_minor)
+    return Succeeded(known or "", _moved_minor(payment, operation, finding.amount))
+
+
+def _moved_minor(payment: Payment, operation: Operation, amount: str | None) -> int | None:
+    if amount is None:
+        return None
+    if operation.kind is OperationKind.VOID:
+        raise RulingRefused("--amount is not for a void: it releases all that is held")
+    asked = _asked(payment, operation)
+    moved = Money(minor_units(amount, asked.currency), asked.currency)
+    # Captures and refunds may be of more, by somebody in the provider's pages: their bound is what there is room for.
+    if operation.kind in OPENING and moved.minor > asked.minor:
+        raise RulingRefused(
+            f"--amount says {moved}, and {asked} was asked for: no provider takes more from a payer than was asked for"
+        )
+    return moved.minor
 
 
 def _result(operation: Operation, evidence: str) -> str:

@@ -22,6 +22,7 @@ class Delivery(NamedTuple):
 class Answer(NamedTuple):
     """What came of one gateway call. `lease_token` proves that the caller still held the operation.
 
+    Without that proof it is stale, unless it says that money moved.
     `was_stuck` is for the count of what reconciliation healed: the operation had been taken over.
     """
 
@@ -66,10 +67,10 @@ Input = Delivery | Answer | Notified | Ruling
 class Decision(NamedTuple):
     """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
 
-    `is_stale` marks an answer whose lease was taken over, or a ruling where none is needed: it changes nothing.
-    `disagrees` marks a provider's word that contradicts what it said before, and that changes nothing either: a person
-    must look. `is_postponed` marks one that cannot be understood before what is under way has its outcome: it changes
-    nothing, and is to be given again later.
+    `is_stale` marks an answer whose lease was taken over or whose operation has ended, or a ruling where none is
+    needed: it changes nothing. `disagrees` marks a provider's word that contradicts what it said before, and that
+    changes nothing either: a person must look. `is_postponed` marks one that cannot be understood before what is under
+    way has its outcome: it changes nothing, and is to be given again later.
     """
 
     payment: Payment

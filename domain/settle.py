@@ -50,11 +50,22 @@ ENDINGS: Final = {
 
 def settle(draft: Draft, answer: Answer) -> None:
     operation = draft.under_way(answer.operation_number)
-    if operation is None or operation.lease_token != answer.lease_token:
+    if operation is None or not _counts(operation, answer):
         draft.is_stale = True
         return
     settle_outcome(draft, operation, answer.outcome)
     begin_waiting(draft)
+
+
+def _counts(operation: Operation, answer: Answer) -> bool:
+    """Whether its caller still holds the operation, or it is true whoever does: that money moved, as a webhook tells.
+
+    All else may be old news: who took over may have had it executed since. A void's success is of what there was to
+    cancel then.
+    """
+    if operation.lease_token == answer.lease_token:
+        return True
+    return isinstance(answer.outcome, Succeeded) and operation.kind is not OperationKind.VOID
 
 
 def settle_outcome(draft: Draft, operation: Operation, outcome: Outcome) -> None:

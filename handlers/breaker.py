@@ -12,6 +12,8 @@ from domain.operations import Outcome, Unknown
 FAILURES_MAX: Final = 10
 """Unknown outcomes in a row, with no other outcome between them."""
 REST_SECONDS: Final = 5.0
+LAPSE_SECONDS: Final = 1200.0
+"""Whatever still waits to be sent is tried again sooner than that, by default: what needs review every 15 minutes."""
 
 
 class Breaker:
@@ -22,15 +24,20 @@ class Breaker:
         self._on_change = on_change
         self._failures = 0
         self._opened_at: float | None = None
+        self._wanted_at = 0.0
 
     @property
     def is_open(self) -> bool:
-        return self._opened_at is not None
+        """Whether a provider is left alone. Not where nothing was to be sent for long: then nothing waits for it, and
+        nothing tells whether it is still away. The next call is a trial all the same.
+        """
+        return self._opened_at is not None and self._clock() - self._wanted_at < LAPSE_SECONDS
 
     def may_send(self) -> bool:
         """Whether a call may be made now. After the rest this lets one through and starts another rest."""
         if self._opened_at is None:
             return True
+        self._wanted_at = self._clock()
         if self._clock() - self._opened_at < REST_SECONDS:
             return False
         self._opened_at = self._clock()
@@ -43,5 +50,5 @@ class Breaker:
             self._opened_at = None
             self._on_change(False)
         elif self._failures == FAILURES_MAX and self._opened_at is None:
-            self._opened_at = self._clock()
+            self._opened_at = self._wanted_at = self._clock()
             self._on_change(True)

@@ -250,6 +250,7 @@ class _Lane:
         metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
         if isinstance(gateway, Pooled):
             metrics.watch_connections(gateway.name, gateway.connections)
+        metrics.CIRCUIT_OPEN.labels(gateway.name).set_function(lambda: self.breaker.is_open)
         metrics.RESTING.labels(gateway.name).set_function(lambda: self._pace.rests)
 
     @property
@@ -322,7 +323,6 @@ class _Lane:
         self._start()
 
     def _tell(self, is_open: bool) -> None:
-        metrics.CIRCUIT_OPEN.labels(self.gateway.name).set(is_open)
         log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)
 
 

@@ -46,7 +46,7 @@ class Leases:
                 log.warning("leases not renewed", held=len(self._held), error=str(error))
 
     async def renew(self) -> None:
-        """Renew old leases. One that was taken over meanwhile stays lost: its answer will be stale."""
+        """Renew old leases. One that was taken over meanwhile stays lost: its answer is stale, unless money moved."""
         now = time.monotonic()
         oldest = now - self.lease.total_seconds() / 3
         due = [held for held, since in self._held.items() if since < oldest]

@@ -29,7 +29,7 @@ BATCH_SECONDS = Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5),
 )
 CONCURRENT_UPDATES = Counter("payments_concurrent_updates_total", "Batches decided again after a lost race")
-STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers whose lease was taken over: not applied")
+STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers too late to be applied")
 REFUSED_ANSWERS = Counter(
     "payments_refused_answers_total", "Gateway answers, about operations or holds, that could not be saved; asked again"
 )

@@ -1,7 +1,8 @@
 """Gathers gateway answers for a moment and saves them together; while Postgres is away they wait in memory.
 
-Losing that memory loses nothing: the lease of each operation runs out, and the sweep asks the provider again with the
-same key.
+Losing that memory loses no money: the lease of each operation runs out, and the sweep asks the provider again with the
+same key, or where there are no keys asks about it. What it kept is saved though a sweep has taken over meanwhile, if it
+says that money moved.
 """
 
 import asyncio

@@ -244,8 +244,23 @@ def test_a_database_without_a_schema_says_to_migrate(
     [
         (["--as", "succeeded"], "--as needs --payment, --operation and --evidence"),
         (["--as", "succeeded", "--now"], "say --now"),
+        (
+            [
+                "--as",
+                "succeeded",
+                "--payment",
+                "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69",
+                "--operation",
+                "2",
+                "--evidence",
+                "seen",
+                "--json",
+            ],
+            "--yes",
+        ),
         (["--now", "--evidence", "seen"], "go with --as"),
         (["--now", "--amount", "5"], "go with --as"),
+        (["--now", "--yes"], "go with --as"),
         (["--now", "--gateway", "paypal"], "--gateway goes with --day"),
         (["--as", "succeeded", "--gateway", "paypal"], "--gateway goes with --day"),
         (["--day", "2026-01-31", "--payment", "p"], "go with --now"),

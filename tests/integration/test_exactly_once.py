@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 
@@ -123,7 +124,9 @@ async def test_doubt_past_its_deadline_becomes_needs_review_and_never_failed(pos
     assert gateway.moved == {OperationKind.CHARGE: 1}
 
 
-async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_nothing(postgres_url: str) -> None:
+async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_nothing_unless_money_moved(
+    postgres_url: str,
+) -> None:
     gateway, payment_id = BookkeepingGateway(), new_payment_id()
     async with running_worker(postgres_url, gateway) as worker:
         applied = await worker.write_path.apply([delivery("charge", payment_id, "late")])
@@ -134,10 +137,15 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
         ((_, operation),) = await PostgresStore(pool).claim_due(limit=10, lease=timedelta(seconds=60))
         await pool.close()
         assert (operation.state, operation.lease_token) == ("indeterminate", request.lease_token + 1)
-        late = Answer(payment_id, request.operation_number, request.lease_token, Succeeded("late"))
-        await worker.write_path.apply([late])
-    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 0
-    assert await events_of(postgres_url, payment_id) == []
+        late = partial(Answer, payment_id, request.operation_number, request.lease_token)
+        await worker.write_path.apply([late(Declined(DeclineReason.OTHER))])
+        assert await value(postgres_url, "SELECT status FROM payments") == "processing"
+        assert await events_of(postgres_url, payment_id) == []
+        # But that money moved is true, whoever holds it now.
+        await worker.write_path.apply([late(Succeeded("late"))])
+        await worker.write_path.apply([late(Declined(DeclineReason.OTHER))._replace(lease_token=operation.lease_token)])
+    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 10_000
+    assert [each["type"] for each in await events_of(postgres_url, payment_id)] == ["payment.captured.v1"]
 
 
 @pytest.mark.parametrize("lost", [GatewayUnreachable, OutcomeUnknown])
@@ -192,7 +200,7 @@ async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(
         await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
         transaction_store = _ClaimedBeforeSave(store)
         worker.write_path._store = transaction_store  # type: ignore[assignment]
-        await worker.write_path.apply([Answer(payment_id, 1, 1, Succeeded("x", 10_000))])
+        await worker.write_path.apply([Answer(payment_id, 1, 1, Declined(DeclineReason.OTHER))])
         assert transaction_store.lost == 1
     await pool.close()
     assert await value(postgres_url, "SELECT state FROM operations") == "indeterminate"

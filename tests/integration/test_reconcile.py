@@ -20,8 +20,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from app import reconcile_command, wiring
+from app.client import AmountUnusable
 from app.reconcile_command import reconcile
-from app.ruling_command import Finding, RulingRefused, rule
+from app.ruling_command import Finding, RulingRefused
+from app.ruling_command import rule as rule_on
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Notified
@@ -66,8 +68,10 @@ async def in_doubt(postgres_url: str, *payments: Any) -> None:
     await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour' WHERE due_at IS NOT NULL")
 
 
-async def run(settings: Settings, capsys: pytest.CaptureFixture[str], *, dry_run: bool, payment: Any = None) -> Any:
-    assert await asyncio.to_thread(reconcile, settings, payment, dry_run=dry_run, as_json=True) == 0
+async def run(
+    settings: Settings, capsys: pytest.CaptureFixture[str], *, dry_run: bool, payment: Any = None, code: int = 0
+) -> Any:
+    assert await asyncio.to_thread(reconcile, settings, payment, dry_run=dry_run, as_json=True) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -616,7 +620,7 @@ async def test_a_dry_run_that_leaves_something_out_says_so(
     monkeypatch.setattr(reconcile_command, "ASKED_MAX", 2)
     await in_doubt(postgres_url, *(new_payment_id() for _ in range(3)))
     settings = here(postgres_url, redis_url)
-    await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True) == 1
     told = capsys.readouterr()
     assert len(json.loads(told.out)) == 2
     assert "the first 2 of 3" in told.err
@@ -632,6 +636,18 @@ async def test_a_narrow_screen_does_not_break_the_providers_word(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{payment}  charge 1 at instant, USD 100.00, indeterminate")
     assert lines[1].startswith("    the provider says: succeeded (reference ")
+
+
+rule = partial(rule_on, yes=True, as_json=True)
+
+
+def ruling(postgres_url: str, redis_url: str, payment: UUID, *given: str, answer: str = "") -> Any:
+    """What came of `payments reconcile --as`, which is answered on its standard input."""
+    command = [sys.executable, "-m", "app.cli", "reconcile", "--payment", str(payment), *given]
+    instant = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
+    servers = {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_REDIS_URL": redis_url}
+    environment = os.environ | servers | instant
+    return subprocess.run(command, env=environment, input=answer, capture_output=True, text=True, check=False)
 
 
 async def in_review(postgres_url: str) -> Any:
@@ -655,17 +671,12 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
     postgres_url: str, redis_url: str, verdict: str, ends: list[str]
 ) -> None:
     payment, evidence = await in_review(postgres_url), "VNPay portal, refund 14333333"
-    command = [sys.executable, "-m", "app.cli", "reconcile", "--payment", str(payment), "--operation", "2"]
-    command += ["--as", verdict, "--evidence", evidence, "--json"]
-    instant = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
-    servers = {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_REDIS_URL": redis_url}
-    done = await asyncio.to_thread(
-        subprocess.run, command, env=os.environ | servers | instant, capture_output=True, text=True, check=False
-    )
+    given = ["--operation", "2", "--as", verdict, "--evidence", evidence, "--json", "--yes"]
+    done = await asyncio.to_thread(ruling, postgres_url, redis_url, payment, *given)
     assert done.returncode == 0, done.stderr
     event = json.loads(done.stdout)
     assert (event["operation_number"], event["evidence"]) == (2, evidence)
-    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    logged = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     (record,) = [each for each in logged if each["event"] == "a person decided an outcome"]
     assert (record["payment"], record["outcome"], record["evidence"]) == (str(payment), verdict, evidence)
 
@@ -678,9 +689,7 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
     assert kept == evidence
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 10_000
     with pytest.raises(RulingRefused, match="a person decides only what is needs_review"):
-        await asyncio.to_thread(
-            rule, here(postgres_url, redis_url), Finding(payment, 2, verdict, evidence), as_json=True
-        )
+        await asyncio.to_thread(rule, here(postgres_url, redis_url), Finding(payment, 2, verdict, evidence))
 
 
 @pytest.mark.parametrize(
@@ -689,8 +698,8 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
         ({"number": 1}, "operation 1 is succeeded"),
         ({"number": 9}, "has no operation 9"),
         ({"verdict": "declined"}, "--as is succeeded or not-executed"),
-        ({"verdict": "not-executed", "amount_minor": 1}, "moved nothing"),
-        ({"amount_minor": 10_001}, "leave no room"),
+        ({"verdict": "not-executed", "amount": "1"}, "moved nothing"),
+        ({"amount": "100.01"}, "leave no room"),
         ({"evidence": " "}, "how you know"),
         ({"evidence": "card 4111 1111 1111 1111"}, "card number"),
     ],
@@ -702,14 +711,14 @@ async def test_a_ruling_that_cannot_be_is_refused_and_changes_nothing(
     before = await events_of(postgres_url, payment)
     finding = Finding(payment, 2, "succeeded", "the portal")._replace(**given)
     with pytest.raises(RulingRefused, match=why):
-        await asyncio.to_thread(rule, here(postgres_url, redis_url), finding, as_json=True)
+        await asyncio.to_thread(rule, here(postgres_url, redis_url), finding)
     assert await events_of(postgres_url, payment) == before
 
 
 async def test_what_moved_another_amount_is_booked_with_that(postgres_url: str, redis_url: str) -> None:
     payment = await in_review(postgres_url)
-    finding = Finding(payment, 2, "succeeded", "the portal", amount_minor=4_000)
-    assert await asyncio.to_thread(rule, here(postgres_url, redis_url), finding, as_json=True) == 0
+    finding = Finding(payment, 2, "succeeded", "the portal", amount="40")
+    assert await asyncio.to_thread(rule, here(postgres_url, redis_url), finding) == 0
     refunds = [each for each in await events_of(postgres_url, payment) if each["type"] == "payment.refunded.v1"]
     told = [(each["operation_number"], each["amount_minor"], each.get("evidence")) for each in refunds]
     assert told == [(2, 4_000, "the portal"), (3, 6_000, None)], "what waited was to return the rest"
@@ -724,9 +733,9 @@ async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, 
     lease = "UPDATE operations SET is_leased = true, due_at = now() + $1 WHERE number = 2"
     await value(postgres_url, lease, timedelta(minutes=1))
     with pytest.raises(RulingRefused, match="look again in a minute"):
-        await asyncio.to_thread(rule, settings, finding, as_json=True)
+        await asyncio.to_thread(rule, settings, finding)
     await value(postgres_url, lease, timedelta(seconds=-1))  # Whose worker has died.
-    assert await asyncio.to_thread(rule, settings, finding, as_json=True) == 0
+    assert await asyncio.to_thread(rule, settings, finding) == 0
 
 
 async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: str, redis_url: str) -> None:
@@ -735,9 +744,39 @@ async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: 
     await value(postgres_url, "UPDATE operations SET state = 'needs_review'")
     finding, settings = Finding(payment, 1, "succeeded", "the portal"), here(postgres_url, redis_url)
     with pytest.raises(RulingRefused, match="--reference"):
-        await asyncio.to_thread(rule, settings, finding, as_json=True)
-    assert await asyncio.to_thread(rule, settings, finding._replace(reference="pay_77"), as_json=True) == 0
+        await asyncio.to_thread(rule, settings, finding)
+    assert await asyncio.to_thread(rule, settings, finding._replace(reference="pay_77")) == 0
     assert await value(postgres_url, "SELECT gateway_payment_id FROM payments") == "pay_77"
+
+
+async def test_a_charge_is_never_booked_with_more_than_was_asked_for(postgres_url: str, redis_url: str) -> None:
+    payment = new_payment_id()
+    await in_doubt(postgres_url, payment)
+    await value(postgres_url, "UPDATE operations SET state = 'needs_review'")
+    finding, settings = Finding(payment, 1, "succeeded", "the portal", "pay_77"), here(postgres_url, redis_url)
+    with pytest.raises(RulingRefused, match=r"USD 100\.01, and USD 100\.00 was asked for"):
+        await asyncio.to_thread(rule, settings, finding._replace(amount="100.01"))
+    with pytest.raises(AmountUnusable, match="USD has 2 decimals"):
+        await asyncio.to_thread(rule, settings, finding._replace(amount="99.995"))
+    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 0
+    assert await asyncio.to_thread(rule, settings, finding._replace(amount="99.99")) == 0
+    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 9_999
+
+
+async def test_what_will_be_booked_is_told_and_asked_about_first(postgres_url: str, redis_url: str) -> None:
+    payment = await in_review(postgres_url)
+    before = await events_of(postgres_url, payment)
+    given = ["--operation", "2", "--as", "succeeded", "--evidence", "the portal", "--amount", "40"]
+    for answer in ("n\n", ""):
+        done = await asyncio.to_thread(ruling, postgres_url, redis_url, payment, *given, answer=answer)
+        assert done.returncode == 1
+        told = f"{payment}  refund 2 at instant: USD 40.00 will be booked, and USD 100.00 was asked for."
+        assert done.stderr.startswith(told)
+        assert await events_of(postgres_url, payment) == before
+    done = await asyncio.to_thread(ruling, postgres_url, redis_url, payment, *given, answer="y\n")
+    assert done.returncode == 0
+    assert f"{payment}  operation 2 is succeeded: payment.refunded.v1 is on its way.\n" in done.stdout
+    assert await value(postgres_url, "SELECT amount_minor FROM operations WHERE number = 2") == 4_000
 
 
 def _given(gateway: Gateway, settings: Settings) -> Gateway:
@@ -763,7 +802,7 @@ async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
     settings = here(postgres_url, redis_url)
     settings.gateways.append("books")
     async with asyncio.timeout(10):
-        told = await run(settings, capsys, dry_run=True)
+        told = await run(settings, capsys, dry_run=True, code=1)
     assert Counter((each["gateway"], each["answer"]) for each in told) == {
         ("books", RESTS): 8,
         ("instant", "unknown (message no trace of it)"): 1,
@@ -781,7 +820,7 @@ class Limiting(Resting):
 
 
 async def under_way(
-    postgres_url: str, gateway: BookkeepingGateway, outcome: Callable[[GatewayRequest], Outcome], count: int
+    postgres_url: str, gateway: BookkeepingGateway, outcome: Callable[[GatewayRequest], Outcome | None], count: int
 ) -> None:
     """Charges that are due in an hour."""
     gateway.outcome, payments = outcome, [new_payment_id() for _ in range(count)]
@@ -800,7 +839,7 @@ async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_work
     settings = here(postgres_url, redis_url)
     settings.gateways.append("books")
     async with asyncio.timeout(20):
-        assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+        assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 1
     asked = len(gateway.asked)
     assert 1 <= asked <= 16
     assert f"{150 - asked} left at books: the provider wants to rest" in capsys.readouterr().err
@@ -808,6 +847,31 @@ async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_work
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'pending'") == 150
     # What two seconds have no room for was not even taken over.
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE attempts = 1") == 50
+
+
+async def test_how_many_were_answered_is_told_and_what_was_not_stays_open(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, silent = BookkeepingGateway(), set[UUID]()
+    installed(monkeypatch, gateway)
+    gateway.lose_answer = lambda request: True
+    await under_way(postgres_url, gateway, lambda request: None, 3)
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append("books")
+
+    async def told() -> tuple[int, str]:
+        code = await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False)
+        return code, capsys.readouterr().out.splitlines()[-1].split("`")[0]
+
+    stays = "The rest stays open: workers ask about it again. "
+    assert await told() == (1, f"0 of 3 answered: nothing is applied. {stays}")
+    assert not any(each["is_answered"] for each in await run(settings, capsys, dry_run=False, code=1))
+    silent.add(await value(postgres_url, "SELECT payment_id FROM operations LIMIT 1"))
+    gateway.lose_answer = lambda request: request.payment_id in silent
+    assert await told() == (1, f"2 of 3 answered, and that is applied. {stays}")
+    assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'indeterminate'") == 1
+    silent.clear()
+    assert await told() == (0, "1 of 1 answered, and that is applied. ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)

@@ -370,11 +370,17 @@ class PaymentMachine(RuleBasedStateMachine):
         self.flights.remove(flight)
         request = flight.request
         given = Answer(request.payment_id, request.operation_number, request.lease_token, outcome)
-        held = {(each.payment_id, each.number, each.lease_token) for each in self.shell.operations() if each.is_open}
-        is_late = (request.payment_id, request.operation_number, request.lease_token) not in held
+        held = {(each.payment_id, each.number): each.lease_token for each in self.shell.operations() if each.is_open}
+        token = held.get((request.payment_id, request.operation_number))
+        # That money moved is true whoever holds it; it is late only once the operation has ended.
+        has_moved = isinstance(outcome, Succeeded) and request.kind is not OperationKind.VOID
+        is_late = token is None if has_moved else token != request.lease_token
         before = (self.shell.told(), self.shell.operations()) if is_late else None
         self._take_off(self.shell.apply([given]))
         assert before in (None, (self.shell.told(), self.shell.operations())), "a late answer changed something"
+        open_now = {(each.payment_id, each.number): each.state for each in self.shell.operations() if each.is_open}
+        state = open_now.get((request.payment_id, request.operation_number))
+        assert not has_moved or state in (None, OperationState.NEEDS_REVIEW), "the provider's word was lost"
 
     # --- what always holds ------------------------------------------------------------------------------------------
 

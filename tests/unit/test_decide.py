@@ -534,6 +534,70 @@ def test_an_answer_with_an_old_token_changes_nothing_and_the_new_holder_s_counts
     assert story.kinds == ["captured"]
 
 
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        NO,
+        NotExecuted("refused"),
+        Expired("ref_1"),
+        Pending("ref_1"),
+        RequiresAction("ref_1", "redirect"),
+        Unreachable(),
+        Unknown(),
+    ],
+    ids=lambda outcome: type(outcome).__name__,
+)
+def test_what_a_late_one_says_but_success_may_be_old_news_and_changes_nothing(outcome: Outcome) -> None:
+    """Whoever took over may have had it executed since."""
+    story = told(processing)
+    old = story.requests[-1].lease_token
+    story.claim()
+    assert story.answer(outcome, token=old).is_stale
+    story.answer()
+    assert story.kinds == ["captured"]
+
+
+@pytest.mark.parametrize("meanwhile", [None, Unknown(), Pending("ref_2")], ids=str)
+def test_that_money_moved_is_true_whoever_holds_the_operation_and_is_told_once(
+    meanwhile: Unknown | Pending | None,
+) -> None:
+    story = told(captured)
+    story.send("refund")
+    story.send("refund", "second")
+    late = Answer(story.payment_id, 2, story.requests[-1].lease_token, Succeeded("refund_2", 10_000))
+    story.claim()
+    if meanwhile is not None:
+        story.answer(meanwhile)
+    story.give(late)
+    assert story.kinds[-2:] == ["refunded", "command_rejected"], "what waited for it goes on"
+    assert story.operations[2].reference == "refund_2"
+    kinds = list(story.kinds)
+    assert story.answer().is_stale, "the new holder's answer"
+    assert story.give(late).is_stale
+    assert story.kinds == kinds
+    assert story.amounts() == (10_000, 10_000, 0, 10_000)
+
+
+def test_of_another_amount_a_late_one_is_believed_no_more_than_others() -> None:
+    story = told(processing)
+    old = story.requests[-1].lease_token
+    story.claim()
+    story.answer(Succeeded("ref_1", 1), token=old)
+    assert story.kinds == ["needs_review"]
+    story.answer()
+    assert story.kinds == ["needs_review", "captured"]
+
+
+def test_the_late_success_of_a_void_is_of_what_there_was_to_cancel_then_and_changes_nothing() -> None:
+    story = told(authorized)
+    story.send("void")
+    old = story.requests[-1].lease_token
+    story.claim()
+    assert story.answer(token=old).is_stale
+    story.answer()
+    assert story.kinds == ["authorized", "voided"]
+
+
 def test_an_answer_to_an_operation_that_has_ended_is_stale() -> None:
     story = told(captured)
     assert story.answer(NO).is_stale

@@ -6,13 +6,14 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import pytest
+from prometheus_client import REGISTRY
 
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Succeeded, Unknown, Unreachable
-from handlers.breaker import FAILURES_MAX, Breaker
+from handlers.breaker import FAILURES_MAX, LAPSE_SECONDS, REST_SECONDS, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from handlers.pace import Pace
@@ -246,6 +247,7 @@ async def test_a_provider_that_leaves_everything_unknown_is_left_alone_and_still
     outcomes = await bench.outcomes(*(request() for _ in range(FAILURES_MAX + 3)))
     assert [type(each) for each in outcomes] == [Unknown] * FAILURES_MAX + [Unreachable] * 3
     assert sum(gateway.calls.values()) == FAILURES_MAX
+    assert REGISTRY.get_sample_value("payments_gateway_circuit_open", {"gateway": "books"}) == 1
 
     bench.answers.clear()
     await bench.outcomes(request()._replace(state=OperationState.PENDING))
@@ -255,6 +257,7 @@ async def test_a_provider_that_leaves_everything_unknown_is_left_alone_and_still
     monkeypatch.setattr("handlers.breaker.REST_SECONDS", 0)
     bench.answers.clear()
     assert [type(each) for each in await bench.outcomes(request(), request())] == [Succeeded, Succeeded]
+    assert REGISTRY.get_sample_value("payments_gateway_circuit_open", {"gateway": "books"}) == 0
 
 
 async def test_a_success_between_them_keeps_the_circuit_closed() -> None:
@@ -266,3 +269,25 @@ async def test_a_success_between_them_keeps_the_circuit_closed() -> None:
         breaker.note(Unreachable())
     assert breaker.may_send()
     assert changes == []
+
+
+async def test_a_circuit_is_not_told_as_open_for_ever_where_nothing_is_left_to_try() -> None:
+    """Another process may have settled all that waited; nobody would find out whether the provider is back."""
+    now = 100.0
+    breaker = Breaker(lambda: now, lambda is_open: None)
+    for _ in range(FAILURES_MAX):
+        breaker.note(Unknown())
+    now += LAPSE_SECONDS - 1
+    assert breaker.may_send()
+    breaker.note(Unknown())
+    now += LAPSE_SECONDS - 1
+    assert breaker.is_open, "what waits was tried meanwhile"
+    now += 1
+    assert not breaker.is_open
+    assert [breaker.may_send(), breaker.may_send()] == [True, False], "one at a time until one is answered"
+    assert breaker.is_open
+    now += REST_SECONDS
+    assert breaker.may_send()
+    breaker.note(Succeeded("ref"))
+    assert breaker.may_send()
+    assert not breaker.is_open
