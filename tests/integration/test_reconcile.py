@@ -201,7 +201,7 @@ async def test_a_word_about_a_hold_that_postgres_refuses_is_told_as_such_and_cos
     await value(postgres_url, refusing)
     before = REGISTRY.get_sample_value("payments_refused_answers_total") or 0.0
     settings = here(postgres_url, redis_url)
-    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 1
     assert REGISTRY.get_sample_value("payments_refused_answers_total") == before + 1
     told = [line for line in capsys.readouterr().out.splitlines() if "the provider says: expired" in line]
     assert sorted("could not be saved" in line for line in told) == [False, False, True]
@@ -533,7 +533,7 @@ async def test_what_is_of_a_gateway_that_is_not_here_is_left_to_whoever_has_it_u
         await new.idle()
         await value(postgres_url, due, timedelta(hours=5))
         assert await old.sweep.sweep_once() == 0
-        assert await run(here(postgres_url, redis_url), capsys, dry_run=False) == []
+        assert await run(here(postgres_url, redis_url), capsys, dry_run=False, code=1) == []
         await value(postgres_url, due, timedelta(hours=7))
         assert await old.sweep.sweep_once() == 1
         await old.idle()
@@ -545,7 +545,7 @@ async def test_what_is_left_at_a_gateway_that_is_not_here_is_told(
 ) -> None:
     await under_way(postgres_url, BookkeepingGateway(), lambda request: Pending(request.provider_key), 3)
     settings = here(postgres_url, redis_url)
-    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 0
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 1
     assert "3 left at books: this gateway is not configured here" in capsys.readouterr().err
 
 
