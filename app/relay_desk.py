@@ -106,7 +106,12 @@ class RelayDesk:
                 " `payments relay repair --everything` publishes all that is retained to the new topic."
             )
             return 1
-        return self._decide("everything" if everything else "unproven", timeout_seconds)
+        repair: Repair = "everything" if everything else "unproven"
+        try:
+            return self._decide(repair, timeout_seconds)
+        finally:
+            if self._ask(lambda connection: find_repair(connection, self._slot))[1] == repair:
+                self._out.print(f"{REQUESTS[repair]} stays asked for: a relay does it as soon as one can.")
 
     def adopt(self, *, timeout_seconds: float) -> int:
         is_polled = self._require_relay() == "poll"
@@ -321,6 +326,8 @@ def _relay_table(relay: RelayStatus) -> Table:
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
+    if relay.repair in ("unproven", "everything"):  # To adopt is asked for as long as somebody waits, who sees it.
+        rows["asked for"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
     for name, text in rows.items():
         table.add_row(name, text)
     return table

@@ -67,6 +67,13 @@ async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 20
     )
 
 
+async def started(config: RelayConfig, *arguments: str) -> asyncio.subprocess.Process:
+    """A command that is to be told to end."""
+    command = [sys.executable, "-m", "app.cli", "relay", *arguments]
+    environment = os.environ | environment_of(config) | {"COLUMNS": "200"}
+    return await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+
+
 async def proven(config: RelayConfig, *rows: Row) -> None:
     """Wait until it is written down that these are published."""
     await published(config, *rows)
@@ -382,8 +389,7 @@ async def test_nobody_adopts_for_who_waits_no_more(config: RelayConfig, end: sig
     rows = rows_of("pay_a", 5)
     async with running(config):
         pass
-    command = [sys.executable, "-m", "app.cli", "relay", "adopt"]
-    asking = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=os.environ | environment_of(config))
+    asking = await started(config, "adopt")
     await until(lambda: fetch_value(config.postgres_url, "SELECT repair = 'adopt' FROM relay_slots"))
     asking.send_signal(end)
     await asking.wait()
@@ -548,6 +554,28 @@ async def test_a_relay_of_a_long_name_is_listed_once(config: RelayConfig) -> Non
         told = json.loads((await payments_relay(config, "status", "--json")).stdout)
     assert (len(told["relays"]), told["starting"]) == (1, [])
     await fetch_value(config.postgres_url, DROP, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize("end", [signal.SIGINT, None], ids=["by Ctrl-C", "by its time"])
+async def test_a_repair_that_is_waited_for_no_more_stays_asked_for_and_is_told(
+    config: RelayConfig, end: signal.Signals | None
+) -> None:
+    """Whoever types it and goes away would be surprised by the next start."""
+    async with running(config):
+        pass
+    is_asked = "SELECT repair IS NOT NULL FROM relay_slots WHERE slot_name = %s"
+    repairing = await started(config, "repair", "--timeout", "60" if end else "0.5")
+    await until(lambda: fetch_value(config.postgres_url, is_asked, config.slot))
+    if end is not None:
+        repairing.send_signal(end)
+    told, _ = await repairing.communicate()
+    assert repairing.returncode == (130 if end else 1)
+    assert "`payments relay repair` stays asked for" in told.decode()
+    assert "`payments relay repair`, and not done yet" in (await payments_relay(config, "status")).stdout
+    async with running(config):
+        assert not await fetch_value(config.postgres_url, is_asked, config.slot)
+        assert "not done yet" not in (await payments_relay(config, "status")).stdout
 
 
 async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:
