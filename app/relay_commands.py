@@ -153,6 +153,8 @@ def drop_quarantine(
     The events stay in the table, with the reason, and `replay` leaves them out. They stay in the outbox, too: `repair
     --everything`, which publishes all that is retained, tries them again.
     """
+    if not why.strip():
+        fail("--why says why subscribers will never see it: whoever looks at the event later reads it")
     if not yes:
         typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)
     with readable_errors():

@@ -208,13 +208,21 @@ class RelayDesk:
 
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
         events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
-        if not events:
+        code = self._wait_for_quarantine(set(events), timeout_seconds) if events else 1
+        left = set(names) - events.keys() - set(events.values())
+        unknown = left - self._tell_of_dropped(left)
+        if not events and (unknown or everything):
             self._out.print(self._nothing)
-            return 1
-        code = self._wait_for_quarantine(set(events), timeout_seconds)
-        if unknown := set(names) - events.keys() - set(events.values()):
+        elif unknown:
             self._out.print(f"Not in quarantine of {self._named}: {', '.join(map(safe_text, sorted(unknown)))}")
-        return 1 if unknown else code
+        return 1 if left else code
+
+    def _tell_of_dropped(self, names: set[str]) -> set[str]:
+        """Which of these events and payments, or an event of theirs, was dropped before; it is told of each."""
+        found = self._at_quarantine(lambda desk: desk.dropped(names))
+        for event, payment, why in found:
+            self._out.print(f"{event} of {safe_text(payment)} was dropped before: {safe_text(why)}")
+        return names & {name for event, payment, _ in found for name in (event, payment)}
 
     def _wait_for_quarantine(self, events: set[str], timeout_seconds: float) -> int:
         """Until the relay has tried each of `events`; what else is in quarantine does not matter here."""
@@ -228,11 +236,23 @@ class RelayDesk:
                     told += [f"{len(states) - dropped} in quarantine again"] if len(states) > dropped else []
                     told += [f"{dropped} dropped by somebody meanwhile"] if dropped else []
                     self._out.print(f"{asked}: {', '.join(told)}")
+                    self._tell_of_refusals(events)
                     return 1 if states else 0
                 time.sleep(0.3)
         published = len(events) - len(self._at_quarantine(lambda desk: desk.states(events)))
         self._out.print(f"{asked}, and not all are done: {published} published; {self._who_is_at_it()}")
         return 1
+
+    def _tell_of_refusals(self, events: set[str]) -> None:
+        """Why they came back, and what can be done."""
+        reasons = self._at_quarantine(lambda desk: desk.reasons(events))
+        for reason in reasons:
+            self._out.print(f"refused: {safe_text(reason)}")
+        if reasons:
+            is_size = all("TooLarge" in reason for reason in reasons)
+            mend = "raise the topic's max.message.bytes" if is_size else "mend that, if it can be mended"
+            give_up = "give up what was refused: `payments relay quarantine drop EVENT_ID --why …`"
+            self._out.print(f"To do: {mend}, and retry; or {give_up}")
 
     def _who_is_at_it(self) -> str:
         if self._ask(lambda connection: is_led(connection, self._slot)):
@@ -240,14 +260,14 @@ class RelayDesk:
         return "no relay is active, one goes on with it when it is"
 
     def drop(self, names: list[str], *, why: str) -> int:
+        unknown = set(names) - self._tell_of_dropped(set(names))
         dropped, tried = self._at_quarantine(lambda desk: desk.drop(names, why=why))
         if tried:
             self._out.print(
                 f"{tried} of {len(names)} not dropped: the relay is trying to publish just that. List again."
             )
-        elif not dropped:
+        elif not dropped and unknown:
             self._out.print(f"{self._nothing} `drop` takes events' ids: nothing is dropped.")
-            return 1
         if dropped:
             self._out.print(
                 f"{dropped} of {len(names)} dropped; a relay that runs publishes now what waited behind them:"

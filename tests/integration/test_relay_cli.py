@@ -222,6 +222,8 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         assert shown[0]["payload"] == poisoned[1].payload
         again = await payments_relay(config, "quarantine", "retry", "pay_0001")
         assert (again.returncode, "0 published, 2 in quarantine again" in again.stdout) == (1, True)
+        assert "refused: MessageSizeTooLargeError" in again.stdout
+        assert "To do: raise the topic's max.message.bytes, and retry; or give up" in again.stdout
         listed = await payments_relay(config, "quarantine", "list", "--limit", "1", "--json")
         assert (len(json.loads(listed.stdout)), "and more" in listed.stderr) == (1, True)
         dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
@@ -268,6 +270,25 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         assert f"Nothing of that is in quarantine of relay '{config.slot}'" in nothing.stdout
         unknown = await payments_relay(config, "quarantine", "show", "pay_0008")
         assert (unknown.returncode, unknown.stdout, "Nothing of that" in unknown.stderr) == (1, "[]\n", True)
+
+
+@wal_only
+async def test_what_was_dropped_before_is_told_with_its_reason(config: RelayConfig) -> None:
+    poisoned = poisoned_payment()
+    event = str(poisoned[1].id)
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+        blank = await payments_relay(config, "quarantine", "drop", event, "--why", " ", "--yes")
+        assert (blank.returncode, "--why says why" in blank.stderr, blank.stdout) == (1, True, "")
+        await payments_relay(config, "quarantine", "drop", event, "--why", "agreed", "--yes")
+        await published(config, poisoned[2])
+        for command in (["drop", event, "--why", "once more", "--yes"], ["retry", event], ["retry", "pay_0001"]):
+            again = await payments_relay(config, "quarantine", *command)
+            assert (again.returncode, again.stdout) == (1, f"{event} of pay_0001 was dropped before: agreed\n")
+        mixed = await payments_relay(config, "quarantine", "retry", event, "pay_mistyped")
+    assert f"{event} of pay_0001 was dropped before" in mixed.stdout
+    assert "Nothing of that is in quarantine" in mixed.stdout
 
 
 @wal_only
