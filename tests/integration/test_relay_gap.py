@@ -279,6 +279,21 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
     )
 
 
+async def test_what_waits_grows_old_before_a_gap(config: RelayConfig, topics: Topics) -> None:
+    """The metric tells what `status` does."""
+    waiting = metrics.LAG_SECONDS._value
+    await before_the_gap(config, rows_of("pay_a", 3))
+    await commit(config.postgres_url, rows_of("pay_a", 1, first=4))
+    async with StandingStill(replace(config, topic=topics.dlq)) as standing:
+        await until(lambda: waiting.get() > 0.5)
+        before = waiting.get()
+        await until(lambda: waiting.get() > before + 0.5)
+        (told,) = (await read_status(config.postgres_url)).relays
+        assert told.lag_seconds - 1 < waiting.get() <= told.lag_seconds + 1
+        assert standing.relay.health.detail.startswith("gap")
+    assert waiting.get() == 0, "it has stopped"
+
+
 @wal_only
 async def test_adopting_on_another_server_proves_nothing_about_its_transactions(config: RelayConfig) -> None:
     await before_the_gap(config, rows_of("pay_a", 3))
