@@ -94,7 +94,7 @@ def replay(  # noqa: PLR0917 - Typer passes by name
 
     Each message has the header `replayed_at`. Events whose first delivery is still to come are left out, and those that
     were dropped from quarantine. The topic has to be there: if not, the exit code is 2; it is 1 if there is no such
-    event.
+    event, or if it was told to end before all were published: then it says how to go on.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final, TypeVar
 
@@ -21,6 +21,7 @@ from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
 from app.show import moment
+from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
 from infra.relay.gaps import advice_on, is_about_topic
@@ -299,9 +300,14 @@ class RelayDesk:
             return 1
         with Progress(console=self._out) as progress:
             task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
-            done = asyncio.run(replay.run(lambda published: progress.update(task, completed=published)))
-        self._out.print(f"{done} events published again to {target}")
-        return 0
+            replaying = _replay(replay, lambda published: progress.update(task, completed=published))
+            done, left, since = asyncio.run(replaying)
+        self._out.print(f"{done} {f'of {done + left} ' if left else ''}events published again to {target}")
+        if since is not None:
+            again = f"--since {since.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            told = f"To go on: the same command with {again} for its own, if any. A few events may come once more."
+            self._out.print(told, soft_wrap=True)
+        return 1 if left else 0
 
     def _refuse_own_input(self, topic: str) -> None:
         if topic in (self._settings.commands_topic, self._settings.dead_letter_topic):
@@ -332,6 +338,13 @@ class RelayDesk:
 
     def _at_quarantine(self, ask: Callable[[QuarantineDesk], Awaitable[T]]) -> T:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
+
+
+async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, int, datetime | None]:
+    """How many events were published and, told to end, how many are left, and since when those were written."""
+    stop = stop_on_signals("Ending: what is under way is waited for. Once more ends at once.")
+    done = await replay.run(on_progress, stop)
+    return done, *(await replay.rest() if stop.is_set() and done else (0, None))
 
 
 def _relay_table(relay: RelayStatus) -> Table:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -377,6 +378,36 @@ async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pyte
     again = (await read_until(config.kafka_bootstrap, config.topic, lambda found: len(found) >= 60))[30:]
     assert ids(again) == [row.id for row in rows]
     assert all(HEADER in dict(record.headers) for record in again)
+
+
+@wal_only
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
+    config: RelayConfig, end: signal.Signals
+) -> None:
+    """The times of writing step back where a transaction has lasted: nothing is left out by that."""
+    first, late, last = rows_of("pay_a", 3), rows_of("pay_b", 1), rows_of("pay_a", 20, first=4)
+    rows = first + late + last
+    async with running(config):
+        async with await open_transaction(config.postgres_url) as long:
+            await commit(config.postgres_url, *([row] for row in first))
+            await insert(long, late)
+        await commit(config.postgres_url, *([row] for row in last))
+        await proven(config, *rows)
+    replaying = await started(config, "replay", "--since", "1h", "--rate", "1")
+    await read_until(config.kafka_bootstrap, config.topic, lambda found: bool(replayed(found)))
+    replaying.send_signal(end)
+    told = (await replaying.communicate())[0].decode()
+    assert replaying.returncode == 1
+    assert re.search(rf"^[1-9][0-9]* of {len(rows)} events published again", told, re.MULTILINE), told
+    (since,) = re.findall(r"--since (\S+) for its own", told)
+    went_on = await payments_relay(config, "replay", "--since", since)
+    assert went_on.returncode == 0
+    await read_until(config.kafka_bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
+
+
+def replayed(records: list[Any]) -> list[Any]:
+    return [record for record in records if HEADER in dict(record.headers)]
 
 
 async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:
