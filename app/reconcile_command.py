@@ -6,8 +6,6 @@ saves the answers through the write path.
 """
 
 import asyncio
-import signal
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Set
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +17,7 @@ from uuid import UUID
 from app import wiring
 from app.console import new_console, print_json, safe_text
 from app.settings import Settings
+from app.signals import stop_on_signals
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayError
@@ -43,7 +42,6 @@ PAST_ITS_END: Final = "hold_past_its_end"
 AT_ONCE: Final = 8
 DRAIN_SECONDS: Final = 25.0
 """Told to end, how long calls under way may take, as in a worker."""
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +171,9 @@ async def _asked(
 
 async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
     """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
-    stop = _stop_on_signals()
+    stop = stop_on_signals(
+        f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
+    )
     async with connected(settings) as (store, gateways):
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
@@ -185,23 +185,6 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
         [each for each in found if payment_id in (None, each.payment_id)],
         _in_words(left, gateways, ended_early=stop.is_set()),
     )
-
-
-def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets, and tells; the second ends this process as it stands."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        stop.set()
-        told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
-        new_console(to_stderr=True).print(told, soft_wrap=True)
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            loop.add_signal_handler(number, on_signal)
-    return stop
 
 
 async def _sweep(parts: "Parts", stop: asyncio.Event, payment_id: UUID | None) -> None:

@@ -94,7 +94,7 @@ def replay(  # noqa: PLR0917 - Typer passes by name
 
     Each message has the header `replayed_at`. Events whose first delivery is still to come are left out, and those that
     were dropped from quarantine. The topic has to be there: if not, the exit code is 2; it is 1 if there is no such
-    event.
+    event, or if it was told to end before all were published: then it says how to go on.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """
@@ -153,6 +153,8 @@ def drop_quarantine(
     The events stay in the table, with the reason, and `replay` leaves them out. They stay in the outbox, too: `repair
     --everything`, which publishes all that is retained, tries them again.
     """
+    if not why.strip():
+        fail("--why says why subscribers will never see it: whoever looks at the event later reads it")
     if not yes:
         typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)
     with readable_errors():

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final, TypeVar
 
@@ -21,6 +21,7 @@ from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
 from app.show import moment
+from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
 from infra.relay.gaps import advice_on, is_about_topic
@@ -106,7 +107,12 @@ class RelayDesk:
                 " `payments relay repair --everything` publishes all that is retained to the new topic."
             )
             return 1
-        return self._decide("everything" if everything else "unproven", timeout_seconds)
+        repair: Repair = "everything" if everything else "unproven"
+        try:
+            return self._decide(repair, timeout_seconds)
+        finally:
+            if self._ask(lambda connection: find_repair(connection, self._slot))[1] == repair:
+                self._out.print(f"{REQUESTS[repair]} stays asked for: a relay does it as soon as one can.")
 
     def adopt(self, *, timeout_seconds: float) -> int:
         is_polled = self._require_relay() == "poll"
@@ -203,13 +209,21 @@ class RelayDesk:
 
     def retry(self, names: list[str], *, everything: bool, timeout_seconds: float) -> int:
         events = self._at_quarantine(lambda desk: desk.retry(names, everything=everything))
-        if not events:
+        code = self._wait_for_quarantine(set(events), timeout_seconds) if events else 1
+        left = set(names) - events.keys() - set(events.values())
+        unknown = left - self._tell_of_dropped(left)
+        if not events and (unknown or everything):
             self._out.print(self._nothing)
-            return 1
-        code = self._wait_for_quarantine(set(events), timeout_seconds)
-        if unknown := set(names) - events.keys() - set(events.values()):
+        elif unknown:
             self._out.print(f"Not in quarantine of {self._named}: {', '.join(map(safe_text, sorted(unknown)))}")
-        return 1 if unknown else code
+        return 1 if left else code
+
+    def _tell_of_dropped(self, names: set[str]) -> set[str]:
+        """Which of these events and payments, or an event of theirs, was dropped before; it is told of each."""
+        found = self._at_quarantine(lambda desk: desk.dropped(names))
+        for event, payment, why in found:
+            self._out.print(f"{event} of {safe_text(payment)} was dropped before: {safe_text(why)}")
+        return names & {name for event, payment, _ in found for name in (event, payment)}
 
     def _wait_for_quarantine(self, events: set[str], timeout_seconds: float) -> int:
         """Until the relay has tried each of `events`; what else is in quarantine does not matter here."""
@@ -223,11 +237,23 @@ class RelayDesk:
                     told += [f"{len(states) - dropped} in quarantine again"] if len(states) > dropped else []
                     told += [f"{dropped} dropped by somebody meanwhile"] if dropped else []
                     self._out.print(f"{asked}: {', '.join(told)}")
+                    self._tell_of_refusals(events)
                     return 1 if states else 0
                 time.sleep(0.3)
         published = len(events) - len(self._at_quarantine(lambda desk: desk.states(events)))
         self._out.print(f"{asked}, and not all are done: {published} published; {self._who_is_at_it()}")
         return 1
+
+    def _tell_of_refusals(self, events: set[str]) -> None:
+        """Why they came back, and what can be done."""
+        reasons = self._at_quarantine(lambda desk: desk.reasons(events))
+        for reason in reasons:
+            self._out.print(f"refused: {safe_text(reason)}")
+        if reasons:
+            is_size = all("TooLarge" in reason for reason in reasons)
+            mend = "raise the topic's max.message.bytes" if is_size else "mend that, if it can be mended"
+            give_up = "give up what was refused: `payments relay quarantine drop EVENT_ID --why …`"
+            self._out.print(f"To do: {mend}, and retry; or {give_up}")
 
     def _who_is_at_it(self) -> str:
         if self._ask(lambda connection: is_led(connection, self._slot)):
@@ -235,14 +261,14 @@ class RelayDesk:
         return "no relay is active, one goes on with it when it is"
 
     def drop(self, names: list[str], *, why: str) -> int:
+        unknown = set(names) - self._tell_of_dropped(set(names))
         dropped, tried = self._at_quarantine(lambda desk: desk.drop(names, why=why))
         if tried:
             self._out.print(
                 f"{tried} of {len(names)} not dropped: the relay is trying to publish just that. List again."
             )
-        elif not dropped:
+        elif not dropped and unknown:
             self._out.print(f"{self._nothing} `drop` takes events' ids: nothing is dropped.")
-            return 1
         if dropped:
             self._out.print(
                 f"{dropped} of {len(names)} dropped; a relay that runs publishes now what waited behind them:"
@@ -274,9 +300,14 @@ class RelayDesk:
             return 1
         with Progress(console=self._out) as progress:
             task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
-            done = asyncio.run(replay.run(lambda published: progress.update(task, completed=published)))
-        self._out.print(f"{done} events published again to {target}")
-        return 0
+            replaying = _replay(replay, lambda published: progress.update(task, completed=published))
+            done, left, since = asyncio.run(replaying)
+        self._out.print(f"{done} {f'of {done + left} ' if left else ''}events published again to {target}")
+        if since is not None:
+            again = f"--since {since.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            told = f"To go on: the same command with {again} for its own, if any. A few events may come once more."
+            self._out.print(told, soft_wrap=True)
+        return 1 if left else 0
 
     def _refuse_own_input(self, topic: str) -> None:
         if topic in (self._settings.commands_topic, self._settings.dead_letter_topic):
@@ -309,6 +340,13 @@ class RelayDesk:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
 
 
+async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, int, datetime | None]:
+    """How many events were published and, told to end, how many are left, and since when those were written."""
+    stop = stop_on_signals("Ending: what is under way is waited for. Once more ends at once.")
+    done = await replay.run(on_progress, stop)
+    return done, *(await replay.rest() if stop.is_set() and done else (0, None))
+
+
 def _relay_table(relay: RelayStatus) -> Table:
     table = Table(show_header=False, box=box.SIMPLE, title=f"relay {relay.slot}", title_justify="left")
     lag = "" if relay.lag_bytes is None else f"{in_bytes(relay.lag_bytes)}, "
@@ -321,6 +359,8 @@ def _relay_table(relay: RelayStatus) -> Table:
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
+    if relay.repair in ("unproven", "everything"):  # To adopt is asked for as long as somebody waits, who sees it.
+        rows["asked for"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
     for name, text in rows.items():
         table.add_row(name, text)
     return table

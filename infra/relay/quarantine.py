@@ -19,6 +19,7 @@ _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
 
 PAYMENTS_AT_ONCE: Final = 200
+REASONS_MAX: Final = 3
 
 # Whatever arrives again is here already. One that was dropped stays so.
 PUT: Final = f"""
@@ -70,6 +71,14 @@ RETRY: Final = """
          WHERE slot_name = %(slot)s AND state IN ('refused', 'waiting') AND id IN (SELECT id FROM asked))
     SELECT id::text, aggregateid FROM asked
 """
+DROPPED: Final = """
+    SELECT id::text, aggregateid, coalesce(dropped_because, '') FROM relay_quarantine
+     WHERE slot_name = %s AND state = 'dropped' AND (id::text = ANY(%s) OR aggregateid = ANY(%s)) ORDER BY number
+"""
+REASONS: Final = f"""
+    SELECT DISTINCT reason FROM relay_quarantine
+     WHERE slot_name = %s AND state = 'refused' AND id = ANY(%s::uuid[]) ORDER BY reason LIMIT {REASONS_MAX}
+"""  # noqa: S608 - a number of our own
 STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
 # What a relay is trying may be on the topic already.
 DROP: Final = f"""
@@ -161,6 +170,16 @@ class QuarantineDesk:
     async def states(self, events: Collection[str]) -> list[str]:
         """The states of those of these events that are still here, dropped or not."""
         return [row[0] for row in await (await self._connection.execute(STATES, [self._slot, list(events)])).fetchall()]
+
+    async def reasons(self, events: Collection[str]) -> list[str]:
+        """Why Kafka refused those of these events that it refused; of many reasons the first few."""
+        rows = await self._connection.execute(REASONS.encode(), [self._slot, list(events)])
+        return [row[0] for row in await rows.fetchall()]
+
+    async def dropped(self, names: Collection[str]) -> list[tuple[str, str, str]]:
+        """id, payment and why, of what was dropped before among these events, and events of these payments."""
+        values = [self._slot, list(names), list(names)]
+        return await (await self._connection.execute(DROPPED, values)).fetchall()
 
     async def drop(self, names: Sequence[str], *, why: str) -> tuple[int, int]:
         """Give these events up for ever; what waited behind them is tried.

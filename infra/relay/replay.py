@@ -1,8 +1,9 @@
 """Publishes retained events once more, on demand: marked, throttled, and never before their first delivery."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -39,6 +40,13 @@ MATCHING: Final = """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
 # `position` has every payment's order; rows from before it existed have none, and come first.
 SELECT: Final = f"SELECT {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq"
+# In the order of their positions, the times of writing step back.
+REST_SINCE: Final = f"""
+    WITH last AS (SELECT coalesce(position, 0) AS position, aggregateid, payment_seq FROM outbox WHERE id = %(last)s)
+    SELECT count(*), min(o.created_at) {MATCHING}
+       AND (coalesce(o.position, 0), o.aggregateid, o.payment_seq)
+         > (SELECT position, aggregateid, payment_seq FROM last)
+"""  # noqa: S608 - our own constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,8 @@ class Replay:
             "until": selection.until,
             "slot": config.slot,
         }
+        self._last: OutboxEvent | None = None
+        """The last one that was published."""
 
     async def count(self) -> int:
         """How many events it would publish.
@@ -76,29 +86,48 @@ class Replay:
             row = await (await connection.execute(COUNT.encode(), self._values)).fetchone()
             return int(row[0]) if row is not None else 0
 
-    async def run(self, on_progress: Callable[[int], None]) -> int:
-        """Publish them, at most `rate` a second, each payment's in order; how many Kafka has acknowledged.
+    async def run(self, on_progress: Callable[[int], None], stop: asyncio.Event) -> int:
+        """Publish them, at most `rate` a second, each payment's in order, until told to `stop`.
+
+        How many Kafka has acknowledged.
 
         Raises:
             psycopg.Error, KafkaError: a server is away; what was acknowledged stays published.
         """
         done = 0
-        async with AIOKafkaProducer(
-            bootstrap_servers=self._config.kafka_bootstrap,
-            acks="all",
-            enable_idempotence=True,
-            max_request_size=2 * self._config.message_bytes_max,
-        ) as producer:
+        async with (
+            AIOKafkaProducer(
+                bootstrap_servers=self._config.kafka_bootstrap,
+                acks="all",
+                enable_idempotence=True,
+                max_request_size=2 * self._config.message_bytes_max,
+            ) as producer,
+            contextlib.aclosing(self._chunks()) as chunks,
+        ):
             partitions = len(await producer.partitions_for(self._topic))
             started = time.monotonic()
-            async for chunk in self._chunks():
+            async for chunk in chunks:
                 await self._publish(producer, partitions, chunk)
-                done += len(chunk)
+                done, self._last = done + len(chunk), chunk[-1]
                 on_progress(done)
-                await asyncio.sleep(max(0.0, started + done / self._rate - time.monotonic()))
+                if await _is_set_within(stop, started + done / self._rate - time.monotonic()):
+                    break
         return done
 
-    async def _chunks(self) -> AsyncIterator[list[OutboxEvent]]:
+    async def rest(self) -> tuple[int, datetime | None]:
+        """How many events it has not published, and when the earliest of them was written.
+
+        Raises:
+            psycopg.Error: Postgres is away.
+        """
+        assert self._last is not None, "something was published"
+        values = self._values | {"last": self._last.id.decode()}
+        async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection:
+            row = await (await connection.execute(REST_SINCE.encode(), values)).fetchone()
+            assert row is not None, "an aggregate always gives a row"
+            return row[0], row[1]
+
+    async def _chunks(self) -> AsyncGenerator[list[OutboxEvent], None]:
         size = max(1, min(CHUNK, self._rate // 10))
         async with (
             await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection,
@@ -122,3 +151,10 @@ class Replay:
             for event in events
         ]
         await asyncio.gather(*sent)
+
+
+async def _is_set_within(stop: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await stop.wait()
+    return stop.is_set()

@@ -123,16 +123,11 @@ class Session:
     async def _prepare(self, stack: contextlib.AsyncExitStack) -> None:
         leader = await self._lead(stack)
         await self._measure_lag(leader)  # Also where Kafka is away, and every session ends at once.
-        self._leadership = self._run_beside(stack, self._watch_leadership(leader))
-        self._quarantine = Quarantine(leader, self._config.slot)
-        metrics.QUARANTINED.set(await self._quarantine.count())
-        self._source = SOURCES[self._config.source](self._config, leader)
-        stack.push_async_callback(self._source.close)
-        self._publisher = await self._connect(leader)
-        stack.push_async_callback(self._publisher.close)
-        self._publisher.blocked = await self._quarantine.keys()
-        self._status.enter(State.CATCHING_UP)
-        await self._source.open(self._desk())
+        try:
+            await self._prepare_to_lead(stack, leader)
+        except (RelayError, KafkaError):  # Kafka is away, or there is a gap: what waits goes on growing old.
+            await self._measure_waiting(leader)
+            raise
         self._wait_for(0)  # Until now nothing was to be read.
         self._status.enter(State.ACTIVE)
         log.info(
@@ -143,13 +138,17 @@ class Session:
             compiled=self._config.uses_native,
         )
 
-    async def _connect(self, leader: psycopg.AsyncConnection) -> Publisher:
-        """To Kafka; while it is away, what waits goes on growing old."""
-        try:
-            return await Publisher.connect(self._config, self._wake.set)
-        except (RelayError, KafkaError):
-            await self._measure_waiting(leader)
-            raise
+    async def _prepare_to_lead(self, stack: contextlib.AsyncExitStack, leader: psycopg.AsyncConnection) -> None:
+        self._leadership = self._run_beside(stack, self._watch_leadership(leader))
+        self._quarantine = Quarantine(leader, self._config.slot)
+        metrics.QUARANTINED.set(await self._quarantine.count())
+        self._source = SOURCES[self._config.source](self._config, leader)
+        stack.push_async_callback(self._source.close)
+        self._publisher = await Publisher.connect(self._config, self._wake.set)
+        stack.push_async_callback(self._publisher.close)
+        self._publisher.blocked = await self._quarantine.keys()
+        self._status.enter(State.CATCHING_UP)
+        await self._source.open(self._desk())
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
         """Wait to be the one relay that may create, scan and stream: the holder of an advisory lock on this connection.

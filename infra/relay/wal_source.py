@@ -114,7 +114,8 @@ class WalSource:
         self._confirmed = 0
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
-        self._has_news = False
+        self._has_news = True
+        """Something is to be proven: at first what was published by who was killed, or has handed the slot back."""
         self._gulps = Gulps()
         self._next_gulp: asyncio.TimerHandle | None = None
         self._taken: list[int] = []

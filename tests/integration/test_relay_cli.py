@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,13 @@ async def payments_relay(config: RelayConfig, *arguments: str, columns: int = 20
     return await asyncio.to_thread(
         subprocess.run, command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+async def started(config: RelayConfig, *arguments: str) -> asyncio.subprocess.Process:
+    """A command that is to be told to end."""
+    command = [sys.executable, "-m", "app.cli", "relay", *arguments]
+    environment = os.environ | environment_of(config) | {"COLUMNS": "200"}
+    return await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
 async def proven(config: RelayConfig, *rows: Row) -> None:
@@ -215,6 +223,8 @@ async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfi
         assert shown[0]["payload"] == poisoned[1].payload
         again = await payments_relay(config, "quarantine", "retry", "pay_0001")
         assert (again.returncode, "0 published, 2 in quarantine again" in again.stdout) == (1, True)
+        assert "refused: MessageSizeTooLargeError" in again.stdout
+        assert "To do: raise the topic's max.message.bytes, and retry; or give up" in again.stdout
         listed = await payments_relay(config, "quarantine", "list", "--limit", "1", "--json")
         assert (len(json.loads(listed.stdout)), "and more" in listed.stderr) == (1, True)
         dropped = await payments_relay(config, "quarantine", "drop", str(other[1].id), "--why", "test", "--yes")
@@ -261,6 +271,25 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         assert f"Nothing of that is in quarantine of relay '{config.slot}'" in nothing.stdout
         unknown = await payments_relay(config, "quarantine", "show", "pay_0008")
         assert (unknown.returncode, unknown.stdout, "Nothing of that" in unknown.stderr) == (1, "[]\n", True)
+
+
+@wal_only
+async def test_what_was_dropped_before_is_told_with_its_reason(config: RelayConfig) -> None:
+    poisoned = poisoned_payment()
+    event = str(poisoned[1].id)
+    async with running(config):
+        await commit(config.postgres_url, poisoned)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
+        blank = await payments_relay(config, "quarantine", "drop", event, "--why", " ", "--yes")
+        assert (blank.returncode, "--why says why" in blank.stderr, blank.stdout) == (1, True, "")
+        await payments_relay(config, "quarantine", "drop", event, "--why", "agreed", "--yes")
+        await published(config, poisoned[2])
+        for command in (["drop", event, "--why", "once more", "--yes"], ["retry", event], ["retry", "pay_0001"]):
+            again = await payments_relay(config, "quarantine", *command)
+            assert (again.returncode, again.stdout) == (1, f"{event} of pay_0001 was dropped before: agreed\n")
+        mixed = await payments_relay(config, "quarantine", "retry", event, "pay_mistyped")
+    assert f"{event} of pay_0001 was dropped before" in mixed.stdout
+    assert "Nothing of that is in quarantine" in mixed.stdout
 
 
 @wal_only
@@ -351,6 +380,36 @@ async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pyte
     assert all(HEADER in dict(record.headers) for record in again)
 
 
+@wal_only
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
+    config: RelayConfig, end: signal.Signals
+) -> None:
+    """The times of writing step back where a transaction has lasted: nothing is left out by that."""
+    first, late, last = rows_of("pay_a", 3), rows_of("pay_b", 1), rows_of("pay_a", 20, first=4)
+    rows = first + late + last
+    async with running(config):
+        async with await open_transaction(config.postgres_url) as long:
+            await commit(config.postgres_url, *([row] for row in first))
+            await insert(long, late)
+        await commit(config.postgres_url, *([row] for row in last))
+        await proven(config, *rows)
+    replaying = await started(config, "replay", "--since", "1h", "--rate", "1")
+    await read_until(config.kafka_bootstrap, config.topic, lambda found: bool(replayed(found)))
+    replaying.send_signal(end)
+    told = (await replaying.communicate())[0].decode()
+    assert replaying.returncode == 1
+    assert re.search(rf"^[1-9][0-9]* of {len(rows)} events published again", told, re.MULTILINE), told
+    (since,) = re.findall(r"--since (\S+) for its own", told)
+    went_on = await payments_relay(config, "replay", "--since", since)
+    assert went_on.returncode == 0
+    await read_until(config.kafka_bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
+
+
+def replayed(records: list[Any]) -> list[Any]:
+    return [record for record in records if HEADER in dict(record.headers)]
+
+
 async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:
     rows, later = rows_of("pay_a", 3), rows_of("pay_a", 4, first=4)
     async with running(config):
@@ -382,8 +441,7 @@ async def test_nobody_adopts_for_who_waits_no_more(config: RelayConfig, end: sig
     rows = rows_of("pay_a", 5)
     async with running(config):
         pass
-    command = [sys.executable, "-m", "app.cli", "relay", "adopt"]
-    asking = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=os.environ | environment_of(config))
+    asking = await started(config, "adopt")
     await until(lambda: fetch_value(config.postgres_url, "SELECT repair = 'adopt' FROM relay_slots"))
     asking.send_signal(end)
     await asking.wait()
@@ -548,6 +606,28 @@ async def test_a_relay_of_a_long_name_is_listed_once(config: RelayConfig) -> Non
         told = json.loads((await payments_relay(config, "status", "--json")).stdout)
     assert (len(told["relays"]), told["starting"]) == (1, [])
     await fetch_value(config.postgres_url, DROP, config.slot)
+
+
+@wal_only
+@pytest.mark.parametrize("end", [signal.SIGINT, None], ids=["by Ctrl-C", "by its time"])
+async def test_a_repair_that_is_waited_for_no_more_stays_asked_for_and_is_told(
+    config: RelayConfig, end: signal.Signals | None
+) -> None:
+    """Whoever types it and goes away would be surprised by the next start."""
+    async with running(config):
+        pass
+    is_asked = "SELECT repair IS NOT NULL FROM relay_slots WHERE slot_name = %s"
+    repairing = await started(config, "repair", "--timeout", "60" if end else "0.5")
+    await until(lambda: fetch_value(config.postgres_url, is_asked, config.slot))
+    if end is not None:
+        repairing.send_signal(end)
+    told, _ = await repairing.communicate()
+    assert repairing.returncode == (130 if end else 1)
+    assert "`payments relay repair` stays asked for" in told.decode()
+    assert "`payments relay repair`, and not done yet" in (await payments_relay(config, "status")).stdout
+    async with running(config):
+        assert not await fetch_value(config.postgres_url, is_asked, config.slot)
+        assert "not done yet" not in (await payments_relay(config, "status")).stdout
 
 
 async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:

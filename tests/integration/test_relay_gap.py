@@ -279,6 +279,21 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
     )
 
 
+async def test_what_waits_grows_old_before_a_gap(config: RelayConfig, topics: Topics) -> None:
+    """The metric tells what `status` does."""
+    waiting = metrics.LAG_SECONDS._value
+    await before_the_gap(config, rows_of("pay_a", 3))
+    await commit(config.postgres_url, rows_of("pay_a", 1, first=4))
+    async with StandingStill(replace(config, topic=topics.dlq)) as standing:
+        await until(lambda: waiting.get() > 0.5)
+        before = waiting.get()
+        await until(lambda: waiting.get() > before + 0.5)
+        (told,) = (await read_status(config.postgres_url)).relays
+        assert told.lag_seconds - 1 < waiting.get() <= told.lag_seconds + 1
+        assert standing.relay.health.detail.startswith("gap")
+    assert waiting.get() == 0, "it has stopped"
+
+
 @wal_only
 async def test_adopting_on_another_server_proves_nothing_about_its_transactions(config: RelayConfig) -> None:
     await before_the_gap(config, rows_of("pay_a", 3))
@@ -321,6 +336,39 @@ async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed
         await commit(config.postgres_url, after)
         records = await published(config, *before, *after)
     assert ids(records) == [row.id for row in before + after]
+
+
+@wal_only
+async def test_what_was_adopted_counts_as_published_and_what_was_under_way_does_not(config: RelayConfig) -> None:
+    """Nothing comes after it that could prove it; and what ends later, the other publisher has not had."""
+    before, theirs, late = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4), rows_of("pay_b", 2)
+    await before_the_gap(config, before)
+    async with await open_transaction(config.postgres_url) as under_way:
+        await insert(under_way, late)
+        await write_unread(config, theirs, ADVANCE)
+        async with StandingStill(config) as standing:
+            assert not await is_all_proven(config)
+            await standing.decide("adopt")
+            await until(lambda: is_all_proven(config))
+        await under_way.commit()
+    assert await StandingStill(config).unproven() == len(late)
+    async with running(config):
+        assert ids(await published(config, *before, *late)) == [row.id for row in before + late]
+
+
+@wal_only
+async def test_who_was_killed_before_he_had_proven_what_he_published_leaves_that_to_the_next(
+    config: RelayConfig,
+) -> None:
+    """Or what is all on the topic would be told as waiting until something else happens."""
+    rows = rows_of("pay_a", 3)
+    await before_the_gap(config, rows)
+    earlier = "published_below = (SELECT min(xact) FROM outbox), window_begin = NULL"
+    await fetch_value(config.postgres_url, f"UPDATE relay_slots SET {earlier} RETURNING 1")
+    assert not await is_all_proven(config)
+    async with running(config):
+        await until(lambda: is_all_proven(config))
+    assert len(await published(config, *rows)) == len(rows)
 
 
 async def test_an_active_relay_cannot_be_told_to_adopt_or_repair(config: RelayConfig) -> None:
