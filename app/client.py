@@ -157,7 +157,8 @@ class PaymentsClient:
                 async with asyncio.timeout(TOPIC_SECONDS):
                     await self._producer.partitions_for(topic)
             except TimeoutError as error:
-                raise KafkaError(f"there is no topic {topic}: `payments migrate` makes it; nothing was sent") from error
+                told = f"no topic {topic} was found within {TOPIC_SECONDS:g} s: `payments migrate` makes it"
+                raise KafkaError(f"{told}; nothing was sent") from error
 
     async def send(self, value: bytes, payment_id: UUID) -> None:
         """Have Kafka acknowledge one message."""

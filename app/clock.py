@@ -1,5 +1,4 @@
-"""How far a worker's own clock is from Postgres's: by that one leases and the age of calls are told, by its own the
-time that payers take, and how old a signature is."""
+"""How far a process's own clock is from Postgres's: by that one all is told but how old a signature is."""
 
 import asyncio
 import contextlib
@@ -19,7 +18,7 @@ WATCH_SECONDS: Final = 60.0
 TIMEOUT_SECONDS: Final = 5.0
 TOLD_FROM_SECONDS: Final = 2.0
 NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
-OFFSET_SECONDS: Final = Gauge("payments_clock_offset_seconds", "This worker's clock minus Postgres's")
+OFFSET_SECONDS: Final = Gauge("payments_clock_offset_seconds", "This process's clock minus Postgres's")
 
 
 async def watch_clock(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
@@ -39,7 +38,10 @@ async def note_offset(pool: "asyncpg.Pool[asyncpg.Record]", clock: Callable[[], 
     async with pool.acquire(timeout=TIMEOUT_SECONDS) as connection:
         asked_at = clock()
         theirs = await connection.fetchval(NOW, timeout=TIMEOUT_SECONDS)
-        offset = (asked_at + clock()) / 2 - theirs
+        answered_at = clock()
+        offset = (asked_at + answered_at) / 2 - theirs
+        if answered_at - asked_at > TOLD_FROM_SECONDS:
+            return  # It may be off by half of that.
     OFFSET_SECONDS.set(offset)
     if abs(offset) > TOLD_FROM_SECONDS:
-        log.warning("this worker's clock is off", offset_seconds=round(offset, 1))
+        log.warning("this machine's clock is off", offset_seconds=round(offset, 1))

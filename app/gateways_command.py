@@ -47,7 +47,9 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
 
 def known_capabilities(settings: Settings) -> dict[str, Capabilities]:
     """What every gateway of this release declares under these settings, by name; no provider is called."""
-    return {name: create(settings).capabilities for name, create in wiring.GATEWAYS.items() if name != "instant"}
+    return {
+        name: create(settings, wiring.now).capabilities for name, create in wiring.GATEWAYS.items() if name != "instant"
+    }
 
 
 def rows(known: dict[str, Capabilities]) -> list[list[str]]:

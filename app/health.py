@@ -88,6 +88,10 @@ async def _trouble(check: Check, timeout_seconds: float) -> str | None:
             return await asyncio.shield(asking)
     except TimeoutError:
         return f"no answer within {timeout_seconds:g} s"
+    except asyncio.CancelledError:
+        if not asking.cancelled():
+            raise
+        return "check failed: it was cancelled by a library"
     except Exception as error:  # A check that breaks says that its part is not ready, whatever the error.
         # Only the kind of error is shown: its message may hold a password from a URL.
         return f"check failed: {type(error).__name__}"

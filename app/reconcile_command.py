@@ -33,6 +33,7 @@ from handlers.pace import Pace
 from handlers.reconcile import RESTS, UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
+from infra.postgres.clock import PostgresClock
 from infra.postgres.store import PostgresStore, close_pool, create_pool
 
 ASKED_MAX: Final = 1_000
@@ -215,7 +216,9 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> Non
 def _in_words(left: Mapping[str, int], here: Container[str], *, ended_early: bool) -> list[str]:
     why = "told to end" if ended_early else "the provider wants to rest, or they became due meanwhile"
     lines = [
-        f"{number:,} left at {name}: {why if name in here else UNKNOWN_HERE}. Workers ask about them in time."
+        f"{number:,} left at {name}: {why}. Workers ask about them in time."
+        if name in here
+        else f"{number:,} left at {name}: {UNKNOWN_HERE}. Workers that have it ask about them."
         for name, number in left.items()
     ]
     return lines or (["Told to end before all holds were asked about."] if ended_early else [])
@@ -309,12 +312,13 @@ async def working(
 async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, dict[str, Gateway]]]:
     """The store and the gateways of this installation, closed at the end of the block."""
     async with AsyncExitStack() as stack:
-        gateways = wiring.create_gateways(settings)
+        clock = PostgresClock()
+        gateways = wiring.create_gateways(settings, clock)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
         pool = await create_pool(settings.postgres_url, size=2)
         stack.push_async_callback(close_pool, pool)
-        store = PostgresStore(pool)
+        store = PostgresStore(pool, clock)
         await store.look_at_clock()
         yield store, gateways
 

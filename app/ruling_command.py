@@ -127,6 +127,8 @@ def _in_words(payment: Payment, operation: Operation, outcome: Succeeded | NotEx
     told = f"{payment.payment_id}  {operation.kind} {operation.number} at {operation.gateway}"
     if isinstance(outcome, NotExecuted):
         return f"{told}: nothing will be booked of the {asked} that was asked for."
+    if operation.kind is OperationKind.VOID:
+        return f"{told}: what it was sent to release or cancel counts as that, and no money is booked."
     moved = asked if outcome.amount_minor is None else Money(outcome.amount_minor, asked.currency)
     return f"{told}: {moved} will be booked" + ("." if moved == asked else f", and {asked} was asked for.")
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from app import wiring
+from app.clock import watch_clock
 from app.health import Checks
 from app.settings import Settings
 from domain.errors import StoreUnavailable
@@ -55,8 +56,10 @@ class WebhookService:
                     pool = await create_pool(self._settings.postgres_url, size=self._settings.webhook_connections)
             try:
                 self._inbox = PostgresInbox(pool)
+                watching = asyncio.create_task(watch_clock(pool))  # How old a signature is, this machine's clock tells.
                 await storing
             finally:
+                watching.cancel()
                 await close_pool(pool)
         finally:
             storing.cancel()

@@ -14,7 +14,7 @@ from uuid_utils.compat import uuid7
 from app.settings import NOWHERE, Settings
 from domain.capabilities import AmountLimits
 from domain.notices import WebhookReader
-from domain.ports import Gateway, PaymentStore
+from domain.ports import Clock, Gateway, PaymentStore
 from domain.rules import Rules
 from handlers import metrics
 from handlers.dispatch import Dispatcher
@@ -31,8 +31,8 @@ from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
 from infra.redis.recent_keys import ValkeyRecentKeys
 
-GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
-    "stripe": lambda settings: StripeGateway(
+GATEWAYS: dict[str, Callable[[Settings, Clock], Gateway]] = {
+    "stripe": lambda settings, clock: StripeGateway(
         StripeConfig(
             api_key=settings.stripe_api_key,
             api_base=settings.stripe_api_base,
@@ -42,12 +42,12 @@ GATEWAYS: dict[str, Callable[[Settings], Gateway]] = {
             multi_capture=settings.stripe_multi_capture,
             action_window=settings.stripe_action_window,
         ),
-        clock=now,
+        clock=clock,
     ),
-    "paypal": lambda settings: PayPalGateway(paypal_config(settings)),
-    "vnpay": lambda settings: VNPayGateway(vnpay_config(settings)),
-    "momo": lambda settings: MoMoGateway(momo_config(settings)),
-    "instant": lambda settings: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
+    "paypal": lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
+    "vnpay": lambda settings, clock: VNPayGateway(vnpay_config(settings), clock),
+    "momo": lambda settings, clock: MoMoGateway(momo_config(settings)),
+    "instant": lambda settings, clock: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
 }
 
 WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
@@ -116,14 +116,14 @@ def momo_config(settings: Settings) -> MoMoConfig:
     )
 
 
-def create_gateways(settings: Settings) -> dict[str, Gateway]:
-    """The gateways that this installation uses, by name.
+def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway]:
+    """The gateways that this installation uses, by name; `clock` is the one that tells when calls were made.
 
     Raises:
         ValueError: as `check_gateways`.
     """
     check_gateways(settings)
-    return {name: GATEWAYS[name](settings) for name in settings.gateways}
+    return {name: GATEWAYS[name](settings, clock) for name in settings.gateways}
 
 
 def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:

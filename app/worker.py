@@ -25,6 +25,7 @@ from handlers.reconcile import Asker, Reconciler
 from handlers.sweep import Sweep
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.skipping import SkippingReader
+from infra.postgres.clock import PostgresClock
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.schema import schema_trouble
 from infra.postgres.store import PostgresStore, close_pool, create_pool
@@ -128,13 +129,14 @@ class Worker:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
-        gateways = wiring.create_gateways(settings)
+        clock = PostgresClock()
+        gateways = wiring.create_gateways(settings, clock)
         metrics.expect(gateways)
         for gateway in gateways.values():
             stack.push_async_callback(gateway.close)
         self._pool = pool = await create_pool(settings.postgres_url, size=settings.store_connections)
         stack.push_async_callback(close_pool, pool)
-        store = PostgresStore(pool)
+        store = PostgresStore(pool, clock)
         await store.look_at_clock()
         redis = wiring.connect_redis(settings)
         stack.push_async_callback(redis.aclose)

@@ -125,7 +125,8 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
     amount = amount_of(command, payment)
     if payment.own_captured_minor == 0:
         instead = "; void what is held" if payment.capturable_minor else ""
-        return _invalid_state(payment, f"nothing was captured, so there is nothing to refund{instead}")
+        why = f"nothing was captured, so there is nothing to refund{instead}{_besides(payment)}"
+        return _invalid_state(payment, why)
     if left <= 0:
         message = f"the payment is {payment.status}: nothing is left to refund{_besides(payment)}"
         return Rejection(RejectionReason.AMOUNT_EXCEEDS_REFUNDABLE, message, ("amount_minor",))

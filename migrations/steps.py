@@ -15,8 +15,8 @@ from alembic import op
 from psycopg.errors import LockNotAvailable
 from sqlalchemy.exc import OperationalError
 
-LOCK_TIMEOUT: Final = "200ms"
-PAUSES_SECONDS: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
+from infra.postgres.maintenance import LOCK_TIMEOUT, PAUSES_SECONDS
+
 LAST_LOCK_TIMEOUT: Final = "1500ms"
 """Longer than `deadlock_timeout` as Postgres has it (1 s), after which an autovacuum gives way to who waits."""
 

@@ -42,8 +42,8 @@ Payment **commands** come in on a Kafka topic, **events** go out on another; mon
   in between (`requires_action`, `pending`, `needs_review`). Two refusals leave nothing behind, and are published for
   each delivery: that of a conflict, and that of a command without a usable key.
 - Commands of a payment run one at a time. One that comes while another is under way, which may wait for its payer for a
-  day, waits for its turn, and nothing is published of it until then; nor of a second delivery of the first. (More than
-  a thousand are repeated a thousand times.) So do not pay for an order under another `payment_id` while the first is
+  day, waits for its turn, and nothing is published of it until then; nor of a second delivery of the first. (Of such
+  deliveries the first thousand are answered.) So do not pay for an order under another `payment_id` while the first is
   open, or both may be paid: send a `void`, and wait.
 - After `declined`, `expired` or `command_rejected` another attempt may be made at the same payment, under a new key.
 - Events come at least once and in order for each payment: `payment_seq` has no gaps.

@@ -50,7 +50,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Connections, Movement
+from domain.ports import Clock, Connections, Movement
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "paypal"
@@ -725,8 +725,9 @@ class PayPalGateway:
 
     name = NAME
 
-    def __init__(self, config: PayPalConfig) -> None:
+    def __init__(self, config: PayPalConfig, clock: Clock = lambda: datetime.now(UTC)) -> None:
         self._config = config
+        self._clock = clock
         self._api = PayPalHttp(config)
         self.capabilities = Capabilities(
             operations=frozenset(OperationKind),
@@ -966,7 +967,7 @@ class PayPalGateway:
         nobody looked, is a question for a person.
         """
         began = request.first_dispatched_at
-        is_its_time = began is not None and EXPIRY_SHOWS_AFTER <= datetime.now(UTC) - began < EXPIRY_SHOWS_WITHIN
+        is_its_time = began is not None and EXPIRY_SHOWS_AFTER <= self._clock() - began < EXPIRY_SHOWS_WITHIN
         if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_its_time:
             return Expired(request.reference, "RESOURCE_NOT_FOUND")
         return Unknown("PayPal shows no such order")

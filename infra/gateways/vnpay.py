@@ -39,7 +39,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Connections
+from domain.ports import Clock, Connections
 from infra.gateways.transport import ProviderHttp
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,8 @@ GRACE: Final = timedelta(minutes=15)
 BEGUN_GRACE: Final = timedelta(days=1)
 """The same where VNPay says that the payer began, and has neither paid nor failed (TransactionStatus 01)."""
 UNDER_WAY: Final = timedelta(minutes=15)
-"""After its dispatch, in which a refund may have reached VNPay: also if the question before it had to be repeated."""
+"""After its dispatch, in which a refund is taken to have reached VNPay. One that is sent later, and whose answer is
+lost, goes to a person."""
 
 
 class VNPayConfig(BaseModel):
@@ -245,8 +246,9 @@ class VNPayGateway:
 
     name = NAME
 
-    def __init__(self, config: VNPayConfig) -> None:
+    def __init__(self, config: VNPayConfig, clock: Clock = lambda: datetime.now(UTC)) -> None:
         self._config = config
+        self._clock = clock
         self.capabilities = Capabilities(
             operations=frozenset({OperationKind.CHARGE, OperationKind.REFUND}),
             currencies=frozenset({"VND"}),
@@ -318,7 +320,7 @@ class VNPayGateway:
             return self._read_refunded(request, *await self._query(_charge_of(request)))
         reference = request.reference or _reference(request)
         answer, vnpays = await self._query(reference)
-        now = min(vnpays, datetime.now(UTC))  # a clock that is ahead, VNPay's or ours, must not end what can be paid
+        now = min(vnpays, self._clock())  # a clock that is ahead, VNPay's or ours, must not end what can be paid
         if answer is None:
             return self._unpaid(request, reference, now)
         type_ = str(answer["vnp_TransactionType"])
@@ -429,7 +431,9 @@ class VNPayGateway:
         if answer is None or str(answer["vnp_TransactionType"]) not in REFUND_TYPES:
             return Unknown("VNPay shows no refund")
         number, amount = str(answer["vnp_TransactionNo"]), _minor(answer["vnp_Amount"])
-        is_first = request.operation_number == 2 and _was_under_way(request, str(answer.get("vnp_PayDate")), now)
+        is_first = request.operation_number == 2 and _was_under_way(
+            request, str(answer.get("vnp_PayDate")), now - self._clock()
+        )
         is_meant = is_first if request.reference is None else request.reference == number
         if not is_meant or amount != request.amount.minor:
             return Unknown("VNPay shows a refund that may be another one")
@@ -459,7 +463,7 @@ class VNPayGateway:
         """The answer, and when it was given."""
         sealed = {**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
         response = await self._http.request("POST", self._config.api_url, json=sealed)
-        return _json(response), _given_at(response)
+        return _json(response), _given_at(response) or self._clock()
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -473,12 +477,12 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     return answer
 
 
-def _given_at(response: httpx.Response) -> datetime:
-    """When VNPay answered, by its own clock; by ours where it does not tell."""
+def _given_at(response: httpx.Response) -> datetime | None:
+    """When VNPay answered, by its own clock; None where it does not tell."""
     try:
         return parsedate_to_datetime(response.headers.get("date", "")).astimezone(UTC)
     except ValueError:
-        return datetime.now(UTC)
+        return None
 
 
 def _complain(code: str) -> None:
@@ -492,10 +496,10 @@ def _charge_of(request: GatewayRequest) -> str:
     return request.gateway_payment_id
 
 
-def _was_under_way(request: GatewayRequest, pay_date: str, now: datetime) -> bool:
-    """Whether `request` was, when VNPay made what has this PayDate; however far apart VNPay's clock and ours are."""
+def _was_under_way(request: GatewayRequest, pay_date: str, ahead: timedelta) -> bool:
+    """Whether `request` was, when VNPay made what has this PayDate; so far is VNPay's clock ahead of ours."""
     assert request.first_dispatched_at is not None, "a dispatched operation has a time"
-    sent = request.first_dispatched_at + (now - datetime.now(UTC))
+    sent = request.first_dispatched_at + ahead
     try:
         made = datetime.strptime(pay_date, TIME).replace(tzinfo=VIETNAM)
     except ValueError:

@@ -11,6 +11,7 @@ to ("none") it raises; the reader goes on where the log begins now, and tells. O
 offsets of records are no sign (ends of transactions, aborted ones, compaction).
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Self
@@ -28,6 +29,7 @@ from aiokafka.errors import (
 log = structlog.get_logger(__name__)
 
 CAREFUL_MS: Final = 100
+BEGINNING_SECONDS: Final = 2.0
 IDLE_PASSES_MAX: Final = 3
 """So often nothing is found, and nothing amiss, before it is read as usual again: the bad record is gone."""
 
@@ -107,7 +109,7 @@ class SkippingReader:
         """As the consumer's own, but nothing where there is no offset to go on at: there is one then."""
         try:
             return dict(await self._getmany(*partitions, **limits))
-        except NoOffsetForPartitionError as error:  # Of this group nobody has ever read it.
+        except NoOffsetForPartitionError as error:  # Of this group nobody has ever read it, or not for a week.
             await self._go_on(error.args[0], None)
         except OffsetOutOfRangeError as error:
             for partition, offset in error.args[0].items():
@@ -115,7 +117,11 @@ class SkippingReader:
         return {}
 
     async def _go_on(self, partition: TopicPartition, offset: int | None) -> None:
-        beginning = await self._beginning_of(partition)
+        try:
+            async with asyncio.timeout(BEGINNING_SECONDS):
+                beginning = await self._beginning_of(partition)
+        except TimeoutError:
+            return  # Its leader is away, which is no reason for the others to wait; the next read asks again.
         if partition not in self._consumer.assignment():
             return  # It is another worker's now, who meets the same.
         if offset is not None:

@@ -14,6 +14,8 @@ COPIES: Final = 3
 """With a broker's disk gone there are two, and what is acknowledged from then on is on both."""
 KEPT: Final = {"retention.ms": "-1", "retention.bytes": "-1"}
 """Otherwise the broker's default holds, which is a week."""
+BY_BROKER: Final = {"message.timestamp.type": "LogAppendTime"}
+"""So that what is parked later has a later time, whichever worker's clock is off."""
 
 
 async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, kept: Collection[str] = ()) -> None:
@@ -65,7 +67,7 @@ async def _tell_of_limits(admin: AIOKafkaAdminClient, topic: str) -> None:
 def _new_topic(name: str, partitions: int, brokers: int, *, is_kept: bool) -> NewTopic:
     copies = min(COPIES, brokers)
     safe = {"min.insync.replicas": str(COPIES - 1)} if copies == COPIES else {}
-    return NewTopic(name, partitions, copies, topic_configs=safe | (KEPT if is_kept else {}))
+    return NewTopic(name, partitions, copies, topic_configs=safe | (KEPT | BY_BROKER if is_kept else {}))
 
 
 def _check(response: object) -> None:

@@ -3,7 +3,11 @@ machine's own, which may be hours off, or be set anew meanwhile."""
 
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
+
+_RUNNING: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""One that goes on while the machine sleeps, where there is one (Linux): what waits to be sent when it wakes up is as
+old as it is."""
 
 
 class PostgresClock:
@@ -11,14 +15,18 @@ class PostgresClock:
     is this machine's."""
 
     def __init__(self) -> None:
-        self._told, self._at = datetime.now(UTC), time.monotonic()
+        self._told, self._at = datetime.now(UTC), _seconds()
 
     def __call__(self) -> datetime:
         """Timezone-aware UTC."""
-        return self._told + timedelta(seconds=time.monotonic() - self._at)
+        return self._told + timedelta(seconds=_seconds() - self._at)
 
     async def look(self, connection: Any) -> None:
         """Ask Postgres, over an asyncpg connection or pool. Right to half of what the question takes."""
-        asked = time.monotonic()
+        asked = _seconds()
         self._told = await connection.fetchval("SELECT clock_timestamp()")
-        self._at = (asked + time.monotonic()) / 2
+        self._at = (asked + _seconds()) / 2
+
+
+def _seconds() -> float:
+    return time.clock_gettime(_RUNNING)

@@ -27,8 +27,8 @@ SELECT: Final = """
 class Decision:
     """`retried` or `dropped`, when, and why it was dropped.
 
-    It is about what was parked at `parked_at`, by Kafka's clock. A letter of the same place that was parked later is
-    another one, on a topic that was made anew: about that nothing is decided.
+    It is about what was parked at `parked_at`, by the clock of the topic's messages. A letter of the same place that
+    was parked later is another one, on a topic that was made anew: about that nothing is decided.
     """
 
     name: str

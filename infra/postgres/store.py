@@ -355,9 +355,9 @@ def translated() -> Iterator[None]:
 class PostgresStore:
     """Payments in Postgres. Every method raises StoreUnavailable when Postgres is away."""
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", clock: PostgresClock | None = None) -> None:
         self._pool = pool
-        self.now = PostgresClock()
+        self.now = clock or PostgresClock()
 
     async def look_at_clock(self) -> None:
         """Have `now` tell Postgres's time from here on; before, it is this machine's."""

@@ -102,6 +102,15 @@ async def test_a_check_that_breaks_shows_no_secret() -> None:
     assert answer.json()["parts"] == {"postgres": "check failed: OSError"}
 
 
+async def test_a_check_that_a_library_cancels_is_a_part_that_is_not_ready() -> None:
+    async def cancelled() -> str | None:
+        raise asyncio.CancelledError
+
+    assert await troubles({"kafka": cancelled, "postgres": ready}) == {
+        "kafka": "check failed: it was cancelled by a library"
+    }
+
+
 async def test_silent_parts_are_given_up_together() -> None:
     async with asyncio.timeout(2):
         found = await troubles({str(n): (silent, stubborn)[n % 2] for n in range(50)}, timeout_seconds=0.1)

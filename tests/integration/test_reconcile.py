@@ -727,6 +727,23 @@ async def test_what_moved_another_amount_is_booked_with_that(postgres_url: str, 
     assert await value(postgres_url, booked) == 10_000
 
 
+async def test_of_a_void_no_amount_is_said_to_be_booked(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was sent to cancel may have held nothing yet."""
+    payment, gateway = new_payment_id(), Instant()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("authorize", payment, "authorize"))
+        await worker.idle()
+        gateway.outcome = lambda request: Unknown("lost")
+        await worker.accept(delivery("void", payment, "void"))
+        await worker.idle()
+    await value(postgres_url, "UPDATE operations SET state = 'needs_review' WHERE number = 2")
+    finding = Finding(payment, 2, "succeeded", "the portal")
+    assert await asyncio.to_thread(rule, here(postgres_url, redis_url), finding) == 0
+    assert "void 2 at instant: what it was sent to release or cancel counts as that" in capsys.readouterr().err
+
+
 async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, redis_url: str) -> None:
     payment = await in_review(postgres_url)
     finding, settings = Finding(payment, 2, "not-executed", "the portal"), here(postgres_url, redis_url)

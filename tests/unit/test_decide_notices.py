@@ -457,6 +457,18 @@ def test_a_hold_that_comes_late_beside_a_voided_attempt_is_held_until_its_provid
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
+def test_a_refund_beside_what_another_attempt_took_is_told_of_that() -> None:
+    told = story()
+    told.send("charge", "first")
+    told.answer(NO)
+    told.does("authorize", "second")
+    told.hear(PAID, 1)
+    told.send("refund")
+    assert (told.last.snapshot.captured_minor, told.last.snapshot.owed_minor) == (10_000, 10_000)
+    assert told.last.rejection is not None
+    assert "void what is held; 10000 were taken by another attempt" in told.last.rejection.message
+
+
 def test_a_void_of_what_was_paid_meanwhile_releases_that_and_not_what_was_paid_first() -> None:
     told = tried_twice("authorize")
     told.send("void")

@@ -1,5 +1,6 @@
 """The documentation's matrix of gateways is the code's, and none is used without what verifies its messages."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_gateway_but_the_one_for_benchmarks_receives_webhooks() -> None:
 async def test_a_gateway_lists_what_it_declares_to_list() -> None:
     ways = {Listing.NONE: (), Listing.PAYMENTS: (Statements,), Listing.MOVEMENTS: (Movements,)}
     for create in GATEWAYS.values():
-        gateway = create(Settings())
+        gateway = create(Settings(), lambda: datetime.now(UTC))
         fits = tuple(each for each in (Statements, Movements) if isinstance(gateway, each))
         assert fits == ways[gateway.capabilities.listing]
         await gateway.close()

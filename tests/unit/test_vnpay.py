@@ -32,6 +32,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from domain.ports import Clock
 from domain.rules import RetryPolicy
 from infra.gateways import vnpay
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
@@ -284,13 +285,15 @@ def test_each_verdict_is_answered_as_vnpay_demands() -> None:
 # --- the gateway, with VNPay's answers replaced at the HTTP boundary --------------------------------------------------
 
 
-def gateway(answer: Callable[[dict[str, Any]], httpx.Response] | Exception) -> VNPayGateway:
+def gateway(
+    answer: Callable[[dict[str, Any]], httpx.Response] | Exception, clock: Clock = lambda: datetime.now(UTC)
+) -> VNPayGateway:
     def handle(request: httpx.Request) -> httpx.Response:
         if isinstance(answer, Exception):
             raise answer
         return answer(json.loads(request.content))
 
-    built = VNPayGateway(config())
+    built = VNPayGateway(config(), clock)
     built._http._client = httpx.AsyncClient(transport=httpx.MockTransport(handle))
     return built
 
@@ -538,6 +541,16 @@ async def test_a_lost_refund_is_one_that_was_made_while_it_was_under_way_by_vnpa
     lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2, first_dispatched_at=sent)
     made = at(sent + clock + timedelta(seconds=seconds))
     assert isinstance(await gateway(answered(clock, TransactionType="02", PayDate=made)).status(lost), outcome)
+
+
+@pytest.mark.parametrize("off", [timedelta(hours=1), timedelta(hours=-1)])
+async def test_when_a_refund_was_sent_and_what_time_it_is_are_of_one_clock(off: timedelta) -> None:
+    """That of the store; a machine's own may be off, and neither hides our refund nor makes somebody's ours."""
+    store = datetime.now(UTC) + off
+    lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2, first_dispatched_at=store)
+    for seconds, outcome in ((2, Succeeded), (-3000, Unknown), (1500, Unknown)):
+        seen = answered(TransactionType="02", PayDate=at(datetime.now(UTC) + timedelta(seconds=seconds)))
+        assert isinstance(await gateway(seen, lambda: datetime.now(UTC) + off).status(lost), outcome)
 
 
 @pytest.mark.parametrize("made", ["", "yesterday"])
