@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ PARTITIONS = 8
 REDIS_DATABASES = range(1, 16)
 
 serial = itertools.count(1)
+
+
+def pytest_configure() -> None:
+    """A run in the background inherits from its shell that Ctrl-C is ignored, and every process it starts would, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, slots=True)
