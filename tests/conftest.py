@@ -42,7 +42,7 @@ serial = itertools.count(1)
 
 
 def pytest_configure() -> None:
-    """A run in the background inherits from its shell that Ctrl-C is ignored, and every process it starts would, too."""
+    """A run in the background inherits from its shell that Ctrl-C is ignored, and so would all processes it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
