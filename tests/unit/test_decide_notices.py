@@ -105,12 +105,17 @@ def test_money_that_was_called_off_and_came_counts_and_is_told(ended: Outcome) -
     assert told.kinds[-1] == "refunded"
 
 
-def test_money_that_came_twice_is_owed_back() -> None:
+def paid_late_beside(kind: str) -> Story:
     told = story()
     told.send("charge", "first")
     told.answer(NO)
-    told.does("charge", "second")
+    told.does(kind, "second")
     told.hear(PAID, 1)
+    return told
+
+
+def test_money_that_came_twice_is_owed_back() -> None:
+    told = paid_late_beside("charge")
     assert told.last.kind == "late_success"
     assert (told.last.owed_minor, told.last.snapshot.owed_minor) == (10_000, 10_000)
     assert told.amounts() == (20_000, 20_000, 0, 0)
@@ -458,11 +463,7 @@ def test_a_hold_that_comes_late_beside_a_voided_attempt_is_held_until_its_provid
 
 
 def test_a_refund_beside_what_another_attempt_took_is_told_of_that() -> None:
-    told = story()
-    told.send("charge", "first")
-    told.answer(NO)
-    told.does("authorize", "second")
-    told.hear(PAID, 1)
+    told = paid_late_beside("authorize")
     told.send("refund")
     assert (told.last.snapshot.captured_minor, told.last.snapshot.owed_minor) == (10_000, 10_000)
     assert told.last.rejection is not None
