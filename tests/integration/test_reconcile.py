@@ -40,7 +40,7 @@ from domain.operations import (
     Unknown,
     Unreachable,
 )
-from domain.ports import Gateway
+from domain.ports import Clock, Gateway
 from handlers.pace import Pace
 from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker, HoldAnswer, Reconciler
 from infra.postgres.store import PostgresStore, create_pool
@@ -796,7 +796,7 @@ async def test_what_will_be_booked_is_told_and_asked_about_first(postgres_url: s
     assert await value(postgres_url, "SELECT amount_minor FROM operations WHERE number = 2") == 4_000
 
 
-def _given(gateway: Gateway, settings: Settings) -> Gateway:
+def _given(gateway: Gateway, settings: Settings, clock: Clock) -> Gateway:
     return gateway
 
 
