@@ -30,7 +30,7 @@ from handlers.dispatch import GIVEN_BACK
 from handlers.messages.commands import command_from_content
 from handlers.messages.events import write_time
 from handlers.pace import Pace
-from handlers.reconcile import RESTS, UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds
+from handlers.reconcile import RESTS, UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds, in_vain
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.clock import PostgresClock
@@ -270,13 +270,17 @@ async def working(
             note(_found(request, answer.outcome))
         settler.add(answer)
 
+    def on_refused(answer: Answer, error: str) -> None:
+        if (request := asked.get((answer.payment_id, answer.operation_number))) is not None:
+            note(_unanswered(request, in_vain(answer.outcome, error)))
+
     async def is_idle() -> None:
         # Either hands work to the other, and signals none. A short rest is waited for: then there is room again.
         while dispatcher.waiting + settler.waiting or any(each.rests_briefly for each in paces.values()):
             dispatcher.give_back_resting()
             await asyncio.sleep(0.05)
 
-    dispatcher.on_answer = on_answer
+    dispatcher.on_answer, settler.on_refused = on_answer, on_refused
     sweep = Sweep(
         store=store,
         submit=resubmit,

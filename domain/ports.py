@@ -220,12 +220,12 @@ class PaymentStore(Protocol):
         ...
 
     async def claim_due(
-        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] | None = None, payment_id: UUID | None = None
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int], payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due: raise their lease token and return them with their payments.
 
         Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less, oldest first.
-        These are the caller's gateways: of others it gets what nobody has taken over in hours. None: it has all.
+        These are the caller's gateways: of others it gets what nobody has taken over in hours.
         An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         ...

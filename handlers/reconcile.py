@@ -212,15 +212,19 @@ def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
     """The word is not saved. The hold stays, and is asked about at its next turn."""
     assert answer.outcome is not None, "only a word is given to be saved"
     metrics.REFUSED_ANSWERS.inc()
-    word = said(answer.outcome)
     log.error(
         "answer about a hold not saved; it will be asked about again",
         payment=str(answer.payment.payment_id),
         operation=answer.operation.number,
-        answer=word,
+        answer=said(answer.outcome),
         error=error,
     )
-    return answer._replace(outcome=None, why_not=f"{word}, which could not be saved: {error}")
+    return answer._replace(outcome=None, why_not=in_vain(answer.outcome, error))
+
+
+def in_vain(outcome: Outcome, error: str) -> str:
+    """A provider's word that Postgres refuses, for people."""
+    return f"{said(outcome)}, which could not be saved: {error}"
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:

@@ -33,6 +33,8 @@ class Settler:
         self._write_path = write_path
         self._submit = submit
         self._leases = leases
+        self.on_refused: Callable[[Answer, str], None] = lambda answer, error: None
+        """Told of each answer that Postgres refuses, and why: it is not saved, and its operation stays open."""
         self._pending: list[Answer] = []
         self._arrived = asyncio.Event()
         self._saving = 0
@@ -81,9 +83,9 @@ class Settler:
         self._leases.release(batch)
         self._submit(applied.requests)
         for refused in applied.refused:
-            _report(refused.given, str(refused.error))
+            self._report(refused.given, str(refused.error))
         for given in applied.not_tried:
-            _report(given, "an earlier answer of its payment could not be saved")
+            self._report(given, "an earlier answer of its payment could not be saved")
 
     async def _apply(self, batch: list[Answer]) -> Applied:
         async for attempt in AsyncRetrying(
@@ -103,15 +105,15 @@ class Settler:
                 self._submit(error.requests)
             raise
 
-
-def _report(given: Input, error: str) -> None:
-    """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
-    metrics.REFUSED_ANSWERS.inc()
-    assert isinstance(given, Answer), "nothing else was given"
-    log.error(
-        "gateway answer not saved; the sweep will ask again",
-        payment=str(given.payment_id),
-        operation=given.operation_number,
-        answer=said(given.outcome),
-        error=error,
-    )
+    def _report(self, given: Input, error: str) -> None:
+        """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
+        metrics.REFUSED_ANSWERS.inc()
+        assert isinstance(given, Answer), "nothing else was given"
+        log.error(
+            "gateway answer not saved; the sweep will ask again",
+            payment=str(given.payment_id),
+            operation=given.operation_number,
+            answer=said(given.outcome),
+            error=error,
+        )
+        self.on_refused(given, error)

@@ -149,7 +149,7 @@ DUE = f"""
     ), due AS MATERIALIZED (
         SELECT d.payment_id, d.number
           FROM (SELECT n.gateway, least($1, coalesce(r.room, $1)) AS room,
-                       CASE WHEN r.gateway IS NOT NULL OR $3 IS NULL THEN now() ELSE now() - {FORSAKEN_AFTER} END AS by
+                       CASE WHEN r.gateway IS NOT NULL THEN now() ELSE now() - {FORSAKEN_AFTER} END AS by
                   FROM named AS n LEFT JOIN unnest($3::text[], $4::integer[]) AS r(gateway, room) USING (gateway)
                ) AS given
          CROSS JOIN LATERAL (
@@ -392,19 +392,18 @@ class PostgresStore:
         return _in_transaction.get()
 
     async def claim_due(
-        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int] | None = None, payment_id: UUID | None = None
+        self, *, limit: int, lease: timedelta, rooms: Mapping[str, int], payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due, each gateway's oldest first: the caller's until `lease` has passed.
 
         Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less: these are the
-        caller's gateways: of others it gets what nobody has taken over in hours. None: it has all.
+        caller's gateways: of others it gets what nobody has taken over in hours.
         An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         with translated():
             async with self._pool.acquire() as connection:
                 await self.now.look(connection)  # How old what is taken over is, decides whether it may be sent again.
-                names, sizes = (None, None) if rooms is None else (list(rooms), list(rooms.values()))
-                rows = await connection.fetch(CLAIM_DUE, limit, lease, names, sizes, payment_id)
+                rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()), payment_id)
                 return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:

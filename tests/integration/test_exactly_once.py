@@ -134,7 +134,9 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
         # The first worker falls asleep here. Its lease runs out, and another takes over.
         pool = await create_pool(postgres_url, size=1)
         await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
-        ((_, operation),) = await PostgresStore(pool).claim_due(limit=10, lease=timedelta(seconds=60))
+        ((_, operation),) = await PostgresStore(pool).claim_due(
+            limit=10, lease=timedelta(seconds=60), rooms={"books": 10}
+        )
         await pool.close()
         assert (operation.state, operation.lease_token) == ("indeterminate", request.lease_token + 1)
         late = partial(Answer, payment_id, request.operation_number, request.lease_token)
@@ -211,7 +213,7 @@ async def test_how_old_a_call_is_that_is_taken_over_is_told_by_postgres(postgres
     pool = await create_pool(postgres_url, size=1)
     store = PostgresStore(pool)
     store.now._told -= timedelta(hours=2)
-    await store.claim_due(limit=1, lease=timedelta(seconds=60))
+    await store.claim_due(limit=1, lease=timedelta(seconds=60), rooms={"books": 1})
     assert abs(await pool.fetchval("SELECT clock_timestamp()") - store.now()) < timedelta(seconds=5)
     await pool.close()
 
@@ -227,7 +229,7 @@ class _ClaimedBeforeSave:
         return _ClaimingBlock(self, self._store)
 
     async def save(self, changes: Changes) -> None:
-        await self._store.claim_due(limit=10, lease=timedelta(seconds=60))
+        await self._store.claim_due(limit=10, lease=timedelta(seconds=60), rooms={"books": 10})
         try:
             await self._store.save(changes)
         except ConcurrentUpdate:
@@ -249,7 +251,7 @@ class _ClaimingBlock:
 
     async def save(self, changes: Changes) -> None:
         if not self._owner.lost:
-            await self._store.claim_due(limit=10, lease=timedelta(seconds=60))
+            await self._store.claim_due(limit=10, lease=timedelta(seconds=60), rooms={"books": 10})
         try:
             await self._transaction.save(changes)
         except ConcurrentUpdate:

@@ -208,6 +208,26 @@ async def test_a_word_about_a_hold_that_postgres_refuses_is_told_as_such_and_cos
     assert await value(postgres_url, "SELECT count(*) FROM payments WHERE released_minor > 0") == 2
 
 
+async def test_a_word_about_an_operation_that_postgres_refuses_is_not_told_as_applied(
+    postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, payment = BookkeepingGateway(), new_payment_id()
+    gateway.outcome = lambda request: Pending(request.provider_key)
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment, "key"))
+        await worker.idle()
+    await value(postgres_url, "ALTER TABLE payments ADD CHECK (captured_minor = 0)")
+    gateway.answers = dict.fromkeys(gateway.answers, Succeeded("paid"))
+    installed(monkeypatch, gateway)
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append(gateway.name)
+    assert await asyncio.to_thread(reconcile, settings, None, dry_run=False, as_json=False) == 1
+    told = capsys.readouterr().out
+    assert "the provider says: succeeded (reference paid), which could not be saved" in told
+    assert "0 of 1 answered: nothing is applied." in told
+    assert await value(postgres_url, "SELECT captured_minor FROM payments") == 0
+
+
 async def test_workers_share_the_holds_past_their_end_and_none_is_asked_about_twice(postgres_url: str) -> None:
     gateway = StillHeld()
     async with running_worker(postgres_url, gateway) as worker:

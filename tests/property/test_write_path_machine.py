@@ -59,7 +59,9 @@ class PostgresShell:
         not_due = "UPDATE operations SET due_at = now() + interval '1 h' WHERE due_at IS NOT NULL"
         self._run(self._observer.execute(not_due))
         self._run(self._observer.execute(due, payment_id, number))
-        claimed = self._run(self._store.claim_due(limit=5, lease=timedelta(seconds=60)))
+        claimed = self._run(
+            self._store.claim_due(limit=5, lease=timedelta(seconds=60), rooms=dict.fromkeys(GATEWAYS, 5))
+        )
         assert [(operation.payment_id, operation.number) for _, operation in claimed] == [(payment_id, number)]
         return [request for each in claimed if (request := _request(*each))]
 
