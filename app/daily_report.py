@@ -129,7 +129,7 @@ async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[
     async with _gateway(settings, name) as gateway:
         if not isinstance(gateway, Movements | Statements):
             raise NoList(name)
-        connection = await asyncpg.connect(settings.postgres_url)
+        connection = await asyncpg.connect(settings.postgres_url, timeout=10)
         try:
             if isinstance(gateway, Movements):
                 return await _compare_movements(connection, name, gateway, whole)

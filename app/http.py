@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from app.health import Checks, health_routes, watching_readiness
-from app.peers import PEER_READY_SECONDS, MetricsPage, Peers, peer_checks
+from app.peers import PEER_READY_SECONDS, MetricsPage, Peers, peer_checks, peer_client
 from handlers.messages.asyncapi import build_document
 
 STATIC_DIR: Final = Path(__file__).parent / "static"
@@ -38,13 +38,14 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
 
     `peers` maps the name of another process to the base URL of its own HTTP.
     """
-    page = MetricsPage(peers)
+    client = peer_client()
+    page = MetricsPage(peers, client)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with watching_readiness(checks):  # The others tell of themselves, on the page of metrics as well.
             yield
-        await page.close()
+        await client.aclose()
 
     async def metrics(_: Request) -> Response:
         return Response(await page.text(), media_type=CONTENT_TYPE_LATEST)
@@ -52,7 +53,7 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
     routes = [
         Route("/", _index),
         *more_routes,
-        *health_routes({**checks, **peer_checks(peers)}, timeout_seconds=PEER_READY_SECONDS),
+        *health_routes({**checks, **peer_checks(peers, client)}, timeout_seconds=PEER_READY_SECONDS),
         Route("/metrics", metrics),
         Route("/asyncapi", _asyncapi_page),
         Route("/asyncapi.yaml", _asyncapi_yaml),

@@ -29,14 +29,22 @@ Peers = Mapping[str, str]
 """The name of a process, and the base URL of its own HTTP."""
 
 
-def peer_checks(peers: Mapping[str, str]) -> Checks:
-    """One check for each other process, by the base URL of its own HTTP: it is asked whether it is ready."""
-    return {name: partial(_check_peer, url.removesuffix("/").removesuffix("/metrics")) for name, url in peers.items()}
+def peer_client() -> httpx.AsyncClient:
+    """One for all that is asked of peers: each new one reads the system's certificates anew. Who asks has a timeout."""
+    return httpx.AsyncClient(timeout=None, trust_env=False)  # noqa: S113 - as said
 
 
-async def _check_peer(url: str) -> str | None:
-    async with httpx.AsyncClient(timeout=None, trust_env=False) as client:  # noqa: S113 - who asks waits no longer
-        answer = await client.get(f"{url}/health/ready")
+def peer_checks(peers: Peers, client: httpx.AsyncClient) -> Checks:
+    """One check for each other process: it is asked whether it is ready."""
+    return {name: partial(_check_peer, client, _base(url)) for name, url in peers.items()}
+
+
+def _base(url: str) -> str:
+    return url.removesuffix("/").removesuffix("/metrics")
+
+
+async def _check_peer(client: httpx.AsyncClient, url: str) -> str | None:
+    answer = await client.get(f"{url}/health/ready")
     if answer.is_success:
         return None
     parts = answer.json()["parts"].items()
@@ -46,27 +54,23 @@ async def _check_peer(url: str) -> str | None:
 class MetricsPage:
     """Gathers the metrics of this process and its peers."""
 
-    def __init__(self, peers: Peers, *, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, peers: Peers, client: httpx.AsyncClient) -> None:
         self._peers = dict(peers)
-        self._registry = registry
-        self._client = httpx.AsyncClient(timeout=PEER_TIMEOUT_SECONDS, trust_env=False)
+        self._client = client
 
     async def text(self) -> bytes:
         """Everything in Prometheus's text format."""
         found = await asyncio.gather(*(self._of_peer(url) for url in self._peers.values()))
         by_process = dict(zip(self._peers, found, strict=True))
         labelled = [labelled_families(families or [], process) for process, families in by_process.items()]
-        own = labelled_families(self._registry.collect(), OWN_PROCESS)
+        own = labelled_families(REGISTRY.collect(), OWN_PROCESS)
         return as_text([*merged([own, *labelled]), _up(by_process)])
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
     async def _of_peer(self, url: str) -> Families | None:
         """The peer's metrics, None where it gave none that can be read."""
         try:
             async with asyncio.timeout(PEER_TIMEOUT_SECONDS):
-                answer = await self._client.get(f"{url.removesuffix('/').removesuffix('/metrics')}/metrics")
+                answer = await self._client.get(f"{_base(url)}/metrics")
             return list(text_string_to_metric_families(answer.raise_for_status().text))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError):
             return None

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
@@ -103,16 +104,22 @@ class _Endpoint:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 request = await _raw(scope, receive)
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             return LATE
         return await self._receive(scope["path_params"]["gateway"], request)
 
 
 async def _raw(scope: Scope, receive: Receive) -> WebhookRequest:
-    """The request as it came; of a body that is too large, just enough to show that."""
+    """The request as it came; of a body that is too large, just enough to show that.
+
+    Raises:
+        ClientDisconnect: it did not come whole, so that nothing can be said of its signature.
+    """
     body, is_more = b"", True
     while is_more and len(body) <= BODY_BYTES_MAX:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         body += message.get("body", b"")
         is_more = message.get("more_body", False)
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any, Final
@@ -25,6 +25,7 @@ from handlers.reconcile import Asker, Reconciler
 from handlers.sweep import Sweep
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.skipping import SkippingReader
+from infra.kafka.topics import has_topic
 from infra.postgres.clock import PostgresClock
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.schema import schema_trouble
@@ -33,11 +34,13 @@ from infra.postgres.store import PostgresStore, close_pool, create_pool
 log = structlog.get_logger(__name__)
 
 STARTING: Final = "starting"
+NO_TOPIC: Final = "no topic {} was there when Kafka was asked last; run `payments migrate`"
 STARTS_WITHIN: Final = 1.0
 """Seconds that a start may still take when it is told to stop; one that waits for others in its group takes longer."""
 LEAVES_WITHIN: Final = 5.0
 """Seconds that Kafka may take to let a worker go: answers are saved whether it does or not."""
 
+LOOKS_FOR_TOPIC_EVERY: Final = 2.0
 READING_SECONDS = 30.0
 """A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
 TOPICS_SECONDS = 30.0
@@ -56,6 +59,8 @@ class Worker:
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._broker: KafkaBroker | None = None
         self._reader: SkippingReader | None = None
+        self._reads_not_yet = STARTING
+        """Why no commands are read, where there is no reader yet."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then finish what is under way and leave.
@@ -95,13 +100,13 @@ class Worker:
 
     async def _check_reading(self) -> str | None:
         if self._reader is None:
-            return STARTING
+            return self._reads_not_yet
         silence = time.monotonic() - self._reader.read_at
         if silence > READING_SECONDS:
             return f"no command was read or asked for in {silence:.0f} s"
         topic = self._settings.commands_topic
         if not self._reader.knows(topic):
-            return f"no topic {topic} was there when Kafka was asked last; run `payments migrate`"
+            return NO_TOPIC.format(topic)
         return None
 
     async def _check_kafka(self) -> str | None:
@@ -176,6 +181,8 @@ class Worker:
         self._broker = broker = KafkaBroker(
             settings.kafka_bootstrap,
             metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
+            graceful_timeout=LEAVES_WITHIN / 2,  # Who stops it has waited for the batch in hand.
+            allow_auto_create_topics=False,  # With one partition and one copy: `payments migrate` makes better ones.
             logger=logging.getLogger("faststream"),
         )
         subscriber = self._consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
@@ -191,11 +198,20 @@ class Worker:
             listen(settings.postgres_url, self._heeder.arrived.set),
             watch_clock(pool),
         )
+        await self._wait_for_topic()
         await broker.start()
         # At once, so that it is there before the first read.
         self._reader = SkippingReader.install(
             subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
         )
+
+    async def _wait_for_topic(self) -> None:
+        """Looked for by its name, a topic that is not there might be made by the broker, and not as it should be."""
+        bootstrap, topic = self._settings.kafka_bootstrap, self._settings.commands_topic
+        while not await has_topic(bootstrap, topic):
+            self._reads_not_yet = NO_TOPIC.format(topic)
+            log.warning("no commands are read", trouble=self._reads_not_yet)
+            await asyncio.sleep(LOOKS_FOR_TOPIC_EVERY)
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]
@@ -206,6 +222,8 @@ class Worker:
     async def _shut_down(self) -> None:
         """Take nothing new, let running calls end, save their outcomes, say how far we came."""
         settler, leases, *others = self._tasks
+        # What they have claimed or saved is the dispatcher's then, and is sent or given back: no lease is left behind.
+        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._heeder.close()))
         for task in others:
             task.cancel()
         await self._leave_kafka()
@@ -218,7 +236,12 @@ class Worker:
 
     async def _leave_kafka(self) -> None:
         assert self._broker is not None, "what works has its broker"
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEAVES_WITHIN):
-                await self._consumer.close()
-                await self._broker.stop()
+        await _within(LEAVES_WITHIN, self._consumer.close())
+        await _within(LEAVES_WITHIN, self._broker.stop())
+
+
+async def _within(seconds: float, work: Awaitable[object]) -> None:
+    """Wait for it no longer than this: what stops goes on stopping."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await work

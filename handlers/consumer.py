@@ -66,7 +66,7 @@ class CommandConsumer:
         self._retry = Backoff(wait_random_exponential(multiplier=0.1, max=5))
         self._last_started = 0.0
         self._accepting = asyncio.Lock()
-        self._is_closed = False
+        self._closing = asyncio.Event()
 
     def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> Any:
         """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead.
@@ -93,7 +93,7 @@ class CommandConsumer:
     async def on_batch(self, message: Any) -> None:
         """Accept one batch (a `KafkaMessage`): afterwards Postgres owns it and its offsets may be committed."""
         async with self._accepting:
-            if self._is_closed:
+            if self._closing.is_set():
                 await message.nack()
                 await asyncio.sleep(IDLE_POLL_MS / 1000)
             else:
@@ -119,7 +119,7 @@ class CommandConsumer:
 
     async def close(self) -> None:
         """Accept nothing more, and commit the offsets of what was accepted."""
-        self._is_closed = True
+        self._closing.set()
         async with self._accepting:
             await self.offsets.commit()
 
@@ -146,7 +146,9 @@ class CommandConsumer:
 
     async def _postpone(self, message: KafkaMessage, cause: str) -> None:
         metrics.POSTPONED.labels("command", cause).inc()
-        await asyncio.sleep(self._retry.next_seconds())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._retry.next_seconds()):
+                await self._closing.wait()
         await message.nack()
 
     async def _pace(self) -> None:

@@ -34,6 +34,7 @@ class Heeder:
         self._inbox = inbox
         self._write_path = write_path
         self._submit = submit
+        self._applying = asyncio.Lock()
 
     async def run(self) -> None:
         """Apply what there is, until cancelled; an unavailable Postgres is tried again at the next turn."""
@@ -52,6 +53,14 @@ class Heeder:
 
     async def heed_once(self) -> int:
         """Claim one portion and apply it; how many there were."""
+        async with self._applying:
+            return await self._heed()
+
+    async def close(self) -> None:
+        """Apply nothing more; what applied ones have begun has been passed on when this returns."""
+        await self._applying.acquire()
+
+    async def _heed(self) -> int:
         claimed = await self._inbox.claim(limit=CLAIMED_MAX, lease=LEASE)
         notices = [each for stored in claimed if (each := _notified(stored)) is not None]
         try:

@@ -43,6 +43,7 @@ class Sweep:
         self._rooms = rooms
         self._lease = lease
         self._interval_seconds = interval_seconds
+        self._claiming = asyncio.Lock()
 
     async def run(self) -> None:
         """Sweep until cancelled; an unavailable Postgres is tried again at the next turn."""
@@ -56,15 +57,20 @@ class Sweep:
 
     async def sweep_once(self, payment_id: UUID | None = None) -> int:
         """Claim one portion of each gateway's, of one payment or of all, and pass it on; how many there were."""
-        limit = min(CLAIMED_MAX, self._room())
-        if limit <= 0:
-            return 0
-        claimed = await self._store.claim_due(
-            limit=limit, lease=self._lease, rooms=self._rooms(), payment_id=payment_id
-        )
-        metrics.CLAIMED.inc(len(claimed))
-        self._submit([request for each in claimed if (request := _request(*each))])
-        return len(claimed)
+        async with self._claiming:
+            limit = min(CLAIMED_MAX, self._room())
+            if limit <= 0:
+                return 0
+            claimed = await self._store.claim_due(
+                limit=limit, lease=self._lease, rooms=self._rooms(), payment_id=payment_id
+            )
+            metrics.CLAIMED.inc(len(claimed))
+            self._submit([request for each in claimed if (request := _request(*each))])
+            return len(claimed)
+
+    async def close(self) -> None:
+        """Claim nothing more; what was claimed has been passed on when this returns."""
+        await self._claiming.acquire()
 
 
 def _request(payment: Payment, operation: Operation) -> GatewayRequest | None:

@@ -24,6 +24,7 @@ from app import wiring
 from app.health import troubles
 from app.settings import Settings
 from app.worker import Worker
+from domain.errors import StoreUnavailable
 from handlers import metrics
 from infra.local import EmbeddedValkey
 from infra.local.server import free_port
@@ -531,6 +532,48 @@ async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when
     assert await captured(settings) == 1
 
 
+async def test_what_a_worker_has_just_claimed_when_it_ends_is_given_back(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease would run out, and what was never sent would be in doubt."""
+    async with running_worker(settings.postgres_url, SilentInstant()) as worker:
+        await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
+    await value(settings.postgres_url, "UPDATE operations SET due_at = now(), is_leased = false RETURNING 1")
+    is_claimed, with_payments = asyncio.Event(), store._with_payments
+
+    async def slowly(*given: Any) -> Any:
+        is_claimed.set()
+        await asyncio.sleep(0.5)
+        return await with_payments(*given)
+
+    monkeypatch.setattr(store, "_with_payments", slowly)
+    resting = settings.model_copy(update={"instant_gateway_latency_ms": 60_000, "lease_seconds": 300})
+    monkeypatch.setattr("handlers.pace.Pace.wait_seconds", lambda pace: 60.0)
+    async with running(resting):
+        await is_claimed.wait()
+    assert await value(settings.postgres_url, "SELECT state FROM operations WHERE NOT is_leased") == "dispatched"
+
+
+async def test_a_worker_that_ends_while_postgres_is_away_leaves_its_group(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its partitions would stand still until Kafka takes it for dead."""
+    is_postponed = asyncio.Event()
+
+    async def away(*_: Any) -> None:
+        is_postponed.set()
+        raise StoreUnavailable("Postgres is away")
+
+    monkeypatch.setattr("handlers.consumer.CommandConsumer._accept", away)
+    monkeypatch.setattr("handlers.consumer.Backoff.next_seconds", lambda backoff: 60.0)
+    async with running(settings):
+        await send(settings.kafka_bootstrap, settings.commands_topic, *charges([uuid4()]))
+        await is_postponed.wait()
+    async with admin_of(settings) as admin:
+        (described,) = await admin.describe_consumer_groups([settings.consumer_group])
+        assert [group[1:3] for group in described.groups] == [(settings.consumer_group, "Empty")]
+
+
 async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start(settings: Settings) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     for counter in (metrics.DISAGREEING, metrics.NOTICES_DISAGREEING):
@@ -563,6 +606,27 @@ async def test_a_topic_that_is_gone_is_told_until_its_commands_are_read_again(
         await send(settings.kafka_bootstrap, settings.commands_topic, *charges([uuid4()]))
         await until_captured(settings, 1)
         assert await is_reading()
+
+
+async def test_a_worker_that_starts_before_its_topic_makes_none_of_its_own(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have one partition and one copy, and `payments migrate` leaves alone what is there."""
+    monkeypatch.setattr("app.worker.TOPICS_SECONDS", 1.0)
+    early = settings.model_copy(update={"commands_topic": f"{settings.commands_topic}.early"})
+    async with running(early) as worker, admin_of(early) as admin:
+
+        async def is_told() -> bool:
+            return "payments migrate" in (await worker.checks()["commands"]() or "")
+
+        await until(is_told)
+        assert early.commands_topic not in await admin.list_topics()
+        await admin.create_topics([NewTopic(early.commands_topic, PARTITIONS, 1)])
+        try:
+            await send(early.kafka_bootstrap, early.commands_topic, *charges([uuid4()]))
+            await until_captured(early, 1)
+        finally:
+            await admin.delete_topics([early.commands_topic])
 
 
 async def test_a_worker_without_a_partition_is_ready_where_others_have_them_all(settings: Settings) -> None:

@@ -209,6 +209,20 @@ async def test_a_body_that_does_not_come_whole_is_given_up_and_its_connection_cl
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+async def test_who_hangs_up_in_the_middle_is_not_taken_for_a_forger(postgres_url: str) -> None:
+    given = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP)
+    service = WebhookService(given)
+    async with served(Starlette(routes=service.routes())) as url:
+        with capture_logs() as logs:
+            _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+            writer.write(b"POST /webhooks/stripe HTTP/1.1\r\nHost: payments\r\nContent-Length: 1000\r\n\r\n{")
+            await writer.drain()
+            writer.close()
+            await writer.wait_closed()
+            await asyncio.sleep(0.5)
+    assert not logs
+
+
 async def test_who_waits_for_an_answer_when_the_process_ends_is_told_to_send_again() -> None:
     reached = asyncio.Event()
 

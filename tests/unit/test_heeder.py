@@ -1,13 +1,13 @@
 """The loop over the inbox, without an inbox."""
 
 import asyncio
-from unittest.mock import create_autospec
+from unittest.mock import create_autospec, sentinel
 
 import pytest
 
 from domain.ports import Inbox
 from handlers.heed import Heeder
-from handlers.write_path import WritePath
+from handlers.write_path import Applied, WritePath
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -23,3 +23,21 @@ async def test_it_ends_when_it_is_cancelled_though_a_webhook_arrives_in_that_mom
     running.cancel()
     await asyncio.wait({running}, timeout=0.5)
     assert running.cancelled()
+
+
+async def test_who_closes_it_waits_for_what_it_applies_to_be_passed_on() -> None:
+    inbox, write_path = create_autospec(Inbox, instance=True), create_autospec(WritePath, instance=True)
+    inbox.claim.return_value = []
+
+    async def apply(notices: list[object]) -> Applied:
+        await asyncio.sleep(0.05)
+        return Applied(requests=[sentinel.request])
+
+    write_path.apply.side_effect = apply
+    passed_on: list[object] = []
+    heeder = Heeder(inbox=inbox, write_path=write_path, submit=passed_on.extend)
+    running = asyncio.create_task(heeder.run())
+    await asyncio.sleep(0.01)
+    await heeder.close()
+    running.cancel()
+    assert passed_on == [sentinel.request]
