@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Container, Coro
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import starmap
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -20,17 +21,12 @@ from app.settings import Settings
 from app.signals import stop_on_signals
 from domain.commands import OperationKind
 from domain.decision import Answer
-from domain.errors import GatewayError
 from domain.money import Money
-from domain.operations import GatewayRequest, Operation, Outcome, Unknown, Unreachable, said
-from domain.payment import Payment
+from domain.operations import GatewayRequest, Outcome, Unknown, Unreachable, said
 from domain.ports import Gateway
-from domain.requests import gateway_request
 from handlers.dispatch import GIVEN_BACK
-from handlers.messages.commands import command_from_content
 from handlers.messages.events import write_time
-from handlers.pace import Pace
-from handlers.reconcile import RESTS, UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds, in_vain
+from handlers.reconcile import UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds, in_vain
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.clock import PostgresClock
@@ -134,37 +130,16 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> Told:
     async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
-        paces = wiring.create_paces(settings, gateways)
-        # Each gateway has its own: one that is slow holds up no other.
-        limits = {name: asyncio.Semaphore(AT_ONCE) for name in gateways}
-        found = list(await asyncio.gather(*(_asked(gateways, paces, limits, *each) for each in open_operations)))
-        async for answers in ask_about_holds(store, Asker(gateways, paces), payment_id):
-            found += [_hold(each) for each in answers]
+        asker = Asker(gateways, wiring.create_paces(settings, gateways))
+        found = [_found_by(each) for each in await asyncio.gather(*starmap(asker.ask, open_operations))]
+        asker.begin_round()
+        async for answers in ask_about_holds(store, asker, payment_id):
+            found += map(_hold, answers)
     left_out = (
         f"These are the first {ASKED_MAX:,} of {there_are:,} open operations, those that are due soonest; "
         "the others were not asked about."
     )
     return Told(found, [left_out] if there_are > ASKED_MAX else [])
-
-
-async def _asked(
-    gateways: dict[str, Gateway],
-    paces: dict[str, Pace],
-    limits: dict[str, asyncio.Semaphore],
-    payment: Payment,
-    operation: Operation,
-) -> Found:
-    request = gateway_request(payment, operation, command_from_content(operation.content))
-    gateway = gateways.get(request.gateway)
-    if gateway is None:
-        return _unanswered(request, UNKNOWN_HERE)
-    async with limits[gateway.name]:
-        if not await paces[gateway.name].turn():
-            return _unanswered(request, RESTS)
-        try:
-            return _found(request, await gateway.status(request))
-        except GatewayError as error:
-            return _unanswered(request, f"no answer: {error.message}")
 
 
 # --- for real ---------------------------------------------------------------------------------------------------------
@@ -272,7 +247,7 @@ async def working(
 
     def on_refused(answer: Answer, error: str) -> None:
         if (request := asked.get((answer.payment_id, answer.operation_number))) is not None:
-            note(_unanswered(request, in_vain(answer.outcome, error)))
+            note(_found(request, None, in_vain(answer.outcome, error)))
 
     async def is_idle() -> None:
         # Either hands work to the other, and signals none. A short rest is waited for: then there is room again.
@@ -330,15 +305,7 @@ async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, di
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def _found(request: GatewayRequest, outcome: Outcome) -> Found:
-    return _told(request, said(outcome), is_answered=not isinstance(outcome, Unknown | Unreachable))
-
-
-def _unanswered(request: GatewayRequest, why: str) -> Found:
-    return _told(request, why, is_answered=False)
-
-
-def _told(request: GatewayRequest, answer: str, *, is_answered: bool) -> Found:
+def _found(request: GatewayRequest, outcome: Outcome | None, why_not: str = "") -> Found:
     return Found(
         request.payment_id,
         request.kind,
@@ -347,16 +314,33 @@ def _told(request: GatewayRequest, answer: str, *, is_answered: bool) -> Found:
         request.state.value,
         request.amount,
         request.first_dispatched_at,
-        answer,
-        is_answered,
+        said(outcome) if outcome else why_not,
+        _is_word(outcome),
+    )
+
+
+def _found_by(answer: HoldAnswer) -> Found:
+    """As `_found`, of what may not be readable as a request."""
+    payment, operation, outcome, why_not = answer
+    return Found(
+        payment.payment_id,
+        operation.kind,
+        operation.number,
+        operation.gateway or "",
+        operation.state.value,
+        Money(operation.amount_minor or 0, payment.currency or ""),
+        operation.dispatched_at,
+        said(outcome) if outcome else why_not,
+        _is_word(outcome),
     )
 
 
 def _hold(answer: HoldAnswer) -> Found:
-    payment, operation = answer.payment, answer.operation
-    request = gateway_request(payment, operation, command_from_content(operation.content))
-    found = _found(request, answer.outcome) if answer.outcome else _unanswered(request, answer.why_not)
-    return replace(found, state=PAST_ITS_END, since=payment.authorization_expires_at)
+    return replace(_found_by(answer), state=PAST_ITS_END, since=answer.payment.authorization_expires_at)
+
+
+def _is_word(outcome: Outcome | None) -> bool:
+    return not isinstance(outcome, Unknown | Unreachable | None)
 
 
 def _age(since: datetime) -> str:

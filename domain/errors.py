@@ -29,11 +29,10 @@ class GatewayError(PaymentsError):
         self.gateway = gateway
         self.message = message
 
-    @property
-    def is_timeout(self) -> bool:
-        """Whether time ran out, by the first of the errors that this one stands for."""
+    def stands_for(self, kind: type[BaseException]) -> bool:
+        """Whether this, or what caused it, is such an error; `TimeoutError` is that time ran out."""
         error: BaseException | None = self
-        while error is not None and not isinstance(error, TimeoutError):
+        while error is not None and not isinstance(error, kind):
             error = error.__cause__
         return error is not None
 

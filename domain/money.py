@@ -4,6 +4,7 @@ A provider's own scale (Stripe's ISK in hundredths, PayPal's HUF without decimal
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Final
 
 _TWO_DECIMALS = (
@@ -30,4 +31,4 @@ class Money:
 
     def __str__(self) -> str:
         decimals = MINOR_UNITS.get(self.currency, 2)
-        return f"{self.currency} {self.minor / 10**decimals:,.{decimals}f}"
+        return f"{self.currency} {Decimal(self.minor).scaleb(-decimals):,.{decimals}f}"

@@ -274,7 +274,9 @@ class Offsets:
 
     async def commit(self) -> None:
         """Commit what was accepted since the last time. A refusal means that others will see the batch again."""
-        due, self._next = self._next, {}
+        accepted, self._next = self._next, {}
+        # One that has moved would have all of them refused.
+        due = {each: offset for each, offset in accepted.items() if each in self._consumer.assignment()}
         if not due:
             return
         try:

@@ -162,6 +162,9 @@ class Dispatcher:
                 raise
             log.error("gateway call cancelled itself", gateway=request.gateway, key=request.provider_key)
             return Unknown("the gateway adapter was cancelled")
+        except TimeoutError:
+            metrics.TIMEOUTS.labels(request.gateway).inc()
+            return Unknown("no answer within the lease")
         except Exception:
             # A defect of an adapter: whether money moved is unknown, and must stay so.
             log.exception("gateway call failed unexpectedly", gateway=request.gateway, key=request.provider_key)
@@ -196,13 +199,11 @@ class Dispatcher:
 
 
 def _read(error: GatewayUnreachable | OutcomeUnknown, request: GatewayRequest) -> Outcome:
-    if error.is_timeout:
+    if error.stands_for(TimeoutError):
         metrics.TIMEOUTS.labels(request.gateway).inc()
-    if isinstance(error, GatewayUnreachable):
-        return Unreachable(error.message)
-    if isinstance(error, GatewayContractBroken):
+    if error.stands_for(GatewayContractBroken):  # Also where it was in answer to a question before anything was sent.
         log.error("gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error))
-    return Unknown(error.message)
+    return Unreachable(error.message) if isinstance(error, GatewayUnreachable) else Unknown(error.message)
 
 
 def _call_of(gateway: Gateway, kind: OperationKind) -> Call:

@@ -47,7 +47,10 @@ may have waited for as long as it lets them, and no others should."""
 
 
 class HoldAnswer(NamedTuple):
-    """A hold past its end, and its provider's word on it; None where there is none to be counted, and why not."""
+    """A hold past its end, and its provider's word on it; None where there is none to be counted, and why not.
+
+    (A dry run has them of open operations, too.)
+    """
 
     payment: Payment
     operation: Operation
@@ -56,7 +59,7 @@ class HoldAnswer(NamedTuple):
 
 
 class Asker:
-    """Asks the providers about holds: few at a time, each gateway at its pace.
+    """Asks the providers what became of something, holds most of all: few at a time, each gateway at its pace.
 
     One that rests for long, or gives no answers, is not asked any more, nor waited for: pages are claimed one after
     the other, and its holds stand in them with the others'.
@@ -72,11 +75,12 @@ class Asker:
         """Ask again whoever gave no answers in the last one."""
         self._unanswered.clear()
 
-    async def ask(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
+    async def ask_all(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
         """What they say of each."""
-        return list(await asyncio.gather(*(self._ask(each.payment, each.operation) for each in holds)))
+        return list(await asyncio.gather(*(self.ask(each.payment, each.operation) for each in holds)))
 
-    async def _ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
+    async def ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
+        """What its provider says of one; raises nothing of what goes wrong with it."""
         gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
             return HoldAnswer(payment, operation, None, UNKNOWN_HERE)
@@ -104,7 +108,7 @@ async def ask_about_holds(
     """What the providers say of every hold past its end, of one payment or of all, page by page. Changes nothing."""
     after: Place | None = None
     while page := await store.find_lapsed_holds(payment_id, after=after, limit=PAGE):
-        yield await asker.ask(page)
+        yield await asker.ask_all(page)
         after = page[-1].due_at, page[-1].payment.payment_id
 
 
@@ -164,7 +168,7 @@ class Reconciler:
 
     async def _reconcile(self, holds: Iterable[LapsedHold]) -> None:
         """Holds of one gateway: what another has to say is applied without waiting for this one."""
-        answers = await self._asker.ask(holds)
+        answers = await self._asker.ask_all(holds)
         words = [_notified(each) for each in answers]
         applied = await self._write_path.apply([word for word in words if word is not None])
         not_saved = {id(each.given): str(each.error) for each in applied.refused}

@@ -93,7 +93,7 @@ class SmallPools(httpx.AsyncBaseTransport):
         try:
             return await self._pools[least].handle_async_request(request)
         except httpx.TimeoutException as error:
-            # httpcore takes their cause away, by which `GatewayError.is_timeout` knows them behind any library.
+            # httpcore takes their cause away, by which `GatewayError.stands_for` knows them behind any library.
             raise error from TimeoutError(str(error))
         finally:
             self._under_way[least] -= 1

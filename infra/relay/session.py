@@ -10,6 +10,7 @@ import psycopg
 import structlog
 from aiokafka.errors import KafkaError
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
@@ -316,6 +317,8 @@ class Session:
 
     async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
         """A source that brings nothing does not know whether there is something: the table does."""
+        if leader.info.transaction_status is not TransactionStatus.IDLE:
+            return  # A lock that is not to be had would end what quarantine is saving just now.
         query = NEWEST.format(newest=self._newest, slot=self._config.slot)
         with contextlib.suppress(psycopg.errors.LockNotAvailable):
             cursor = await leader.execute(query)

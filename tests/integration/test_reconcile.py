@@ -278,7 +278,7 @@ async def test_a_question_that_got_no_answer_is_asked_again_later_by_whoever_is_
 
 @pytest.mark.parametrize("error", [KeyError("a defect"), asyncio.CancelledError("a library's own")], ids=type)
 async def test_a_hold_that_cannot_be_read_or_breaks_its_gateway_stops_no_other(
-    postgres_url: str, error: BaseException
+    postgres_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     gateway = StillHeld()
     held = gateway.status
@@ -297,6 +297,11 @@ async def test_a_hold_that_cannot_be_read_or_breaks_its_gateway_stops_no_other(
             assert await reconciler.reconcile_holds() == 3
     told = {each.payment.payment_id: each.outcome is not None for each in answers}
     assert told == {unreadable: False, broken: False, sound: True}
+    installed(monkeypatch, gateway)
+    settings = here(postgres_url, redis_url)
+    settings.gateways.append(gateway.name)
+    for dry_run in (True, False):
+        assert await asyncio.to_thread(reconcile, settings, None, dry_run=dry_run, as_json=False) == 1
 
 
 async def test_a_new_hold_is_asked_about_from_its_own_end_whatever_was_asked_about_an_earlier_one(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.health import Status
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.progress import request_repair
@@ -338,3 +340,16 @@ async def test_once_all_of_a_payment_is_dropped_the_fast_path_is_taken_again(
         assert publishers[-1].blocked
         await desk.drop([str(refused.id)], why="agreed")
         await until(lambda: not publishers[-1].blocked)
+
+
+async def test_a_look_at_the_outbox_that_waits_for_its_lock_does_not_end_what_is_being_saved(
+    config: RelayConfig,
+) -> None:
+    """They share the leader's connection, and a statement that fails fails its whole transaction."""
+    session = Session(config, Status(stalled_seconds=15), asyncio.Event())
+    connect = partial(psycopg.AsyncConnection.connect, config.postgres_url, autocommit=True)
+    async with await connect() as leader, await connect() as other, other.transaction():
+        await other.execute("LOCK TABLE outbox")
+        async with leader.transaction():
+            await session._look_for_unread(leader)
+            await leader.execute("SELECT 1")

@@ -7,12 +7,14 @@ from uuid import uuid4
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Succeeded, Unknown, Unreachable
+from handlers import metrics
 from handlers.breaker import FAILURES_MAX, LAPSE_SECONDS, REST_SECONDS, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
@@ -190,8 +192,25 @@ async def test_a_call_that_hangs_longer_than_a_lease_is_unknown_and_frees_its_pl
         raise AssertionError("never")
 
     bench = Bench(ScriptedGateway(behave), limit=1, lease=timedelta(milliseconds=50))
-    outcomes = await bench.outcomes(request(), request())
+    before = metrics.TIMEOUTS.labels("books")._value.get()
+    with capture_logs() as logs:
+        outcomes = await bench.outcomes(request(), request())
     assert [type(outcome) for outcome in outcomes] == [Unknown, Unknown]
+    assert metrics.TIMEOUTS.labels("books")._value.get() == before + 2
+    assert not logs, "it is no defect of the adapter"
+
+
+async def test_an_answer_that_cannot_be_read_is_told_also_where_nothing_was_sent_for_it() -> None:
+    async def behave(_: GatewayRequest) -> Outcome:
+        try:
+            raise GatewayContractBroken("books", "an answer without a valid signature")
+        except OutcomeUnknown as error:
+            raise GatewayUnreachable("books", "no refund was sent") from error
+
+    with capture_logs() as logs:
+        outcomes = await Bench(ScriptedGateway(behave)).outcomes(request())
+    assert outcomes == [Unreachable("no refund was sent")]
+    assert [each["event"] for each in logs] == ["gateway answer not understood"]
 
 
 async def test_a_request_for_a_gateway_that_is_gone_is_unreachable_and_stops_no_other() -> None:

@@ -141,6 +141,7 @@ class FollowedUp:
         """As a worker does."""
         worker: Any = Worker.__new__(Worker)
         worker._dispatcher, worker._settler, worker._leave_kafka = self.dispatcher, self.settler, AsyncMock()
+        worker._sweep = worker._heeder = AsyncMock()
         worker._tasks = [asyncio.create_task(self.settler.run()), asyncio.create_task(asyncio.sleep(60))]
         self.dispatcher.submit([request(kind=OperationKind.AUTHORIZE)])
         await asyncio.sleep(0.02)
@@ -196,10 +197,20 @@ async def test_newer_offsets_outlast_a_commit_that_failed() -> None:
         await offsets.accepted(kafka, [record(7)])
         raise KafkaError("away")
 
-    kafka = Mock(commit=commit, position=AsyncMock(return_value=0))
+    mine = {TopicPartition("t", 3)}
+    kafka = Mock(commit=commit, position=AsyncMock(return_value=0), assignment=lambda: mine)
     await offsets.accepted(kafka, [record(4)])
     await offsets.commit()
     assert offsets._next == {TopicPartition("t", 3): 8}
+
+
+async def test_a_partition_that_has_moved_keeps_no_other_from_being_committed() -> None:
+    offsets = consumer.Offsets()
+    kafka = AsyncMock(assignment=lambda: {TopicPartition("t", 1)})
+    kafka.position.return_value = 0
+    await offsets.accepted(kafka, [SimpleNamespace(topic="t", partition=each, offset=4) for each in (1, 2)])
+    await offsets.commit()
+    kafka.commit.assert_awaited_once_with({TopicPartition("t", 1): 5})
 
 
 @pytest.mark.parametrize(("position", "read_to"), [(9, 9), (2, 5), (None, 5)], ids=["the end of a transaction", "", ""])
