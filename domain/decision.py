@@ -22,7 +22,8 @@ class Delivery(NamedTuple):
 class Answer(NamedTuple):
     """What came of one gateway call. `lease_token` proves that the caller still held the operation.
 
-    Without that proof it is stale, unless it says that money moved.
+    Without that proof it is stale, unless it says that money moved. Where that comes after the operation's end, the
+    write path has it heard as a `Notified` without a place in the inbox.
     `was_stuck` is for the count of what reconciliation healed: the operation had been taken over.
     """
 
@@ -37,7 +38,8 @@ class Notified(NamedTuple):
     """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
 
     `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
-    for what did not come by itself: the answer to a question about an operation that has ended. `known` is for what
+    for what did not come by itself: the answer to a question about an operation that has ended, or one to a call that
+    came after its end. `known` is for what
     carries no mark of ours (`Notice.external`), and for late word of success: all operations of that kind that the
     payment has, under way or ended; for the end of a hold its voids.
     """

@@ -68,6 +68,8 @@ def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Noti
     """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
     was_asked = given.notice_id is None
     match notice.outcome:
+        case Succeeded() if was_asked and operation.kind is OperationKind.VOID:
+            pass  # Of what there was to cancel when it was sent: see `settle`.
         case Succeeded(amount_minor=moved) as outcome:
             is_ours = moved in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
             is_news = _may_succeed_late(operation)

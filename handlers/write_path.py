@@ -20,6 +20,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import Event, Replay
 from domain.heed import ENDED_WITHOUT_EFFECT, is_end_of_hold
 from domain.ledger import Transfer
+from domain.notices import Notice
 from domain.operations import IN_DOUBT, UNDER_WAY, GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment
 from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
@@ -145,8 +146,22 @@ class WritePath:
             else:
                 self._at_hand.note({_payment_id(each) for each in inputs}, batch.committed())
                 batch.report()
-                return batch.requests
+                return batch.requests + await self._heed_late(batch)
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
+
+    async def _heed_late(self, batch: "_Batch") -> list[GatewayRequest]:
+        """Have a success that came after its operation's end heard like a webhook's: nobody may ever tell it again.
+
+        It is no news where the operation ended with just that.
+        """
+        words = [_as_notice(each) for each in batch.late_successes]
+        try:
+            applied = await self.apply(words)
+        except StoreUnavailable as error:
+            raise SavedInPart(batch.requests, error) from error
+        for refused in applied.refused:
+            log.error("late answer not saved", payment=str(_payment_id(refused.given)), error=str(refused.error))
+        return applied.requests
 
     async def _suspects(self, keys: list[str]) -> Sequence[str]:
         """The keys that Postgres must be asked about beforehand; the others are caught by its unique key."""
@@ -180,6 +195,11 @@ class WritePath:
         kins = {kin for each in inputs if (kin := _kin(each, named)) is not None}
         of_kind = await transaction.operations_of_kind(kins)
         return _Known(payments, stored, named, of_kind)
+
+
+def _as_notice(late: Answer) -> Notified:
+    notice = Notice("", "", "answer", late.payment_id, late.operation_number, outcome=late.outcome)
+    return Notified(None, late.payment_id, notice)
 
 
 def _payment_id(given: Input) -> UUID:
@@ -245,6 +265,7 @@ class _Batch:
         known: _Known,
     ) -> None:
         self.requests: list[GatewayRequest] = []
+        self.late_successes: list[Answer] = []
         self._rules = rules
         self._now = clock()
         self._new_id = new_id
@@ -276,17 +297,28 @@ class _Batch:
             given = self._with_known(self._with_named(given, payment), payment)
         decision = decide(payment, given, now=self._now, rules=self._rules)
         if decision.is_postponed:
-            self._postponed += 1
+            self._note_postponed(given)
             return
         if isinstance(given, Notified) and given.notice_id is not None:
             self._notices.append(given.notice_id)
             if decision.disagrees:
                 self._disagreeing.append(given)
         if decision.is_stale:
-            self._stale += 1
+            self._note_stale(given, payment)
             return
         self._gather(payment_id, decision, payment)
         self._note_reconciled(given, decision, payment)
+
+    def _note_postponed(self, given: Input) -> None:
+        self._postponed += 1
+        if isinstance(given, Notified) and given.notice_id is None and given.operation is not None:
+            self._contradicted.append(given.operation)  # It does not wait in the inbox, so a person is to look.
+
+    def _note_stale(self, given: Input, payment: Payment | None) -> None:
+        self._stale += 1
+        if isinstance(given, Answer) and isinstance(given.outcome, Succeeded) and payment is not None:
+            has_ended = all(each.number != given.operation_number for each in payment.operations)
+            self.late_successes += [given] if has_ended else []
 
     def _note_reconciled(self, given: Input, decision: Decision, before: Payment | None) -> None:
         """What was stuck and ended by this, and what the provider tells otherwise than it is booked."""
@@ -297,7 +329,8 @@ class _Batch:
         if isinstance(given, Answer) and isinstance(given.outcome, Succeeded):
             self._contradicted += [each for each in decision.operations if each.state is OperationState.NEEDS_REVIEW]
         if isinstance(given, Notified) and given.notice_id is None and given.operation is not None:
-            self._healed += [(given.operation, "hold_released")] if decision.events else []
+            word = "hold_released" if is_end_of_hold(given.operation, given.notice.outcome) else "late_success"
+            self._healed += [(given.operation, word)] if decision.events else []
             self._contradicted += [given.operation] if decision.disagrees else []
 
     def _with_stored(self, delivery: Delivery, payment: Payment | None) -> Delivery:

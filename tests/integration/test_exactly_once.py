@@ -11,7 +11,7 @@ from domain.commands import OperationKind
 from domain.decision import Answer, Delivery, Notified
 from domain.errors import ConcurrentUpdate, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.notices import Notice
-from domain.operations import Declined, DeclineReason, GatewayRequest, Outcome, RequiresAction, Succeeded
+from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Changes
 from domain.rules import RetryPolicy
 from infra.postgres.store import PostgresStore, create_pool
@@ -148,6 +148,25 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
         await worker.write_path.apply([late(Declined(DeclineReason.OTHER))._replace(lease_token=operation.lease_token)])
     assert await value(postgres_url, "SELECT captured_minor FROM payments") == 10_000
     assert [each["type"] for each in await events_of(postgres_url, payment_id)] == ["payment.captured.v1"]
+
+
+async def test_a_success_that_comes_after_its_operation_has_ended_without_is_late_and_counts_once(
+    postgres_url: str,
+) -> None:
+    """A person, or a provider's list, said that it was not executed; the worker that slept through it knows better."""
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    async with running_worker(postgres_url, gateway) as worker:
+        await worker.accept(delivery("charge", payment_id, "charge"))
+        await worker.idle()
+        (request,) = (await worker.write_path.apply([delivery("refund", payment_id, "refund")])).requests
+        answer = partial(Answer, payment_id, request.operation_number, request.lease_token)
+        await worker.write_path.apply([answer(NotExecuted("not there"))])
+        assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 0
+        for _ in range(2):
+            await worker.write_path.apply([answer(Succeeded("done"))])
+    assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 10_000
+    kinds = [each["type"] for each in await events_of(postgres_url, payment_id)]
+    assert kinds == ["payment.captured.v1", "payment.command_rejected.v1", "payment.late_success.v1"]
 
 
 @pytest.mark.parametrize("lost", [GatewayUnreachable, OutcomeUnknown])
