@@ -58,7 +58,7 @@ class Found:
     """Whether the answer is the provider's word."""
 
 
-class Told(NamedTuple):
+class Report(NamedTuple):
     """What was found, and in words what was left out."""
 
     found: list[Found]
@@ -125,7 +125,7 @@ def _summary(answered: Collection[bool], *, dry_run: bool) -> str:
 # --- a dry run --------------------------------------------------------------------------------------------------------
 
 
-async def _ask(settings: Settings, payment_id: UUID | None) -> Told:
+async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
     """What is said of open operations and of holds past their end."""
     async with connected(settings) as (store, gateways):
         there_are = await store.count_under_way(payment_id)
@@ -139,13 +139,13 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> Told:
         f"These are the first {ASKED_MAX:,} of {there_are:,} open operations, those that are due soonest; "
         "the others were not asked about."
     )
-    return Told(found, [left_out] if there_are > ASKED_MAX else [])
+    return Report(found, [left_out] if there_are > ASKED_MAX else [])
 
 
 # --- for real ---------------------------------------------------------------------------------------------------------
 
 
-async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
+async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
     """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
     stop = stop_on_signals(
         f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
@@ -157,7 +157,7 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Told:
             await _sweep(parts, stop, payment_id)
             await _unless(stop, parts.reconciler.reconcile_holds_now(payment_id))
         left = await _left(store, parts, payment_id)
-    return Told(
+    return Report(
         [each for each in found if payment_id in (None, each.payment_id)],
         _in_words(left, gateways, ended_early=stop.is_set()),
     )

@@ -83,7 +83,7 @@ def _usable(evidence: str) -> str:
 
 async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
     async with connected(settings) as (store, gateways):
-        payment, operation = await _found(store, finding)
+        payment, operation = await _load(store, finding)
         outcome = _outcome(payment, operation, finding, now=store.now())
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
         if not yes:
@@ -96,7 +96,7 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
             # What waited for this operation goes on at once.
             parts.submit(applied.requests)
             await parts.is_idle()
-        _, operation = await _found(store, finding)
+        _, operation = await _load(store, finding)
         result = _result(operation, finding.evidence)
     log.warning(
         "a person decided an outcome",
@@ -111,7 +111,7 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
     return result
 
 
-async def _found(store: PostgresStore, finding: Finding) -> tuple[Payment, Operation]:
+async def _load(store: PostgresStore, finding: Finding) -> tuple[Payment, Operation]:
     payment_id, number = finding.payment_id, finding.number
     async with store.begin() as transaction:
         payments = await transaction.lock_payments([payment_id])

@@ -49,10 +49,6 @@ class Books:
     currencies: list[Comparison]
     charged_twice: list[str]
 
-    @property
-    def are_equal(self) -> bool:
-        return all(each.is_equal for each in self.currencies) and not self.charged_twice
-
 
 async def database_time(postgres_url: str) -> datetime:
     """The database's clock, by which the ledger is dated."""

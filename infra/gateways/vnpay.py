@@ -198,10 +198,9 @@ payer cancelled) a query may only call 02, and then nobody can tell it from the 
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
 LATE: Final = frozenset({"08"})
+"""TransactionStatus. What is in none of these is undecided: 04 and 07 wait for people at VNPay or the bank."""
 REFUND_TYPES: Final = frozenset({"02", "03"})
 """TransactionType of a refund, in full or in part; 01 is a payment."""
-UNDECIDED: Final = frozenset({"01", "04", "05", "06", "07"})
-"""TransactionStatus; what is not listed is undecided, too. 04 and 07 wait for people at VNPay or the bank."""
 
 REFUSED: Final = frozenset({"02", "03", "04", "13", "16", "91", "93", "95", "97"})
 """ResponseCode of a refund that VNPay did not take on, and never will in this form."""
