@@ -587,6 +587,12 @@ async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start
         await until(are_there, timeout_seconds=15)
 
 
+async def test_a_worker_that_would_call_everything_paid_says_so_when_it_starts(settings: Settings) -> None:
+    with capture_logs() as logs:
+        async with running(settings):
+            await until(lambda: asyncio.sleep(0, any("moves no money" in each["event"] for each in logs)))
+
+
 async def test_a_topic_that_is_gone_is_told_until_its_commands_are_read_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
