@@ -13,7 +13,7 @@ from domain.ledger import Account
 from domain.notices import Dispute, DisputeStage, Notice
 from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
-from domain.requests import gateway_request
+from domain.requests import OPENING, gateway_request
 from domain.settle import end_void_of_nothing, fits, leave_to_void, move, review, settle_outcome
 
 ENDED_WITHOUT_EFFECT: Final = (OperationState.DECLINED, OperationState.NOT_EXECUTED, OperationState.EXPIRED)
@@ -78,7 +78,8 @@ def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Noti
                 if not draft.is_postponed:
                     _succeed_late(draft, operation, outcome)
             else:
-                draft.disagrees = is_news or not is_ours or _is_another_refund(operation, outcome)
+                is_one_more = not was_asked and _is_one_more(operation, outcome)
+                draft.disagrees = is_news or not is_ours or is_one_more
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
         case Expired() if _is_open_hold(draft, given, operation):
@@ -107,10 +108,11 @@ def _takes_what_is_reserved(payment: Payment, operation: Operation) -> bool:
             return False
 
 
-def _is_another_refund(operation: Operation, outcome: Succeeded) -> bool:
-    """Whether the provider returned the money twice, by its own ids: with our mark on both, one of them is too many."""
-    is_done = operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED
-    return is_done and bool(operation.reference) and outcome.reference not in ("", operation.reference)
+def _is_one_more(operation: Operation, outcome: Succeeded) -> bool:
+    """Whether the provider moved the money twice, by its own ids: with our mark on both, one of them is too many."""
+    is_done = operation.state in (OperationState.SUCCEEDED, OperationState.LAPSED)
+    has_own_name = operation.kind in (*OPENING, OperationKind.REFUND)  # a capture's may be its payment's
+    return is_done and has_own_name and bool(operation.reference) and outcome.reference not in ("", operation.reference)
 
 
 def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:

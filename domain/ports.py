@@ -262,8 +262,8 @@ class PaymentStore(Protocol):
         """Have holds past their end asked about at once, however lately they were; how many there are."""
         ...
 
-    async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> None:
-        """Start these leases anew, except those that were taken over."""
+    async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> list["HeldLease"]:
+        """Start these leases anew, except those that were taken over; which of them run."""
         ...
 
 

@@ -37,6 +37,7 @@ LOOK_SECONDS: Final = 0.01
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
+LEASE_RAN_OUT: Final = "not sent: the lease ran out while it waited to be sent"
 GIVEN_BACK: Final = frozenset({Unreachable(PROVIDER_RESTS), Unreachable(PROCESS_ENDS)})
 """Answers about what was taken over and never sent by us."""
 
@@ -133,6 +134,10 @@ class Dispatcher:
         self._answer(given.request, outcome, was_stuck=given.is_stuck)
 
     async def _outcome_in(self, lane: "_Lane", request: GatewayRequest) -> Outcome:
+        if not self._leases.is_held(request):
+            # This process slept, or Postgres was away. Whoever took it over may have had it ended since, a person even,
+            # and a refund that has no key at its provider would be made beside its successor.
+            return Unreachable(LEASE_RAN_OUT)
         question = self._question(lane.gateway, request)
         if question is not None:
             return await self._outcome(question, request)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Final
 
 import structlog
 
@@ -15,6 +16,8 @@ from domain.ports import HeldLease, PaymentStore
 log = structlog.get_logger(__name__)
 
 RENEWED_MAX = 500
+_RUNNING: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""As of Postgres's clock here: one that goes on while the machine sleeps."""
 
 
 class Leases:
@@ -27,9 +30,14 @@ class Leases:
 
     def hold(self, requests: Iterable[GatewayRequest]) -> None:
         """These were just leased to this worker."""
-        now = time.monotonic()
+        now = _seconds()
         for request in requests:
-            self._held[HeldLease(request.payment_id, request.operation_number, request.lease_token)] = now
+            self._held[_lease_of(request)] = now
+
+    def is_held(self, request: GatewayRequest) -> bool:
+        """Whether its lease runs still. After that others may have taken it over, and had it ended."""
+        since = self._held.get(_lease_of(request))
+        return since is not None and _seconds() - since < self.lease.total_seconds()
 
     def release(self, answers: Iterable[Answer]) -> None:
         """The answers are saved, or given up: nothing is held any more."""
@@ -47,10 +55,24 @@ class Leases:
 
     async def renew(self) -> None:
         """Renew old leases. One that was taken over meanwhile stays lost: its answer is stale, unless money moved."""
-        now = time.monotonic()
+        now = _seconds()
         oldest = now - self.lease.total_seconds() / 3
-        due = [held for held, since in self._held.items() if since < oldest]
+        due = {held: since for held, since in self._held.items() if since < oldest}
         for start in range(0, len(due), RENEWED_MAX):
-            part = due[start : start + RENEWED_MAX]
-            await self._store.renew(part, lease=self.lease)
-            self._held.update((held, now) for held in part if held in self._held)
+            part = list(due)[start : start + RENEWED_MAX]
+            renewed = set(await self._store.renew(part, lease=self.lease))
+            for held in part:
+                if self._held.get(held) != due[held]:
+                    continue  # Released meanwhile.
+                if held in renewed:
+                    self._held[held] = now
+                else:
+                    del self._held[held]
+
+
+def _lease_of(request: GatewayRequest) -> HeldLease:
+    return HeldLease(request.payment_id, request.operation_number, request.lease_token)
+
+
+def _seconds() -> float:
+    return time.clock_gettime(_RUNNING)

@@ -219,6 +219,9 @@ class MoMoGateway:
             OutcomeUnknown: it may have been executed.
         """
         paid = await self._ask_first(request)
+        found = _read_refunded(paid, request)
+        if not isinstance(found, Unknown):
+            return found  # An earlier attempt, whose answer was lost.
         body = self._body(request) | {
             "amount": request.amount.minor,
             "transId": int(paid["transId"]),
@@ -407,17 +410,19 @@ def _check_echo(answer: Answer, body: Answer, *names: str) -> None:
 
 
 def _code(answer: Answer) -> int:
-    try:
-        return int(answer["resultCode"])
-    except (TypeError, ValueError) as error:
-        raise GatewayContractBroken(NAME, "a result that is no number") from error
+    return _whole(answer["resultCode"], "a result")
 
 
 def _amount(answer: Answer) -> int:
-    try:
-        return int(answer["amount"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise GatewayContractBroken(NAME, "an amount that is no number") from error
+    return _whole(answer.get("amount"), "an amount")
+
+
+def _whole(told: object, what: str) -> int:
+    """A whole number in digits, as a number or a text. Rounded, 0.9 or false would be 0, which is MoMo's yes."""
+    text = str(told) if isinstance(told, int | str) else ""
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise GatewayContractBroken(NAME, f"{what} that is no whole number")
+    return int(text)
 
 
 def _order_of(request: GatewayRequest) -> str:

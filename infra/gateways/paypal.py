@@ -339,7 +339,7 @@ def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outc
 
 def read_release(reference: str, answer: Json, request: GatewayRequest) -> Outcome:
     """What the answer to a release says: nothing but that it was done (204), or the authorization as it is now."""
-    status = answer.get("status", "VOIDED")
+    status = answer["status"] if answer else "VOIDED"
     return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {code_of(status)}")
 
 

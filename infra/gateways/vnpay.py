@@ -195,6 +195,10 @@ STATUS_DECLINES: Final[Mapping[str, DeclineReason]] = {"11": DeclineReason.CANCE
 """TransactionStatus that tells why, which is all that a query has. 02 is every other failure: what an IPN calls 24 (the
 payer cancelled) a query may only call 02, and then nobody can tell it from the rest."""
 
+OPEN_CODES: Final = frozenset({"00", "07", "08", "99"})
+"""ResponseCode of an IPN that rules out no payment, whatever the status beside it says: 00 and 07 say that the payer
+was debited, 08 and 99 that nobody knows. A question then tells."""
+
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
 LATE: Final = frozenset({"08"})
@@ -220,6 +224,8 @@ def read_payment(code: str | None, status: str, reference: str, amount_minor: in
     """What ResponseCode (of an IPN; None of a query) and TransactionStatus say of a payment."""
     if status in PAID and code in (None, "00"):
         return Succeeded(reference, amount_minor)
+    if code in OPEN_CODES:
+        return Pending(reference)
     if status in LATE or (status in FAILED and code == "11"):
         return Expired(reference, code or status)
     if status in FAILED:

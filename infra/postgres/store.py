@@ -179,6 +179,7 @@ RENEW_LEASES = """
     UPDATE operations AS o SET due_at = now() + $4::interval
       FROM unnest($1::uuid[], $2::integer[], $3::bigint[]) AS x(payment_id, number, lease_token)
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
+    RETURNING o.payment_id, o.number, o.lease_token
 """
 # What nobody is working on: it waits for its next attempt, or its worker has not answered within the lease.
 NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now())"
@@ -483,12 +484,13 @@ class PostgresStore:
             async with self._pool.acquire() as connection:
                 return int((await connection.execute(MAKE_HOLDS_DUE, payment_id)).split()[-1])
 
-    async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
-        """Start these leases anew, except those that were taken over."""
+    async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> list[HeldLease]:
+        """Start these leases anew, except those that were taken over; which of them run."""
         with translated():
             async with self._pool.acquire() as connection:
                 # In the order in which answers are saved, which may be those of the same operations.
-                await connection.execute(RENEW_LEASES, *zip(*sorted(held), strict=True), lease)
+                rows = await connection.fetch(RENEW_LEASES, *zip(*sorted(held), strict=True), lease)
+        return [HeldLease(*row) for row in rows]
 
 
 def _hold(row: asyncpg.Record) -> LapsedHold:

@@ -213,7 +213,9 @@ class MoMoSimulator:
             return _answer(body, 1088, "not refundable")
         if any(each["orderId"] == body["orderId"] for each in order["refunds"]):
             return _answer(body, 41, "duplicate orderId")
-        if int(body["amount"]) <= 0 or int(body["amount"]) > order["amount"] - _refunded(order):
+        if not MINIMUM <= int(body["amount"]) <= MAXIMUM:
+            return _answer(body, 22, "amount out of range")
+        if int(body["amount"]) > order["amount"] - _refunded(order):
             return _answer(body, 1081, "more than was paid")
         code = REFUND_FAILED if fails else 7002 if self.refunds_wait else PAID
         refund = {

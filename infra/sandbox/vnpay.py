@@ -36,6 +36,8 @@ TIME: Final = "%Y%m%d%H%M%S"
 PAID: Final = "00"
 OPEN: Final = "01"
 FAILED: Final = "02"
+SUSPECTED: Final = "07"
+"""As a status and as a code: the payer was debited, and somebody at the merchant's has to look at it."""
 
 TMN_CODE: Final = "SANDBOX1"
 SECRET: Final = "sandbox-secret"  # noqa: S105 - opens nothing but this simulator
@@ -206,7 +208,8 @@ class VNPaySimulator:
             declined = self.faults.decline(_call("confirm", "/paymentv2/vpcpay.html", payment["ref"]))
             code = _declined_as(declined) if declined is not None and code == PAID else code
             is_paid = code == PAID
-            payment |= {"status": PAID if is_paid else FAILED, "code": code, "paid_at": _now()}
+            status = code if code in (PAID, SUSPECTED) else FAILED
+            payment |= {"status": status, "code": code, "paid_at": _now()}
             payment["number"] = self._next_number() if is_paid else "0"
             self._keep(payment)
             self._tell(payment)

@@ -173,11 +173,12 @@ async def test_a_lost_race_does_not_end_the_renewal_of_leases() -> None:
     class Store:
         calls = 0
 
-        async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> None:
+        async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> list[HeldLease]:
             self.calls += 1
             if self.calls == 1:
                 raise ConcurrentUpdate("deadlock detected")
             renewed.set()
+            return list(held)
 
     store: Any = Store()
     leases = Leases(store=store, lease=timedelta(milliseconds=60))

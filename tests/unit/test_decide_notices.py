@@ -89,6 +89,16 @@ def test_once_it_is_paid_another_amount_is_reported_and_changes_nothing() -> Non
     assert told.kinds == ["captured"]
 
 
+@pytest.mark.parametrize("kind", ["authorize", "charge"])
+def test_a_second_payment_with_the_same_marks_is_for_a_person(kind: str) -> None:
+    told = story()
+    told.send(kind)
+    told.answer(PAID)
+    assert not told.hear(PAID).disagrees
+    assert told.hear(replace(PAID, reference="ref_other")).disagrees, "the provider has taken it twice"
+    assert len(told.kinds) == 1
+
+
 @pytest.mark.parametrize("ended", [NO, GONE, NotExecuted("refused")], ids=lambda each: type(each).__name__)
 def test_money_that_was_called_off_and_came_counts_and_is_told(ended: Outcome) -> None:
     told = story()

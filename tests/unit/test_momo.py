@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 from uuid import UUID
@@ -465,6 +466,27 @@ async def test_what_is_not_understood_is_unknown(code: int) -> None:
         await gateway(result(code)).charge(a(OperationKind.CHARGE))
 
 
+@pytest.mark.parametrize("code", [0.9, -0.5, False, "0.0", "", [], "\u0660"])
+async def test_only_a_whole_number_is_a_result(code: Any) -> None:
+    """Rounded, most of these would be 0: MoMo's yes."""
+    for path in ("create", "query"):
+        answers = {"create": {"resultCode": 42}, "query": {"resultCode": 42}} | {path: {"resultCode": code}}
+        answered = gateway(partial(_from, answers))
+        call = answered.status if path == "query" else answered.charge
+        with pytest.raises(GatewayContractBroken):
+            await call(a(OperationKind.CHARGE))
+
+
+def _from(answers: dict[str, dict[str, Any]], path: str, body: dict[str, Any]) -> dict[str, Any]:
+    return answers[path]
+
+
+@pytest.mark.parametrize("amount", [10_000.9, True, "1_0000", " 10000 "])
+async def test_only_a_whole_number_is_an_amount(amount: Any) -> None:
+    with pytest.raises(GatewayContractBroken):
+        await gateway(lambda *_: {"resultCode": 0, "amount": amount}).status(a(OperationKind.CHARGE))
+
+
 @pytest.mark.parametrize("code", [11, 13, 22, 1088])
 async def test_a_refusal_is_no_proof_once_an_attempt_is_unaccounted_for(code: int) -> None:
     for kind in (OperationKind.CHARGE, OperationKind.REFUND):
@@ -548,6 +570,17 @@ async def test_a_refund_is_found_by_its_own_order_id_and_amount() -> None:
     assert isinstance(await gateway(refunded(row | {"resultCode": 1080})).status(asked), Declined)
     assert isinstance(await gateway(refunded(row | {"amount": 9})).status(asked), Unknown)
     assert isinstance(await gateway(refunded(row | {"orderId": "other"})).status(asked), Unknown)
+
+
+async def test_a_refund_that_was_made_at_an_attempt_whose_answer_was_lost_is_seen_before_it_is_sent_again() -> None:
+    row = {"orderId": momo.order_id(PAYMENT_ID, 2), "amount": 10_000, "resultCode": 0, "transId": 7}
+
+    def handle(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert path == "query", "sent again"
+        return {"resultCode": 0, "refundTrans": [row]}
+
+    asked = a(OperationKind.REFUND, state=OperationState.INDETERMINATE)
+    assert await gateway(handle).refund(asked) == Succeeded("7", 10_000)
 
 
 async def test_a_refund_names_the_payments_own_number() -> None:

@@ -353,6 +353,20 @@ def test_the_answer_to_a_release(answer: Json, outcome: Outcome) -> None:
     assert read_release("A1", answer, VOID) == outcome
 
 
+async def test_an_answer_to_a_release_that_says_something_else_is_none() -> None:
+    hold = order("COMPLETED", authorizations=[payment("CREATED", id="A1")])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/token"):
+            return httpx.Response(200, json={"access_token": "t", "expires_in": 3600})
+        return httpx.Response(200, json=hold if request.method == "GET" else {"message": "we are back soon"})
+
+    gateway = PayPalGateway(config())
+    gateway._api._http._client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url=LIVE)
+    with pytest.raises(GatewayContractBroken):
+        await gateway.void(VOID)
+
+
 @pytest.mark.parametrize("mark", [{"invoice_id": invoice_of(REFUND)}, {"custom_id": mark_of(REFUND)}])
 @pytest.mark.parametrize(
     ("status", "outcome"),

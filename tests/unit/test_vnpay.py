@@ -255,6 +255,7 @@ async def test_what_was_signed_with_percent_encoded_spaces_is_accepted_too() -> 
         ("00", "99", Pending("")),
         ("99", "00", Pending("")),
         ("24", "00", Pending("")),
+        *((code, status, Pending("")) for code in ("00", "07", "08", "99") for status in ("02", "08", "11")),
     ],
 )
 async def test_only_two_zeros_are_a_payment_and_only_a_failed_status_is_a_refusal(
