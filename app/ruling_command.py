@@ -13,6 +13,7 @@ from uuid import UUID
 import structlog
 import typer
 
+from app import wiring
 from app.client import minor_units
 from app.console import new_console, print_json
 from app.reconcile_command import connected, working
@@ -20,10 +21,11 @@ from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling
 from domain.money import Money
-from domain.operations import NotExecuted, Operation, OperationState, Succeeded
+from domain.operations import NotExecuted, Operation, OperationState, Succeeded, said
 from domain.payment import Payment
 from domain.requests import OPENING
 from handlers.messages.card_numbers import holds_card_number
+from handlers.reconcile import Asker
 from infra.postgres.store import PostgresStore
 
 log = structlog.get_logger(__name__)
@@ -85,6 +87,8 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
     async with connected(settings) as (store, gateways):
         payment, operation = await _load(store, finding)
         outcome = _outcome(payment, operation, finding, now=store.now())
+        if isinstance(outcome, NotExecuted):
+            await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
         if not yes:
             typer.confirm("Go on?", abort=True)
@@ -109,6 +113,20 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
         user=_user(),
     )
     return result
+
+
+async def _look_again(asker: Asker, payment: Payment, operation: Operation) -> None:
+    """What needs review is sent again now and then, so what was found may be older than the attempt that executed it.
+
+    Raises:
+        RulingRefused: the provider shows it.
+    """
+    told = (await asker.ask(payment, operation)).outcome
+    if isinstance(told, Succeeded):
+        raise RulingRefused(
+            f"the provider shows it by now: {said(told)}. `payments reconcile --now --payment {payment.payment_id}` "
+            "applies that"
+        )
 
 
 async def _load(store: PostgresStore, finding: Finding) -> tuple[Payment, Operation]:

@@ -689,6 +689,11 @@ async def in_review(postgres_url: str) -> Any:
     return payment
 
 
+async def is_gone(postgres_url: str) -> None:
+    """The refund's provider is not one of ours any more, and gives no evidence."""
+    await value(postgres_url, "UPDATE operations SET gateway = 'gone' WHERE number = 2")
+
+
 @pytest.mark.parametrize(
     ("verdict", "ends"), [("succeeded", ["refunded", "command_rejected"]), ("not-executed", ["command_rejected"])]
 )
@@ -696,6 +701,7 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
     postgres_url: str, redis_url: str, verdict: str, ends: list[str]
 ) -> None:
     payment, evidence = await in_review(postgres_url), "VNPay portal, refund 14333333"
+    await is_gone(postgres_url)
     given = ["--operation", "2", "--as", verdict, "--evidence", evidence, "--json", "--yes"]
     done = await asyncio.to_thread(ruling, postgres_url, redis_url, payment, *given)
     assert done.returncode == 0, done.stderr
@@ -777,7 +783,19 @@ async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, 
     with pytest.raises(RulingRefused, match="look again in a minute"):
         await asyncio.to_thread(rule, settings, finding)
     await value(postgres_url, lease, timedelta(seconds=-1))  # Whose worker has died.
+    await is_gone(postgres_url)
     assert await asyncio.to_thread(rule, settings, finding) == 0
+
+
+async def test_a_person_does_not_end_as_not_executed_what_its_provider_shows_by_now(
+    postgres_url: str, redis_url: str
+) -> None:
+    """It is sent again while it waits for a person, who may have looked before that."""
+    payment = await in_review(postgres_url)
+    finding, settings = Finding(payment, 2, "not-executed", "the portal"), here(postgres_url, redis_url)
+    with pytest.raises(RulingRefused, match="the provider shows it by now: succeeded"):
+        await asyncio.to_thread(rule, settings, finding)
+    assert await value(postgres_url, "SELECT state FROM operations WHERE number = 2") == "needs_review"
 
 
 async def test_a_charge_that_is_found_done_needs_the_providers_id(postgres_url: str, redis_url: str) -> None:
