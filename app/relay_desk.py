@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 import psycopg
+from aiokafka.errors import KafkaError
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
@@ -301,12 +302,15 @@ class RelayDesk:
         with Progress(console=self._out) as progress:
             task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
             replaying = _replay(replay, lambda published: progress.update(task, completed=published))
-            done, left, since = asyncio.run(replaying)
-        self._out.print(f"{done} {f'of {done + left} ' if left else ''}events published again to {target}")
+            left, since, failure = asyncio.run(replaying)
+        done = f"{replay.done} of {replay.done + left}" if left else f"{replay.done}"
+        self._out.print(f"{done} events published again to {target}")
         if since is not None:
             again = f"--since {since.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
             told = f"To go on: the same command with {again} for its own, if any. A few events may come once more."
             self._out.print(told, soft_wrap=True)
+        if failure is not None:
+            raise failure
         return 1 if left else 0
 
     def _refuse_own_input(self, topic: str) -> None:
@@ -340,11 +344,15 @@ class RelayDesk:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
 
 
-async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, int, datetime | None]:
-    """How many events were published and, told to end, how many are left, and since when those were written."""
-    stop = stop_on_signals("Ending: what is under way is waited for. Once more ends at once.")
-    done = await replay.run(on_progress, stop)
-    return done, *(await replay.rest() if stop.is_set() and done else (0, None))
+async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, datetime | None, KafkaError | None]:
+    """Where it ended before its end: how many events are left, since when those were written, and Kafka's reason."""
+    stop, failure = stop_on_signals("Ending: what is under way is waited for. Once more ends at once."), None
+    try:
+        await replay.run(on_progress, stop)
+    except KafkaError as error:
+        failure = error
+    left = await replay.rest() if replay.done and (failure or stop.is_set()) else (0, None)
+    return *left, failure
 
 
 def _relay_table(relay: RelayStatus) -> Table:

@@ -94,7 +94,7 @@ class CommandConsumer:
         """Accept one batch (a `KafkaMessage`): afterwards Postgres owns it and its offsets may be committed."""
         async with self._accepting:
             if self._closing.is_set():
-                await message.nack()
+                await _rewind(message)
                 await asyncio.sleep(IDLE_POLL_MS / 1000)
             else:
                 await self._pace()
@@ -149,7 +149,7 @@ class CommandConsumer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._retry.next_seconds()):
                 await self._closing.wait()
-        await message.nack()
+        await _rewind(message)
 
     async def _pace(self) -> None:
         rest = CYCLE_SECONDS - (time.monotonic() - self._last_started)
@@ -201,6 +201,12 @@ class CommandConsumer:
         for letter in letters:
             metrics.DEAD_LETTERS.labels(letter.reason).inc()
             log.warning("message parked", reason=letter.reason, partition=letter.partition, offset=letter.offset)
+
+
+async def _rewind(message: KafkaMessage) -> None:
+    """Have it read again. Where one of its partitions has moved, all were put back to what is committed."""
+    with contextlib.suppress(IllegalStateError):
+        await message.nack()
 
 
 async def _whole(records: tuple[Record, ...], parse: Callable[[tuple[Record, ...]], Awaitable[Any]]) -> Any:

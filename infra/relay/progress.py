@@ -5,17 +5,19 @@ the topic; `published_below` is its lower end.
 """
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import psycopg
+import structlog
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound, MarkMissing
 from infra.relay.gaps import ANOTHER_SERVER, another_topic
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
+
+log = structlog.get_logger(__name__)
 
 Repair = Literal["unproven", "everything", "adopt"]
 
@@ -219,19 +221,25 @@ async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
 
 
 async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
-    """Whether every insert into the outbox wakes a poller. False if that is not so yet: somebody writes for long."""
+    """Whether every insert into the outbox wakes a poller. False if that is not so yet: somebody writes for long.
+
+    Where the relay's role does not own the outbox, it is so only if somebody enables the trigger; a tick wakes it then.
+    """
     row = await (await leader.execute(NOTIFIES)).fetchone()
     if row is None or row[0] == is_on:
         return True
-    with contextlib.suppress(psycopg.errors.LockNotAvailable):
+    try:
         # The lock waits for those who write, and lets others wait: hardly at all. One message, and so one transaction:
         # whoever else uses this connection finds it in none that has failed.
         await leader.execute(
             "SET LOCAL lock_timeout = '100ms';"
             f" ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
         )
-        return True
-    return False
+    except psycopg.errors.LockNotAvailable:
+        return False
+    except psycopg.errors.InsufficientPrivilege:
+        log.warning("the relay's role does not own the outbox: see docs/operations/relay.md", trigger="outbox_notify")
+    return True
 
 
 async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:

@@ -110,8 +110,12 @@ class Quarantine:
         return {row[0].encode() for row in rows}
 
     async def put(self, diverted: Sequence[Diverted]) -> None:
-        """Keep these events, in this order; on return they are on disk."""
-        async with self._leader.transaction(), self._leader.cursor() as cursor:
+        """Keep these events, in this order; on return they are on disk.
+
+        In no transaction block: whoever else uses this connection would be in it, and of one that has failed COMMIT
+        says nothing. What is sent as one is one transaction all the same.
+        """
+        async with self._leader.cursor() as cursor:
             await cursor.executemany(PUT.encode(), [self._row(each) for each in diverted])
 
     def _row(self, diverted: Diverted) -> dict[str, Any]:

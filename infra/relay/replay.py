@@ -15,7 +15,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.records import headers_of
-from infra.relay.scan import COLUMNS, event_of
+from infra.relay.scan import COLUMNS, LARGEST, event_of, rows_at_once
 from infra.relay.stream import CONNECTION, lift_time_limit
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
@@ -73,8 +73,10 @@ class Replay:
             "until": selection.until,
             "slot": config.slot,
         }
+        self.done = 0
+        """How many Kafka has acknowledged."""
         self._last: OutboxEvent | None = None
-        """The last one that was published."""
+        """The last one of those."""
 
     async def count(self) -> int:
         """How many events it would publish.
@@ -86,15 +88,12 @@ class Replay:
             row = await (await connection.execute(COUNT.encode(), self._values)).fetchone()
             return int(row[0]) if row is not None else 0
 
-    async def run(self, on_progress: Callable[[int], None], stop: asyncio.Event) -> int:
+    async def run(self, on_progress: Callable[[int], None], stop: asyncio.Event) -> None:
         """Publish them, at most `rate` a second, each payment's in order, until told to `stop`.
-
-        How many Kafka has acknowledged.
 
         Raises:
             psycopg.Error, KafkaError: a server is away; what was acknowledged stays published.
         """
-        done = 0
         async with (
             AIOKafkaProducer(
                 bootstrap_servers=self._config.kafka_bootstrap,
@@ -108,11 +107,10 @@ class Replay:
             started = time.monotonic()
             async for chunk in chunks:
                 await self._publish(producer, partitions, chunk)
-                done, self._last = done + len(chunk), chunk[-1]
-                on_progress(done)
-                if await _is_set_within(stop, started + done / self._rate - time.monotonic()):
+                self.done, self._last = self.done + len(chunk), chunk[-1]
+                on_progress(self.done)
+                if await _is_set_within(stop, started + self.done / self._rate - time.monotonic()):
                     break
-        return done
 
     async def rest(self) -> tuple[int, datetime | None]:
         """How many events it has not published, and when the earliest of them was written.
@@ -134,6 +132,7 @@ class Replay:
             connection.cursor("replay") as cursor,
         ):
             await lift_time_limit(connection)
+            size = min(size, await rows_at_once(connection, LARGEST))
             await cursor.execute(SELECT.encode(), self._values)
             while rows := await cursor.fetchmany(size):
                 yield [event_of(row) for row in rows]

@@ -284,6 +284,7 @@ class Session:
     async def _publish_again(self, due: list[OutboxEvent]) -> bool:
         """Whether Kafka has taken or refused them all; not so if the relay is to stop meanwhile."""
         group = Group()
+        self._source.unwatch()  # What comes is not read meanwhile, and would wake us without end.
         self._publisher.publish(due, group)
         while group.missing and not self._stop.is_set():
             await self._source.save()  # Postgres ends the stream of who is silent.

@@ -174,7 +174,7 @@ class ReplicationStream:
 
     def ended(self) -> PostgresAway:
         """What is said of a stream whose end was read; libpq tells the end once only."""
-        return PostgresAway(self._pgconn.get_error_message())
+        return self._lost(self._pgconn.get_error_message())
 
     def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader":
         """What takes the messages in C, if it was compiled, from where `receive` has come to.
@@ -192,7 +192,12 @@ class ReplicationStream:
         try:
             self._pgconn.consume_input()
         except psycopg.Error as error:
-            raise PostgresAway(str(error)) from error
+            raise self._lost(str(error)) from error
+
+    def _lost(self, why: str) -> PostgresAway:
+        """libpq has closed the socket: before anybody waits for something else, whose socket may get its number."""
+        self.unwatch()
+        return PostgresAway(why)
 
     def confirm(self, lsn: int) -> None:
         """Everything before `lsn` is safe elsewhere: the slot may forget it.
@@ -205,7 +210,7 @@ class ReplicationStream:
             self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", lsn, lsn, lsn, now_us, 0))
             self._pgconn.flush()
         except psycopg.Error as error:
-            raise PostgresAway(str(error)) from error
+            raise self._lost(str(error)) from error
         self.is_reply_wanted = False
 
     async def finish(self) -> None:

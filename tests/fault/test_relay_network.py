@@ -12,10 +12,13 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import pytest
+import uvloop
 
 from infra.kafka.topics import ensure_topics
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
+from infra.relay.errors import PostgresAway
+from infra.relay.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.fault.test_relay_kills import assert_all_arrived, load, more
 from tests.support.outbox import until
@@ -127,4 +130,41 @@ async def test_the_same_between_relay_and_kafka_skips_nothing(
                 await fault(proxy, config)
         finally:
             await asyncio.to_thread(kafka.erase)
+    drop_database(postgres_url)
+
+
+def test_the_socket_that_takes_the_place_of_a_lost_stream_is_left_alone(postgres_url: str) -> None:
+    """libpq closes what it has lost; what is opened next, to Kafka or by who asks for our health, gets its number."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # As a relay's process.
+        runner.run(lose_a_stream(postgres_url))
+
+
+async def read_to_the_end(stream: ReplicationStream, arrived: asyncio.Event) -> None:
+    while True:
+        async with asyncio.timeout(5):
+            await arrived.wait()
+        stream.receive()
+
+
+async def lose_a_stream(postgres_url: str) -> None:
+    slot, server, writers = f"lost_{uuid4().hex[:12]}", urlsplit(postgres_url), list[asyncio.StreamWriter]()
+    async with Proxy(server.hostname or "", server.port or 0) as proxy:
+        stream = await ReplicationStream.connect(f"postgresql://postgres@127.0.0.1:{proxy.port}{server.path}")
+        await stream.create_slot(slot)
+        await stream.start(slot, "payments_outbox", 0)
+        number, arrived = stream._pgconn.socket, asyncio.Event()
+        stream.watch(arrived.set)
+        proxy.resume()  # Breaks what there is.
+        with pytest.raises(PostgresAway):
+            await read_to_the_end(stream, arrived)
+        try:
+            while number not in [each.get_extra_info("socket").fileno() for each in writers]:
+                assert len(writers) < 20
+                async with asyncio.timeout(5):
+                    writers.append((await asyncio.open_connection(server.hostname, server.port))[1])
+            await stream.close()
+        finally:
+            for each in writers:
+                each.close()
+                await each.wait_closed()
     drop_database(postgres_url)

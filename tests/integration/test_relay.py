@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import psutil
@@ -563,3 +564,23 @@ async def test_a_log_that_brings_nothing_though_events_wait_is_told(
             await until(lambda: "Postgres has brought nothing" in relay.health.detail)
         await published(config, *more)
         await until(lambda: relay.health == (True, "active") and metrics.LAG_SECONDS._value.get() == 0)
+
+
+async def test_a_role_that_may_read_the_outbox_and_does_not_own_it_suffices(config: RelayConfig) -> None:
+    role, rows = f"relay_{uuid4().hex[:8]}", rows_of("pay_a", 3)
+    grants = f"""
+        CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'x';
+        GRANT SELECT, UPDATE ON ALL TABLES IN SCHEMA public TO {role};
+        GRANT ALL ON relay_slots, relay_quarantine TO {role};
+        GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role};
+    """
+    url = urlsplit(config.postgres_url)
+    theirs = urlunsplit(url._replace(netloc=f"{role}:x@{url.hostname}:{url.port}"))
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as owner:
+        await owner.execute(grants.encode())
+        try:
+            async with running(replace(config, postgres_url=theirs)):
+                await commit(config.postgres_url, rows)
+                await published(config, *rows)
+        finally:
+            await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())

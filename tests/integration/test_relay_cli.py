@@ -317,6 +317,21 @@ async def test_a_replay_to_a_topic_that_takes_no_such_message_says_so(config: Re
     assert refused.stderr.endswith("The topic takes no message of that size: raise its max.message.bytes.\n")
 
 
+async def test_a_replay_that_is_refused_in_the_middle_says_how_far_it_is_and_how_to_go_on(config: RelayConfig) -> None:
+    copies, rows = f"{config.topic}.copies", rows_of("pay_a", 30)
+    rows[25] = rows[25]._replace(payload=f'"{"x" * 2_000_000}"')
+    await set_topic_limit(config, 5_000_000)
+    await ensure_topics(config.kafka_bootstrap, {copies: PARTITIONS})
+    async with running(config):
+        await commit(config.postgres_url, *([row] for row in rows))
+        await proven(config, *rows)
+    refused = await payments_relay(config, "replay", "--payment", "pay_a", "--to", copies, "--rate", "100")
+    assert refused.returncode == 1
+    assert f"24 of 30 events published again to {copies}" in refused.stdout
+    assert "To go on: the same command with --since" in refused.stdout
+    assert refused.stderr.endswith("The topic takes no message of that size: raise its max.message.bytes.\n")
+
+
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
     rows, others = rows_of("pay_a", 30), rows_of("pay_b", 5)
     copies = f"{config.topic}.replay"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from aiokafka import AIOKafkaConsumer
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics
+from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.health import Status
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
@@ -24,8 +25,9 @@ from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.session import Session
-from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source
-from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, rows_of, until
+from infra.relay.wal_source import WalSource
+from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source, wal_only
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, insert, rows_of, until
 from tests.support.relay_source import also_plain
 
 __all__ = ["config", "source"]
@@ -276,8 +278,15 @@ async def test_a_replay_leaves_out_what_is_in_quarantine(config: RelayConfig, de
 
 
 async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
-    postgres_url: str, own_kafka: EmbeddedKafka
+    postgres_url: str, own_kafka: EmbeddedKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    saves, save = list[float](), WalSource.save
+
+    async def counted(source: WalSource) -> None:
+        saves.append(time.monotonic())
+        await save(source)
+
+    monkeypatch.setattr(WalSource, "save", counted)
     config = RelayConfig(
         postgres_url=postgres_url,
         kafka_bootstrap=own_kafka.bootstrap,
@@ -298,7 +307,11 @@ async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
         await until(lambda: relay.health.detail == "active")
         with frozen(own_kafka.pid):
             await desk.retry([], everything=True)
+            await asyncio.sleep(0.5)
+            await commit(postgres_url, rows_of("pay_0002", 1))
+            saves.clear()
             await asyncio.sleep(1)
+            assert len(saves) < 30, "what comes meanwhile makes it turn round and round"
             stop.set()
             done, _ = await asyncio.wait({task}, timeout=10)
         await task
@@ -342,14 +355,36 @@ async def test_once_all_of_a_payment_is_dropped_the_fast_path_is_taken_again(
         await until(lambda: not publishers[-1].blocked)
 
 
+@wal_only
+async def test_what_is_put_there_stays_whatever_else_the_leader_asks(
+    config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a connection: had they shared a transaction, a failed look would have undone it without a word."""
+    monkeypatch.setattr(session, "WATCH_SECONDS", 0)
+    async with (
+        await psycopg.AsyncConnection.connect(config.postgres_url) as writer,
+        await psycopg.AsyncConnection.connect(config.postgres_url) as locker,
+        running(replace(config, feedback_seconds=3)),
+    ):
+        await asyncio.sleep(1)  # Behind the first time that progress is written down.
+        await insert(writer, poisoned_payment())
+        locking = asyncio.create_task(locker.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE"))
+        await asyncio.sleep(0.1)
+        await writer.commit()
+        await locking
+        await asyncio.sleep(2)
+        await locker.rollback()
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+
+
 async def test_a_look_at_the_outbox_that_waits_for_its_lock_does_not_end_what_is_being_saved(
     config: RelayConfig,
 ) -> None:
     """They share the leader's connection, and a statement that fails fails its whole transaction."""
-    session = Session(config, Status(stalled_seconds=15), asyncio.Event())
+    looking = Session(config, Status(stalled_seconds=15), asyncio.Event())
     connect = partial(psycopg.AsyncConnection.connect, config.postgres_url, autocommit=True)
     async with await connect() as leader, await connect() as other, other.transaction():
         await other.execute("LOCK TABLE outbox")
         async with leader.transaction():
-            await session._look_for_unread(leader)
+            await looking._look_for_unread(leader)
             await leader.execute("SELECT 1")

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import IllegalStateError, KafkaError
 
 from app.worker import Worker
 from domain.commands import OperationKind
@@ -185,6 +185,16 @@ async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_
         await running
     assert (settler._pending, settler.waiting) == ([first, later], 2)
     leases.release.assert_not_called()
+
+
+async def test_a_batch_of_which_a_partition_has_moved_is_postponed_without_an_error() -> None:
+    write_path = create_autospec(WritePath, instance=True)
+    write_path.apply.side_effect = StoreUnavailable("away")
+    reading = consumer.CommandConsumer(write_path=write_path, dispatcher=Mock(), dead_letters=Mock(), backlog=Mock())
+    reading._retry = Mock(next_seconds=lambda: 0.0)
+    nack = AsyncMock(side_effect=IllegalStateError("No current assignment for partition"))
+    await reading.on_batch(Mock(raw_message=(), nack=nack))
+    nack.assert_awaited_once()
 
 
 async def test_newer_offsets_outlast_a_commit_that_failed() -> None:
