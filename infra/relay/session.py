@@ -207,7 +207,6 @@ class Session:
             if self._put_anew is not None:
                 self._put_anew.update(each.event.id for each in diverted)
             self._publisher.acknowledge_diverted(diverted)
-            self._is_retry_due = True
             await self._publisher.flush()
 
     # --- the stream -------------------------------------------------------------------------------------------------
@@ -286,9 +285,11 @@ class Session:
         group = Group()
         self._source.unwatch()  # What comes is not read meanwhile, and would wake us without end.
         self._publisher.publish(due, group)
+        await self._flush()
         while group.missing and not self._stop.is_set():
             await self._source.save()  # Postgres ends the stream of who is silent.
-            await self._progress()
+            if group.missing:  # What is acknowledged meanwhile wakes nobody later.
+                await self._progress()
         return not group.missing
 
     async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
