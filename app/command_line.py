@@ -134,8 +134,11 @@ def advice_on(error: Exception) -> str | None:
     from alembic.util import CommandError
     from sqlalchemy.exc import SQLAlchemyError
 
+    from app.processes import LeftUndone
     from domain.errors import StoreUnavailable
 
+    if isinstance(error, LeftUndone):
+        return "Schema and topics are there. `payments http` tries again every hour, `payments maintain` at once."
     if _lacks_schema(error):
         return "The database is not at this version's schema: run `payments migrate`."
     if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):

@@ -99,14 +99,18 @@ def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | 
     create_server(host, port, sandbox).run()
 
 
+class LeftUndone(Exception):
+    """Schema and topics are there; what was to be done about partitions, and was not, is in the message."""
+
+
 async def prepare(settings: Settings) -> None:
     """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
 
     Raises:
         SQLAlchemyError, KafkaError, StoreUnavailable: a server is away or refuses.
+        LeftUndone: Postgres refused some of the maintenance.
     """
     from app.maintenance import maintain_once
-    from domain.errors import StoreUnavailable
     from infra.kafka.topics import ensure_topics
     from infra.postgres.migrate import upgrade
 
@@ -116,7 +120,7 @@ async def prepare(settings: Settings) -> None:
         await asyncio.to_thread(upgrade, settings.postgres_url)
         report = await maintain_once(settings)
         if report.failed:
-            raise StoreUnavailable("; ".join(report.failed))
+            raise LeftUndone("; ".join(report.failed))
     finally:
         await topics
 

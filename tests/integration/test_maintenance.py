@@ -9,13 +9,16 @@ from typing import Any
 
 import asyncpg
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import app
 from app.maintenance import LAST_SUCCESS, maintain_once
 from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.store import IDLE_IN_TRANSACTION_MS
 from infra.relay.stream import ReplicationStream
+from tests.conftest import Topics
 
 SLOW_MOVE = """
     CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.004); RETURN NULL; END $$;
@@ -168,6 +171,24 @@ async def test_a_round_that_leaves_nothing_undone_says_when(postgres_url: str, c
     await connection.execute(f"DROP TABLE {name_of(today())}")
     await maintain_once(settings)
     assert time.time() - last_success() < 60
+
+
+async def test_what_maintenance_leaves_undone_is_not_told_as_a_server_that_is_away(
+    postgres_url: str,
+    kafka_bootstrap: str,
+    topics: Topics,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await connection.execute(f"CREATE TABLE {name_of(today())} ()")  # its name is taken
+    here = {"POSTGRES_URL": postgres_url, "KAFKA_BOOTSTRAP": kafka_bootstrap, "REDIS_URL": "redis://127.0.0.1:1"}
+    here |= {"COMMANDS_TOPIC": topics.commands, "EVENTS_TOPIC": topics.events, "DEAD_LETTER_TOPIC": topics.dlq}
+    for name, value in here.items():
+        monkeypatch.setenv(f"PAYMENTS_{name}", value)
+    done = await asyncio.to_thread(CliRunner().invoke, app, ["migrate"])
+    assert done.exit_code == 1
+    assert "already exists" in done.stderr
+    assert "Schema and topics are there." in done.stderr
 
 
 async def test_moved_rows_are_not_published_again(postgres_url: str, connection: asyncpg.Connection) -> None:
