@@ -18,7 +18,7 @@ TAIL_BYTES: Final = 4_000
 TAIL_LINES: Final = 12
 PROBE_INTERVAL_SECONDS: Final = 0.05
 READY_SECONDS: Final = 60.0
-STOP_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 75.0
 """As long as a worker may take, 25 s for calls and as much to save them: killed earlier, it leaves calls to be
 recovered."""
 

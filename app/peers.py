@@ -31,7 +31,8 @@ Peers = Mapping[str, str]
 
 def peer_client() -> httpx.AsyncClient:
     """One for all that is asked of peers: each new one reads the system's certificates anew. Who asks has a timeout."""
-    return httpx.AsyncClient(timeout=None, trust_env=False)  # noqa: S113 - as said
+    alone = httpx.Limits(max_keepalive_connections=0)  # A kept one may be closed by the peer just as it is used.
+    return httpx.AsyncClient(timeout=None, trust_env=False, limits=alone)  # noqa: S113 - as said
 
 
 def peer_checks(peers: Peers, client: httpx.AsyncClient) -> Checks:

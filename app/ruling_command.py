@@ -15,7 +15,7 @@ import typer
 
 from app import wiring
 from app.client import minor_units
-from app.console import new_console, print_json
+from app.console import new_console, print_json, safe_text
 from app.reconcile_command import connected, working
 from app.settings import Settings
 from domain.commands import OperationKind
@@ -87,11 +87,11 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
     async with connected(settings) as (store, gateways):
         payment, operation = await _load(store, finding)
         outcome = _outcome(payment, operation, finding, now=store.now())
-        if isinstance(outcome, NotExecuted):
-            await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
         if not yes:
             typer.confirm("Go on?", abort=True)
+        if isinstance(outcome, NotExecuted):  # Now, for people take their time.
+            await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
         async with working(settings, store, gateways, lambda found: None) as parts:
             given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
             applied = await parts.write_path.apply([given])
@@ -121,8 +121,12 @@ async def _look_again(asker: Asker, payment: Payment, operation: Operation) -> N
     Raises:
         RulingRefused: the provider shows it.
     """
-    told = (await asker.ask(payment, operation)).outcome
-    if isinstance(told, Succeeded):
+    answer = await asker.ask(payment, operation)
+    told = answer.outcome
+    if not isinstance(told, Succeeded):
+        word = said(told) if told else answer.why_not
+        new_console(to_stderr=True).print(safe_text(f"The provider, asked once more: {word}."), soft_wrap=True)
+    else:
         raise RulingRefused(
             f"the provider shows it by now: {said(told)}. `payments reconcile --now --payment {payment.payment_id}` "
             "applies that"

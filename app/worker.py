@@ -215,6 +215,7 @@ class Worker:
             self._reads_not_yet = NO_TOPIC.format(topic)
             log.warning("no commands are read", trouble=self._reads_not_yet)
             await asyncio.sleep(LOOKS_FOR_TOPIC_EVERY)
+        self._reads_not_yet = STARTING
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]
@@ -226,7 +227,7 @@ class Worker:
         """Take nothing new, let running calls end, save their outcomes, say how far we came."""
         settler, leases, *others = self._tasks
         # What they have claimed or saved is the dispatcher's then, and is sent or given back: no lease is left behind.
-        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._heeder.close()))
+        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._heeder.close(), self._consumer.close()))
         for task in others:
             task.cancel()
         await self._leave_kafka()
@@ -239,7 +240,6 @@ class Worker:
 
     async def _leave_kafka(self) -> None:
         assert self._broker is not None, "what works has its broker"
-        await _within(LEAVES_WITHIN, self._consumer.close())
         await _within(LEAVES_WITHIN, self._broker.stop())
 
 

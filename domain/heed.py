@@ -10,7 +10,7 @@ from domain.decision import Notified
 from domain.draft import Draft
 from domain.events import EventKind, PaymentStatus
 from domain.ledger import Account
-from domain.notices import Dispute, DisputeStage, Notice
+from domain.notices import OWN_ANSWER, Dispute, DisputeStage, Notice
 from domain.operations import Declined, DeclineReason, Expired, Operation, OperationState, Outcome, Succeeded
 from domain.payment import Payment
 from domain.requests import OPENING, gateway_request
@@ -78,7 +78,8 @@ def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Noti
                 if not draft.is_postponed:
                     _succeed_late(draft, operation, outcome)
             else:
-                is_one_more = not was_asked and _is_one_more(operation, outcome)
+                is_told = not was_asked or notice.type == OWN_ANSWER
+                is_one_more = is_told and _is_one_more(operation, outcome)
                 draft.disagrees = is_news or not is_ours or is_one_more
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
@@ -110,7 +111,7 @@ def _takes_what_is_reserved(payment: Payment, operation: Operation) -> bool:
 
 def _is_one_more(operation: Operation, outcome: Succeeded) -> bool:
     """Whether the provider moved the money twice, by its own ids: with our mark on both, one of them is too many."""
-    is_done = operation.state in (OperationState.SUCCEEDED, OperationState.LAPSED)
+    is_done = operation.state in (OperationState.SUCCEEDED, OperationState.LAPSED, OperationState.DECLINED)
     has_own_name = operation.kind in (*OPENING, OperationKind.REFUND)  # a capture's may be its payment's
     return is_done and has_own_name and bool(operation.reference) and outcome.reference not in ("", operation.reference)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 from domain.commands import OperationKind
@@ -53,6 +53,10 @@ class WebhookRequest(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     received_at: datetime
+
+
+OWN_ANSWER: Final = "answer"
+"""The type of what no provider sent: an answer to a call of ours that came after its operation's end."""
 
 
 class Notice(NamedTuple):

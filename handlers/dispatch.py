@@ -38,7 +38,7 @@ PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
 LEASE_RAN_OUT: Final = "not sent: the lease ran out while it waited to be sent"
-GIVEN_BACK: Final = frozenset({Unreachable(PROVIDER_RESTS), Unreachable(PROCESS_ENDS)})
+GIVEN_BACK: Final = frozenset(map(Unreachable, (PROVIDER_RESTS, PROCESS_ENDS, LEASE_RAN_OUT)))
 """Answers about what was taken over and never sent by us."""
 
 

@@ -29,7 +29,7 @@ class Leases:
         self._held: dict[HeldLease, float] = {}
 
     def hold(self, requests: Iterable[GatewayRequest]) -> None:
-        """These were just leased to this worker."""
+        """These were just leased to this worker; in Postgres that was up to a slow statement earlier."""
         now = _seconds()
         for request in requests:
             self._held[_lease_of(request)] = now

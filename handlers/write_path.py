@@ -20,7 +20,7 @@ from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailabl
 from domain.events import Event, Replay
 from domain.heed import ENDED_WITHOUT_EFFECT, is_end_of_hold
 from domain.ledger import Transfer
-from domain.notices import Notice
+from domain.notices import OWN_ANSWER, Notice
 from domain.operations import IN_DOUBT, UNDER_WAY, GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment
 from domain.ports import Changes, Clock, OutboxRow, PaymentStore, RecentKeys, WriteTransaction
@@ -161,6 +161,8 @@ class WritePath:
             raise SavedInPart(batch.requests, error) from error
         for refused in applied.refused:
             log.error("late answer not saved", payment=str(_payment_id(refused.given)), error=str(refused.error))
+        for given in applied.not_tried:
+            log.error("late answer not saved", payment=str(_payment_id(given)), error="an earlier one could not be")
         return applied.requests
 
     async def _suspects(self, keys: list[str]) -> Sequence[str]:
@@ -198,7 +200,7 @@ class WritePath:
 
 
 def _as_notice(late: Answer) -> Notified:
-    notice = Notice("", "", "answer", late.payment_id, late.operation_number, outcome=late.outcome)
+    notice = Notice("", "", OWN_ANSWER, late.payment_id, late.operation_number, outcome=late.outcome)
     return Notified(None, late.payment_id, notice)
 
 

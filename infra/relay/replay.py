@@ -15,7 +15,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.records import headers_of
-from infra.relay.scan import COLUMNS, LARGEST, event_of, rows_at_once
+from infra.relay.scan import COLUMNS, event_of, rows_at_once
 from infra.relay.stream import CONNECTION, lift_time_limit
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
@@ -38,6 +38,7 @@ MATCHING: Final = """
        AND NOT EXISTS (SELECT FROM relay_quarantine AS q WHERE q.slot_name = %(slot)s AND q.id = o.id)
 """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
+LARGEST: Final = f"SELECT coalesce(max(octet_length(o.payload)), 0) {MATCHING}"
 # `position` has every payment's order; rows from before it existed have none, and come first.
 SELECT: Final = f"SELECT {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq"
 # In the order of their positions, the times of writing step back.
@@ -132,7 +133,7 @@ class Replay:
             connection.cursor("replay") as cursor,
         ):
             await lift_time_limit(connection)
-            size = min(size, await rows_at_once(connection, LARGEST))
+            size = min(size, await rows_at_once(connection, LARGEST, self._values))
             await cursor.execute(SELECT.encode(), self._values)
             while rows := await cursor.fetchmany(size):
                 yield [event_of(row) for row in rows]

@@ -1,7 +1,7 @@
 """Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
 
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
 
 import psycopg
 
@@ -26,9 +26,11 @@ SCAN_UNPROVEN: Final = f"""
 """  # noqa: S608 - names from our own constants
 
 
-async def rows_at_once(connection: psycopg.AsyncConnection, largest: str) -> int:
+async def rows_at_once(
+    connection: psycopg.AsyncConnection, largest: str, values: Mapping[str, Any] | None = None
+) -> int:
     """How many rows may be fetched in one go, if the query `largest` tells the bytes of the largest payload."""
-    row = await (await connection.execute(largest.encode())).fetchone()
+    row = await (await connection.execute(largest.encode(), values)).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
 

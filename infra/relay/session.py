@@ -285,10 +285,10 @@ class Session:
         group = Group()
         self._source.unwatch()  # What comes is not read meanwhile, and would wake us without end.
         self._publisher.publish(due, group)
-        await self._flush()
         while group.missing and not self._stop.is_set():
             await self._source.save()  # Postgres ends the stream of who is silent.
-            if group.missing:  # What is acknowledged meanwhile wakes nobody later.
+            await self._flush()  # What was acknowledged meanwhile has made room, and wakes nobody later.
+            if group.missing:
                 await self._progress()
         return not group.missing
 
@@ -319,8 +319,8 @@ class Session:
 
     async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
         """A source that brings nothing does not know whether there is something: the table does."""
-        if leader.info.transaction_status is not TransactionStatus.IDLE:
-            return  # A lock that is not to be had would end what quarantine is saving just now.
+        if leader.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+            return  # Who is in a transaction on this connection would have it ended by a lock that is not to be had.
         query = NEWEST.format(newest=self._newest, slot=self._config.slot)
         with contextlib.suppress(psycopg.errors.LockNotAvailable):
             cursor = await leader.execute(query)

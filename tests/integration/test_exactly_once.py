@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
+from structlog.testing import capture_logs
 
 from domain.commands import OperationKind
 from domain.decision import Answer, Delivery, Notified
@@ -164,6 +165,9 @@ async def test_a_success_that_comes_after_its_operation_has_ended_without_is_lat
         assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 0
         for _ in range(2):
             await worker.write_path.apply([answer(Succeeded("done"))])
+        with capture_logs() as logs:
+            await worker.write_path.apply([answer(Succeeded("done again"))])
+        assert [each["event"] for each in logs] == ["provider's answer contradicts what is booked"], "it was done twice"
     assert await value(postgres_url, "SELECT refunded_minor FROM payments") == 10_000
     kinds = [each["type"] for each in await events_of(postgres_url, payment_id)]
     assert kinds == ["payment.captured.v1", "payment.command_rejected.v1", "payment.late_success.v1"]

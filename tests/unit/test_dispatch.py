@@ -192,7 +192,7 @@ async def test_a_call_that_hangs_longer_than_a_lease_is_unknown_and_frees_its_pl
         await asyncio.Event().wait()
         raise AssertionError("never")
 
-    bench = Bench(ScriptedGateway(behave), limit=1, lease=timedelta(milliseconds=50))
+    bench = Bench(ScriptedGateway(behave), limit=1, lease=timedelta(milliseconds=300))
     before = metrics.TIMEOUTS.labels("books")._value.get()
     with capture_logs() as logs:
         for _ in range(2):
@@ -229,21 +229,24 @@ async def test_what_waited_for_longer_than_its_lease_is_left_to_whoever_has_take
     assert gateway.calls[second.provider_key] == 0
 
 
-async def test_a_lease_that_was_renewed_is_held_and_one_that_was_taken_over_is_not() -> None:
-    mine, lost = request(), request()
+async def test_a_lease_that_was_renewed_is_held_and_one_that_was_taken_over_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine, lost, clock = request(), request(), [0.0]
+    monkeypatch.setattr("handlers.leases._seconds", lambda: clock[0])
 
     class Store(NoStore):
         async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> list[HeldLease]:
             return [each for each in held if each.payment_id == mine.payment_id]
 
-    leases = Leases(store=Store(), lease=timedelta(milliseconds=300))  # type: ignore[arg-type]
+    leases = Leases(store=Store(), lease=LEASE)  # type: ignore[arg-type]
     leases.hold([mine, lost])
-    await asyncio.sleep(0.2)
+    clock[0] = 40.0
     await leases.renew()
     assert (leases.is_held(mine), leases.is_held(lost)) == (True, False)
-    await asyncio.sleep(0.15)
+    clock[0] = 99.0
     assert leases.is_held(mine)
-    await asyncio.sleep(0.2)
+    clock[0] = 101.0
     assert not leases.is_held(mine)
 
 

@@ -141,7 +141,7 @@ class FollowedUp:
         """As a worker does."""
         worker: Any = Worker.__new__(Worker)
         worker._dispatcher, worker._settler, worker._leave_kafka = self.dispatcher, self.settler, AsyncMock()
-        worker._sweep = worker._heeder = AsyncMock()
+        worker._sweep = worker._heeder = worker._consumer = AsyncMock()
         worker._tasks = [asyncio.create_task(self.settler.run()), asyncio.create_task(asyncio.sleep(60))]
         self.dispatcher.submit([request(kind=OperationKind.AUTHORIZE)])
         await asyncio.sleep(0.02)
