@@ -123,14 +123,13 @@ async def _look_again(asker: Asker, payment: Payment, operation: Operation) -> N
     """
     answer = await asker.ask(payment, operation)
     told = answer.outcome
-    if not isinstance(told, Succeeded):
-        word = said(told) if told else answer.why_not
-        new_console(to_stderr=True).print(safe_text(f"The provider, asked once more: {word}."), soft_wrap=True)
-    else:
+    if isinstance(told, Succeeded):
         raise RulingRefused(
             f"the provider shows it by now: {said(told)}. `payments reconcile --now --payment {payment.payment_id}` "
             "applies that"
         )
+    word = said(told) if told else answer.why_not
+    new_console(to_stderr=True).print(safe_text(f"The provider, asked once more: {word}."), soft_wrap=True)
 
 
 async def _load(store: PostgresStore, finding: Finding) -> tuple[Payment, Operation]:
