@@ -11,7 +11,7 @@ import asyncpg
 from domain.errors import StoreUnavailable
 from domain.operations import OperationState
 from domain.ports import Accepted, Received, StoredNotice
-from infra.postgres.store import translated
+from infra.postgres.errors import translated
 
 RECONNECT_SECONDS: Final = 1.0
 CHANNEL: Final = "payments_inbox"

@@ -23,7 +23,7 @@ from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
-from infra.postgres.errors import told
+from infra.postgres.errors import LOST_RACE, REFUSED, UNAVAILABLE, told
 from infra.postgres.tables import operations, outbox, payments
 
 MAX_PAGE_SIZE: Final = 200
@@ -34,20 +34,7 @@ _OPERATION_FIELDS: Final = tuple(field.name for field in fields(Operation) if fi
 _OPERATION_COLUMNS: Final = tuple(operations.c[name] for name in _OPERATION_FIELDS)
 _OPEN_STATES: Final = sorted(OPEN)
 
-_LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
-_REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
-_UNAVAILABLE: Final = (
-    OSError,
-    TimeoutError,
-    sa.exc.TimeoutError,
-    asyncpg.InterfaceError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.PostgresSystemError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InternalClientError,
-)
+_UNAVAILABLE: Final = (*UNAVAILABLE, sa.exc.TimeoutError)
 
 
 class PaymentExists(ConcurrentUpdate):
@@ -440,8 +427,8 @@ def _ours(cause: BaseException | None, error: Exception) -> Exception:
     if named is not None:
         return named(message)
     kinds: tuple[tuple[type[PaymentsError], tuple[type[BaseException], ...]], ...] = (
-        (ConcurrentUpdate, _LOST_RACE),
-        (InputRefusedByStore, _REFUSED),
+        (ConcurrentUpdate, LOST_RACE),
+        (InputRefusedByStore, REFUSED),
         (StoreUnavailable, _UNAVAILABLE),
     )
     for kind, vendors in kinds:

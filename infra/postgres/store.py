@@ -7,9 +7,10 @@ was small would scan all of it for ever (tests/integration/test_query_plans.py r
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import fields
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any, Final
@@ -18,29 +19,27 @@ from uuid import UUID
 import asyncpg
 
 from domain.commands import OperationKind
-from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import Changes, HeldLease, LapsedHold, OutboxRow, Place, Stuck
 from infra.postgres.clock import PostgresClock
-from infra.postgres.errors import told
+from infra.postgres.errors import translated
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
 """A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
 
 PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 
-PAYMENT_COLUMNS: Final = (
-    "payment_id, order_id, customer_id, gateway, gateway_payment_id, currency, amount_minor, authorized_minor,"
-    " captured_minor, released_minor, refunded_minor, disputed_minor, reserved_capture_minor, reserved_refund_minor,"
-    " status, has_indeterminate, last_operation, last_seq, version, authorization_expires_at, disputes,"
-    " owed_held_minor, owed_captured_minor, owed_returned_minor, open_operations"
-)
-OPERATION_COLUMNS: Final = (
-    "payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor, gateway, reference,"
-    " attempts, lease_token, is_leased, due_at, dispatched_at, replays_due, result, traceparent"
-)
+PAYMENT_FIELDS: Final = (*(each.name for each in fields(Payment) if each.name != "operations"), "open_operations")
+"""A payment's columns, in the order of its fields: the last only counts what the last field holds."""
+
+OPERATION_FIELDS: Final = tuple(each.name for each in fields(Operation) if each.name != "command")
+"""An operation's columns, in the order of its fields and of the type `operation_row`."""
+
+PAYMENT_COLUMNS: Final = ", ".join(PAYMENT_FIELDS)
+OPERATION_COLUMNS: Final = ", ".join(OPERATION_FIELDS)
+OPERATION_COLUMNS_OF_O: Final = ", ".join(f"o.{name}" for name in OPERATION_FIELDS)
 
 # NO KEY: nothing refers to payments by foreign key, and the weaker lock is the one that an UPDATE takes anyway.
 LOCK_PAYMENTS = f"""
@@ -173,7 +172,7 @@ CLAIM_DUE = f"""
            lease_token = o.lease_token + 1, attempts = o.attempts + 1, is_leased = true, due_at = now() + $2::interval
       FROM due
      WHERE o.payment_id = due.payment_id AND o.number = due.number
-    RETURNING {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))}
+    RETURNING {OPERATION_COLUMNS_OF_O}
 """
 RENEW_LEASES = """
     UPDATE operations AS o SET due_at = now() + $4::interval
@@ -185,7 +184,7 @@ RENEW_LEASES = """
 NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now())"
 OF_ONE = "($1::uuid IS NULL OR payment_id = $1)"
 FIND_UNDER_WAY = f"""
-    SELECT {", ".join("o." + name.strip() for name in OPERATION_COLUMNS.split(","))} FROM operations AS o
+    SELECT {OPERATION_COLUMNS_OF_O} FROM operations AS o
      WHERE {NOT_AT_WORK} AND {OF_ONE}
      ORDER BY due_at LIMIT $2
 """
@@ -204,8 +203,8 @@ HOLDING = "authorized_minor > captured_minor + released_minor"
 HOLD_DUE = "greatest(hold_due_at, authorization_expires_at)"
 """Both as the index has them, or it is not used."""
 HOLD_COLUMNS = f"""
-    {", ".join("p." + name.strip() for name in PAYMENT_COLUMNS.split(","))},
-    {", ".join(f"o.{name.strip()} AS o_{name.strip()}" for name in OPERATION_COLUMNS.split(","))}, {HOLD_DUE}
+    {", ".join(f"p.{name}" for name in PAYMENT_FIELDS)},
+    {", ".join(f"o.{name} AS o_{name}" for name in OPERATION_FIELDS)}, {HOLD_DUE}
 """
 HELD_BY = "operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'"
 # The claim itself puts the next question off, so that several workers share the holds, and one that ends in the middle
@@ -266,30 +265,6 @@ PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1
 
 _OPEN_STATES: Final = sorted(OPEN)
 
-_UNAVAILABLE: Final = (
-    OSError,
-    TimeoutError,
-    asyncpg.InterfaceError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.PostgresSystemError,
-    asyncpg.ReadOnlySQLTransactionError,
-    # Nothing of these is an input's fault: a password that has changed, a server or database that lets nobody in, a
-    # schema of another release, a missing privilege, a session that was ended.
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.ObjectNotInPrerequisiteStateError,
-    asyncpg.InvalidSQLStatementNameError,
-    asyncpg.SyntaxOrAccessError,
-    asyncpg.FeatureNotSupportedError,
-    asyncpg.InvalidTransactionStateError,
-    asyncpg.InternalServerError,
-    asyncpg.InternalClientError,
-)
-_LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
-_REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
-
 CLOSES_WITHIN: Final = 5.0
 """Seconds that a server may take to let connections go."""
 
@@ -338,19 +313,6 @@ async def _insist_on_the_disk(connection: Connection) -> None:
 
 async def _keep_session(_: Connection) -> None:
     """Transactions leave nothing behind in a session, so the pool's default reset would be a round trip for nothing."""
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Vendor errors become ours, most specific first."""
-    try:
-        yield
-    except _LOST_RACE as error:
-        raise ConcurrentUpdate(told(error)) from error
-    except _REFUSED as error:
-        raise InputRefusedByStore(told(error)) from error
-    except _UNAVAILABLE as error:
-        raise StoreUnavailable(told(error)) from error
 
 
 class PostgresStore:
@@ -494,9 +456,9 @@ class PostgresStore:
 
 
 def _hold(row: asyncpg.Record) -> LapsedHold:
-    width = len(PAYMENT_COLUMNS.split(","))
-    *fields, due_at = row
-    return LapsedHold(_payment(fields[:width], ()), _operation(fields[width:]), due_at)
+    width = len(PAYMENT_FIELDS)
+    *values, due_at = row
+    return LapsedHold(_payment(values[:width], ()), _operation(values[width:]), due_at)
 
 
 async def _with_payments(connection: Connection, operations: list[Operation]) -> list[tuple[Payment, Operation]]:
@@ -588,35 +550,29 @@ def _key_order(operation: Operation) -> str:
     return operation.idempotency_key or ""
 
 
-_payment_fields = attrgetter(
-    "payment_id", "order_id", "customer_id", "gateway", "gateway_payment_id", "currency", "amount_minor",
-    "authorized_minor", "captured_minor", "released_minor", "refunded_minor", "disputed_minor",
-    "reserved_capture_minor", "reserved_refund_minor", "status", "has_indeterminate", "last_operation", "last_seq",
-    "version", "authorization_expires_at",
-)  # fmt: skip
+_payment_fields = attrgetter(*PAYMENT_FIELDS[: PAYMENT_FIELDS.index("disputes")])
 _operation_row = attrgetter(
     "payment_id", "number", "state", "amount_minor", "gateway", "reference", "attempts", "lease_token", "is_leased",
     "due_at", "dispatched_at", "replays_due", "result",
 )  # fmt: skip
-_new_operation_row = attrgetter(
-    "payment_id", "number", "kind", "idempotency_key", "fingerprint", "content", "state", "amount_minor", "gateway",
-    "reference", "attempts", "lease_token", "is_leased", "due_at", "dispatched_at", "replays_due", "result",
-    "traceparent",
-)  # fmt: skip
+_new_operation_row = attrgetter(*OPERATION_FIELDS)
 _transfer_row = attrgetter("payment_id", "payment_seq", "debit", "credit", "amount_minor", "currency")
 
 
-_STATUS: Final = 14
-_VERSION: Final = 18
-"""Where `version` stands in a payment's row: a new payment is stored as version 1."""
+_STATUS: Final = PAYMENT_FIELDS.index("status")
+_VERSION: Final = PAYMENT_FIELDS.index("version")
+_KIND: Final = OPERATION_FIELDS.index("kind")
+_STATE: Final = OPERATION_FIELDS.index("state")
 
 
 def _payment_row(payment: Payment) -> tuple[Any, ...]:
+    """In the order of the type `payment_row`, to which what came later was appended."""
     owed = payment.owed_held_minor, payment.owed_captured_minor, payment.owed_returned_minor
     return (*_payment_fields(payment), len(payment.operations), payment.disputes, *owed)
 
 
 def _new_payment_row(payment: Payment) -> tuple[Any, ...]:
+    """A new payment is stored as version 1."""
     row = _payment_row(payment)
     return (*row[:_VERSION], 1, *row[_VERSION + 1 :])
 
@@ -626,13 +582,12 @@ def _outbox_row(row: OutboxRow) -> tuple[Any, ...]:
 
 
 def _payment(row: Iterable[Any], operations: tuple[Operation, ...]) -> Payment:
-    # In the order of the fields; the last column only counts what the last field holds. A record iterates its values.
-    fields: list[Any] = list(row)
-    fields[_STATUS], fields[-1] = PaymentStatus(fields[_STATUS]), operations
-    return Payment(*fields)
+    values: list[Any] = list(row)  # A record iterates its values.
+    values[_STATUS], values[-1] = PaymentStatus(values[_STATUS]), operations
+    return Payment(*values)
 
 
 def _operation(row: Iterable[Any]) -> Operation:
-    fields: list[Any] = list(row)  # in the order of the fields
-    fields[2], fields[6] = OperationKind(fields[2]), OperationState(fields[6])
-    return Operation(*fields)
+    values: list[Any] = list(row)
+    values[_KIND], values[_STATE] = OperationKind(values[_KIND]), OperationState(values[_STATE])
+    return Operation(*values)

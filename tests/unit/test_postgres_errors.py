@@ -4,7 +4,7 @@ import asyncpg
 import pytest
 
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
-from infra.postgres.store import translated
+from infra.postgres.errors import translated
 
 # Connections, prepared statements, who may come in, databases, resources, states of the server, operators, its disk.
 OF_THE_SERVER = ("08", "26", "28", "3D", "53", "55", "57", "58")
