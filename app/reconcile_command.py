@@ -30,7 +30,8 @@ from handlers.reconcile import UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
 from infra.postgres.clock import PostgresClock
-from infra.postgres.store import PostgresStore, close_pool, create_pool
+from infra.postgres.pool import close_pool, create_pool
+from infra.postgres.store import PostgresStore
 
 ASKED_MAX: Final = 1_000
 """Operations of one dry run: the soonest due; workers ask about all of them anyway."""

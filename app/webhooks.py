@@ -12,7 +12,6 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from app import wiring
 from app.clock import watch_clock
@@ -21,9 +20,10 @@ from app.settings import Settings
 from domain.errors import StoreUnavailable
 from domain.notices import BODY_BYTES_MAX, WebhookAnswer, WebhookRequest
 from domain.ports import Accepted, Received
+from handlers.retry import until_store_answers
 from handlers.webhooks import Webhooks
 from infra.postgres.inbox import PostgresInbox
-from infra.postgres.store import close_pool, create_pool
+from infra.postgres.pool import close_pool, create_pool
 
 log = structlog.get_logger(__name__)
 
@@ -50,11 +50,9 @@ class WebhookService:
         """Connect, however long that takes, and store what is received until cancelled."""
         storing = asyncio.create_task(self._webhooks.run())
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(StoreUnavailable), wait=wait_random_exponential(multiplier=0.1, max=5)
-            ):
-                with attempt:
-                    pool = await create_pool(self._settings.postgres_url, size=self._settings.webhook_connections)
+            pool = await until_store_answers(
+                create_pool, self._settings.postgres_url, size=self._settings.webhook_connections
+            )
             try:
                 self._inbox = PostgresInbox(pool)
                 watching = asyncio.create_task(watch_clock(pool))  # How old a signature is, this machine's clock tells.

@@ -29,8 +29,9 @@ from infra.kafka.skipping import SkippingReader
 from infra.kafka.topics import has_topic
 from infra.postgres.clock import PostgresClock
 from infra.postgres.inbox import PostgresInbox, listen
+from infra.postgres.pool import close_pool, create_pool
 from infra.postgres.schema import schema_trouble
-from infra.postgres.store import PostgresStore, close_pool, create_pool
+from infra.postgres.store import PostgresStore
 
 log = structlog.get_logger(__name__)
 

@@ -12,8 +12,9 @@ import asyncpg
 
 from benchmarks.load import percentile
 from infra.local.postgres import create_database, drop_database
-from infra.postgres import store
+from infra.postgres import statements
 from infra.postgres.migrate import upgrade
+from infra.postgres.pool import PINNED_PLANS
 
 STUCK: Final = 500
 """Of each: operations that are due, and holds past their end. Ten times as many are open, and not due yet."""
@@ -57,15 +58,15 @@ OWN_INDEXES: Final = """
 """
 FINDERS: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
     "due_operations_ms": (
-        f"WITH RECURSIVE unused AS (SELECT $2::interval), {store.DUE} SELECT * FROM due",
+        f"WITH RECURSIVE unused AS (SELECT $2::interval), {statements.DUE} SELECT * FROM due",
         (STUCK, None, [], [], None),
     ),
     "due_operations_with_a_full_gateway_ms": (
-        f"WITH RECURSIVE unused AS (SELECT $2::interval), {store.DUE} SELECT * FROM due",
+        f"WITH RECURSIVE unused AS (SELECT $2::interval), {statements.DUE} SELECT * FROM due",
         (STUCK, None, ["stripe"], [0], None),
     ),
-    "due_holds_ms": (f"WITH {store.HOLDS_DUE} SELECT * FROM due", (STUCK, None)),
-    "how_much_is_stuck_ms": (store.STUCK, ()),
+    "due_holds_ms": (f"WITH {statements.HOLDS_DUE} SELECT * FROM due", (STUCK, None)),
+    "how_much_is_stuck_ms": (statements.STUCK, ()),
 }
 
 
@@ -110,9 +111,7 @@ async def _run(url: str, *statements: tuple[Any, ...]) -> None:
 
 async def _time(url: str) -> dict[str, Any]:
     """With the plans pinned as workers have them; each statement is prepared once, and runs many times."""
-    connection = await asyncpg.connect(
-        url, server_settings=store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
-    )
+    connection = await asyncpg.connect(url, server_settings=PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"})
     results = {}
     for name, (statement, arguments) in FINDERS.items():
         found, taken = len(await connection.fetch(statement, *arguments)), []

@@ -8,7 +8,6 @@ the steps that they share.
 
 from datetime import datetime
 from typing import assert_never
-from uuid import UUID
 
 from domain.accept import accept, repeat
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
@@ -27,7 +26,7 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
     A refusal is a decision too: its event is `command_rejected`. An input that was applied before changes nothing,
     except that a repeated command is owed its stored result again.
     """
-    draft = Draft(payment.copy() if payment else Payment(_payment_id(given)), now, rules)
+    draft = Draft(payment.copy() if payment else Payment(given.payment_id), now, rules)
     match given:
         case Delivery():
             if given.stored is None:
@@ -50,7 +49,3 @@ def _doubt_hold(draft: Draft, outcome: Outcome) -> None:
     """A hold that could not be captured is asked about soon, as one that is past its end: only that word ends it."""
     if isinstance(outcome, NotExecuted) and outcome.is_hold_gone and not draft.is_stale:
         draft.payment.authorization_expires_at = draft.now
-
-
-def _payment_id(given: Input) -> UUID:
-    return given.command.payment_id if isinstance(given, Delivery) else given.payment_id

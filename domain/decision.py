@@ -18,6 +18,10 @@ class Delivery(NamedTuple):
     command: AnyCommand
     stored: Operation | None = None
 
+    @property
+    def payment_id(self) -> UUID:
+        return self.command.payment_id
+
 
 class Answer(NamedTuple):
     """What came of one gateway call. `lease_token` proves that the caller still held the operation.
@@ -39,9 +43,9 @@ class Notified(NamedTuple):
 
     `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
     for what did not come by itself: the answer to a question about an operation that has ended, or one to a call that
-    came after its end. `known` is for what
-    carries no mark of ours (`Notice.external`), and for late word of success: all operations of that kind that the
-    payment has, under way or ended; for the end of a hold its voids.
+    came after its end.
+    `known` is for what carries no mark of ours (`Notice.external`), and for late word of success: all operations of
+    that kind that the payment has, under way or ended; for the end of a hold its voids.
     """
 
     notice_id: int | None

@@ -16,8 +16,6 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
-from tenacity import wait_exponential_jitter, wait_random_exponential
-from tenacity.wait import wait_base
 
 from domain.decision import Delivery
 from domain.errors import MessageUnreadable, StoreUnavailable
@@ -27,6 +25,7 @@ from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
 from handlers.messages.refusals import DeadLetterReason
+from handlers.retry import Backoff
 from handlers.write_path import Applied, SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
@@ -37,11 +36,10 @@ Record = Any
 BATCH_MAX = 500
 IDLE_POLL_MS = 5
 CYCLE_SECONDS = 0.004
-"""Least time from one batch to the next: at a steady load, tiny batches cost the most (DESIGN.md)."""
+"""Least time from one batch to the next: at a steady load, tiny batches cost the most."""
 COMMIT_INTERVAL_SECONDS = 0.05
 POSITION_SECONDS = 1.0
 RETRIES_BEFORE_PARKING = 5
-HEALING_WAIT = wait_exponential_jitter(multiplier=0.2, max=2, jitter=0.2)
 """Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
 
 
@@ -63,7 +61,7 @@ class CommandConsumer:
         self._dead_letters = dead_letters
         self._backlog = backlog
         self._retries_before_parking = retries_before_parking
-        self._retry = Backoff(wait_random_exponential(multiplier=0.1, max=5))
+        self._retry = Backoff(first_seconds=0.2, max_seconds=5)
         self._last_started = 0.0
         self._accepting = asyncio.Lock()
         self._closing = asyncio.Event()
@@ -173,7 +171,7 @@ class CommandConsumer:
 
     async def _try_again(self, deliveries: list[Delivery], applied: Applied) -> Applied:
         """What failed alone gets some seconds to heal; its neighbours are done, its payment's later commands wait."""
-        backoff = Backoff(HEALING_WAIT)
+        backoff = Backoff(first_seconds=0.3, max_seconds=3)
         for _ in range(self._retries_before_parking):
             await asyncio.sleep(backoff.next_seconds())
             metrics.COMMAND_RETRIES.inc()
@@ -292,26 +290,6 @@ class Offsets:
         except KafkaError as error:
             self._next = due | self._next
             log.warning("offsets not committed yet", error=str(error))
-
-
-class Backoff:
-    """Waits that grow while the same trouble lasts."""
-
-    def __init__(self, wait: wait_base) -> None:
-        self._wait = wait
-        self._failures = 0
-
-    def next_seconds(self) -> float:
-        self._failures += 1
-        return self._wait(_Failures(self._failures))  # type: ignore[arg-type]  # the wait reads no more than the count
-
-    def reset(self) -> None:
-        self._failures = 0
-
-
-class _Failures:
-    def __init__(self, attempt_number: int) -> None:
-        self.attempt_number = attempt_number
 
 
 class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types

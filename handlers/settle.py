@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from domain.decision import Answer, Input
 from domain.errors import StoreUnavailable
 from domain.operations import GatewayRequest, said
 from handlers import metrics
 from handlers.leases import Leases
+from handlers.retry import until_store_answers
 from handlers.write_path import Applied, SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
@@ -74,7 +74,7 @@ class Settler:
             self._arrived.clear()
         self._saving = len(batch)
         try:
-            applied = await self._apply(batch)
+            applied = await until_store_answers(self._try, batch)
         except asyncio.CancelledError:
             self._pending = batch + self._pending
             raise
@@ -86,14 +86,6 @@ class Settler:
             self._report(refused.given, str(refused.error))
         for given in applied.not_tried:
             self._report(given, "an earlier answer of its payment could not be saved")
-
-    async def _apply(self, batch: list[Answer]) -> Applied:
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(StoreUnavailable), wait=wait_random_exponential(multiplier=0.1, max=5)
-        ):
-            with attempt:
-                return await self._try(batch)
-        raise AssertionError("retries without an end")
 
     async def _try(self, batch: list[Answer]) -> Applied:
         try:

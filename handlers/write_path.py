@@ -110,13 +110,13 @@ class WritePath:
                 return Applied(refused=[Refused(inputs[0], error)])
         middle = len(inputs) // 2
         first = await self.apply(inputs[:middle])
-        held_up = {_payment_id(each.given) for each in first.refused if each.may_heal}
-        held_up |= {_payment_id(each) for each in first.not_tried}
+        held_up = {each.given.payment_id for each in first.refused if each.may_heal}
+        held_up |= {each.payment_id for each in first.not_tried}
         try:
-            second = await self.apply([each for each in inputs[middle:] if _payment_id(each) not in held_up])
+            second = await self.apply([each for each in inputs[middle:] if each.payment_id not in held_up])
         except StoreUnavailable as error:
             raise SavedInPart(first.requests, error) from error
-        first.not_tried += [each for each in inputs[middle:] if _payment_id(each) in held_up]
+        first.not_tried += [each for each in inputs[middle:] if each.payment_id in held_up]
         return first.then(second)
 
     async def apply_again(self, inputs: Sequence[Input], earlier: Applied) -> Applied:
@@ -144,7 +144,7 @@ class WritePath:
                 suspects = known
                 await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
             else:
-                self._at_hand.note({_payment_id(each) for each in inputs}, batch.committed())
+                self._at_hand.note({each.payment_id for each in inputs}, batch.committed())
                 batch.report()
                 return batch.requests + await self._heed_late(batch)
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
@@ -160,9 +160,9 @@ class WritePath:
         except StoreUnavailable as error:
             raise SavedInPart(batch.requests, error) from error
         for refused in applied.refused:
-            log.error("late answer not saved", payment=str(_payment_id(refused.given)), error=str(refused.error))
+            log.error("late answer not saved", payment=str(refused.given.payment_id), error=str(refused.error))
         for given in applied.not_tried:
-            log.error("late answer not saved", payment=str(_payment_id(given)), error="an earlier one could not be")
+            log.error("late answer not saved", payment=str(given.payment_id), error="an earlier one could not be")
         return applied.requests
 
     async def _suspects(self, keys: list[str]) -> Sequence[str]:
@@ -189,7 +189,7 @@ class WritePath:
 
     async def _load(self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Sequence[str]) -> "_Known":
         # Locked first, read afterwards: what is read about a payment is then true until the commit.
-        payments = await transaction.lock_payments({_payment_id(each) for each in inputs})
+        payments = await transaction.lock_payments({each.payment_id for each in inputs})
         stored = await transaction.find_operations(suspects)
         for payment in payments.values():
             _read_waiting(payment)
@@ -202,10 +202,6 @@ class WritePath:
 def _as_notice(late: Answer) -> Notified:
     notice = Notice("", "", OWN_ANSWER, late.payment_id, late.operation_number, outcome=late.outcome)
     return Notified(None, late.payment_id, notice)
-
-
-def _payment_id(given: Input) -> UUID:
-    return given.command.payment_id if isinstance(given, Delivery) else given.payment_id
 
 
 def _place(given: Input) -> tuple[UUID, int] | None:
@@ -291,7 +287,7 @@ class _Batch:
 
     def apply(self, given: Input) -> None:
         """Decide one input on the state that the inputs before it left behind."""
-        payment_id = _payment_id(given)
+        payment_id = given.payment_id
         payment = self._payments.get(payment_id)
         if isinstance(given, Delivery):
             given = self._with_stored(given, payment)

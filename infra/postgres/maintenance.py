@@ -3,7 +3,7 @@
 On a busy table: a partition of a coming day is attached without a lock that inserts would notice. One of today or of
 the past, and a dropped one, lock inserts out for some milliseconds. A lock that waits makes every payment behind it
 wait as well, so it is given up after `LOCK_TIMEOUT` and asked for again after a pause, over some 20 seconds: a
-transaction that is stopped in its middle is ended by the server before that (infra/postgres/store.py).
+transaction that is stopped in its middle is ended by the server before that (infra/postgres/pool.py).
 
 What payments write to comes first, and what cannot be done holds up nothing else: a day of the past that will not move
 keeps neither the coming days from their partitions nor the rest from its retention.

@@ -1,6 +1,6 @@
 """The tables as SQLAlchemy Core sees them, for reading and repairing: the schema itself is what `migrations/` makes.
 
-The write path does not use these: it sends its own SQL (infra/postgres/store.py).
+The write path does not use these: it sends its own SQL (infra/postgres/statements.py).
 """
 
 from typing import Final

@@ -29,7 +29,7 @@ from domain.commands import OperationKind
 from domain.operations import OPEN, RequiresAction
 from domain.settle import SUCCESS_EVENTS
 from handlers import metrics
-from infra.postgres.store import create_pool
+from infra.postgres.pool import create_pool
 from tests.contract.providers import PROVIDERS, Provider
 from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import heeding

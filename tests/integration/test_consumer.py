@@ -565,7 +565,7 @@ async def test_a_worker_that_ends_while_postgres_is_away_leaves_its_group(
         raise StoreUnavailable("Postgres is away")
 
     monkeypatch.setattr("handlers.consumer.CommandConsumer._accept", away)
-    monkeypatch.setattr("handlers.consumer.Backoff.next_seconds", lambda backoff: 60.0)
+    monkeypatch.setattr("handlers.retry.Backoff.next_seconds", lambda backoff: 60.0)
     async with running(settings):
         await send(settings.kafka_bootstrap, settings.commands_topic, *charges([uuid4()]))
         await is_postponed.wait()

@@ -15,7 +15,8 @@ from domain.notices import Notice
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Changes
 from domain.rules import RetryPolicy
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.store import PostgresStore
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import (
     QUICK_RETRY,

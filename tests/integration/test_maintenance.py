@@ -16,7 +16,7 @@ from app.maintenance import LAST_SUCCESS, maintain_once
 from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
-from infra.postgres.store import IDLE_IN_TRANSACTION_MS
+from infra.postgres.pool import IDLE_IN_TRANSACTION_MS
 from infra.relay.stream import ReplicationStream
 from tests.conftest import Topics
 

@@ -18,8 +18,9 @@ from domain.ports import Changes, HeldLease
 from handlers.consumer import CommandConsumer
 from handlers.leases import Leases
 from handlers.write_path import WritePath
-from infra.postgres import store as store_module
-from infra.postgres.store import PostgresStore, close_pool, create_pool
+from infra.postgres import pool as pool_module
+from infra.postgres.pool import close_pool, create_pool
+from infra.postgres.store import PostgresStore
 from tests.conftest import Topics
 from tests.integration.test_consumer import charges, committed, running, until, until_captured
 from tests.integration.test_relay import frozen
@@ -192,7 +193,7 @@ async def test_a_lost_race_does_not_end_the_renewal_of_leases() -> None:
 async def test_a_process_stopped_in_its_transaction_does_not_keep_its_payments_for_ever(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "IDLE_IN_TRANSACTION_MS", 300)
+    monkeypatch.setattr(pool_module, "IDLE_IN_TRANSACTION_MS", 300)
     payment_id, gateway = new_payment_id(), BookkeepingGateway()
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(delivery("charge", payment_id, "charge"))
@@ -257,7 +258,7 @@ async def test_a_renewal_that_waits_in_a_circle_with_somebody_else_goes_on(postg
 
 async def test_a_pool_is_closed_though_its_server_is_frozen(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that is told to end would wait for it, and end with an error."""
-    monkeypatch.setattr(store_module, "CLOSES_WITHIN", 0.2)
+    monkeypatch.setattr(pool_module, "CLOSES_WITHIN", 0.2)
     pool = await create_pool(postgres_url, size=1)
     with frozen(await pool.fetchval("SELECT pg_backend_pid()")):
         async with asyncio.timeout(3):

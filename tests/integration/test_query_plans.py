@@ -12,12 +12,13 @@ import asyncpg
 import pytest
 
 from infra.local import StackUrls, create_database, drop_database
-from infra.postgres import inbox, store
+from infra.postgres import inbox, statements
+from infra.postgres.pool import PINNED_PLANS, create_pool
 from tests.integration.bulk import fill_now
 
 STATEMENTS = {
     name: text
-    for name, text in (vars(store) | vars(inbox)).items()
+    for name, text in (vars(statements) | vars(inbox)).items()
     if name.isupper() and isinstance(text, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH)\b", text)
 }
 INDEXES = {
@@ -58,7 +59,7 @@ def filled_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
 
 @pytest.fixture
 async def pinned(filled_url: str) -> AsyncIterator[asyncpg.Connection]:
-    settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
+    settings = PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
     connection = await asyncpg.connect(filled_url, server_settings=settings)
     yield connection
     await connection.close()
@@ -111,7 +112,7 @@ async def test_what_is_due_of_a_gateway_is_read_past_no_other_gateways(pinned: a
 
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:
     """What a worker prepares on its first day is what it runs on its hundredth."""
-    settings = store.PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
+    settings = PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
     connection = await asyncpg.connect(postgres_url, server_settings=settings)
     await connection.execute("ANALYZE")
     for name, statement in STATEMENTS.items():
@@ -123,8 +124,8 @@ async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(po
 
 
 async def test_the_write_path_pins_its_plans(postgres_url: str) -> None:
-    pool = await store.create_pool(postgres_url, size=1)
+    pool = await create_pool(postgres_url, size=1)
     async with pool.acquire() as connection:
-        for name in store.PINNED_PLANS:
+        for name in PINNED_PLANS:
             assert await connection.fetchval(f"SHOW {name}") == "off"
     await pool.close()

@@ -43,7 +43,8 @@ from domain.operations import (
 from domain.ports import Clock, Gateway
 from handlers.pace import Pace
 from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker, HoldAnswer, Reconciler
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.store import PostgresStore
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
 from tests.support.sandbox import running_sandbox

@@ -30,7 +30,8 @@ from handlers.heed import Heeder
 from handlers.webhooks import Webhooks
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.store import PostgresStore
 from infra.sandbox.momo import IPN
 from tests.integration.test_consumer import until
 from tests.integration.test_http import served

@@ -15,7 +15,8 @@ from domain.operations import Declined, DeclineReason, Succeeded
 from domain.ports import Changes
 from handlers import metrics
 from handlers.write_path import ATTEMPTS_MAX, WritePath
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.store import PostgresStore
 from tests.support.outbox import set_database
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import (

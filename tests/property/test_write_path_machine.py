@@ -23,7 +23,9 @@ from domain.payment import Payment
 from domain.rules import Rules
 from handlers.sweep import _request
 from handlers.write_path import WritePath
-from infra.postgres.store import OPERATION_COLUMNS, PAYMENT_COLUMNS, PostgresStore, _operation, _payment, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.statements import OPERATION_COLUMNS, PAYMENT_COLUMNS
+from infra.postgres.store import PostgresStore, _operation, _payment
 from tests.property.machine import GATEWAYS, PaymentMachine, Shell, machine_of, run_schedules, schedules_asked_for
 from tests.support.memory import START, Told
 from tests.support.service import NoHint, WrongHint

@@ -22,7 +22,8 @@ from handlers.messages.commands import read_command
 from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import Applied, WritePath
-from infra.postgres.store import PostgresStore, create_pool
+from infra.postgres.pool import create_pool
+from infra.postgres.store import PostgresStore
 from tests.support.provider import BookkeepingGateway
 
 QUICK_RETRY = RetryPolicy(
