@@ -41,7 +41,6 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
@@ -194,6 +193,7 @@ class MoMoGateway:
             base_url=config.api_base,
             wants_rest=_is_at_maintenance,
         )
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         """A link where the payer lets us hold `request.amount`."""
@@ -256,12 +256,6 @@ class MoMoGateway:
                 return _read_confirmed(await self._query(_payment_of(request)), request, RELEASED)
             case OperationKind.REFUND:
                 return _read_refunded(await self._query(_payment_of(request)), request)
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -34,7 +34,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Clock, Connections, Movement
+from domain.ports import Clock, Movement
 from infra.gateways.paypal_errors import Look, translate_refusal
 from infra.gateways.paypal_http import NAME, WHOLE, Json, PayPalHttp, PayPalRefused, quoted
 from infra.gateways.paypal_http import PayPalConfig as PayPalConfig  # noqa: PLC0414 - how mypy re-exports
@@ -87,6 +87,7 @@ class PayPalGateway:
         self._config = config
         self._clock = clock
         self._api = PayPalHttp(config)
+        self.rests_seconds, self.connections = self._api.rests_seconds, self._api.connections
         self.capabilities = Capabilities(
             operations=frozenset(OperationKind),
             currencies=config.currencies,
@@ -227,12 +228,6 @@ class PayPalGateway:
                     seen.add(movement.reference)
                     yield movement
             begin = stop
-
-    def rests_seconds(self) -> float:
-        return self._api.rests_seconds()
-
-    def connections(self) -> Connections:
-        return self._api.connections()
 
     async def close(self) -> None:
         """Close the connections."""

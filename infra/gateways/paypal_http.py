@@ -24,7 +24,6 @@ import httpx
 from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
 
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
-from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "paypal"
@@ -158,6 +157,7 @@ class PayPalHttp:
             connect_timeout_seconds=config.connect_timeout_seconds,
             base_url=config.api_base,
         )
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def get(self, path: str) -> Json | None:
         """The answer to a question, None where PayPal says that there is no such thing.
@@ -202,12 +202,6 @@ class PayPalHttp:
         """
         assert len(request_id) <= 108, "PayPal takes no longer request ids"
         return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         await self._http.close()

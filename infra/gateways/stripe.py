@@ -123,6 +123,7 @@ class StripeGateway:
         self._config = config
         self._clock = clock
         self._http = _BoundedHttpClient(config)
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
         self._api = stripe.StripeClient(
             config.api_key.get_secret_value(),
             stripe_version=config.api_version,
@@ -260,12 +261,6 @@ class StripeGateway:
             if not page.has_more:
                 return
             params["starting_after"] = page.data[-1].id
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""

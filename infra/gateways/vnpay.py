@@ -40,7 +40,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Clock, Connections
+from domain.ports import Clock
 from infra.gateways.transport import ProviderHttp
 
 log = structlog.get_logger(__name__)
@@ -273,6 +273,7 @@ class VNPayGateway:
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
         )
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         """Not offered by VNPay."""
@@ -340,12 +341,6 @@ class VNPayGateway:
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
