@@ -23,12 +23,14 @@ from handlers.pace import Pace
 from handlers.settle import Settler
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
-from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
+from infra.gateways.momo import MoMoConfig, MoMoGateway
+from infra.gateways.momo_webhooks import MoMoWebhooks
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.paypal_webhooks import PayPalWebhooks
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
-from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
+from infra.gateways.vnpay import VNPayConfig, VNPayGateway
+from infra.gateways.vnpay_webhooks import VNPayWebhooks
 from infra.redis.recent_keys import ValkeyRecentKeys
 
 GATEWAYS: dict[str, Callable[[Settings, Clock], Gateway]] = {

@@ -1,4 +1,6 @@
-"""All that we know about MoMo's AIO v2 gateway: requests, signatures, the result table, and the IPN.
+"""All that we know about MoMo's AIO v2 gateway: requests, signatures and the result table.
+
+`momo_webhooks.py` beside it has the IPN.
 
 Promise: a payment link is no payment; success and failure are MoMo's word for this very orderId and amount, by a signed
 IPN or by a query. Every POST carries a requestId derived from our operation, and its body is the same at every attempt:
@@ -18,7 +20,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from urllib.parse import parse_qsl
 from uuid import UUID, uuid4
 
 import httpx
@@ -27,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.notices import Notice, Verdict, WebhookAnswer, WebhookRefused, WebhookRequest
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -41,7 +41,6 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Connections
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
@@ -194,6 +193,7 @@ class MoMoGateway:
             base_url=config.api_base,
             wants_rest=_is_at_maintenance,
         )
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         """A link where the payer lets us hold `request.amount`."""
@@ -256,12 +256,6 @@ class MoMoGateway:
                 return _read_confirmed(await self._query(_payment_of(request)), request, RELEASED)
             case OperationKind.REFUND:
                 return _read_refunded(await self._query(_payment_of(request)), request)
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -458,107 +452,3 @@ def _read_refunded(answer: Answer, request: GatewayRequest) -> Outcome:
     if code == PAID:
         return Succeeded(reference, request.amount.minor)
     return Declined(DeclineReason.REFUND_FAILED, str(code), reference) if code in REFUND_FAILED else Pending(reference)
-
-
-# --- the IPN ----------------------------------------------------------------------------------------------------------
-
-ANSWERS: Final[Mapping[Verdict, int]] = {
-    Verdict.FORGED: 400,
-    Verdict.MALFORMED: 400,
-    Verdict.STALE: 400,
-    Verdict.TOO_LARGE: 413,
-    Verdict.UNKNOWN_PAYMENT: 404,
-    Verdict.UNAVAILABLE: 503,
-}
-"""Any other is 204, MoMo's word for "received"; a browser, which would stay where it is then, is shown a text with 200.
-An unknown order may be one that another installation just opened, so it is refused, and MoMo may send it again."""
-
-
-BACK_TO_THE_SHOP: Final = b"MoMo's result of this payment was received. You may go back to the shop.\n"
-NOT_RECEIVED: Final = b"This result was not received. The shop will ask MoMo for it; you may go back there.\n"
-
-
-class MoMoWebhooks:
-    """The IPN, a POST of signed JSON, and the return of the payer's browser, a GET.
-
-    Fits `domain.notices.WebhookReader`. The return is evidence, too: MoMo signs the same fields of both in one way,
-    so that whoever has one could send the other, and only MoMo can make either. What both tell counts once.
-    """
-
-    gateway = NAME
-
-    def __init__(self, config: MoMoConfig) -> None:
-        self._config = config
-
-    async def read(self, request: WebhookRequest) -> Notice:
-        """Verify and read one IPN, or one return; of its fields only the signed ones count.
-
-        Raises:
-            WebhookRefused: FORGED or MALFORMED.
-        """
-        fields = _returned(request) if request.method == "GET" else _plain(request.body)
-        try:
-            text = signed_text(self._config.access_key, fields, IPN)
-            signature = str(fields["signature"])
-        except KeyError as error:
-            raise WebhookRefused(Verdict.MALFORMED, f"no {error.args[0]}") from error
-        if not is_signed(self._config.secret_key, text, signature):
-            raise WebhookRefused(Verdict.FORGED, "no valid signature")
-        if fields["partnerCode"] != self._config.partner_code:
-            raise WebhookRefused(Verdict.FORGED, "signed for another partner")
-        return _notice(fields, request.received_at + self._config.hold_window)
-
-    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
-        """MoMo reads the status; the payer reads a text, which does not say whether they paid: the shop knows."""
-        status = ANSWERS.get(verdict, 204)
-        if request.method != "GET":
-            return WebhookAnswer(status)
-        return WebhookAnswer(200, BACK_TO_THE_SHOP) if status == 204 else WebhookAnswer(status, NOT_RECEIVED)
-
-    async def close(self) -> None:
-        """Nothing is held open."""
-
-
-def _plain(body: bytes) -> dict[str, str]:
-    """The body's texts, and its numbers as the texts that they stand there as: that is what is signed."""
-    try:
-        fields = json.loads(body, parse_int=str, parse_float=str)
-    except ValueError as error:
-        raise WebhookRefused(Verdict.MALFORMED, "no JSON") from error
-    if not isinstance(fields, dict):
-        raise WebhookRefused(Verdict.MALFORMED, "no object")
-    return {name: value for name, value in fields.items() if isinstance(value, str)}
-
-
-def _returned(request: WebhookRequest) -> dict[str, str]:
-    """The texts in a query string, in which a plus is a space; each name once, for all of them are signed."""
-    if request.body:
-        # The query alone is signed, and a body would be kept as the evidence in its place. A browser sends none.
-        raise WebhookRefused(Verdict.MALFORMED, "a body, which nobody signed")
-    try:
-        pairs = parse_qsl(
-            request.query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100
-        )
-    except ValueError as error:
-        raise WebhookRefused(Verdict.MALFORMED, "no query string") from error
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise WebhookRefused(Verdict.MALFORMED, "a parameter occurs twice")
-    return fields
-
-
-def _notice(fields: Mapping[str, str], ask_at: datetime) -> Notice:
-    order, transaction = fields["orderId"], fields["transId"]
-    marks = marks_of(order)
-    try:
-        code, amount = int(fields["resultCode"]), int(fields["amount"])
-    except ValueError as error:
-        raise WebhookRefused(Verdict.MALFORMED, "signed, but a number is none") from error
-    notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}:{amount}", "ipn", currency="VND")
-    if marks is None:
-        return notice._replace(gateway_payment_id=order, outcome=Pending(None))
-    outcome = read_payment(code, order, amount, ask_at)
-    if code == PAID and fields["extraData"] == extra_data(OperationKind.AUTHORIZE):
-        # Captured although only a hold was asked for, or after our own capture: a question tells which.
-        outcome = Pending(order)
-    return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=outcome)

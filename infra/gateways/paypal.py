@@ -1,6 +1,7 @@
-"""All that we know about PayPal: configuration, capabilities, requests, the status tables, the error table.
+"""PayPal's gateway: its capabilities, what it sends for each operation, and what it makes of the answers.
 
-`paypal_webhooks.py` has its webhooks.
+Beside it: `paypal_http.py` has the configuration and the connection, `paypal_objects.py` the amounts, our marks and the
+status tables, `paypal_errors.py` the error table, `paypal_webhooks.py` the webhooks.
 
 Promise: a success or a refusal is reported only on PayPal's explicit word for this very operation; an order that is
 COMPLETED is not paid, the payments inside it tell. Whatever we cannot read is `Pending` or an `OutcomeUnknown`. Every
@@ -8,69 +9,60 @@ POST carries a `PayPal-Request-Id` made of `request.provider_key` and the step. 
 `custom_id` is `payment_id.operation_number` of the operation that opened the order (captures of a hold inherit it), and
 `invoice_id`, which PayPal takes once per account, is `payment_id.operation_number.kind` of the operation itself.
 
-Plain httpx and not PayPal's SDK: `paypal-server-sdk` 2.4.0 blocks its thread, knows no webhooks, and its base address
-is an enum that no simulator fits.
-
 Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/,
 https://developer.paypal.com/reference/guidelines/idempotency/,
 https://developer.paypal.com/docs/checkout/advanced/authorization-honor/. What they do not say is called unconfirmed
 here and fails safe.
 """
 
-import asyncio
-import json
-import re
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from functools import partial
-from typing import Any, Final, NamedTuple, ParamSpec, Self, TypeVar, assert_never
-from urllib.parse import quote, urlencode, urlsplit
-from uuid import UUID
-
-import httpx
-from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
+from typing import Final, ParamSpec, TypeVar, assert_never
 
 from domain.capabilities import AmountLimits, Capabilities, Listing
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
-from domain.money import MINOR_UNITS, Money
+from domain.money import MINOR_UNITS
 from domain.operations import (
-    Declined,
-    DeclineReason,
     Expired,
     GatewayRequest,
     NotExecuted,
     OperationState,
     Outcome,
     Pending,
-    RequiresAction,
     Succeeded,
     Unknown,
 )
-from domain.ports import Clock, Connections, Movement
-from infra.gateways.transport import ProviderHttp
-
-NAME: Final = "paypal"
-SANDBOX: Final = "https://api-m.sandbox.paypal.com"
-LIVE: Final = "https://api-m.paypal.com"
-
-WHOLE: Final = frozenset({"HUF", "JPY", "TWD"})
-"""Currencies that PayPal takes without decimals. Source: https://developer.paypal.com/reference/currency-codes/."""
-
-CURRENCIES: Final = frozenset(
-    "AUD CAD CHF CZK DKK EUR GBP HKD HUF ILS JPY MXN NOK NZD PHP PLN SEK SGD THB TWD USD".split()  # noqa: SIM905
+from domain.ports import Clock, Movement
+from infra.gateways.paypal_errors import Look, translate_refusal
+from infra.gateways.paypal_http import NAME, WHOLE, Json, PayPalHttp, PayPalRefused, quoted
+from infra.gateways.paypal_http import PayPalConfig as PayPalConfig  # noqa: PLC0414 - how mypy re-exports
+from infra.gateways.paypal_objects import (
+    CAPTURES,
+    AmountNotRepresentable,
+    amount_json,
+    hold_of,
+    invoice_of,
+    mark_of,
+    minor_of,
+    open_hold,
+    payments_of,
+    read_capture,
+    read_captures,
+    read_mark,
+    read_opening,
+    read_refund,
+    read_refunds,
+    read_release,
+    read_void_of,
+    refundable,
+    time_of,
+    without_effect,
 )
-IN_COUNTRY_CURRENCIES: Final = frozenset({"BRL", "CNY", "INR", "MYR"})
-"""Only for accounts of that country, so they are not on by default. Source: as above."""
 
 VAULT: Final = "vault:"
 """A payment method `vault:<id>` is a PayPal wallet that the payer left with us; any other one means a redirect."""
-
-APPROVAL_WINDOW: Final = timedelta(hours=6)
-"""How long a payer may take to approve an order. Unconfirmed; it is told to the payer's side, nothing is concluded."""
 
 EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
 """The shortest time that PayPal is said to leave a payer. An order that is gone sooner is no order that expired."""
@@ -78,642 +70,8 @@ EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
 EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
 """The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
 
-TOKEN_MARGIN_SECONDS: Final = 300.0
-
-CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
-"""What makes a capture."""
-
-Json = dict[str, Any]
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class PayPalConfig(BaseModel):
-    """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator's address.
-
-    `webhook_id` is ours from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are those
-    that may serve PayPal's signing certificates; None means those of the environment that `api_base` names.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    client_id: str
-    client_secret: SecretStr
-    api_base: str = SANDBOX
-    webhook_id: str = ""
-    return_url: str = "https://example.invalid/return"
-    cancel_url: str = "https://example.invalid/cancel"
-    timeout_seconds: float = 12.0
-    """For one answer, from the first byte sent to the last byte read, waiting for a connection included. An operation
-    may need four of them (a token, the order, the request itself, a look for evidence): keep that below the lease."""
-    connect_timeout_seconds: float = 5.0
-    max_connections: int = 64
-    cert_hosts: frozenset[str] | None = None
-    allows_plain_http: bool = False
-    """For a simulator that is not on a loopback address but, say, in the same Docker network."""
-    currencies: frozenset[str] = CURRENCIES
-
-    @field_validator("api_base")
-    @classmethod
-    def _is_bare(cls, value: str) -> str:
-        return value.rstrip("/")
-
-    @model_validator(mode="after")
-    def _keeps_secrets(self) -> Self:
-        if not self.api_base.startswith("https://") and not self.is_simulated:
-            raise ValueError("api_base must be https; only a simulator may be http, on a loopback address")
-        return self
-
-    @property
-    def is_simulated(self) -> bool:
-        """Whether this is plain http, to the machine itself unless that is allowed elsewhere."""
-        parts = urlsplit(self.api_base)
-        is_near = self.allows_plain_http or parts.hostname in ("127.0.0.1", "localhost", "::1")
-        return parts.scheme == "http" and is_near
-
-    @field_validator("currencies")
-    @classmethod
-    def _are_known(cls, value: frozenset[str]) -> frozenset[str]:
-        unknown = value - CURRENCIES - IN_COUNTRY_CURRENCIES
-        if unknown:
-            raise ValueError(f"not currencies of PayPal: {sorted(unknown)}")
-        return value
-
-
-# --- amounts and marks ----------------------------------------------------------------------------------------------
-
-
-class AmountNotRepresentable(ValueError):
-    """PayPal has no form for this amount."""
-
-
-def to_paypal_value(money: Money) -> str:
-    """The amount as PayPal's decimal string, such as "10.99", or "1250" for a currency without decimals there.
-
-    Raises:
-        AmountNotRepresentable: not a currency of PayPal, or a fraction where PayPal takes none.
-    """
-    if money.currency not in CURRENCIES | IN_COUNTRY_CURRENCIES:
-        raise AmountNotRepresentable(f"{money.currency} is not a currency of PayPal")
-    value = Decimal(money.minor).scaleb(-MINOR_UNITS[money.currency])
-    if money.currency not in WHOLE:
-        return f"{value:.2f}"
-    if value != value.to_integral_value():
-        raise AmountNotRepresentable(f"PayPal takes {money.currency} without decimals, not {value}")
-    return f"{value:.0f}"
-
-
-def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
-    """Our minor units of an amount that PayPal tells.
-
-    Raises:
-        GatewayContractBroken: another currency, or nothing that this currency can be.
-    """
-    if amount["currency_code"] != currency:
-        raise GatewayContractBroken(NAME, f"an amount is in {code_of(amount['currency_code'])} and not in {currency}")
-    return minor_of(amount)
-
-
-def minor_of(amount: Mapping[str, Any]) -> int:
-    """An amount in our minor units, whatever its currency.
-
-    Raises:
-        GatewayContractBroken: it cannot be read.
-    """
-    text, currency = str(amount["value"]), str(amount["currency_code"])
-    if not re.fullmatch(r"[0-9]{1,16}(\.[0-9]{1,3})?", text) or currency not in MINOR_UNITS:
-        raise GatewayContractBroken(NAME, "an amount cannot be read")
-    minor = Decimal(text).scaleb(MINOR_UNITS[currency])
-    if minor != minor.to_integral_value():
-        raise GatewayContractBroken(NAME, f"an amount is not one of {currency}")
-    return int(minor)
-
-
-class Marks(NamedTuple):
-    """What names our operation at PayPal; `kind` is None where the mark is an order's `custom_id`."""
-
-    payment_id: UUID
-    operation_number: int
-    kind: OperationKind | None
-
-
-def mark_of(request: GatewayRequest) -> str:
-    """The `custom_id` of what this operation opens or refunds."""
-    return f"{request.payment_id}.{request.operation_number}"
-
-
-def invoice_of(request: GatewayRequest) -> str:
-    """The `invoice_id` of the payment or refund that this operation makes: PayPal takes each one once."""
-    return f"{mark_of(request)}.{request.kind}"
-
-
-_MARK: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([1-9][0-9]{0,8})(?:\.([a-z]{1,16}))?")
-
-
-def read_mark(text: object) -> Marks | None:
-    """The marks in a `custom_id` or `invoice_id`; None where they are not ours."""
-    found = _MARK.fullmatch(text) if isinstance(text, str) else None
-    if found is None or found[3] not in (None, *OperationKind):
-        return None
-    return Marks(UUID(found[1]), int(found[2]), OperationKind(found[3]) if found[3] else None)
-
-
-# --- the status tables: what PayPal's objects say about an operation ------------------------------------------------
-
-
-def read_opening(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about the authorization or charge that it was created for. Its payments tell, if it has any.
-
-    A refused payment does not hide a later one that succeeded: the payer may have tried another card.
-
-    Raises:
-        GatewayContractBroken: another operation's order, money captured although only a hold was asked for, or more
-            than one payment.
-    """
-    _check_ours(order, request)
-    payments = _payments(order)
-    if request.kind is OperationKind.AUTHORIZE:
-        found = [read_authorization(each, order, request) for each in payments["authorizations"]]
-        if payments["captures"] and not found:
-            raise GatewayContractBroken(NAME, f"order {order['id']} is captured although only a hold was asked for")
-    else:
-        found = [as_opening(read_capture(each, request), order) for each in payments["captures"]]
-    return _best(found, order) if found else _read_unpaid(order, request)
-
-
-def _best(found: list[Outcome], order: Json) -> Outcome:
-    succeeded = [each for each in found if isinstance(each, Succeeded)]
-    if len(succeeded) > 1:
-        raise GatewayContractBroken(NAME, f"order {order['id']} was paid {len(succeeded)} times")
-    pending = [each for each in found if isinstance(each, Pending)]
-    return (succeeded or pending or found[-1:])[0]
-
-
-def _check_ours(order: Json, request: GatewayRequest) -> None:
-    mark = order["purchase_units"][0].get("custom_id") if order.get("purchase_units") else None
-    if mark not in (None, mark_of(request)):
-        raise GatewayContractBroken(NAME, f"order {order['id']} is not that of {mark_of(request)}")
-
-
-def _read_unpaid(order: Json, request: GatewayRequest) -> Outcome:
-    """An order without payments. APPROVED holds no money: our own second call is missing."""
-    reference = order["id"]
-    url = _payer_url(order)
-    match order["status"]:
-        case "CREATED" | "SAVED" | "PAYER_ACTION_REQUIRED" if url is not None:
-            return RequiresAction(reference, "redirect", url, _window_end(order, request))
-        case "VOIDED":
-            return Declined(DeclineReason.CANCELED, "VOIDED", reference)
-        case _:
-            return Pending(reference)
-
-
-def read_authorization(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
-    """What a hold says about the operation that opened its order."""
-    reference = order["id"]
-    match authorization["status"]:
-        case "CREATED" | "PARTIALLY_CAPTURED" | "CAPTURED":
-            amount = from_paypal_amount(authorization["amount"], request.amount.currency)
-            return Succeeded(reference, amount, time_of(authorization.get("expiration_time")))
-        case "DENIED":
-            return _declined_payment(authorization, reference)
-        case "VOIDED" if not _payments(order)["captures"] or request.state is OperationState.SUCCEEDED:
-            # Of a hold that is asked about after some of it was captured: what was left has lapsed.
-            return Expired(reference, "VOIDED")
-        case _:
-            return Pending(reference)
-
-
-def read_capture(capture: Json, request: GatewayRequest) -> Outcome:
-    """What a capture says about itself. That it was refunded later takes nothing from its success."""
-    reference = capture["id"]
-    match capture["status"]:
-        case "COMPLETED" | "PARTIALLY_REFUNDED" | "REFUNDED":
-            return Succeeded(reference, from_paypal_amount(capture["amount"], request.amount.currency))
-        case "DECLINED" | "FAILED":
-            return _declined_payment(capture, reference)
-        case _:
-            return Pending(reference)
-
-
-def read_captures(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about one of the captures of its hold, known by our invoice id.
-
-    A hold that is VOIDED, which is final, with nothing ever captured is proof that this operation captured nothing.
-    """
-    own = _only(_payments(order)["captures"], request, ("invoice_id", invoice_of(request)))
-    if own is not None:
-        return read_capture(own, request)
-    holds = _payments(order)["authorizations"]
-    if holds and not _taken(order) and all(each["status"] in ("VOIDED", "DENIED") for each in holds):
-        message = f"the hold of order {order['id']} was released before the capture"
-        return NotExecuted(message, "AUTHORIZATION_VOIDED", is_hold_gone=True)
-    return Unknown(f"order {order['id']} shows no trace of operation {request.operation_number}")
-
-
-def read_refunds(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about one of its refunds, known by our marks."""
-    marks = ("invoice_id", invoice_of(request)), ("custom_id", mark_of(request))
-    own = _only(_payments(order)["refunds"], request, *marks)
-    if own is not None:
-        return read_refund(own, request)
-    return Unknown(f"order {order['id']} shows no trace of operation {request.operation_number}")
-
-
-def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
-    """What an authorization says about releasing it.
-
-    Releasing is the same whoever does it, so the state is the evidence: VOIDED (also by the end of its 29 days), or
-    closed by captures that leave exactly the amount to be released.
-    """
-    captured = sum(from_paypal_amount(each["amount"], request.amount.currency) for each in _taken(order))
-    held = from_paypal_amount(authorization["amount"], request.amount.currency)
-    match authorization["status"]:
-        case "VOIDED":
-            return Succeeded(authorization["id"])
-        case "CAPTURED" if captured and held - captured == request.amount.minor:
-            return Succeeded(authorization["id"])
-        case _:
-            return Unknown(f"authorization {authorization['id']} shows no release of the hold")
-
-
-def read_release(reference: str, answer: Json, request: GatewayRequest) -> Outcome:
-    """What the answer to a release says: nothing but that it was done (204), or the authorization as it is now."""
-    status = answer["status"] if answer else "VOIDED"
-    return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {code_of(status)}")
-
-
-def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
-    """What a refund says."""
-    reference = refund["id"]
-    match refund["status"]:
-        case "COMPLETED":
-            return Succeeded(reference, from_paypal_amount(refund["amount"], request.amount.currency))
-        case "FAILED" | "CANCELLED":
-            return Declined(DeclineReason.REFUND_FAILED, refund["status"], reference)
-        case _:
-            return Pending(reference)
-
-
-def as_opening(outcome: Outcome, order: Json) -> Outcome:
-    """The same, referring to the order: that is what the payment is called in all later requests."""
-    match outcome:
-        case Succeeded(amount_minor=amount):
-            return Succeeded(order["id"], amount)
-        case Declined(reason, code):
-            return Declined(reason, code, order["id"])
-        case _:
-            return Pending(order["id"])
-
-
-def _declined_payment(payment: Json, reference: str) -> Declined:
-    """A refusal inside a 2xx answer. Source: `processor_response` of the Orders v2 reference."""
-    processor = payment.get("processor_response") or {}
-    details = payment.get("status_details") or {}
-    code = processor.get("response_code") or details.get("reason") or payment["status"]
-    return Declined(PROCESSOR_REASONS.get(code, DeclineReason.REFUSED_BY_ISSUER), code, reference)
-
-
-def _payments(order: Json) -> dict[str, list[Json]]:
-    """The payments inside of an order, by kind; each list in PayPal's order, empty where there are none."""
-    units = order.get("purchase_units") or [{}]
-    inside = units[0].get("payments") or {}
-    return {kind: list(inside.get(kind) or ()) for kind in ("authorizations", "captures", "refunds")}
-
-
-def _taken(order: Json) -> list[Json]:
-    return [each for each in _payments(order)["captures"] if each["status"] not in ("DECLINED", "FAILED")]
-
-
-def _payer_url(order: Json) -> str | None:
-    """Where the payer consents: PayPal names the link by what the order was created with."""
-    links = {link.get("rel"): link.get("href") for link in order.get("links") or ()}
-    url = links.get("payer-action") or links.get("approve")
-    return url if isinstance(url, str) else None
-
-
-def _window_end(order: Json, request: GatewayRequest) -> datetime | None:
-    began = time_of(order.get("create_time")) or request.first_dispatched_at
-    return began + APPROVAL_WINDOW if began else None
-
-
-def time_of(text: object) -> datetime | None:
-    """A time as PayPal writes it, UTC where it names no zone; None for what is none."""
-    if not isinstance(text, str):
-        return None
-    try:
-        read = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return read if read.tzinfo else read.replace(tzinfo=UTC)
-
-
-PROCESSOR_REASONS: Final[Mapping[str, DeclineReason]] = {
-    "5120": DeclineReason.INSUFFICIENT_FUNDS,
-    "5400": DeclineReason.CARD_EXPIRED,
-    "5180": DeclineReason.INVALID_CARD_DATA,
-    "5110": DeclineReason.INVALID_CARD_DATA,
-    "9500": DeclineReason.SUSPECTED_FRAUD,
-    "9520": DeclineReason.SUSPECTED_FRAUD,
-    "DECLINED_BY_RISK_FRAUD_FILTERS": DeclineReason.SUSPECTED_FRAUD,
-}
-"""Codes of a refused payment that say more than "no". Unconfirmed and not complete: any other is REFUSED_BY_ISSUER."""
-
-
-# --- the error table: what a refusal says about an operation --------------------------------------------------------
-
-_DECLINES: Final[Mapping[DeclineReason, str]] = {
-    DeclineReason.REFUSED_BY_ISSUER: (
-        "INSTRUMENT_DECLINED TRANSACTION_REFUSED AUTHORIZATION_DENIED PAYMENT_SOURCE_DECLINED_BY_PROCESSOR"
-        " DECLINED_DUE_TO_RELATED_TXN"
-    ),
-    DeclineReason.CARD_EXPIRED: "CARD_EXPIRED REFERENCED_CARD_EXPIRED",
-    DeclineReason.INVALID_CARD_DATA: "PAYMENT_SOURCE_INFO_CANNOT_BE_VERIFIED TOKEN_EXPIRED TOKEN_ID_NOT_FOUND",
-    DeclineReason.AUTHENTICATION_REQUIRED: "CONSENT_NEEDED",
-    DeclineReason.SUSPECTED_FRAUD: "COMPLIANCE_VIOLATION",
-    DeclineReason.LIMIT_EXCEEDED: (
-        "TRANSACTION_LIMIT_EXCEEDED TRANSACTION_RECEIVING_LIMIT_EXCEEDED MAX_NUMBER_OF_PAYMENT_ATTEMPTS_EXCEEDED"
-    ),
-    DeclineReason.METHOD_NOT_SUPPORTED: (
-        "PAYMENT_SOURCE_CANNOT_BE_USED CARD_BRAND_NOT_SUPPORTED DOMESTIC_TRANSACTION_REQUIRED"
-    ),
-    DeclineReason.CANCELED: "AGREEMENT_ALREADY_CANCELLED BILLING_AGREEMENT_NOT_FOUND",
-    DeclineReason.OTHER: (
-        "PAYER_CANNOT_PAY TRANSACTION_BLOCKED_BY_PAYEE PAYEE_BLOCKED_TRANSACTION PAYER_ACCOUNT_LOCKED_OR_CLOSED"
-        " PAYER_ACCOUNT_RESTRICTED"
-    ),
-}
-DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
-    issue: reason for reason, issues in _DECLINES.items() for issue in issues.split()
-}
-
-NEEDS_PAYER: Final = frozenset({"PAYER_ACTION_REQUIRED", "ORDER_NOT_APPROVED", "REDIRECT_PAYER_FOR_ALTERNATE_FUNDING"})
-"""The payer has to consent again, to the same order."""
-
-STATE_CONFLICTS: Final = frozenset(
-    {
-        "ORDER_ALREADY_CAPTURED",
-        "ORDER_ALREADY_AUTHORIZED",
-        "AUTHORIZATION_ALREADY_CAPTURED",
-        "PREVIOUSLY_CAPTURED",
-        "PREVIOUSLY_VOIDED",
-        "AUTHORIZATION_VOIDED",
-        "CAPTURE_FULLY_REFUNDED",
-        "ORDER_COMPLETED_OR_VOIDED",
-        "DUPLICATE_INVOICE_ID",
-    }
-)
-"""The object is not in the state that the call needs: perhaps because this very operation was executed before."""
-
-IN_PROGRESS: Final = frozenset({"PREVIOUS_REQUEST_IN_PROGRESS", "ORDER_COMPLETION_IN_PROGRESS"})
-"""The same request is being executed right now: the opposite of proof."""
-
-LATER: Final = frozenset({"PENDING_CAPTURE", "REFUND_FAILED_INSUFFICIENT_FUNDS"})
-"""Not executed, and may be tried again: once the capture is through, once our account has funds."""
-
-ENDED: Final = frozenset({"AUTHORIZATION_EXPIRED", "ORDER_EXPIRED", "REFUND_TIME_LIMIT_EXCEEDED"})
-
-REFUSED_AT_THE_DOOR: Final = frozenset({401, 403, 429})
-"""Authentication, permissions and limits come before execution: proof for this attempt only."""
-
-
-class PayPalRefused(Exception):
-    """A 4xx in PayPal's own form. Its text is made of ids and codes only, never of PayPal's sentences or our body."""
-
-    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
-        details = body.get("details") or ()
-        self.status = status
-        self.name = code_of(body.get("name"))
-        self.issues = tuple(
-            code_of(each.get("issue")) for each in details if isinstance(each, dict) and each.get("issue")
-        )
-        self.debug_id = code_of(body.get("debug_id"))
-        super().__init__(f"status {status}, {self.name}, {'/'.join(self.issues) or 'no issue'}, debug {self.debug_id}")
-
-    @property
-    def code(self) -> str:
-        """The most telling word: the first issue, else the name."""
-        return self.issues[0] if self.issues else self.name
-
-    def names(self, issues: frozenset[str] | Mapping[str, Any]) -> str | None:
-        """The first of these issues that the refusal names."""
-        return next((each for each in (*self.issues, self.name) if each in issues), None)
-
-
-def code_of(value: object) -> str:
-    """A code as far as it looks like one: nothing else of a body is repeated in our logs."""
-    text = str(value)
-    return text if re.fullmatch(r"[A-Za-z0-9_.\-]{1,64}", text) else "unreadable"
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The refusal alone does not tell: look for evidence, and without any take `otherwise`."""
-
-    otherwise: Outcome | GatewayError
-
-
-def verdict_of(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
-    """What a refusal of a POST says about `request`.
-
-    A refusal is proof of non-execution only on an operation of which no attempt is unaccounted for; otherwise the lost
-    attempt may have caused the very state that is complained about. Declines and expiries are PayPal's word on the
-    payment itself, so they are believed at any attempt: a repeated request id returns an earlier success instead.
-    """
-    if refused.names(IN_PROGRESS) or refused.status == 409:
-        return OutcomeUnknown(NAME, f"being executed by another attempt: {refused}")
-    if refused.names(NEEDS_PAYER):
-        return _needs_payer(refused, request)
-    if issue := refused.names(DECLINE_REASONS):
-        is_refund = request.kind is OperationKind.REFUND
-        reason = DeclineReason.REFUND_FAILED if is_refund else DECLINE_REASONS[issue]
-        return Declined(reason, issue, request.reference)
-    if refused.status in REFUSED_AT_THE_DOOR or refused.names(LATER):
-        return GatewayUnreachable(NAME, str(refused))
-    if refused.names(frozenset({"ORDER_EXPIRED"})) and request.reference is not None:
-        return Expired(request.reference, "ORDER_EXPIRED")
-    return _not_accepted(refused, request)
-
-
-def _needs_payer(refused: PayPalRefused, request: GatewayRequest) -> Outcome | Look:
-    """The order tells where the payer has to go; without an order there is nowhere to send anybody."""
-    if request.reference is None:
-        return Declined(DeclineReason.AUTHENTICATION_REQUIRED, refused.code)
-    return Look(Pending(request.reference))
-
-
-def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
-    if request.state is not OperationState.DISPATCHED:
-        return Look(OutcomeUnknown(NAME, f"refused on a repeated attempt: {refused}"))
-    proof = NotExecuted(f"refused by PayPal: {refused.code}", refused.code)
-    return Look(proof) if refused.names(STATE_CONFLICTS | ENDED) else proof
-
-
-# --- the connection -------------------------------------------------------------------------------------------------
-
-
-class _Token(NamedTuple):
-    value: SecretStr
-    refresh_at: float
-    """By the monotonic clock."""
-
-
-class PayPalHttp:
-    """PayPal's REST API as JSON in and out: bounded connections, one access token for all calls.
-
-    A token is fetched once for everybody who waits, some minutes before the old one ends; many of them are a documented
-    cause of rate limits. Nobody waits for longer than that one attempt: if it fails, it fails for all of them.
-    https://developer.paypal.com/api/rest/authentication/
-    """
-
-    def __init__(self, config: PayPalConfig) -> None:
-        self._config = config
-        self._token: _Token | None = None
-        self._fetching: asyncio.Task[_Token] | None = None
-        self._http = ProviderHttp(
-            NAME,
-            max_connections=config.max_connections,
-            timeout_seconds=config.timeout_seconds,
-            connect_timeout_seconds=config.connect_timeout_seconds,
-            base_url=config.api_base,
-        )
-
-    async def get(self, path: str) -> Json | None:
-        """The answer to a question, None where PayPal says that there is no such thing.
-
-        Raises:
-            GatewayUnreachable: the question did not arrive, or was not admitted.
-            OutcomeUnknown: there was no readable answer to it.
-        """
-        try:
-            return await self._call("GET", path)
-        except PayPalRefused as refused:
-            if refused.status == 404:
-                return None
-            raise _unanswered(refused) from refused
-
-    async def search(self, since: datetime, until: datetime, page: int) -> Json | None:
-        """A page of what PayPal executed in this time, None where that is more than it tells at once.
-
-        Raises:
-            GatewayUnreachable, OutcomeUnknown: as for `get`.
-        """
-        query = {
-            "start_date": since.strftime(SEARCH_TIME),
-            "end_date": until.strftime(SEARCH_TIME),
-            "page_size": str(SEARCH_PAGE),
-            "page": str(page),
-        }
-        try:
-            return await self._call("GET", f"/v1/reporting/transactions?{urlencode(query)}")
-        except PayPalRefused as refused:
-            if refused.names(frozenset({"RESULTSET_TOO_LARGE"})):
-                return None
-            raise _unanswered(refused) from refused
-
-    async def post(self, path: str, body: Json | None, *, request_id: str) -> Json:
-        """The answer to a request that is executed at most once per `request_id`; an empty answer is an empty object.
-
-        Raises:
-            PayPalRefused: PayPal said no.
-            GatewayUnreachable: proof that this attempt was not executed.
-            OutcomeUnknown: no readable answer.
-        """
-        assert len(request_id) <= 108, "PayPal takes no longer request ids"
-        return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
-
-    async def close(self) -> None:
-        await self._http.close()
-
-    async def _call(
-        self, method: str, path: str, body: Json | None = None, headers: Mapping[str, str] | None = None
-    ) -> Json:
-        """A token that is refused is dropped, and the same request goes once more with a new one."""
-        token = await self._access_token()
-        response = await self._send(method, path, body, headers, token)
-        if response.status_code == 401:
-            self._drop(token)
-            response = await self._send(method, path, body, headers, await self._access_token())
-        return _read(response)
-
-    async def _send(
-        self, method: str, path: str, body: Json | None, headers: Mapping[str, str] | None, token: _Token
-    ) -> httpx.Response:
-        sent = {
-            "Authorization": f"Bearer {token.value.get_secret_value()}",
-            "Content-Type": "application/json",
-            "Prefer": "return=representation",
-            **(headers or {}),
-        }
-        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        return await self._http.request(method, path, content=content, headers=sent)
-
-    async def _access_token(self) -> _Token:
-        """Raises GatewayUnreachable: the attempt to fetch one failed, whoever of those who wait began it."""
-        if self._token is not None and time.monotonic() < self._token.refresh_at:
-            return self._token
-        if self._fetching is None or self._fetching.done():
-            self._fetching = asyncio.create_task(self._renew())
-            # If all who wait are cancelled, nobody else asks how it ended, and asyncio would log that.
-            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
-        # Whoever is cancelled takes it from nobody else.
-        return await asyncio.shield(self._fetching)
-
-    async def _renew(self) -> _Token:
-        self._token = await self._fetch_token()
-        return self._token
-
-    def _drop(self, token: _Token) -> None:
-        """Unless somebody else has replaced it already."""
-        if self._token is token:
-            self._token = None
-
-    async def _fetch_token(self) -> _Token:
-        """Raises GatewayUnreachable whatever goes wrong: without a token the request itself was not sent."""
-        auth = httpx.BasicAuth(self._config.client_id, self._config.client_secret.get_secret_value())
-        form = {"grant_type": "client_credentials"}
-        try:
-            answer = _read(await self._http.request("POST", "/v1/oauth2/token", data=form, auth=auth))
-            value, seconds = SecretStr(answer["access_token"]), float(answer["expires_in"])
-        except (GatewayError, PayPalRefused) as error:
-            raise GatewayUnreachable(NAME, f"no access token: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise GatewayUnreachable(NAME, "the access token cannot be read") from error
-        return _Token(value, time.monotonic() + max(seconds - TOKEN_MARGIN_SECONDS, seconds / 2))
-
-
-def _unanswered(refused: PayPalRefused) -> GatewayError:
-    failure = GatewayUnreachable if refused.status in REFUSED_AT_THE_DOOR else OutcomeUnknown
-    return failure(NAME, f"no answer to a question: {refused}")
-
-
-def _read(response: httpx.Response) -> Json:
-    """Raises PayPalRefused for a 4xx in PayPal's form, OutcomeUnknown for a 5xx, GatewayContractBroken for the rest."""
-    status, body = response.status_code, _json(response.content)
-    if response.is_success and (body is not None or not response.content):
-        return body or {}
-    if status >= 500:
-        raise OutcomeUnknown(NAME, f"status {status}, debug {code_of(response.headers.get('paypal-debug-id'))}")
-    if response.is_client_error and (status in REFUSED_AT_THE_DOOR or (body and "name" in body)):
-        raise PayPalRefused(status, body or {})
-    raise GatewayContractBroken(NAME, f"an answer of status {status} cannot be read")
-
-
-def _json(content: bytes) -> Json | None:
-    try:
-        read = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return read if isinstance(read, dict) else None
-
-
-# --- the gateway ----------------------------------------------------------------------------------------------------
 
 
 class PayPalGateway:
@@ -729,6 +87,7 @@ class PayPalGateway:
         self._config = config
         self._clock = clock
         self._api = PayPalHttp(config)
+        self.rests_seconds, self.connections = self._api.rests_seconds, self._api.connections
         self.capabilities = Capabilities(
             operations=frozenset(OperationKind),
             currencies=config.currencies,
@@ -756,16 +115,16 @@ class PayPalGateway:
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_capture
         """
         try:
-            amount = _amount_json(request.amount)
+            amount = amount_json(request.amount)
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
         order = await self._order_before(request)
         found = _understood(read_captures, order, request)
         if not isinstance(found, Unknown):
             return found
-        authorization = _understood(_open_hold, order)
+        authorization = _understood(open_hold, order)
         if authorization is None:
-            return _without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
+            return without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
         body = {"amount": amount, "final_capture": request.is_final, "invoice_id": invoice_of(request)}
         path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/capture"
         return await self._post(request, path, body, "capture", read_capture)
@@ -778,8 +137,8 @@ class PayPalGateway:
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
         """
         order = await self._order_before(request)
-        found = _understood(_read_release, order, request)
-        authorization = _hold(order)
+        found = _understood(read_void_of, order, request)
+        authorization = hold_of(order)
         if authorization is None or isinstance(found, Succeeded):
             return found
         path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/void"
@@ -795,14 +154,14 @@ class PayPalGateway:
         Source: https://developer.paypal.com/docs/api/payments/v2/#captures_refund
         """
         try:
-            amount = _amount_json(request.amount)
+            amount = amount_json(request.amount)
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
         order = await self._order_before(request)
         found = _understood(read_refunds, order, request)
         if not isinstance(found, Unknown):
             return found
-        capture = _understood(_refundable, order, request)
+        capture = _understood(refundable, order, request)
         if not isinstance(capture, dict):
             return capture
         body = {"amount": amount, "custom_id": mark_of(request), "invoice_id": invoice_of(request)}
@@ -842,7 +201,7 @@ class PayPalGateway:
             case OperationKind.CAPTURE:
                 return _understood(read_captures, order, request)
             case OperationKind.VOID:
-                return _understood(_read_release, order, request)
+                return _understood(read_void_of, order, request)
             case OperationKind.REFUND:
                 return await self._refund_status(order, request)
             case _:
@@ -870,12 +229,6 @@ class PayPalGateway:
                     yield movement
             begin = stop
 
-    def rests_seconds(self) -> float:
-        return self._api.rests_seconds()
-
-    def connections(self) -> Connections:
-        return self._api.connections()
-
     async def close(self) -> None:
         """Close the connections."""
         await self._api.close()
@@ -900,7 +253,7 @@ class PayPalGateway:
         unit = {
             "custom_id": mark_of(request),
             "invoice_id": invoice_of(request),
-            "amount": _amount_json(request.amount),
+            "amount": amount_json(request.amount),
         }
         return {
             "intent": "AUTHORIZE" if request.kind is OperationKind.AUTHORIZE else "CAPTURE",
@@ -927,7 +280,7 @@ class PayPalGateway:
     async def _proceed(self, order: Json, request: GatewayRequest) -> Outcome:
         """Execute an order that is approved; otherwise read what is there."""
         found = _understood(read_opening, order, request)
-        if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(_payments(order).values()):
+        if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(payments_of(order).values()):
             return found
         try:
             return await self._execute(order["id"], request._replace(reference=order["id"]))
@@ -1033,7 +386,7 @@ class PayPalGateway:
         return _understood(read, answer, request)
 
     async def _conclude(self, refused: PayPalRefused, request: GatewayRequest) -> Outcome:
-        verdict = verdict_of(refused, request)
+        verdict = translate_refusal(refused, request)
         if isinstance(verdict, Look):
             return await self._look(request, verdict.otherwise, refused)
         if isinstance(verdict, GatewayError):
@@ -1055,14 +408,6 @@ class PayPalGateway:
         return otherwise
 
 
-def _amount_json(money: Money) -> Json:
-    return {"currency_code": money.currency, "value": to_paypal_value(money)}
-
-
-def quoted(reference: str) -> str:
-    return quote(reference, safe="")
-
-
 def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
     """The answer as read.
 
@@ -1075,96 +420,10 @@ def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T
         raise GatewayContractBroken(NAME, f"the answer has an unexpected shape ({type(error).__name__})") from error
 
 
-def _without_effect(request: GatewayRequest, message: str, code: str | None = None) -> Outcome:
-    """Nothing was sent. That proves it for the operation only if no earlier attempt is unaccounted for."""
-    if request.state is OperationState.DISPATCHED:
-        return NotExecuted(message, code)
-    return Unknown(f"on a repeated attempt: {message}")
-
-
-def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
-    """An order without a hold, of which a void asks: while it waits for our own second call, nothing moves."""
-    if any(_payments(order).values()):
-        return _without_effect(request, f"order {order['id']} has no hold to release", "NO_AUTHORIZATION")
-    if order["status"] in ("CREATED", "SAVED", "PAYER_ACTION_REQUIRED", "APPROVED", "VOIDED"):
-        return Succeeded(order["id"])
-    return Unknown(f"order {order['id']} is {code_of(order['status'])} and shows no payment")
-
-
-def _read_release(order: Json, request: GatewayRequest) -> Outcome:
-    hold = _hold(order)
-    return read_void(hold, order, request) if hold is not None else _read_waiting(order, request)
-
-
-def _hold(order: Json) -> Json | None:
-    """The authorization that counts: one that is open, else the last that PayPal lists."""
-    holds = _payments(order)["authorizations"]
-    return _open_hold(order) or (holds[-1] if holds else None)
-
-
-def _open_hold(order: Json) -> Json | None:
-    """The authorization to act on. Only one whose status rules it out for good is passed over."""
-    holds = [each for each in _payments(order)["authorizations"] if each["status"] not in ("VOIDED", "DENIED")]
-    return holds[-1] if holds else None
-
-
-def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str]) -> Json | None:
-    """The one that carries one of these marks or is what an earlier answer named.
-
-    Raises:
-        GatewayContractBroken: several do, so that one operation was executed more than once.
-    """
-    found = [
-        each
-        for each in objects
-        if any(each.get(name) == mark for name, mark in marks) or each["id"] == request.reference
-    ]
-    live = [each for each in found if each["status"] not in ("DECLINED", "FAILED", "CANCELLED")] or found[-1:]
-    if len(live) > 1:
-        raise GatewayContractBroken(NAME, f"several objects for {invoice_of(request)}: {[each['id'] for each in live]}")
-    return live[0] if live else None
-
-
-def _refundable(order: Json, request: GatewayRequest) -> Json | Outcome:
-    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id.
-
-    Where no capture was ever large enough, no earlier attempt can have been executed either.
-    """
-    wanted, currency = request.amount.minor, request.amount.currency
-    left = sorted((_left_of(each, order, request), each["id"], each) for each in _taken(order))
-    able = [capture for rest, _, capture in left if rest >= wanted]
-    if able:
-        return able[0]
-    message = f"no single capture of order {order['id']} has {request.amount} left to refund; ask for smaller refunds"
-    if left and all(from_paypal_amount(each["amount"], currency) < wanted for _, _, each in left):
-        return NotExecuted(message, "REFUND_AMOUNT_EXCEEDED")
-    return _without_effect(request, message, "REFUND_AMOUNT_EXCEEDED")
-
-
-def _left_of(capture: Json, order: Json, request: GatewayRequest) -> int:
-    currency = request.amount.currency
-    gone = [
-        from_paypal_amount(each["amount"], currency)
-        for each in _payments(order)["refunds"]
-        if each["status"] not in ("FAILED", "CANCELLED") and linked_id(each, "/captures/") == capture["id"]
-    ]
-    return from_paypal_amount(capture["amount"], currency) - sum(gone)
-
-
-def linked_id(stored: Json, path: str) -> str | None:
-    """The id of what this is a part of, from its link `up`."""
-    for link in stored.get("links") or ():
-        if link.get("rel") == "up" and path in str(link.get("href")):
-            return str(link["href"]).rsplit("/", 1)[-1]
-    return None
-
-
 # --- lists ----------------------------------------------------------------------------------------------------------
 
-SEARCH_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
-SEARCH_PAGE: Final = 500
 SEARCH_RANGE: Final = timedelta(days=31)
-"""The longest time of one question, and the largest page."""
+"""The longest time of one question."""
 
 RECEIVED: Final = "T00"
 REFUNDED: Final = "T1107"

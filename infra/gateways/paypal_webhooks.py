@@ -39,17 +39,12 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import GatewayRequest, Outcome
-from infra.gateways.paypal import (
+from infra.gateways.paypal_http import NAME, Json, PayPalConfig, PayPalHttp, code_of, quoted
+from infra.gateways.paypal_objects import (
     CAPTURES,
-    NAME,
-    Json,
-    PayPalConfig,
-    PayPalHttp,
     as_opening,
-    code_of,
     linked_id,
     minor_of,
-    quoted,
     read_authorization,
     read_capture,
     read_mark,

@@ -30,7 +30,7 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, RequiresAction, Succeeded
-from infra.gateways.stripe import (
+from infra.gateways.stripe_objects import (
     ACTION_WINDOW,
     LAST_CAPTURE,
     NAME,
@@ -289,7 +289,7 @@ def _minor(intent: Mapping[str, Any], *names: str) -> int:
 
 
 def _marks(given: Mapping[str, Any]) -> tuple[UUID | None, int | None]:
-    """Our payment and operation, as `infra.gateways.stripe.marks_of` wrote them; None where the object is not ours."""
+    """Our payment and operation, as `stripe_objects.marks_of` wrote them; None where the object is not ours."""
     metadata = given.get("metadata") or {}
     try:
         return UUID(metadata["payment_id"]), int(metadata["operation_number"])

@@ -1,5 +1,7 @@
 """All that we know about VNPay PAY 2.1.0: the payment URL, the signatures, querydr, refund, and the code tables.
 
+`vnpay_webhooks.py` beside it has the IPN.
+
 Promise: a charge is a signed URL made here, so nothing moves until the payer has paid; success and failure are VNPay's
 signed word for this very TxnRef and amount (IPN or querydr). Refunds have no idempotency key at VNPay, so one whose
 answer was lost is never sent again: it is asked about, and stays in doubt where VNPay's answer is ambiguous.
@@ -16,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, quote_plus
+from urllib.parse import quote_plus
 from uuid import UUID
 
 import httpx
@@ -26,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.notices import Notice, Verdict, WebhookAnswer, WebhookRefused, WebhookRequest
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -39,7 +40,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from domain.ports import Clock, Connections
+from domain.ports import Clock
 from infra.gateways.transport import ProviderHttp
 
 log = structlog.get_logger(__name__)
@@ -272,6 +273,7 @@ class VNPayGateway:
             timeout_seconds=config.timeout_seconds,
             connect_timeout_seconds=config.connect_timeout_seconds,
         )
+        self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         """Not offered by VNPay."""
@@ -307,7 +309,7 @@ class VNPayGateway:
         if code != "00":
             raise OutcomeUnknown(NAME, f"refund answered with code {code}")
         self._verify(answer, REFUND_ANSWER, body)
-        status, amount = str(answer.get("vnp_TransactionStatus", "")), _minor(answer.get("vnp_Amount"))
+        status, amount = str(answer.get("vnp_TransactionStatus", "")), minor_of(answer.get("vnp_Amount"))
         return read_refund(status, _own_number(answer, paid), amount)
 
     async def resume(self, request: GatewayRequest) -> Outcome:
@@ -333,18 +335,12 @@ class VNPayGateway:
             return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
         if type_ != "01":
             return Pending(reference)
-        outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, _minor(answer["vnp_Amount"]))
+        outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, minor_of(answer["vnp_Amount"]))
         if isinstance(outcome, Declined) and now >= self._ends(reference):
             # A query has no code beside the status: what failed by the URL's end is told as the IPN's 11 tells it.
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
-
-    def rests_seconds(self) -> float:
-        return self._http.rest.seconds()
-
-    def connections(self) -> Connections:
-        return self._http.connections()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -435,7 +431,7 @@ class VNPayGateway:
         """
         if answer is None or str(answer["vnp_TransactionType"]) not in REFUND_TYPES:
             return Unknown("VNPay shows no refund")
-        number, amount = str(answer["vnp_TransactionNo"]), _minor(answer["vnp_Amount"])
+        number, amount = str(answer["vnp_TransactionNo"]), minor_of(answer["vnp_Amount"])
         is_first = request.operation_number == 2 and _was_under_way(
             request, str(answer.get("vnp_PayDate")), now - self._clock()
         )
@@ -519,7 +515,7 @@ def _own_number(answer: Mapping[str, Any], paid: Mapping[str, Any]) -> str | Non
     return None if number in ("0", str(paid.get("vnp_TransactionNo"))) else number
 
 
-def _minor(wire: Any) -> int:
+def minor_of(wire: Any) -> int:
     """VND of an amount on the wire.
 
     Raises:
@@ -529,97 +525,3 @@ def _minor(wire: Any) -> int:
     if not text.isascii() or not text.isdigit() or int(text) % HUNDREDTHS:
         raise GatewayContractBroken(NAME, "an amount that is no whole number of dong")
     return int(text) // HUNDREDTHS
-
-
-# --- the IPN ----------------------------------------------------------------------------------------------------------
-
-ANSWERS: Final[Mapping[Verdict, tuple[str, str]]] = {
-    Verdict.STORED: ("00", "Confirm Success"),
-    Verdict.DUPLICATE: ("02", "Order already confirmed"),
-    Verdict.ALREADY_FINAL: ("02", "Order already confirmed"),
-    Verdict.AMOUNT_DIFFERS: ("04", "Invalid amount"),
-    Verdict.UNKNOWN_PAYMENT: ("01", "Order not found"),
-    Verdict.FORGED: ("97", "Invalid signature"),
-}
-"""RspCode and Message, always with HTTP 200; anything else is 99, which VNPay sends again."""
-
-
-class VNPayWebhooks:
-    """The IPN: a GET with a signed query. Fits `domain.notices.WebhookReader`."""
-
-    gateway = NAME
-
-    def __init__(self, config: VNPayConfig) -> None:
-        self._config = config
-
-    async def read(self, request: WebhookRequest) -> Notice:
-        """Verify and read one IPN.
-
-        Raises:
-            WebhookRefused: FORGED or MALFORMED.
-        """
-        if request.body:
-            # The query alone is signed, and a body would be kept as the evidence in its place. VNPay sends none.
-            raise WebhookRefused(Verdict.MALFORMED, "a body, which nobody signed")
-        fields = self._verified(request.query)
-        try:
-            return _notice(fields)
-        except (KeyError, ValueError, GatewayContractBroken) as error:
-            raise WebhookRefused(Verdict.MALFORMED, f"signed, but unreadable ({type(error).__name__})") from error
-
-    def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
-        code, message = ANSWERS.get(verdict, ("99", "Unknown error"))
-        return WebhookAnswer(200, f'{{"RspCode":"{code}","Message":"{message}"}}'.encode(), "application/json")
-
-    async def close(self) -> None:
-        """Nothing is held open."""
-
-    def _verified(self, query: str) -> dict[str, str]:
-        try:
-            pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=100)
-        except ValueError as error:
-            raise WebhookRefused(Verdict.MALFORMED, "no query string") from error
-        fields = {name: value for name, value in pairs if name.startswith("vnp_")}
-        if len({name for name, _ in pairs}) != len(pairs):
-            raise WebhookRefused(Verdict.MALFORMED, "a parameter occurs twice")
-        # What is read must be what was signed: an encoded name is read, and would be left out of the text as received.
-        # And the payer has a text that we signed ourselves: the payment URL.
-        if [name for name, _ in pairs] != [each.partition("=")[0] for each in query.split("&")]:
-            raise WebhookRefused(Verdict.FORGED, "a name is encoded")
-        if "vnp_Command" in fields:
-            raise WebhookRefused(Verdict.FORGED, "a request, not an IPN")
-        signature = fields.pop("vnp_SecureHash", "")
-        fields.pop("vnp_SecureHashType", None)
-        # All of these are texts of the same values under the same secret, so that none is weaker than another.
-        candidates = (_as_received(query), form(fields), form(fields).replace("+", "%20"), _with_blanks(fields))
-        # A list, not a generator: how many are compared must not tell anything either.
-        if not any([is_signed(self._config.hash_secret, each, signature) for each in candidates]):  # noqa: C419
-            raise WebhookRefused(Verdict.FORGED, "no valid signature")
-        if fields.get("vnp_TmnCode") != self._config.tmn_code:
-            raise WebhookRefused(Verdict.FORGED, "signed for another terminal")
-        return fields
-
-
-def _as_received(query: str) -> str:
-    pairs = (each.partition("=") for each in query.split("&"))
-    signed = sorted(
-        (name, value)
-        for name, _, value in pairs
-        if name.startswith("vnp_") and name not in ("vnp_SecureHash", "vnp_SecureHashType")
-    )
-    return "&".join(f"{name}={value}" for name, value in signed)
-
-
-def _with_blanks(fields: Mapping[str, str]) -> str:
-    return "&".join(f"{name}={quote(value, safe='')}" for name, value in sorted(fields.items()))
-
-
-def _notice(fields: Mapping[str, str]) -> Notice:
-    ref, code, status = fields["vnp_TxnRef"], fields["vnp_ResponseCode"], fields["vnp_TransactionStatus"]
-    number = fields.get("vnp_TransactionNo", "0")
-    marks = marks_of(ref)
-    notice = Notice(NAME, f"{ref}:{number}:{code}:{status}:{fields['vnp_Amount']}", "ipn", currency="VND")
-    if marks is None:
-        return notice._replace(gateway_payment_id=ref, outcome=Pending(None))
-    outcome = read_payment(code, status, "", _minor(fields["vnp_Amount"]))
-    return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=outcome)

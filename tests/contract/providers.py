@@ -19,7 +19,8 @@ from domain.operations import RequiresAction
 from domain.ports import Gateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.gateways.stripe import ACTION_WINDOW, StripeConfig, StripeGateway
+from infra.gateways.stripe import StripeConfig, StripeGateway
+from infra.gateways.stripe_objects import ACTION_WINDOW
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway
 from infra.sandbox import momo, vnpay
 from tests.contract.paypal import PayPalSandbox

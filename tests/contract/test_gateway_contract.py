@@ -25,7 +25,7 @@ from domain.operations import (
     Unreachable,
 )
 from domain.ports import Gateway
-from infra.gateways.stripe import ACTION_WINDOW
+from infra.gateways.stripe_objects import ACTION_WINDOW
 from infra.local.server import free_port
 from tests.contract.conftest import Simulator
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run

@@ -11,7 +11,7 @@ from app.wiring import GATEWAYS, WEBHOOKS, create_gateways, create_webhook_reade
 from domain.capabilities import Listing
 from domain.ports import Movements, Statements
 from handlers.messages.command_models import ChargePayment
-from infra.gateways.stripe import LAST_CAPTURE, METADATA_KEYS_MAX
+from infra.gateways.stripe_objects import LAST_CAPTURE, METADATA_KEYS_MAX
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gateways.md"
 

@@ -30,7 +30,8 @@ from domain.operations import (
     Unknown,
 )
 from infra.gateways import momo
-from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
+from infra.gateways.momo import MoMoConfig, MoMoGateway
+from infra.gateways.momo_webhooks import MoMoWebhooks
 from tests.contract.gateway_requests import a_request
 
 K1 = ("klm05TvNBzhg7h7j", SecretStr("at67qH6mk8w5Y1nAyMoYKMWACiEi2bsa"))

@@ -27,19 +27,12 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Movement
-from infra.gateways.paypal import (
+from infra.gateways.paypal import PayPalConfig, PayPalGateway
+from infra.gateways.paypal_errors import DECLINE_REASONS, Look, translate_refusal
+from infra.gateways.paypal_http import CURRENCIES, IN_COUNTRY_CURRENCIES, LIVE, Json, PayPalHttp, PayPalRefused
+from infra.gateways.paypal_objects import (
     APPROVAL_WINDOW,
-    CURRENCIES,
-    DECLINE_REASONS,
-    IN_COUNTRY_CURRENCIES,
-    LIVE,
     AmountNotRepresentable,
-    Json,
-    Look,
-    PayPalConfig,
-    PayPalGateway,
-    PayPalHttp,
-    PayPalRefused,
     from_paypal_amount,
     invoice_of,
     mark_of,
@@ -50,7 +43,6 @@ from infra.gateways.paypal import (
     read_release,
     read_void,
     to_paypal_value,
-    verdict_of,
 )
 
 PAYMENT_ID = UUID("0192f0c1-2d5e-7cc0-8a11-5f1de2f6a001")
@@ -424,7 +416,10 @@ PERMANENT, CONFLICTS, DECLINED = _PERMANENT.split(), _CONFLICTS.split(), _DECLIN
 
 @pytest.mark.parametrize("issue", PERMANENT)
 def test_a_refusal_is_proof_on_the_first_attempt_and_none_on_a_repeated_one(issue: str) -> None:
-    first, repeated = verdict_of(refused(issue), CAPTURE), verdict_of(refused(issue), CAPTURE._replace(**IN_DOUBT))
+    first, repeated = (
+        translate_refusal(refused(issue), CAPTURE),
+        translate_refusal(refused(issue), CAPTURE._replace(**IN_DOUBT)),
+    )
 
     assert first == NotExecuted(f"refused by PayPal: {issue}", issue)
     assert isinstance(repeated, Look)
@@ -433,7 +428,10 @@ def test_a_refusal_is_proof_on_the_first_attempt_and_none_on_a_repeated_one(issu
 
 @pytest.mark.parametrize("issue", CONFLICTS)
 def test_a_state_that_our_own_effect_may_have_caused_is_looked_at(issue: str) -> None:
-    first, repeated = verdict_of(refused(issue), CAPTURE), verdict_of(refused(issue), CAPTURE._replace(**IN_DOUBT))
+    first, repeated = (
+        translate_refusal(refused(issue), CAPTURE),
+        translate_refusal(refused(issue), CAPTURE._replace(**IN_DOUBT)),
+    )
 
     assert isinstance(first, Look)
     assert isinstance(first.otherwise, NotExecuted)
@@ -443,14 +441,14 @@ def test_a_state_that_our_own_effect_may_have_caused_is_looked_at(issue: str) ->
 
 @pytest.mark.parametrize("issue", DECLINED)
 def test_a_decline_keeps_its_code(issue: str) -> None:
-    outcome = verdict_of(refused(issue), CHARGE._replace(reference="O1"))
+    outcome = translate_refusal(refused(issue), CHARGE._replace(reference="O1"))
 
     assert outcome == Declined(DECLINE_REASONS[issue], issue, "O1")
 
 
 def test_every_decline_of_the_table_is_tested_and_a_refund_has_its_own_reason() -> None:
     assert set(DECLINED) | {"CONSENT_NEEDED"} == set(DECLINE_REASONS)
-    assert verdict_of(refused("TRANSACTION_REFUSED"), REFUND) == Declined(
+    assert translate_refusal(refused("TRANSACTION_REFUSED"), REFUND) == Declined(
         DeclineReason.REFUND_FAILED, "TRANSACTION_REFUSED"
     )
 
@@ -459,8 +457,8 @@ def test_every_decline_of_the_table_is_tested_and_a_refund_has_its_own_reason() 
     "issue", ["PAYER_ACTION_REQUIRED", "ORDER_NOT_APPROVED", "REDIRECT_PAYER_FOR_ALTERNATE_FUNDING"]
 )
 def test_a_payer_who_must_act_again_is_found_at_the_order(issue: str) -> None:
-    assert verdict_of(refused(issue), CHARGE._replace(reference="O1")) == Look(Pending("O1"))
-    assert verdict_of(refused(issue), CHARGE) == Declined(DeclineReason.AUTHENTICATION_REQUIRED, issue)
+    assert translate_refusal(refused(issue), CHARGE._replace(reference="O1")) == Look(Pending("O1"))
+    assert translate_refusal(refused(issue), CHARGE) == Declined(DeclineReason.AUTHENTICATION_REQUIRED, issue)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +474,7 @@ def test_a_payer_who_must_act_again_is_found_at_the_order(issue: str) -> None:
 )
 @pytest.mark.parametrize("doubt", [{}, IN_DOUBT])
 def test_what_was_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dict[str, Any]) -> None:
-    assert isinstance(verdict_of(error, REFUND._replace(**doubt)), GatewayUnreachable)
+    assert isinstance(translate_refusal(error, REFUND._replace(**doubt)), GatewayUnreachable)
 
 
 @pytest.mark.parametrize(
@@ -488,14 +486,14 @@ def test_what_was_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dic
     ],
 )
 def test_a_request_that_is_being_executed_is_the_opposite_of_proof(error: PayPalRefused) -> None:
-    assert isinstance(verdict_of(error, CAPTURE), OutcomeUnknown)
+    assert isinstance(translate_refusal(error, CAPTURE), OutcomeUnknown)
 
 
 def test_an_expired_order_has_expired_and_an_expired_consent_is_a_decline() -> None:
     known = CHARGE._replace(reference="O1")
 
-    assert verdict_of(refused("ORDER_EXPIRED"), known) == Expired("O1", "ORDER_EXPIRED")
-    assert isinstance(verdict_of(refused("CONSENT_NEEDED", 403, "NOT_AUTHORIZED"), CHARGE), Declined)
+    assert translate_refusal(refused("ORDER_EXPIRED"), known) == Expired("O1", "ORDER_EXPIRED")
+    assert isinstance(translate_refusal(refused("CONSENT_NEEDED", 403, "NOT_AUTHORIZED"), CHARGE), Declined)
 
 
 def test_an_error_says_nothing_that_paypal_or_the_sender_wrote() -> None:

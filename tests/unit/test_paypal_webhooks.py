@@ -33,7 +33,8 @@ from domain.notices import (
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
 from infra.gateways import paypal_webhooks
-from infra.gateways.paypal import SANDBOX, Json, PayPalConfig
+from infra.gateways.paypal import PayPalConfig
+from infra.gateways.paypal_http import SANDBOX, Json
 from infra.gateways.paypal_webhooks import (
     CERTIFICATE_BYTES_MAX,
     WAITING_MAX,

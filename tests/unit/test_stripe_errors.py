@@ -13,7 +13,7 @@ from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, OperationState
-from infra.gateways.stripe import TRANSLATIONS, Look, verdict_of
+from infra.gateways.stripe_errors import TRANSLATIONS, Look, translate_error
 
 SECRET = "sk_live_51secret"
 REQUEST = GatewayRequest(
@@ -67,14 +67,14 @@ def test_no_exception_alone_is_a_success_or_a_failure(exported: type[Exception])
         **{name: SECRET if name == "message" else None for name in names if name not in ("args", "kwargs")}
     )
 
-    verdict = verdict_of(error, IN_DOUBT)
+    verdict = translate_error(error, IN_DOUBT)
 
     assert isinstance(verdict, GatewayError | Look)
     assert SECRET not in str(verdict)
 
 
 def test_an_exception_that_the_table_does_not_know_is_a_broken_contract() -> None:
-    assert isinstance(verdict_of(type("New", (stripe.StripeError,), {})("x"), REQUEST), GatewayContractBroken)
+    assert isinstance(translate_error(type("New", (stripe.StripeError,), {})("x"), REQUEST), GatewayContractBroken)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_errors_without_an_outcome(
 ) -> None:
     error = None if error is None else {"message": SECRET, **error}
 
-    verdict = verdict_of(raised(status, error), request_)
+    verdict = translate_error(raised(status, error), request_)
 
     assert type(verdict) is expected
     assert SECRET not in str(verdict)
@@ -122,15 +122,15 @@ def test_errors_without_an_outcome(
 def test_only_a_connection_that_was_never_made_proves_that_nothing_was_sent(
     cause: Exception, expected: type[GatewayError]
 ) -> None:
-    assert type(verdict_of(not_sent(cause), REQUEST)) is expected
+    assert type(translate_error(not_sent(cause), REQUEST)) is expected
 
 
 def test_a_refused_parameter_is_proof_only_when_no_attempt_is_unaccounted_for() -> None:
     error = raised(400, {"type": "invalid_request_error", "code": "parameter_invalid", "message": "No such thing"})
 
-    assert verdict_of(error, REQUEST) == NotExecuted("No such thing", "parameter_invalid")
-    assert isinstance(verdict_of(error, REQUEST._replace(attempts=3)), NotExecuted)
-    doubted = verdict_of(error, IN_DOUBT)
+    assert translate_error(error, REQUEST) == NotExecuted("No such thing", "parameter_invalid")
+    assert isinstance(translate_error(error, REQUEST._replace(attempts=3)), NotExecuted)
+    doubted = translate_error(error, IN_DOUBT)
     assert isinstance(doubted, Look)
     assert isinstance(doubted.otherwise, OutcomeUnknown)
 
@@ -138,30 +138,30 @@ def test_a_refused_parameter_is_proof_only_when_no_attempt_is_unaccounted_for() 
 def test_a_replayed_refusal_is_the_answer_to_the_lost_attempt() -> None:
     error = raised(400, {"type": "invalid_request_error", "message": "No"}, is_replayed=True)
 
-    assert isinstance(verdict_of(error, IN_DOUBT), NotExecuted)
+    assert isinstance(translate_error(error, IN_DOUBT), NotExecuted)
 
 
 def test_a_state_conflict_is_looked_into_even_at_the_first_attempt() -> None:
     error = raised(400, {"type": "invalid_request_error", "code": "payment_intent_unexpected_state", "message": "No"})
 
-    assert isinstance(verdict_of(error, REQUEST), Look)
+    assert isinstance(translate_error(error, REQUEST), Look)
 
 
 def test_a_key_used_with_other_parameters_is_looked_into() -> None:
-    verdict = verdict_of(raised(400, {"type": "idempotency_error"}), REQUEST)
+    verdict = translate_error(raised(400, {"type": "idempotency_error"}), REQUEST)
 
     assert isinstance(verdict, Look)
     assert isinstance(verdict.otherwise, GatewayContractBroken)
 
 
 def test_a_replayed_server_error_is_looked_into() -> None:
-    assert isinstance(verdict_of(raised(500, {"type": "api_error"}, is_replayed=True), IN_DOUBT), Look)
+    assert isinstance(translate_error(raised(500, {"type": "api_error"}, is_replayed=True), IN_DOUBT), Look)
 
 
 def test_a_text_of_stripe_reaches_the_sender_without_keys() -> None:
     error = raised(400, {"type": "invalid_request_error", "message": f"Invalid key {SECRET}"})
 
-    verdict = verdict_of(error, REQUEST)
+    verdict = translate_error(error, REQUEST)
 
     assert isinstance(verdict, NotExecuted)
     assert SECRET not in verdict.message
@@ -183,7 +183,7 @@ def test_a_card_error_is_a_refusal_with_the_issuers_word(
 ) -> None:
     details = {"type": "card_error", "code": code, "payment_intent": {"id": "pi_1", "object": "payment_intent"}}
 
-    verdict = verdict_of(raised(402, details | ({"decline_code": decline_code} if decline_code else {})), IN_DOUBT)
+    verdict = translate_error(raised(402, details | ({"decline_code": decline_code} if decline_code else {})), IN_DOUBT)
 
     assert verdict == Declined(reason, word, "pi_1")
 
@@ -191,6 +191,6 @@ def test_a_card_error_is_a_refusal_with_the_issuers_word(
 def test_a_card_error_on_a_refund_is_a_failed_refund() -> None:
     error = raised(402, {"type": "card_error", "code": "card_declined"})
 
-    verdict = verdict_of(error, REQUEST._replace(kind=OperationKind.REFUND))
+    verdict = translate_error(error, REQUEST._replace(kind=OperationKind.REFUND))
 
     assert verdict == Declined(DeclineReason.REFUND_FAILED, "card_declined")

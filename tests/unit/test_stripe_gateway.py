@@ -24,7 +24,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
-from infra.gateways.stripe import (
+from infra.gateways.stripe_objects import (
     ACTION_WINDOW,
     AmountNotRepresentable,
     from_stripe_amount,

@@ -15,7 +15,7 @@ from app.wiring import create_webhook_readers
 from domain.commands import OperationKind
 from domain.notices import DisputeStage, External, Notice, Verdict, WebhookRefused, WebhookRequest
 from domain.operations import Declined, DeclineReason, Expired, OperationState, Pending, RequiresAction, Succeeded
-from infra.gateways.stripe import ACTION_WINDOW, read_opening
+from infra.gateways.stripe_objects import ACTION_WINDOW, read_opening
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from tests.contract.gateway_requests import a_request
 from tests.support.service import new_payment_id

@@ -35,7 +35,8 @@ from domain.operations import (
 from domain.ports import Clock
 from domain.rules import RetryPolicy
 from infra.gateways import vnpay
-from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
+from infra.gateways.vnpay import VNPayConfig, VNPayGateway
+from infra.gateways.vnpay_webhooks import VNPayWebhooks
 from tests.contract.gateway_requests import a_request
 from tests.support.service import rules
 from tests.support.story import Story

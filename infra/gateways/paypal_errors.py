@@ -1,0 +1,119 @@
+"""What PayPal's refusals say about an operation: the error table.
+
+Promise: a refusal is proof that nothing was executed only where no earlier attempt of the operation is unaccounted for;
+otherwise it says where to look. What the table does not know is no success, and no decline by the payer's side.
+
+Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from domain.commands import OperationKind
+from domain.errors import GatewayError, GatewayUnreachable, OutcomeUnknown
+from domain.operations import (
+    Declined,
+    DeclineReason,
+    Expired,
+    GatewayRequest,
+    NotExecuted,
+    OperationState,
+    Outcome,
+    Pending,
+)
+from infra.gateways.paypal_http import NAME, REFUSED_AT_THE_DOOR, PayPalRefused
+
+_DECLINES: Final[Mapping[DeclineReason, str]] = {
+    DeclineReason.REFUSED_BY_ISSUER: (
+        "INSTRUMENT_DECLINED TRANSACTION_REFUSED AUTHORIZATION_DENIED PAYMENT_SOURCE_DECLINED_BY_PROCESSOR"
+        " DECLINED_DUE_TO_RELATED_TXN"
+    ),
+    DeclineReason.CARD_EXPIRED: "CARD_EXPIRED REFERENCED_CARD_EXPIRED",
+    DeclineReason.INVALID_CARD_DATA: "PAYMENT_SOURCE_INFO_CANNOT_BE_VERIFIED TOKEN_EXPIRED TOKEN_ID_NOT_FOUND",
+    DeclineReason.AUTHENTICATION_REQUIRED: "CONSENT_NEEDED",
+    DeclineReason.SUSPECTED_FRAUD: "COMPLIANCE_VIOLATION",
+    DeclineReason.LIMIT_EXCEEDED: (
+        "TRANSACTION_LIMIT_EXCEEDED TRANSACTION_RECEIVING_LIMIT_EXCEEDED MAX_NUMBER_OF_PAYMENT_ATTEMPTS_EXCEEDED"
+    ),
+    DeclineReason.METHOD_NOT_SUPPORTED: (
+        "PAYMENT_SOURCE_CANNOT_BE_USED CARD_BRAND_NOT_SUPPORTED DOMESTIC_TRANSACTION_REQUIRED"
+    ),
+    DeclineReason.CANCELED: "AGREEMENT_ALREADY_CANCELLED BILLING_AGREEMENT_NOT_FOUND",
+    DeclineReason.OTHER: (
+        "PAYER_CANNOT_PAY TRANSACTION_BLOCKED_BY_PAYEE PAYEE_BLOCKED_TRANSACTION PAYER_ACCOUNT_LOCKED_OR_CLOSED"
+        " PAYER_ACCOUNT_RESTRICTED"
+    ),
+}
+DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
+    issue: reason for reason, issues in _DECLINES.items() for issue in issues.split()
+}
+
+NEEDS_PAYER: Final = frozenset({"PAYER_ACTION_REQUIRED", "ORDER_NOT_APPROVED", "REDIRECT_PAYER_FOR_ALTERNATE_FUNDING"})
+"""The payer has to consent again, to the same order."""
+
+STATE_CONFLICTS: Final = frozenset(
+    {
+        "ORDER_ALREADY_CAPTURED",
+        "ORDER_ALREADY_AUTHORIZED",
+        "AUTHORIZATION_ALREADY_CAPTURED",
+        "PREVIOUSLY_CAPTURED",
+        "PREVIOUSLY_VOIDED",
+        "AUTHORIZATION_VOIDED",
+        "CAPTURE_FULLY_REFUNDED",
+        "ORDER_COMPLETED_OR_VOIDED",
+        "DUPLICATE_INVOICE_ID",
+    }
+)
+"""The object is not in the state that the call needs: perhaps because this very operation was executed before."""
+
+IN_PROGRESS: Final = frozenset({"PREVIOUS_REQUEST_IN_PROGRESS", "ORDER_COMPLETION_IN_PROGRESS"})
+"""The same request is being executed right now: the opposite of proof."""
+
+LATER: Final = frozenset({"PENDING_CAPTURE", "REFUND_FAILED_INSUFFICIENT_FUNDS"})
+"""Not executed, and may be tried again: once the capture is through, once our account has funds."""
+
+ENDED: Final = frozenset({"AUTHORIZATION_EXPIRED", "ORDER_EXPIRED", "REFUND_TIME_LIMIT_EXCEEDED"})
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The refusal alone does not tell: look for evidence, and without any take `otherwise`."""
+
+    otherwise: Outcome | GatewayError
+
+
+def translate_refusal(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+    """What a refusal of a POST says about `request`.
+
+    A refusal is proof of non-execution only on an operation of which no attempt is unaccounted for; otherwise the lost
+    attempt may have caused the very state that is complained about. Declines and expiries are PayPal's word on the
+    payment itself, so they are believed at any attempt: a repeated request id returns an earlier success instead.
+    """
+    if refused.names(IN_PROGRESS) or refused.status == 409:
+        return OutcomeUnknown(NAME, f"being executed by another attempt: {refused}")
+    if refused.names(NEEDS_PAYER):
+        return _needs_payer(refused, request)
+    if issue := refused.names(DECLINE_REASONS):
+        is_refund = request.kind is OperationKind.REFUND
+        reason = DeclineReason.REFUND_FAILED if is_refund else DECLINE_REASONS[issue]
+        return Declined(reason, issue, request.reference)
+    if refused.status in REFUSED_AT_THE_DOOR or refused.names(LATER):
+        return GatewayUnreachable(NAME, str(refused))
+    if refused.names(frozenset({"ORDER_EXPIRED"})) and request.reference is not None:
+        return Expired(request.reference, "ORDER_EXPIRED")
+    return _not_accepted(refused, request)
+
+
+def _needs_payer(refused: PayPalRefused, request: GatewayRequest) -> Outcome | Look:
+    """The order tells where the payer has to go; without an order there is nowhere to send anybody."""
+    if request.reference is None:
+        return Declined(DeclineReason.AUTHENTICATION_REQUIRED, refused.code)
+    return Look(Pending(request.reference))
+
+
+def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+    if request.state is not OperationState.DISPATCHED:
+        return Look(OutcomeUnknown(NAME, f"refused on a repeated attempt: {refused}"))
+    proof = NotExecuted(f"refused by PayPal: {refused.code}", refused.code)
+    return Look(proof) if refused.names(STATE_CONFLICTS | ENDED) else proof
