@@ -35,7 +35,8 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Clock, Movement
-from infra.gateways.paypal_errors import Look, translate_refusal
+from infra.gateways.evidence import conclude
+from infra.gateways.paypal_errors import translate_refusal
 from infra.gateways.paypal_http import NAME, WHOLE, Json, PayPalHttp, PayPalRefused, quoted
 from infra.gateways.paypal_http import PayPalConfig as PayPalConfig  # noqa: PLC0414 - how mypy re-exports
 from infra.gateways.paypal_objects import (
@@ -386,26 +387,8 @@ class PayPalGateway:
         return _understood(read, answer, request)
 
     async def _conclude(self, refused: PayPalRefused, request: GatewayRequest) -> Outcome:
-        verdict = translate_refusal(refused, request)
-        if isinstance(verdict, Look):
-            return await self._look(request, verdict.otherwise, refused)
-        if isinstance(verdict, GatewayError):
-            raise verdict from refused
-        return verdict
-
-    async def _look(
-        self, request: GatewayRequest, otherwise: Outcome | GatewayError, refused: PayPalRefused
-    ) -> Outcome:
-        """Evidence of this operation at PayPal, else `otherwise`. Not being able to look is no proof of anything."""
-        try:
-            found = await self.status(request)
-        except GatewayError as failure:
-            raise OutcomeUnknown(NAME, f"{refused}; no evidence: {failure.message}") from failure
-        if not isinstance(found, Unknown):
-            return found
-        if isinstance(otherwise, GatewayError):
-            raise otherwise from refused
-        return otherwise
+        translation = translate_refusal(refused, request)
+        return await conclude(translation, request, status=self.status, refused=refused, facts=str(refused))
 
 
 def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:

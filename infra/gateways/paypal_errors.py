@@ -7,11 +7,10 @@ Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.pay
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from domain.commands import OperationKind
-from domain.errors import GatewayError, GatewayUnreachable, OutcomeUnknown
+from domain.errors import GatewayUnreachable, OutcomeUnknown
 from domain.operations import (
     Declined,
     DeclineReason,
@@ -22,6 +21,7 @@ from domain.operations import (
     Outcome,
     Pending,
 )
+from infra.gateways.evidence import Look, Translation
 from infra.gateways.paypal_http import NAME, REFUSED_AT_THE_DOOR, PayPalRefused
 
 _DECLINES: Final[Mapping[DeclineReason, str]] = {
@@ -76,14 +76,7 @@ LATER: Final = frozenset({"PENDING_CAPTURE", "REFUND_FAILED_INSUFFICIENT_FUNDS"}
 ENDED: Final = frozenset({"AUTHORIZATION_EXPIRED", "ORDER_EXPIRED", "REFUND_TIME_LIMIT_EXCEEDED"})
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The refusal alone does not tell: look for evidence, and without any take `otherwise`."""
-
-    otherwise: Outcome | GatewayError
-
-
-def translate_refusal(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+def translate_refusal(refused: PayPalRefused, request: GatewayRequest) -> Translation:
     """What a refusal of a POST says about `request`.
 
     A refusal is proof of non-execution only on an operation of which no attempt is unaccounted for; otherwise the lost
@@ -112,7 +105,7 @@ def _needs_payer(refused: PayPalRefused, request: GatewayRequest) -> Outcome | L
     return Look(Pending(request.reference))
 
 
-def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Outcome | GatewayError | Look:
+def _not_accepted(refused: PayPalRefused, request: GatewayRequest) -> Translation:
     if request.state is not OperationState.DISPATCHED:
         return Look(OutcomeUnknown(NAME, f"refused on a repeated attempt: {refused}"))
     proof = NotExecuted(f"refused by PayPal: {refused.code}", refused.code)

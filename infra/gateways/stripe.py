@@ -33,7 +33,6 @@ from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import (
-    Declined,
     GatewayRequest,
     NotExecuted,
     Outcome,
@@ -42,7 +41,8 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Clock, Connections, Statement
-from infra.gateways.stripe_errors import Look, Translation, facts_of, translate_error
+from infra.gateways.evidence import conclude
+from infra.gateways.stripe_errors import facts_of, translate_error
 from infra.gateways.stripe_objects import (
     ACTION_WINDOW,
     CURRENCIES,
@@ -364,33 +364,9 @@ class StripeGateway:
         try:
             answer = await self._in_time(call({"idempotency_key": request.provider_key}))
         except stripe.StripeError as error:
-            return await self._conclude(translate_error(error, request), request, error)
+            translation, facts = translate_error(error, request), facts_of(error)
+            return await conclude(translation, request, status=self.status, refused=error, facts=facts)
         return _understood(read, answer, request)
-
-    async def _conclude(self, verdict: Translation, request: GatewayRequest, error: stripe.StripeError) -> Outcome:
-        match verdict:
-            case Declined() | NotExecuted():
-                return verdict
-            case Look(otherwise):
-                return await self._look(request, otherwise, error)
-            case GatewayError():
-                raise verdict from error
-            case _:
-                assert_never(verdict)
-
-    async def _look(
-        self, request: GatewayRequest, otherwise: NotExecuted | OutcomeUnknown, error: stripe.StripeError
-    ) -> Outcome:
-        """Evidence of this operation at Stripe, else `otherwise`. Not being able to look is no proof of anything."""
-        try:
-            found = await self.status(request)
-        except GatewayError as failure:
-            raise OutcomeUnknown(NAME, f"{facts_of(error)}; no evidence: {failure.message}") from error
-        if not isinstance(found, Unknown):
-            return found
-        if isinstance(otherwise, NotExecuted):
-            return otherwise
-        raise otherwise from error
 
     # --- questions --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ Sources: https://docs.stripe.com/error-low-level, https://docs.stripe.com/error-
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
@@ -19,18 +18,9 @@ import stripe
 from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, OperationState
+from infra.gateways.evidence import Look, Translation
 from infra.gateways.stripe_objects import NAME, declined
 from infra.gateways.transport import NOTHING_WAS_SENT
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The error alone does not tell: look for evidence, and without any take `otherwise`."""
-
-    otherwise: NotExecuted | OutcomeUnknown
-
-
-Translation = Declined | NotExecuted | GatewayUnreachable | OutcomeUnknown | Look
 
 STATE_CONFLICTS: Final = frozenset(
     {

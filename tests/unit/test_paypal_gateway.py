@@ -27,8 +27,9 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Movement
+from infra.gateways.evidence import Look
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
-from infra.gateways.paypal_errors import DECLINE_REASONS, Look, translate_refusal
+from infra.gateways.paypal_errors import DECLINE_REASONS, translate_refusal
 from infra.gateways.paypal_http import CURRENCIES, IN_COUNTRY_CURRENCIES, LIVE, Json, PayPalHttp, PayPalRefused
 from infra.gateways.paypal_objects import (
     APPROVAL_WINDOW,

@@ -13,7 +13,8 @@ from domain.commands import OperationKind
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, OperationState
-from infra.gateways.stripe_errors import TRANSLATIONS, Look, translate_error
+from infra.gateways.evidence import Look
+from infra.gateways.stripe_errors import TRANSLATIONS, translate_error
 
 SECRET = "sk_live_51secret"
 REQUEST = GatewayRequest(
