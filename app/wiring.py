@@ -1,5 +1,5 @@
-"""The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`,
-and its name in `app.settings.GATEWAYS_KNOWN`.
+"""The composition root: which class stands behind each Protocol. A new gateway is one registration in `GATEWAYS`, and
+its name in `app.settings.GATEWAYS_KNOWN`.
 """
 
 import time
@@ -31,45 +31,47 @@ from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
 from infra.redis.recent_keys import ValkeyRecentKeys
 
-GATEWAYS: dict[str, Callable[[Settings, Clock], Gateway]] = {
-    "stripe": lambda settings, clock: StripeGateway(
-        StripeConfig(
-            api_key=settings.stripe_api_key,
-            api_base=settings.stripe_api_base,
-            timeout_seconds=settings.stripe_timeout_seconds,
-            max_connections=settings.concurrency_of("stripe"),
-            return_url=settings.stripe_return_url,
-            multi_capture=settings.stripe_multi_capture,
-            action_window=settings.stripe_action_window,
-        ),
-        clock=clock,
+
+class Registration(NamedTuple):
+    """One gateway: how it is made of the settings, and which of them it cannot do without."""
+
+    create: Callable[[Settings, Clock], Gateway]
+    """The clock is the one that tells when calls were made."""
+    webhooks: Callable[[Settings], WebhookReader] | None = None
+    """How its webhooks are read; None of one that sends none."""
+    credentials: Sequence[str] = ()
+    """What incoming messages are verified by. (Stripe's and PayPal's by others, and all refused without.)"""
+    addresses: Sequence[str] = ()
+    """Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
+
+
+GATEWAYS: Final[Mapping[str, Registration]] = {
+    "stripe": Registration(
+        lambda settings, clock: StripeGateway(stripe_config(settings), clock=clock),
+        webhooks=lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
+        addresses=("stripe_return_url",),
     ),
-    "paypal": lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
-    "vnpay": lambda settings, clock: VNPayGateway(vnpay_config(settings), clock),
-    "momo": lambda settings, clock: MoMoGateway(momo_config(settings)),
-    "instant": lambda settings, clock: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
+    "paypal": Registration(
+        lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
+        webhooks=lambda settings: PayPalWebhooks(paypal_config(settings)),
+        addresses=("paypal_return_url", "paypal_cancel_url"),
+    ),
+    "vnpay": Registration(
+        lambda settings, clock: VNPayGateway(vnpay_config(settings), clock),
+        webhooks=lambda settings: VNPayWebhooks(vnpay_config(settings)),
+        credentials=("vnpay_tmn_code", "vnpay_hash_secret"),
+        addresses=("vnpay_return_url",),
+    ),
+    "momo": Registration(
+        lambda settings, clock: MoMoGateway(momo_config(settings)),
+        webhooks=lambda settings: MoMoWebhooks(momo_config(settings)),
+        credentials=("momo_partner_code", "momo_access_key", "momo_secret_key"),
+        addresses=("momo_redirect_url", "momo_ipn_url"),
+    ),
+    "instant": Registration(
+        lambda settings, clock: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000)
+    ),
 }
-
-WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
-    "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
-    "paypal": lambda settings: PayPalWebhooks(paypal_config(settings)),
-    "vnpay": lambda settings: VNPayWebhooks(vnpay_config(settings)),
-    "momo": lambda settings: MoMoWebhooks(momo_config(settings)),
-}
-
-CREDENTIALS: Final[Mapping[str, Sequence[str]]] = {
-    "vnpay": ("vnpay_tmn_code", "vnpay_hash_secret"),
-    "momo": ("momo_partner_code", "momo_access_key", "momo_secret_key"),
-}
-"""What incoming messages are verified by. (Stripe's and PayPal's are verified by others, and all refused without.)"""
-
-ADDRESSES: Final[Mapping[str, Sequence[str]]] = {
-    "stripe": ("stripe_return_url",),
-    "paypal": ("paypal_return_url", "paypal_cancel_url"),
-    "vnpay": ("vnpay_return_url",),
-    "momo": ("momo_redirect_url", "momo_ipn_url"),
-}
-"""Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
 
 new_id = uuid7
 
@@ -77,6 +79,18 @@ new_id = uuid7
 def now() -> datetime:
     """This machine's clock, timezone-aware UTC; times of payments are told by the store's."""
     return datetime.now(UTC)
+
+
+def stripe_config(settings: Settings) -> StripeConfig:
+    return StripeConfig(
+        api_key=settings.stripe_api_key,
+        api_base=settings.stripe_api_base,
+        timeout_seconds=settings.stripe_timeout_seconds,
+        max_connections=settings.concurrency_of("stripe"),
+        return_url=settings.stripe_return_url,
+        multi_capture=settings.stripe_multi_capture,
+        action_window=settings.stripe_action_window,
+    )
 
 
 def paypal_config(settings: Settings) -> PayPalConfig:
@@ -123,7 +137,7 @@ def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway
         ValueError: as `check_gateways`.
     """
     check_gateways(settings)
-    return {name: GATEWAYS[name](settings, clock) for name in settings.gateways}
+    return {name: GATEWAYS[name].create(settings, clock) for name in settings.gateways}
 
 
 def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:
@@ -188,7 +202,8 @@ def check_gateways(settings: Settings) -> None:
         ValueError: one does not exist, or its credentials or our own addresses are not set.
     """
     check_names(settings)
-    names = [name for needs in (CREDENTIALS, ADDRESSES) for each in settings.gateways for name in needs.get(each, ())]
+    used = [GATEWAYS[name] for name in settings.gateways]
+    names = [name for each in used for name in each.credentials] + [name for each in used for name in each.addresses]
     unset = [f"PAYMENTS_{name.upper()}" for name in names if not _is_set(_plain(getattr(settings, name)))]
     if unset:
         raise ValueError(f"PAYMENTS_GATEWAYS is {settings.gateways}, so these must be set: {', '.join(unset)}")
@@ -209,10 +224,10 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
         ValueError: as `check_gateways`. (Under an empty secret anybody could sign.)
     """
     check_gateways(settings)
-    names = set(settings.gateways) & WEBHOOKS.keys()
+    names = set(settings.gateways)
     if not settings.paypal_webhook_id:
         names -= {"paypal"}
-    return {name: WEBHOOKS[name](settings) for name in sorted(names)}
+    return {name: create(settings) for name in sorted(names) if (create := GATEWAYS[name].webhooks) is not None}
 
 
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:

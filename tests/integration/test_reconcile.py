@@ -846,7 +846,7 @@ def _given(gateway: Gateway, settings: Settings, clock: Clock) -> Gateway:
 def installed(monkeypatch: pytest.MonkeyPatch, *gateways: BookkeepingGateway) -> None:
     """Have the commands find these, under their names."""
     for each in gateways:
-        monkeypatch.setitem(wiring.GATEWAYS, each.name, partial(_given, each))
+        monkeypatch.setitem(wiring.GATEWAYS, each.name, wiring.Registration(partial(_given, each)))
 
 
 async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
