@@ -8,9 +8,9 @@ saves the answers through the write path.
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Set
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import starmap
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -29,14 +29,15 @@ from handlers.messages.events import write_time
 from handlers.reconcile import UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds, in_vain
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
-from infra.postgres.clock import PostgresClock
-from infra.postgres.store import PostgresStore, close_pool, create_pool
+from infra.postgres.store import PostgresStore
 
 ASKED_MAX: Final = 1_000
 """Operations of one dry run: the soonest due; workers ask about all of them anyway."""
 PAST_ITS_END: Final = "hold_past_its_end"
 """What a hold is found in, where an operation is found in its state."""
 AT_ONCE: Final = 8
+CONNECTIONS: Final = 2
+"""To Postgres."""
 DRAIN_SECONDS: Final = 25.0
 """Told to end, how long calls under way may take, as in a worker."""
 
@@ -127,7 +128,7 @@ def _summary(answered: Collection[bool], *, dry_run: bool) -> str:
 
 async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
     """What is said of open operations and of holds past their end."""
-    async with connected(settings) as (store, gateways):
+    async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
         asker = Asker(gateways, wiring.create_paces(settings, gateways))
@@ -150,7 +151,7 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
     stop = stop_on_signals(
         f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
     )
-    async with connected(settings) as (store, gateways):
+    async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
@@ -256,21 +257,9 @@ async def working(
             await asyncio.sleep(0.05)
 
     dispatcher.on_answer, settler.on_refused = on_answer, on_refused
-    sweep = Sweep(
-        store=store,
-        submit=resubmit,
-        room=lambda: CLAIMED_MAX,
-        rooms=lambda: dispatcher.rooms,
-        lease=rules.retry.lease,
-        interval_seconds=1,
-    )
-    reconciler = Reconciler(
-        store=store,
-        asker=Asker(gateways, paces),
-        write_path=write_path,
-        interval=timedelta(seconds=settings.reconcile_interval_seconds),
-        cut_off=rules.retry.cut_off,
-        on_answer=lambda answer: note(_hold(answer)),
+    sweep = wiring.create_sweep(settings, store, dispatcher, submit=resubmit, room=lambda: CLAIMED_MAX)
+    reconciler = wiring.create_reconciler(
+        settings, store, write_path, Asker(gateways, paces), on_answer=lambda answer: note(_hold(answer))
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
@@ -285,21 +274,6 @@ async def working(
             await settler.drain(DRAIN_SECONDS)
         finally:
             await redis.aclose()
-
-
-@asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, dict[str, Gateway]]]:
-    """The store and the gateways of this installation, closed at the end of the block."""
-    async with AsyncExitStack() as stack:
-        clock = PostgresClock()
-        gateways = wiring.create_gateways(settings, clock)
-        for gateway in gateways.values():
-            stack.push_async_callback(gateway.close)
-        pool = await create_pool(settings.postgres_url, size=2)
-        stack.push_async_callback(close_pool, pool)
-        store = PostgresStore(pool, clock)
-        await store.look_at_clock()
-        yield store, gateways
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

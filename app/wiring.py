@@ -3,10 +3,12 @@ its name in `app.settings.GATEWAYS_KNOWN`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
+import asyncpg
 from pydantic import SecretStr
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
@@ -14,13 +16,16 @@ from uuid_utils.compat import uuid7
 from app.settings import NOWHERE, Settings
 from domain.capabilities import AmountLimits
 from domain.notices import WebhookReader
+from domain.operations import GatewayRequest
 from domain.ports import Clock, Gateway, PaymentStore
 from domain.rules import Rules
 from handlers import metrics
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from handlers.pace import Pace
+from handlers.reconcile import Asker, HoldAnswer, Reconciler
 from handlers.settle import Settler
+from handlers.sweep import Sweep
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway, MoMoWebhooks
@@ -29,6 +34,8 @@ from infra.gateways.paypal_webhooks import PayPalWebhooks
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway, VNPayWebhooks
+from infra.postgres.clock import PostgresClock
+from infra.postgres.store import PostgresStore, close_pool, create_pool
 from infra.redis.recent_keys import ValkeyRecentKeys
 
 
@@ -140,6 +147,34 @@ def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway
     return {name: GATEWAYS[name].create(settings, clock) for name in settings.gateways}
 
 
+class Connected(NamedTuple):
+    """The gateways of this installation, and the store, whose clock tells both when calls were made."""
+
+    gateways: dict[str, Gateway]
+    pool: "asyncpg.Pool[asyncpg.Record]"
+    store: PostgresStore
+
+
+@asynccontextmanager
+async def connected(settings: Settings, *, connections: int) -> AsyncIterator[Connected]:
+    """Connected, over at most so many `connections` to Postgres, until the end of the block.
+
+    Raises:
+        ValueError: as `check_gateways`.
+        StoreUnavailable: Postgres cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        clock = PostgresClock()
+        gateways = create_gateways(settings, clock)
+        for gateway in gateways.values():
+            stack.push_async_callback(gateway.close)
+        pool = await create_pool(settings.postgres_url, size=connections)
+        stack.push_async_callback(close_pool, pool)
+        store = PostgresStore(pool, clock)
+        await store.look_at_clock()
+        yield Connected(gateways, pool, store)
+
+
 def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:
     """The one write path over this store."""
     recent = ValkeyRecentKeys(redis, on_unavailable=metrics.HINT_UNAVAILABLE.inc)
@@ -174,7 +209,7 @@ def create_calling(
     gateways: Mapping[str, Gateway],
     limits: Mapping[str, int],
     *,
-    paces: Mapping[str, Pace] | None = None,
+    paces: Mapping[str, Pace],
 ) -> Calling:
     """Calls to `gateways`, at most `limits` at a time each, whose answers go through the write path."""
     leases = Leases(store=store, lease=rules.retry.lease)
@@ -182,6 +217,44 @@ def create_calling(
     settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
     dispatcher.on_answer = settler.add
     return Calling(dispatcher, settler, leases)
+
+
+def create_sweep(
+    settings: Settings,
+    store: PaymentStore,
+    dispatcher: Dispatcher,
+    *,
+    submit: Callable[[list[GatewayRequest]], None],
+    room: Callable[[], int],
+) -> Sweep:
+    """What takes over operations that are due, as many as the dispatcher has room for at each gateway."""
+    return Sweep(
+        store=store,
+        submit=submit,
+        room=room,
+        rooms=lambda: dispatcher.rooms,
+        lease=settings.retry.lease,
+        interval_seconds=settings.sweep_interval_seconds,
+    )
+
+
+def create_reconciler(
+    settings: Settings,
+    store: PaymentStore,
+    write_path: WritePath,
+    asker: Asker,
+    *,
+    on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
+) -> Reconciler:
+    """What asks about holds past their end."""
+    return Reconciler(
+        store=store,
+        asker=asker,
+        write_path=write_path,
+        interval=timedelta(seconds=settings.reconcile_interval_seconds),
+        cut_off=settings.retry.cut_off,
+        on_answer=on_answer,
+    )
 
 
 def check_names(settings: Settings) -> None:
