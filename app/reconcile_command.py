@@ -148,9 +148,7 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
 
 async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
     """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
-    stop = stop_on_signals(
-        f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
-    )
+    stop = stop_on_signals(first=_tell_that_it_ends)
     async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
@@ -162,6 +160,11 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
         [each for each in found if payment_id in (None, each.payment_id)],
         _in_words(left, gateways, ended_early=stop.is_set()),
     )
+
+
+def _tell_that_it_ends() -> None:
+    told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
+    new_console(to_stderr=True).print(told, soft_wrap=True)
 
 
 async def _sweep(parts: "Parts", stop: asyncio.Event, payment_id: UUID | None) -> None:

@@ -24,8 +24,9 @@ from app.demo.screen import Screen
 from app.demo.tally import Check, Tally
 from app.reporter import ConsoleReporter
 from app.settings import Settings
+from app.signals import stop_on_signals
 from app.stack_file import AlreadyRunning, StackFile
-from app.up import ALL_GATEWAYS, Installation, stop_on_signals
+from app.up import ALL_GATEWAYS, Installation
 from app.up_command import already_running, show_addresses, told_folder, trouble
 from infra.local import LocalServerError
 
@@ -120,7 +121,7 @@ class Demo:
 
     async def run(self, *, stay: bool) -> int:
         """Everything, in order; whatever happens, all that was started is stopped."""
-        stop = stop_on_signals(self._installation.kill_all)
+        stop = stop_on_signals(then=self._installation.kill_all)
         try:
             code = await _unless(stop, self._perform())
             if stay:
