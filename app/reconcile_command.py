@@ -54,9 +54,18 @@ class Found:
     amount: Money
     since: datetime | None
     """When it was first sent, or when the hold's time was over; None of what was never sent."""
-    answer: str
-    is_answered: bool
-    """Whether the answer is the provider's word."""
+    outcome: Outcome | None
+    why_not: str = ""
+    """Why there is no outcome, where there is none."""
+
+    @property
+    def answer(self) -> str:
+        return self.why_not if self.outcome is None else said(self.outcome)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer is the provider's word."""
+        return not isinstance(self.outcome, Unknown | Unreachable | None)
 
 
 class Report(NamedTuple):
@@ -291,8 +300,8 @@ def _found(request: GatewayRequest, outcome: Outcome | None, why_not: str = "") 
         request.state.value,
         request.amount,
         request.first_dispatched_at,
-        said(outcome) if outcome else why_not,
-        _is_word(outcome),
+        outcome,
+        why_not,
     )
 
 
@@ -307,17 +316,13 @@ def _found_by(answer: HoldAnswer) -> Found:
         operation.state.value,
         Money(operation.amount_minor or 0, payment.currency or ""),
         operation.dispatched_at,
-        said(outcome) if outcome else why_not,
-        _is_word(outcome),
+        outcome,
+        why_not,
     )
 
 
 def _hold(answer: HoldAnswer) -> Found:
     return replace(_found_by(answer), state=PAST_ITS_END, since=answer.payment.authorization_expires_at)
-
-
-def _is_word(outcome: Outcome | None) -> bool:
-    return not isinstance(outcome, Unknown | Unreachable | None)
 
 
 def _age(since: datetime) -> str:
