@@ -65,7 +65,7 @@ def up(data_dir: DataDir = None) -> None:
     PAYMENTS_STRIPE_API_BASE) takes the place of that part. While it runs, stack.json in the data folder says where
     everything is.
     """
-    from app.up_command import up_here
+    from app.up_report import up_here
 
     read_settings()
     raise typer.Exit(up_here(data_dir or default_data_dir()))
@@ -163,7 +163,7 @@ app.command()(reconcile)
 @app.command()
 def gateways(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """What each gateway can do, and what is refused."""
-    from app.gateways_command import list_gateways
+    from app.gateways import list_gateways
 
     settings = find_settings(data_dir, "PAYMENTS_GATEWAYS", or_defaults=True)
     with readable_errors():
@@ -215,7 +215,7 @@ def sandbox(
     are signed as the simulators' own settings say, so --webhooks-to needs PAYMENTS_STRIPE_WEBHOOK_SECRETS (the first
     signs) and PAYMENTS_PAYPAL_WEBHOOK_ID, the same as the service's."""
     from app.processes import run_sandbox
-    from app.sandbox_command import check_sandbox, introduce
+    from app.sandbox import check_sandbox, introduce
 
     settings = read_settings()
     with readable_errors():

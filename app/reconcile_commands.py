@@ -97,7 +97,7 @@ def _begin(data_dir: Path | None) -> "Settings":
 
 
 def _ask(settings: "Settings", payment_id: UUID | None, *, dry_run: bool, as_json: bool) -> int:
-    from app.reconcile_command import reconcile as reconcile_now
+    from app.reconcile import reconcile as reconcile_now
 
     with readable_errors():
         return reconcile_now(settings, payment_id, dry_run=dry_run, as_json=as_json)
@@ -123,7 +123,7 @@ def _rule(
     yes: bool,
     as_json: bool,
 ) -> int:
-    from app.ruling_command import Finding, rule
+    from app.ruling import Finding, rule
 
     if payment_id is None or operation is None or evidence is None or dry_run:
         fail("--as needs --payment, --operation and --evidence, and has no --dry-run")

@@ -26,7 +26,7 @@ from app.settings import Settings
 from app.signals import stop_on_signals
 from app.stack_file import StackFile
 from app.up import ALL_GATEWAYS, Installation
-from app.up_command import show_addresses, start_errors, told_folder
+from app.up_report import show_addresses, start_errors, told_folder
 
 CRASH_AT: Final = 0.45
 """When the worker is killed: after this share of the messages."""

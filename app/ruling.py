@@ -16,7 +16,7 @@ import typer
 from app import wiring
 from app.client import minor_units
 from app.console import new_console, print_json, safe_text
-from app.reconcile_command import CONNECTIONS, working
+from app.reconcile import CONNECTIONS, working
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling

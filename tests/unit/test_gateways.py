@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.gateways_command import known_capabilities, rows
+from app.gateways import known_capabilities, rows
 from app.settings import Settings
 from app.wiring import GATEWAYS, create_gateways, create_webhook_readers
 from domain.capabilities import Listing
