@@ -8,9 +8,8 @@ Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejec
 
 import gc
 import logging
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,13 +19,15 @@ from app.command_line import (
     default_data_dir,
     fail,
     find_settings,
-    no_nan,
+    read_payment_id,
     read_service_settings,
     read_settings,
     readable_errors,
 )
 from app.dlq_commands import dlq
+from app.reconcile_commands import reconcile
 from app.relay_commands import relay
+from app.send_commands import send
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,12 +41,6 @@ app = typer.Typer(
     epilog="Settings are environment variables (PAYMENTS_…, see app/settings.py). "
     "Exit codes: 0 done, 1 trouble, 2 declined or rejected, 3 no result in time.",
 )
-send = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Send one command and wait for its result.\n\n"
-    "Finds the servers by the environment or, without, those of a running `payments up`.",
-)
 app.add_typer(send, name="send")
 app.add_typer(relay, name="relay")
 app.add_typer(dlq, name="dlq")
@@ -55,32 +50,6 @@ app.add_typer(dlq, name="dlq")
 def _begin() -> None:
     # A command says itself what is amiss, and what to do; a process has the libraries told in its log.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-
-
-PaymentArgument = Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")]
-KnownPayment = Annotated[str, typer.Option("--payment-id", help="The payment's UUID, from its charge or authorize.")]
-NewPayment = Annotated[str | None, typer.Option("--payment-id", help="A UUID of yours.", show_default="a new one")]
-Amount = Annotated[str | None, typer.Option(help="Like 12.50, of --currency.")]
-PartAmount = Annotated[str | None, typer.Option(help="Like 12.50; needs --currency.")]
-AmountMinor = Annotated[int | None, typer.Option(help="In minor units instead: 1250 is USD 12.50.")]
-Currency = Annotated[str, typer.Option(help="ISO 4217.")]
-SameCurrency = Annotated[str | None, typer.Option(help="ISO 4217; checked against the payment's.")]
-PaymentMethod = Annotated[
-    str, typer.Option(help="The provider's token. Try pm_card_visa_chargeDeclined, pm_sandbox_lost_answer.")
-]
-OrderId = Annotated[str | None, typer.Option(help="Your order.", show_default="made from the payment id")]
-OffSession = Annotated[
-    bool, typer.Option("--off-session", help="The payer is away: decline where they would have to act.")
-]
-CustomerId = Annotated[str | None, typer.Option(help="Your customer.")]
-Gateway = Annotated[str | None, typer.Option(help="Which gateway.", show_default="the service's default")]
-IdempotencyKey = Annotated[
-    str | None,
-    typer.Option(help="Names this request: the same again moves nothing.", show_default="a new one"),
-]
-AsMessage = Annotated[bool, typer.Option("--json", help="The result as JSON, the message as it came.")]
-Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the result.")]
-Timeout = Annotated[float, typer.Option(min=0, callback=no_nan, help="How many seconds to wait.")]
 
 
 # --- run it on this machine -------------------------------------------------------------------------------------------
@@ -96,7 +65,7 @@ def up(data_dir: DataDir = None) -> None:
     PAYMENTS_STRIPE_API_BASE) takes the place of that part. While it runs, stack.json in the data folder says where
     everything is.
     """
-    from app.up_command import up_here
+    from app.up_report import up_here
 
     read_settings()
     raise typer.Exit(up_here(data_dir or default_data_dir()))
@@ -132,135 +101,9 @@ def demo(
 # --- use it -----------------------------------------------------------------------------------------------------------
 
 
-@send.command("charge")
-def send_charge(
-    amount: Amount = None,
-    amount_minor: AmountMinor = None,
-    currency: Currency = "USD",
-    payment_method: PaymentMethod = "pm_card_visa",
-    payment_id: NewPayment = None,
-    order_id: OrderId = None,
-    customer_id: CustomerId = None,
-    off_session: OffSession = False,
-    gateway: Gateway = None,
-    idempotency_key: IdempotencyKey = None,
-    wait: Wait = True,
-    timeout: Timeout = 30.0,
-    as_json: AsMessage = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Take money now.
-
-    Example: payments send charge --amount 12.50 --currency USD
-    """
-    fields = {
-        "amount_minor": _required_amount(amount, amount_minor, currency),
-        "currency": currency,
-        "payment_method": payment_method,
-        "order_id": order_id,
-        "customer_id": customer_id,
-        "off_session": off_session or None,
-        "gateway": gateway,
-    }
-    _send("charge", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
-
-
-@send.command("authorize")
-def send_authorize(
-    amount: Amount = None,
-    amount_minor: AmountMinor = None,
-    currency: Currency = "USD",
-    payment_method: PaymentMethod = "pm_card_visa",
-    payment_id: NewPayment = None,
-    order_id: OrderId = None,
-    customer_id: CustomerId = None,
-    off_session: OffSession = False,
-    gateway: Gateway = None,
-    idempotency_key: IdempotencyKey = None,
-    wait: Wait = True,
-    timeout: Timeout = 30.0,
-    as_json: AsMessage = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Reserve money, to be captured or voided later.
-
-    Example: payments send authorize --amount 80 --currency EUR
-    """
-    fields = {
-        "amount_minor": _required_amount(amount, amount_minor, currency),
-        "currency": currency,
-        "payment_method": payment_method,
-        "order_id": order_id,
-        "customer_id": customer_id,
-        "off_session": off_session or None,
-        "gateway": gateway,
-    }
-    _send(
-        "authorize", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir
-    )
-
-
-@send.command("capture")
-def send_capture(
-    payment_id: KnownPayment,
-    amount: PartAmount = None,
-    amount_minor: AmountMinor = None,
-    currency: SameCurrency = None,
-    idempotency_key: IdempotencyKey = None,
-    wait: Wait = True,
-    timeout: Timeout = 30.0,
-    as_json: AsMessage = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Collect what was authorized; without an amount all of it.
-
-    Example: payments send capture --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 --amount 30 --currency EUR
-    """
-    fields = {"amount_minor": _amount(amount, amount_minor, currency), "currency": currency}
-    _send(
-        "capture", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir
-    )
-
-
-@send.command("void")
-def send_void(
-    payment_id: KnownPayment,
-    idempotency_key: IdempotencyKey = None,
-    wait: Wait = True,
-    timeout: Timeout = 30.0,
-    as_json: AsMessage = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Release what was authorized and not captured.
-
-    Example: payments send void --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69
-    """
-    _send("void", payment_id, idempotency_key, {}, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
-
-
-@send.command("refund")
-def send_refund(
-    payment_id: KnownPayment,
-    amount: PartAmount = None,
-    amount_minor: AmountMinor = None,
-    currency: SameCurrency = None,
-    idempotency_key: IdempotencyKey = None,
-    wait: Wait = True,
-    timeout: Timeout = 30.0,
-    as_json: AsMessage = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Return captured money; without an amount all of it.
-
-    Example: payments send refund --payment-id 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 --amount 2.50 --currency USD
-    """
-    fields = {"amount_minor": _amount(amount, amount_minor, currency), "currency": currency}
-    _send("refund", payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
-
-
 @app.command()
 def show(
-    payment_id: PaymentArgument,
+    payment_id: Annotated[str, typer.Argument(metavar="PAYMENT_ID", help="The payment's UUID.")],
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -269,7 +112,7 @@ def show(
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
     with readable_errors():
-        raise typer.Exit(show_payment(settings, _uuid(payment_id), as_json=as_json))
+        raise typer.Exit(show_payment(settings, read_payment_id(payment_id), as_json=as_json))
 
 
 @app.command("list")
@@ -314,83 +157,13 @@ def list_(
         raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
 
 
-@app.command()
-def reconcile(
-    now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
-    payment: Annotated[str | None, typer.Option(help="With --now: only of this payment. With --as: whose.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --now: only ask; change nothing.")] = False,
-    day: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
-    ] = None,
-    gateway: Annotated[str | None, typer.Option(help="With --day: whose.", show_default="the default")] = None,
-    operation: Annotated[int | None, typer.Option(help="With --as: the operation's number.")] = None,
-    verdict: Annotated[
-        str | None, typer.Option("--as", help="succeeded or not-executed: end an operation that needs review.")
-    ] = None,
-    evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is kept, and published.")] = None,
-    reference: Annotated[str | None, typer.Option(help="With --as succeeded: the provider's id of it.")] = None,
-    amount: Annotated[
-        str | None,
-        typer.Option(
-            help="With --as succeeded: what it moved, like 12.50 in the payment's currency, if not what was asked for."
-        ),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="With --as: do not ask.")] = False,
-    as_json: AsJson = False,
-    data_dir: DataDir = None,
-) -> None:
-    """What the providers say of all that is open.
-
-    Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
-    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything. Exits
-    with 1 if anything got no answer or was not asked about.
-
-    --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
-    offer a list: payments gateways.
-
-    --as ends one operation that needs review as a person found out, where the provider will never tell: with --payment,
-    --operation and --evidence. Nothing else can be ended so. It says what will be booked, and asks before it does that.
-
-    Example: payments reconcile --now --dry-run
-    """
-    from app.daily_report import report_day
-    from app.reconcile_command import reconcile as reconcile_now
-    from app.ruling_command import Finding, rule
-    from infra.observability.logs import configure_logs
-
-    if now + (day is not None) + (verdict is not None) != 1:
-        fail(
-            "say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
-            "an operation that needs review"
-        )
-    if verdict is None and (yes or (operation, evidence, reference, amount) != (None, None, None, None)):
-        fail("--operation, --evidence, --reference, --amount and --yes go with --as")
-    if day is None and gateway is not None:
-        fail("--gateway goes with --day")
-    if day is not None and (payment is not None or dry_run):
-        fail("--payment and --dry-run go with --now: --day compares all of a day, and changes nothing")
-    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
-    configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
-    if day is not None:
-        with readable_errors():
-            raise typer.Exit(report_day(settings, day.date(), gateway, as_json=as_json))
-    wanted = None if payment is None else _uuid(payment)
-    if verdict is not None:
-        if wanted is None or operation is None or evidence is None or dry_run:
-            fail("--as needs --payment, --operation and --evidence, and has no --dry-run")
-        if as_json and not yes:
-            fail("--as with --json asks nothing, for a program reads it: say --yes as well")
-        with readable_errors():
-            finding = Finding(wanted, operation, verdict, evidence, reference, amount)
-            raise typer.Exit(rule(settings, finding, yes=yes, as_json=as_json))
-    with readable_errors():
-        raise typer.Exit(reconcile_now(settings, wanted, dry_run=dry_run, as_json=as_json))
+app.command()(reconcile)
 
 
 @app.command()
 def gateways(as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """What each gateway can do, and what is refused."""
-    from app.gateways_command import list_gateways
+    from app.gateways import list_gateways
 
     settings = find_settings(data_dir, "PAYMENTS_GATEWAYS", or_defaults=True)
     with readable_errors():
@@ -442,7 +215,7 @@ def sandbox(
     are signed as the simulators' own settings say, so --webhooks-to needs PAYMENTS_STRIPE_WEBHOOK_SECRETS (the first
     signs) and PAYMENTS_PAYPAL_WEBHOOK_ID, the same as the service's."""
     from app.processes import run_sandbox
-    from app.sandbox_command import check_sandbox, introduce
+    from app.sandbox import check_sandbox, introduce
 
     settings = read_settings()
     with readable_errors():
@@ -511,64 +284,6 @@ def asyncapi() -> None:
 
     with readable_errors():
         typer.echo(build_document(), nl=False)
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
-
-
-def _send(
-    kind: str,
-    payment_id: str | None,
-    idempotency_key: str | None,
-    fields: dict[str, Any],
-    *,
-    wait: bool,
-    timeout: float,
-    as_json: bool,
-    data_dir: Path | None,
-) -> None:
-    import uuid
-
-    from app.client import outgoing
-    from app.send import send_and_report
-    from domain.commands import OperationKind
-
-    settings = find_settings(data_dir, "PAYMENTS_KAFKA_BOOTSTRAP")
-    if idempotency_key == "":  # A variable that is not set, perhaps; every try would be another payment.
-        fail("--idempotency-key is empty: leave it out for a new key")
-    payment = uuid.uuid4() if payment_id is None else _uuid(payment_id)
-    if kind in ("charge", "authorize"):
-        fields["order_id"] = fields["order_id"] or f"order-{str(payment)[:8]}"
-    key = f"{kind}-{uuid.uuid4()}" if idempotency_key is None else idempotency_key
-    command = outgoing(OperationKind(kind), payment, key, fields)
-    with readable_errors():
-        code = send_and_report(settings, kind, command, wait=wait, timeout_seconds=timeout, as_json=as_json)
-    raise typer.Exit(code)
-
-
-def _required_amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int:
-    found = _amount(amount, amount_minor, currency)
-    if found is None:
-        fail("how much? Give --amount 12.50 (with --currency) or --amount-minor 1250")
-    return found
-
-
-def _amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int | None:
-    from app.client import AmountUnusable, read_amount
-
-    try:
-        return read_amount(amount, amount_minor, currency)
-    except AmountUnusable as error:
-        fail(str(error))
-
-
-def _uuid(text: str) -> Any:
-    from uuid import UUID
-
-    try:
-        return UUID(text)
-    except ValueError:
-        fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from pydantic import ValidationError
 
     from app.settings import Settings
@@ -181,6 +183,16 @@ def no_nan(number: float) -> float:
     if math.isnan(number):
         raise typer.BadParameter("nan is no number.")
     return number
+
+
+def read_payment_id(text: str) -> "UUID":
+    """A payment's UUID; what is none is a message, and the end."""
+    from uuid import UUID
+
+    try:
+        return UUID(text)
+    except ValueError:
+        fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:

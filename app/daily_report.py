@@ -144,7 +144,7 @@ async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[
 async def _gateway(settings: Settings, name: str) -> AsyncIterator[Gateway]:
     if name not in settings.gateways:
         raise ValueError(f"gateway {name} is not one of {settings.gateways}")
-    gateway = wiring.GATEWAYS[name](settings, wiring.now)
+    gateway = wiring.GATEWAYS[name].create(settings, wiring.now)
     try:
         yield gateway
     finally:

@@ -51,7 +51,7 @@ def show_letter(letter: Annotated[str, typer.Argument(metavar="LETTER")], data_d
 
 
 @dlq.command("retry")
-def retry_letters(  # noqa: PLR0917 - Typer passes by name
+def retry_letters(
     letters: Names = None,
     everything: Everything = False,
     reason: Reason = None,
@@ -75,7 +75,7 @@ def retry_letters(  # noqa: PLR0917 - Typer passes by name
 
 
 @dlq.command("drop")
-def drop_letters(  # noqa: PLR0917 - Typer passes by name
+def drop_letters(
     why: Annotated[str, typer.Option(help="Kept with the decision.")],
     letters: Names = None,
     everything: Everything = False,

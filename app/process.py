@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -13,6 +12,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from app.command_line import advice_on, fail, told_error
+from app.signals import stop_on_signals
 from infra.last_resort import end_within
 
 log = structlog.get_logger(__name__)
@@ -66,16 +66,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _live(main: Main, app: ASGIApp, listener: socket.socket, end_seconds: float | None) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
     def end() -> None:
-        stop.set()
         if end_seconds is not None:
             end_within(end_seconds)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    stop = stop_on_signals(first=end, then=end)
     async with asyncio.TaskGroup() as group:
         settings = uvicorn.Config(
             app,

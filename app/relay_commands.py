@@ -80,7 +80,7 @@ def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help=
 
 
 @relay.command()
-def replay(  # noqa: PLR0917 - Typer passes by name
+def replay(
     payment: Annotated[str | None, typer.Option(help="Events of this payment.")] = None,
     since: Annotated[str | None, typer.Option(help="Written since: 2026-01-31T12:00:00Z, or 2h (ago).")] = None,
     until: Annotated[str | None, typer.Option(help="Written before.")] = None,

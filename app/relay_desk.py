@@ -346,13 +346,19 @@ class RelayDesk:
 
 async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, datetime | None, KafkaError | None]:
     """Where it ended before its end: how many events are left, since when those were written, and Kafka's reason."""
-    stop, failure = stop_on_signals("Ending: what is under way is waited for. Once more ends at once."), None
+    stop, failure = stop_on_signals(first=_tell_that_it_ends), None
     try:
         await replay.run(on_progress, stop)
     except KafkaError as error:
         failure = error
     left = await replay.rest() if replay.done and (failure or stop.is_set()) else (0, None)
     return *left, failure
+
+
+def _tell_that_it_ends() -> None:
+    new_console(to_stderr=True).print(
+        "Ending: what is under way is waited for. Once more ends at once.", soft_wrap=True
+    )
 
 
 def _relay_table(relay: RelayStatus) -> Table:

@@ -27,7 +27,11 @@ from domain.rules import RetryPolicy
 NOWHERE: Final = "https://example.invalid"
 """Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
 GATEWAYS_KNOWN: Final = ("instant", "momo", "paypal", "stripe", "vnpay")
-"""All that there are; what is set for one that is not in use waits until it is."""
+"""All that there are; what is set for one that is not in use waits until it is.
+
+`app.wiring.GATEWAYS` has them, too, and cannot be asked here: it is made of these settings, and reads every provider's
+library, which a command that only sends or shows a payment does not wait for. A test holds the two to each other.
+"""
 PORT_MAX: Final = 65_535
 Port = Annotated[int, Field(ge=1, le=PORT_MAX)]
 SECONDS_MAX: Final = 10**9

@@ -1,24 +1,31 @@
-"""Commands that end in good order when they are told to."""
+"""Commands and processes that end in good order when they are told to."""
 
 import asyncio
 import signal
 import threading
+from collections.abc import Callable
 from typing import Final
-
-from app.console import new_console
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-def stop_on_signals(told: str) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets, and tells; the second ends this process as it stands."""
+def stop_on_signals(
+    *, first: Callable[[], None] | None = None, then: Callable[[], None] | None = None
+) -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets, which also calls `first`; every later one calls `then`.
+
+    Without `then`, the second ends this process as it stands.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def on_signal() -> None:
+        call = then if stop.is_set() else first
         stop.set()
-        new_console(to_stderr=True).print(told, soft_wrap=True)
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
+        if call is not None:
+            call()
+        if then is None:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
 
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:

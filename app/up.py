@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import httpx
 from app import processes
 from app.child import Child, ChildFailed
 from app.settings import Settings
+from app.signals import stop_on_signals
 from app.stack_file import RunningStack, StackFile
 from infra.local import LocalServerError, LocalStack
 from infra.local.server import HOST, EmbeddedServer, free_port, is_free
@@ -237,7 +237,7 @@ async def run_until_stopped(installation: Installation, on_ready: Callable[[], N
     Raises:
         LocalServerError, ChildFailed: a part could not start; everything else was stopped again.
     """
-    stop = stop_on_signals(installation.kill_all)
+    stop = stop_on_signals(then=installation.kill_all)
     starting = asyncio.create_task(installation.start())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -251,20 +251,6 @@ async def run_until_stopped(installation: Installation, on_ready: Callable[[], N
             task.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)
         await installation.stop()
-
-
-def stop_on_signals(kill: Callable[[], None]) -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second calls `kill`."""
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            kill()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    return stop
 
 
 def addresses(*, simulates: bool) -> dict[str, str]:

@@ -1,12 +1,14 @@
-"""The composition root: which class stands behind each Protocol. A new gateway is one line in `GATEWAYS`,
-and its name in `app.settings.GATEWAYS_KNOWN`.
+"""The composition root: which class stands behind each Protocol. A new gateway is one registration in `GATEWAYS`, and
+its name in `app.settings.GATEWAYS_KNOWN`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
+import asyncpg
 from pydantic import SecretStr
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
@@ -14,13 +16,16 @@ from uuid_utils.compat import uuid7
 from app.settings import NOWHERE, Settings
 from domain.capabilities import AmountLimits
 from domain.notices import WebhookReader
+from domain.operations import GatewayRequest
 from domain.ports import Clock, Gateway, PaymentStore
 from domain.rules import Rules
 from handlers import metrics
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from handlers.pace import Pace
+from handlers.reconcile import Asker, HoldAnswer, Reconciler
 from handlers.settle import Settler
+from handlers.sweep import Sweep
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.gateways.momo import MoMoConfig, MoMoGateway
@@ -31,47 +36,52 @@ from infra.gateways.stripe import StripeConfig, StripeGateway
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.gateways.vnpay import VNPayConfig, VNPayGateway
 from infra.gateways.vnpay_webhooks import VNPayWebhooks
+from infra.postgres.clock import PostgresClock
+from infra.postgres.pool import close_pool, create_pool
+from infra.postgres.store import PostgresStore
 from infra.redis.recent_keys import ValkeyRecentKeys
 
-GATEWAYS: dict[str, Callable[[Settings, Clock], Gateway]] = {
-    "stripe": lambda settings, clock: StripeGateway(
-        StripeConfig(
-            api_key=settings.stripe_api_key,
-            api_base=settings.stripe_api_base,
-            timeout_seconds=settings.stripe_timeout_seconds,
-            max_connections=settings.concurrency_of("stripe"),
-            return_url=settings.stripe_return_url,
-            multi_capture=settings.stripe_multi_capture,
-            action_window=settings.stripe_action_window,
-        ),
-        clock=clock,
+
+class Registration(NamedTuple):
+    """One gateway: how it is made of the settings, and which of them it cannot do without."""
+
+    create: Callable[[Settings, Clock], Gateway]
+    """The clock is the one that tells when calls were made."""
+    webhooks: Callable[[Settings], WebhookReader] | None = None
+    """How its webhooks are read; None of one that sends none."""
+    credentials: Sequence[str] = ()
+    """What incoming messages are verified by. (Stripe's and PayPal's by others, and all refused without.)"""
+    addresses: Sequence[str] = ()
+    """Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
+
+
+GATEWAYS: Final[Mapping[str, Registration]] = {
+    "stripe": Registration(
+        lambda settings, clock: StripeGateway(stripe_config(settings), clock=clock),
+        webhooks=lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
+        addresses=("stripe_return_url",),
     ),
-    "paypal": lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
-    "vnpay": lambda settings, clock: VNPayGateway(vnpay_config(settings), clock),
-    "momo": lambda settings, clock: MoMoGateway(momo_config(settings)),
-    "instant": lambda settings, clock: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000),
+    "paypal": Registration(
+        lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
+        webhooks=lambda settings: PayPalWebhooks(paypal_config(settings)),
+        addresses=("paypal_return_url", "paypal_cancel_url"),
+    ),
+    "vnpay": Registration(
+        lambda settings, clock: VNPayGateway(vnpay_config(settings), clock),
+        webhooks=lambda settings: VNPayWebhooks(vnpay_config(settings)),
+        credentials=("vnpay_tmn_code", "vnpay_hash_secret"),
+        addresses=("vnpay_return_url",),
+    ),
+    "momo": Registration(
+        lambda settings, clock: MoMoGateway(momo_config(settings)),
+        webhooks=lambda settings: MoMoWebhooks(momo_config(settings)),
+        credentials=("momo_partner_code", "momo_access_key", "momo_secret_key"),
+        addresses=("momo_redirect_url", "momo_ipn_url"),
+    ),
+    "instant": Registration(
+        lambda settings, clock: InstantGateway(latency_seconds=settings.instant_gateway_latency_ms / 1000)
+    ),
 }
-
-WEBHOOKS: dict[str, Callable[[Settings], WebhookReader]] = {
-    "stripe": lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
-    "paypal": lambda settings: PayPalWebhooks(paypal_config(settings)),
-    "vnpay": lambda settings: VNPayWebhooks(vnpay_config(settings)),
-    "momo": lambda settings: MoMoWebhooks(momo_config(settings)),
-}
-
-CREDENTIALS: Final[Mapping[str, Sequence[str]]] = {
-    "vnpay": ("vnpay_tmn_code", "vnpay_hash_secret"),
-    "momo": ("momo_partner_code", "momo_access_key", "momo_secret_key"),
-}
-"""What incoming messages are verified by. (Stripe's and PayPal's are verified by others, and all refused without.)"""
-
-ADDRESSES: Final[Mapping[str, Sequence[str]]] = {
-    "stripe": ("stripe_return_url",),
-    "paypal": ("paypal_return_url", "paypal_cancel_url"),
-    "vnpay": ("vnpay_return_url",),
-    "momo": ("momo_redirect_url", "momo_ipn_url"),
-}
-"""Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
 
 new_id = uuid7
 
@@ -79,6 +89,18 @@ new_id = uuid7
 def now() -> datetime:
     """This machine's clock, timezone-aware UTC; times of payments are told by the store's."""
     return datetime.now(UTC)
+
+
+def stripe_config(settings: Settings) -> StripeConfig:
+    return StripeConfig(
+        api_key=settings.stripe_api_key,
+        api_base=settings.stripe_api_base,
+        timeout_seconds=settings.stripe_timeout_seconds,
+        max_connections=settings.concurrency_of("stripe"),
+        return_url=settings.stripe_return_url,
+        multi_capture=settings.stripe_multi_capture,
+        action_window=settings.stripe_action_window,
+    )
 
 
 def paypal_config(settings: Settings) -> PayPalConfig:
@@ -125,7 +147,35 @@ def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway
         ValueError: as `check_gateways`.
     """
     check_gateways(settings)
-    return {name: GATEWAYS[name](settings, clock) for name in settings.gateways}
+    return {name: GATEWAYS[name].create(settings, clock) for name in settings.gateways}
+
+
+class Connected(NamedTuple):
+    """The gateways of this installation, and the store, whose clock tells both when calls were made."""
+
+    gateways: dict[str, Gateway]
+    pool: "asyncpg.Pool[asyncpg.Record]"
+    store: PostgresStore
+
+
+@asynccontextmanager
+async def connected(settings: Settings, *, connections: int) -> AsyncIterator[Connected]:
+    """Connected, over at most so many `connections` to Postgres, until the end of the block.
+
+    Raises:
+        ValueError: as `check_gateways`.
+        StoreUnavailable: Postgres cannot be reached.
+    """
+    async with AsyncExitStack() as stack:
+        clock = PostgresClock()
+        gateways = create_gateways(settings, clock)
+        for gateway in gateways.values():
+            stack.push_async_callback(gateway.close)
+        pool = await create_pool(settings.postgres_url, size=connections)
+        stack.push_async_callback(close_pool, pool)
+        store = PostgresStore(pool, clock)
+        await store.look_at_clock()
+        yield Connected(gateways, pool, store)
 
 
 def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WritePath:
@@ -162,7 +212,7 @@ def create_calling(
     gateways: Mapping[str, Gateway],
     limits: Mapping[str, int],
     *,
-    paces: Mapping[str, Pace] | None = None,
+    paces: Mapping[str, Pace],
 ) -> Calling:
     """Calls to `gateways`, at most `limits` at a time each, whose answers go through the write path."""
     leases = Leases(store=store, lease=rules.retry.lease)
@@ -170,6 +220,44 @@ def create_calling(
     settler = Settler(write_path=write_path, submit=dispatcher.submit, leases=leases)
     dispatcher.on_answer = settler.add
     return Calling(dispatcher, settler, leases)
+
+
+def create_sweep(
+    settings: Settings,
+    store: PaymentStore,
+    dispatcher: Dispatcher,
+    *,
+    submit: Callable[[list[GatewayRequest]], None],
+    room: Callable[[], int],
+) -> Sweep:
+    """What takes over operations that are due, as many as the dispatcher has room for at each gateway."""
+    return Sweep(
+        store=store,
+        submit=submit,
+        room=room,
+        rooms=lambda: dispatcher.rooms,
+        lease=settings.retry.lease,
+        interval_seconds=settings.sweep_interval_seconds,
+    )
+
+
+def create_reconciler(
+    settings: Settings,
+    store: PaymentStore,
+    write_path: WritePath,
+    asker: Asker,
+    *,
+    on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
+) -> Reconciler:
+    """What asks about holds past their end."""
+    return Reconciler(
+        store=store,
+        asker=asker,
+        write_path=write_path,
+        interval=timedelta(seconds=settings.reconcile_interval_seconds),
+        cut_off=settings.retry.cut_off,
+        on_answer=on_answer,
+    )
 
 
 def check_names(settings: Settings) -> None:
@@ -190,7 +278,8 @@ def check_gateways(settings: Settings) -> None:
         ValueError: one does not exist, or its credentials or our own addresses are not set.
     """
     check_names(settings)
-    names = [name for needs in (CREDENTIALS, ADDRESSES) for each in settings.gateways for name in needs.get(each, ())]
+    used = [GATEWAYS[name] for name in settings.gateways]
+    names = [name for each in used for name in each.credentials] + [name for each in used for name in each.addresses]
     unset = [f"PAYMENTS_{name.upper()}" for name in names if not _is_set(_plain(getattr(settings, name)))]
     if unset:
         raise ValueError(f"PAYMENTS_GATEWAYS is {settings.gateways}, so these must be set: {', '.join(unset)}")
@@ -211,10 +300,10 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
         ValueError: as `check_gateways`. (Under an empty secret anybody could sign.)
     """
     check_gateways(settings)
-    names = set(settings.gateways) & WEBHOOKS.keys()
+    names = set(settings.gateways)
     if not settings.paypal_webhook_id:
         names -= {"paypal"}
-    return {name: WEBHOOKS[name](settings) for name in sorted(names)}
+    return {name: create(settings) for name in sorted(names) if (create := GATEWAYS[name].webhooks) is not None}
 
 
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:

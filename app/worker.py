@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from datetime import timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -17,19 +16,21 @@ from app import wiring
 from app.clock import watch_clock
 from app.health import Checks
 from app.settings import Settings
+from domain.ports import Gateway
+from domain.rules import Rules
 from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
 from handlers.heed import Heeder
-from handlers.reconcile import Asker, Reconciler
-from handlers.sweep import Sweep
+from handlers.leases import Leases
+from handlers.pace import Pace
+from handlers.reconcile import Asker
+from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.skipping import SkippingReader
 from infra.kafka.topics import has_topic
-from infra.postgres.clock import PostgresClock
 from infra.postgres.inbox import PostgresInbox, listen
-from infra.postgres.pool import close_pool, create_pool
 from infra.postgres.schema import schema_trouble
 from infra.postgres.store import PostgresStore
 
@@ -136,59 +137,14 @@ class Worker:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
-        clock = PostgresClock()
-        gateways = wiring.create_gateways(settings, clock)
-        if InstantGateway.name in gateways:
-            log.warning("a gateway for benchmarks calls every payment paid, and moves no money", gateway="instant")
-        metrics.expect(gateways)
-        for gateway in gateways.values():
-            stack.push_async_callback(gateway.close)
-        self._pool = pool = await create_pool(settings.postgres_url, size=settings.store_connections)
-        stack.push_async_callback(close_pool, pool)
-        store = PostgresStore(pool, clock)
-        await store.look_at_clock()
-        redis = wiring.connect_redis(settings)
-        stack.push_async_callback(redis.aclose)
-        rules = wiring.create_rules(settings, gateways)
-        write_path = wiring.create_write_path(store, rules, redis)
-        limits = {name: settings.concurrency_of(name) for name in gateways}
-        paces = wiring.create_paces(settings, gateways)
-        calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
-        self._dispatcher, self._settler, leases = calling
-        self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
-        self._sweep = Sweep(
-            store=store,
-            submit=self._dispatcher.resubmit,
-            room=lambda: self._backlog.room,
-            rooms=lambda: self._dispatcher.rooms,
-            lease=rules.retry.lease,
-            interval_seconds=settings.sweep_interval_seconds,
-        )
+        gateways, pool, store = await self._connect(stack)
+        rules, paces = wiring.create_rules(settings, gateways), wiring.create_paces(settings, gateways)
+        write_path = self._create_write_path(stack, store, rules)
+        leases = self._create_calling(store, write_path, rules, gateways, paces)
         self._heeder = Heeder(inbox=PostgresInbox(pool), write_path=write_path, submit=self._dispatcher.submit)
-        reconciler = Reconciler(
-            store=store,
-            asker=Asker(gateways, paces),
-            write_path=write_path,
-            interval=timedelta(seconds=settings.reconcile_interval_seconds),
-            cut_off=rules.retry.cut_off,
-        )
-        producer = dead_letter_producer(settings.kafka_bootstrap)
-        stack.push_async_callback(producer.stop)  # Also of one that did not start.
-        await producer.start()
-        self._consumer = CommandConsumer(
-            write_path=write_path,
-            dispatcher=self._dispatcher,
-            dead_letters=KafkaDeadLetters(producer, topic=settings.dead_letter_topic),
-            backlog=self._backlog,
-            retries_before_parking=settings.retries_before_parking,
-        )
-        self._broker = broker = KafkaBroker(
-            settings.kafka_bootstrap,
-            metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
-            graceful_timeout=LEAVES_WITHIN / 2,  # Who stops it has waited for the batch in hand.
-            allow_auto_create_topics=False,  # With one partition and one copy: `payments migrate` makes better ones.
-            logger=logging.getLogger("faststream"),
-        )
+        reconciler = wiring.create_reconciler(settings, store, write_path, Asker(gateways, paces))
+        self._consumer = await self._create_consumer(stack, write_path)
+        self._broker = broker = self._create_broker()
         subscriber = self._consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
         self._spawn(
             self._settler.run(),
@@ -203,10 +159,61 @@ class Worker:
             watch_clock(pool),
         )
         await self._wait_for_topic()
-        await broker.start()
-        # At once, so that it is there before the first read.
-        self._reader = SkippingReader.install(
-            subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
+        await self._begin_to_read(broker, subscriber)
+
+    async def _connect(self, stack: AsyncExitStack) -> wiring.Connected:
+        settings = self._settings
+        if InstantGateway.name in settings.gateways:
+            log.warning("a gateway for benchmarks calls every payment paid, and moves no money", gateway="instant")
+        metrics.expect(settings.gateways)
+        connected = await stack.enter_async_context(wiring.connected(settings, connections=settings.store_connections))
+        self._pool = connected.pool
+        return connected
+
+    def _create_write_path(self, stack: AsyncExitStack, store: PostgresStore, rules: Rules) -> WritePath:
+        redis = wiring.connect_redis(self._settings)
+        stack.push_async_callback(redis.aclose)
+        return wiring.create_write_path(store, rules, redis)
+
+    def _create_calling(
+        self,
+        store: PostgresStore,
+        write_path: WritePath,
+        rules: Rules,
+        gateways: Mapping[str, Gateway],
+        paces: Mapping[str, Pace],
+    ) -> Leases:
+        """What calls gateways, and what hands it operations that are due."""
+        settings, limits = self._settings, {name: self._settings.concurrency_of(name) for name in gateways}
+        calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
+        self._dispatcher, self._settler, leases = calling
+        self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
+        self._sweep = wiring.create_sweep(
+            settings, store, self._dispatcher, submit=self._dispatcher.resubmit, room=lambda: self._backlog.room
+        )
+        return leases
+
+    async def _create_consumer(self, stack: AsyncExitStack, write_path: WritePath) -> CommandConsumer:
+        """Beside the producer that it parks with, which is connected here."""
+        settings = self._settings
+        producer = dead_letter_producer(settings.kafka_bootstrap)
+        stack.push_async_callback(producer.stop)  # Also of one that did not start.
+        await producer.start()
+        return CommandConsumer(
+            write_path=write_path,
+            dispatcher=self._dispatcher,
+            dead_letters=KafkaDeadLetters(producer, topic=settings.dead_letter_topic),
+            backlog=self._backlog,
+            retries_before_parking=settings.retries_before_parking,
+        )
+
+    def _create_broker(self) -> KafkaBroker:
+        return KafkaBroker(
+            self._settings.kafka_bootstrap,
+            metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
+            graceful_timeout=LEAVES_WITHIN / 2,  # Who stops it has waited for the batch in hand.
+            allow_auto_create_topics=False,  # With one partition and one copy: `payments migrate` makes better ones.
+            logger=logging.getLogger("faststream"),
         )
 
     async def _wait_for_topic(self) -> None:
@@ -217,6 +224,13 @@ class Worker:
             log.warning("no commands are read", trouble=self._reads_not_yet)
             await asyncio.sleep(LOOKS_FOR_TOPIC_EVERY)
         self._reads_not_yet = STARTING
+
+    async def _begin_to_read(self, broker: KafkaBroker, subscriber: Any) -> None:
+        await broker.start()
+        # At once, so that it is there before the first read.
+        self._reader = SkippingReader.install(
+            subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
+        )
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]

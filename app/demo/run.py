@@ -14,7 +14,6 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from app.child import ChildFailed
 from app.client import PaymentsClient
 from app.console import new_console, safe_text
 from app.demo.books import Books, compare, database_time
@@ -24,10 +23,10 @@ from app.demo.screen import Screen
 from app.demo.tally import Check, Tally
 from app.reporter import ConsoleReporter
 from app.settings import Settings
-from app.stack_file import AlreadyRunning, StackFile
-from app.up import ALL_GATEWAYS, Installation, stop_on_signals
-from app.up_command import already_running, show_addresses, told_folder, trouble
-from infra.local import LocalServerError
+from app.signals import stop_on_signals
+from app.stack_file import StackFile
+from app.up import ALL_GATEWAYS, Installation
+from app.up_report import show_addresses, start_errors, told_folder
 
 CRASH_AT: Final = 0.45
 """When the worker is killed: after this share of the messages."""
@@ -60,22 +59,14 @@ def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> in
     reporter = Teller(console, screen)
     chosen = random.randrange(10_000) if seed is None else seed  # noqa: S311 - no secret
     try:
-        with StackFile(data_dir) as stack_file:
+        with start_errors(console, reporter), StackFile(data_dir) as stack_file:
             installation = Installation(data_dir, stack_file, reporter, defaults=HASTE | GATEWAYS, always_simulate=True)
             demo = Demo(installation, reporter, screen, stream(orders, chosen))
             demo.introduce(orders, chosen)
             return asyncio.run(demo.run(stay=stay))
-    except AlreadyRunning as error:
-        console.print(already_running(error), soft_wrap=True)
-    except ChildFailed as failure:
-        reporter.child_failed(failure)
-    except LocalServerError as error:
-        console.print(trouble(str(error)), soft_wrap=True)
     except Interrupted:
         console.print("Interrupted; everything is stopped.")
-    finally:
-        reporter.rest()
-    return 1
+        return 1
 
 
 class Teller(ConsoleReporter):
@@ -120,7 +111,7 @@ class Demo:
 
     async def run(self, *, stay: bool) -> int:
         """Everything, in order; whatever happens, all that was started is stopped."""
-        stop = stop_on_signals(self._installation.kill_all)
+        stop = stop_on_signals(then=self._installation.kill_all)
         try:
             code = await _unless(stop, self._perform())
             if stay:

@@ -27,7 +27,7 @@ from app.client import AmountUnusable, minor_units
 from app.command_line import advice_on, told_error
 from app.settings import Settings
 from app.show import FilterUnusable, Wanted, list_payments, moment
-from app.wiring import ADDRESSES, CREDENTIALS
+from app.wiring import GATEWAYS
 from infra.local.server import free_port
 from tests.conftest import Topics
 
@@ -306,7 +306,7 @@ def test_the_simulator_alone_says_where_it_is_and_how_to_use_it(tmp_path: Path) 
     told_settings = {name: shlex.split(value)[0] for name, value in given.items()}
     assert run("gateways", data_dir=tmp_path, **told_settings).returncode == 0
     assert told_settings["PAYMENTS_PAYPAL_WEBHOOK_ID"] == SIGNING["PAYMENTS_PAYPAL_WEBHOOK_ID"]
-    for needed in (needed for names in (CREDENTIALS, ADDRESSES) for group in names.values() for needed in group):
+    for needed in (needed for each in GATEWAYS.values() for needed in (*each.credentials, *each.addresses)):
         assert told_settings[f"PAYMENTS_{needed.upper()}"]
 
 

@@ -19,11 +19,11 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from app import reconcile_command, wiring
+from app import wiring
 from app.client import AmountUnusable
-from app.reconcile_command import reconcile
-from app.ruling_command import Finding, RulingRefused
-from app.ruling_command import rule as rule_on
+from app.reconcile import reconcile
+from app.ruling import Finding, RulingRefused
+from app.ruling import rule as rule_on
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Notified
@@ -643,7 +643,7 @@ async def test_holds_past_their_end_are_asked_about_at_once_and_in_a_dry_run_too
 async def test_a_dry_run_that_leaves_something_out_says_so(
     postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconcile_command, "ASKED_MAX", 2)
+    monkeypatch.setattr("app.reconcile.ASKED_MAX", 2)
     await in_doubt(postgres_url, *(new_payment_id() for _ in range(3)))
     settings = here(postgres_url, redis_url)
     assert await asyncio.to_thread(reconcile, settings, None, dry_run=True, as_json=True) == 1
@@ -847,7 +847,7 @@ def _given(gateway: Gateway, settings: Settings, clock: Clock) -> Gateway:
 def installed(monkeypatch: pytest.MonkeyPatch, *gateways: BookkeepingGateway) -> None:
     """Have the commands find these, under their names."""
     for each in gateways:
-        monkeypatch.setitem(wiring.GATEWAYS, each.name, partial(_given, each))
+        monkeypatch.setitem(wiring.GATEWAYS, each.name, wiring.Registration(partial(_given, each)))
 
 
 async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(

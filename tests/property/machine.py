@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from app.gateways_command import known_capabilities
+from app.gateways import known_capabilities
 from app.settings import Settings
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import AnyCommand, Command, OperationKind, RejectionReason

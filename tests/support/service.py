@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from domain.ports import Gateway
 from domain.rules import RetryPolicy, Rules
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command
+from handlers.pace import Pace
 from handlers.settle import Settler
 from handlers.sweep import Sweep
 from handlers.write_path import Applied, WritePath
@@ -102,7 +104,8 @@ async def running_worker(
         store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or WrongHint()
     )
     gateways, limits = {gateway.name: gateway}, {gateway.name: 50}
-    dispatcher, settler, leases = create_calling(store, write_path, chosen, gateways, limits)
+    paces = {gateway.name: Pace(time.monotonic, gateway)}
+    dispatcher, settler, leases = create_calling(store, write_path, chosen, gateways, limits, paces=paces)
     sweep = Sweep(
         store=store,
         submit=dispatcher.resubmit,

@@ -182,8 +182,11 @@ def test_what_would_do_harm_later_is_refused_at_the_start_with_what_to_write(
     assert told in refusal(monkeypatch, capsys, **{name: value})
 
 
+def test_the_gateways_that_settings_know_are_those_that_are_registered_in_the_order_of_their_names() -> None:
+    assert list(GATEWAYS_KNOWN) == sorted(GATEWAYS)
+
+
 def test_what_is_set_for_a_gateway_that_is_not_in_use_waits_until_it_is() -> None:
-    assert set(GATEWAYS_KNOWN) == set(GATEWAYS)
     limits = {"paypal": {"EUR": {"minimum_minor": 100, "maximum_minor": 100}}}
     settings = Settings(gateway_concurrency={"paypal": 5}, amount_limits=limits)
     assert (settings.concurrency_of("paypal"), settings.amount_limits["paypal"]["EUR"].maximum_minor) == (5, 100)

@@ -16,7 +16,7 @@ import typer
 from app import wiring
 from app.client import minor_units
 from app.console import new_console, print_json, safe_text
-from app.reconcile_command import connected, working
+from app.reconcile import CONNECTIONS, working
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling
@@ -84,7 +84,7 @@ def _usable(evidence: str) -> str:
 
 
 async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
-    async with connected(settings) as (store, gateways):
+    async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         payment, operation = await _load(store, finding)
         outcome = _outcome(payment, operation, finding, now=store.now())
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)

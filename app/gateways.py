@@ -48,7 +48,9 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
 def known_capabilities(settings: Settings) -> dict[str, Capabilities]:
     """What every gateway of this release declares under these settings, by name; no provider is called."""
     return {
-        name: create(settings, wiring.now).capabilities for name, create in wiring.GATEWAYS.items() if name != "instant"
+        name: each.create(settings, wiring.now).capabilities
+        for name, each in wiring.GATEWAYS.items()
+        if name != "instant"
     }
 
 

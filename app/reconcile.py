@@ -8,9 +8,9 @@ saves the answers through the write path.
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Set
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import starmap
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -29,8 +29,6 @@ from handlers.messages.events import write_time
 from handlers.reconcile import UNKNOWN_HERE, Asker, HoldAnswer, Reconciler, ask_about_holds, in_vain
 from handlers.sweep import CLAIMED_MAX, Sweep
 from handlers.write_path import WritePath
-from infra.postgres.clock import PostgresClock
-from infra.postgres.pool import close_pool, create_pool
 from infra.postgres.store import PostgresStore
 
 ASKED_MAX: Final = 1_000
@@ -38,6 +36,8 @@ ASKED_MAX: Final = 1_000
 PAST_ITS_END: Final = "hold_past_its_end"
 """What a hold is found in, where an operation is found in its state."""
 AT_ONCE: Final = 8
+CONNECTIONS: Final = 2
+"""To Postgres."""
 DRAIN_SECONDS: Final = 25.0
 """Told to end, how long calls under way may take, as in a worker."""
 
@@ -54,9 +54,18 @@ class Found:
     amount: Money
     since: datetime | None
     """When it was first sent, or when the hold's time was over; None of what was never sent."""
-    answer: str
-    is_answered: bool
-    """Whether the answer is the provider's word."""
+    outcome: Outcome | None
+    why_not: str = ""
+    """Why there is no outcome, where there is none."""
+
+    @property
+    def answer(self) -> str:
+        return self.why_not if self.outcome is None else said(self.outcome)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the answer is the provider's word."""
+        return not isinstance(self.outcome, Unknown | Unreachable | None)
 
 
 class Report(NamedTuple):
@@ -128,7 +137,7 @@ def _summary(answered: Collection[bool], *, dry_run: bool) -> str:
 
 async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
     """What is said of open operations and of holds past their end."""
-    async with connected(settings) as (store, gateways):
+    async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
         asker = Asker(gateways, wiring.create_paces(settings, gateways))
@@ -148,10 +157,8 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
 
 async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
     """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
-    stop = stop_on_signals(
-        f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
-    )
-    async with connected(settings) as (store, gateways):
+    stop = stop_on_signals(first=_tell_that_it_ends)
+    async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         found: list[Found] = []
         async with working(settings, store, gateways, found.append) as parts:
             await store.make_due(payment_id)
@@ -162,6 +169,11 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
         [each for each in found if payment_id in (None, each.payment_id)],
         _in_words(left, gateways, ended_early=stop.is_set()),
     )
+
+
+def _tell_that_it_ends() -> None:
+    told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
+    new_console(to_stderr=True).print(told, soft_wrap=True)
 
 
 async def _sweep(parts: "Parts", stop: asyncio.Event, payment_id: UUID | None) -> None:
@@ -257,21 +269,9 @@ async def working(
             await asyncio.sleep(0.05)
 
     dispatcher.on_answer, settler.on_refused = on_answer, on_refused
-    sweep = Sweep(
-        store=store,
-        submit=resubmit,
-        room=lambda: CLAIMED_MAX,
-        rooms=lambda: dispatcher.rooms,
-        lease=rules.retry.lease,
-        interval_seconds=1,
-    )
-    reconciler = Reconciler(
-        store=store,
-        asker=Asker(gateways, paces),
-        write_path=write_path,
-        interval=timedelta(seconds=settings.reconcile_interval_seconds),
-        cut_off=rules.retry.cut_off,
-        on_answer=lambda answer: note(_hold(answer)),
+    sweep = wiring.create_sweep(settings, store, dispatcher, submit=resubmit, room=lambda: CLAIMED_MAX)
+    reconciler = wiring.create_reconciler(
+        settings, store, write_path, Asker(gateways, paces), on_answer=lambda answer: note(_hold(answer))
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
@@ -288,21 +288,6 @@ async def working(
             await redis.aclose()
 
 
-@asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator[tuple[PostgresStore, dict[str, Gateway]]]:
-    """The store and the gateways of this installation, closed at the end of the block."""
-    async with AsyncExitStack() as stack:
-        clock = PostgresClock()
-        gateways = wiring.create_gateways(settings, clock)
-        for gateway in gateways.values():
-            stack.push_async_callback(gateway.close)
-        pool = await create_pool(settings.postgres_url, size=2)
-        stack.push_async_callback(close_pool, pool)
-        store = PostgresStore(pool, clock)
-        await store.look_at_clock()
-        yield store, gateways
-
-
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +300,8 @@ def _found(request: GatewayRequest, outcome: Outcome | None, why_not: str = "") 
         request.state.value,
         request.amount,
         request.first_dispatched_at,
-        said(outcome) if outcome else why_not,
-        _is_word(outcome),
+        outcome,
+        why_not,
     )
 
 
@@ -331,17 +316,13 @@ def _found_by(answer: HoldAnswer) -> Found:
         operation.state.value,
         Money(operation.amount_minor or 0, payment.currency or ""),
         operation.dispatched_at,
-        said(outcome) if outcome else why_not,
-        _is_word(outcome),
+        outcome,
+        why_not,
     )
 
 
 def _hold(answer: HoldAnswer) -> Found:
     return replace(_found_by(answer), state=PAST_ITS_END, since=answer.payment.authorization_expires_at)
-
-
-def _is_word(outcome: Outcome | None) -> bool:
-    return not isinstance(outcome, Unknown | Unreachable | None)
 
 
 def _age(since: datetime) -> str:

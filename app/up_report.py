@@ -2,9 +2,12 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -27,17 +30,10 @@ def up_here(data_dir: Path) -> int:
     title = Text.assemble(("payments", "bold"), " starts everything on this machine ", (where, "dim"))
     console.print(title, soft_wrap=True)
     try:
-        with StackFile(data_dir) as stack_file:
+        with start_errors(console, reporter), StackFile(data_dir) as stack_file:
             asyncio.run(_up(Installation(data_dir, stack_file, reporter), console, reporter))
-    except AlreadyRunning as error:
-        console.print(already_running(error), soft_wrap=True)
-        return 1
-    except ChildFailed as failure:
-        reporter.child_failed(failure)
-        return 1
-    except LocalServerError as error:
-        console.print(trouble(str(error)), soft_wrap=True)
-        return 1
+    except typer.Exit:
+        raise
     except Exception as error:
         # A server of the environment's, for which we do not care, or the data folder.
         advice = advice_on(error)
@@ -45,10 +41,25 @@ def up_here(data_dir: Path) -> int:
             raise
         console.print(trouble("\n  ".join(filter(None, (told_error(error), advice)))), soft_wrap=True)
         return 1
-    finally:
-        reporter.rest()
     console.print("Everything is stopped.")
     return 0
+
+
+@contextmanager
+def start_errors(console: Console, reporter: ConsoleReporter) -> Iterator[None]:
+    """In this block, a part that could not start, or somebody who runs here already, is told, and ends the command."""
+    try:
+        yield
+        return
+    except AlreadyRunning as error:
+        console.print(already_running(error), soft_wrap=True)
+    except ChildFailed as failure:
+        reporter.child_failed(failure)
+    except LocalServerError as error:
+        console.print(trouble(str(error)), soft_wrap=True)
+    finally:
+        reporter.rest()
+    raise typer.Exit(1)
 
 
 async def _up(installation: Installation, console: Console, reporter: ConsoleReporter) -> None:
