@@ -59,11 +59,13 @@ GATEWAYS: Final[Mapping[str, Registration]] = {
     "stripe": Registration(
         lambda settings, clock: StripeGateway(stripe_config(settings), clock=clock),
         webhooks=lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
+        credentials=("stripe_api_key",),
         addresses=("stripe_return_url",),
     ),
     "paypal": Registration(
         lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
         webhooks=lambda settings: PayPalWebhooks(paypal_config(settings)),
+        credentials=("paypal_client_id", "paypal_client_secret"),
         addresses=("paypal_return_url", "paypal_cancel_url"),
     ),
     "vnpay": Registration(

@@ -44,6 +44,7 @@ LEAVES_WITHIN: Final = 5.0
 """Seconds that Kafka may take to let a worker go: answers are saved whether it does or not."""
 
 LOOKS_FOR_TOPIC_EVERY: Final = 2.0
+WATCH_READING_SECONDS: Final = 5.0
 READING_SECONDS = 30.0
 """A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
 TOPICS_SECONDS = 30.0
@@ -231,6 +232,18 @@ class Worker:
         self._reader = SkippingReader.install(
             subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
         )
+        self._tasks.append(asyncio.create_task(self._watch_reading(self._reader)))
+
+    async def _watch_reading(self, reader: SkippingReader) -> None:
+        """Keep the metrics of how far commands are read, until cancelled."""
+        while True:
+            places = await reader.places()
+            metrics.LAG.clear()  # Of what was ours and is another worker's now, that one tells.
+            metrics.POSITION.clear()
+            for partition, place in places.items():
+                metrics.LAG.labels(str(partition)).set(place.lag)
+                metrics.POSITION.labels(str(partition)).set(place.next_offset)
+            await asyncio.sleep(WATCH_READING_SECONDS)
 
     def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
         self._tasks = [asyncio.create_task(loop) for loop in loops]

@@ -234,8 +234,8 @@ class PaymentStore(Protocol):
         """Have operations that wait for their next attempt claimed at once: of one payment, or of all."""
         ...
 
-    async def in_doubt(self) -> tuple[int, float]:
-        """How many operations are in doubt, and for how many seconds the oldest has been under way."""
+    async def in_doubt(self) -> Mapping[OperationState, tuple[int, float]]:
+        """How many operations are in doubt, by state, and for how many seconds the oldest of them has been under way."""
         ...
 
     async def stuck(self) -> Mapping[str, "Stuck"]:

@@ -7,10 +7,10 @@ doubt. Questions are never stopped, for only their answers end doubt.
 from collections.abc import Callable
 from typing import Final
 
-from domain.operations import Outcome, Unknown
+from domain.operations import Outcome, Unknown, Unreachable
 
 FAILURES_MAX: Final = 10
-"""Unknown outcomes in a row, with no other outcome between them."""
+"""Unknown outcomes in a row, with no word of the provider's between them."""
 REST_SECONDS: Final = 5.0
 LAPSE_SECONDS: Final = 1200.0
 """Whatever still waits to be sent is tried again sooner than that, by default: what needs review every 15 minutes."""
@@ -44,7 +44,9 @@ class Breaker:
         return True
 
     def note(self, outcome: Outcome) -> None:
-        """What came of a call that was sent."""
+        """What came of a call. One that did not reach the provider tells nothing of how it answers."""
+        if isinstance(outcome, Unreachable):
+            return
         self._failures = self._failures + 1 if isinstance(outcome, Unknown) else 0
         if not self._failures and self._opened_at is not None:
             self._opened_at = None

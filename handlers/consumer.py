@@ -165,7 +165,14 @@ class CommandConsumer:
             applied = await self._try_again([delivery for delivery, _ in deliveries], applied)
         for refused in applied.refused:
             record = next(record for delivery, record in deliveries if delivery is refused.given)
-            log.error("command cannot be processed", offset=record.offset, error=str(refused.error))
+            log.error(
+                "command cannot be processed",
+                payment=str(refused.given.payment_id),
+                partition=record.partition,
+                offset=record.offset,
+                error=repr(refused.error),
+                exc_info=refused.defect,
+            )
             letters.append(_letter(record, DeadLetterReason.CANNOT_BE_PROCESSED, type(refused.error).__name__))
         await self._park(letters)
 

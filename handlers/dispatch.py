@@ -17,7 +17,7 @@ import structlog
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable
+from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable, said
 from domain.ports import Clock, Gateway, PaymentStore, Pooled
 from handlers import metrics
 from handlers.breaker import Breaker
@@ -33,6 +33,7 @@ WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_A
 ROOM_SECONDS: Final = 2.0
 """What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
 LOOK_SECONDS: Final = 0.01
+SILENCE_SECONDS: Final = 60.0
 """How often a process that ends looks whether more has come."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
@@ -140,13 +141,15 @@ class Dispatcher:
             return Unreachable(LEASE_RAN_OUT)
         question = self._question(lane.gateway, request)
         if question is not None:
-            return await self._outcome(question, request)
+            outcome = await self._outcome(question, request)
+            lane.note_answer(outcome)
+            return outcome
         if self._has_expired(request):
             return NotExecuted(EXPIRED, has_expired=True)
         if not lane.breaker.may_send():
             return Unreachable(f"not sent: gateway {request.gateway} has left too many outcomes unknown")
         outcome = await self._outcome(_call_of(lane.gateway, request.kind), request)
-        lane.breaker.note(outcome)
+        lane.note_call(outcome)
         return outcome
 
     def _answer(self, request: GatewayRequest, outcome: Outcome, *, was_stuck: bool = False) -> None:
@@ -252,6 +255,7 @@ class _Lane:
         self._stuck: deque[GatewayRequest] = deque()
         self._by_turns = deque([self._take_new, self._take_stuck])
         self._timer: asyncio.TimerHandle | None = None
+        self._silence_told_at = -math.inf
         metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
         metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
         if isinstance(gateway, Pooled):
@@ -274,6 +278,23 @@ class _Lane:
             return 0
         soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
         return max(0, math.ceil(soon) - len(self._stuck))
+
+    def note_call(self, outcome: Outcome) -> None:
+        """What came of a call that moves money."""
+        self.breaker.note(outcome)
+        if isinstance(outcome, Unreachable | Unknown):
+            self._tell_silence(outcome)
+
+    def note_answer(self, outcome: Outcome) -> None:
+        """What came of a question: that the provider has no trace of something is an answer."""
+        if isinstance(outcome, Unreachable):
+            self._tell_silence(outcome)
+
+    def _tell_silence(self, outcome: Unreachable | Unknown) -> None:
+        """The first, and then one a minute, for its reason: how many there are, the metrics tell."""
+        if time.monotonic() - self._silence_told_at >= SILENCE_SECONDS:
+            self._silence_told_at = time.monotonic()
+            log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=said(outcome))
 
     def add(self, request: GatewayRequest) -> None:
         self._new.append(request)

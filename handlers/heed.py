@@ -78,7 +78,8 @@ class Heeder:
                 gateway=notice.gateway,
                 event_id=notice.event_id,
                 type=notice.type,
-                error=str(refused.error),
+                error=repr(refused.error),
+                exc_info=refused.defect,
             )
         return len(claimed)
 

@@ -31,7 +31,8 @@ BATCH_SECONDS = Histogram(
 CONCURRENT_UPDATES = Counter("payments_concurrent_updates_total", "Batches decided again after a lost race")
 STALE_ANSWERS = Counter("payments_stale_answers_total", "Gateway answers too late to be applied")
 REFUSED_ANSWERS = Counter(
-    "payments_refused_answers_total", "Gateway answers, about operations or holds, that could not be saved; asked again"
+    "payments_refused_answers_total",
+    "Gateway answers, about operations or holds, that could not be saved: the log says which are asked for again",
 )
 POSTPONED = Counter(
     "payments_batches_postponed_total",
@@ -66,9 +67,9 @@ RECONCILED = Counter(
     "What was stuck (an operation that was taken over, a hold past its end) and asked about, or repeated, by answer",
     ["gateway", "subject", "answer"],
 )
-IN_DOUBT = Gauge("payments_operations_in_doubt", "Operations whose outcome is unknown: money may have moved")
+IN_DOUBT = Gauge("payments_operations_in_doubt", "Operations whose outcome is unknown: money may have moved", ["state"])
 OLDEST_DOUBT = Gauge(
-    "payments_operations_in_doubt_oldest_seconds", "For how long the oldest of them has been under way"
+    "payments_operations_in_doubt_oldest_seconds", "For how long the oldest of them has been under way", ["state"]
 )
 HEALED = Counter(
     "payments_operations_healed_total",
@@ -109,6 +110,8 @@ RESTING = Gauge(
     "1 while a provider has asked for fewer requests: only payers' own are sent",
     ["gateway"],
 )
+LAG = Gauge("payments_commands_lag", "Offsets of a partition that this worker has and has not read yet", ["partition"])
+POSITION = Gauge("payments_commands_position", "The offset of a partition that this worker reads next", ["partition"])
 PAUSED = Gauge("payments_consumer_paused", "1 while the backlog is above its bound and partitions are paused")
 CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by the sweep")
 

@@ -7,7 +7,6 @@ here either: the provider's word is applied, or nothing is.
 """
 
 import asyncio
-import contextlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ import structlog
 from domain.decision import Notified
 from domain.errors import GatewayError, PaymentsError
 from domain.notices import Notice
-from domain.operations import Operation, Outcome, said
+from domain.operations import IN_DOUBT, Operation, Outcome, said
 from domain.payment import Payment
 from domain.ports import Gateway, LapsedHold, PaymentStore, Place
 from domain.requests import gateway_request
@@ -145,14 +144,18 @@ class Reconciler:
     async def watch(self) -> None:
         """Keep the metrics of what is in doubt and what is stuck, until cancelled."""
         while True:
-            with contextlib.suppress(PaymentsError):
-                count, seconds = await self._store.in_doubt()
-                metrics.IN_DOUBT.set(count)
-                metrics.OLDEST_DOUBT.set(seconds)
+            try:
+                doubted = await self._store.in_doubt()
+                for state in IN_DOUBT:
+                    count, seconds = doubted.get(state, (0, 0.0))
+                    metrics.IN_DOUBT.labels(state).set(count)
+                    metrics.OLDEST_DOUBT.labels(state).set(seconds)
                 for subject, stuck in (await self._store.stuck()).items():
                     metrics.STUCK.labels(subject).set(stuck.number)
                     metrics.STUCK_OLDEST.labels(subject).set(stuck.oldest_seconds)
                     metrics.STUCK_OVERDUE.labels(subject).set(stuck.overdue_seconds)
+            except PaymentsError as error:
+                log.warning("not counted what is stuck or in doubt: the metrics are those of before", error=str(error))
             await asyncio.sleep(WATCH_SECONDS)
 
     async def reconcile_holds(self, payment_id: UUID | None = None) -> int:

@@ -83,7 +83,7 @@ class Settler:
         self._leases.release(batch)
         self._submit(applied.requests)
         for refused in applied.refused:
-            self._report(refused.given, str(refused.error))
+            self._report(refused.given, str(refused.error), refused.defect)
         for given in applied.not_tried:
             self._report(given, "an earlier answer of its payment could not be saved")
 
@@ -97,7 +97,7 @@ class Settler:
                 self._submit(error.requests)
             raise
 
-    def _report(self, given: Input, error: str) -> None:
+    def _report(self, given: Input, error: str, defect: Exception | None = None) -> None:
         """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
         metrics.REFUSED_ANSWERS.inc()
         assert isinstance(given, Answer), "nothing else was given"
@@ -107,5 +107,6 @@ class Settler:
             operation=given.operation_number,
             answer=said(given.outcome),
             error=error,
+            exc_info=defect,
         )
         self.on_refused(given, error)

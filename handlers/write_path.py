@@ -15,7 +15,7 @@ import structlog
 from domain.decision import Answer, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.notices import OWN_ANSWER, Notice
-from domain.operations import GatewayRequest
+from domain.operations import GatewayRequest, said
 from domain.payment import Payment
 from domain.ports import Clock, PaymentStore, RecentKeys, WriteTransaction
 from domain.rules import Rules
@@ -40,6 +40,11 @@ class Refused:
     def may_heal(self) -> bool:
         """Whether trying again may help: what a constraint refuses once it refuses for ever."""
         return not isinstance(self.error, InputRefusedByStore)
+
+    @property
+    def defect(self) -> Exception | None:
+        """The error where it is none of the input's, and its traceback says whose it is."""
+        return self.error if self.may_heal else None
 
 
 class SavedInPart(StoreUnavailable):
@@ -153,9 +158,9 @@ class WritePath:
         except StoreUnavailable as error:
             raise SavedInPart(batch.requests, error) from error
         for refused in applied.refused:
-            log.error("late answer not saved", payment=str(refused.given.payment_id), error=str(refused.error))
+            _report_late(refused.given, str(refused.error), refused.defect)
         for given in applied.not_tried:
-            log.error("late answer not saved", payment=str(given.payment_id), error="an earlier one could not be")
+            _report_late(given, "an earlier answer of its payment could not be saved")
         return applied.requests
 
     async def _suspects(self, keys: list[str]) -> Sequence[str]:
@@ -190,6 +195,20 @@ class WritePath:
         kins = {kin for each in inputs if (kin := kin_of(each, named)) is not None}
         of_kind = await transaction.operations_of_kind(kins)
         return Known(payments, stored, named, of_kind)
+
+
+def _report_late(given: Input, error: str, defect: Exception | None = None) -> None:
+    metrics.REFUSED_ANSWERS.inc()
+    assert isinstance(given, Notified), "nothing else was given"
+    assert given.notice.outcome is not None, "a success is what came late"
+    log.error(
+        "late success not saved; nobody asks about it again",
+        payment=str(given.payment_id),
+        operation=given.notice.operation_number,
+        answer=said(given.notice.outcome),
+        error=error,
+        exc_info=defect,
+    )
 
 
 def _as_notice(late: Answer) -> Notified:

@@ -12,15 +12,18 @@ offsets of records are no sign (ends of transactions, aborted ones, compaction).
 """
 
 import asyncio
+import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     ConsumerStoppedError,
     CorruptRecordException,
+    IllegalStateError,
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
@@ -30,6 +33,9 @@ log = structlog.get_logger(__name__)
 
 CAREFUL_MS: Final = 100
 BEGINNING_SECONDS: Final = 2.0
+POSITION_SECONDS: Final = 1.0
+TROUBLE_SECONDS: Final = 60.0
+"""So often is told of a partition that cannot be read, while others can."""
 IDLE_PASSES_MAX: Final = 3
 """So often nothing is found, and nothing amiss, before it is read as usual again: the bad record is gone."""
 
@@ -40,6 +46,13 @@ OnDeleted = Callable[[str, int, int, int], None]
 """Told the topic, partition, the offset that was to be read next, and that at which the log begins now."""
 
 Records = dict[TopicPartition, list[Any]]
+
+
+class Place(NamedTuple):
+    """The offset that is read next, and how many lie from there to the partition's end, by what Kafka told last."""
+
+    next_offset: int
+    lag: int
 
 
 class SkippingReader:
@@ -55,6 +68,7 @@ class SkippingReader:
         self._careful_of: frozenset[TopicPartition] | None = None
         """The partitions that are read one by one, until these are others."""
         self._idle_passes = 0
+        self._trouble_told_at = -math.inf
         self.read_at = time.monotonic()
         """When it was last asked, and did not fail."""
 
@@ -76,6 +90,19 @@ class SkippingReader:
     def knows(self, topic: str) -> bool:
         """Whether the topic has partitions, by what Kafka told last. (None may be ours, where others have them all.)"""
         return bool(self._consumer.partitions_for_topic(topic))
+
+    async def places(self) -> dict[int, Place]:
+        """Where it reads in each of its partitions; without those of which that is not known just now."""
+        found: dict[int, Place] = {}
+        for partition in self._consumer.assignment():
+            with contextlib.suppress(TimeoutError, IllegalStateError):  # It has only just come, or is another's now.
+                async with asyncio.timeout(POSITION_SECONDS):
+                    next_offset = await self._consumer.position(partition)
+                is_ours = partition in self._consumer.assignment()
+                end = self._consumer.highwater(partition) if is_ours else None
+                if end is not None:
+                    found[partition.partition] = Place(next_offset, max(0, end - next_offset))
+        return found
 
     async def getmany(self, *partitions: TopicPartition, **limits: Any) -> Records:
         """As the consumer's own.
@@ -160,6 +187,9 @@ class SkippingReader:
                 break
         if troubles and not found:
             raise _kafka_error(troubles[0]) from troubles[0]
+        if troubles and time.monotonic() - self._trouble_told_at >= TROUBLE_SECONDS:
+            self._trouble_told_at = time.monotonic()
+            log.error("a partition cannot be read, the others are", error=str(troubles[0]))
         self._note_pass(is_idle=not found)
         return found
 

@@ -234,7 +234,7 @@ STUCK = f"""
       FROM inbox WHERE due_at IS NOT NULL
 """
 IN_DOUBT = """
-    SELECT count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
-     WHERE state IN ('indeterminate', 'needs_review')
+    SELECT state, count(*), extract(epoch FROM now() - min(dispatched_at))::float AS seconds FROM operations
+     WHERE state IN ('indeterminate', 'needs_review') GROUP BY state
 """
 PAYMENTS_OF = f"SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])"

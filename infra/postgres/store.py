@@ -122,11 +122,10 @@ class PostgresStore:
         async with self._connection() as connection:
             return int((await connection.execute(MAKE_DUE, payment_id)).split()[-1])
 
-    async def in_doubt(self) -> tuple[int, float]:
+    async def in_doubt(self) -> dict[OperationState, tuple[int, float]]:
         async with self._connection() as connection:
-            row = await connection.fetchrow(IN_DOUBT)
-        assert row is not None, "a count has a row"
-        return row["count"], row["seconds"] or 0.0
+            rows = await connection.fetch(IN_DOUBT)
+        return {OperationState(row["state"]): (row["count"], row["seconds"]) for row in rows}
 
     async def stuck(self) -> dict[str, Stuck]:
         async with self._connection() as connection:

@@ -23,7 +23,7 @@ import migrations
 from app.cli import app
 from app.command_line import advice_on
 from infra.postgres import migrate
-from infra.postgres.schema import schema_trouble
+from infra.postgres.schema import REVISIONS, schema_trouble
 from infra.postgres.tables import metadata
 from migrations import steps
 
@@ -380,6 +380,19 @@ async def test_a_database_without_the_schema_is_not_ready(empty_postgres_url: st
         await connection.close()
         assert trouble in (told or "")
         assert bool(told) == bool(trouble)
+
+
+async def test_a_database_of_an_earlier_release_is_not_ready_and_one_of_a_later_is(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    assert await schema_trouble(connection) is None
+    for revision, trouble in ((REVISIONS[-2], f"needs {REVISIONS[-1]}: run `payments migrate`"), ("9999", None)):
+        await connection.execute("UPDATE alembic_version SET version_num = $1", revision)
+        told = await schema_trouble(connection)
+        assert told == trouble or (told and trouble and trouble in told)
+    await connection.execute(f"CREATE ROLE works_{(role := uuid.uuid4().hex)}; SET ROLE works_{role}")
+    assert await schema_trouble(connection) is None, "a role that may not ask is not told that it cannot work"
+    await connection.execute(f"RESET ROLE; DROP ROLE works_{role}")
+    await connection.close()
 
 
 def test_an_older_schema_is_made_alone_and_a_newer_one_is_not_called_older(

@@ -322,9 +322,34 @@ async def test_a_success_between_them_keeps_the_circuit_closed() -> None:
     for _ in range(3):
         for _ in range(FAILURES_MAX - 1):
             breaker.note(Unknown())
-        breaker.note(Unreachable())
+        breaker.note(Succeeded("ref"))
     assert breaker.may_send()
     assert changes == []
+
+
+async def test_a_call_that_did_not_reach_the_provider_tells_nothing_of_how_it_answers() -> None:
+    now, changes = 100.0, list[bool]()
+    breaker = Breaker(lambda: now, changes.append)
+    for _ in range(FAILURES_MAX):
+        breaker.note(Unknown())
+        breaker.note(Unreachable())
+    assert changes == [True]
+    now += REST_SECONDS
+    assert breaker.may_send()
+    breaker.note(Unreachable())
+    assert changes == [True], "a trial that was refused a connection is no sign that it answers again"
+
+
+async def test_a_provider_that_cannot_be_reached_is_told_in_the_log_with_its_reason_and_once_a_minute() -> None:
+    async def refuse(_: GatewayRequest) -> Outcome:
+        raise GatewayUnreachable("books", "401: the key was revoked")
+
+    bench = Bench(ScriptedGateway(refuse), limit=1)
+    with capture_logs() as told:
+        await bench.outcomes(*(request() for _ in range(5)))
+    (line,) = [each for each in told if each["event"] == "a call got no word from the provider"]
+    assert line["gateway"] == "books"
+    assert "401: the key was revoked" in line["answer"]
 
 
 async def test_a_circuit_is_not_told_as_open_for_ever_where_nothing_is_left_to_try() -> None:
