@@ -235,7 +235,7 @@ class PaymentStore(Protocol):
         ...
 
     async def in_doubt(self) -> Mapping[OperationState, tuple[int, float]]:
-        """How many operations are in doubt, by state, and for how many seconds the oldest of them has been under way."""
+        """How many operations are in doubt, by state, and for how many seconds the oldest was under way."""
         ...
 
     async def stuck(self) -> Mapping[str, "Stuck"]:

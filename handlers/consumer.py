@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from aiokafka import ConsumerRebalanceListener, TopicPartition
@@ -39,6 +39,8 @@ CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: at a steady load, tiny batches cost the most."""
 COMMIT_INTERVAL_SECONDS = 0.05
 POSITION_SECONDS = 1.0
+READS_ON_SECONDS: Final = 0.02
+"""For so long commands are read before others have their turn: Kafka's heartbeats, answers, questions about health."""
 RETRIES_BEFORE_PARKING = 5
 """Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
 
@@ -157,7 +159,7 @@ class CommandConsumer:
 
     async def _accept(self, records: Sequence[Record]) -> None:
         metrics.COMMANDS.inc(len(records))
-        deliveries, letters = _read(records)
+        deliveries, letters = await _read(records)
         with metrics.BATCH_SECONDS.labels("command").time():
             applied = await self._write_path.apply([delivery for delivery, _ in deliveries])
         self._dispatcher.submit(applied.requests)
@@ -232,10 +234,15 @@ async def _itself(message: Any) -> Any:
     return message
 
 
-def _read(records: Sequence[Record]) -> tuple[list[tuple[Delivery, Record]], list[DeadLetter]]:
+async def _read(records: Sequence[Record]) -> tuple[list[tuple[Delivery, Record]], list[DeadLetter]]:
+    """The commands in these records; heartbeats and other payments have their turn while many are read."""
     deliveries: list[tuple[Delivery, Record]] = []
     letters: list[DeadLetter] = []
+    since = time.monotonic()
     for record in records:
+        if time.monotonic() - since > READS_ON_SECONDS:
+            await asyncio.sleep(0)
+            since = time.monotonic()
         try:
             command = read_command(record.value, read_traceparent(record.headers))
         except MessageUnreadable as error:

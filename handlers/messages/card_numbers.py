@@ -6,7 +6,8 @@ more. A payment method is never digits, so there the check digit alone is enough
 """
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from itertools import accumulate
 from typing import Final
 
 REMOVED: Final = "[card number removed]"
@@ -18,10 +19,13 @@ _BRAND: Final = re.compile(
     r"|3[0689](?:\d{12}|\d{14,17})|35\d{14,17}"  # Diners Club, JCB
     r"|(?:5[0678]|6\d)\d{14,17}"  # Maestro, Discover, UnionPay, RuPay
 )
-_RUN: Final = re.compile(r"(?<![0-9A-Za-z])(?=(\d{14,19}(?![0-9A-Za-z])|\d{1,6}(?:[ -]\d{1,6}){1,18}(?![0-9A-Za-z])))")
-"""Digits in one piece or in short groups, at every place where they may start; a UUID's groups are too long."""
+_PIECE: Final = re.compile(r"(?<![0-9A-Za-z])\d{14,19}(?![0-9A-Za-z])")
+_RUN: Final = re.compile(r"(?<![0-9A-Za-z])\d{1,6}(?:[ -]\d{1,6})+(?![0-9A-Za-z])")
+"""Short groups of digits; a UUID's are too long."""
+_SEPARATOR: Final = re.compile("[ -]")
 _SEPARATORS: Final = str.maketrans("", "", " -")
 _SHAPE: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord("x") for byte in range(256))
+_FIRST_DIGITS: Final = frozenset("23456")
 _THIRTEEN_DIGITS: Final = b"0" * 13
 
 
@@ -34,9 +38,14 @@ def may_hold_card_number(text: bytes) -> bool:
 
 
 def holds_card_number(text: str) -> bool:
-    """Whether this text is a card number, or has one in it that stands by itself."""
-    return may_hold_card_number(text.encode(errors="replace")) and any(
-        _BRAND.fullmatch(digits) and _passes_luhn(digits) for digits in _candidates(text)
+    """Whether this text is a card number, or has one in it that stands by itself. Some microseconds a digit at most."""
+    if not may_hold_card_number(text.encode(errors="replace")):
+        return False
+    whole = text.translate(_SEPARATORS)
+    return (
+        (whole.isdecimal() and _is_card_number(whole))
+        or any(_is_card_number(piece) for piece in _PIECE.findall(text))
+        or any(_has_card_number(_SEPARATOR.split(run)) for run in _RUN.findall(text))
     )
 
 
@@ -46,25 +55,35 @@ def is_card_number_of_any_brand(text: str) -> bool:
     return 13 <= len(digits) <= 19 and digits.isdecimal() and _passes_luhn(digits)
 
 
-def _candidates(text: str) -> Iterator[str]:
-    whole = text.translate(_SEPARATORS)
-    if whole.isdecimal() and len(whole) <= 19:
-        yield whole
-    for match in _RUN.finditer(text):
-        yield from _leading_groups(match[1])
+def _is_card_number(digits: str) -> bool:
+    return _BRAND.fullmatch(digits) is not None and _passes_luhn(digits)
 
 
-def _leading_groups(run: str) -> Iterator[str]:
-    """The first group of the run, the first two, and so on, as long as they may be a card number."""
-    digits = ""
-    for group in re.split("[ -]", run):
-        digits += group
-        if 14 <= len(digits) <= 19:
-            yield digits
+def _has_card_number(groups: list[str]) -> bool:
+    """Whether some of these groups, one after the other, are one. Each place is looked at with sums made once."""
+    digits, ends = "".join(groups), list(accumulate(map(len, groups)))
+    sums = _luhn_sums(digits)
+    for first, begin in enumerate([0, *ends[:-1]]):
+        if digits[begin] in _FIRST_DIGITS:
+            at = bisect_left(ends, begin + 14, first)
+            for end in ends[at : at + 6]:  # Of 14 to 19 digits, and each group has one at least.
+                of_end = sums[end % 2]
+                if (of_end[end] - of_end[begin]) % 10 == 0 and _BRAND.fullmatch(digits, begin, end):
+                    return True
+    return False
+
+
+def _luhn_sums(digits: str) -> tuple[list[int], list[int]]:
+    """Luhn's sums of the first 0, 1, 2 … digits: for numbers that end at an even place, and at an odd one."""
+    plain = [int(digit) for digit in digits]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in plain]
+    pairs = list(zip(plain, doubled, strict=True))
+    even = accumulate((pair[place % 2 == 0] for place, pair in enumerate(pairs)), initial=0)
+    odd = accumulate((pair[place % 2] for place, pair in enumerate(pairs)), initial=0)
+    return list(even), list(odd)
 
 
 def _passes_luhn(digits: str) -> bool:
     """Source: ISO/IEC 7812-1, annex B."""
-    odd = sum(int(digit) for digit in digits[-1::-2])
-    doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
-    return (odd + doubled) % 10 == 0
+    sums = _luhn_sums(digits)[len(digits) % 2]
+    return sums[-1] % 10 == 0

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from domain.commands import AnyCommand, Command, OperationKind, UnacceptableCommand
 from domain.errors import MessageUnreadable
 from handlers.messages.card_numbers import holds_card_number, is_card_number_of_any_brand, may_hold_card_number
-from handlers.messages.command_models import COMMAND_MODELS, NewPayment, WireCommand
+from handlers.messages.command_models import COMMAND_MODELS, NewPayment, PartOfPayment, VoidPayment, WireCommand
 from handlers.messages.refusals import (
     DeadLetterReason,
     DoubtfulCommand,
@@ -33,6 +33,7 @@ _READER: Final[TypeAdapter[WireCommand]] = TypeAdapter(Annotated[WireCommand, Fi
 _validate: Final[Callable[[bytes | str], WireCommand]] = _READER.validator.validate_json
 _NUL: Final = b"\\u0000"
 """A NUL in a JSON text; also what a backslash before "u0000" looks like, which the second look tells apart."""
+_AMOUNT: Final = re.compile(rb"amount", re.IGNORECASE)
 _TRACEPARENT: Final = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -109,14 +110,22 @@ def _unacceptable(doubtful: DoubtfulCommand, problems: Problems, traceparent: st
 
 
 def _is_doubtful(value: bytes, content: bytes, message: WireCommand) -> bool:
-    """Whether a message that fits its model may still repeat a field, or hold a card number or a character to refuse.
+    """Whether a message that fits its model may still repeat a field, give its amount under another name, or hold what
+    is refused: a card number, or a character.
 
     A message without escapes has one colon after each name and those within its texts. As many as in its content mean
     that nothing was dropped, so nothing was said twice.
     """
     if (value.count(b":") != content.count(b":") or b"\\" in value) and (has_repetitions(value) or _NUL in content):
         return True
+    if _moves_all(message) and _AMOUNT.search(value):
+        return True
     return may_hold_card_number(content) and _holds_card_number(message)
+
+
+def _moves_all(message: WireCommand) -> bool:
+    """Whether it moves all that there is, unless an amount is meant that is given under another name."""
+    return isinstance(message, VoidPayment) or (isinstance(message, PartOfPayment) and message.amount_minor is None)
 
 
 def _holds_card_number(message: WireCommand) -> bool:

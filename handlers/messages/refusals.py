@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import Any, Final
 from uuid import UUID
 
@@ -20,10 +21,12 @@ from domain.commands import Rejection, RejectionReason
 from domain.errors import MessageUnreadable
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 from handlers.messages.card_numbers import REMOVED, holds_card_number, is_card_number_of_any_brand
-from handlers.messages.command_models import COMMAND_MODELS, UUID_PATTERN
+from handlers.messages.command_models import COMMAND_MODELS, UUID_PATTERN, PartOfPayment, VoidPayment, WireCommand
 
-NESTING_MAX: Final = 8
-"""Levels kept of a value in a refused command; no field of a good one has more than two."""
+CHARACTERS_MAX: Final = 512
+ENTRIES_MAX: Final = 64
+"""Kept of a text, and of an object, in a refused command: more than any field may have, so that what was cut does not
+fit either. To search all that a message may hold for card numbers would keep every payment waiting for seconds."""
 CUT: Final = "[nested too deeply]"
 
 
@@ -96,6 +99,15 @@ _CARD: Final = Problem(
 _UNPRINTABLE: Final = Problem(
     RejectionReason.INVALID_COMMAND, "holds a NUL character or half a surrogate pair: leave it out"
 )
+_MISNAMED: Final = Problem(
+    RejectionReason.INVALID_AMOUNT,
+    "is not given, but something like it is: send it under this name, or no amount at all for all that remains",
+)
+_VOID_OF_A_PART: Final = Problem(
+    RejectionReason.INVALID_AMOUNT,
+    "is not for a void, which releases all that is held: leave it out",
+)
+_AMOUNT_NAME: Final = re.compile("[^a-z]*((refund|capture)[^a-z]*)?amount", re.IGNORECASE)
 _PAYMENT_ID: Final = re.compile(UUID_PATTERN)
 _SHOWABLE_TYPE: Final = re.compile(r"[a-z_.]{1,64}(v[0-9]{1,3})?")
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
@@ -116,8 +128,9 @@ def look_again(value: bytes) -> DoubtfulCommand:
     fields = _parse(value)
     type_, payment_id = _type_of(fields), _payment_id_of(fields)
     names = COMMAND_MODELS[type_].model_fields
-    known = {name: _cut(fields[name], NESTING_MAX) for name in names if fields.get(name) is not None}
+    known = {name: _cut(fields[name], is_whole=True) for name in names if fields.get(name) is not None}
     problems = _problems_of_values(known) | dict.fromkeys(sorted(_repeated(fields) & names.keys()), _REPEATED)
+    problems |= _problem_of_amount(COMMAND_MODELS[type_], fields)
     return DoubtfulCommand(
         type=type_,
         payment_id=payment_id,
@@ -213,6 +226,18 @@ def _problems_of_values(known: Mapping[str, Any]) -> Problems:
     return {name: problem for name, problem in found if problem}
 
 
+def _problem_of_amount(model: type[WireCommand], fields: _Object) -> Problems:
+    """An amount under another name is no unknown field like others: without it, all that there is would be moved."""
+    if model is VoidPayment:
+        problem = _VOID_OF_A_PART
+    elif issubclass(model, PartOfPayment) and fields.get("amount_minor") is None:
+        problem = _MISNAMED
+    else:
+        return {}
+    is_given = any(_AMOUNT_NAME.match(name) for name, value in fields.items() if value is not None)
+    return {"amount_minor": problem} if is_given else {}
+
+
 def _problem_of_value(name: str, value: object) -> Problem | None:
     texts = list(_texts(value))
     if name not in ("amount_minor", "payment_id") and any(_is_card(name, text) for text in texts):
@@ -242,24 +267,29 @@ def _as_text(value: object) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
-def _cut(value: object, levels: int) -> object:
-    """The value without what lies deeper than `levels`, so that walking it needs no deep stack."""
+def _cut(value: object, *, is_whole: bool) -> object:
+    """As much of a field's value as is kept; of what it holds, if it is no part of another, no objects and no lists."""
     match value:
-        case dict() | list() if levels == 0:
-            return CUT
+        case dict() | list() if not is_whole:
+            return [CUT]  # A text would fit.
         case dict():
-            return {name: _cut(inner, levels - 1) for name, inner in value.items()}
+            entries = islice(value.items(), ENTRIES_MAX)
+            return {name[:CHARACTERS_MAX]: _cut(inner, is_whole=False) for name, inner in entries}
         case list():
-            return [_cut(inner, levels - 1) for inner in value]
+            return [_cut(inner, is_whole=False) for inner in value[:ENTRIES_MAX]]
+        case str():
+            return value[:CHARACTERS_MAX]
         case _:
             return value
 
 
 def _storable_text(known: Mapping[str, Any], problems: Problems) -> str:
-    """Canonical JSON of what may be kept; it names repeated fields, so as to differ from the text of a good command."""
+    """Canonical JSON of what may be kept, and of what is not kept enough to differ from the text of a good command."""
     kept = {name: _storable(name, value) for name, value in known.items()}
     if repeated := [name for name, problem in problems.items() if problem is _REPEATED]:
         kept["repeated_fields"] = repeated
+    if any(problem in (_MISNAMED, _VOID_OF_A_PART) for problem in problems.values()):
+        kept["has_other_amount"] = True
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -274,7 +304,7 @@ def _storable(name: str, value: object) -> object:
         case int() if name == "amount_minor" and value <= AMOUNT_MAX_MINOR:
             return value
         case float() if not math.isfinite(value):
-            return str(value)
+            return [str(value)]  # JSON has no number for it, and as a text it would fit: a list fits nowhere.
         case _ if name != "payment_id" and _is_card(name, _as_text(value)):
             return REMOVED
         case str():

@@ -1,6 +1,7 @@
 """Any bytes become a command, a refusal that names its fields, or an unreadable message; equal commands read equal."""
 
 import json
+import math
 import random
 from datetime import UTC, datetime
 from typing import Any
@@ -185,11 +186,65 @@ def test_another_field_that_does_not_fit_is_refused_and_named(field: str, value:
     assert "\\u0000" not in command.content
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, 7, None, "a\0", CARD])
+@pytest.mark.parametrize("key", ["", "x" * 256, 7, None, "a\0", CARD, math.nan, math.inf, 10**41])
 def test_an_unusable_idempotency_key_is_not_remembered(key: object) -> None:
     command = refused_with(idempotency_key=key)
     assert command.idempotency_key is None
     assert command.rejection.fields == ("idempotency_key",)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400", "9" * 41])
+@pytest.mark.parametrize("name", ["order_id", "customer_id", "payment_method", "gateway"])
+def test_a_number_that_json_cannot_repeat_is_no_text(name: str, number: str) -> None:
+    command = refused(json.dumps(CHARGE | {name: "?"}).replace('"?"', number).encode())
+    assert command.rejection.fields == (name,)
+
+
+CAPTURE = {"type": "payment.capture.v1", "idempotency_key": "k", "payment_id": PAYMENT_ID}
+
+
+@pytest.mark.parametrize("kind", ["capture", "refund", "void"])
+@pytest.mark.parametrize("name", ["amount", "amountMinor", "AMOUNT_MINOR", "_amount", "refund_amount", "captureAmount"])
+def test_an_amount_under_another_name_does_not_move_all_that_there_is(kind: str, name: str) -> None:
+    plain = CAPTURE | {"type": f"payment.{kind}.v1"}
+    command = refused(json.dumps(plain | {name: 250}).encode())
+    assert (command.rejection.reason, command.rejection.fields) == (RejectionReason.INVALID_AMOUNT, ("amount_minor",))
+    good = read_command(json.dumps(plain).encode(), None)
+    assert command.fingerprint != good.fingerprint, "what is sent after it, in order, is another command"
+
+
+def test_a_void_has_no_amount() -> None:
+    command = refused(json.dumps(CAPTURE | {"type": "payment.void.v1", "amount_minor": 250}).encode())
+    assert command.rejection.fields == ("amount_minor",)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"amount_minor": None, "amount": None},
+        {"amount_minor": 250, "amount": "2.50"},
+        {"order_amount": 1},
+        {"note": "amount"},
+    ],
+)
+def test_other_fields_beside_an_amount_are_ignored(fields: dict[str, object]) -> None:
+    assert isinstance(read_command(json.dumps(CAPTURE | fields).encode(), None), Command)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["4-" * 250_000, ["4-" * 100] * 2_500, {f"4-{n}": "4-" * 20 for n in range(9_000)}, [["4-" * 10] * 9] * 2_000],
+)
+@pytest.mark.parametrize("name", ["order_id", "metadata", "idempotency_key"])
+def test_of_a_refused_command_no_more_is_kept_or_searched_than_of_a_good_one(name: str, value: object) -> None:
+    """Half a megabyte of what might be card numbers took twenty seconds, in which no payment went on."""
+    command = refused_with(**{name: value})
+    assert command.rejection.fields == (name,)
+    assert len(command.content) < 50_000
+
+
+def test_what_is_nested_in_metadata_fits_no_better_for_being_cut() -> None:
+    assert refused_with(metadata={"a": {"b": "c"}}).rejection.fields == ("metadata",)
 
 
 def test_several_problems_are_told_at_once() -> None:
