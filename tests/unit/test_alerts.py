@@ -41,6 +41,14 @@ def test_an_alert_is_about_metrics_that_exist(alert: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_what_an_alert_selects_by_is_a_label_of_its_metric(alert: dict[str, Any]) -> None:
+    """By another it would select nothing, and never be true."""
+    known: dict[str, Any] = REGISTRY._names_to_collectors
+    for name, selectors in re.findall(r"(payments_\w+)\{([^}]*)\}", alert["expr"]):
+        assert set(re.findall(r"(\w+)[=!]", selectors)) <= set(known[name]._labelnames)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_an_alert_leads_to_what_to_do(alert: dict[str, Any]) -> None:
     path, _, part = alert["annotations"]["runbook"].partition("#")
     text = (ROOT / path).read_text(encoding="utf-8")
