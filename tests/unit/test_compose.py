@@ -1,14 +1,26 @@
 """What docker compose starts and stops agrees with what the processes need for it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from app.settings import Settings
 from app.worker import DRAIN_SECONDS, LEAVES_WITHIN
+from infra.relay import RelayConfig
 
-COMPOSE = Path(__file__).resolve().parents[2] / "docker-compose.yml"
-SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+SERVERS = ("postgres", "kafka", "valkey")
+PORTS = {name: Settings.model_fields[f"{name}_port"].default for name in ("worker", "relay", "http")}
+
+
+def granted_seconds(service: str) -> float:
+    return float(SERVICES[service].get("stop_grace_period", "10s").removesuffix("s"))
 
 
 def test_migrations_wait_for_both_servers_that_they_prepare() -> None:
@@ -17,6 +29,34 @@ def test_migrations_wait_for_both_servers_that_they_prepare() -> None:
 
 
 def test_a_worker_is_not_killed_before_it_has_saved_what_was_under_way() -> None:
-    granted = float(SERVICES["worker"].get("stop_grace_period", "10s").removesuffix("s"))
     # It takes nothing new, leaves Kafka, lets its calls end, saves what they answered, and leaves Postgres.
-    assert granted > 3 * LEAVES_WITHIN + 2 * DRAIN_SECONDS
+    assert granted_seconds("worker") > 3 * LEAVES_WITHIN + 2 * DRAIN_SECONDS
+
+
+def test_a_relay_is_not_killed_before_it_ends_by_itself() -> None:
+    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="")
+    assert granted_seconds("relay") > config.end_seconds
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - {"migrate"}))
+def test_what_ends_is_started_again(name: str) -> None:
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+@pytest.mark.parametrize(("name", "port"), PORTS.items())
+def test_a_process_is_asked_at_its_own_port_whether_it_lives(name: str, port: int) -> None:
+    assert f":{port}/health/live" in SERVICES[name]["healthcheck"]["test"][-1]
+
+
+def test_the_providers_books_last_as_long_as_ours() -> None:
+    sandbox = SERVICES["sandbox"]
+    file = next(each for each in sandbox["command"] if each.startswith("--state-file=")).partition("=")[2]
+    volume, _, folder = sandbox["volumes"][0].partition(":")
+    assert Path(file).parent == Path(folder)
+    assert volume in COMPOSE["volumes"]
+    assert f"--owner=payments {folder}" in DOCKERFILE, "who runs it may write nothing else"
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_server_is_the_same_next_year(name: str) -> None:
+    assert re.search(r":\d+\.\d+", SERVICES[name]["image"])
