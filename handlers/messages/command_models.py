@@ -44,6 +44,9 @@ class _Rfc3339:
         text = core_schema.str_schema(pattern=self.PATTERN, max_length=40, strict=True)
         return core_schema.chain_schema([text, core_schema.datetime_schema(strict=False, tz_constraint="aware")])
 
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(schema) | {"format": "date-time"}
+
 
 class _KnownCurrency:
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -67,25 +70,38 @@ def _true_or_none(value: bool) -> bool | None:
     return value or None
 
 
+def _of_decimals(decimals: int) -> str:
+    return ", ".join(sorted(currency for currency, has in MINOR_UNITS.items() if has == decimals))
+
+
+_MINOR_UNITS: Final = "Integer minor units, in digits alone (`1250.0` is refused)"
 Amount = Annotated[
     int,
     Field(
         gt=0,
         le=AMOUNT_MAX_MINOR,
-        description="Integer minor units, in digits alone: 1250 is USD 12.50 and JPY 1250.",
+        description=f"{_MINOR_UNITS}: 1250 is USD 12.50 and JPY 1250.",
         examples=[1250],
     ),
 ]
 AmountOrRest = Annotated[
     Annotated[int, Field(gt=0, le=AMOUNT_MAX_MINOR)] | None,
-    Field(description="Integer minor units: 1250 is USD 12.50. Left out: all that remains.", examples=[1250]),
+    Field(description=f"{_MINOR_UNITS}: 1250 is USD 12.50. Left out: all that remains.", examples=[1250]),
 ]
-Currency = Annotated[str, _KnownCurrency(), Field(description="ISO 4217, upper case.", examples=["USD"])]
+Currency = Annotated[
+    str,
+    _KnownCurrency(),
+    Field(
+        description=f"ISO 4217, upper case. Minor units have 0 decimals in {_of_decimals(0)}; 3 in {_of_decimals(3)}; "
+        "2 in all others. A provider's own scale is the service's to convert, but what it cannot take is "
+        "`gateway_refused`: at Stripe a last decimal other than 0 in BHD, JOD, KWD, OMR or TND; at PayPal a fraction "
+        "in HUF or TWD.",
+        examples=["USD"],
+    ),
+]
 OptionalCurrency = Annotated[
     Annotated[str, _KnownCurrency()] | None,
-    Field(
-        description="ISO 4217, upper case. Checked against the payment's currency where it is given.", examples=["USD"]
-    ),
+    Field(description="Checked against the payment's currency where it is given.", examples=["USD"]),
 ]
 CustomerId = Annotated[
     Annotated[str, Field(min_length=1, max_length=255)] | None,
@@ -118,7 +134,7 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         description="Names this request, among those of all payments, for ever: the same key and content again moves "
-        f"nothing and repeats the result. {_NO_CARD}",
+        f"nothing and repeats the result. Compared code point by code point, not trimmed. {_NO_CARD}",
         examples=["order-1001-charge"],
     ),
 ]
@@ -134,8 +150,8 @@ Metadata = Annotated[
     | None,
     Field(
         description="At most 50 texts of at most 500 characters, with keys of at most 40. Only Stripe is given "
-        "them, with an authorization, charge or refund: at most 46, none whose key holds [ or ] or is one of our own "
-        "(`payment_id`, `operation_number`, `order_id`, `last_capture`). "
+        "them, with an authorization, charge or refund: at most 46; the others, and those whose key holds [ or ] or is "
+        "one of our own (`payment_id`, `operation_number`, `order_id`, `last_capture`), are left out there. "
         f"{_NO_CARD}",
         examples=[{"channel": "web"}],
     ),
@@ -161,8 +177,7 @@ PaymentId = Annotated[
     UUID,
     _CanonicalUuid(),
     Field(
-        description="Chosen by the sender, one for each payment. Also the Kafka key: it keeps a payment in order. "
-        "Events have it in lower case.",
+        description="Chosen by the sender, one for each payment; the Kafka key, too. Events have it in lower case.",
         examples=["0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"],
     ),
 ]
@@ -171,7 +186,9 @@ PaymentMethod = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description="The provider's token for how to pay. A card number is refused.",
+        description="How to pay, by the provider's token. Stripe: a PaymentMethod, `pm_…`. PayPal: `vault:<id>` for a "
+        "stored wallet, any other text for one whose payer is asked. VNPay and MoMo: any text; it is not read. A card "
+        "number is refused.",
         examples=["pm_card_visa"],
     ),
 ]

@@ -71,7 +71,13 @@ class PaymentState(_Wire):
 class Action(_Wire):
     """What the payer must do first, such as 3-D Secure at `url`."""
 
-    type: Annotated[str, Field(description="The provider's word, such as `redirect`: `url` is where the payer goes.")]
+    type: Annotated[
+        str,
+        Field(
+            description="The provider's word: `redirect` (PayPal, VNPay, MoMo) and `redirect_to_url` (Stripe) send the "
+            "payer to `url`; `use_stripe_sdk` (Stripe) is for Stripe's own client."
+        ),
+    ]
     url: str | None
     expires_at: Annotated[AwareDatetime | None, Field(description="When it will be too late; null where unknown.")] = (
         None
@@ -89,14 +95,24 @@ class _WireEvent(_Wire):
     ]
     command_id: Annotated[
         UUID | None,
-        Field(description="Derived from the command's content, the same for each delivery; null where none caused it."),
+        Field(
+            description="Opaque, and the same for each delivery of a command. Tells commands of one key apart: one "
+            "that was a conflict from the one that stands. Null where no command caused it."
+        ),
     ]
     command_type: Annotated[str | None, Field(description="Null where no command caused it, such as a dispute.")]
     idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
     operation_number: Annotated[
         int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
     ]
-    amount_minor: Annotated[int | None, Field(description="What the operation moved or asked to move, in minor units.")]
+    amount_minor: Annotated[
+        int | None,
+        Field(
+            description="What the operation moved or asked to move, in minor units; null where a refused command named "
+            "no amount that could be read. Never sum these: the amounts of `payment` are the sums. (The `voided` of "
+            "what only waited for its payer names that one's amount, and has released nothing.)"
+        ),
+    ]
     currency: Annotated[
         str | None,
         Field(description="ISO 4217. Of a refused command its own where it named one; otherwise the payment's."),
@@ -140,7 +156,10 @@ class PaymentRefunded(_WireEvent):
 
 
 class PaymentDeclined(_WireEvent):
-    """The payer's side, or the provider, said no, and no money moved. Final."""
+    """The payer's side, or the provider, said no, and no money moved. Final.
+
+    `canceled`: a void, the payer or the provider ended the attempt; where a void did, its `voided` follows.
+    """
 
     type: Literal["payment.declined.v1"]
     decline_reason: DeclineReason
@@ -155,14 +174,17 @@ class PaymentRequiresAction(_WireEvent):
 
 
 class PaymentPending(_WireEvent):
-    """There is no result yet. Not final: the result follows. Money may have moved."""
+    """There is no result yet. Not final: the result follows, or `needs_review` before it. Money may have moved."""
 
     type: Literal["payment.pending.v1"]
     cause: PendingCause
 
 
 class PaymentNeedsReview(_WireEvent):
-    """The outcome stayed unknown past the deadline; a person should look. Not final: the provider is still asked."""
+    """The outcome stayed unknown, or the provider contradicts what was asked; a person should look. Not final: the
+    provider is still asked, without an end. By default it comes an hour after the dispatch where there is no answer,
+    and seven days after it where the provider says that it is pending or waits for the payer.
+    """
 
     type: Literal["payment.needs_review.v1"]
 
@@ -172,14 +194,7 @@ class PaymentCommandRejected(_WireEvent):
     command of this key, which stands, and has its own."""
 
     type: Literal["payment.command_rejected.v1"]
-    reason: Annotated[
-        RejectionReason,
-        Field(
-            description="`idempotency_conflict`: the key is another command's, which stands. `gateway_refused`: the "
-            "provider's no, such as to a void of what its payer has just paid. `gateway_unavailable`: nothing was "
-            "sent; a new command under a new key may fare better. `command_expired`: its `expires_at` had passed."
-        ),
-    ]
+    reason: RejectionReason
     message: Annotated[str, Field(description="For people: what is wrong and what to do. Do not switch over it.")]
     fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
     evidence: _Evidence = None
@@ -201,7 +216,8 @@ class PaymentLateSuccess(_WireEvent):
     told_before: Annotated[
         str,
         Field(
-            description="How the operation had ended.",
+            description="How the operation had ended: `declined`, `expired`, or `not_executed`, which was told as "
+            "`command_rejected`.",
             json_schema_extra={"enum": ["declined", "not_executed", "expired"]},
         ),
     ]

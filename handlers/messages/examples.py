@@ -94,6 +94,7 @@ def _example(kind: EventKind, command: OperationKind, key: str, snapshot: Paymen
         occurred_at=datetime(2026, 1, 31, 12, 0, 0, 250_000, tzinfo=UTC),
         command=command,
         idempotency_key=key,
+        # Not that of the example command's content, and so its id is not either: the goldens froze it so.
         fingerprint=sha256(key.encode()).digest(),
         snapshot=snapshot,
         currency=snapshot.currency,
@@ -157,7 +158,7 @@ EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
         _NOTHING_YET._replace(status=PaymentStatus.REQUIRES_ACTION, gateway_payment_id="pay_9f2c"),
         action=RequiresAction(
             "op_51ab",
-            "three_d_secure",
+            "redirect_to_url",
             "https://bank.example/3ds/51ab",
             datetime(2026, 1, 31, 12, 15, 0, 250_000, tzinfo=UTC),
         ),

@@ -85,6 +85,7 @@ _REMEDIES: Final[Mapping[str, Problem]] = {
         "must be a text in RFC 3339 with an offset, such as 2030-01-01T12:00:00Z",
     ),
     "gateway": Problem(RejectionReason.INVALID_COMMAND, "must be a text of 1 to 64 characters"),
+    "off_session": Problem(RejectionReason.INVALID_COMMAND, "must be true or false"),
     "metadata": Problem(
         RejectionReason.INVALID_COMMAND,
         "must be an object of at most 50 texts of at most 500 characters, with keys of 1 to 40 characters",

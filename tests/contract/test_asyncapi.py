@@ -14,8 +14,9 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from app.settings import GATEWAYS_KNOWN
-from domain.commands import Command
+from domain.commands import Command, RejectionReason
 from domain.errors import MessageUnreadable
+from domain.money import MINOR_UNITS
 from domain.settle import ENDINGS
 from handlers.messages.asyncapi import (
     COMMANDS_TOPIC,
@@ -28,6 +29,9 @@ from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
 from handlers.messages.events import EVENT_MODELS, event_type, read_event
 from handlers.messages.examples import COMMAND_EXAMPLES
+from handlers.messages.refusals import DeadLetterReason
+from infra.gateways.paypal_http import WHOLE
+from infra.gateways.stripe_objects import ROUNDED_TO_TEN
 from infra.kafka import dead_letters
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +108,67 @@ def named(key: str, value: object) -> Iterator[Any]:
         case list():
             for inner in value:
                 yield from named(key, inner)
+
+
+def objects(value: object) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    match value:
+        case dict():
+            yield value
+            for inner in value.values():
+                yield from objects(inner)
+        case list():
+            for inner in value:
+                yield from objects(inner)
+
+
+def test_nothing_stands_beside_a_reference(document: dict[str, Any]) -> None:
+    """AsyncAPI has its readers ignore it."""
+    assert [each for each in objects(document) if "$ref" in each and len(each) > 1] == []
+
+
+def test_the_currencys_text_tells_the_decimals_of_each(document: dict[str, Any]) -> None:
+    currency = document["components"]["schemas"]["Currency"]
+    assert currency["enum"] == sorted(MINOR_UNITS)
+    told = re.search(r"have 0 decimals in ([A-Z, ]+); 3 in ([A-Z, ]+); 2 in all others\.", currency["description"])
+    assert told is not None
+    decimals = dict.fromkeys(told[1].split(", "), 0) | dict.fromkeys(told[2].split(", "), 3)
+    assert dict.fromkeys(MINOR_UNITS, 2) | decimals == MINOR_UNITS
+
+
+def test_the_currencys_text_tells_which_decimals_a_provider_does_not_take(document: dict[str, Any]) -> None:
+    text = document["components"]["schemas"]["Currency"]["description"]
+    told = re.search(r"at Stripe .+ in ([^;]+); at PayPal a fraction in ([^.]+)\.", text)
+    assert told is not None
+    at_stripe, at_paypal = (set(re.findall("[A-Z]{3}", each)) for each in told.groups())
+    assert at_stripe == ROUNDED_TO_TEN
+    assert at_paypal == {currency for currency in WHOLE if MINOR_UNITS[currency]}
+
+
+def test_a_schema_tells_a_validator_that_a_time_is_one(document: dict[str, Any]) -> None:
+    """The form alone would take a 45th day of a 13th month, which is refused."""
+    (schema, _) = document["components"]["schemas"]["ChargePayment"]["properties"]["expires_at"]["anyOf"]
+    assert schema["format"] == "date-time"
+
+
+def test_every_reason_is_explained(document: dict[str, Any]) -> None:
+    rejection = document["components"]["schemas"]["RejectionReason"]
+    dead_letter = document["components"]["messages"][DEAD_LETTER]["headers"]["properties"]["dlq_reason"]
+    for schema, reasons in ((rejection, RejectionReason), (dead_letter, DeadLetterReason)):
+        assert re.findall(r"^- `(\w+)`: .+\.$", schema["description"], re.MULTILINE) == schema["enum"] == list(reasons)
+
+
+def test_the_example_of_an_action_is_one_that_a_gateway_asks_for(document: dict[str, Any]) -> None:
+    (example,) = document["components"]["messages"]["payment.requires_action.v1"]["examples"]
+    told = document["components"]["schemas"]["Action"]["properties"]["type"]["description"]
+    assert f"`{example['payload']['action']['type']}`" in told
+
+
+def test_the_server_is_where_docker_compose_publishes_kafka(document: dict[str, Any]) -> None:
+    (server,) = document["servers"].values()
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    port = server["host"].removeprefix("localhost:")
+    assert compose["services"]["kafka"]["ports"] == [f"127.0.0.1:{port}:{port}"]
 
 
 def test_every_gateway_in_an_example_is_one_that_there_is(document: dict[str, Any]) -> None:

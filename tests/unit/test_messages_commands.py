@@ -186,6 +186,21 @@ def test_another_field_that_does_not_fit_is_refused_and_named(field: str, value:
     assert "\\u0000" not in command.content
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("off_session", "true"), ("gateway", True), ("order_id", 7), ("expires_at", 7), ("metadata", [])],
+)
+def test_a_refusal_says_what_the_field_must_be(field: str, value: object) -> None:
+    told = {
+        "off_session": "true or false",
+        "gateway": "a text of 1 to 64 characters",
+        "order_id": "a text of 1 to 255 characters",
+        "expires_at": "a text in RFC 3339",
+        "metadata": "an object",
+    }
+    assert refused_with(**{field: value}).rejection.message.startswith(f"`{field}` must be {told[field]}")
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256, 7, None, "a\0", CARD, math.nan, math.inf, 10**41])
 def test_an_unusable_idempotency_key_is_not_remembered(key: object) -> None:
     command = refused_with(idempotency_key=key)
