@@ -180,7 +180,7 @@ def worker() -> None:
     Any number of it may run."""
     from app.processes import run_worker
 
-    run_worker(read_service_settings())
+    run_worker(read_service_settings(for_calls=True))
 
 
 @app.command()
@@ -193,7 +193,7 @@ def http(
     The metrics are those of all processes. It also keeps the outbox's partitions."""
     from app.processes import run_http
 
-    settings = read_service_settings()
+    settings = read_service_settings(for_calls=False)
     given = {"http_host": host, "http_port": port}
     run_http(settings.model_copy(update={name: value for name, value in given.items() if value is not None}))
 

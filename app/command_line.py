@@ -66,13 +66,13 @@ def read_settings() -> "Settings":
         fail("the settings in the environment cannot be used\n" + "\n".join(_complaints(error)))
 
 
-def read_service_settings() -> "Settings":
-    """Settings of a process that uses the gateways: they are known, and have what they need."""
+def read_service_settings(*, for_calls: bool) -> "Settings":
+    """Settings of a process that uses the gateways: they are known, and have what their webhooks, or calls, need."""
     from app import wiring
 
     settings = read_settings()
     with readable_errors():
-        wiring.check_gateways(settings)
+        wiring.check_gateways(settings, for_calls=for_calls)
     return settings
 
 

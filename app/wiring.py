@@ -49,8 +49,10 @@ class Registration(NamedTuple):
     """The clock is the one that tells when calls were made."""
     webhooks: Callable[[Settings], WebhookReader] | None = None
     """How its webhooks are read; None of one that sends none."""
+    keys: Sequence[str] = ()
+    """What only its calls are made with: without, each payment would wait for a provider that refuses us."""
     credentials: Sequence[str] = ()
-    """What incoming messages are verified by. (Stripe's and PayPal's by others, and all refused without.)"""
+    """What its messages are verified by, or asked about with, too."""
     addresses: Sequence[str] = ()
     """Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
 
@@ -59,7 +61,7 @@ GATEWAYS: Final[Mapping[str, Registration]] = {
     "stripe": Registration(
         lambda settings, clock: StripeGateway(stripe_config(settings), clock=clock),
         webhooks=lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
-        credentials=("stripe_api_key",),
+        keys=("stripe_api_key",),
         addresses=("stripe_return_url",),
     ),
     "paypal": Registration(
@@ -146,9 +148,9 @@ def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway
     """The gateways that this installation uses, by name; `clock` is the one that tells when calls were made.
 
     Raises:
-        ValueError: as `check_gateways`.
+        ValueError: as `check_gateways`, for calls.
     """
-    check_gateways(settings)
+    check_gateways(settings, for_calls=True)
     return {name: GATEWAYS[name].create(settings, clock) for name in settings.gateways}
 
 
@@ -273,15 +275,19 @@ def check_names(settings: Settings) -> None:
         raise ValueError(f"PAYMENTS_GATEWAYS names {sorted(unknown)}; known are {sorted(GATEWAYS)}")
 
 
-def check_gateways(settings: Settings) -> None:
-    """See that the configured gateways exist, and have what they cannot do without.
+def check_gateways(settings: Settings, *, for_calls: bool) -> None:
+    """See that the configured gateways exist, and have what their webhooks, or their calls as well, cannot do without.
 
     Raises:
-        ValueError: one does not exist, or its credentials or our own addresses are not set.
+        ValueError: one does not exist, or its credentials or our own addresses are not set; or one that moves no money
+            is beside others.
     """
     check_names(settings)
+    if InstantGateway.name in settings.gateways and len(settings.gateways) > 1:
+        raise ValueError("PAYMENTS_GATEWAYS: instant calls every payment paid, so it is used alone, for benchmarks")
     used = [GATEWAYS[name] for name in settings.gateways]
-    names = [name for each in used for name in each.credentials] + [name for each in used for name in each.addresses]
+    names = [name for each in used for name in (*(each.keys if for_calls else ()), *each.credentials)]
+    names += [name for each in used for name in each.addresses]
     unset = [f"PAYMENTS_{name.upper()}" for name in names if not _is_set(_plain(getattr(settings, name)))]
     if unset:
         raise ValueError(f"PAYMENTS_GATEWAYS is {settings.gateways}, so these must be set: {', '.join(unset)}")
@@ -301,7 +307,7 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
     Raises:
         ValueError: as `check_gateways`. (Under an empty secret anybody could sign.)
     """
-    check_gateways(settings)
+    check_gateways(settings, for_calls=False)
     names = set(settings.gateways)
     if not settings.paypal_webhook_id:
         names -= {"paypal"}

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -54,6 +55,8 @@ from infra.gateways.paypal_objects import (
 
 T = TypeVar("T")
 
+AGE_MAX: Final = timedelta(days=7)
+"""Twice as long as PayPal repeats, and no longer: who has seen the headers of one message could sign others by it."""
 CERTIFICATE_BYTES_MAX: Final = 65_536
 CERTIFICATES_MAX: Final = 16
 WAITING_MAX: Final = 20
@@ -97,8 +100,9 @@ class _Signature(NamedTuple):
 class PayPalWebhooks:
     """PayPal's webhooks: verified offline against the certificate that PayPal signs with, then read.
 
-    A webhook is not refused for its age: PayPal repeats for three days, and whether a repetition carries a new time is
-    unconfirmed. Every message is evidence of a state, so an old one that comes again changes nothing.
+    PayPal repeats for three days, and whether a repetition carries a new time is unconfirmed, so that a webhook is
+    refused for its age only after `AGE_MAX`. Every message is evidence of a state, and an old one that comes again
+    changes nothing; but what PayPal signs is no more than a checksum of the body, for which others can be made.
 
     That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
     chains to a public authority, and under which subject, is unconfirmed and not demanded.
@@ -135,8 +139,8 @@ class PayPalWebhooks:
         """Verify the signature over the raw body, then read it.
 
         Raises:
-            WebhookRefused: TOO_LARGE, FORGED, MALFORMED, or UNAVAILABLE where the certificate could not be fetched, or
-                PayPal could not be asked what a refund is of.
+            WebhookRefused: TOO_LARGE, FORGED, STALE, MALFORMED, or UNAVAILABLE where the certificate could not be
+                fetched, or PayPal could not be asked what a refund is of.
         """
         if len(request.body) > BODY_BYTES_MAX:
             raise WebhookRefused(Verdict.TOO_LARGE, f"{len(request.body)} bytes")
@@ -145,6 +149,7 @@ class PayPalWebhooks:
             raise WebhookRefused(Verdict.FORGED, "the certificate's address is not one of PayPal's")
         certificate = await self._certificate(signature.cert_url)
         _verify(certificate, signature, self._config.webhook_id, request)
+        _check_age(signature, request)
         with _malformed_unless_read():
             return read_event(await self._placed(json.loads(request.body)))
 
@@ -247,6 +252,13 @@ def _signature(headers: Mapping[str, str]) -> _Signature:
         return _Signature(sent_id, sent_at, headers["paypal-cert-url"], given)
     except (KeyError, binascii.Error, ValueError) as error:
         raise WebhookRefused(Verdict.FORGED, f"a signature header is missing or unreadable: {error!r:.80}") from error
+
+
+def _check_age(signature: _Signature, request: WebhookRequest) -> None:
+    """Raises WebhookRefused(STALE) for what was signed long ago, or at no time that can be read."""
+    sent_at = time_of(signature.transmission_time)
+    if sent_at is None or request.received_at - sent_at > AGE_MAX:
+        raise WebhookRefused(Verdict.STALE, "signed too long ago")
 
 
 async def _limited(answer: httpx.Response) -> bytes:

@@ -119,7 +119,8 @@ def _timestamp(header: str) -> int:
 def _notice(event: Mapping[str, Any]) -> Notice:
     object_, type_ = event["data"]["object"], event["type"]
     notice = Notice(NAME, str(event["id"]), str(type_))
-    read = READERS.get(type_)
+    # With Connect, of another account's object, which is none of ours whatever marks it carries.
+    read = None if event.get("account") else READERS.get(type_)
     return notice if read is None else _dated(read(notice, object_), event)
 
 

@@ -232,9 +232,18 @@ async def test_a_body_without_end_is_refused_unread(webhooks: PayPalWebhooks, se
 async def test_an_old_message_is_read_since_paypal_repeats_for_days(
     webhooks: PayPalWebhooks, server: CertificateServer
 ) -> None:
-    later = a_request(server, received_at=RECEIVED_AT + timedelta(days=30))
+    later = a_request(server, received_at=RECEIVED_AT + timedelta(days=6))
 
     assert (await webhooks.read(later)).event_id == "WH-KAV-1"
+
+
+async def test_a_message_that_is_older_than_any_repetition_is_stale(
+    webhooks: PayPalWebhooks, server: CertificateServer
+) -> None:
+    """Only a checksum of the body is signed: headers that were seen once would sign bodies made to fit for a year."""
+    later = a_request(server, received_at=RECEIVED_AT + timedelta(days=8))
+
+    assert await verdict(webhooks, later) is Verdict.STALE
 
 
 # --- the certificate ------------------------------------------------------------------------------------------------

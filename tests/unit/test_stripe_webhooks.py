@@ -243,6 +243,14 @@ async def test_an_unknown_type_says_nothing() -> None:
     assert (notice.event_id, notice.outcome, notice.dispute) == ("evt_1", None, None)
 
 
+async def test_what_another_account_tells_of_its_own_says_nothing() -> None:
+    """Whoever has an account that is connected to ours could make a payment with our marks on it."""
+    event = {"id": "evt_1", "type": "payment_intent.succeeded", "account": "acct_2"}
+    body = json.dumps(event | {"data": {"object": intent("succeeded", amount_received=1250)}})
+    notice = await reader(SECRET).read(signed(body.encode()))
+    assert notice.is_about_nothing
+
+
 @pytest.mark.parametrize("reason", ["automatic", "expired", "abandoned", "requested_by_customer", None])
 async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(reason: str | None) -> None:
     object_ = intent("canceled", cancellation_reason=reason)
@@ -254,7 +262,10 @@ async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(re
 async def test_a_webhook_an_answer_and_a_question_tell_the_same_end_of_a_payers_time() -> None:
     object_, window = intent("requires_action", next_action=REDIRECT), timedelta(minutes=45)
     event = {"id": "evt_1", "type": "payment_intent.requires_action", "data": {"object": object_}}
-    own: dict[str, Any] = {"stripe_webhook_secrets": [SECRET], "stripe_return_url": "https://shop.invalid"}
+    own: dict[str, Any] = {
+        "stripe_webhook_secrets": [SECRET],
+        "stripe_return_url": "https://shop.invalid",
+    }
     readers = create_webhook_readers(Settings(stripe_action_window_seconds=window.total_seconds(), **own))
     by_webhook = await readers["stripe"].read(signed(json.dumps(event).encode()))
     asked = a_request(payment_id=PAYMENT_ID, reference="pi_1")
