@@ -568,6 +568,32 @@ def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
     assert (code, told["idempotency_key"]) == (3, key), "a program can ask again"
 
 
+def test_a_program_that_is_interrupted_can_ask_again_by_the_names_that_were_made_for_it(up: Up) -> None:
+    charge = ["charge", "--amount-minor", "50000", "--currency", "VND", "--gateway", "vnpay"]
+    with subprocess.Popen(
+        [*PAYMENTS, "send", *charge, "--json"],
+        cwd=ROOT,
+        env=environment(up.data_dir),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = process.stderr.readline() + process.stderr.readline()
+        process.terminate()
+        assert process.stdout.read() == ""
+    names = re.fullmatch(r"charge  payment (\S+)\n  idempotency key  (\S+)\n", told)
+    assert names is not None, told
+    code, event = up.send(*charge, "--payment-id", names[1], "--idempotency-key", names[2], "--timeout", "5")
+    assert (code, event["payment_id"]) == (3, names[1])
+
+
+def test_a_program_that_names_what_it_sends_is_told_the_result_alone(up: Up) -> None:
+    named = ["--payment-id", str(uuid.uuid4()), "--idempotency-key", f"k-{uuid.uuid4()}", "--json"]
+    assert up.run("send", *new_charge(*named)).stderr == ""
+
+
 def test_the_advice_to_ask_again_holds_the_key_as_it_was_given(up: Up) -> None:
     key = f"refund {uuid.uuid4()}[a]:ticket:'"
     done = up.run("send", *new_charge("--timeout", "0", "--idempotency-key", key))
