@@ -107,6 +107,8 @@ def readable_errors() -> Iterator[None]:
     """A server that is away, or an option that cannot be read, is a message and not a stack trace."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # Nobody reads the output any more: Typer ends in silence, with 1.
     except ValueError as error:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.

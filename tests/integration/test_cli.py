@@ -434,6 +434,22 @@ def test_it_ends_without_a_traceback_when_nobody_reads_any_more(tmp_path: Path, 
     assert (process.returncode, told) == (1, "")
 
 
+@pytest.mark.parametrize(
+    "command", [["asyncapi"], ["gateways"], ["list", "--json"], ["relay", "status", "--json"]], ids=" ".join
+)
+def test_an_output_that_nobody_reads_is_no_trouble_of_postgres(
+    tmp_path: Path, postgres_url: str, command: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    settings = environment(tmp_path, PAYMENTS_POSTGRES_URL=postgres_url)
+    done = subprocess.run(
+        [*PAYMENTS, *command], cwd=ROOT, env=settings, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("command", ["up", "demo", "list"])
 def test_a_file_in_the_place_of_the_data_folder_is_told(tmp_path: Path, command: str) -> None:
     (tmp_path / "file").touch()
