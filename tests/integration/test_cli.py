@@ -213,6 +213,15 @@ def test_a_secret_that_is_no_json_is_not_printed(tmp_path: Path) -> None:
     assert "whsec_secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", [["worker"], ["http"], ["dlq", "list"], ["maintain"]], ids=" ".join)
+def test_a_password_that_is_not_escaped_is_named_and_not_printed(tmp_path: Path, command: list[str]) -> None:
+    url = "postgresql://user:s3cr/et@127.0.0.1:1/payments"
+    done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=url, PAYMENTS_KAFKA_BOOTSTRAP="127.0.0.1:1")
+    assert done.returncode == 1
+    assert "PAYMENTS_POSTGRES_URL: is no database's URL" in done.stderr
+    assert "s3cr" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", ["worker", "http"])
 def test_a_process_whose_gateways_lack_settings_names_them(tmp_path: Path, command: str) -> None:
     done = run(command, data_dir=tmp_path, PAYMENTS_GATEWAYS='["stripe", "vnpay", "momo"]')
