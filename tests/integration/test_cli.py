@@ -331,6 +331,12 @@ def test_a_process_whose_port_is_taken_says_so_before_it_begins(tmp_path: Path, 
     assert "Traceback" not in ended.stderr + ended.stdout
 
 
+@pytest.mark.parametrize("port", ["0", "99999"])
+@pytest.mark.parametrize("command", ["http", "sandbox"])
+def test_a_port_that_cannot_be_is_wrong_usage(command: str, port: str) -> None:
+    assert "Invalid value for '--port'" in CliRunner().invoke(app, [command, "--port", port]).output
+
+
 @pytest.mark.parametrize("away", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
 def test_a_worker_that_cannot_start_says_what_to_do(
     tmp_path: Path, postgres_url: str, kafka_bootstrap: str, away: str
