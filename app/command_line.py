@@ -197,6 +197,22 @@ def read_payment_id(text: str) -> "UUID":
         fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
 
 
+def confirm(question: str) -> None:
+    """Go on only if a person says yes; where nobody answers, it is a message that names --yes, and the end.
+
+    Raises:
+        typer.Abort: the answer was no.
+    """
+    try:
+        is_wanted = typer.confirm(question)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        fail("nobody answers here: give --yes, and nothing is asked")
+    if not is_wanted:
+        raise typer.Abort
+
+
 def fail(message: str, *, code: int = 1) -> NoReturn:
     """Say it on standard error, and end."""
     from app.console import safe_lines

@@ -644,6 +644,14 @@ def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
     assert customer.replace("\x1b", "\\x1b") in told.stdout
 
 
+@pytest.mark.parametrize("answer", ["", "n\n"])
+def test_a_question_that_nobody_answers_names_the_option_and_a_no_does_not(answer: str) -> None:
+    drop = ["relay", "quarantine", "drop", str(uuid.uuid4()), "--why", "a test"]
+    done = CliRunner().invoke(app, drop, input=answer)
+    assert done.exit_code == 1
+    assert ("nobody answers here: give --yes, and nothing is asked" in done.output) is (answer == "")
+
+
 @pytest.mark.parametrize("seconds", ["-1", "nan"])
 def test_a_wait_that_is_none_sends_nothing(up: Up, seconds: str) -> None:
     done = up.run("send", *new_charge("--timeout", seconds))
