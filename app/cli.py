@@ -186,7 +186,9 @@ def worker() -> None:
 @app.command()
 def http(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="PAYMENTS_HTTP_HOST")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="PAYMENTS_HTTP_PORT")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="Port to listen on.", show_default="PAYMENTS_HTTP_PORT")
+    ] = None,
 ) -> None:
     """Health, metrics, the AsyncAPI page.
 
@@ -201,7 +203,7 @@ def http(
 @app.command()
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8090,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port to listen on.")] = 8090,
     state_file: Annotated[
         Path | None, typer.Option(help="Keeps books and undelivered webhooks across restarts.")
     ] = None,

@@ -107,6 +107,8 @@ def readable_errors() -> Iterator[None]:
     """A server that is away, or an option that cannot be read, is a message and not a stack trace."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # Nobody reads the output any more: Typer ends in silence, with 1.
     except ValueError as error:
         fail(str(error))
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
@@ -193,6 +195,22 @@ def read_payment_id(text: str) -> "UUID":
         return UUID(text)
     except ValueError:
         fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
+
+
+def confirm(question: str) -> None:
+    """Go on only if a person says yes; where nobody answers, it is a message that names --yes, and the end.
+
+    Raises:
+        typer.Abort: the answer was no.
+    """
+    try:
+        is_wanted = typer.confirm(question)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        fail("nobody answers here: give --yes, and nothing is asked")
+    if not is_wanted:
+        raise typer.Abort
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:

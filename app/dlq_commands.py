@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.command_line import AsJson, DataDir, fail, find_settings, readable_errors
+from app.command_line import AsJson, DataDir, confirm, fail, find_settings, readable_errors
 
 if TYPE_CHECKING:
     from app.dlq_desk import DeadLetterDesk
@@ -98,7 +98,7 @@ def drop_letters(
             typer.echo("Nothing to drop.")
             raise typer.Exit(1 if chosen else 0)
         if not yes:
-            typer.confirm(f"Nothing will be done about {len(wanted)} letter(s). Go on?", abort=True)
+            confirm(f"Nothing will be done about {len(wanted)} letter(s). Go on?")
         raise typer.Exit(max(desk.drop(wanted, why=why), int(len(wanted) < len(chosen))))
 
 

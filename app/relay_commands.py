@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.command_line import AsJson, DataDir, fail, find_settings, read_settings, readable_errors
+from app.command_line import AsJson, DataDir, confirm, fail, find_settings, read_settings, readable_errors
 
 if TYPE_CHECKING:
     from app.relay_desk import RelayDesk
@@ -156,7 +156,7 @@ def drop_quarantine(
     if not why.strip():
         fail("--why says why subscribers will never see it: whoever looks at the event later reads it")
     if not yes:
-        typer.confirm(f"Subscribers will never see {len(names)} event(s). Go on?", abort=True)
+        confirm(f"Subscribers will never see {len(names)} event(s). Go on?")
     with readable_errors():
         raise typer.Exit(_desk(data_dir).drop(names, why=why))
 

@@ -11,10 +11,10 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 import structlog
-import typer
 
 from app import wiring
 from app.client import minor_units
+from app.command_line import confirm
 from app.console import new_console, print_json, safe_text
 from app.reconcile import CONNECTIONS, working
 from app.settings import Settings
@@ -89,7 +89,7 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
         outcome = _outcome(payment, operation, finding, now=store.now())
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
         if not yes:
-            typer.confirm("Go on?", abort=True)
+            confirm("Go on?")
         if isinstance(outcome, NotExecuted):  # Now, for people take their time.
             await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
         async with working(settings, store, gateways, lambda found: None) as parts:

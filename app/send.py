@@ -21,13 +21,25 @@ REQUIRES_ACTION: Final = "payment.requires_action.v1"
 
 
 def send_and_report(
-    settings: Settings, kind: str, command: OutgoingCommand, *, wait: bool, timeout_seconds: float, as_json: bool
+    settings: Settings,
+    kind: str,
+    command: OutgoingCommand,
+    *,
+    is_named: bool,
+    wait: bool,
+    timeout_seconds: float,
+    as_json: bool,
 ) -> int:
-    """Send the command, say what becomes of it, and return the exit code."""
+    """Send the command, say what becomes of it, and return the exit code.
+
+    `is_named` says that payment id and key are the caller's own. A program that had them made is told them on standard
+    error before anything is sent: without them, if it is interrupted, it could only pay again.
+    """
     console, aside = new_console(), new_console(to_stderr=True)
-    if not as_json:
-        console.print(Text.assemble(f"{kind}  payment ", (str(command.payment_id), "bold")), soft_wrap=True)
-        console.print(f"  idempotency key  {safe_text(command.idempotency_key)}", soft_wrap=True)
+    if not (as_json and is_named):
+        first = aside if as_json else console
+        first.print(Text.assemble(f"{kind}  payment ", (str(command.payment_id), "bold")), soft_wrap=True)
+        first.print(f"  idempotency key  {safe_text(command.idempotency_key)}", soft_wrap=True)
     try:
         return asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
     except NoResultYet as late:

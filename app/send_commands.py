@@ -155,8 +155,11 @@ def _send(
         fields["order_id"] = fields["order_id"] or f"order-{str(payment)[:8]}"
     key = f"{kind}-{uuid.uuid4()}" if idempotency_key is None else idempotency_key
     command = outgoing(kind, payment, key, fields)
+    is_named = payment_id is not None and idempotency_key is not None
     with readable_errors():
-        code = send_and_report(settings, kind, command, wait=wait, timeout_seconds=timeout, as_json=as_json)
+        code = send_and_report(
+            settings, kind, command, is_named=is_named, wait=wait, timeout_seconds=timeout, as_json=as_json
+        )
     raise typer.Exit(code)
 
 

@@ -40,6 +40,15 @@ Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX, allow_inf_nan=False)]
 SecondsOrNone = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
 RetentionDays = Annotated[int, Field(ge=1, le=36_500)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_HOST: Final = r"(?:\[[^\s/?#@\[\]]+\]|[^\s:,/?#@\[\]]*)(?::\d*)?"
+_DATABASE: Final = re.compile(
+    r"postgresql://"
+    # asyncpg and libpq end a password at different ones of these characters, and tell what they make of the rest.
+    r"(?:(?:[^\s/?#@%\[\]]|%[0-9A-Fa-f]{2})*@)?"
+    rf"{_HOST}(?:,{_HOST})*"
+    r"(?:/[^?#@]*)?"
+    r"(?:\?(?:[^=&#@]+=[^&#]*(?:&[^=&#@]+=[^&#]*)*)?)?"
+)
 _BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
@@ -195,9 +204,12 @@ class Settings(BaseSettings):
     @field_validator("postgres_url")
     @classmethod
     def _is_a_databases_url(cls, url: str) -> str:
-        if not url.startswith("postgresql://"):
+        if _DATABASE.fullmatch(url) is None:
             # What is there is not repeated: it may hold a password.
-            raise ValueError("is no database's URL; write it like postgresql://user:password@host:5432/payments")
+            raise ValueError(
+                "is no database's URL; write it like postgresql://user:password@host:5432/payments, and of a password "
+                "all but letters, digits and -._~ escaped (/ is %2F, @ is %40, # is %23)"
+            )
         return url
 
     @field_validator("redis_url")

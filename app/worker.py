@@ -51,7 +51,8 @@ TOPICS_SECONDS = 30.0
 """How often Kafka is asked what partitions there are: so long a topic that is made anew is not read. By default it is
 five minutes; the question is one small request of each connection's."""
 DRAIN_SECONDS = 25.0
-"""On SIGTERM, how long running gateway calls may take to end. What is left is taken over after its lease."""
+"""On SIGTERM, how long running gateway calls may take to end, and then their answers to be saved. What is left is taken
+over after its lease."""
 
 
 class Worker:
@@ -264,7 +265,11 @@ class Worker:
         leases.cancel()
         # A save that was cut short gives its answers back; only then are they there to be drained.
         await asyncio.gather(settler, leases, return_exceptions=True)
-        await self._settler.drain(DRAIN_SECONDS)
+        try:
+            await self._settler.drain(DRAIN_SECONDS)
+        except TimeoutError:
+            # As with a call that has not ended, there is nothing to be done about it: it is no error of the end.
+            log.warning("answers left unsaved; their leases run out", answers=self._settler.waiting)
 
     async def _leave_kafka(self) -> None:
         assert self._broker is not None, "what works has its broker"

@@ -118,17 +118,21 @@ def create_engine(url: str, *, size: int = 5) -> AsyncEngine:
 
     Each query is planned for its values: which index is good depends on how common a status is.
     """
+
+    async def connect() -> "asyncpg.Connection[asyncpg.Record]":
+        # By asyncpg itself, which reads all that a URL may hold: SQLAlchemy would give it what follows a `?` by names
+        # that it does not have.
+        return await asyncpg.connect(
+            url, timeout=10, command_timeout=30, server_settings={"plan_cache_mode": "force_custom_plan"}
+        )
+
     return create_async_engine(
-        url.replace("postgresql://", "postgresql+asyncpg://", 1),
+        "postgresql+asyncpg://",
+        async_creator=connect,
         pool_size=size,
         max_overflow=0,
         pool_timeout=10,
         pool_pre_ping=True,
-        connect_args={
-            "timeout": 10,
-            "command_timeout": 30,
-            "server_settings": {"plan_cache_mode": "force_custom_plan"},
-        },
     )
 
 

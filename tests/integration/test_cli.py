@@ -213,6 +213,15 @@ def test_a_secret_that_is_no_json_is_not_printed(tmp_path: Path) -> None:
     assert "whsec_secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", [["worker"], ["http"], ["dlq", "list"], ["maintain"]], ids=" ".join)
+def test_a_password_that_is_not_escaped_is_named_and_not_printed(tmp_path: Path, command: list[str]) -> None:
+    url = "postgresql://user:s3cr/et@127.0.0.1:1/payments"
+    done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=url, PAYMENTS_KAFKA_BOOTSTRAP="127.0.0.1:1")
+    assert done.returncode == 1
+    assert "PAYMENTS_POSTGRES_URL: is no database's URL" in done.stderr
+    assert "s3cr" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("command", ["worker", "http"])
 def test_a_process_whose_gateways_lack_settings_names_them(tmp_path: Path, command: str) -> None:
     done = run(command, data_dir=tmp_path, PAYMENTS_GATEWAYS='["stripe", "vnpay", "momo"]')
@@ -320,6 +329,12 @@ def test_a_process_whose_port_is_taken_says_so_before_it_begins(tmp_path: Path, 
     assert ended.stderr.startswith("payments: cannot listen: Address already in use")
     assert port in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("port", ["0", "99999"])
+@pytest.mark.parametrize("command", ["http", "sandbox"])
+def test_a_port_that_cannot_be_is_wrong_usage(command: str, port: str) -> None:
+    assert "Invalid value for '--port'" in CliRunner().invoke(app, [command, "--port", port]).output
 
 
 @pytest.mark.parametrize("away", ["PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"])
@@ -432,6 +447,22 @@ def test_it_ends_without_a_traceback_when_nobody_reads_any_more(tmp_path: Path, 
         told = process.stderr.read()
 
     assert (process.returncode, told) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "command", [["asyncapi"], ["gateways"], ["list", "--json"], ["relay", "status", "--json"]], ids=" ".join
+)
+def test_an_output_that_nobody_reads_is_no_trouble_of_postgres(
+    tmp_path: Path, postgres_url: str, command: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    settings = environment(tmp_path, PAYMENTS_POSTGRES_URL=postgres_url)
+    done = subprocess.run(
+        [*PAYMENTS, *command], cwd=ROOT, env=settings, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("command", ["up", "demo", "list"])
@@ -568,6 +599,32 @@ def test_no_result_in_time_has_its_own_exit_code_and_advice(up: Up) -> None:
     assert (code, told["idempotency_key"]) == (3, key), "a program can ask again"
 
 
+def test_a_program_that_is_interrupted_can_ask_again_by_the_names_that_were_made_for_it(up: Up) -> None:
+    charge = ["charge", "--amount-minor", "50000", "--currency", "VND", "--gateway", "vnpay"]
+    with subprocess.Popen(
+        [*PAYMENTS, "send", *charge, "--json"],
+        cwd=ROOT,
+        env=environment(up.data_dir),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = process.stderr.readline() + process.stderr.readline()
+        process.terminate()
+        assert process.stdout.read() == ""
+    names = re.fullmatch(r"charge  payment (\S+)\n  idempotency key  (\S+)\n", told)
+    assert names is not None, told
+    code, event = up.send(*charge, "--payment-id", names[1], "--idempotency-key", names[2], "--timeout", "5")
+    assert (code, event["payment_id"]) == (3, names[1])
+
+
+def test_a_program_that_names_what_it_sends_is_told_the_result_alone(up: Up) -> None:
+    named = ["--payment-id", str(uuid.uuid4()), "--idempotency-key", f"k-{uuid.uuid4()}", "--json"]
+    assert up.run("send", *new_charge(*named)).stderr == ""
+
+
 def test_the_advice_to_ask_again_holds_the_key_as_it_was_given(up: Up) -> None:
     key = f"refund {uuid.uuid4()}[a]:ticket:'"
     done = up.run("send", *new_charge("--timeout", "0", "--idempotency-key", key))
@@ -585,6 +642,14 @@ def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
         assert order in told.stdout
         assert "\x1b" not in told.stdout
     assert customer.replace("\x1b", "\\x1b") in told.stdout
+
+
+@pytest.mark.parametrize("answer", ["", "n\n"])
+def test_a_question_that_nobody_answers_names_the_option_and_a_no_does_not(answer: str) -> None:
+    drop = ["relay", "quarantine", "drop", str(uuid.uuid4()), "--why", "a test"]
+    done = CliRunner().invoke(app, drop, input=answer)
+    assert done.exit_code == 1
+    assert ("nobody answers here: give --yes, and nothing is asked" in done.output) is (answer == "")
 
 
 @pytest.mark.parametrize("seconds", ["-1", "nan"])

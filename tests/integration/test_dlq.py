@@ -249,6 +249,8 @@ async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypa
     name = next(row["letter"] for row in rows if row["key"] == "k1")
     shown = json.loads((await in_thread(payments_dlq, settings, "show", name, monkeypatch=monkeypatch)).output)
     assert bytes.fromhex(shown["hex"]) == UNREADABLE
+    asked = await in_thread(payments_dlq, settings, "drop", name, "--why", "rubbish", monkeypatch=monkeypatch)
+    assert (asked.exit_code, "nobody answers here: give --yes" in asked.output) == (1, True)
     done = await in_thread(payments_dlq, settings, "drop", name, "--why", "rubbish", "--yes", monkeypatch=monkeypatch)
     assert done.exit_code == 0, done.output
     left = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)

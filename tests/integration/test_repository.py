@@ -434,6 +434,21 @@ async def test_no_server_is_store_unavailable() -> None:
     await engine.dispose()
 
 
+@pytest.mark.parametrize(
+    "settings", ["sslmode=prefer", "sslmode=disable&application_name=ours", "options=-c%20lock_timeout%3D5s"]
+)
+async def test_settings_in_a_databases_url_mean_what_they_mean_to_every_other_connection(
+    postgres_url: str, settings: str
+) -> None:
+    engine = create_engine(f"{postgres_url}?{settings}")
+    assert await PaymentRepository(engine).find_by_id(1) is None
+    async with engine.connect() as connection:
+        assert await connection.scalar(sa.text("SHOW plan_cache_mode")) == "force_custom_plan"
+        assert await connection.scalar(sa.text("SHOW application_name")) == ("ours" if "ours" in settings else "")
+        assert await connection.scalar(sa.text("SHOW lock_timeout")) == ("5s" if "lock" in settings else "0")
+    await engine.dispose()
+
+
 async def test_a_mistake_of_ours_is_not_called_unavailable(postgres_url: str) -> None:
     engine = create_engine(postgres_url + "_none")
     with pytest.raises(sa.exc.DBAPIError, match="does not exist"):

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
+from structlog.testing import capture_logs
 
 from app.worker import Worker
 from domain.commands import OperationKind
@@ -164,6 +165,19 @@ async def test_what_would_begin_once_the_time_is_up_is_given_back(monkeypatch: p
     worker.dispatcher.submit([request()])
     (given,) = worker.settler._pending
     assert given.outcome == Unreachable(PROCESS_ENDS)
+
+
+async def test_a_worker_ends_in_good_order_though_postgres_is_away_and_tells_how_many_answers_it_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.05)
+    worker = FollowedUp(takes_seconds=0)
+    worker.path.apply.side_effect = StoreUnavailable("Postgres is away")
+    worker.dispatcher.submit([request(), request()])
+    with capture_logs() as logs:
+        await worker.shut_down()
+    told = [each for each in logs if each["event"] == "answers left unsaved; their leases run out"]
+    assert [(each["log_level"], each["answers"]) for each in told] == [("warning", 3)]
 
 
 async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_came_since() -> None:

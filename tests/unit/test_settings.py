@@ -62,6 +62,36 @@ def test_what_is_no_databases_url_is_refused_and_not_repeated(url: str) -> None:
     assert "s3cret" not in str(refusal.value.errors(include_input=False))
 
 
+@pytest.mark.parametrize(
+    "password",
+    ["s3c/ret", "s3c@ret", "s3c#ret", "s3c?ret", "s3c%ret", "s3c[ret]", "s3c ret", "123/ret", "123#ret", "123?ret"],
+)
+def test_a_password_that_is_not_escaped_is_told_how_to_be_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], password: str
+) -> None:
+    told = refusal(monkeypatch, capsys, postgres_url=f"postgresql://user:{password}@host:5432/payments")
+    assert "PAYMENTS_POSTGRES_URL: is no database's URL" in told
+    assert "(/ is %2F, @ is %40, # is %23)" in told
+    assert not any(part in told for part in ("s3c", "123", "ret"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://",
+        "postgresql:///payments?host=/run/postgresql",
+        "postgresql://user@%2Frun%2Fpostgresql/payments",
+        "postgresql://user:s3c%2Fret@host/payments",
+        "postgresql://user:a:b!$&'()*+,;=~@host/payments",
+        "postgresql://user@/payments?host=a,b&port=5432,5432&target_session_attrs=read-write",
+        "postgresql://user:s3cret@a:5432,[::1]:5432/payments?sslmode=prefer&options=-c%20lock_timeout%3D5s",
+        "postgresql://host?user=me@azure&sslrootcert=/etc/ca.pem",
+    ],
+)
+def test_what_can_be_read_as_a_databases_url_is_taken(url: str) -> None:
+    assert Settings(postgres_url=url).postgres_url == url
+
+
 @pytest.mark.parametrize("brokers", ["", "host:", "host:port", "host:70000", "http://host:9092", "a:9092,,b:9092"])
 def test_what_cannot_name_brokers_is_refused(brokers: str) -> None:
     with pytest.raises(ValidationError, match="is no broker; write them like host:9092"):
