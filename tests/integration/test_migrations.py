@@ -1,5 +1,6 @@
 """The schema: forward and back, and what it refuses whoever writes."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -22,15 +23,20 @@ from typer.testing import CliRunner
 import migrations
 from app.cli import app
 from app.command_line import advice_on
+from domain.commands import OperationKind
+from domain.decision import Delivery
+from domain.errors import StoreUnavailable
 from infra.postgres import migrate
 from infra.postgres.schema import REVISIONS, schema_trouble
 from infra.postgres.tables import metadata
 from migrations import steps
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import InProcessWorker, NoHint, delivery, new_payment_id, running_worker
 
 # Everything that the schema consists of, in words.
 SCHEMA = """
     SELECT 'column', table_name || '.' || column_name,
-           concat_ws(' ', data_type, is_nullable, column_default, is_identity, ordinal_position)
+           concat_ws(' ', data_type, collation_name, is_nullable, column_default, is_identity, ordinal_position)
       FROM information_schema.columns WHERE table_schema = 'public'
     UNION ALL
     SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -222,6 +228,69 @@ def test_an_index_whose_making_broke_off_is_made_anew(empty_postgres_url: str, p
         connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'operations_refused'::regclass")
     migrate.upgrade(empty_postgres_url)
     assert schema_of(empty_postgres_url) == schema_of(postgres_url)
+
+
+COLLATIONS = """
+    SELECT a.attrelid::regclass || '.' || a.attname, l.collname
+      FROM (SELECT indrelid, unnest(indkey) AS number, unnest(indcollation) AS collation
+              FROM pg_index WHERE indisunique AND indrelid = ANY($1::text[]::regclass[])) AS i
+      JOIN pg_attribute AS a ON a.attrelid = indrelid AND a.attnum = i.number
+      JOIN pg_collation AS l ON l.oid = i.collation AND l.oid = a.attcollation
+"""
+
+
+async def test_no_key_that_money_hangs_on_goes_by_how_an_operating_system_sorts(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    """Under a unique index whose order changes below it, a key that is there is not found: money moves again."""
+    rows = await connection.fetch(COLLATIONS, ["payments", "operations", "inbox"])
+    keys = (
+        "operations.idempotency_key",
+        "payments.gateway_payment_id",
+        "payments.gateway",
+        "inbox.gateway",
+        "inbox.event_id",
+    )
+    assert {tuple(row) for row in rows} == {(key, "C") for key in keys}
+
+
+async def test_a_worker_goes_on_beside_the_migration_that_changes_what_it_has_prepared(
+    empty_postgres_url: str,
+) -> None:
+    migrate.upgrade(empty_postgres_url, "0015")
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    charge, refund = (delivery(kind, payment_id, kind, amount_minor=10_000) for kind in ("charge", "refund"))
+    async with running_worker(empty_postgres_url, gateway, hint=NoHint()) as worker:
+        await worker.accept(charge)
+        await worker.accept(charge)
+        await worker.idle()
+        await asyncio.to_thread(migrate.upgrade, empty_postgres_url, "0016")
+        for again in (refund, charge, refund):
+            await until_accepted(worker, again)
+        await worker.idle()
+    assert gateway.moved == {OperationKind.CHARGE: 1, OperationKind.REFUND: 1}
+
+
+async def until_accepted(worker: InProcessWorker, given: Delivery) -> None:
+    """As the consumer does: what could not be saved is tried again."""
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await worker.accept(given)
+                return
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("table", ["operations", "inbox"])
+async def test_what_has_settled_is_vacuumed_before_claims_walk_past_millions_of_it(
+    connection: asyncpg.Connection, table: str
+) -> None:
+    options = await connection.fetchval("SELECT reloptions FROM pg_class WHERE oid = $1::text::regclass", table)
+    assert {
+        "autovacuum_vacuum_scale_factor=0",
+        "autovacuum_vacuum_threshold=200000",
+        "vacuum_index_cleanup=on",
+    } <= set(options or ())
 
 
 def test_versions_form_one_line() -> None:
