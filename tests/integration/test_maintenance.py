@@ -405,7 +405,8 @@ async def test_nothing_is_dropped_that_a_poll_has_not_published(
     """A poll has no slot, and the slot of somebody else, however far it is, proves nothing for it."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     await aged.connection.execute(
-        "INSERT INTO relay_slots (slot_name, system_identifier, source) VALUES ('p', '1', 'poll')"
+        "INSERT INTO relay_slots (slot_name, system_identifier, source)"
+        " SELECT 'p', system_identifier::text, 'poll' FROM pg_control_system()"
     )
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
@@ -415,11 +416,21 @@ async def test_nothing_is_dropped_that_a_poll_has_not_published(
 
 
 async def test_a_poll_alone_is_a_publisher(aged: Aged) -> None:
-    await aged.connection.execute(
-        "INSERT INTO relay_slots (slot_name, system_identifier, source, published_below)"
-        " SELECT 'p', '1', 'poll', max(xact) + 1 FROM outbox"
-    )
+    await relay_row(aged.connection, "(SELECT max(xact) + 1 FROM outbox)", source="poll")
     assert (await aged.maintain()).dropped
+
+
+@pytest.mark.parametrize("gap", [None, "this is another Postgres server than before"])
+async def test_what_a_relay_has_published_on_another_server_lets_nothing_be_dropped(
+    aged: Aged, gap: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump restored elsewhere: the mark goes by that server's transactions, which were further on."""
+    monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
+    await relay_row(aged.connection, "1000000000")
+    await aged.connection.execute("UPDATE relay_slots SET system_identifier = '1', gap = $1", gap)
+    report = await aged.maintain()
+    assert (report.dropped, await aged.count()) == ((), 11)
+    assert report.kept_because[0].startswith("relay proven has not published all of it")
 
 
 async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscriber: Any) -> None:
