@@ -9,16 +9,18 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from app.cli import app
-from app.maintenance import LAST_SUCCESS, maintain_once
+from app.maintenance import LAST_SUCCESS, Maintenance, maintain_once
 from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.pool import IDLE_IN_TRANSACTION_MS
 from infra.relay.stream import ReplicationStream
 from tests.conftest import Topics
+from tests.support.outbox import set_database
 
 SLOW_MOVE = """
     CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.004); RETURN NULL; END $$;
@@ -171,6 +173,29 @@ async def test_a_round_that_leaves_nothing_undone_says_when(postgres_url: str, c
     await connection.execute(f"DROP TABLE {name_of(today())}")
     await maintain_once(settings)
     assert time.time() - last_success() < 60
+
+
+async def test_a_webhook_that_somebody_holds_ends_a_round_and_not_the_process(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(
+        """INSERT INTO inbox (gateway, event_id, type, content, body, received_at, applied_at)
+           VALUES ('stripe', 'evt_1', 't', '{}', '', now() - interval '100 days', now() - interval '100 days')"""
+    )
+    await set_database(postgres_url, "lock_timeout = '50ms'")
+    stop = asyncio.Event()
+    settings = Settings(postgres_url=postgres_url, maintenance_interval_seconds=0.1)
+    with capture_logs() as logs:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM inbox FOR UPDATE")
+            maintaining = asyncio.create_task(Maintenance(settings).run(stop))
+            while not maintaining.done() and len(logs) < 2:
+                await asyncio.sleep(0.01)
+        while not maintaining.done() and await connection.fetchval("SELECT count(*) FROM inbox"):
+            await asyncio.sleep(0.01)
+        stop.set()
+        await maintaining
+    assert {"event": "maintenance failed", "error": "ConcurrentUpdate", "log_level": "warning"} in logs
 
 
 async def test_what_maintenance_leaves_undone_is_not_told_as_a_server_that_is_away(
