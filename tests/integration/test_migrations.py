@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -353,6 +354,7 @@ async def test_amounts_may_go_to_their_limits(connection: asyncpg.Connection) ->
         ("payments_returned_within_owed", {"owed_returned_minor": 1}),
         ("payments_amounts_have_currency", {"currency": None}),
         ("payments_status_known", {"status": "fine"}),
+        ("payments_gateway_payment_has_gateway", {"gateway_payment_id": "pi_1"}),
     ],
 )
 async def test_impossible_amounts_are_refused(
@@ -369,8 +371,50 @@ async def test_impossible_amounts_are_refused(
 
 OPERATION = {
     "payment_id": uuid.UUID(int=1), "number": 1, "kind": "charge", "fingerprint": b"", "content": "{}",
-    "state": "dispatched", "idempotency_key": "key", "due_at": None, "result": None,
+    "state": "received", "idempotency_key": "key", "due_at": None, "result": None, "gateway": "stripe",
+    "is_leased": False, "lease_token": 0, "amount_minor": 0,
 }  # fmt: skip
+UNDER_WAY = OPERATION | {
+    "state": "dispatched", "due_at": datetime.now(UTC), "is_leased": True, "lease_token": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["dispatched", "pending", "indeterminate", "needs_review"])
+@pytest.mark.parametrize(
+    ("constraint", "bad"),
+    [
+        ("operations_under_way_are_due", {"due_at": None, "is_leased": False}),
+        ("operations_due_at_a_gateway", {"gateway": None}),
+        ("operations_leased_have_end_and_token", {"lease_token": 0}),
+        ("operations_amount_not_negative", {"amount_minor": -1}),
+    ],
+)
+async def test_nothing_is_under_way_where_nobody_would_look(
+    connection: asyncpg.Connection, state: str, constraint: str, bad: dict[str, Any]
+) -> None:
+    with pytest.raises(asyncpg.CheckViolationError) as refused:
+        await insert(connection, "operations", UNDER_WAY | bad | {"state": state})
+    assert refused.value.constraint_name == constraint
+    await insert(connection, "operations", UNDER_WAY | {"state": state})
+    column, value = next(iter(bad.items()))
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute(f"UPDATE operations SET {column} = $1", value)
+
+
+async def test_a_row_where_nobody_would_look_is_told_by_the_migration_which_goes_on_once_it_is_mended(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    migrate.downgrade(postgres_url, "0016")
+    await insert(connection, "operations", UNDER_WAY | {"due_at": None, "is_leased": False})
+    with pytest.raises(sa.exc.IntegrityError, match="operations_under_way_are_due"):
+        migrate.upgrade(postgres_url, "0017")
+    await connection.execute("UPDATE operations SET due_at = now()")
+    assert migrate.upgrade(postgres_url, "0017") == "0017"
+
+
+async def test_a_lease_has_an_end(connection: asyncpg.Connection) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match="operations_leased_have_end_and_token"):
+        await insert(connection, "operations", UNDER_WAY | {"state": "received", "due_at": None})
 
 
 @pytest.mark.parametrize("state", ["rejected", "succeeded", "declined", "not_executed"])
