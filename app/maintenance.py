@@ -16,7 +16,7 @@ from prometheus_client import Gauge
 
 from app.health import Checks
 from app.settings import Settings
-from domain.errors import StoreUnavailable
+from domain.errors import PaymentsError
 from infra.postgres.errors import AWAY
 from infra.postgres.inbox import forget_applied
 from infra.postgres.maintenance import MaintenanceReport, maintain
@@ -36,7 +36,7 @@ async def maintain_once(settings: Settings) -> MaintenanceReport:
 
     Raises:
         `infra.postgres.errors.AWAY`: as `infra.postgres.maintenance.maintain`.
-        StoreUnavailable: as `infra.postgres.inbox.forget_applied`.
+        StoreUnavailable, ConcurrentUpdate, InputRefusedByStore: as `infra.postgres.inbox.forget_applied`.
     """
     report = await maintain(
         settings.postgres_url,
@@ -66,7 +66,7 @@ class Maintenance:
         while not stop.is_set():
             try:
                 await maintain_once(self._settings)
-            except (*AWAY, StoreUnavailable) as error:
+            except (*AWAY, PaymentsError) as error:  # A row that somebody holds, or has taken first, among them.
                 log.warning("maintenance failed", error=type(error).__name__)
             try:
                 async with asyncio.timeout(self._settings.maintenance_interval_seconds):

@@ -8,6 +8,7 @@ attribute of a type) comes last, outside of these, in the transaction that notes
 """
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 import sqlalchemy as sa
@@ -75,6 +76,11 @@ def make_index(name: str, on: str) -> None:
 def drop_index(name: str) -> None:
     """While payments go on."""
     _execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
+
+
+def gather_statistics(table: str, columns: Iterable[str]) -> None:
+    """Anew, after these columns had their type changed, by which they lose them; while payments go on."""
+    _execute(f"ANALYZE {table} ({', '.join(columns)})")
 
 
 def _execute(statement: str) -> None:

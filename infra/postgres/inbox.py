@@ -112,6 +112,8 @@ async def forget_applied(postgres_url: str, *, older_than: timedelta) -> int:
 
     Raises:
         StoreUnavailable: Postgres is away.
+        ConcurrentUpdate: somebody holds such a row for longer than the database lets one wait, or has deleted it.
+        InputRefusedByStore: something that was made to refer to it forbids its going.
     """
     with translated():
         connection = await asyncpg.connect(postgres_url, timeout=10, command_timeout=60)

@@ -52,9 +52,12 @@ SLOTS: Final = """
      WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database() ORDER BY s.slot_name
 """
 
-# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet.
+# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet. What a mark from
+# another server calls published are that server's transactions: here it proves nothing, however far it is.
 BEHIND: Final = """
-    SELECT r.slot_name, r.published_below <= $1 AS is_behind
+    SELECT r.slot_name,
+           r.published_below <= $1
+               OR r.system_identifier <> (SELECT system_identifier::text FROM pg_control_system()) AS is_behind
       FROM relay_slots AS r
       LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name AND s.database = current_database()
      WHERE r.source = 'poll' OR r.gap IS NOT NULL OR s.slot_name IS NULL ORDER BY r.slot_name

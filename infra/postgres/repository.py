@@ -65,6 +65,10 @@ class ReturnedBeyondOwed(InputRefusedByStore):
     """More was returned of other attempts' money than they took, or than was refunded."""
 
 
+class GatewayMissing(InputRefusedByStore):
+    """A gateway's id of the payment, and not which gateway's."""
+
+
 class CurrencyMissing(InputRefusedByStore):
     """Money was authorized in no currency."""
 
@@ -78,6 +82,7 @@ ERROR_OF_CONSTRAINT: Final[dict[str, type[PaymentsError]]] = {
     "payments_refunded_within_captured": RefundedBeyondCaptured,
     "payments_returned_within_owed": ReturnedBeyondOwed,
     "payments_amounts_have_currency": CurrencyMissing,
+    "payments_gateway_payment_has_gateway": GatewayMissing,
 }
 """What each constraint of `payments` means to a caller; a test holds it complete."""
 

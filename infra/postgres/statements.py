@@ -174,7 +174,15 @@ COUNT_DUE_BUT = f"""
        AND (payment_id, number) NOT IN (SELECT * FROM unnest($2::uuid[], $3::integer[]))
      GROUP BY gateway
 """
-MAKE_DUE = f"UPDATE operations SET due_at = now() WHERE due_at > now() AND NOT is_leased AND {OF_ONE}"
+# Locked in the order in which batches are saved: in that of the index two would wait for each other in a circle.
+MAKE_DUE = f"""
+    WITH waiting AS MATERIALIZED (
+        SELECT payment_id, number FROM operations WHERE due_at > now() AND NOT is_leased AND {OF_ONE}
+         ORDER BY payment_id, number FOR NO KEY UPDATE
+    )
+    UPDATE operations AS o SET due_at = now() FROM waiting AS w
+     WHERE o.payment_id = w.payment_id AND o.number = w.number
+"""
 HOLDING = "authorized_minor > captured_minor + released_minor"
 HOLD_DUE = "greatest(hold_due_at, authorization_expires_at)"
 """Both as the index has them, or it is not used."""
@@ -219,7 +227,13 @@ FIND_LAPSED_HOLDS = f"""
       JOIN {HELD_BY}
      ORDER BY {HOLD_DUE}, p.payment_id
 """
-MAKE_HOLDS_DUE = f"UPDATE payments SET hold_due_at = NULL WHERE {LAPSED} AND {OF_ONE} AND hold_due_at > now()"
+MAKE_HOLDS_DUE = f"""
+    WITH put_off AS MATERIALIZED (
+        SELECT id FROM payments WHERE {LAPSED} AND {OF_ONE} AND hold_due_at > now()
+         ORDER BY payment_id FOR NO KEY UPDATE
+    )
+    UPDATE payments AS p SET hold_due_at = NULL FROM put_off WHERE p.id = put_off.id
+"""
 STUCK = f"""
     SELECT 'operation' AS subject, count(*) AS number, extract(epoch FROM now() - min(dispatched_at))::float AS oldest,
            extract(epoch FROM now() - min(due_at))::float AS overdue

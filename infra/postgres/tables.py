@@ -12,6 +12,8 @@ metadata: Final = sa.MetaData()
 
 _Time: Final = sa.DateTime(timezone=True)
 _Uuid: Final = PG_UUID(as_uuid=True)
+_Key: Final = sa.Text(collation="C")
+"""Compared by its bytes: a unique index must not hang on how an operating system sorts."""
 
 payments: Final = sa.Table(
     "payments",
@@ -20,8 +22,8 @@ payments: Final = sa.Table(
     sa.Column("payment_id", _Uuid, nullable=False, unique=True),
     sa.Column("order_id", sa.Text),
     sa.Column("customer_id", sa.Text),
-    sa.Column("gateway", sa.Text),
-    sa.Column("gateway_payment_id", sa.Text),
+    sa.Column("gateway", _Key),
+    sa.Column("gateway_payment_id", _Key),
     sa.Column("currency", sa.Text),
     sa.Column("amount_minor", sa.BigInteger, nullable=False),
     sa.Column("authorized_minor", sa.BigInteger, nullable=False),
@@ -54,13 +56,13 @@ operations: Final = sa.Table(
     sa.Column("payment_id", _Uuid, primary_key=True),
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("idempotency_key", sa.Text, unique=True),
+    sa.Column("idempotency_key", _Key, unique=True),
     sa.Column("fingerprint", sa.LargeBinary, nullable=False),
     sa.Column("content", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("amount_minor", sa.BigInteger),
-    sa.Column("gateway", sa.Text),
-    sa.Column("reference", sa.Text),
+    sa.Column("gateway", _Key),
+    sa.Column("reference", _Key),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("lease_token", sa.BigInteger, nullable=False),
     sa.Column("is_leased", sa.Boolean, nullable=False),
@@ -108,8 +110,8 @@ inbox: Final = sa.Table(
     "inbox",
     metadata,
     sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
-    sa.Column("gateway", sa.Text, nullable=False),
-    sa.Column("event_id", sa.Text, nullable=False),
+    sa.Column("gateway", _Key, nullable=False),
+    sa.Column("event_id", _Key, nullable=False),
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("payment_id", _Uuid),
     sa.Column("operation_number", sa.Integer),

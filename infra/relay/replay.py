@@ -128,13 +128,16 @@ class Replay:
 
     async def _chunks(self) -> AsyncGenerator[list[OutboxEvent], None]:
         size = max(1, min(CHUNK, self._rate // 10))
+        # Postgres puts the rows aside and the transaction ends: open for as long as a throttled replay takes, it would
+        # keep every table from being vacuumed, and the outbox's partitions from being made and dropped.
         async with (
-            await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection,
-            connection.cursor("replay") as cursor,
+            await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection,
+            connection.cursor("replay", withhold=True) as cursor,
         ):
             await lift_time_limit(connection)
-            size = min(size, await rows_at_once(connection, LARGEST, self._values))
-            await cursor.execute(SELECT.encode(), self._values)
+            async with connection.transaction():
+                size = min(size, await rows_at_once(connection, LARGEST, self._values))
+                await cursor.execute(SELECT.encode(), self._values)
             while rows := await cursor.fetchmany(size):
                 yield [event_of(row) for row in rows]
 

@@ -53,16 +53,20 @@ NEWEST: Final = sql.SQL("""
              WHERE slot_name = {slot}),
            (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
 """)
-# How long the first event that no proof sees has waited. What a long transaction makes many of is given up.
+# How long the first event that no proof sees has waited; a mark from another server proves nothing here. What a long
+# transaction makes many of is given up.
 WAITING: Final = sql.SQL("""
     SET LOCAL statement_timeout = '1s';
     SELECT extract(epoch FROM now() - o.created_at)::float
-      FROM relay_slots AS r, LATERAL (
+      FROM (SELECT CASE WHEN is_own THEN published_below ELSE 0 END AS published_below,
+                   CASE WHEN is_own THEN window_begin END AS window_begin
+              FROM (SELECT mark.*, mark.system_identifier = here.system_identifier::text AS is_own
+                      FROM relay_slots AS mark, pg_control_system() AS here WHERE slot_name = {slot}) AS found) AS r,
+           LATERAL (
            SELECT created_at FROM outbox
             WHERE xact >= r.published_below
               AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_begin))
             ORDER BY xact LIMIT 1) AS o
-     WHERE r.slot_name = {slot}
 """)
 UNREAD_SECONDS = 5.0
 """What is committed is proven to be published some two seconds later: what waits for longer is not being read."""

@@ -10,6 +10,7 @@ from psycopg.rows import dict_row
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
+# A mark from another server proves nothing here: all that is in the outbox waits.
 MARKS: Final = """
     SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
            s.active AND EXISTS (SELECT FROM pg_stat_activity AS a
@@ -18,12 +19,17 @@ MARKS: Final = """
            pg_current_wal_lsn() - s.restart_lsn AS retained_bytes,
            coalesce(extract(epoch FROM now() - (
                SELECT min(created_at) FROM outbox
-                WHERE xact >= r.published_below
-                  AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_begin))
-                  AND (r.window_end IS NULL OR position > r.window_position
-                       OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_end))
+                WHERE xact >= proven.below
+                  AND (proven.begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, proven.begin))
+                  AND (proven.end IS NULL OR position > r.window_position
+                       OR NOT pg_visible_in_snapshot(xact::text::xid8, proven.end))
            )), 0)::float AS lag_seconds
-      FROM relay_slots AS r
+      FROM relay_slots AS r CROSS JOIN pg_control_system() AS here
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN is_own THEN r.published_below ELSE 0 END AS below,
+                  CASE WHEN is_own THEN r.window_begin END AS begin,
+                  CASE WHEN is_own THEN r.window_end END AS end
+             FROM (SELECT r.system_identifier = here.system_identifier::text AS is_own) AS whose) AS proven
       LEFT JOIN pg_replication_slots AS s ON s.slot_name::text = r.slot_name AND s.database = current_database()
      ORDER BY r.slot_name
 """

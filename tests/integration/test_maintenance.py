@@ -9,16 +9,18 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from app.cli import app
-from app.maintenance import LAST_SUCCESS, maintain_once
+from app.maintenance import LAST_SUCCESS, Maintenance, maintain_once
 from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.pool import IDLE_IN_TRANSACTION_MS
 from infra.relay.stream import ReplicationStream
 from tests.conftest import Topics
+from tests.support.outbox import set_database
 
 SLOW_MOVE = """
     CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.004); RETURN NULL; END $$;
@@ -171,6 +173,29 @@ async def test_a_round_that_leaves_nothing_undone_says_when(postgres_url: str, c
     await connection.execute(f"DROP TABLE {name_of(today())}")
     await maintain_once(settings)
     assert time.time() - last_success() < 60
+
+
+async def test_a_webhook_that_somebody_holds_ends_a_round_and_not_the_process(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(
+        """INSERT INTO inbox (gateway, event_id, type, content, body, received_at, applied_at)
+           VALUES ('stripe', 'evt_1', 't', '{}', '', now() - interval '100 days', now() - interval '100 days')"""
+    )
+    await set_database(postgres_url, "lock_timeout = '50ms'")
+    stop = asyncio.Event()
+    settings = Settings(postgres_url=postgres_url, maintenance_interval_seconds=0.1)
+    with capture_logs() as logs:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM inbox FOR UPDATE")
+            maintaining = asyncio.create_task(Maintenance(settings).run(stop))
+            while not maintaining.done() and len(logs) < 2:
+                await asyncio.sleep(0.01)
+        while not maintaining.done() and await connection.fetchval("SELECT count(*) FROM inbox"):
+            await asyncio.sleep(0.01)
+        stop.set()
+        await maintaining
+    assert {"event": "maintenance failed", "error": "ConcurrentUpdate", "log_level": "warning"} in logs
 
 
 async def test_what_maintenance_leaves_undone_is_not_told_as_a_server_that_is_away(
@@ -405,7 +430,8 @@ async def test_nothing_is_dropped_that_a_poll_has_not_published(
     """A poll has no slot, and the slot of somebody else, however far it is, proves nothing for it."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     await aged.connection.execute(
-        "INSERT INTO relay_slots (slot_name, system_identifier, source) VALUES ('p', '1', 'poll')"
+        "INSERT INTO relay_slots (slot_name, system_identifier, source)"
+        " SELECT 'p', system_identifier::text, 'poll' FROM pg_control_system()"
     )
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
@@ -415,11 +441,21 @@ async def test_nothing_is_dropped_that_a_poll_has_not_published(
 
 
 async def test_a_poll_alone_is_a_publisher(aged: Aged) -> None:
-    await aged.connection.execute(
-        "INSERT INTO relay_slots (slot_name, system_identifier, source, published_below)"
-        " SELECT 'p', '1', 'poll', max(xact) + 1 FROM outbox"
-    )
+    await relay_row(aged.connection, "(SELECT max(xact) + 1 FROM outbox)", source="poll")
     assert (await aged.maintain()).dropped
+
+
+@pytest.mark.parametrize("gap", [None, "this is another Postgres server than before"])
+async def test_what_a_relay_has_published_on_another_server_lets_nothing_be_dropped(
+    aged: Aged, gap: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump restored elsewhere: the mark goes by that server's transactions, which were further on."""
+    monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
+    await relay_row(aged.connection, "1000000000")
+    await aged.connection.execute("UPDATE relay_slots SET system_identifier = '1', gap = $1", gap)
+    report = await aged.maintain()
+    assert (report.dropped, await aged.count()) == ((), 11)
+    assert report.kept_because[0].startswith("relay proven has not published all of it")
 
 
 async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscriber: Any) -> None:

@@ -1,5 +1,6 @@
 """The schema: forward and back, and what it refuses whoever writes."""
 
+import asyncio
 import contextlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -22,15 +24,20 @@ from typer.testing import CliRunner
 import migrations
 from app.cli import app
 from app.command_line import advice_on
+from domain.commands import OperationKind
+from domain.decision import Delivery
+from domain.errors import StoreUnavailable
 from infra.postgres import migrate
 from infra.postgres.schema import REVISIONS, schema_trouble
 from infra.postgres.tables import metadata
 from migrations import steps
+from tests.support.provider import BookkeepingGateway
+from tests.support.service import InProcessWorker, NoHint, delivery, new_payment_id, running_worker
 
 # Everything that the schema consists of, in words.
 SCHEMA = """
     SELECT 'column', table_name || '.' || column_name,
-           concat_ws(' ', data_type, is_nullable, column_default, is_identity, ordinal_position)
+           concat_ws(' ', data_type, collation_name, is_nullable, column_default, is_identity, ordinal_position)
       FROM information_schema.columns WHERE table_schema = 'public'
     UNION ALL
     SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -224,6 +231,69 @@ def test_an_index_whose_making_broke_off_is_made_anew(empty_postgres_url: str, p
     assert schema_of(empty_postgres_url) == schema_of(postgres_url)
 
 
+COLLATIONS = """
+    SELECT a.attrelid::regclass || '.' || a.attname, l.collname
+      FROM (SELECT indrelid, unnest(indkey) AS number, unnest(indcollation) AS collation
+              FROM pg_index WHERE indisunique AND indrelid = ANY($1::text[]::regclass[])) AS i
+      JOIN pg_attribute AS a ON a.attrelid = indrelid AND a.attnum = i.number
+      JOIN pg_collation AS l ON l.oid = i.collation AND l.oid = a.attcollation
+"""
+
+
+async def test_no_key_that_money_hangs_on_goes_by_how_an_operating_system_sorts(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    """Under a unique index whose order changes below it, a key that is there is not found: money moves again."""
+    rows = await connection.fetch(COLLATIONS, ["payments", "operations", "inbox"])
+    keys = (
+        "operations.idempotency_key",
+        "payments.gateway_payment_id",
+        "payments.gateway",
+        "inbox.gateway",
+        "inbox.event_id",
+    )
+    assert {tuple(row) for row in rows} == {(key, "C") for key in keys}
+
+
+async def test_a_worker_goes_on_beside_the_migration_that_changes_what_it_has_prepared(
+    empty_postgres_url: str,
+) -> None:
+    migrate.upgrade(empty_postgres_url, "0015")
+    gateway, payment_id = BookkeepingGateway(), new_payment_id()
+    charge, refund = (delivery(kind, payment_id, kind, amount_minor=10_000) for kind in ("charge", "refund"))
+    async with running_worker(empty_postgres_url, gateway, hint=NoHint()) as worker:
+        await worker.accept(charge)
+        await worker.accept(charge)
+        await worker.idle()
+        await asyncio.to_thread(migrate.upgrade, empty_postgres_url, "0016")
+        for again in (refund, charge, refund):
+            await until_accepted(worker, again)
+        await worker.idle()
+    assert gateway.moved == {OperationKind.CHARGE: 1, OperationKind.REFUND: 1}
+
+
+async def until_accepted(worker: InProcessWorker, given: Delivery) -> None:
+    """As the consumer does: what could not be saved is tried again."""
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                await worker.accept(given)
+                return
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("table", ["operations", "inbox"])
+async def test_what_has_settled_is_vacuumed_before_claims_walk_past_millions_of_it(
+    connection: asyncpg.Connection, table: str
+) -> None:
+    options = await connection.fetchval("SELECT reloptions FROM pg_class WHERE oid = $1::text::regclass", table)
+    assert {
+        "autovacuum_vacuum_scale_factor=0",
+        "autovacuum_vacuum_threshold=200000",
+        "vacuum_index_cleanup=on",
+    } <= set(options or ())
+
+
 def test_versions_form_one_line() -> None:
     """With two heads nobody could say what the newest schema is."""
     scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
@@ -284,6 +354,7 @@ async def test_amounts_may_go_to_their_limits(connection: asyncpg.Connection) ->
         ("payments_returned_within_owed", {"owed_returned_minor": 1}),
         ("payments_amounts_have_currency", {"currency": None}),
         ("payments_status_known", {"status": "fine"}),
+        ("payments_gateway_payment_has_gateway", {"gateway_payment_id": "pi_1"}),
     ],
 )
 async def test_impossible_amounts_are_refused(
@@ -300,8 +371,50 @@ async def test_impossible_amounts_are_refused(
 
 OPERATION = {
     "payment_id": uuid.UUID(int=1), "number": 1, "kind": "charge", "fingerprint": b"", "content": "{}",
-    "state": "dispatched", "idempotency_key": "key", "due_at": None, "result": None,
+    "state": "received", "idempotency_key": "key", "due_at": None, "result": None, "gateway": "stripe",
+    "is_leased": False, "lease_token": 0, "amount_minor": 0,
 }  # fmt: skip
+UNDER_WAY = OPERATION | {
+    "state": "dispatched", "due_at": datetime.now(UTC), "is_leased": True, "lease_token": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["dispatched", "pending", "indeterminate", "needs_review"])
+@pytest.mark.parametrize(
+    ("constraint", "bad"),
+    [
+        ("operations_under_way_are_due", {"due_at": None, "is_leased": False}),
+        ("operations_due_at_a_gateway", {"gateway": None}),
+        ("operations_leased_have_end_and_token", {"lease_token": 0}),
+        ("operations_amount_not_negative", {"amount_minor": -1}),
+    ],
+)
+async def test_nothing_is_under_way_where_nobody_would_look(
+    connection: asyncpg.Connection, state: str, constraint: str, bad: dict[str, Any]
+) -> None:
+    with pytest.raises(asyncpg.CheckViolationError) as refused:
+        await insert(connection, "operations", UNDER_WAY | bad | {"state": state})
+    assert refused.value.constraint_name == constraint
+    await insert(connection, "operations", UNDER_WAY | {"state": state})
+    column, value = next(iter(bad.items()))
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute(f"UPDATE operations SET {column} = $1", value)
+
+
+async def test_a_row_where_nobody_would_look_is_told_by_the_migration_which_goes_on_once_it_is_mended(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    migrate.downgrade(postgres_url, "0016")
+    await insert(connection, "operations", UNDER_WAY | {"due_at": None, "is_leased": False})
+    with pytest.raises(sa.exc.IntegrityError, match="operations_under_way_are_due"):
+        migrate.upgrade(postgres_url, "0017")
+    await connection.execute("UPDATE operations SET due_at = now()")
+    assert migrate.upgrade(postgres_url, "0017") == "0017"
+
+
+async def test_a_lease_has_an_end(connection: asyncpg.Connection) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match="operations_leased_have_end_and_token"):
+        await insert(connection, "operations", UNDER_WAY | {"state": "received", "due_at": None})
 
 
 @pytest.mark.parametrize("state", ["rejected", "succeeded", "declined", "not_executed"])

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import httpx
 import pytest
 from prometheus_client import REGISTRY
@@ -43,7 +44,8 @@ from domain.operations import (
 from domain.ports import Clock, Gateway
 from handlers.pace import Pace
 from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker, HoldAnswer, Reconciler
-from infra.postgres.pool import create_pool
+from infra.postgres import statements
+from infra.postgres.pool import PINNED_PLANS, create_pool
 from infra.postgres.store import PostgresStore
 from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
@@ -1020,3 +1022,42 @@ async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_d
     asked, ended = await events_of(postgres_url, payment_id)
     assert (asked["type"], ended["type"]) == ("payment.requires_action.v1", "payment.expired.v1")
     assert datetime.fromisoformat(asked["action"]["expires_at"]) == datetime.fromtimestamp(ends_at, UTC)
+
+
+# The one with the smaller id is the later one in the index.
+TWO_THAT_WAIT = """
+    INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, gateway, due_at)
+    SELECT id, 1, 'charge', '', '{}', 'pending', 'stripe', now() + due FROM given
+"""
+TWO_LAPSED = """
+    INSERT INTO payments (payment_id, status, currency, authorized_minor, authorization_expires_at, hold_due_at)
+    SELECT id, 'authorized', 'EUR', 1, now() - interval '1 day', now() + due FROM given
+"""
+GIVEN = "WITH given (id, due) AS (VALUES ($1::uuid, interval '2 hours'), ($2, interval '1 hour'))"
+
+
+@pytest.mark.parametrize(
+    ("statement", "rows", "save"),
+    [
+        ("MAKE_DUE", TWO_THAT_WAIT, "UPDATE operations SET attempts = attempts + 1 WHERE payment_id = $1"),
+        ("MAKE_HOLDS_DUE", TWO_LAPSED, "UPDATE payments SET version = version + 1 WHERE payment_id = $1"),
+    ],
+)
+async def test_making_all_of_it_due_waits_for_a_batch_and_never_in_a_circle_with_it(
+    postgres_url: str, statement: str, rows: str, save: str
+) -> None:
+    """A batch is saved in the order of payments: half of it is, when all that waits is made due."""
+    ids = [UUID(int=1), UUID(int=2)]
+    batch = await asyncpg.connect(postgres_url)
+    maker = await asyncpg.connect(postgres_url, server_settings=PINNED_PLANS)
+    await batch.execute(f"{GIVEN} {rows}", *ids)
+    async with asyncio.timeout(30):
+        async with batch.transaction():
+            await batch.execute(save, ids[0])
+            making = asyncio.create_task(maker.execute(getattr(statements, statement), None))
+            while not await batch.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+                await asyncio.sleep(0.01)
+            await batch.execute(save, ids[1])
+        assert await making == "UPDATE 2"
+    await maker.close()
+    await batch.close()

@@ -24,6 +24,7 @@ from app.relay_troubles import troubles_of
 from app.settings import Settings
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_database, postgres
+from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.replay import HEADER
 from infra.relay.status import read_status
@@ -373,6 +374,31 @@ async def test_no_time_limit_of_the_database_cuts_a_replay(config: RelayConfig) 
     await set_database(config.postgres_url, "transaction_timeout = '500ms'")
     done = await payments_relay(config, "replay", "--payment", "pay_a", "--rate", "20")
     assert done.returncode == 0, done.stderr
+
+
+@wal_only
+async def test_a_throttled_replay_has_no_transaction_open_between_its_portions(config: RelayConfig) -> None:
+    """Else nothing is vacuumed for as long as it takes, and no partition made or dropped."""
+    rows = rows_of("pay_a", 30)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    replaying = await started(config, "replay", "--payment", "pay_a", "--rate", "1")
+    await read_until(config.kafka_bootstrap, config.topic, lambda found: bool(replayed(found)))
+    fetching = "FROM pg_stat_activity WHERE query LIKE 'FETCH %% \"replay\"%%' AND datname = current_database()"
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+
+        async def states() -> set[tuple[str, bool]]:
+            found = await connection.execute(f"SELECT state, backend_xmin IS NULL {fetching}".encode(), [])
+            return set(await found.fetchall())
+
+        await until(states, timeout_seconds=10)
+        seen = [await states() for _ in range(100)]
+    report = await maintain(config.postgres_url, days_ahead=1, retention_days=14)
+    replaying.send_signal(signal.SIGTERM)
+    assert "of 30 events published again" in (await replaying.communicate())[0].decode()
+    assert seen.count({("idle", True)}) > 90, "one portion at most was being fetched"
+    assert (len(report.made), report.failed) == (2, ())
 
 
 @wal_only

@@ -614,6 +614,21 @@ async def test_on_another_server_nothing_counts_as_published(config: RelayConfig
     await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
     assert await StandingStill(config).unproven() == 5
     assert await Replay(config, Selection(), topic=config.topic, rate=1).count() == 0
+    (told,) = (await read_status(config.postgres_url)).relays
+    assert told.lag_seconds > 0
+
+
+@wal_only
+async def test_before_the_gap_of_another_server_it_is_told_how_long_events_wait(config: RelayConfig) -> None:
+    """However far the mark from there is: the metric of it, too."""
+    await before_the_gap(config, rows_of("pay_a", 5))
+    there = "system_identifier = '1', published_below = 1000000000, window_begin = '1000000000:1000000000:'"
+    await fetch_value(config.postgres_url, f"UPDATE relay_slots SET {there} RETURNING 1")
+    async with StandingStill(config) as standing:
+        await until(lambda: "another Postgres server" in standing.relay.health.detail)
+        await until(lambda: metrics.LAG_SECONDS._value.get() > 0.5)
+        (told,) = (await read_status(config.postgres_url)).relays
+        assert told.lag_seconds > 0.5
 
 
 async def test_an_event_that_a_synchronous_standby_holds_back_is_proven_in_the_end(

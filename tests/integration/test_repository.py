@@ -306,8 +306,9 @@ async def test_one_that_is_asked_about_again_and_again_is_stuck(empty: PaymentRe
     """Its next attempt always lies ahead; what counts is when the gateway was given it."""
     polled, fresh, done = [(await empty.create(Payment(uuid.uuid4()))).payment.payment_id for _ in range(3)]
     connection = await asyncpg.connect(postgres_url)
-    insert = """INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, due_at, dispatched_at,
-                    result) VALUES ($1, 1, 'charge', '', '', $2, now() + $3::interval, now() - $4::interval, $5)"""
+    insert = """INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, gateway, due_at,
+                    dispatched_at, result)
+                VALUES ($1, 1, 'charge', '', '', $2, 'stripe', now() + $3::interval, now() - $4::interval, $5)"""
     soon, day, minute = timedelta(seconds=30), timedelta(days=1), timedelta(minutes=1)
     await connection.execute(insert, polled, "pending", soon, day, None)
     await connection.execute(insert, fresh, "pending", soon, minute, None)
@@ -413,6 +414,7 @@ PAID = {"authorized_minor": 5, "captured_minor": 5, "currency": "EUR"}
     [
         (module.AmountNegative, {"amount_minor": -1}),
         (module.CurrencyMissing, {"authorized_minor": 5}),
+        (module.GatewayMissing, {"gateway_payment_id": "pi_1"}),
         (module.CapturedBeyondAuthorized, PAID | {"captured_minor": 6}),
         (module.RefundedBeyondCaptured, PAID | {"refunded_minor": 4, "reserved_refund_minor": 2}),
         (InputRefusedByStore, {"amount_minor": 2**63}),
