@@ -46,6 +46,8 @@ class StackFile:
         """Replace the note; a reader sees the old or the new one, whole."""
         assert self._lock is not None, "only the owner of the lock writes"
         partial = self.path.with_suffix(".new")
+        partial.unlink(missing_ok=True)
+        partial.touch(mode=0o600)  # The URLs of servers that somebody has may hold their passwords.
         partial.write_text(json.dumps(asdict(stack), indent=2) + "\n", encoding="utf-8")
         partial.replace(self.path)
 

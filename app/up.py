@@ -42,6 +42,13 @@ RETURNS: Final = (
     "PAYMENTS_MOMO_REDIRECT_URL",
 )
 """Where payers come back to: here there is no shop."""
+CREDENTIALS: Final = (
+    "PAYMENTS_STRIPE_API_KEY",
+    "PAYMENTS_PAYPAL_CLIENT_SECRET",
+    "PAYMENTS_VNPAY_HASH_SECRET",
+    "PAYMENTS_MOMO_SECRET_KEY",
+)
+"""What only a real installation has, or a simulator's own."""
 SERVICE: Final = ("worker", "relay", "http")
 
 
@@ -271,8 +278,21 @@ def addresses(*, simulates: bool) -> dict[str, str]:
     peers = {name: f"http://{HOST}:{ports[_port_variable(name)]}" for name in ("worker", "relay")}
     found = ports | {"PAYMENTS_HTTP_HOST": HOST, "PAYMENTS_METRICS_PEERS": json.dumps(peers)}
     if simulates:
-        found |= simulated(f"http://{HOST}:{free_port()}", f"http://{HOST}:{ports[_port_variable('http')]}")
+        simulators = simulated(f"http://{HOST}:{free_port()}", f"http://{HOST}:{ports[_port_variable('http')]}")
+        _refuse_real(simulators)
+        found |= simulators
     return found
+
+
+def _refuse_real(simulators: Mapping[str, str]) -> None:
+    """In the environment of a real installation, its orders would be called paid by a simulator."""
+    given = [name for name in CREDENTIALS if os.environ.get(name) not in (None, "", simulators[name])]
+    if given:
+        raise LocalServerError(
+            "The simulated providers",
+            f"{', '.join(given)} would be replaced by theirs, and what is ordered here be called paid by them",
+            f"unset it, or set {STRIPE_BASE} to call the real providers",
+        )
 
 
 def simulated(simulator: str, http: str) -> dict[str, str]:

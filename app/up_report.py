@@ -10,6 +10,7 @@ from typing import Final
 import typer
 from rich.console import Console
 from rich.text import Text
+from sqlalchemy import make_url
 
 from app.child import ChildFailed
 from app.command_line import advice_on, default_data_dir, told_error
@@ -82,7 +83,7 @@ def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> No
         "health, metrics": f"{http}/health/ready  {http}/metrics",
         "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
-        "Postgres": urls["postgres"],
+        "Postgres": make_url(urls["postgres"]).render_as_string(),
         "try": f"{TO_TRY}{told_folder(data_dir)}",
     }
     for name, value in lines.items():

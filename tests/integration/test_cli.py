@@ -378,6 +378,15 @@ def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(
     assert "PAYMENTS_HTTP_PORT" in ended.stdout
 
 
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_in_the_environment_of_a_real_installation_nothing_is_simulated(command: str, tmp_path: Path) -> None:
+    """A simulator would take the place of its providers, and call its orders paid."""
+    ended = run(command, data_dir=tmp_path, PAYMENTS_STRIPE_API_KEY="sk_live_own", PAYMENTS_VNPAY_HASH_SECRET="own")
+    assert ended.returncode == 1
+    assert "PAYMENTS_STRIPE_API_KEY, PAYMENTS_VNPAY_HASH_SECRET would be replaced" in ended.stdout
+    assert "sk_live_own" not in ended.stdout + ended.stderr
+
+
 def test_up_says_what_to_do_where_a_server_of_the_environments_is_away(tmp_path: Path) -> None:
     away = {"PAYMENTS_POSTGRES_URL": "postgresql://127.0.0.1:1/none", "PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1"}
     ended = run("up", data_dir=tmp_path, **away, PAYMENTS_REDIS_URL="redis://127.0.0.1:1/0")
@@ -527,6 +536,10 @@ def test_help_says_what_an_option_is_for_here(tmp_path: Path, command: str, told
 def test_the_simulators_help_names_all_four(tmp_path: Path) -> None:
     told = run("sandbox", "--help", data_dir=tmp_path).stdout
     assert all(name in told for name in ("Stripe", "PayPal", "VNPay", "MoMo"))
+
+
+def test_where_the_servers_are_is_for_nobody_elses_eyes(up: Up) -> None:
+    assert (up.data_dir / "stack.json").stat().st_mode & 0o077 == 0
 
 
 def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
