@@ -22,7 +22,7 @@ from app.processes import prepare
 from app.settings import Settings
 from domain.decide import decide
 from domain.ports import DeadLetter
-from handlers import write_path as write_path_module
+from handlers import batch as batch_module
 from infra.kafka.dead_letter_log import DeadLetterLog
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.topics import ensure_topics, has_topic
@@ -163,7 +163,7 @@ async def test_what_heals_is_not_parked_and_its_payments_later_commands_wait_for
 ) -> None:
     slow, others = new_payment_id(), [new_payment_id() for _ in range(20)]
     # Ten times: the bisection of the whole batch alone meets it some six times.
-    monkeypatch.setattr(write_path_module, "decide", Failing(slow, 10))
+    monkeypatch.setattr(batch_module, "decide", Failing(slow, 10))
     before = REGISTRY.get_sample_value("payments_command_retries_total") or 0
     batch = [(str(slow).encode(), body("authorize", slow, "a"))]
     batch += [(str(each).encode(), body("charge", each, f"k-{each}")) for each in others]
@@ -185,7 +185,7 @@ async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
     poisoned, other = new_payment_id(), new_payment_id()
     settings = settings.model_copy(update={"retries_before_parking": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(write_path_module, "decide", Failing(poisoned, 10_000))
+        patch.setattr(batch_module, "decide", Failing(poisoned, 10_000))
         await send(settings.kafka_bootstrap, settings.commands_topic, *(
             (str(each).encode(), body("charge", each, f"k-{each}")) for each in (poisoned, other)
         ))  # fmt: skip
@@ -210,7 +210,7 @@ async def test_every_command_of_a_payment_that_always_fails_is_parked_in_order(
 ) -> None:
     poisoned, other = new_payment_id(), new_payment_id()
     settings = settings.model_copy(update={"retries_before_parking": 1})
-    monkeypatch.setattr(write_path_module, "decide", Failing(poisoned, 10_000))
+    monkeypatch.setattr(batch_module, "decide", Failing(poisoned, 10_000))
     commands = [body("authorize", poisoned, "a"), *(body("capture", poisoned, f"c{number}") for number in range(5))]
     batch = [(str(poisoned).encode(), each) for each in commands]
     await send(settings.kafka_bootstrap, settings.commands_topic, *batch, (b"other", body("charge", other, "o")))
