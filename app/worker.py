@@ -19,9 +19,9 @@ from app.settings import Settings
 from domain.ports import Gateway
 from domain.rules import Rules
 from handlers import metrics
+from handlers.apply_notices import NoticeApplier
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
-from handlers.heed import Heeder
 from handlers.leases import Leases
 from handlers.pace import Pace
 from handlers.reconcile import Asker
@@ -143,7 +143,7 @@ class Worker:
         rules, paces = wiring.create_rules(settings, gateways), wiring.create_paces(settings, gateways)
         write_path = self._create_write_path(stack, store, rules)
         leases = self._create_calling(store, write_path, rules, gateways, paces)
-        self._heeder = Heeder(inbox=PostgresInbox(pool), write_path=write_path, submit=self._dispatcher.submit)
+        self._applier = NoticeApplier(inbox=PostgresInbox(pool), write_path=write_path, submit=self._dispatcher.submit)
         reconciler = wiring.create_reconciler(settings, store, write_path, Asker(gateways, paces))
         self._consumer = await self._create_consumer(stack, write_path)
         self._broker = broker = self._create_broker()
@@ -154,10 +154,10 @@ class Worker:
             self._sweep.run(),
             self._backlog.run(),
             self._consumer.offsets.run(),
-            self._heeder.run(),
+            self._applier.run(),
             reconciler.run(),
             reconciler.watch(),
-            listen(settings.postgres_url, self._heeder.arrived.set),
+            listen(settings.postgres_url, self._applier.arrived.set),
             watch_clock(pool),
         )
         await self._wait_for_topic()
@@ -256,7 +256,7 @@ class Worker:
         """Take nothing new, let running calls end, save their outcomes, say how far we came."""
         settler, leases, *others = self._tasks
         # What they have claimed or saved is the dispatcher's then, and is sent or given back: no lease is left behind.
-        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._heeder.close(), self._consumer.close()))
+        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._applier.close(), self._consumer.close()))
         for task in others:
             task.cancel()
         await self._leave_kafka()

@@ -2,7 +2,7 @@
 
 Operations of one payment run one at a time, in the order accepted: what arrives meanwhile waits as `received` and is
 decided as soon as the operation before it has its outcome. `accept.py` has what a command does, `settle.py` what a
-gateway's answer does, `heed.py` what a webhook does, `ruling.py` what a person's finding does, and `draft.py`
+gateway's answer does, `apply_notice.py` what a webhook does, `ruling.py` what a person's finding does, and `draft.py`
 the steps that they share.
 """
 
@@ -10,9 +10,9 @@ from datetime import datetime
 from typing import assert_never
 
 from domain.accept import accept, repeat
+from domain.apply_notice import apply_notice
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.draft import Draft
-from domain.heed import heed
 from domain.operations import NotExecuted, Outcome
 from domain.payment import Payment
 from domain.rules import Rules
@@ -37,7 +37,7 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
             settle(draft, given)
             _doubt_hold(draft, given.outcome)
         case Notified():
-            heed(draft, given)
+            apply_notice(draft, given)
         case Ruling():
             rule(draft, given)
         case _:

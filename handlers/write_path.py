@@ -144,10 +144,10 @@ class WritePath:
             else:
                 self._at_hand.note({each.payment_id for each in inputs}, batch.committed())
                 batch.report()
-                return batch.requests + await self._heed_late(batch)
+                return batch.requests + await self._apply_late(batch)
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
-    async def _heed_late(self, batch: Batch) -> list[GatewayRequest]:
+    async def _apply_late(self, batch: Batch) -> list[GatewayRequest]:
         """Have a success that came after its operation's end heard like a webhook's: nobody may ever tell it again.
 
         It is no news where the operation ended with just that.

@@ -90,7 +90,7 @@ INSERT_OUTBOX = """
     INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, traceparent)
     SELECT * FROM unnest($7::outbox_row[])
 """
-HEED_NOTICES = "UPDATE inbox SET due_at = NULL, applied_at = now() WHERE id = ANY($8::bigint[])"
+APPLY_NOTICES = "UPDATE inbox SET due_at = NULL, applied_at = now() WHERE id = ANY($8::bigint[])"
 # One round trip for all of it and, outside a transaction, one by itself. The parts touch different tables, so that they
 # share a snapshot does not matter. If a part wrote fewer rows than it was given, all of it is undone.
 SAVE = f"""
@@ -99,7 +99,7 @@ SAVE = f"""
          new_operations AS ({INSERT_OPERATIONS} RETURNING 1),
          changed_operations AS ({UPDATE_OPERATIONS} RETURNING 1),
          booked AS ({INSERT_LEDGER}),
-         heeded AS ({HEED_NOTICES}),
+         applied AS ({APPLY_NOTICES}),
          published AS ({INSERT_OUTBOX})
     SELECT require_rows(
         ARRAY[(SELECT count(*) FROM new_payments), (SELECT count(*) FROM changed_payments),

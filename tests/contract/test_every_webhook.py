@@ -32,7 +32,7 @@ from handlers import metrics
 from infra.postgres.pool import create_pool
 from tests.contract.providers import PROVIDERS, Provider
 from tests.integration.test_consumer import until
-from tests.integration.test_webhooks import heeding
+from tests.integration.test_webhooks import applying
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker
 from tests.support.site import Site, running_site
 
@@ -217,7 +217,7 @@ async def trading(site: Site, provider: Provider, postgres_url: str, manner: Man
     async with (
         receiving(settings, site.port, manner.refusals),
         running_worker(postgres_url, gateway, sweeping=manner.is_asked, given=rules) as worker,
-        heeding(postgres_url, worker),
+        applying(postgres_url, worker),
     ):
         provider.send_webhooks(**manner.webhooks)
         try:

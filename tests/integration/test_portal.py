@@ -31,7 +31,7 @@ from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from tests.contract.paypal import PAYS, PayPalSandbox
 from tests.integration.test_consumer import until
-from tests.integration.test_webhooks import SECRET, SHOP, applied, heeding, kinds
+from tests.integration.test_webhooks import SECRET, SHOP, applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import QUICK_RETRY, InProcessWorker, delivery, new_payment_id, rules, running_worker, value
 
@@ -194,7 +194,7 @@ async def told_by(
     async with (
         running_worker(postgres_url, gateway, given=given) as worker,
         serving(Settings(postgres_url=postgres_url, **portal.settings())) as url,
-        heeding(postgres_url, worker),
+        applying(postgres_url, worker),
     ):
         await asyncio.to_thread(portal.send_webhooks_to, f"{url}/webhooks/{portal.name}")
         yield worker

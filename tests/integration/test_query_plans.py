@@ -41,7 +41,7 @@ INDEXES = {
     "RENEW_LEASES": {"operations_pkey"},
     "OPERATIONS_AT": {"operations_pkey"},
     "OPERATIONS_OF_KIND": {"operations_pkey"},
-    "HEED_NOTICES": {"inbox_pkey"},
+    "APPLY_NOTICES": {"inbox_pkey"},
     "ACCEPT": {"payments_payment_id_key", "payments_gateway_payment_id", "operations_attempt", "operations_pkey"},
     "CLAIM": {"inbox_due", "inbox_pkey"},
     "FORGET": {"inbox_pkey"},

@@ -8,7 +8,7 @@ from infra.gateways.momo import MoMoConfig, MoMoGateway
 from infra.sandbox.momo import ACCESS, PARTNER, SECRET
 from tests.integration.test_consumer import until
 from tests.integration.test_portal import serving
-from tests.integration.test_webhooks import applied, heeding, kinds
+from tests.integration.test_webhooks import applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import delivery, events_of, new_payment_id, running_worker, value
 
@@ -37,7 +37,7 @@ async def test_the_return_of_the_browser_tells_the_result_once_and_the_payer_rea
             gateway = MoMoGateway(config)
             async with (
                 running_worker(postgres_url, gateway) as worker,
-                heeding(postgres_url, worker),
+                applying(postgres_url, worker),
                 httpx.AsyncClient(follow_redirects=True) as browser,
             ):
                 await worker.accept(delivery("charge", payment_id, "charge", **MONEY))

@@ -26,7 +26,7 @@ from domain.notices import BODY_BYTES_MAX, Notice, WebhookRequest
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Accepted, Received, Stuck
 from handlers import metrics
-from handlers.heed import Heeder
+from handlers.apply_notices import NoticeApplier
 from handlers.webhooks import Webhooks
 from infra.gateways.stripe_webhooks import StripeWebhooks
 from infra.postgres.inbox import PostgresInbox, forget_applied, listen
@@ -70,10 +70,10 @@ async def receiving(postgres_url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def heeding(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[Heeder]:
+async def applying(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[NoticeApplier]:
     pool = await create_pool(postgres_url, size=2)
-    heeder = Heeder(inbox=PostgresInbox(pool), write_path=worker.write_path, submit=worker.dispatcher.submit)
-    tasks = [asyncio.create_task(heeder.run()), asyncio.create_task(listen(postgres_url, heeder.arrived.set))]
+    applier = NoticeApplier(inbox=PostgresInbox(pool), write_path=worker.write_path, submit=worker.dispatcher.submit)
+    tasks = [asyncio.create_task(applier.run()), asyncio.create_task(listen(postgres_url, applier.arrived.set))]
     listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = current_database()"
 
     async def is_listening() -> bool:
@@ -81,7 +81,7 @@ async def heeding(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[H
 
     await until(is_listening)  # a connection that is cut off while it is being made would be left to the collector
     try:
-        yield heeder
+        yield applier
     finally:
         for task in tasks:
             task.cancel()
@@ -130,7 +130,7 @@ async def test_a_payment_that_waits_for_its_payer_is_captured_by_the_webhook_onc
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
         await worker.accept(delivery("charge", payment_id, "charge"))
         await worker.idle()
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             answers = await asyncio.gather(*(send(client, event(payment_id)) for _ in range(10)))
             assert set(answers) == {200}
             assert await send(client, event(payment_id, "evt_2")) == 200
@@ -150,7 +150,7 @@ async def test_it_is_on_disk_before_it_is_answered_and_applied_when_a_worker_com
         assert await send(client, event(payment_id)) == 200
         assert await value(postgres_url, "SELECT count(*) FROM inbox WHERE applied_at IS NULL") == 1
         assert json.loads(await value(postgres_url, "SELECT convert_from(body, 'UTF8') FROM inbox"))["id"] == "evt_1"
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             await until(lambda: applied(postgres_url))
     assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
 
@@ -270,7 +270,7 @@ async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one
         await worker.accept(delivery("charge", payment_id, "charge"))
         await worker.idle()
         await value(postgres_url, "UPDATE payments SET gateway = 'other'")
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             assert await send(client, event(payment_id)) == 200
             await until(lambda: applied(postgres_url))
     assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
@@ -327,7 +327,7 @@ async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is
         for each in payments:
             await worker.accept(delivery("charge", each, f"charge-{each}"))
         await worker.idle()
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             assert await send(client, event(payments[0], "evt_1", amount_received=9_999)) == 200
             assert await send(client, event(payments[1], "evt_2", currency="eur")) == 200
             unknown = event(payments[0], "evt_3") | {"type": "payment_intent.of_tomorrow"}
@@ -346,7 +346,7 @@ async def test_what_contradicts_a_payment_that_is_captured_changes_nothing_and_i
         await worker.idle()
         before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
         with capture_logs() as logs:
-            async with heeding(postgres_url, worker):
+            async with applying(postgres_url, worker):
                 assert await send(client, event(payment_id, amount_received=9_999)) == 200
                 await until(lambda: applied(postgres_url))
         assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
@@ -360,7 +360,7 @@ async def test_a_dispute_finds_its_payment_by_the_providers_id(postgres_url: str
         await worker.accept(delivery("charge", payment_id, "charge"))
         await worker.idle()
         dispute = {"id": "dp_1", "amount": 4_000, "currency": "usd", "payment_intent": f"ref_{payment_id}:1"}
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             for number, status in enumerate(("needs_response", "under_review", "lost", "needs_response")):
                 told = {"id": f"evt_{number}", "object": "event", "type": "charge.dispute.updated"}
                 assert await send(client, told | {"data": {"object": dispute | {"status": status}}}) == 200
@@ -386,7 +386,7 @@ async def test_a_dispute_of_an_attempt_that_was_paid_late_finds_its_payment(post
         for key in ("first", "second"):
             await worker.accept(delivery("charge", payment_id, key))
             await worker.idle()
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             assert await send(client, event(payment_id, "evt_late", id="pi_first")) == 200
             await until(lambda: applied(postgres_url))
             dispute = {"id": "dp_1", "amount": 10_000, "currency": "usd", "payment_intent": "pi_first"}
@@ -485,7 +485,7 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
         await worker.idle()
         await worker.accept(delivery("refund", payment_id, "refund", amount_minor=4_000))
         await worker.idle()
-        async with heeding(postgres_url, worker) as heeder:
+        async with applying(postgres_url, worker) as applier:
             before = metrics.NOTICES_POSTPONED._value.get()
             assert await send(client, refunded(payment_id, "evt_1", refund=ours)) == 200
 
@@ -504,7 +504,7 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
             await worker.sweep.sweep_once()
             await worker.idle()
             await value(postgres_url, "UPDATE inbox SET due_at = now() WHERE due_at IS NOT NULL RETURNING 1")
-            heeder.arrived.set()
+            applier.arrived.set()
             await until(lambda: applied(postgres_url))
     assert (await stuck_webhooks(postgres_url)).oldest_seconds == 0
     assert await kinds(postgres_url, payment_id) == ["captured", "pending", "refunded"]
@@ -522,7 +522,7 @@ async def test_a_refund_that_was_found_not_made_and_then_told_twice_differently_
         await worker.accept(delivery("refund", payment_id, "refund", amount_minor=4_000))
         await worker.idle()
         before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             assert await send(client, refunded(payment_id, "evt_1", refund="re_1")) == 200
             await until(lambda: applied(postgres_url))
             marked = refunded(payment_id, "evt_2", refund="re_1")
@@ -541,7 +541,7 @@ async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once
         await worker.idle()
         for number in range(5):
             assert await send(client, refunded(payment_id, f"evt_{number}", refund="re_portal")) == 200
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             await until(lambda: applied(postgres_url))
             assert await send(client, refunded(payment_id, "evt_late", refund="re_portal")) == 200
             before = metrics.NOTICES_DISAGREEING.labels("stripe")._value.get()
@@ -563,7 +563,7 @@ async def test_a_command_that_comes_again_after_a_late_success_is_not_told_that_
         charge = delivery("charge", payment_id, "charge")
         await worker.accept(charge)
         await worker.idle()
-        async with heeding(postgres_url, worker):
+        async with applying(postgres_url, worker):
             assert await send(client, event(payment_id)) == 200
             await until(lambda: applied(postgres_url))
         for _ in range(2):

@@ -6,11 +6,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from domain.apply_notice import is_end_of_hold
 from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.events import Event, Replay
-from domain.heed import is_end_of_hold
 from domain.ledger import Transfer
 from domain.notices import External, Notice
 from domain.operations import GatewayRequest, NotExecuted, Operation, OperationState, Outcome, Succeeded

@@ -21,10 +21,10 @@ from domain.notices import Notice
 from domain.operations import GatewayRequest, Outcome, Succeeded, Unreachable
 from domain.ports import Inbox, RecentKeys
 from domain.rules import Rules
-from handlers import consumer, heed
+from handlers import apply_notices, consumer
+from handlers.apply_notices import NoticeApplier
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import PROCESS_ENDS, Dispatcher
-from handlers.heed import Heeder
 from handlers.leases import Leases
 from handlers.settle import Settler
 from handlers.write_path import Applied, SavedInPart, WritePath
@@ -96,16 +96,16 @@ async def test_a_settler_sends_it_and_goes_on_trying() -> None:
     assert {each for each in path.saved if isinstance(each, Answer)} == set(BATCH) - {POISON}
 
 
-async def test_a_heeder_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_notice_applier_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, sent = [request()], list[GatewayRequest]()
     path = create_autospec(WritePath, instance=True)
     path.apply.side_effect = SavedInPart(begun, StoreUnavailable("Postgres is away"))
     inbox = create_autospec(Inbox, instance=True)
     inbox.claim.return_value = ["stored"]
     notified = Notified(1, uuid4(), Notice("stripe", "evt_1", "any"))
-    monkeypatch.setattr(heed, "_notified", lambda stored: notified)
+    monkeypatch.setattr(apply_notices, "_notified", lambda stored: notified)
     with pytest.raises(StoreUnavailable):
-        await Heeder(inbox=inbox, write_path=path, submit=sent.extend).heed_once()
+        await NoticeApplier(inbox=inbox, write_path=path, submit=sent.extend).apply_once()
     assert sent == begun
 
 
@@ -142,7 +142,7 @@ class FollowedUp:
         """As a worker does."""
         worker: Any = Worker.__new__(Worker)
         worker._dispatcher, worker._settler, worker._leave_kafka = self.dispatcher, self.settler, AsyncMock()
-        worker._sweep = worker._heeder = worker._consumer = AsyncMock()
+        worker._sweep = worker._applier = worker._consumer = AsyncMock()
         worker._tasks = [asyncio.create_task(self.settler.run()), asyncio.create_task(asyncio.sleep(60))]
         self.dispatcher.submit([request(kind=OperationKind.AUTHORIZE)])
         await asyncio.sleep(0.02)

@@ -10,7 +10,7 @@ from domain.errors import InputRefusedByStore
 from domain.notices import Notice
 from domain.operations import RequiresAction
 from domain.ports import Inbox
-from handlers.heed import Heeder
+from handlers.apply_notices import NoticeApplier
 from handlers.leases import Leases
 from handlers.settle import Settler
 from handlers.write_path import Applied, Refused, WritePath
@@ -42,9 +42,11 @@ async def test_a_webhook() -> None:
     notice = Notice("stripe", "evt_1", "payment_intent.requires_action", PAYMENT, 3, outcome=WAITS)
     inbox = create_autospec(Inbox, instance=True)
     inbox.claim.return_value = []
-    heeder = Heeder(inbox=inbox, write_path=refusing(Notified(1, PAYMENT, notice)), submit=lambda requests: None)
+    applier = NoticeApplier(
+        inbox=inbox, write_path=refusing(Notified(1, PAYMENT, notice)), submit=lambda requests: None
+    )
     with capture_logs() as told:
-        await heeder.heed_once()
+        await applier.apply_once()
     (line,) = told
     assert (line["payment"], line["gateway"], line["event_id"]) == (str(PAYMENT), "stripe", "evt_1")
     assert "client_secret" not in str(told)

@@ -26,7 +26,7 @@ INTERVAL_SECONDS: Final = 1.0
 """How often it looks without having been told that there is something."""
 
 
-class Heeder:
+class NoticeApplier:
     """Takes notices from the inbox. `arrived` is set by whoever hears that there are some."""
 
     def __init__(self, *, inbox: Inbox, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None]) -> None:
@@ -41,7 +41,7 @@ class Heeder:
         while True:
             self.arrived.clear()
             try:
-                while await self.heed_once():
+                while await self.apply_once():
                     pass
             except PaymentsError as error:
                 log.warning("webhooks postponed", error=str(error))
@@ -51,16 +51,16 @@ class Heeder:
             except TimeoutError:
                 continue
 
-    async def heed_once(self) -> int:
+    async def apply_once(self) -> int:
         """Claim one portion and apply it; how many there were."""
         async with self._applying:
-            return await self._heed()
+            return await self._apply()
 
     async def close(self) -> None:
         """Apply nothing more; what applied ones have begun has been passed on when this returns."""
         await self._applying.acquire()
 
-    async def _heed(self) -> int:
+    async def _apply(self) -> int:
         claimed = await self._inbox.claim(limit=CLAIMED_MAX, lease=LEASE)
         notices = [each for stored in claimed if (each := _notified(stored)) is not None]
         try:

@@ -19,7 +19,7 @@ from domain.settle import end_void_of_nothing, fits, leave_to_void, move, review
 ENDED_WITHOUT_EFFECT: Final = (OperationState.DECLINED, OperationState.NOT_EXECUTED, OperationState.EXPIRED)
 
 
-def heed(draft: Draft, given: Notified) -> None:
+def apply_notice(draft: Draft, given: Notified) -> None:
     """A provider's word that nobody asked for. Heard twice or late, it changes nothing the second time."""
     notice = given.notice
     if notice.dispute is not None:
@@ -37,7 +37,7 @@ def heed(draft: Draft, given: Notified) -> None:
     notice = _with_reference(notice, current or given.operation)
     notice = external.own_share(draft, notice, given.operation)
     if current is None:
-        _heed_late(draft, given, given.operation, notice)
+        _apply_late(draft, given, given.operation, notice)
         external.take_rest(draft, given)
         begin_waiting(draft)
     elif notice.is_ripe:
@@ -64,7 +64,7 @@ def _dispatch_again(draft: Draft, operation: Operation) -> None:
     draft.requests.append(gateway_request(draft.payment, operation, operation.command))
 
 
-def _heed_late(draft: Draft, given: Notified, operation: Operation, notice: Notice) -> None:
+def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Notice) -> None:
     """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
     was_asked = given.notice_id is None
     match notice.outcome:

@@ -6,7 +6,7 @@ from unittest.mock import create_autospec, sentinel
 import pytest
 
 from domain.ports import Inbox
-from handlers.heed import Heeder
+from handlers.apply_notices import NoticeApplier
 from handlers.write_path import Applied, WritePath
 
 
@@ -14,10 +14,12 @@ from handlers.write_path import Applied, WritePath
 async def test_it_ends_when_it_is_cancelled_though_a_webhook_arrives_in_that_moment(turns: int) -> None:
     inbox = create_autospec(Inbox, instance=True)
     inbox.claim.return_value = []
-    heeder = Heeder(inbox=inbox, write_path=create_autospec(WritePath, instance=True), submit=lambda requests: None)
-    running = asyncio.create_task(heeder.run())
+    applier = NoticeApplier(
+        inbox=inbox, write_path=create_autospec(WritePath, instance=True), submit=lambda requests: None
+    )
+    running = asyncio.create_task(applier.run())
     await asyncio.sleep(0.01)
-    heeder.arrived.set()
+    applier.arrived.set()
     for _ in range(turns):
         await asyncio.sleep(0)
     running.cancel()
@@ -35,9 +37,9 @@ async def test_who_closes_it_waits_for_what_it_applies_to_be_passed_on() -> None
 
     write_path.apply.side_effect = apply
     passed_on: list[object] = []
-    heeder = Heeder(inbox=inbox, write_path=write_path, submit=passed_on.extend)
-    running = asyncio.create_task(heeder.run())
+    applier = NoticeApplier(inbox=inbox, write_path=write_path, submit=passed_on.extend)
+    running = asyncio.create_task(applier.run())
     await asyncio.sleep(0.01)
-    await heeder.close()
+    await applier.close()
     running.cancel()
     assert passed_on == [sentinel.request]
