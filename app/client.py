@@ -22,6 +22,7 @@ from domain.events import AMENDING_EVENTS, FINAL_EVENTS
 from domain.money import MINOR_UNITS
 from handlers.messages.commands import command_type, read_command
 from handlers.messages.events import event_type
+from infra.kafka.access import KafkaAccess
 
 FINAL_TYPES: Final = frozenset(event_type(kind) for kind in FINAL_EVENTS)
 AMENDING_TYPES: Final = frozenset(event_type(kind) for kind in AMENDING_EVENTS)
@@ -101,9 +102,9 @@ def outgoing(kind: OperationKind, payment_id: UUID, idempotency_key: str, fields
 class Tail:
     """Reads what is written to a topic from `start` on, partition by partition in order."""
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
+    def __init__(self, kafka: KafkaAccess, topic: str) -> None:
         self._topic = topic
-        self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, fetch_max_wait_ms=50)
+        self._consumer = AIOKafkaConsumer(**kafka.client_arguments(), enable_auto_commit=False, fetch_max_wait_ms=50)
 
     async def start(self, producer: AIOKafkaProducer) -> None:
         """Stand at the end of every partition; the producer knows how many there are."""
@@ -129,11 +130,9 @@ class PaymentsClient:
     def __init__(self, settings: Settings) -> None:
         self._commands = settings.commands_topic
         self._topics = settings.topics
-        self._producer = AIOKafkaProducer(
-            bootstrap_servers=settings.kafka_bootstrap, acks="all", enable_idempotence=True
-        )
-        self._events = Tail(settings.kafka_bootstrap, settings.events_topic)
-        self.dead_letters = Tail(settings.kafka_bootstrap, settings.dead_letter_topic)
+        self._producer = AIOKafkaProducer(**settings.kafka.client_arguments(), acks="all", enable_idempotence=True)
+        self._events = Tail(settings.kafka, settings.events_topic)
+        self.dead_letters = Tail(settings.kafka, settings.dead_letter_topic)
 
     async def __aenter__(self) -> Self:
         try:

@@ -150,11 +150,31 @@ def advice_on(error: Exception) -> str | None:
     if isinstance(error, CommandError):
         return "The revisions are the numbers of the files in migrations/versions; `base` is an empty database."
     if isinstance(error, KafkaError):
-        return "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
+        return _advice_on_kafka(error)
     drivers = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, psycopg.Error)
     if isinstance(error, (*drivers, SQLAlchemyError, StoreUnavailable)) or _is_of_a_server(error):
         return "Is Postgres running, and PAYMENTS_POSTGRES_URL right?"
     return None
+
+
+def _advice_on_kafka(error: Exception) -> str:
+    """What to do about an error of Kafka's."""
+    from aiokafka.errors import (
+        ClusterAuthorizationFailedError,
+        GroupAuthorizationFailedError,
+        KafkaConnectionError,
+        TopicAuthorizationFailedError,
+    )
+
+    refusals = (ClusterAuthorizationFailedError, GroupAuthorizationFailedError, TopicAuthorizationFailedError)
+    if isinstance(error, refusals):
+        return "Kafka knows us, and does not let us: docs/operations/kafka.md has the rights that are needed."
+    advice = "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
+    if not isinstance(error, KafkaConnectionError):
+        return advice
+    # Who comes without TLS, or with the wrong password, is hung up on, and the client tells no more.
+    secured = "If it wants TLS or a password, are PAYMENTS_KAFKA_SECURITY_PROTOCOL and the settings beside it right?"
+    return f"{advice} {secured}"
 
 
 def _is_of_a_server(error: Exception) -> bool:

@@ -41,7 +41,7 @@ class DeadLetterDesk:
     """One installation's dead letters, seen by an operator. Methods that print return the exit code."""
 
     def __init__(self, settings: Settings) -> None:
-        self._log = DeadLetterLog(settings.kafka_bootstrap, settings.dead_letter_topic)
+        self._log = DeadLetterLog(settings.kafka, settings.dead_letter_topic)
         self._postgres_url = settings.postgres_url
         self._topic = settings.dead_letter_topic
         self._out = new_console()

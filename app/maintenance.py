@@ -86,7 +86,7 @@ class Maintenance:
             await connection.close()
 
     async def _check_kafka(self) -> str | None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.kafka_bootstrap)
+        admin = AIOKafkaAdminClient(**self._settings.kafka.client_arguments())
         try:
             await admin.start()
             missing = set(self._settings.topics) - set(await admin.list_topics())

@@ -49,7 +49,7 @@ def relay_config(settings: Settings) -> "RelayConfig":
 
     return RelayConfig(
         postgres_url=settings.postgres_url,
-        kafka_bootstrap=settings.kafka_bootstrap,
+        kafka=settings.kafka,
         topic=settings.events_topic,
         slot=settings.relay_slot,
         source=settings.relay_source,
@@ -115,7 +115,7 @@ async def prepare(settings: Settings) -> None:
     from infra.postgres.migrate import upgrade
 
     kept = {settings.dead_letter_topic}
-    topics = asyncio.create_task(ensure_topics(settings.kafka_bootstrap, settings.topics, kept=kept))
+    topics = asyncio.create_task(ensure_topics(settings.kafka, settings.topics, kept=kept))
     try:
         await asyncio.to_thread(upgrade, settings.postgres_url)
         report = await maintain_once(settings)

@@ -319,11 +319,11 @@ class RelayDesk:
 
     def _check_topic(self, topic: str) -> None:
         """A producer would wait long for a topic that is not there, and then blame Kafka."""
-        bootstrap = self._settings.kafka_bootstrap
-        if not asyncio.run(has_topic(bootstrap, topic)):
+        kafka = self._settings.kafka
+        if not asyncio.run(has_topic(kafka, topic)):
             fail(
                 f"there is no topic {topic}: create it, with as many partitions as {self._settings.events_topic}:\n"
-                f"kafka-topics.sh --bootstrap-server {bootstrap} --create --topic {topic}"
+                f"kafka-topics.sh --bootstrap-server {kafka.bootstrap} --create --topic {topic}"
                 f" --partitions {self._settings.topic_partitions}",
                 code=2,
             )

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from domain.capabilities import AmountLimits
 from domain.money import MINOR_UNITS
 from domain.rules import RetryPolicy
+from infra.kafka.access import KafkaAccess, SaslMechanism, SecurityProtocol
 
 NOWHERE: Final = "https://example.invalid"
 """Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
@@ -103,10 +104,18 @@ Limits = Annotated[AmountLimits, BeforeValidator(_names_limits), AfterValidator(
 class Settings(BaseSettings):
     """Each field is an environment variable with the prefix `PAYMENTS_`; lists and maps are JSON."""
 
-    model_config = SettingsConfigDict(env_prefix="PAYMENTS_", env_nested_delimiter="__", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PAYMENTS_", env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True
+    )
 
     postgres_url: str = Field("postgresql://postgres@127.0.0.1:5432/payments", description="one Postgres database")
     kafka_bootstrap: str = "127.0.0.1:9092"
+    kafka_security_protocol: SecurityProtocol = "PLAINTEXT"
+    kafka_sasl_mechanism: SaslMechanism = "PLAIN"
+    kafka_sasl_username: str = ""
+    kafka_sasl_password: SecretStr = SecretStr("")
+    kafka_ca_file: str = ""
+    """Who must have signed the brokers' certificates, as PEM; without it, those whom this machine trusts."""
     redis_url: str = "redis://127.0.0.1:6379/0"
 
     commands_topic: Topic = "payments.commands"
@@ -237,6 +246,35 @@ class Settings(BaseSettings):
         return name
 
     @model_validator(mode="after")
+    def _kafkas_user_is_told_whole(self) -> Self:
+        protocol = self.kafka_security_protocol
+        told = {name: bool(getattr(self, name)) for name in ("kafka_sasl_username", "kafka_sasl_password")}
+        asked = f"{_variable('kafka_security_protocol')} is {protocol!r}"
+        if protocol.startswith("SASL_") and not all(told.values()):
+            missing = " and ".join(_variable(name) for name, is_told in told.items() if not is_told)
+            raise ValueError(f"{asked}, which needs {missing}")
+        if not protocol.startswith("SASL_") and any(told.values()):
+            # They would be of no use, and whoever set them would not know.
+            given = " and ".join(_variable(name) for name, is_told in told.items() if is_told)
+            raise ValueError(f"{asked}, which has no use for {given}; write SASL_SSL, or leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _kafkas_ca_can_be_read(self) -> Self:
+        if not self.kafka_ca_file:
+            return self
+        name, protocol = _variable("kafka_ca_file"), self.kafka_security_protocol
+        if not protocol.endswith("SSL"):
+            asked = f"{_variable('kafka_security_protocol')} is {protocol!r}"
+            raise ValueError(f"{asked}, which has no use for {name}; write SSL or SASL_SSL, or leave it out")
+        try:
+            self.kafka.client_arguments()
+        except OSError as error:
+            told = f"{name} is {self.kafka_ca_file!r}, where no certificates can be read: {error.strerror}"
+            raise ValueError(f"{told}; write the path of a PEM file") from error
+        return self
+
+    @model_validator(mode="after")
     def _topics_differ(self) -> Self:
         for one, other in combinations(("commands_topic", "events_topic", "dead_letter_topic"), 2):
             if getattr(self, one) == getattr(self, other):
@@ -272,6 +310,18 @@ class Settings(BaseSettings):
             # What needs review is only asked about, so it would never be canceled.
             raise ValueError(_too_long("stripe_action_window_seconds", "less than", "review_pending_after_seconds"))
         return self
+
+    @property
+    def kafka(self) -> KafkaAccess:
+        """How every client of ours reaches Kafka."""
+        return KafkaAccess(
+            self.kafka_bootstrap,
+            protocol=self.kafka_security_protocol,
+            sasl_mechanism=self.kafka_sasl_mechanism,
+            username=self.kafka_sasl_username,
+            password=self.kafka_sasl_password,
+            ca_file=self.kafka_ca_file,
+        )
 
     @cached_property
     def retry(self) -> RetryPolicy:

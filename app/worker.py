@@ -198,7 +198,7 @@ class Worker:
     async def _create_consumer(self, stack: AsyncExitStack, write_path: WritePath) -> CommandConsumer:
         """Beside the producer that it parks with, which is connected here."""
         settings = self._settings
-        producer = dead_letter_producer(settings.kafka_bootstrap)
+        producer = dead_letter_producer(settings.kafka)
         stack.push_async_callback(producer.stop)  # Also of one that did not start.
         await producer.start()
         return CommandConsumer(
@@ -210,8 +210,10 @@ class Worker:
         )
 
     def _create_broker(self) -> KafkaBroker:
+        kafka = self._settings.kafka
         return KafkaBroker(
-            self._settings.kafka_bootstrap,
+            kafka.bootstrap,
+            security=kafka.broker_security(),
             metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
             graceful_timeout=LEAVES_WITHIN / 2,  # Who stops it has waited for the batch in hand.
             allow_auto_create_topics=False,  # With one partition and one copy: `payments migrate` makes better ones.
@@ -220,8 +222,8 @@ class Worker:
 
     async def _wait_for_topic(self) -> None:
         """Looked for by its name, a topic that is not there might be made by the broker, and not as it should be."""
-        bootstrap, topic = self._settings.kafka_bootstrap, self._settings.commands_topic
-        while not await has_topic(bootstrap, topic):
+        kafka, topic = self._settings.kafka, self._settings.commands_topic
+        while not await has_topic(kafka, topic):
             self._reads_not_yet = NO_TOPIC.format(topic)
             log.warning("no commands are read", trouble=self._reads_not_yet)
             await asyncio.sleep(LOOKS_FOR_TOPIC_EVERY)

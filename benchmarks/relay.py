@@ -22,6 +22,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from benchmarks.load import percentile
 from benchmarks.machine import Machine
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import LocalStack
 from infra.local.connect import EmbeddedConnect
@@ -270,7 +271,7 @@ class RelayBench:
     async def _reader(self, source: str) -> AsyncIterator["_Reader"]:
         self._serial += 1
         name = f"bench_{self._run}_{self._serial}"
-        await ensure_topics(self._stack.urls.kafka_bootstrap, {name: PARTITIONS})
+        await ensure_topics(KafkaAccess(self._stack.urls.kafka_bootstrap), {name: PARTITIONS})
         connection = await asyncpg.connect(self._url)
         if source == "debezium":
             await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)

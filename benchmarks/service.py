@@ -16,6 +16,7 @@ from rich.console import Console
 from benchmarks.load import Load, make_charges, percentile
 from benchmarks.machine import Machine
 from benchmarks.preload import preload_payments
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import LocalStack
 from infra.local.postgres import create_database, drop_database
@@ -78,7 +79,7 @@ class Bench:
     async def prepare(self) -> None:
         """Migrate and create topics."""
         upgrade(self.postgres_url)
-        await ensure_topics(self._urls.kafka_bootstrap, dict.fromkeys(self._topics.values(), PARTITIONS))
+        await ensure_topics(KafkaAccess(self._urls.kafka_bootstrap), dict.fromkeys(self._topics.values(), PARTITIONS))
 
     def erase(self) -> None:
         """Leave no database behind."""

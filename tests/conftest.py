@@ -22,6 +22,7 @@ import redis
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
+from infra.kafka.access import KafkaAccess
 from infra.local import (
     DEFAULT_DATA_DIR,
     EmbeddedKafka,
@@ -241,7 +242,7 @@ def wait_for_kafka(bootstrap: str) -> None:
     deadline = time.monotonic() + 60
     while True:
         try:
-            return write_one_record(bootstrap)
+            return write_one_record(KafkaAccess(bootstrap))
         except NotReady:
             assert time.monotonic() < deadline, "Kafka's container did not become ready"
             time.sleep(0.2)

@@ -15,6 +15,8 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
+from infra.kafka.access import KafkaAccess
+
 PREFIX: Final = "dlq_"
 LARGEST_BYTES: Final = 64 * 1024 * 1024
 READ_TIMEOUT_SECONDS: Final = 15
@@ -99,8 +101,8 @@ class Original:
 class DeadLetterLog:
     """The dead-letter topic of one installation. Every method raises KafkaError when Kafka is away."""
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, kafka: KafkaAccess, topic: str) -> None:
+        self._kafka = kafka
         self._topic = topic
 
     async def letters(self) -> AsyncGenerator[Letter, None]:
@@ -153,7 +155,7 @@ class DeadLetterLog:
     async def publisher(self) -> AsyncIterator[AIOKafkaProducer]:
         """A producer for `publish`, which takes whatever some topic once took."""
         async with AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
+            **self._kafka.client_arguments(),
             acks="all",
             max_request_size=LARGEST_BYTES,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
@@ -210,7 +212,7 @@ class DeadLetterLog:
     @asynccontextmanager
     async def _consumer(self) -> AsyncIterator[AIOKafkaConsumer]:
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._kafka.client_arguments(),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             fetch_max_wait_ms=100,

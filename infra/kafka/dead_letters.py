@@ -8,18 +8,19 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from domain.ports import DeadLetter
+from infra.kafka.access import KafkaAccess
 
 KEY_BYTES_MAX = 1024
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
-def dead_letter_producer(bootstrap: str) -> AIOKafkaProducer:
+def dead_letter_producer(kafka: KafkaAccess) -> AIOKafkaProducer:
     """A producer for `KafkaDeadLetters`; whoever makes it starts and stops it.
 
     Not an idempotent one: after a letter that the broker refuses, aiokafka's next sequence number is one too high, and
     every later letter of that partition would be refused as out of order. A letter may stand there twice.
     """
-    return AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all")
+    return AIOKafkaProducer(**kafka.client_arguments(), acks="all")
 
 
 class KafkaDeadLetters:

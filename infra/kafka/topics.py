@@ -8,6 +8,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
+from infra.kafka.access import KafkaAccess
+
 log = structlog.get_logger(__name__)
 
 COPIES: Final = 3
@@ -18,7 +20,7 @@ BY_BROKER: Final = {"message.timestamp.type": "LogAppendTime"}
 """So that what is parked later has a later time, whichever worker's clock is off."""
 
 
-async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, kept: Collection[str] = ()) -> None:
+async def ensure_topics(kafka: KafkaAccess, partitions: Mapping[str, int], *, kept: Collection[str] = ()) -> None:
     """Create each missing topic with its number of partitions; existing topics stay as they are.
 
     What Kafka acknowledges is on two brokers at least, where there are three: each partition has three copies then.
@@ -27,7 +29,7 @@ async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, kept: 
     Raises:
         KafkaError: the broker cannot be reached or refuses.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**kafka.client_arguments())
     await admin.start()
     try:
         missing = set(partitions) - set(await admin.list_topics())
@@ -41,13 +43,13 @@ async def ensure_topics(bootstrap: str, partitions: Mapping[str, int], *, kept: 
         await admin.close()
 
 
-async def has_topic(bootstrap: str, name: str) -> bool:
+async def has_topic(kafka: KafkaAccess, name: str) -> bool:
     """Whether there is such a topic; to ask creates none.
 
     Raises:
         KafkaError: the broker cannot be reached.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**kafka.client_arguments())
     await admin.start()
     try:
         return name in await admin.list_topics()

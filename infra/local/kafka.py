@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 
+from infra.kafka.access import KafkaAccess
 from infra.local.jvm_cache import JvmCache
 from infra.local.server import HOST, EmbeddedServer, LocalServerError, NotReady, Progress, free_port, run_quietly
 
@@ -95,6 +96,11 @@ class EmbeddedKafka(EmbeddedServer):
     def bootstrap(self) -> str:
         return f"{HOST}:{self.port}"
 
+    @property
+    def access(self) -> KafkaAccess:
+        """How its clients reach it."""
+        return KafkaAccess(self.bootstrap)
+
     def _prepare(self) -> None:
         self._folder.mkdir(exist_ok=True)
         if not self._format_stamp.exists():
@@ -106,7 +112,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     def _probe(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
-            return write_one_record(self.bootstrap)
+            return write_one_record(self.access)
         raise NotReady
 
     @property
@@ -218,29 +224,29 @@ def _alone_in(cache_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_one_record(bootstrap: str) -> None:
+def write_one_record(kafka: KafkaAccess) -> None:
     """Create a topic and write to it, which proves more than an open port; callable from within an event loop.
 
     Raises:
         NotReady: an answer, or a silence, that tells of a broker still starting.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        thread.submit(asyncio.run, _write_one_record(bootstrap)).result()
+        thread.submit(asyncio.run, _write_one_record(kafka)).result()
 
 
-async def _write_one_record(bootstrap: str) -> None:
+async def _write_one_record(kafka: KafkaAccess) -> None:
     try:
         async with asyncio.timeout(READINESS_TIMEOUT_SECONDS):
-            await _ensure_topic(bootstrap)
+            await _ensure_topic(kafka)
             # Idempotent, so that this waits for producer ids too.
-            async with AIOKafkaProducer(bootstrap_servers=bootstrap, enable_idempotence=True) as producer:
+            async with AIOKafkaProducer(**kafka.client_arguments(), enable_idempotence=True) as producer:
                 await producer.send_and_wait(READINESS_TOPIC, b"ready")
     except (KafkaError, OSError, TimeoutError) as error:
         raise NotReady from error
 
 
-async def _ensure_topic(bootstrap: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+async def _ensure_topic(kafka: KafkaAccess) -> None:
+    admin = AIOKafkaAdminClient(**kafka.client_arguments())
     try:
         await admin.start()
         response = await admin.create_topics([NewTopic(READINESS_TOPIC, num_partitions=1, replication_factor=1)])

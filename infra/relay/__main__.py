@@ -5,13 +5,15 @@ import json
 import os
 import signal
 
+from infra.kafka.access import KafkaAccess
 from infra.last_resort import end_within
 from infra.relay import Relay, RelayConfig
 
 
 async def main() -> None:
-    """Relay until SIGTERM. `RELAY_CONFIG` holds the fields of `RelayConfig` as a JSON object."""
-    config = RelayConfig(**json.loads(os.environ["RELAY_CONFIG"]))
+    """Relay until SIGTERM. `RELAY_CONFIG` holds the fields of `RelayConfig` as JSON, without any password."""
+    fields = json.loads(os.environ["RELAY_CONFIG"])
+    config = RelayConfig(**fields | {"kafka": KafkaAccess(**fields["kafka"])})
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 

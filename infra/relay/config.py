@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from infra.kafka.access import KafkaAccess
 from infra.relay.compiled import IS_COMPILED
 
 
@@ -15,7 +16,7 @@ class RelayConfig:
     """
 
     postgres_url: str
-    kafka_bootstrap: str
+    kafka: KafkaAccess
     topic: str
     slot: str = "payments_relay"
     publication: str = "payments_outbox"

@@ -355,7 +355,7 @@ class Publisher:
 async def _start_producer(config: RelayConfig) -> AIOKafkaProducer:
     """A started producer whose retries neither reorder nor repeat; it never gives up a batch by itself."""
     producer = AIOKafkaProducer(
-        bootstrap_servers=config.kafka_bootstrap,
+        **config.kafka.client_arguments(),
         acks="all",
         enable_idempotence=True,
         request_timeout_ms=15_000,

@@ -97,7 +97,7 @@ class Replay:
         """
         async with (
             AIOKafkaProducer(
-                bootstrap_servers=self._config.kafka_bootstrap,
+                **self._config.kafka.client_arguments(),
                 acks="all",
                 enable_idempotence=True,
                 max_request_size=2 * self._config.message_bytes_max,

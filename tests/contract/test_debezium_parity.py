@@ -18,6 +18,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from infra.kafka.access import KafkaAccess
 from infra.local.connect import ARTIFACTS
 from infra.local.kafka import maven_jars
 from infra.local.postgres import drop_database
@@ -67,7 +68,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[
     """A relay of this test's own."""
     yield RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"test_{uuid.uuid4().hex[:12]}",
         feedback_seconds=0.1,
@@ -165,21 +166,21 @@ async def test_debezium_takes_over_and_gives_back_while_payments_go_on(
     async def grows() -> None:
         before = len(writing)
         await until(lambda: len(writing) > before + 60)
-        await read_until(config.kafka_bootstrap, config.topic, complete(writing[: before + 60]), timeout_seconds=90)
+        await read_until(config.kafka.bootstrap, config.topic, complete(writing[: before + 60]), timeout_seconds=90)
 
     async with our_relay(config):
         await grows()
     async with debezium(config, tmp_data_dir):
         await grows()
         settled = list(writing)
-        before = await read_until(config.kafka_bootstrap, config.topic, complete(settled))
+        before = await read_until(config.kafka.bootstrap, config.topic, complete(settled))
         position = await fetch_value(config.postgres_url, "SELECT pg_current_wal_insert_lsn()")
         await until(lambda: is_confirmed(config, position))  # It writes its offsets, and confirms them, every second.
     await until(lambda: is_free(config))
     async with adopting_relay(config):
         await grows()
         rows = list(writing)
-        records = await read_until(config.kafka_bootstrap, config.topic, complete(rows))
+        records = await read_until(config.kafka.bootstrap, config.topic, complete(rows))
     known = {str(row.id) for row in rows}
     of_rows = [record for record in records if dict(record.headers)["id"].decode() in known]
     assert_first_deliveries_in_order(of_rows, rows)

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.local.postgres import drop_database
@@ -29,7 +30,7 @@ class Service:
 def _service(postgres_url: str, kafka_bootstrap: str, redis_url: str, log_dir: Path) -> Service:
     run = uuid4().hex[:8]
     topics = [f"fault.{run}.{name}" for name in ("commands", "events", "dlq")]
-    asyncio.run(ensure_topics(kafka_bootstrap, dict.fromkeys(topics, 8)))
+    asyncio.run(ensure_topics(KafkaAccess(kafka_bootstrap), dict.fromkeys(topics, 8)))
     environment = {
         "PAYMENTS_POSTGRES_URL": postgres_url,
         "PAYMENTS_KAFKA_BOOTSTRAP": kafka_bootstrap,

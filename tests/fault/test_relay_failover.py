@@ -15,6 +15,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedPostgres
 from infra.local.server import HOST
 from infra.relay import Relay, RelayConfig
@@ -66,7 +67,7 @@ def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, to
     servers = f"host={HOST},{HOST}&port={primary.port},{standby.port}"
     return RelayConfig(
         postgres_url=f"postgresql://postgres@/payments?{servers}&target_session_attrs=read-write",
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"relay_{uuid4().hex[:12]}",
         feedback_seconds=0.1,

@@ -21,6 +21,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import ConsumerRecord
 
 from infra import last_resort
+from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
 from infra.relay.scan import SCAN
@@ -146,7 +147,7 @@ def source(request: pytest.FixtureRequest) -> Any:
 def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> RelayConfig:
     return RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"relay_{uuid.uuid4().hex[:12]}",
         **reading(source),
@@ -157,7 +158,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
 
 @pytest.fixture
 async def subscriber(config: RelayConfig) -> AsyncIterator[Subscriber]:
-    async with subscribed(config.kafka_bootstrap, config.topic) as found:
+    async with subscribed(config.kafka.bootstrap, config.topic) as found:
         yield found
 
 
@@ -264,10 +265,10 @@ async def test_events_killed_after_kafkas_acknowledgement_and_before_it_is_noted
 async def test_the_slot_does_not_move_past_events_that_kafka_has_not_acknowledged(
     postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig
 ) -> None:
-    config = replace(config, kafka_bootstrap=own_kafka.bootstrap)
-    await make_topic(config.kafka_bootstrap, config.topic)
+    config = replace(config, kafka=own_kafka.access)
+    await make_topic(config.kafka.bootstrap, config.topic)
     broker = psutil.Process(own_kafka.pid)
-    async with subscribed(config.kafka_bootstrap, config.topic) as subscriber:
+    async with subscribed(config.kafka.bootstrap, config.topic) as subscriber:
         with relay_process(config) as relay:
             await relay.streams()
             broker.suspend()
@@ -345,8 +346,8 @@ async def test_nothing_is_missing_after_postgres_was_away_under_load(
 async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
     postgres_url: str, own_kafka: EmbeddedKafka, config: RelayConfig, *, is_streaming: bool
 ) -> None:
-    config = replace(config, kafka_bootstrap=own_kafka.bootstrap, stop_seconds=0.5)
-    await make_topic(config.kafka_bootstrap, config.topic)
+    config = replace(config, kafka=own_kafka.access, stop_seconds=0.5)
+    await make_topic(config.kafka.bootstrap, config.topic)
     if not is_streaming:
         await asyncio.to_thread(own_kafka.kill)
     with relay_process(config) as relay:
@@ -446,7 +447,7 @@ async def test_batches_too_large_for_the_topic_are_halved_until_they_fit(
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
     limit = ConfigResource(ConfigResourceType.TOPIC, config.topic, configs={"max.message.bytes": "10000"})
-    async with administering(config.kafka_bootstrap) as admin:
+    async with administering(config.kafka.bootstrap) as admin:
         await admin.alter_configs([limit])
     async with running(config) as relay:
         write(config.postgres_url, [("a", seq) for seq in range(1, 301)], payload=json.dumps("y" * 1000))

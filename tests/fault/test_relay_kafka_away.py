@@ -27,7 +27,7 @@ MEMORY_MB_MAX = 250
 def config(request: pytest.FixtureRequest, postgres_url: str, own_kafka: EmbeddedKafka) -> Iterator[RelayConfig]:
     yield RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=own_kafka.bootstrap,
+        kafka=own_kafka.access,
         topic="payments.events",
         slot=f"away_{uuid4().hex[:12]}",
         source=request.param,
@@ -39,7 +39,7 @@ def config(request: pytest.FixtureRequest, postgres_url: str, own_kafka: Embedde
 async def test_nothing_is_missing_after_kafka_was_away_under_load(
     own_kafka: EmbeddedKafka, config: RelayConfig, tmp_path: Path
 ) -> None:
-    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    await ensure_topics(own_kafka.access, {config.topic: 8})
     with streaming(config, tmp_path / "relay.log") as relay:
         await relay.streams()
         async with load(config) as rows:

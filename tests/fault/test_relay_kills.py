@@ -19,6 +19,7 @@ import psutil
 import psycopg
 import pytest
 
+from infra.kafka.access import KafkaAccess
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from tests.conftest import Topics
@@ -52,7 +53,7 @@ def config(
 ) -> Iterator[RelayConfig]:
     yield RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"kills_{uuid4().hex[:12]}",
         **reading(request.param),
@@ -103,7 +104,7 @@ async def more(rows: list[Row], count: int) -> None:
 
 async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
     patience = 60 + len(rows) / 5_000
-    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows), timeout_seconds=patience)
+    records = await read_until(config.kafka.bootstrap, config.topic, complete(rows), timeout_seconds=patience)
     known = {row.id for row in rows}
     # A commit whose answer was cut off with the load is on the topic, and not among `rows`.
     cut_off = set(ids(records)) - known
@@ -167,7 +168,7 @@ async def test_what_was_written_down_is_not_repeated_though_the_slot_was_not_tol
     assert not await fetch_value(config.postgres_url, told, end, config.slot)
     start_relay()
     await commit(config.postgres_url, second)
-    records = await read_until(config.kafka_bootstrap, config.topic, complete(second))
+    records = await read_until(config.kafka.bootstrap, config.topic, complete(second))
     assert ids(records) == [row.id for row in [*first, *second]]
 
 
@@ -192,7 +193,7 @@ async def test_large_events_cost_no_more_memory_than_small_ones(
         return is_complete(records)
 
     is_complete = complete(rows)
-    await read_until(config.kafka_bootstrap, config.topic, is_published, timeout_seconds=90)
+    await read_until(config.kafka.bootstrap, config.topic, is_published, timeout_seconds=90)
     assert peak < MEMORY_BYTES_MAX
 
 

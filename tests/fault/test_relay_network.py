@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 import uvloop
 
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
@@ -39,7 +40,7 @@ def source(request: pytest.FixtureRequest) -> Any:
 def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> Iterator[RelayConfig]:
     yield RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"network_{uuid4().hex[:12]}",
         **reading(source),
@@ -119,12 +120,12 @@ async def test_the_same_between_relay_and_kafka_skips_nothing(
         proxy.target = (proxy.target[0], kafka.set_door(proxy.port))
         await asyncio.to_thread(kafka.start)
         try:
-            await ensure_topics(kafka.bootstrap, {"events": 8})
+            await ensure_topics(kafka.access, {"events": 8})
             slot = f"network_{uuid4().hex[:12]}"
             config = RelayConfig(
-                postgres_url=postgres_url, kafka_bootstrap=kafka.bootstrap, topic="events", slot=slot, source=source
+                postgres_url=postgres_url, kafka=kafka.access, topic="events", slot=slot, source=source
             )
-            through = replace(config, kafka_bootstrap=f"{proxy.target[0]}:{proxy.port}")
+            through = replace(config, kafka=KafkaAccess(f"{proxy.target[0]}:{proxy.port}"))
             with streaming(through, tmp_path / "relay.log") as relay:
                 await relay.streams()
                 await fault(proxy, config)

@@ -23,6 +23,7 @@ from app.settings import Settings
 from domain.decide import decide
 from domain.ports import DeadLetter
 from handlers import batch as batch_module
+from infra.kafka.access import KafkaAccess
 from infra.kafka.dead_letter_log import DeadLetterLog
 from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.topics import ensure_topics, has_topic
@@ -80,7 +81,7 @@ async def until_parked(settings: Settings, count: int) -> None:
 
 
 async def letters(settings: Settings) -> list[Any]:
-    log = DeadLetterLog(settings.kafka_bootstrap, settings.dead_letter_topic)
+    log = DeadLetterLog(settings.kafka, settings.dead_letter_topic)
     return [letter async for letter in log.letters()]
 
 
@@ -120,7 +121,7 @@ async def test_a_letter_that_the_topic_refuses_holds_up_no_later_one_of_its_part
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
     await admin.start()
     await admin.create_topics([NewTopic(topic, 1, 1, topic_configs={"max.message.bytes": "1200"})])
-    async with dead_letter_producer(settings.kafka_bootstrap) as producer:
+    async with dead_letter_producer(settings.kafka) as producer:
         parking = KafkaDeadLetters(producer, topic=topic)
         for offset, size in enumerate([10, 5_000, 10, 5_000, 10]):
             letter = replace(LETTER, value=b"x" * size, offset=offset)
@@ -410,13 +411,13 @@ async def make_anew(bootstrap: str, topic: str) -> None:
     """Lose the topic with all that it holds; another one has its name afterwards."""
 
     async def is_gone() -> bool:
-        return not await has_topic(bootstrap, topic)
+        return not await has_topic(KafkaAccess(bootstrap), topic)
 
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     await admin.delete_topics([topic])
     await until(is_gone)
-    await ensure_topics(bootstrap, {topic: PARTITIONS})
+    await ensure_topics(KafkaAccess(bootstrap), {topic: PARTITIONS})
     await admin.close()
 
 

@@ -15,6 +15,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
@@ -84,7 +85,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
     """A relay of this test's own; its slot ends with the test."""
     yield RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
+        kafka=KafkaAccess(kafka_bootstrap),
         topic=topics.events,
         slot=f"test_{uuid4().hex[:12]}",
         **reading(source),
@@ -111,7 +112,7 @@ async def running(config: RelayConfig) -> AsyncIterator[Relay]:
 async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
     """A relay that leads, and looks for its brokers where there are none."""
     stop = asyncio.Event()
-    relay = Relay(replace(config, kafka_bootstrap="127.0.0.1:1", retry_seconds_max=0.2))
+    relay = Relay(replace(config, kafka=KafkaAccess("127.0.0.1:1"), retry_seconds_max=0.2))
     task = asyncio.create_task(relay.run(stop))
     try:
         yield
@@ -122,7 +123,7 @@ async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
 
 async def published(config: RelayConfig, *rows: Row) -> list[Any]:
     """What is on the topic once these rows are."""
-    return await read_until(config.kafka_bootstrap, config.topic, complete(rows))
+    return await read_until(config.kafka.bootstrap, config.topic, complete(rows))
 
 
 async def slot(config: RelayConfig, column: str) -> Any:
@@ -389,14 +390,14 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
 ) -> None:
     config = RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=own_kafka.bootstrap,
+        kafka=own_kafka.access,
         topic="slow.events",
         slot=f"test_{uuid4().hex[:12]}",
         unacknowledged_max=500,
         feedback_seconds=0.1,
         stalled_seconds=1,
     )
-    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    await ensure_topics(own_kafka.access, {config.topic: 8})
     rows = [row for number in range(100) for row in rows_of(f"pay_{number}", 100, payload=f'"{"x" * 2000}"')]
     walsender = "SELECT pid FROM pg_stat_replication WHERE application_name = 'relay' AND usename IS NOT NULL"
     replied = f"SELECT reply_time > %s::timestamptz + interval '11 seconds' FROM ({walsender.replace('pid', '*')}) AS r"
@@ -436,7 +437,7 @@ async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
 
 
 async def set_topic_limit(config: RelayConfig, limit: int) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka_bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
     await admin.start()
     resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
     await admin.alter_configs([resource])
@@ -447,8 +448,8 @@ async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_
     config: RelayConfig,
 ) -> None:
     config = replace(config, topic=f"{config.topic}.own")
-    await ensure_topics(config.kafka_bootstrap, {config.topic: 2 * PARTITIONS})
-    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka_bootstrap)
+    await ensure_topics(config.kafka, {config.topic: 2 * PARTITIONS})
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
     await admin.start()
     before, after = ([Row(uuid4(), f"pay_{n}", seq) for n in range(40)] for seq in (1, 2))
     async with running(config):
@@ -456,7 +457,7 @@ async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_
         await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 0)
         await admin.delete_topics([config.topic])
         await until(lambda: has_no_topic(config))
-        await ensure_topics(config.kafka_bootstrap, {config.topic: PARTITIONS})
+        await ensure_topics(config.kafka, {config.topic: PARTITIONS})
         await commit(config.postgres_url, after)
         # Before a producer gives up what it has for partitions that are gone.
         records = await asyncio.wait_for(published(config, *after), 10)
@@ -468,7 +469,7 @@ async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_
 
 
 async def has_no_topic(config: RelayConfig) -> bool:
-    return not await has_topic(config.kafka_bootstrap, config.topic)
+    return not await has_topic(config.kafka, config.topic)
 
 
 async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:
@@ -498,7 +499,7 @@ async def test_a_topic_that_is_not_there_is_named_and_waited_for(
     task = asyncio.create_task(relay.run(stop))
     await until(lambda: "TopicMissing" in relay.health.detail)
     await commit(config.postgres_url, rows)
-    await ensure_topics(kafka_bootstrap, {missing.topic: 8})
+    await ensure_topics(KafkaAccess(kafka_bootstrap), {missing.topic: 8})
     assert_first_deliveries_in_order(await published(missing, *rows), rows)
     assert f"there is no topic {missing.topic}" in capfd.readouterr().out
     stop.set()

@@ -22,6 +22,7 @@ from app import relay_desk, relay_troubles
 from app.cli import app
 from app.relay_troubles import troubles_of
 from app.settings import Settings
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_database, postgres
 from infra.postgres.maintenance import maintain
@@ -55,7 +56,7 @@ def environment_of(config: RelayConfig) -> dict[str, str]:
     """What tells `payments relay …` of this relay."""
     return {
         "PAYMENTS_POSTGRES_URL": config.postgres_url,
-        "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka_bootstrap,
+        "PAYMENTS_KAFKA_BOOTSTRAP": config.kafka.bootstrap,
         "PAYMENTS_EVENTS_TOPIC": config.topic,
         "PAYMENTS_RELAY_SLOT": config.slot,
     }
@@ -322,7 +323,7 @@ async def test_a_replay_that_is_refused_in_the_middle_says_how_far_it_is_and_how
     copies, rows = f"{config.topic}.copies", rows_of("pay_a", 30)
     rows[25] = rows[25]._replace(payload=f'"{"x" * 2_000_000}"')
     await set_topic_limit(config, 5_000_000)
-    await ensure_topics(config.kafka_bootstrap, {copies: PARTITIONS})
+    await ensure_topics(config.kafka, {copies: PARTITIONS})
     async with running(config):
         await commit(config.postgres_url, *([row] for row in rows))
         await proven(config, *rows)
@@ -336,7 +337,7 @@ async def test_a_replay_that_is_refused_in_the_middle_says_how_far_it_is_and_how
 async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: RelayConfig) -> None:
     rows, others = rows_of("pay_a", 30), rows_of("pay_b", 5)
     copies = f"{config.topic}.replay"
-    await ensure_topics(config.kafka_bootstrap, {copies: PARTITIONS})
+    await ensure_topics(config.kafka, {copies: PARTITIONS})
     async with running(config):
         await commit(config.postgres_url, *([row] for row in rows), others)
         await proven(config, *rows, *others)
@@ -344,7 +345,7 @@ async def test_a_replay_is_marked_in_order_and_goes_where_it_is_told(config: Rel
         assert "30 events would be published" in dry.stdout
         done = await payments_relay(config, "replay", "--payment", "pay_a", "--to", copies, "--rate", "1000")
         assert done.returncode == 0, done.stdout + done.stderr
-        records = await read_until(config.kafka_bootstrap, copies, lambda found: len(found) >= 30)
+        records = await read_until(config.kafka.bootstrap, copies, lambda found: len(found) >= 30)
     assert ids(records) == [row.id for row in rows]
     assert all(record.headers[-1][0] == HEADER for record in records)
     first = await published(config, *rows)
@@ -384,7 +385,7 @@ async def test_a_throttled_replay_has_no_transaction_open_between_its_portions(c
         await commit(config.postgres_url, rows)
         await proven(config, *rows)
     replaying = await started(config, "replay", "--payment", "pay_a", "--rate", "1")
-    await read_until(config.kafka_bootstrap, config.topic, lambda found: bool(replayed(found)))
+    await read_until(config.kafka.bootstrap, config.topic, lambda found: bool(replayed(found)))
     fetching = "FROM pg_stat_activity WHERE query LIKE 'FETCH %% \"replay\"%%' AND datname = current_database()"
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
 
@@ -416,7 +417,7 @@ async def test_a_replay_keeps_to_its_rate(config: RelayConfig, monkeypatch: pyte
     took = time.monotonic() - started
     assert (done.exit_code, "30 events published again" in done.output) == (0, True), done.output
     assert took >= 2.9
-    again = (await read_until(config.kafka_bootstrap, config.topic, lambda found: len(found) >= 60))[30:]
+    again = (await read_until(config.kafka.bootstrap, config.topic, lambda found: len(found) >= 60))[30:]
     assert ids(again) == [row.id for row in rows]
     assert all(HEADER in dict(record.headers) for record in again)
 
@@ -436,7 +437,7 @@ async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
         await commit(config.postgres_url, *([row] for row in last))
         await proven(config, *rows)
     replaying = await started(config, "replay", "--since", "1h", "--rate", "1")
-    await read_until(config.kafka_bootstrap, config.topic, lambda found: bool(replayed(found)))
+    await read_until(config.kafka.bootstrap, config.topic, lambda found: bool(replayed(found)))
     replaying.send_signal(end)
     told = (await replaying.communicate())[0].decode()
     assert replaying.returncode == 1
@@ -444,7 +445,7 @@ async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
     (since,) = re.findall(r"--since (\S+) for its own", told)
     went_on = await payments_relay(config, "replay", "--since", since)
     assert went_on.returncode == 0
-    await read_until(config.kafka_bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
+    await read_until(config.kafka.bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
 
 
 def replayed(records: list[Any]) -> list[Any]:
@@ -554,7 +555,7 @@ async def test_a_repair_that_waits_for_a_prepared_transaction_names_it(
     own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
 ) -> None:
     url = own_postgres.url
-    config = RelayConfig(postgres_url=url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, gap_seconds=0.1)
+    config = RelayConfig(postgres_url=url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, gap_seconds=0.1)
     async with running(config):
         await commit(url, rows_of("pay_a", 1))
     await fetch_value(url, DROP, config.slot)

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from app.relay_troubles import troubles_of
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
@@ -491,7 +492,7 @@ async def test_a_change_of_topic_that_somebody_confirms_repeats_and_skips_nothin
     await commit(config.postgres_url, late)
     async with StandingStill(replace(config, topic=topics.dlq)) as standing:
         await standing.decide("adopt")
-        records = await read_until(config.kafka_bootstrap, topics.dlq, complete(late))
+        records = await read_until(config.kafka.bootstrap, topics.dlq, complete(late))
     assert ids(records) == [row.id for row in late]
     async with running(replace(config, topic=topics.dlq)):
         pass
@@ -530,7 +531,7 @@ async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
     own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
 ) -> None:
     config = RelayConfig(
-        postgres_url=own_postgres.url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, feedback_seconds=0.1
+        postgres_url=own_postgres.url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, feedback_seconds=0.1
     )
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
@@ -636,7 +637,7 @@ async def test_an_event_that_a_synchronous_standby_holds_back_is_proven_in_the_e
 ) -> None:
     """It is in the log, and on the topic, long before any snapshot sees it; and no other event comes after it."""
     config = RelayConfig(
-        postgres_url=own_postgres.url, kafka_bootstrap=kafka_bootstrap, topic=topics.events, feedback_seconds=0.1
+        postgres_url=own_postgres.url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, feedback_seconds=0.1
     )
     row = rows_of("pay_a", 1)
     async with running(config):
@@ -691,7 +692,7 @@ async def test_adopting_a_new_topic_when_the_log_is_read_instead_of_the_table_le
     await commit(config.postgres_url, missed)
     await fetch_value(config.postgres_url, CREATE, config.slot)
     moved = replace(config, source="wal", topic=f"{config.topic}.new")
-    await ensure_topics(config.kafka_bootstrap, {moved.topic: PARTITIONS})
+    await ensure_topics(config.kafka, {moved.topic: PARTITIONS})
     async with StandingStill(moved) as standing:
         assert "further on" not in standing.relay.health.detail
         await standing.decide("adopt")
@@ -711,7 +712,7 @@ async def test_a_repair_that_was_asked_for_does_not_open_a_mistyped_topic(
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         assert await request_repair(connection, config.slot, "unproven")
     mistyped = replace(config, topic=f"{config.topic}.typo")
-    await ensure_topics(config.kafka_bootstrap, {mistyped.topic: PARTITIONS})
+    await ensure_topics(config.kafka, {mistyped.topic: PARTITIONS})
     async with StandingStill(mistyped) as standing:
         assert "the events before went to topic" in standing.relay.health.detail
     async with running(config):

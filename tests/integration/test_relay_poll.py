@@ -315,14 +315,14 @@ async def test_no_snapshot_is_kept_while_kafka_takes_nothing(postgres_url: str, 
     """VACUUM could remove nothing that was dead since: for as long as Kafka is away."""
     config = RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=own_kafka.bootstrap,
+        kafka=own_kafka.access,
         topic="slow.events",
         slot=f"test_{uuid4().hex[:12]}",
         source="poll",
         unacknowledged_max=4500,
         feedback_seconds=0.1,
     )
-    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    await ensure_topics(own_kafka.access, {config.topic: 8})
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 200)]
     kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'relay' AND backend_xmin IS NOT NULL"
     async with running(config):

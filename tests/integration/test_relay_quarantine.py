@@ -83,7 +83,7 @@ async def test_a_topic_that_kafka_refuses_for_good_moves_nothing_but_quarantine(
     config: RelayConfig, desk: QuarantineDesk
 ) -> None:
     """A topic of Kafka's own; a consumer's group makes it."""
-    consumer = AIOKafkaConsumer(config.topic, bootstrap_servers=config.kafka_bootstrap, group_id=config.slot)
+    consumer = AIOKafkaConsumer(config.topic, bootstrap_servers=config.kafka.bootstrap, group_id=config.slot)
     await consumer.start()
     await consumer.stop()
     async with running(replace(config, topic="__consumer_offsets")):
@@ -289,13 +289,13 @@ async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
     monkeypatch.setattr(WalSource, "save", counted)
     config = RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=own_kafka.bootstrap,
+        kafka=own_kafka.access,
         topic="slow.events",
         slot=f"test_{uuid4().hex[:12]}",
         feedback_seconds=0.1,
         stop_seconds=0.5,
     )
-    await ensure_topics(own_kafka.bootstrap, {config.topic: 8})
+    await ensure_topics(own_kafka.access, {config.topic: 8})
     async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
         desk = QuarantineDesk(connection, config.slot)
         async with running(config):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
 from infra.local import DEFAULT_DATA_DIR, LocalStack
 from infra.local.postgres import create_database, drop_database
@@ -44,13 +45,13 @@ async def compare(stack: LocalStack, postgres_url: str, transactions: list[list[
     run = uuid.uuid4().hex[:8]
     ours = RelayConfig(
         postgres_url=postgres_url,
-        kafka_bootstrap=stack.urls.kafka_bootstrap,
+        kafka=KafkaAccess(stack.urls.kafka_bootstrap),
         topic=f"parity.{run}.ours",
         slot=f"parity_{run}",
         feedback_seconds=0.1,
     )
     theirs = debeziums(ours, f"parity.{run}.debezium")
-    await ensure_topics(ours.kafka_bootstrap, {ours.topic: 8, theirs.topic: 8})
+    await ensure_topics(ours.kafka, {ours.topic: 8, theirs.topic: 8})
     await create_slot(theirs)
     rows = [row for rows in transactions for row in rows]
     console.print("starting Kafka Connect with Debezium …")

@@ -129,7 +129,7 @@ async def debezium(config: RelayConfig, data_dir: Path, *, tuning: str | None = 
     connect = EmbeddedConnect(
         data_dir,
         postgres_url=config.postgres_url,
-        kafka_bootstrap=config.kafka_bootstrap,
+        kafka_bootstrap=config.kafka.bootstrap,
         topic=config.topic,
         slot=config.slot,
         tuning=tuning,
@@ -156,7 +156,7 @@ async def our_relay(config: RelayConfig) -> AsyncIterator[Relay]:
 
 async def messages_on(config: RelayConfig, rows: Iterable[Row]) -> dict[int, list[Message]]:
     """Once all rows are there: the messages of each partition, in order."""
-    records = await read_until(config.kafka_bootstrap, config.topic, complete(rows), timeout_seconds=90)
+    records = await read_until(config.kafka.bootstrap, config.topic, complete(rows), timeout_seconds=90)
     found: dict[int, list[Message]] = {}
     for record in records:
         found.setdefault(record.partition, []).append(message_of(record))

@@ -9,6 +9,7 @@ import yaml
 
 from app.settings import Settings
 from app.worker import DRAIN_SECONDS, LEAVES_WITHIN
+from infra.kafka.access import KafkaAccess
 from infra.relay import RelayConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ def test_a_worker_is_not_killed_before_it_has_saved_what_was_under_way() -> None
 
 
 def test_a_relay_is_not_killed_before_it_ends_by_itself() -> None:
-    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="")
+    config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="")
     assert granted_seconds("relay") > config.end_seconds
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from infra.kafka.access import KafkaAccess
 from infra.relay import gulps
 from infra.relay.config import RelayConfig
 from infra.relay.gulps import Gulps
@@ -135,7 +136,7 @@ class TestSource:
     def setup_method(self) -> None:
         leader: Any = None
         stream: Any = Stream()
-        self.source = WalSource(RelayConfig(postgres_url="", kafka_bootstrap="", topic="t"), leader)
+        self.source = WalSource(RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="t"), leader)
         self.source._stream = self.stream = stream
         self.woken = asyncio.Event()
 

@@ -19,6 +19,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from infra.kafka.access import KafkaAccess
 from infra.relay import publisher as publisher_module
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
@@ -289,7 +290,7 @@ class Bench:
 
     def __init__(self, log: Log, pieces: list[int], *, is_native: bool, room: Room) -> None:
         config = RelayConfig(
-            postgres_url="", kafka_bootstrap="", topic="events", is_native=is_native, message_bytes_max=PAYLOAD_MAX,
+            postgres_url="", kafka=KafkaAccess(""), topic="events", is_native=is_native, message_bytes_max=PAYLOAD_MAX,
             unacknowledged_max=room.events, unacknowledged_bytes_max=room.size,
         )  # fmt: skip
         self.log = log

@@ -12,6 +12,7 @@ from aiokafka.partitioner import murmur2 as aiokafka_murmur2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.kafka.access import KafkaAccess
 from infra.relay import health, metrics, publisher, wal_source
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway, PostgresAway
@@ -120,7 +121,7 @@ class TestPublisher:
 
     def setup_method(self) -> None:
         self.producer = FakeProducer()
-        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events")
+        config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
         self.publisher = Publisher(config, self.producer, 1, lambda: None)
         self.groups: list[Group] = []
 
@@ -158,7 +159,7 @@ class TestPublisher:
     async def test_lanes_wait_in_turn_while_enough_is_on_its_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """All that goes to a broker at once is one request, and takes several times its size in memory."""
         monkeypatch.setattr(publisher, "IN_FLIGHT_BYTES_MAX", 20)
-        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events")
+        config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
         self.publisher = Publisher(config, self.producer, 8, lambda: None)
         keys = {partition_of(key, 8): key for key in (b"pay_%d" % number for number in range(100))}
         every = [EVENT._replace(aggregateid=keys[number], payload=b"0123456789") for number in range(8)]
@@ -203,7 +204,7 @@ class TestPublisher:
     ) -> None:
         now = 100.0
         monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
-        config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events", stalled_seconds=15)
+        config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events", stalled_seconds=15)
         self.publisher = Publisher(config, self.producer, 2, lambda: None)
         keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}
         self.publisher.publish([EVENT._replace(aggregateid=keys[0])], Group())
@@ -317,7 +318,7 @@ class _EndedConnection:
 
 @pytest.mark.parametrize("is_native", [True, False])
 async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
-    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="events", is_native=is_native)
+    config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events", is_native=is_native)
     connection: Any = SimpleNamespace(pgconn=_EndedConnection())
     source = WalSource(config, connection)
     source._stream = stream = ReplicationStream(connection)
@@ -338,7 +339,7 @@ class Writes:
 
 
 async def test_progress_is_written_down_soon_after_the_start_though_it_is_seldom_later() -> None:
-    config = RelayConfig(postgres_url="", kafka_bootstrap="", topic="t", feedback_seconds=600)
+    config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="t", feedback_seconds=600)
     session = Session(config, Status(stalled_seconds=15), asyncio.Event())
     session._is_save_due = False
     ticking = asyncio.create_task(session._tick())
@@ -358,7 +359,7 @@ async def test_what_a_snapshot_sees_is_proven_only_once_the_log_is_acknowledged_
     monkeypatch.setattr(wal_source, "ended_by_now", ended_by_now)
     monkeypatch.setattr(wal_source, "flushed_by_now", flushed_by_now)
     writes: Any = Writes()
-    source = WalSource(RelayConfig(postgres_url="", kafka_bootstrap="", topic="t"), writes)
+    source = WalSource(RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="t"), writes)
     source._has_news = True
     for acknowledged in (100, 249, 250):
         await source._save(acknowledged)

@@ -212,6 +212,44 @@ def test_what_would_do_harm_later_is_refused_at_the_start_with_what_to_write(
     assert told in refusal(monkeypatch, capsys, **{name: value})
 
 
+SASL = {"kafka_security_protocol": "SASL_SSL", "kafka_sasl_username": "payments", "kafka_sasl_password": "s3cret"}
+KAFKA: list[tuple[dict[str, str], str]] = [
+    (SASL | {"kafka_sasl_password": ""}, "PROTOCOL is 'SASL_SSL', which needs PAYMENTS_KAFKA_SASL_PASSWORD\n"),
+    (
+        {"kafka_security_protocol": "SASL_PLAINTEXT"},
+        "PROTOCOL is 'SASL_PLAINTEXT', which needs PAYMENTS_KAFKA_SASL_USERNAME and PAYMENTS_KAFKA_SASL_PASSWORD\n",
+    ),
+    (
+        SASL | {"kafka_security_protocol": "SSL"},
+        "'SSL', which has no use for PAYMENTS_KAFKA_SASL_USERNAME and PAYMENTS_KAFKA_SASL_PASSWORD; write SASL_SSL",
+    ),
+    ({"kafka_sasl_password": "s3cret"}, "PROTOCOL is 'PLAINTEXT', which has no use for PAYMENTS_KAFKA_SASL_PASSWORD;"),
+    (
+        {"kafka_ca_file": "/ca.pem"},
+        "is 'PLAINTEXT', which has no use for PAYMENTS_KAFKA_CA_FILE; write SSL or SASL_SSL",
+    ),
+    (
+        SASL | {"kafka_ca_file": "/nowhere.pem"},
+        "PAYMENTS_KAFKA_CA_FILE is '/nowhere.pem', where no certificates can be read: No such file or directory; write",
+    ),
+    (SASL | {"kafka_ca_file": __file__}, "where no certificates can be read: [X509"),
+    (
+        {"kafka_security_protocol": "TLS"},
+        "PAYMENTS_KAFKA_SECURITY_PROTOCOL: Input should be 'PLAINTEXT', 'SSL', 'SASL_",
+    ),
+    (SASL | {"kafka_sasl_mechanism": "GSSAPI"}, "PAYMENTS_KAFKA_SASL_MECHANISM: Input should be 'PLAIN', 'SCRAM-SHA-2"),
+]
+
+
+@pytest.mark.parametrize(("told", "refused"), KAFKA)
+def test_what_kafka_asks_for_is_told_whole_and_nothing_that_it_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], told: dict[str, str], refused: str
+) -> None:
+    said = refusal(monkeypatch, capsys, **told)
+    assert refused in said
+    assert "s3cret" not in said
+
+
 def test_the_gateways_that_settings_know_are_those_that_are_registered_in_the_order_of_their_names() -> None:
     assert list(GATEWAYS_KNOWN) == sorted(GATEWAYS)
 
