@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+import structlog
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
@@ -45,6 +47,8 @@ serial = itertools.count(1)
 def pytest_configure() -> None:
     """A run in the background inherits from its shell that Ctrl-C is ignored, and so would all processes it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in each of our processes: what is logged is beside the result of a command, not in it.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 @dataclass(frozen=True, slots=True)
