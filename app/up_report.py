@@ -1,6 +1,7 @@
 """`payments up`, as a person sees it."""
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from typing import Final
 import typer
 from rich.console import Console
 from rich.text import Text
-from sqlalchemy import make_url
 
 from app.child import ChildFailed
 from app.command_line import advice_on, default_data_dir, told_error
@@ -20,6 +20,7 @@ from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
 from infra.local import LocalServerError
 
+PASSWORD: Final = re.compile(r"(?<=://)([^:/@]*:)[^@/]*(?=@)|([?&]password=)[^&]*")
 TO_TRY: Final = "payments send charge --amount 12.50 --currency USD"
 
 
@@ -75,6 +76,11 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
     await run_until_stopped(installation, on_ready)
 
 
+def without_password(url: str) -> str:
+    """A database's URL, to be shown."""
+    return PASSWORD.sub(lambda found: f"{found[1] or found[2]}***", url)
+
+
 def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> None:
     """Where to look, and what to try."""
     http = urls["http"]
@@ -83,7 +89,7 @@ def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> No
         "health, metrics": f"{http}/health/ready  {http}/metrics",
         "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
-        "Postgres": make_url(urls["postgres"]).render_as_string(),
+        "Postgres": without_password(urls["postgres"]),
         "try": f"{TO_TRY}{told_folder(data_dir)}",
     }
     for name, value in lines.items():

@@ -33,8 +33,9 @@ WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_A
 ROOM_SECONDS: Final = 2.0
 """What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
 LOOK_SECONDS: Final = 0.01
-SILENCE_SECONDS: Final = 60.0
 """How often a process that ends looks whether more has come."""
+SILENCE_SECONDS: Final = 60.0
+"""How often the log tells that a provider gave no word, at most."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"

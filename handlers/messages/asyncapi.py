@@ -62,7 +62,9 @@ Payment **commands** come in on a Kafka topic, **events** go out on another; mon
   `voided`.)
 - Events come at least once and in order for each payment: `payment_seq` has no gaps.
 - Amounts are integers in minor units beside an ISO 4217 currency. Texts hold neither U+0000 nor half a surrogate pair.
-- Unknown fields are ignored. Ignore them, too, and events of a `type` that you do not know.
+- Unknown fields are ignored, but for an amount under another name (`amount`, `amountMinor`) in a capture or refund
+  without `amount_minor`, which would move all that remains, and in a void: these are refused. Ignore them, too,
+  and events of a `type` that you do not know.
 """
 
 _CHANNELS: Final[Mapping[str, str]] = {
@@ -83,7 +85,8 @@ _CHANNELS: Final[Mapping[str, str]] = {
 }
 _REJECTIONS: Final[Mapping[RejectionReason, str]] = {
     RejectionReason.INVALID_COMMAND: "a field is missing, given twice, of a wrong form, or holds a card number",
-    RejectionReason.INVALID_AMOUNT: "`amount_minor` is no integer in digits alone, or out of bounds",
+    RejectionReason.INVALID_AMOUNT: "`amount_minor` is no integer in digits alone, out of bounds, under another name, "
+    "or given for a void",
     RejectionReason.UNKNOWN_CURRENCY: "the currency is not known, or not accepted by this installation",
     RejectionReason.CURRENCY_MISMATCH: "the payment is in another currency",
     RejectionReason.AMOUNT_BELOW_MINIMUM: "less than may be paid in this currency at this gateway",

@@ -287,7 +287,8 @@ class CapturePayment(PartOfPayment):
 
 class VoidPayment(_WireCommand):
     """Release what was authorized and not captured, or end what waits for its payer, where the provider can. A charge
-    that its payer pays all the same stays captured: the void is then rejected, and the charge must be refunded. Ends in
+    that its payer pays all the same stays captured: the void is then rejected, and the charge must be refunded. It is
+    always of all: with an amount it is refused. Ends in
     `payment.voided.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
     """
 

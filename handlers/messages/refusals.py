@@ -108,7 +108,9 @@ _VOID_OF_A_PART: Final = Problem(
     RejectionReason.INVALID_AMOUNT,
     "is not for a void, which releases all that is held: leave it out",
 )
-_AMOUNT_NAME: Final = re.compile("[^a-z]*((refund|capture)[^a-z]*)?amount", re.IGNORECASE)
+_AMOUNT_NAME: Final = re.compile(
+    "[^a-z]*((refund|capture|total|partial)[^a-z]*)?amount([^a-z]*(minor|cents|value|units?))?[^a-z]*", re.IGNORECASE
+)
 _PAYMENT_ID: Final = re.compile(UUID_PATTERN)
 _SHOWABLE_TYPE: Final = re.compile(r"[a-z_.]{1,64}(v[0-9]{1,3})?")
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
@@ -235,7 +237,7 @@ def _problem_of_amount(model: type[WireCommand], fields: _Object) -> Problems:
         problem = _MISNAMED
     else:
         return {}
-    is_given = any(_AMOUNT_NAME.match(name) for name, value in fields.items() if value is not None)
+    is_given = any(_AMOUNT_NAME.fullmatch(name) for name, value in fields.items() if value is not None)
     return {"amount_minor": problem} if is_given else {}
 
 

@@ -1,4 +1,4 @@
-"""VNPay's webhooks: the IPN and the payer's return, how they are verified, and what they say.
+"""VNPay's webhooks, which it calls IPN: how they are verified, and what they say.
 
 Promise: a message counts only with VNPay's signature over its fields, made for this terminal, and not with one that we
 made ourselves. What is read is never more than VNPay says of the one operation that its TxnRef names.

@@ -23,7 +23,6 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
     ConsumerStoppedError,
     CorruptRecordException,
-    IllegalStateError,
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
@@ -95,7 +94,8 @@ class SkippingReader:
         """Where it reads in each of its partitions; without those of which that is not known just now."""
         found: dict[int, Place] = {}
         for partition in self._consumer.assignment():
-            with contextlib.suppress(TimeoutError, IllegalStateError):  # It has only just come, or is another's now.
+            # It has only just come, or is another's now, or Kafka refuses: whoever reads it finds out, and tries again.
+            with contextlib.suppress(TimeoutError, KafkaError):
                 async with asyncio.timeout(POSITION_SECONDS):
                     next_offset = await self._consumer.position(partition)
                 is_ours = partition in self._consumer.assignment()

@@ -125,7 +125,7 @@ class PostgresStore:
     async def in_doubt(self) -> dict[OperationState, tuple[int, float]]:
         async with self._connection() as connection:
             rows = await connection.fetch(IN_DOUBT)
-        return {OperationState(row["state"]): (row["count"], row["seconds"]) for row in rows}
+        return {OperationState(row["state"]): (row["count"], row["seconds"] or 0.0) for row in rows}
 
     async def stuck(self) -> dict[str, Stuck]:
         async with self._connection() as connection:

@@ -219,7 +219,9 @@ CAPTURE = {"type": "payment.capture.v1", "idempotency_key": "k", "payment_id": P
 
 
 @pytest.mark.parametrize("kind", ["capture", "refund", "void"])
-@pytest.mark.parametrize("name", ["amount", "amountMinor", "AMOUNT_MINOR", "_amount", "refund_amount", "captureAmount"])
+@pytest.mark.parametrize(
+    "name", ["amount", "amountMinor", "AMOUNT_MINOR", "_amount", "refund_amount", "captureAmount", "total_amount"]
+)
 def test_an_amount_under_another_name_does_not_move_all_that_there_is(kind: str, name: str) -> None:
     plain = CAPTURE | {"type": f"payment.{kind}.v1"}
     command = refused(json.dumps(plain | {name: 250}).encode())
@@ -239,6 +241,7 @@ def test_a_void_has_no_amount() -> None:
         {"amount_minor": None, "amount": None},
         {"amount_minor": 250, "amount": "2.50"},
         {"order_amount": 1},
+        {"amount_currency": "USD"},
         {"note": "amount"},
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import Fetcher, FetchError, FetchResult, PartitionRecords
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.errors import KafkaError, OffsetOutOfRangeError
+from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, OffsetOutOfRangeError
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import calc_crc32c
@@ -188,3 +188,23 @@ async def test_once_the_bad_record_is_gone_it_reads_as_usual_again() -> None:
     consumer._logs[SICK][1] = b"b2"
     await read_on(consumer, reads=10 + IDLE_PASSES_MAX)
     assert not reader.is_careful
+
+
+async def test_where_it_reads_is_told_and_what_kafka_refuses_to_tell_ends_nothing() -> None:
+    consumer: Any = Consumer({SOUND: [b"1", b"2"], SICK: [b"1"]})
+    consumer.highwater = lambda partition: 2
+    reader = SkippingReader.install(consumer, *parks()[:1], lambda *_: None)
+    await consumer.getmany(timeout_ms=0, max_records=1)
+    told = await reader.places()
+    assert sorted(told) == [0, 1]
+    assert {place.next_offset + place.lag for place in told.values()} == {2}
+
+    position = consumer.position
+
+    async def refuse(partition: TopicPartition) -> int:
+        if partition == SICK:
+            raise GroupAuthorizationFailedError
+        return int(await position(partition))
+
+    consumer.position = refuse
+    assert sorted(await reader.places()) == [0]
