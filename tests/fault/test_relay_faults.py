@@ -417,7 +417,7 @@ async def test_a_slot_that_cannot_be_trusted_is_made_anew_and_no_row_is_left_out
     async with running(config):
         await subscriber.read_all_of(config.postgres_url)
     assert_first_deliveries_are_in_order(subscriber.records)
-    assert "retained events were published from the table" in capsys.readouterr().out
+    assert "retained events were published from the table" in capsys.readouterr().err
 
 
 @wal_only

@@ -501,7 +501,7 @@ async def test_a_topic_that_is_not_there_is_named_and_waited_for(
     await commit(config.postgres_url, rows)
     await ensure_topics(KafkaAccess(kafka_bootstrap), {missing.topic: 8})
     assert_first_deliveries_in_order(await published(missing, *rows), rows)
-    assert f"there is no topic {missing.topic}" in capfd.readouterr().out
+    assert f"there is no topic {missing.topic}" in capfd.readouterr().err
     stop.set()
     await asyncio.wait_for(task, 30)
 
