@@ -8,7 +8,7 @@ import base64
 import binascii
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -24,14 +24,14 @@ from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
 from infra.postgres.errors import LOST_RACE, REFUSED, UNAVAILABLE, told
+from infra.postgres.statements import OPERATION_FIELDS, PAYMENT_FIELDS
 from infra.postgres.tables import operations, outbox, payments
 
 MAX_PAGE_SIZE: Final = 200
 DEFAULT_PAGE_SIZE: Final = 50
 
-_PAYMENT_FIELDS: Final = tuple(field.name for field in fields(Payment) if field.name != "operations")
-_OPERATION_FIELDS: Final = tuple(field.name for field in fields(Operation) if field.name != "command")
-_OPERATION_COLUMNS: Final = tuple(operations.c[name] for name in _OPERATION_FIELDS)
+_PAYMENT_FIELDS: Final = PAYMENT_FIELDS[: PAYMENT_FIELDS.index("open_operations")]
+_OPERATION_COLUMNS: Final = tuple(operations.c[name] for name in OPERATION_FIELDS)
 _OPEN_STATES: Final = sorted(OPEN)
 
 _UNAVAILABLE: Final = (*UNAVAILABLE, sa.exc.TimeoutError)
