@@ -290,9 +290,8 @@ def asyncapi() -> None:
 
 def main() -> None:
     """The entry point."""
-    # Many long-lived objects and no cycles among them: the collector's default rhythm would cost a worker a third of
-    # its CPU, and every command a tenth of its start.
-    gc.set_threshold(100_000, 50, 100)
+    # What is imported lives for as long as we do: a look through it for garbage is a tenth of every command's start.
+    gc.set_threshold(300_000, 50, 100)
     # Typer's own code for wrong usage is 2, which here says that a payment was refused.
     usage_error = typer.BadParameter.__base__
     assert usage_error is not None, "BadParameter is one kind of UsageError"

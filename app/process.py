@@ -1,39 +1,44 @@
-"""How a process of this service lives: its event loop, its signals, its own health and metrics port, its exit code."""
+"""How a process of this service lives: its event loop, its signals, its own health and metrics port, its exit code.
+
+The work begins before the server of that port is even read: start-up is part of every recovery.
+"""
 
 import asyncio
-import contextlib
+import gc
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import structlog
-import uvicorn
 import uvloop
-from starlette.types import ASGIApp
 
 from app.command_line import advice_on, fail, told_error
 from app.signals import stop_on_signals
 from infra.last_resort import end_within
 
-log = structlog.get_logger(__name__)
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+    from uvicorn import Server
 
 REQUESTS_END_WITHIN: Final = 5
 """Seconds. Once all else has ended, a request that has not is cut off: one that never comes whole would hold us up."""
 
 Main = Callable[[asyncio.Event], Awaitable[None]]
 """Runs until the event is set."""
+CreateApp = Callable[[], "ASGIApp"]
+"""Imports what it needs; called beside `Main`, in a thread."""
 
 
-def run(main: Main, *, app: ASGIApp, host: str, port: int, end_seconds: float | None = None) -> None:
-    """Run `main` beside an HTTP server for `app` until SIGTERM or SIGINT; an error of either ends the process.
+def run(main: Main, *, create_app: CreateApp, host: str, port: int, end_seconds: float | None = None) -> None:
+    """Run `main` beside an HTTP server until SIGTERM or SIGINT; an error of either ends the process.
 
     A port that it cannot have is told before anything begins, and of a server that is away what to do.
     If it has not ended `end_seconds` after the signal, it ends all the same, with `last_resort.STATUS`.
     """
     listener = _listen(host, port)
+    _put_off_garbage_collection()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_live(main, app, listener, end_seconds))
+            runner.run(_live(main, create_app, listener, end_seconds))
     except ExceptionGroup as group:
         error, *others = group.exceptions
         if others or not _is_server_away(error):
@@ -65,31 +70,38 @@ def _listen(host: str, port: int) -> socket.socket:
         )
 
 
-async def _live(main: Main, app: ASGIApp, listener: socket.socket, end_seconds: float | None) -> None:
+def _put_off_garbage_collection() -> None:
+    """Many long-lived objects and no cycles among them: the default rhythm would cost a worker a third of its CPU."""
+    gc.freeze()  # What is there now stays, and is not looked through again.
+    gc.set_threshold(100_000, 50, 100)
+
+
+async def _live(main: Main, create_app: CreateApp, listener: socket.socket, end_seconds: float | None) -> None:
     def end() -> None:
         if end_seconds is not None:
             end_within(end_seconds)
 
     stop = stop_on_signals(first=end, then=end)
     async with asyncio.TaskGroup() as group:
-        settings = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=REQUESTS_END_WITHIN,
-        )
-        server = _Server(settings)
-        serving = group.create_task(server.serve([listener]))
+        creating = asyncio.ensure_future(asyncio.to_thread(_create_server, create_app))
+        serving = group.create_task(_serve(creating, listener))
         try:
             await main(stop)
         finally:
-            server.should_exit = True
+            creating.add_done_callback(_end_server)
             await asyncio.wait([serving])  # Ended by an error of `main`, it would log a trace of its own.
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn without its own signal handlers: the process has one owner of signals."""
+async def _serve(creating: "asyncio.Future[Server]", listener: socket.socket) -> None:
+    await (await creating).serve([listener])
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-        return contextlib.nullcontext()
+
+def _end_server(created: "asyncio.Future[Server]") -> None:
+    if not created.cancelled() and created.exception() is None:
+        created.result().should_exit = True
+
+
+def _create_server(create_app: CreateApp) -> "Server":
+    from app.server import create_server  # noqa: PLC0415 - said above
+
+    return create_server(create_app(), end_within=REQUESTS_END_WITHIN)

@@ -4,6 +4,7 @@
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,24 +12,25 @@ from app.settings import Settings
 from infra.observability.logs import configure_logs
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from app.health import Checks
     from infra.relay import RelayConfig
 
 
 def run_worker(settings: Settings) -> None:
     """Commands in, gateway calls, results out, until SIGTERM."""
-    from app.health import create_process_app
     from app.process import run
     from app.worker import Worker
 
     configure_logs("worker", as_json=settings.log_json)
     worker = Worker(settings)
-    app = create_process_app(checks=worker.checks())
-    run(worker.run, app=app, host=settings.http_host, port=settings.worker_port)
+    create_app = partial(_create_process_app, worker.checks())
+    run(worker.run, create_app=create_app, host=settings.http_host, port=settings.worker_port)
 
 
 def run_relay(settings: Settings) -> None:
     """The outbox to Kafka, until SIGTERM."""
-    from app.health import create_process_app
     from app.process import run
     from infra.relay import Relay
 
@@ -39,8 +41,15 @@ def run_relay(settings: Settings) -> None:
     async def check() -> str | None:
         return relay.trouble
 
-    app = create_process_app(checks={"relay": check})
-    run(relay.run, app=app, host=settings.http_host, port=settings.relay_port, end_seconds=config.end_seconds)
+    create_app = partial(_create_process_app, {"relay": check})
+    host, port = settings.http_host, settings.relay_port
+    run(relay.run, create_app=create_app, host=host, port=port, end_seconds=config.end_seconds)
+
+
+def _create_process_app(checks: "Checks") -> "Starlette":
+    from app.health import create_process_app
+
+    return create_process_app(checks=checks)
 
 
 def relay_config(settings: Settings) -> "RelayConfig":
@@ -68,7 +77,7 @@ def run_http(settings: Settings) -> None:
     configure_logs("http", as_json=settings.log_json)
     maintenance, webhooks = Maintenance(settings), WebhookService(settings)
     checks = {**maintenance.checks(), **webhooks.checks()}
-    app = create_http_app(checks=checks, peers=settings.metrics_peers, more_routes=webhooks.routes())
+    create_app = partial(create_http_app, checks=checks, peers=settings.metrics_peers, more_routes=webhooks.routes())
 
     async def main(stop: asyncio.Event) -> None:
         receiving = asyncio.create_task(webhooks.run())
@@ -84,7 +93,7 @@ def run_http(settings: Settings) -> None:
         for task in done:
             task.result()
 
-    run(main, app=app, host=settings.http_host, port=settings.http_port)
+    run(main, create_app=create_app, host=settings.http_host, port=settings.http_port)
 
 
 def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | None, webhooks_to: str | None) -> None:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import structlog
@@ -14,7 +14,6 @@ from faststream.kafka import KafkaBroker
 
 from app import wiring
 from app.clock import watch_clock
-from app.health import Checks
 from app.settings import Settings
 from domain.ports import Gateway
 from domain.rules import Rules
@@ -33,6 +32,9 @@ from infra.kafka.topics import has_topic
 from infra.postgres.inbox import PostgresInbox, listen
 from infra.postgres.schema import schema_trouble
 from infra.postgres.store import PostgresStore
+
+if TYPE_CHECKING:
+    from app.health import Checks
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +88,7 @@ class Worker:
                 task.result()
         log.info("worker stopped")
 
-    def checks(self) -> Checks:
+    def checks(self) -> "Checks":
         """What the worker's own health page asks."""
         return {
             "worker": self._check_loops,

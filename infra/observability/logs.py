@@ -1,9 +1,27 @@
 """Structured logs on standard error: constant text, facts in fields, JSON lines (or colours for a person)."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
-import structlog
+
+@contextlib.contextmanager
+def _hidden(library: str) -> Iterator[None]:
+    """For the length of the block it counts as not installed, unless it was imported before."""
+    if library in sys.modules:
+        yield
+        return
+    sys.modules[library] = None  # type: ignore[assignment] # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules[library]
+
+
+# For traces of errors in colours, which ours are not: a tenth of every start, and so of every recovery.
+with _hidden("rich"):
+    import structlog
 
 
 def configure_logs(process: str, *, as_json: bool) -> None:

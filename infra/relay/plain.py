@@ -4,6 +4,7 @@ aiokafka's own builder wants the headers of every event as a list of tuples, and
 they are acknowledged: that took as long as all else. Format: https://kafka.apache.org/documentation/#recordbatch
 """
 
+from functools import lru_cache
 from typing import Final
 
 from infra.relay.pgoutput import OutboxEvent
@@ -15,6 +16,7 @@ HEAD_SIZE: Final = 61
 """What stands before the records of a batch."""
 
 
+@lru_cache(maxsize=8192)
 def _varint(value: int) -> bytes:
     """Protobuf's signed (zigzag) variable-length integer."""
     rest, encoded = value << 1 ^ value >> 63, bytearray()
@@ -25,7 +27,6 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-_VARINTS: Final = [_varint(value) for value in range(8192)]
 _NULL: Final = _varint(-1)
 _ID, _CE_ID, _TYPE, _SOURCE, _TIME, _VERSION, _SEQ, _TRACE = (_varint(len(name)) + name.encode() for name in HEADERS)
 _COUNT_AND_ID: Final = _varint(len(HEADERS)) + _ID
@@ -51,7 +52,7 @@ class Records:
         # No attributes, and written in the same millisecond as the batch.
         # fmt: off
         record = b"".join((
-            b"\0\0", _encoded(self.count), _size(key), key, _size(payload), payload,
+            b"\0\0", _varint(self.count), _size(key), key, _size(payload), payload,
             _COUNT_AND_ID, _size(id_), id_, _CE_ID, _size(id_), id_, _TYPE, _size(type_), type_,
             _SOURCE, _size(source), source, _TIME, _size(occurred_at), occurred_at,
             _VERSION, _size(version), version, _SEQ, _size(seq), seq,
@@ -81,9 +82,5 @@ class Records:
         return self.buffer
 
 
-def _encoded(value: int) -> bytes:
-    return _VARINTS[value] if value < len(_VARINTS) else _varint(value)
-
-
 def _size(value: bytes) -> bytes:
-    return _encoded(len(value))
+    return _varint(len(value))

@@ -182,6 +182,13 @@ def test_help_is_quick_since_it_loads_no_large_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_relay_begins_before_its_http_server_is_read_and_without_what_only_a_person_needs() -> None:
+    read = "from app.processes import relay_config; from app.process import run; from infra.relay import Relay"
+    program = f"import sys; {read}; print([name for name in ('rich', 'starlette', 'uvicorn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_wrong_usage_is_not_mistaken_for_a_refused_payment(tmp_path: Path) -> None:
     assert run("send", "charge", "--amont", "3", data_dir=tmp_path).returncode == 1
 

@@ -169,9 +169,8 @@ async def test_a_peer_that_answers_nonsense_is_told_and_harms_nothing(body: byte
 async def test_a_request_that_never_comes_whole_does_not_hold_up_the_end_of_the_process() -> None:
     port = free_port()
     waiting = "async def app(scope, receive, send):\n    while (await receive())['type'] == 'http.request': pass\n"
-    program = (
-        f"{waiting}from app.process import run\nrun(lambda stop: stop.wait(), app=app, host='127.0.0.1', port={port})"
-    )
+    run = f"run(lambda stop: stop.wait(), create_app=lambda: app, host='127.0.0.1', port={port})"
+    program = f"{waiting}from app.process import run\n{run}"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
     try:
         writer = await connected(port)
