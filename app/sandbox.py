@@ -8,13 +8,11 @@ from urllib.parse import urlsplit
 
 import typer
 
-from app.settings import Settings
+from app.settings import LOOPBACK, Settings
 from app.up import PREFERRED_HTTP_PORT, simulated
 from infra.local.server import HOST
 
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what a person may give as the address to listen on
-
-LOOPBACK = (HOST, "localhost", "::1")
 
 
 class SandboxUnusable(ValueError):
@@ -94,5 +92,5 @@ def _settings(simulator: str, webhooks_to: str | None) -> dict[str, str]:
     given = simulated(simulator, http)
     del given["PAYMENTS_STRIPE_WEBHOOK_SECRETS"]
     if urlsplit(simulator).hostname not in LOOPBACK:
-        given["PAYMENTS_PAYPAL_ALLOWS_PLAIN_HTTP"] = "true"
+        given["PAYMENTS_GATEWAYS_ALLOW_PLAIN_HTTP"] = "true"
     return given

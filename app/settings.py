@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import combinations
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -53,6 +54,9 @@ _DATABASE: Final = re.compile(
 _BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine itself."""
+_OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
 _LIMITS: Final = tuple(each.name for each in fields(AmountLimits))
 
 
@@ -126,6 +130,8 @@ class Settings(BaseSettings):
 
     gateways: list[str] = ["stripe"]
     default_gateway: str = "stripe"
+    gateways_allow_plain_http: bool = False
+    """Only for a simulator in the same private network, such as docker-compose's."""
     gateway_concurrency: dict[str, PositiveInt] = {}
     gateway_concurrency_default: PositiveInt = 64
     gateway_questions_per_second: dict[str, Rate] = {}
@@ -148,8 +154,6 @@ class Settings(BaseSettings):
     paypal_api_base: Address = "https://api-m.sandbox.paypal.com"
     paypal_webhook_id: str = ""
     """Of the webhook at PayPal that calls /webhooks/paypal; without it none is received."""
-    paypal_allows_plain_http: bool = False
-    """Only for a simulator in the same private network, such as docker-compose's."""
     paypal_return_url: str = f"{NOWHERE}/return"
     paypal_cancel_url: str = f"{NOWHERE}/cancel"
     vnpay_tmn_code: str = ""
@@ -291,6 +295,16 @@ class Settings(BaseSettings):
             if unknown := getattr(self, name).keys() - {*GATEWAYS_KNOWN, *self.gateways}:
                 known = ", ".join(GATEWAYS_KNOWN)
                 raise ValueError(f"{_variable(name)} names {_quoted(unknown)}; write one of {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_travel_encrypted(self) -> Self:
+        for name in _OF_PROVIDERS:
+            url = urlsplit(getattr(self, name) or "https:")
+            if url.scheme != "https" and url.hostname not in LOOPBACK and not self.gateways_allow_plain_http:
+                told = f"{_variable(name)} is plain http to another machine: whoever is on the way reads what is sent"
+                allowed = f"{_variable('gateways_allow_plain_http')}=true"
+                raise ValueError(f"{told}; write https, or, for a simulator in your own network, set {allowed}")
         return self
 
     @model_validator(mode="after")

@@ -116,7 +116,7 @@ def paypal_config(settings: Settings) -> PayPalConfig:
         return_url=settings.paypal_return_url,
         cancel_url=settings.paypal_cancel_url,
         max_connections=settings.concurrency_of("paypal"),
-        allows_plain_http=settings.paypal_allows_plain_http,
+        allows_plain_http=settings.gateways_allow_plain_http,
     )
 
 

@@ -201,6 +201,11 @@ REFUSED: list[tuple[str, str, str]] = [
     ("vnpay_pay_url", "https:/pay", "PAYMENTS_VNPAY_PAY_URL: is no address; write it like"),
     ("vnpay_api_url", "", "PAYMENTS_VNPAY_API_URL: is no address; write it like"),
     ("momo_api_base", "ftp://momo.vn", "PAYMENTS_MOMO_API_BASE: is no address; write it like"),
+    ("stripe_api_base", "http://api.stripe.com", "PAYMENTS_STRIPE_API_BASE is plain http to another machine"),
+    ("paypal_api_base", "http://sandbox:8090", "set PAYMENTS_GATEWAYS_ALLOW_PLAIN_HTTP=true"),
+    ("vnpay_pay_url", "http://sandbox.vnpayment.vn/pay", "PAYMENTS_VNPAY_PAY_URL is plain http"),
+    ("vnpay_api_url", "http://sandbox.vnpayment.vn/api", "PAYMENTS_VNPAY_API_URL is plain http"),
+    ("momo_api_base", "http://test-payment.momo.vn", "PAYMENTS_MOMO_API_BASE is plain http"),
     ("metrics_peers", '{"worker": "worker:8081"}', "PAYMENTS_METRICS_PEERS__WORKER: is no address"),
 ]
 
@@ -210,6 +215,13 @@ def test_what_would_do_harm_later_is_refused_at_the_start_with_what_to_write(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, told: str
 ) -> None:
     assert told in refusal(monkeypatch, capsys, **{name: value})
+
+
+def test_a_simulator_may_be_plain_http_on_this_machine_or_where_that_is_allowed() -> None:
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        assert Settings(momo_api_base=f"http://{host}:8090").momo_api_base
+    url = "http://sandbox:8090"
+    assert Settings(stripe_api_base=url, gateways_allow_plain_http=True).stripe_api_base == url
 
 
 SASL = {"kafka_security_protocol": "SASL_SSL", "kafka_sasl_username": "payments", "kafka_sasl_password": "s3cret"}
