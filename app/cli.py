@@ -157,6 +157,25 @@ def list_(
         raise typer.Exit(list_payments(settings, wanted, as_json=as_json))
 
 
+@app.command()
+def check(
+    since: Annotated[
+        str | None, typer.Option(help="Only what changed since 2026-01-31 (in UTC), 2026-01-31T12:00:00Z, 2h (ago).")
+    ] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Whether payments' amounts are what the ledger adds up to.
+
+    Exits with 1 if any differs. `payments http` looks every hour at what has changed; its metric is
+    payments_ledger_differences. --since goes back as far as events are retained."""
+    from app.check import check_payments
+
+    settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
+    with readable_errors():
+        raise typer.Exit(check_payments(settings, since, as_json=as_json))
+
+
 app.command()(reconcile)
 
 

@@ -165,6 +165,7 @@ COMMANDS = (
     "sandbox",
     "migrate",
     "maintain",
+    "check",
     "asyncapi",
 )
 SLOW_TO_IMPORT = ("aiokafka", "faststream", "pydantic", "rich", "sqlalchemy", "stripe")

@@ -1,5 +1,6 @@
 """One payment told as a story over `decide`: what the write path does, without a database."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -171,12 +172,13 @@ class Story:
         # A dispute may take more than what was left: then less than nothing can be refunded.
         assert min(payment.capturable_minor, payment.refundable_minor + payment.disputed_minor) >= 0
         assert min(payment.reserved_capture_minor, payment.reserved_refund_minor) >= 0
-        clearing = sum(
-            transfer.amount_minor * ((transfer.debit == "gateway_clearing") - (transfer.credit == "gateway_clearing"))
-            for transfer in self.transfers
-        )
-        ours = payment.captured_minor - payment.refunded_minor - payment.disputed_minor
-        assert clearing == ours, "the ledger tells another story"
+        booked = Counter[str]()
+        for transfer in self.transfers:
+            booked[transfer.debit] += transfer.amount_minor
+            booked[transfer.credit] -= transfer.amount_minor
+        assert -booked["customer_sales"] == payment.captured_minor, "the ledger tells another story"
+        assert booked["customer_refunds"] == payment.refunded_minor, "the ledger tells another story"
+        assert booked["customer_disputes"] == payment.disputed_minor, "the ledger tells another story"
         assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling()
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
