@@ -62,5 +62,5 @@ $(STAMP): requirements.txt pyproject.toml infra/relay/native.pyx
 		$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	fi
 	@$(BIN)/python -c 'import sys; from infra.relay.compiled import IS_COMPILED; sys.exit(not IS_COMPILED)' || \
-		echo "No C compiler (or no Python.h) was found: all works, but the relay's inner loop is Python, at 55 to 70 % of the speed." >&2
+		echo "No C compiler (or no Python.h) was found: all works, but the relay's inner loop is Python, at 50 to 60 % of the speed." >&2
 	@touch $@

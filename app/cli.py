@@ -59,10 +59,10 @@ def _begin() -> None:
 def up(data_dir: DataDir = None) -> None:
     """Start everything on this machine, until Ctrl-C.
 
-    Kafka, Postgres, Valkey, a provider simulator, worker, relay and HTTP, each a process of its own.
+    Kafka, Postgres, Valkey, provider simulators, worker, relay and HTTP, each a process of its own.
 
-    A URL in the environment (PAYMENTS_POSTGRES_URL, PAYMENTS_KAFKA_BOOTSTRAP, PAYMENTS_REDIS_URL,
-    PAYMENTS_STRIPE_API_BASE) takes the place of that part. While it runs, stack.json in the data folder says where
+    A URL in the environment (PAYMENTS_POSTGRES_URL, PAYMENTS_KAFKA_BOOTSTRAP, PAYMENTS_REDIS_URL) replaces that part;
+    with PAYMENTS_STRIPE_API_BASE no provider is simulated. While it runs, stack.json in the data folder says where
     everything is.
     """
     from app.up_report import up_here
@@ -209,9 +209,9 @@ def http(
         int | None, typer.Option(min=1, max=65_535, help="Port to listen on.", show_default="PAYMENTS_HTTP_PORT")
     ] = None,
 ) -> None:
-    """Health, metrics, the AsyncAPI page.
+    """Webhooks, health, metrics, the AsyncAPI page.
 
-    The metrics are those of all processes. It also keeps the outbox's partitions."""
+    The metrics are those of all processes. It also does the hourly maintenance."""
     from app.processes import run_http
 
     settings = read_service_settings(for_calls=False)
@@ -279,9 +279,9 @@ def migrate(
 
 @app.command()
 def maintain(data_dir: DataDir = None) -> None:
-    """Make coming and drop old outbox partitions, once.
+    """One round of maintenance: partitions, old webhooks.
 
-    `payments http` does it every hour."""
+    `payments http` does it hourly."""
     import asyncio
 
     from app.maintenance import maintain_once

@@ -1,4 +1,4 @@
-"""How far a process's own clock is from Postgres's: by that one all is told but how old a signature is."""
+"""How far a process's clock is from Postgres's, which tells all times but the age of a signature."""
 
 import asyncio
 import contextlib

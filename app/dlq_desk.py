@@ -1,4 +1,4 @@
-"""What the commands of `payments dlq` do and print."""
+"""The work behind `payments dlq`: list, show, retry and drop letters, each decision kept in Postgres."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the HTTP process serves: health, the metrics of all processes, and the AsyncAPI document with its page.
+"""The HTTP process's routes: health, all processes' metrics, the AsyncAPI page, and those given (webhooks).
 
 Promises: the page of the document fetches nothing from other hosts. (Liveness and readiness: `health.py`.)
 """

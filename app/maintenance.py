@@ -1,6 +1,5 @@
-"""What grows is kept in bounds: the outbox's partitions, made ahead of time and dropped after their retention, and
-applied webhooks, forgotten after theirs. And the payments that changed are compared with the ledger. `payments http`
-does it all along.
+"""Hourly maintenance by `payments http`: the outbox's partitions, made ahead of time and dropped after their retention;
+applied webhooks, forgotten after theirs; payments that changed, compared with the ledger.
 
 The HTTP process does it because every installation runs one, whoever publishes its events (our relay or Debezium);
 any number may do it at once. Should none, rows land in the default partition and nothing is lost.

@@ -39,11 +39,11 @@ def reconcile(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """What the providers say of all that is open.
+    """Query the providers about all that is open.
 
-    Workers do this all along, each operation at its time. --now does it at once for all that nobody is working on: what
-    is in doubt, pending, or waits for the payer, and holds past their end. Only a provider's word ends anything. Exits
-    with 1 if anything got no answer or was not asked about.
+    Workers do this all along, each operation when it is due. --now does it at once for all that nobody is working on:
+    in doubt, pending, waiting for the payer, or a hold past its end. Only a provider's word ends anything. Exits with 1
+    if anything got no answer or was not asked about.
 
     --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
     offer a list: payments gateways.

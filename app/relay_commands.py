@@ -62,8 +62,8 @@ def repair(
 ) -> None:
     """Close a gap: publish what has no proof of publication.
 
-    For a relay that stands still since its slot is gone, was moved, or belongs to another server. The slot is made
-    anew; events may repeat, and none is left out. The relay does it; if none runs, it does so when it starts.
+    For a relay that stopped because its slot is gone, was moved, or is on another server. The slot is recreated; events
+    may repeat, none is left out. A running relay does it; if none runs, the next one does at its start.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).repair(everything=everything, dry_run=dry_run, timeout_seconds=timeout))

@@ -1,4 +1,4 @@
-"""The HTTP server of a process of this service, whose signals and socket somebody else has."""
+"""A process's HTTP server, which leaves signals and the listening socket to its caller."""
 
 import contextlib
 

@@ -56,7 +56,8 @@ _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 """Names of this machine itself."""
-_OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
+OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
+"""Addresses of providers, which are https."""
 _LIMITS: Final = tuple(each.name for each in fields(AmountLimits))
 
 
@@ -208,7 +209,7 @@ class Settings(BaseSettings):
     """Whether the relay uses its compiled inner loop, where there is one; `False` has it all done in Python."""
     outbox_retention_days: RetentionDays = 14
     inbox_retention_days: RetentionDays = 35
-    """How long applied webhooks are kept; Stripe, the most patient of the providers, sends one again for 30 days."""
+    """How long applied webhooks are kept: longer than a provider can send one again. Stripe keeps them for 30 days."""
     outbox_days_ahead: int = Field(7, ge=1, le=366)
     """At least tomorrow: what finds no partition of its day is moved there later, under a lock that stops payments."""
     maintenance_interval_seconds: Seconds = 3600.0
@@ -299,7 +300,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _keys_travel_encrypted(self) -> Self:
-        for name in _OF_PROVIDERS:
+        for name in OF_PROVIDERS:
             url = urlsplit(getattr(self, name) or "https:")
             if url.scheme != "https" and url.hostname not in LOOPBACK and not self.gateways_allow_plain_http:
                 told = f"{_variable(name)} is plain http to another machine: whoever is on the way reads what is sent"

@@ -1,4 +1,4 @@
-"""Commands and processes that end in good order when they are told to."""
+"""Graceful shutdown: SIGINT and SIGTERM set an event."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""How much log the slots of this database keep, told by `payments http`: also of a slot whose reader is gone."""
+"""Metric of the log that each replication slot keeps, also one whose reader is gone; run by `payments http`."""
 
 import asyncio
 import contextlib

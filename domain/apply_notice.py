@@ -65,7 +65,7 @@ def _dispatch_again(draft: Draft, operation: Operation) -> None:
 
 
 def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Notice) -> None:
-    """Word about an operation that has ended. Only in answer to a question is it surely the latest word."""
+    """News of an operation that has ended. Only a status query's answer is certainly the latest state."""
     was_asked = given.notice_id is None
     match notice.outcome:
         case Succeeded() if was_asked and operation.kind is OperationKind.VOID:

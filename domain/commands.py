@@ -9,7 +9,7 @@ from uuid import UUID
 
 
 class OperationKind(StrEnum):
-    """One attempt to move money, named as in the command that asks for it."""
+    """What an operation does, named as in the command that asks for it."""
 
     AUTHORIZE = "authorize"
     CHARGE = "charge"

@@ -1,4 +1,4 @@
-"""What `decide` takes and gives: a command as delivered, a gateway's answer or a webhook in, a decision out."""
+"""What `decide` takes and gives: a delivery, an answer, a notice or a ruling in, a decision out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,11 +24,11 @@ class Delivery(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of one gateway call. `lease_token` proves that the caller still held the operation.
+    """The outcome of one gateway call. `lease_token` proves that the caller still held the operation.
 
-    Without that proof it is stale, unless it says that money moved. Where that comes after the operation's end, the
-    write path has it heard as a `Notified` without a place in the inbox.
-    `was_stuck` is for the count of what reconciliation healed: the operation had been taken over.
+    Without that proof it is stale, unless it says that money moved. If that comes after the operation's end, the write
+    path applies it as a `Notified` without a row in the inbox.
+    `was_stuck`: the operation had been taken over; for the metric of what reconciliation healed.
     """
 
     payment_id: UUID
@@ -41,11 +41,10 @@ class Answer(NamedTuple):
 class Notified(NamedTuple):
     """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
 
-    `notice_id` is its place in the inbox: it is applied once, in the transaction that saves what it changed. None is
-    for what did not come by itself: the answer to a question about an operation that has ended, or one to a call that
-    came after its end.
-    `known` is for what carries no mark of ours (`Notice.external`), and for late word of success: all operations of
-    that kind that the payment has, under way or ended; for the end of a hold its voids.
+    `notice_id` is its row in the inbox: it is applied once, in the transaction that saves what it changed. None: no
+    webhook, but the answer to a status query about an ended operation, or to a call that came after its end.
+    `known` is set where the notice carries no mark of ours (`Notice.external`), and for a late success: all of the
+    payment's operations of that kind, open or ended; for the end of a hold, its voids.
     """
 
     notice_id: int | None

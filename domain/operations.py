@@ -1,4 +1,4 @@
-"""One attempt to move money: its states, the outcomes a gateway may report, and the request a gateway receives."""
+"""Operations: their states, the outcomes that a gateway may report, and the request that a gateway receives."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -23,9 +23,9 @@ class OperationState(StrEnum):
     REQUIRES_ACTION = "requires_action"
     PENDING = "pending"
     INDETERMINATE = "indeterminate"
-    """An attempt was made or may have been made, and its answer is lost. Money may have moved."""
+    """A call was made or may have been made, and its answer is lost. Money may have moved."""
     NEEDS_REVIEW = "needs_review"
-    """Indeterminate past its deadline: a person should look, evidence still ends it."""
+    """Open past its deadline, or contradicted: a person should look, evidence still ends it."""
     SUCCEEDED = "succeeded"
     LAPSED = "lapsed"
     """An authorization that succeeded, and whose hold has ended at its provider since."""

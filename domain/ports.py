@@ -20,8 +20,9 @@ Clock = Callable[[], datetime]
 class Gateway(Protocol):
     """Our adapter of one provider.
 
-    Each method executes or re-executes one operation at most once per `request.provider_key`, and returns the
-    provider's word on it. No database transaction may be open while it runs.
+    Each method executes or re-executes one operation at most once per `request.provider_key` (where
+    `idempotency_retention` is zero only if it is called once), and returns the provider's word on it. No database
+    transaction may be open while it runs.
 
     Raises:
         GatewayUnreachable: proof that this attempt was not executed.
@@ -224,8 +225,8 @@ class PaymentStore(Protocol):
     ) -> list[tuple[Payment, Operation]]:
         """Take over operations that are due: raise their lease token and return them with their payments.
 
-        Of one payment, or of all; of one gateway at most `limit`, or what `rooms` says if that is less, oldest first.
-        These are the caller's gateways: of others it gets what nobody has taken over in hours.
+        Of one payment, or of all; per gateway at most `limit` or its entry in `rooms`, half of it the newest
+        not executed yet. `rooms` has the caller's gateways; of others: what nobody claimed for hours.
         An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         ...

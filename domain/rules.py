@@ -10,7 +10,7 @@ from domain.capabilities import AmountLimits, Capabilities
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """When an operation without a final outcome is looked at again. All times are since its last attempt or dispatch.
+    """When an operation without final outcome is checked again: delays since its last try, deadlines since dispatch.
 
     `lease` must be longer than any gateway's own timeout, or two workers will call for one operation (harmless, since
     both send the same provider key, but wasteful).

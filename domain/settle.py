@@ -58,10 +58,10 @@ def settle(draft: Draft, answer: Answer) -> None:
 
 
 def _counts(operation: Operation, answer: Answer) -> bool:
-    """Whether its caller still holds the operation, or it is true whoever does: that money moved, as a webhook tells.
+    """Whether it may be applied: its caller still holds the lease, or it says that money moved.
 
-    All else may be old news: who took over may have had it executed since. A void's success is of what there was to
-    cancel then.
+    Anything else may be outdated: the new holder may have had it executed since. A void's success is of what there was
+    to cancel then.
     """
     if operation.lease_token == answer.lease_token:
         return True

@@ -30,9 +30,9 @@ def place_of(given: Input) -> tuple[UUID, int] | None:
 
 
 def kin_of(given: Input, named: Mapping[tuple[UUID, int], Operation]) -> tuple[UUID, OperationKind] | None:
-    """Among which operations a notice without a mark may be known, or one with a mark may have been, before it came.
+    """The payment and kind whose operations must be read to tell whether a notice is new; None if none.
 
-    What tells the end of a hold may tell what one of our voids has done.
+    For the end of a hold: its voids, one of which may have caused it.
     """
     if not isinstance(given, Notified):
         return None

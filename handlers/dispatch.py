@@ -1,4 +1,4 @@
-"""Sends committed operations to their gateways, in parallel up to a limit each, and turns every end into an answer.
+"""Sends committed operations to their gateways, concurrently up to a limit each; every call ends in an `Answer`.
 
 No transaction is open here. An exception never loses an operation: what is not proof is `Unknown`.
 """
@@ -102,11 +102,11 @@ class Dispatcher:
         self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
     async def drain(self, timeout_seconds: float, *, may_more_come: Callable[[], bool] = lambda: False) -> None:
-        """Wait until all that was begun is answered, and no more may come, or the time is up; a sweep takes over the
+        """Wait until every started call is answered and no more may come, or the time is up; a sweep takes over the
         rest.
 
-        What was not sent is given back, so that no lease runs out on it and nobody takes it for begun: what is stuck at
-        once, payers' operations when the time is up, and whatever comes after that.
+        What was not sent is given back, so that no lease expires on it and nobody takes it for started: what is stuck
+        at once, payers' operations when the time is up, and whatever arrives later.
         """
         lanes, why = self._lanes.values(), Unreachable(PROCESS_ENDS)
         self._give_back(lanes, why)

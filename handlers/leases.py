@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 RENEWED_MAX = 500
 _RUNNING: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""As of Postgres's clock here: one that goes on while the machine sleeps."""
+"""As in infra/postgres/clock.py: a clock that runs on while the machine sleeps."""
 
 
 class Leases:

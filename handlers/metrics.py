@@ -1,4 +1,4 @@
-"""What the use cases count. Labels come from closed sets; one place names every metric of the worker."""
+"""What the use cases count. Labels come from closed sets; one place names every metric of theirs."""
 
 from collections.abc import Callable, Iterable
 from functools import cache

@@ -148,9 +148,9 @@ class WritePath:
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
     async def _apply_late(self, batch: Batch) -> list[GatewayRequest]:
-        """Have a success that came after its operation's end heard like a webhook's: nobody may ever tell it again.
+        """Apply a success that came after its operation's end as a webhook would be: it may never be reported again.
 
-        It is no news where the operation ended with just that.
+        Changes nothing if the operation ended with it.
         """
         words = [_as_notice(each) for each in batch.late_successes]
         try:

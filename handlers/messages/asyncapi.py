@@ -42,18 +42,17 @@ Payment **commands** come in on a Kafka topic, **events** go out on another; mon
   order, unknown fields and headers do not count, and null is as good as left out. Other content under a known key is
   refused (`idempotency_conflict`); that is no result of the first command, which stands and has its own.
 - Every readable command ends in exactly one final event, whatever comes in between (`requires_action`, `pending`,
-  `needs_review`). Find it by `payment_id` and `idempotency_key`. Two refusals leave nothing behind, and are published
-  for each delivery: that of a conflict, and that of a command without a usable key. Any other refusal uses up its key:
-  the corrected command needs a new one.
-- Readable is one JSON object in UTF-8, without a byte order mark, of at most {COMMAND_BYTES_MAX} bytes, with a known
-  `type` and a `payment_id` in the form 8-4-4-4-12, each given once. Nothing answers what is not: it lies on
-  `{DEAD_LETTERS_TOPIC}` for an operator, and its sender hears nothing. There lies, too, what could be read and failed
-  by a defect (`cannot_be_processed`); it is answered once an operator has it read again.
+  `needs_review`). Find it by `payment_id` and `idempotency_key`. Two refusals are not remembered, but
+  published for each delivery: of a conflict, and of a command without a usable key. Any other refusal uses up its key:
+  send the corrected command under a new one.
+- A readable command is one JSON object in UTF-8, without a byte order mark, of at most {COMMAND_BYTES_MAX} bytes, with
+  a known `type` and a `payment_id` in the form 8-4-4-4-12, each given once. Anything else is never answered: it is kept
+  on `{DEAD_LETTERS_TOPIC}` for an operator. So is a readable command that failed by a defect
+  (`cannot_be_processed`); it is answered once an operator retries it.
 - Commands of a payment run one at a time. One that comes while another is under way, which may wait for its payer for a
   day, waits for its turn, and nothing is published of it until then; nor of a second delivery of the first. (Of such
   deliveries the first thousand are answered.) Three do not wait: a command with a wrong field and a conflict are
-  refused at once, and a void of what waits for its payer goes before all that waits for its turn, where the gateway
-  can.
+  refused at once, and where the gateway can cancel, a void of what waits for its payer goes before the queue.
 - So do not pay for an order under another `payment_id` while the first is open, or both may be paid: send a `void`, and
   wait for its result.
 - A charge or authorization is taken only while `payment.status` is `created`, `failed` or `expired`, under a new key
@@ -101,8 +100,8 @@ _REJECTIONS: Final[Mapping[RejectionReason, str]] = {
     RejectionReason.UNKNOWN_GATEWAY: "the gateway is none of those that are set up",
     RejectionReason.UNSUPPORTED_BY_GATEWAY: "the gateway cannot do this at all, in part, in this currency, or without "
     "the payer: `fields` tells which",
-    RejectionReason.GATEWAY_REFUSED: "the provider's no, such as to a void of what its payer has just paid; or it "
-    "has no form for the amount",
+    RejectionReason.GATEWAY_REFUSED: "the provider refused it, such as a void of what was just paid; or it cannot "
+    "express the amount",
     RejectionReason.GATEWAY_UNAVAILABLE: "the provider could not be reached, by default for 15 minutes, and nothing "
     "was sent; a new command under a new key may fare better",
 }

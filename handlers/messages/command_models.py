@@ -116,7 +116,7 @@ ExpiresAt = Annotated[
     Field(
         description="RFC 3339 with an offset. Past this time the command is not begun, but refused when its turn "
         "comes. One that may have reached the provider before is repeated there, under the same key, until its outcome "
-        "is known; so it can be executed later than this. Its result is told: refund it if it comes too late for you.",
+        "is known; so it can be executed later than this. You get its result: refund it if it is too late for you.",
         examples=["2030-01-01T12:00:00Z"],
     ),
 ]

@@ -1,7 +1,7 @@
 """The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
 
 Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
-say; only a replay has `original_event_id`, only a success that came twice and its payment have `owed_minor`, and only
+say; only a replay has `original_event_id`, `owed_minor` is in every late success and where it is not 0, and only
 what a person decided has `evidence`. The models declare it and read it for clients; `write_event` builds the text
 without them, several times faster, and a test holds the two together.
 """
@@ -96,8 +96,8 @@ class _WireEvent(_Wire):
     command_id: Annotated[
         UUID | None,
         Field(
-            description="Opaque, and the same for each delivery of a command. Tells commands of one key apart: one "
-            "that was a conflict from the one that stands. Null where no command caused it."
+            description="Opaque; the same for each delivery of a command. Distinguishes commands of one key: the one "
+            "that stands from a conflicting one. Null where no command caused it."
         ),
     ]
     command_type: Annotated[str | None, Field(description="Null where no command caused it, such as a dispute.")]
@@ -109,8 +109,8 @@ class _WireEvent(_Wire):
         int | None,
         Field(
             description="What the operation moved or asked to move, in minor units; null where a refused command named "
-            "no amount that could be read. Never sum these: the amounts of `payment` are the sums. (The `voided` of "
-            "what only waited for its payer names that one's amount, and has released nothing.)"
+            "no amount that could be read. Never sum these: the amounts of `payment` are the sums. (A `voided` that "
+            "only canceled what waited for its payer has that one's amount, and released none.)"
         ),
     ]
     currency: Annotated[
@@ -216,7 +216,7 @@ class PaymentLateSuccess(_WireEvent):
     told_before: Annotated[
         str,
         Field(
-            description="How the operation had ended: `declined`, `expired`, or `not_executed`, which was told as "
+            description="The end reported before: `declined`, `expired`, or `not_executed`, published as "
             "`command_rejected`.",
             json_schema_extra={"enum": ["declined", "not_executed", "expired"]},
         ),

@@ -1,4 +1,4 @@
-"""What a provider's refusal comes to. Where it tells nothing by itself, what the provider has of the operation does."""
+"""Turns a provider's refusal into an outcome. Where the refusal alone proves nothing, a status query decides."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""All that we know about VNPay PAY 2.1.0: the payment URL, the signatures, querydr, refund, and the code tables.
+"""VNPay PAY 2.1.0: the payment URL, the signatures, querydr, refund, and the code tables.
 
 `vnpay_webhooks.py` beside it has the IPN.
 

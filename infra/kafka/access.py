@@ -1,4 +1,4 @@
-"""Where Kafka is, and what it asks of whoever comes. Every client is made of this, so that none comes in the clear."""
+"""Kafka's address, TLS and credentials. Every client is made of this, so that all use the same security."""
 
 import ssl
 from dataclasses import dataclass

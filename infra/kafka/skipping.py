@@ -1,4 +1,4 @@
-"""Reads that lose no record, whatever the Kafka client cannot read, and that go on behind what it never will.
+"""A reader that loses no readable record: it skips and reports what cannot be decoded or was deleted.
 
 aiokafka takes the records of one partition after the other, and moves each position at once: where it then raises, what
 it had taken is lost to the caller. It does so for a header whose *name* is not UTF-8 (KIP-82; the broker does not check

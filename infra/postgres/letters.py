@@ -1,4 +1,4 @@
-"""What was decided about dead letters: their topic only grows, so the decisions stand here."""
+"""Operators' decisions about dead letters, in Postgres, because their topic is append-only."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""The one write path's transaction: the only module that begins, commits and rolls back a write of payments.
+"""The one write path's transaction: no other module writes for it (repository.py changes single rows).
 
 Its statements (statements.py) are sent on asyncpg directly: this is the hot path.
 """

@@ -1,4 +1,4 @@
-"""What a relay needs to know."""
+"""The relay's settings."""
 
 from dataclasses import dataclass
 from typing import Literal

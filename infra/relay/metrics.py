@@ -1,4 +1,4 @@
-"""What the relay shows of itself."""
+"""The relay's metrics."""
 
 from prometheus_client import Counter, Gauge
 

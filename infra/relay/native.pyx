@@ -2,7 +2,7 @@
 """The relay's inner loop in C: from messages of the log to Kafka's records, without an object for each event.
 
 It knows the common case only, and hands whatever else comes to the Python that does the same: `plain.py` has its
-`Records`, `wal_source.py` what `LogReader` does. Where no C compiler was found the Python does it all, at 55 to 70 % of
+`Records`, `wal_source.py` what `LogReader` does. Where no C compiler was found the Python does it all, at 50 to 60 % of
 the speed.
 Formats: https://kafka.apache.org/documentation/#recordbatch,
 https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.html

@@ -48,7 +48,7 @@ class Intake(Protocol):
 
 
 class Desk(NamedTuple):
-    """How a source hands over events before it streams: each may wait for room, `drained` until all is acknowledged."""
+    """How a source hands over events before it streams: `publish` waits for room, `drained` for acknowledgements."""
 
     publish: Callable[[OutboxEvent], Awaitable[None]]
     drained: Callable[[], Awaitable[None]]

@@ -56,6 +56,14 @@ def test_an_alert_leads_to_what_to_do(alert: dict[str, Any]) -> None:
     assert part in [anchor(line.lstrip("# ")) for line in text.splitlines() if line.startswith("#")]
 
 
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_who_looks_for_an_alert_by_its_name_finds_what_to_do(alert: dict[str, Any]) -> None:
+    path, _, part = alert["annotations"]["runbook"].partition("#")
+    sections = re.split(r"^#+ ", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    section = next(each for each in sections if anchor(each.partition("\n")[0]) == part)
+    assert f"`{alert['alert']}`" in section
+
+
 @cache
 def begun_at_zero() -> frozenset[str]:
     """What a process has as it starts; in this one, other tests have counted."""

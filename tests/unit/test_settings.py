@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from app.command_line import read_settings
 from app.processes import relay_config
-from app.settings import GATEWAYS_KNOWN, Settings
+from app.settings import GATEWAYS_KNOWN, OF_PROVIDERS, Settings
 from app.wiring import GATEWAYS
 
 
@@ -222,6 +222,12 @@ def test_a_simulator_may_be_plain_http_on_this_machine_or_where_that_is_allowed(
         assert Settings(momo_api_base=f"http://{host}:8090").momo_api_base
     url = "http://sandbox:8090"
     assert Settings(stripe_api_base=url, gateways_allow_plain_http=True).stripe_api_base == url
+
+
+def test_every_address_of_a_provider_is_held_to_https() -> None:
+    ours = {name for each in GATEWAYS.values() for name in each.addresses}
+    addresses = {name for name in Settings.model_fields if name.endswith(("_url", "_base"))}
+    assert {name for name in addresses if name.partition("_")[0] in GATEWAYS_KNOWN} - ours == set(OF_PROVIDERS)
 
 
 SASL = {"kafka_security_protocol": "SASL_SSL", "kafka_sasl_username": "payments", "kafka_sasl_password": "s3cret"}
