@@ -114,13 +114,13 @@ def readable_errors() -> Iterator[None]:
     except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
         advice = advice_on(error)
         if advice is not None:
-            fail(f"{told_error(error)}\n{advice}")
+            fail(f"{error_text(error)}\n{advice}")
         if not isinstance(error, OSError):
             raise
-        fail(told_error(error))
+        fail(error_text(error))
 
 
-def told_error(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error in a line: what it is, and what it says."""
     if isinstance(error, OSError) and not _is_of_a_server(error):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)

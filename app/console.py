@@ -33,7 +33,7 @@ def tell_of_more(limit: int) -> None:
     new_console(to_stderr=True).print(f"… and more: --limit shows more than {limit}")
 
 
-def told_time(moment: datetime) -> str:
+def time_text(moment: datetime) -> str:
     """In UTC, to the second: `2026-01-31 12:00:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 

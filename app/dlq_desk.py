@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaProducer
 from rich.progress import Progress
 
-from app.console import new_console, safe_text, tell_of_more, told_time
+from app.console import new_console, safe_text, tell_of_more, time_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
@@ -67,7 +67,7 @@ class DeadLetterDesk:
             self._out.print("No dead letters.")
             return
         names = (name.replace("_", " ") for name in rows[0])
-        cells = ((row | {"parked_at": told_time(row["parked_at"])}).values() for row in rows)
+        cells = ((row | {"parked_at": time_text(row["parked_at"])}).values() for row in rows)
         print_wide(self._out, table_of(names, (map(str, each) for each in cells), whole={"letter", "key"}))
 
     def show(self, name: str) -> int:
@@ -117,7 +117,7 @@ class DeadLetterDesk:
         for letter, (_, decision) in chosen.items():
             if decision is not None:
                 why = f": {safe_text(decision.why)}" if decision.why else ""
-                self._out.print(f"{letter} was {decision.name} already{why} ({told_time(decision.decided_at)})")
+                self._out.print(f"{letter} was {decision.name} already{why} ({time_text(decision.decided_at)})")
         return {letter: seen for letter, seen in chosen.items() if seen.decision is None}
 
     def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:

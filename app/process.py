@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import uvloop
 
-from app.command_line import advice_on, fail, told_error
+from app.command_line import advice_on, error_text, fail
 from app.signals import stop_on_signals
 from infra.last_resort import end_within
 
@@ -43,7 +43,7 @@ def run(main: Main, *, create_app: CreateApp, host: str, port: int, end_seconds:
         error, *others = group.exceptions
         if others or not _is_server_away(error):
             raise
-        fail(f"{told_error(error)}\n{advice_on(error)}")
+        fail(f"{error_text(error)}\n{advice_on(error)}")
 
 
 def _is_server_away(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from app.signals import stop_on_signals
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.money import Money
-from domain.operations import GatewayRequest, Outcome, Unknown, Unreachable, said
+from domain.operations import GatewayRequest, Outcome, Unknown, Unreachable, describe
 from domain.ports import Gateway
 from handlers.dispatch import GIVEN_BACK
 from handlers.messages.events import write_time
@@ -60,7 +60,7 @@ class Found:
 
     @property
     def answer(self) -> str:
-        return self.why_not if self.outcome is None else said(self.outcome)
+        return self.why_not if self.outcome is None else describe(self.outcome)
 
     @property
     def is_answered(self) -> bool:
@@ -185,7 +185,7 @@ async def _sweep(parts: "Parts", stop: asyncio.Event, payment_id: UUID | None) -
     while len(parts.asked) > asked_before and not stop.is_set():
         asked_before = len(parts.asked)
         await parts.sweep.sweep_once(payment_id)
-        await _unless(stop, parts.is_idle())
+        await _unless(stop, parts.wait_until_idle())
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
@@ -226,7 +226,7 @@ class Parts(NamedTuple):
     submit: Callable[[list[GatewayRequest]], None]
     sweep: Sweep
     reconciler: Reconciler
-    is_idle: Callable[[], Coroutine[Any, Any, None]]
+    wait_until_idle: Callable[[], Coroutine[Any, Any, None]]
     """Returns when nothing is in hand. What a provider that rests for long keeps from being sent is given back."""
     asked: Mapping[tuple[UUID, int], GatewayRequest]
     """The operations that were taken over, by payment and number."""
@@ -262,7 +262,7 @@ async def working(
         if (request := asked.get((answer.payment_id, answer.operation_number))) is not None:
             note(_found(request, None, in_vain(answer.outcome, error)))
 
-    async def is_idle() -> None:
+    async def wait_until_idle() -> None:
         # Either hands work to the other, and signals none. A short rest is waited for: then there is room again.
         while dispatcher.waiting + settler.waiting or any(each.rests_briefly for each in paces.values()):
             dispatcher.give_back_resting()
@@ -275,7 +275,7 @@ async def working(
     )
     loops = [asyncio.create_task(settler.run()), asyncio.create_task(leases.run())]
     try:
-        yield Parts(write_path, dispatcher.submit, sweep, reconciler, is_idle, asked, unsent)
+        yield Parts(write_path, dispatcher.submit, sweep, reconciler, wait_until_idle, asked, unsent)
     finally:
         try:
             # As a worker stops: what was not sent is given back, what was is waited for and saved.

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.command_line import fail
-from app.console import new_console, safe_text, tell_of_more, told_time
+from app.console import new_console, safe_text, tell_of_more, time_text
 from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
@@ -87,7 +87,7 @@ class RelayDesk:
                 f"other slot: {stranger.slot}, {'active' if stranger.is_active else 'inactive'}, keeps {kept}"
             )
         newest = overview.last_event_at
-        self._out.print(f"newest event written: {'none' if newest is None else told_time(newest)}")
+        self._out.print(f"newest event written: {'none' if newest is None else time_text(newest)}")
         for trouble in troubles:
             self._out.print(Text.assemble(("!", "bold red"), f" {trouble}"))
 
@@ -98,7 +98,7 @@ class RelayDesk:
         count = count_retained if everything else partial(count_unproven, slot=self._slot)
         events, first, last = self._ask(count)
         what = "events are retained" if everything else "retained events have no proof of publication"
-        self._out.print(f"{events} {what}" + (f", from {told_time(first)} to {told_time(last)}" if events else ""))
+        self._out.print(f"{events} {what}" + (f", from {time_text(first)} to {time_text(last)}" if events else ""))
         if dry_run:
             return 0
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
@@ -180,7 +180,7 @@ class RelayDesk:
     async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
             who, since = blocker
-            return f"the new slot waits for the end of a transaction that runs since {told_time(since)}, of {who}"
+            return f"the new slot waits for the end of a transaction that runs since {time_text(since)}, of {who}"
         if await is_led(connection, self._slot):
             return "a relay is at it: it makes the slot anew and publishes"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
@@ -369,7 +369,7 @@ def _relay_table(relay: RelayStatus) -> Table:
         "source": relay.source,
         "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
         "slot": f"{relay.slot_state}" + (f", keeps {in_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
-        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {told_time(relay.saved_at)}, when it was last written down)",
+        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {time_text(relay.saved_at)}, when it was last written down)",
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
@@ -381,4 +381,4 @@ def _relay_table(relay: RelayStatus) -> Table:
 
 
 def _cell(fact: object) -> str:
-    return told_time(fact) if isinstance(fact, datetime) else str(fact)
+    return time_text(fact) if isinstance(fact, datetime) else str(fact)

@@ -21,7 +21,7 @@ from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling
 from domain.money import Money
-from domain.operations import NotExecuted, Operation, OperationState, Succeeded, said
+from domain.operations import NotExecuted, Operation, OperationState, Succeeded, describe
 from domain.payment import Payment
 from domain.requests import OPENING
 from handlers.messages.card_numbers import holds_card_number
@@ -99,7 +99,7 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
                 raise RulingRefused(f"nothing was changed: {refused.error}")
             # What waited for this operation goes on at once.
             parts.submit(applied.requests)
-            await parts.is_idle()
+            await parts.wait_until_idle()
         _, operation = await _load(store, finding)
         result = _result(operation, finding.evidence)
     log.warning(
@@ -125,10 +125,10 @@ async def _look_again(asker: Asker, payment: Payment, operation: Operation) -> N
     told = answer.outcome
     if isinstance(told, Succeeded):
         raise RulingRefused(
-            f"the provider shows it by now: {said(told)}. `payments reconcile --now --payment {payment.payment_id}` "
-            "applies that"
+            f"the provider shows it by now: {describe(told)}. "
+            f"`payments reconcile --now --payment {payment.payment_id}` applies that"
         )
-    word = said(told) if told else answer.why_not
+    word = describe(told) if told else answer.why_not
     new_console(to_stderr=True).print(safe_text(f"The provider, asked once more: {word}."), soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.client import minor_units
-from app.console import new_console, safe_text, told_time
+from app.console import new_console, safe_text, time_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from domain.events import EventKind, PaymentStatus
@@ -190,7 +190,7 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
         "gateway": " ".join(filter(None, (payment.gateway, payment.gateway_payment_id))),
         "order": payment.order_id or "",
         "customer": payment.customer_id or "",
-        "created": told_time(record.created_at),
+        "created": time_text(record.created_at),
     }
     return {name: value for name, value in lines.items() if value}
 
@@ -209,7 +209,7 @@ def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
     if not asked:
         return {}
     action = asked[-1]
-    until = action["expires_at"] and told_time(datetime.fromisoformat(action["expires_at"]))
+    until = action["expires_at"] and time_text(datetime.fromisoformat(action["expires_at"]))
     lines = {"payer goes": f"to {action['url'] or action['type']}", "until": until or ""}
     return {name: value for name, value in lines.items() if value}
 
@@ -241,7 +241,7 @@ def _print_page(console: Console, page: Page) -> None:
         payment = record.payment
         amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
         cells = (_money(minor, payment) if minor else "" for minor in amounts)
-        where = (payment.gateway or "", payment.order_id or "", told_time(record.created_at))
+        where = (payment.gateway or "", payment.order_id or "", time_text(record.created_at))
         rows.append((str(payment.payment_id), payment.status, *cells, *where))
     if not rows:
         console.print("No payment matches.")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from app.child import ChildFailed
-from app.command_line import advice_on, default_data_dir, told_error
+from app.command_line import advice_on, default_data_dir, error_text
 from app.console import new_console, safe_lines, safe_text, shell_word
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
@@ -41,7 +41,7 @@ def up_here(data_dir: Path) -> int:
         advice = advice_on(error)
         if advice is None and not isinstance(error, OSError):
             raise
-        console.print(trouble("\n  ".join(filter(None, (told_error(error), advice)))), soft_wrap=True)
+        console.print(trouble("\n  ".join(filter(None, (error_text(error), advice)))), soft_wrap=True)
         return 1
     console.print("Everything is stopped.")
     return 0

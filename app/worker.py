@@ -76,7 +76,7 @@ class Worker:
             StoreUnavailable, KafkaError: a server that is needed to start is away.
         """
         async with AsyncExitStack() as stack:
-            if not await self._is_started(stack, stop):
+            if not await self._start_unless_stopped(stack, stop):
                 return
             log.info("worker ready", group=self._settings.consumer_group, topic=self._settings.commands_topic)
             stopping = asyncio.create_task(stop.wait())
@@ -121,7 +121,7 @@ class Worker:
             return STARTING
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
 
-    async def _is_started(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
+    async def _start_unless_stopped(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
         """Start; not so if told to stop meanwhile: a server that does not answer is not waited for then."""
         starting, stopping = asyncio.create_task(self._start(stack)), asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

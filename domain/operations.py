@@ -143,7 +143,7 @@ class Unknown:
 Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecuted | Unreachable | Unknown
 
 
-def said(outcome: Outcome) -> str:
+def describe(outcome: Outcome) -> str:
     """An outcome as a line of text: what it is, and what it says. Without a payer's URL, which may hold a secret."""
     details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
     told = ", ".join(f"{name} {value}" for name, value in details.items() if _is_told(name, value))

@@ -17,7 +17,7 @@ import structlog
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable, said
+from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable, describe
 from domain.ports import Clock, Gateway, PaymentStore, Pooled
 from handlers import metrics
 from handlers.breaker import Breaker
@@ -295,7 +295,7 @@ class _Lane:
         """The first, and then one a minute, for its reason: how many there are, the metrics tell."""
         if time.monotonic() - self._silence_told_at >= SILENCE_SECONDS:
             self._silence_told_at = time.monotonic()
-            log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=said(outcome))
+            log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=describe(outcome))
 
     def add(self, request: GatewayRequest) -> None:
         self._new.append(request)

@@ -19,7 +19,7 @@ import structlog
 from domain.decision import Notified
 from domain.errors import GatewayError, PaymentsError
 from domain.notices import Notice
-from domain.operations import IN_DOUBT, Operation, Outcome, said
+from domain.operations import IN_DOUBT, Operation, Outcome, describe
 from domain.payment import Payment
 from domain.ports import Gateway, LapsedHold, PaymentStore, Place
 from domain.requests import gateway_request
@@ -223,7 +223,7 @@ def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
         "answer about a hold not saved; it will be asked about again",
         payment=str(answer.payment.payment_id),
         operation=answer.operation.number,
-        answer=said(answer.outcome),
+        answer=describe(answer.outcome),
         error=error,
     )
     return answer._replace(outcome=None, why_not=in_vain(answer.outcome, error))
@@ -231,7 +231,7 @@ def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
 
 def in_vain(outcome: Outcome, error: str) -> str:
     """A provider's word that Postgres refuses, for people."""
-    return f"{said(outcome)}, which could not be saved: {error}"
+    return f"{describe(outcome)}, which could not be saved: {error}"
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:

@@ -12,7 +12,7 @@ import structlog
 
 from domain.decision import Answer, Input
 from domain.errors import StoreUnavailable
-from domain.operations import GatewayRequest, said
+from domain.operations import GatewayRequest, describe
 from handlers import metrics
 from handlers.leases import Leases
 from handlers.retry import until_store_answers
@@ -105,7 +105,7 @@ class Settler:
             "gateway answer not saved; the sweep will ask again",
             payment=str(given.payment_id),
             operation=given.operation_number,
-            answer=said(given.outcome),
+            answer=describe(given.outcome),
             error=error,
             exc_info=defect,
         )

@@ -15,7 +15,7 @@ import structlog
 from domain.decision import Answer, Delivery, Input, Notified
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from domain.notices import OWN_ANSWER, Notice
-from domain.operations import GatewayRequest, said
+from domain.operations import GatewayRequest, describe
 from domain.payment import Payment
 from domain.ports import Clock, PaymentStore, RecentKeys, WriteTransaction
 from domain.rules import Rules
@@ -205,7 +205,7 @@ def _report_late(given: Input, error: str, defect: Exception | None = None) -> N
         "late success not saved; nobody asks about it again",
         payment=str(given.payment_id),
         operation=given.notice.operation_number,
-        answer=said(given.notice.outcome),
+        answer=describe(given.notice.outcome),
         error=error,
         exc_info=defect,
     )

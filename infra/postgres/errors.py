@@ -49,14 +49,14 @@ def translated() -> Iterator[None]:
     try:
         yield
     except LOST_RACE as error:
-        raise ConcurrentUpdate(told(error)) from error
+        raise ConcurrentUpdate(safe_message(error)) from error
     except REFUSED as error:
-        raise InputRefusedByStore(told(error)) from error
+        raise InputRefusedByStore(safe_message(error)) from error
     except (*UNAVAILABLE, *UNUSABLE) as error:
-        raise StoreUnavailable(told(error)) from error
+        raise StoreUnavailable(safe_message(error)) from error
 
 
-def told(error: BaseException) -> str:
+def safe_message(error: BaseException) -> str:
     """Its message, for a log: without Postgres' details, which repeat the row, and what in it is a payer's."""
     message = str(error.args[0]) if isinstance(error, asyncpg.PostgresError) and error.args else str(error)
     return message or type(error).__name__

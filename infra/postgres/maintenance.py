@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from infra.postgres.errors import AWAY, told
+from infra.postgres.errors import AWAY, safe_message
 
 COMMAND_TIMEOUT_SECONDS: Final = 300.0
 PORTION_PAGES: Final = 1_000
@@ -131,7 +131,7 @@ class _Round:
         except AWAY as error:
             if self._connection.is_closed():
                 raise
-            self._failed.append(f"{what}: {told(error)}")
+            self._failed.append(f"{what}: {safe_message(error)}")
             return None
 
 

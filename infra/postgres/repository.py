@@ -23,7 +23,7 @@ from domain.events import PaymentStatus
 from domain.operations import OPEN, Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
-from infra.postgres.errors import LOST_RACE, REFUSED, UNAVAILABLE, told
+from infra.postgres.errors import LOST_RACE, REFUSED, UNAVAILABLE, safe_message
 from infra.postgres.statements import OPERATION_FIELDS, PAYMENT_FIELDS
 from infra.postgres.tables import operations, outbox, payments
 
@@ -431,7 +431,7 @@ def _translated() -> Iterator[None]:
 
 def _ours(cause: BaseException | None, error: Exception) -> Exception:
     """Our error for `cause`, most specific first; `error` itself for a mistake of ours, such as a wrong column."""
-    message = told(cause or error)
+    message = safe_message(cause or error)
     named = ERROR_OF_CONSTRAINT.get(getattr(cause, "constraint_name", None) or "")
     if named is not None:
         return named(message)

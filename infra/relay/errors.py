@@ -5,7 +5,7 @@ RelayError
 ├── SlotBusy          another relay streams from the slot  STAND BY
 ├── SlotMissing       the slot does not exist              RECONNECT, and find that there is a gap
 ├── GapFound          events may be missing                STOP, say which, wait for `payments relay repair`
-├── MarkMissing       the record of progress is gone       RECONNECT, as on a first start
+├── CheckpointMissing the record of progress is gone       RECONNECT, as on a first start
 ├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
 ├── ColumnMissing     the log leaves out what events need  RECONNECT, and say so until the publication is mended
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
@@ -50,7 +50,7 @@ class GapFound(RelayError):
         return f"{self.reason}: {events} retained events have no proof of publication{span}: {advice_on(self.reason)}"
 
 
-class MarkMissing(RelayError):
+class CheckpointMissing(RelayError):
     """Nobody knows any more what is published; a first start publishes all that is retained."""
 
 

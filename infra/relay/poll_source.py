@@ -24,20 +24,20 @@ from infra.relay.prefix import Group
 from infra.relay.progress import (
     SAVE_WINDOW,
     SYSTEM,
-    Mark,
-    find_mark,
+    Checkpoint,
+    find_checkpoint,
     forget_future_transactions,
     move_here,
     refuse_gap,
-    save_mark,
+    save_checkpoint,
     set_notify,
-    start_mark,
-    trust_mark,
+    start_checkpoint,
+    trust_checkpoint,
     withdraw_adopt,
 )
 from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
-from infra.relay.source import Desk, Intake
+from infra.relay.source import CatchUpSink, Intake
 from infra.relay.stream import CONNECTION, lift_time_limit, with_settings
 from infra.relay.window import Portion, Rest, how_many_fill, read_first
 
@@ -98,7 +98,7 @@ class PollSource:
         self._saved: _Step | None = None
         self._is_rest_used = False
 
-    async def open(self, desk: Desk) -> None:
+    async def open(self, sink: CatchUpSink) -> None:
         url = self._config.postgres_url
         self._reader = await connect_reader(url)
         self._listener = await psycopg.AsyncConnection.connect(url, application_name="relay", **CONNECTION)
@@ -107,53 +107,53 @@ class PollSource:
         self._listening = asyncio.create_task(self._listen())
         row = await (await self._leader.execute(SYSTEM)).fetchone()
         assert row is not None, "the query always gives a row"
-        await self._prepare(desk, row[0], await find_mark(self._leader, self._config.slot))
+        await self._prepare(sink, row[0], await find_checkpoint(self._leader, self._config.slot))
 
-    async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
-        published = NOTHING if mark is None else mark.published_on(system)
-        is_moved = mark is not None and mark.system_identifier != system
-        if mark is None:
+    async def _prepare(self, sink: CatchUpSink, system: str, checkpoint: Checkpoint | None) -> None:
+        published = NOTHING if checkpoint is None else checkpoint.published_on(system)
+        is_moved = checkpoint is not None and checkpoint.system_identifier != system
+        if checkpoint is None:
             await forget_future_transactions(self._leader)
-        if mark is None or mark.repair == "everything":
-            await self._begin_at(desk, system, NOTHING, is_moved=is_moved)
-        elif mark.repair == "unproven" and (moved := mark.another_topic(self._config.topic)) is not None:
+        if checkpoint is None or checkpoint.repair == "everything":
+            await self._begin_at(sink, system, NOTHING, is_moved=is_moved)
+        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config.topic)) is not None:
             await refuse_gap(self._leader, self._config.slot, moved, published)
-        elif mark.repair is not None and not (is_moved and mark.repair == "adopt"):
-            await self._begin_at(desk, system, published, is_moved=is_moved)
-        elif (reason := mark.reason_for_doubt(system, self._config.topic)) is not None:
-            if mark.repair == "adopt":
+        elif checkpoint.repair is not None and not (is_moved and checkpoint.repair == "adopt"):
+            await self._begin_at(sink, system, published, is_moved=is_moved)
+        elif (reason := checkpoint.reason_for_doubt(system, self._config.topic)) is not None:
+            if checkpoint.repair == "adopt":
                 await withdraw_adopt(self._leader, self._config.slot)
             await refuse_gap(self._leader, self._config.slot, reason, published)
-        elif mark.source != "poll":
-            await self._begin_at(desk, system, published, is_moved=False)
+        elif checkpoint.source != "poll":
+            await self._begin_at(sink, system, published, is_moved=False)
         else:
-            await trust_mark(self._leader, self._config)
-            self._go_on(mark, published)
+            await trust_checkpoint(self._leader, self._config)
+            self._go_on(checkpoint, published)
 
-    async def _begin_at(self, desk: Desk, system: str, published: Snapshot, *, is_moved: bool) -> None:
+    async def _begin_at(self, sink: CatchUpSink, system: str, published: Snapshot, *, is_moved: bool) -> None:
         if is_moved:
             await move_here(self._leader, self._config.slot)
         if published == NOTHING:
-            await self._publish_old(desk)
+            await self._publish_old(sink)
         self._begin = published
-        await start_mark(self._leader, self._config, system, published)
+        await start_checkpoint(self._leader, self._config, system, published)
 
-    def _go_on(self, mark: Mark, published: Snapshot) -> None:
+    def _go_on(self, checkpoint: Checkpoint, published: Snapshot) -> None:
         self._begin = published
-        self._end = None if mark.window_end is None else Snapshot.read(mark.window_end)
-        self._position = mark.window_position
+        self._end = None if checkpoint.window_end is None else Snapshot.read(checkpoint.window_end)
+        self._position = checkpoint.window_position
         self._proven, self._unproven_end = published.below, published.end
 
-    async def _publish_old(self, desk: Desk) -> None:
+    async def _publish_old(self, sink: CatchUpSink) -> None:
         """Rows from before there was an order to poll by."""
         count = 0
         async with self._reader.transaction(), self._reader.cursor("old", binary=True) as cursor:
             cursor.itersize = await rows_at_once(self._reader, LARGEST_OLD)
             await cursor.execute(OLD.encode())
             async for row in cursor:
-                await desk.publish(OutboxEvent._make(row))
+                await sink.publish(OutboxEvent._make(row))
                 count += 1
-        await desk.drained()
+        await sink.drained()
         metrics.RESCANNED.inc(count)
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class PollSource:
             "end": None if last.end is None else str(last.end),
             "position": last.position,
         }
-        await save_mark(self._leader, SAVE_WINDOW, values)
+        await save_checkpoint(self._leader, SAVE_WINDOW, values)
         self._saved = last
 
     def answer(self) -> None:

@@ -12,7 +12,7 @@ import psycopg
 import structlog
 
 from infra.relay.config import RelayConfig
-from infra.relay.errors import GapFound, MarkMissing
+from infra.relay.errors import CheckpointMissing, GapFound
 from infra.relay.gaps import ANOTHER_SERVER, another_topic
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
@@ -107,7 +107,7 @@ FORGET_FUTURE: Final = """
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Checkpoint:
     """What a relay wrote down last."""
 
     system_identifier: str
@@ -140,17 +140,17 @@ class Mark:
         return None if self.topic in (None, topic) else another_topic(str(self.topic), topic)
 
 
-async def find_mark(leader: psycopg.AsyncConnection, slot: str) -> Mark | None:
+async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpoint | None:
     """The record of the relay of this name; None before its first catch-up."""
     values = {"slot": slot, "key": lock_key(ADOPTION, slot)[1]}
     row = await (await leader.execute(FIND.encode(), values)).fetchone()
     if row is None:
         return None
     system, source, lsn, *others = row
-    return Mark(system, source, None if lsn is None else int(lsn), *others)
+    return Checkpoint(system, source, None if lsn is None else int(lsn), *others)
 
 
-async def start_mark(
+async def start_checkpoint(
     leader: psycopg.AsyncConnection,
     config: RelayConfig,
     system: str,
@@ -183,19 +183,19 @@ async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, pu
     raise GapFound(reason, published)
 
 
-async def trust_mark(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
+async def trust_checkpoint(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
     """Everything is as it was left, and can be written down."""
     await leader.execute(TRUST, {"slot": config.slot, "topic": config.topic})
 
 
-async def save_mark(leader: psycopg.AsyncConnection, query: str, values: dict[str, Any]) -> None:
+async def save_checkpoint(leader: psycopg.AsyncConnection, query: str, values: dict[str, Any]) -> None:
     """Write down how far all is acknowledged, by SAVE_LSN or SAVE_WINDOW.
 
     Raises:
-        MarkMissing: somebody has deleted the record.
+        CheckpointMissing: somebody has deleted the record.
     """
     if (await leader.execute(query.encode(), values)).rowcount != 1:
-        raise MarkMissing("the relay's row of relay_slots is gone: what it proves is forgotten")
+        raise CheckpointMissing("the relay's row of relay_slots is gone: what it proves is forgotten")
 
 
 async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
@@ -311,9 +311,9 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
-    mark = await find_mark(connection, slot)
+    checkpoint = await find_checkpoint(connection, slot)
     row = await (await connection.execute(SYSTEM)).fetchone()
-    return await count_beyond(connection, mark.published_on(row[0]) if mark and row else NOTHING)
+    return await count_beyond(connection, checkpoint.published_on(row[0]) if checkpoint and row else NOTHING)
 
 
 async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any, Any]:

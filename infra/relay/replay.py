@@ -142,13 +142,13 @@ class Replay:
                 yield [event_of(row) for row in rows]
 
     async def _publish(self, producer: AIOKafkaProducer, partitions: int, events: list[OutboxEvent]) -> None:
-        mark = (HEADER, datetime.now(UTC).isoformat(timespec="seconds").encode())
+        header = (HEADER, datetime.now(UTC).isoformat(timespec="seconds").encode())
         sent = [
             await producer.send(
                 self._topic,
                 value=event.payload,
                 key=event.aggregateid,
-                headers=[*headers_of(event), mark],
+                headers=[*headers_of(event), header],
                 partition=partition_of(event.aggregateid, partitions),
             )
             for event in events

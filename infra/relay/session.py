@@ -22,7 +22,7 @@ from infra.relay.poll_source import PollSource
 from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import Quarantine
-from infra.relay.source import Desk, Source
+from infra.relay.source import CatchUpSink, Source
 from infra.relay.stream import with_settings
 from infra.relay.wal_source import WalSource
 
@@ -53,15 +53,15 @@ NEWEST: Final = sql.SQL("""
              WHERE slot_name = {slot}),
            (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
 """)
-# How long the first event that no proof sees has waited; a mark from another server proves nothing here. What a long
+# How long the first event that no proof sees has waited; one saved by another server proves nothing here. What a long
 # transaction makes many of is given up.
 WAITING: Final = sql.SQL("""
     SET LOCAL statement_timeout = '1s';
     SELECT extract(epoch FROM now() - o.created_at)::float
       FROM (SELECT CASE WHEN is_own THEN published_below ELSE 0 END AS published_below,
                    CASE WHEN is_own THEN window_begin END AS window_begin
-              FROM (SELECT mark.*, mark.system_identifier = here.system_identifier::text AS is_own
-                      FROM relay_slots AS mark, pg_control_system() AS here WHERE slot_name = {slot}) AS found) AS r,
+              FROM (SELECT saved.*, saved.system_identifier = here.system_identifier::text AS is_own
+                      FROM relay_slots AS saved, pg_control_system() AS here WHERE slot_name = {slot}) AS found) AS r,
            LATERAL (
            SELECT created_at FROM outbox
             WHERE xact >= r.published_below
@@ -153,7 +153,7 @@ class Session:
         stack.push_async_callback(self._publisher.close)
         self._publisher.blocked = await self._quarantine.keys()
         self._status.enter(State.CATCHING_UP)
-        await self._source.open(self._desk())
+        await self._source.open(self._catch_up_sink())
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
         """Wait to be the one relay that may create, scan and stream: the holder of an advisory lock on this connection.
@@ -174,7 +174,7 @@ class Session:
                 log.info("relay stands by", slot=self._config.slot)
             await asyncio.sleep(self._config.standby_seconds)
 
-    def _desk(self) -> Desk:
+    def _catch_up_sink(self) -> CatchUpSink:
         publisher, group = self._publisher, Group()
 
         async def publish(event: OutboxEvent) -> None:
@@ -189,7 +189,7 @@ class Session:
             while publisher.unacknowledged:
                 await self._progress()
 
-        return Desk(publish, drained)
+        return CatchUpSink(publish, drained)
 
     async def _progress(self) -> None:
         """Wait for Kafka while nothing is read."""
@@ -225,10 +225,10 @@ class Session:
             if is_more and not publisher.is_full:
                 await asyncio.sleep(0)
             else:
-                await self._rest()
+                await self._wait_for_work()
         await self._finish()
 
-    async def _rest(self) -> None:
+    async def _wait_for_work(self) -> None:
         """Wait for more events, an acknowledgement, the next tick or the end, whichever is first."""
         if self._publisher.is_full:
             self._source.unwatch()

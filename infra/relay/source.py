@@ -47,7 +47,7 @@ class Intake(Protocol):
         ...
 
 
-class Desk(NamedTuple):
+class CatchUpSink(NamedTuple):
     """How a source hands over events before it streams: `publish` waits for room, `drained` for acknowledgements."""
 
     publish: Callable[[OutboxEvent], Awaitable[None]]
@@ -57,7 +57,7 @@ class Desk(NamedTuple):
 class Source(Protocol):
     """Committed events in an order that has each payment's, and the position up to which all is acknowledged."""
 
-    async def open(self, desk: Desk) -> None:
+    async def open(self, sink: CatchUpSink) -> None:
         """Find the position to begin at, having published what lies before it.
 
         Raises:

@@ -10,8 +10,8 @@ from psycopg.rows import dict_row
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
-# A mark from another server proves nothing here: all that is in the outbox waits.
-MARKS: Final = """
+# A checkpoint from another server proves nothing here: all that is in the outbox waits.
+CHECKPOINTS: Final = """
     SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
            s.active AND EXISTS (SELECT FROM pg_stat_activity AS a
                                  WHERE a.pid = s.active_pid AND a.application_name <> 'relay') AS is_anothers,
@@ -120,11 +120,11 @@ async def read_status(postgres_url: str) -> Overview:
     """
     connect = psycopg.AsyncConnection.connect
     async with await connect(postgres_url, row_factory=dict_row, **CONNECTION) as connection:
-        marks = await _rows(connection, MARKS)
+        checkpoints = await _rows(connection, CHECKPOINTS)
         starting = [row["slot_name"] for row in await _rows(connection, STARTING)]
         (last,) = await _rows(connection, LAST_EVENT)
         return Overview(
-            relays=[await _relay(connection, mark) for mark in marks],
+            relays=[await _relay(connection, checkpoint) for checkpoint in checkpoints],
             starting=starting,
             strangers=[_stranger(row) for row in await _rows(connection, STRANGERS, [starting])],
             last_event_at=last["created_at"],
@@ -138,34 +138,34 @@ async def is_led(connection: psycopg.AsyncConnection, slot: str) -> bool:
     return row is not None and bool(row[0])
 
 
-async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", mark: dict[str, Any]) -> RelayStatus:
-    name = mark["slot_name"]
+async def _relay(connection: "psycopg.AsyncConnection[dict[str, Any]]", checkpoint: dict[str, Any]) -> RelayStatus:
+    name = checkpoint["slot_name"]
     values = {"name": f"relay {name}"[:63], "class": LEADERSHIP, "half": lock_key(LEADERSHIP, name)[1]}
     (running,) = await _rows(connection, RELAYS, values)
     (quarantine,) = await _rows(connection, QUARANTINE, [name])
     return RelayStatus(
         slot=name,
-        source=mark["source"],
-        topic=mark["topic"],
-        is_running=running["leaders"] > 0 and mark["gap"] is None and not mark["is_anothers"],
-        is_anothers=bool(mark["is_anothers"]),
+        source=checkpoint["source"],
+        topic=checkpoint["topic"],
+        is_running=running["leaders"] > 0 and checkpoint["gap"] is None and not checkpoint["is_anothers"],
+        is_anothers=bool(checkpoint["is_anothers"]),
         standbys=running["relays"] - running["leaders"],
-        slot_state=_slot_state(mark),
-        lag_bytes=_integer(mark["lag_bytes"]) if mark["source"] == "wal" else None,
-        lag_seconds=round(mark["lag_seconds"], 3),
-        retained_bytes=_integer(mark["retained_bytes"]),
-        saved_at=mark["updated_at"],
-        gap=mark["gap"],
-        repair=mark["repair"],
+        slot_state=_slot_state(checkpoint),
+        lag_bytes=_integer(checkpoint["lag_bytes"]) if checkpoint["source"] == "wal" else None,
+        lag_seconds=round(checkpoint["lag_seconds"], 3),
+        retained_bytes=_integer(checkpoint["retained_bytes"]),
+        saved_at=checkpoint["updated_at"],
+        gap=checkpoint["gap"],
+        repair=checkpoint["repair"],
         quarantine=quarantine,
     )
 
 
-def _slot_state(mark: dict[str, Any]) -> str:
-    if mark["wal_status"] is None:
+def _slot_state(checkpoint: dict[str, Any]) -> str:
+    if checkpoint["wal_status"] is None:
         return "none"
-    words = ["active" if mark["active"] else "inactive", mark["wal_status"]]
-    return ", ".join(words + (["fail-over"] if mark["failover"] else []))
+    words = ["active" if checkpoint["active"] else "inactive", checkpoint["wal_status"]]
+    return ", ".join(words + (["fail-over"] if checkpoint["failover"] else []))
 
 
 def _stranger(row: dict[str, Any]) -> Stranger:

@@ -38,23 +38,23 @@ from infra.relay.pgoutput import (
 from infra.relay.prefix import Group, Prefix
 from infra.relay.progress import (
     SAVE_LSN,
-    Mark,
+    Checkpoint,
     ended_by_now,
-    find_mark,
+    find_checkpoint,
     flushed_by_now,
     forget_future_transactions,
     move_here,
     refuse_gap,
-    save_mark,
+    save_checkpoint,
     set_notify,
-    start_mark,
-    trust_mark,
+    start_checkpoint,
+    trust_checkpoint,
     withdraw_adopt,
 )
 from infra.relay.records import Records
 from infra.relay.scan import scan
 from infra.relay.snapshot import NOTHING, Snapshot
-from infra.relay.source import Desk, Intake
+from infra.relay.source import CatchUpSink, Intake
 from infra.relay.stream import ReplicationStream
 
 if TYPE_CHECKING:
@@ -123,14 +123,14 @@ class WalSource:
         self._publication: str | None = None
         """As it was when what is in the log began to count."""
 
-    async def open(self, desk: Desk) -> None:
+    async def open(self, sink: CatchUpSink) -> None:
         self._stream = await ReplicationStream.connect(self._config.postgres_url)
         await set_notify(self._leader, is_on=False)
         system = await self._stream.system_identifier()
-        mark = await find_mark(self._leader, self._config.slot)
+        checkpoint = await find_checkpoint(self._leader, self._config.slot)
         _, self._publication = await self._ask_publication()
         self._rows = RowReader(await self._outbox())
-        await self._prepare(desk, system, mark)
+        await self._prepare(sink, system, checkpoint)
         # From what was written down: the slot is told later, and would repeat what is acknowledged since.
         await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
@@ -142,69 +142,73 @@ class WalSource:
         assert row is not None, "the query always gives a row"
         return int(row[0])
 
-    async def _prepare(self, desk: Desk, system: str, mark: Mark | None) -> None:
+    async def _prepare(self, sink: CatchUpSink, system: str, checkpoint: Checkpoint | None) -> None:
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
         if row is not None and (row[1] or row[2] != "pgoutput"):
             raise SlotOfAnother(self._config.slot, f"database {row[0]!r}, plugin {row[2]!r}")
         wal_status, position, is_active = row[3:] if row is not None else ("missing", 0, False)
         if is_active or position is None:
             raise SlotBusy(f"somebody else reads from slot {self._config.slot}, or is making it")
-        published = NOTHING if mark is None else mark.published_on(system)
-        if mark is None:
+        published = NOTHING if checkpoint is None else checkpoint.published_on(system)
+        if checkpoint is None:
             await forget_future_transactions(self._leader)
-            await self._catch_up(desk, system, "first start", NOTHING)
-        elif mark.repair == "unproven" and (moved := mark.another_topic(self._config.topic)) is not None:
+            await self._catch_up(sink, system, "first start", NOTHING)
+        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config.topic)) is not None:
             await refuse_gap(self._leader, self._config.slot, moved, published)
-        elif mark.repair in ("everything", "unproven") and mark.system_identifier != system:
+        elif checkpoint.repair in ("everything", "unproven") and checkpoint.system_identifier != system:
             await move_here(self._leader, self._config.slot)
-            await self._catch_up(desk, system, "repair on another server", NOTHING)
-        elif mark.repair == "everything":
-            await self._catch_up(desk, system, "repair", NOTHING)
-        elif mark.repair == "unproven":
-            await self._catch_up(desk, system, "repair", published)
-        elif _is_polled(mark, system) and (mark.repair == "adopt" or mark.another_topic(self._config.topic) is None):
-            await self._catch_up(desk, system, "another source before", published)
+            await self._catch_up(sink, system, "repair on another server", NOTHING)
+        elif checkpoint.repair == "everything":
+            await self._catch_up(sink, system, "repair", NOTHING)
+        elif checkpoint.repair == "unproven":
+            await self._catch_up(sink, system, "repair", published)
+        elif _is_polled(checkpoint, system) and (
+            checkpoint.repair == "adopt" or checkpoint.another_topic(self._config.topic) is None
+        ):
+            await self._catch_up(sink, system, "another source before", published)
         elif (
-            mark.repair == "adopt" and wal_status not in ("missing", "lost") and not await self._left_out(mark, system)
+            checkpoint.repair == "adopt"
+            and wal_status not in ("missing", "lost")
+            and not await self._left_out(checkpoint, system)
         ):
             await self._adopt(system, position, published)
         else:
-            if mark.repair == "adopt":
+            if checkpoint.repair == "adopt":
                 # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
                 log.warning("nothing to adopt", slot=self._config.slot, slot_state=wal_status)
                 await withdraw_adopt(self._leader, self._config.slot)
             self._published = published
-            await self._trust(mark, system, wal_status, position)
+            await self._trust(checkpoint, system, wal_status, position)
 
-    async def _left_out(self, mark: Mark, system: str) -> str | None:
+    async def _left_out(self, checkpoint: Checkpoint, system: str) -> str | None:
         """Why the log may be without some events, which who has read the slot meanwhile has not had either.
 
         Not on another server: there the publication is another one anyway.
         """
-        if mark.system_identifier != system:
+        if checkpoint.system_identifier != system:
             return None
-        self._publication = mark.publication or self._publication
-        return _remembered(mark) or await self._doubt_about_publication()
+        self._publication = checkpoint.publication or self._publication
+        return _remembered(checkpoint) or await self._doubt_about_publication()
 
-    async def _trust(self, mark: Mark, system: str, wal_status: str, position: int) -> None:
+    async def _trust(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
-        reason = mark.reason_for_doubt(system, self._config.topic)
+        reason = checkpoint.reason_for_doubt(system, self._config.topic)
         if reason != ANOTHER_SERVER:  # There, the slot is another one, too.
-            of_slot = None if mark.source == "poll" else _doubt_about_slot(mark, wal_status, position)
-            reason = gap_of((reason, of_slot, await self._left_out(mark, system)))
+            of_slot = None if checkpoint.source == "poll" else _doubt_about_slot(checkpoint, wal_status, position)
+            reason = gap_of((reason, of_slot, await self._left_out(checkpoint, system)))
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
-        await trust_mark(self._leader, self._config)
+        await trust_checkpoint(self._leader, self._config)
         self._confirmed = position
-        await self._note_saved(position if mark.confirmed_lsn is None else mark.confirmed_lsn)
+        await self._note_saved(position if checkpoint.confirmed_lsn is None else checkpoint.confirmed_lsn)
 
     async def _adopt(self, system: str, position: int, published: Snapshot) -> None:
         """Somebody else published up to where the slot stands: an operator said so."""
         await forget_future_transactions(self._leader)
         log.warning("slot adopted where it stands", slot=self._config.slot)
-        await self._start_mark(system, position, published)
+        await self._start_checkpoint(system, position, published)
 
-    async def _catch_up(self, desk: Desk, system: str, reason: str, published: Snapshot) -> None:
+    async def _catch_up(self, sink: CatchUpSink, system: str, reason: str, published: Snapshot) -> None:
         """Make the slot anew and publish every row beyond `published` that was committed before it.
 
         Only when all of it is acknowledged this is written down; ended before, it begins again.
@@ -214,20 +218,20 @@ class WalSource:
         if await (await self._leader.execute(FIND_SLOT, [slot])).fetchone() is not None:
             await self._stream.drop_slot(slot)
         snapshot = await self._stream.create_slot(slot)
-        count, published = await scan(self._config.postgres_url, snapshot, desk.publish, published)
-        await desk.drained()
+        count, published = await scan(self._config.postgres_url, snapshot, sink.publish, published)
+        await sink.drained()
         metrics.RESCANNED.inc(count)
         row = await (await self._leader.execute(FIND_SLOT, [slot])).fetchone()
         assert row is not None, "the slot was just made"
-        await self._start_mark(system, row[4], published, events=count)
+        await self._start_checkpoint(system, row[4], published, events=count)
         if count:
             log.warning("retained events were published from the table", slot=slot, events=count)
 
-    async def _start_mark(self, system: str, lsn: int, published: Snapshot, *, events: int = 0) -> None:
+    async def _start_checkpoint(self, system: str, lsn: int, published: Snapshot, *, events: int = 0) -> None:
         self._saved = self._confirmed = lsn
         self._published = published
         values: dict[str, Any] = {"lsn": lsn, "events": events, "publication": self._publication}
-        await start_mark(self._leader, self._config, system, published, **values)
+        await start_checkpoint(self._leader, self._config, system, published, **values)
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
@@ -381,7 +385,7 @@ class WalSource:
         while self._proofs and self._proofs[0][0] <= lsn:
             _, self._published = self._proofs.popleft()
         values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
-        await save_mark(self._leader, SAVE_LSN, values)
+        await save_checkpoint(self._leader, SAVE_LSN, values)
         await self._note_saved(lsn)
 
     async def _note_saved(self, lsn: int) -> None:
@@ -407,19 +411,19 @@ class WalSource:
             await self._stream.close()
 
 
-def _is_polled(mark: Mark, system: str) -> bool:
+def _is_polled(checkpoint: Checkpoint, system: str) -> bool:
     """Whether a poll has been here until now: a slot of ours, if there is one, was begun and not finished since."""
-    return mark.source == "poll" and mark.system_identifier == system
+    return checkpoint.source == "poll" and checkpoint.system_identifier == system
 
 
-def _remembered(mark: Mark) -> str | None:
+def _remembered(checkpoint: Checkpoint) -> str | None:
     """What was told of the publication before: being whole again brings nothing back."""
-    return next((each for each in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED) if each in (mark.gap or "")), None)
+    return next((each for each in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED) if each in (checkpoint.gap or "")), None)
 
 
-def _doubt_about_slot(mark: Mark, wal_status: str, position: int) -> str | None:
+def _doubt_about_slot(checkpoint: Checkpoint, wal_status: str, position: int) -> str | None:
     if wal_status in ("missing", "lost"):
         return SLOT_MISSING if wal_status == "missing" else SLOT_LOST
-    if mark.confirmed_lsn is not None and position > mark.confirmed_lsn:
+    if checkpoint.confirmed_lsn is not None and position > checkpoint.confirmed_lsn:
         return SLOT_AHEAD
     return None

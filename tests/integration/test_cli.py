@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.client import AmountUnusable, minor_units
-from app.command_line import advice_on, told_error
+from app.command_line import advice_on, error_text
 from app.settings import Settings
 from app.show import FilterUnusable, Wanted, list_payments, moment
 from app.wiring import GATEWAYS
@@ -503,7 +503,7 @@ def test_a_file_in_the_place_of_the_data_folder_is_told(tmp_path: Path, command:
     ids=lambda each: type(each).__name__ if isinstance(each, Exception) else "",
 )
 def test_only_an_error_of_a_connection_is_one_of_a_server(error: Exception, told: str, is_of_a_server: bool) -> None:
-    assert told_error(error).startswith(told)
+    assert error_text(error).startswith(told)
     assert (advice_on(error) is not None) is is_of_a_server
 
 
