@@ -388,3 +388,5 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
         if sending is not None and not sending.done():
             await asyncio.wait([sending], timeout=1)
             sending.cancel()
+    # One that was being made when the others were closed.
+    await producer.client.close()

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
+import aiokafka.client
 import psutil
 import psycopg
 import pytest
@@ -21,6 +22,7 @@ from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.partitions import partition_of
+from infra.relay.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
 from infra.relay.stream import with_settings
 from tests.conftest import PARTITIONS, Topics
@@ -585,3 +587,25 @@ async def test_a_role_that_may_read_the_outbox_and_does_not_own_it_suffices(conf
                 await published(config, *rows)
         finally:
             await owner.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+async def test_a_connection_that_is_being_made_while_a_publisher_closes_is_closed_too(
+    kafka_bootstrap: str, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, is_begun, made = aiokafka.client.create_conn, asyncio.Event(), []
+
+    async def create_slowly(*arguments: Any, **more: Any) -> Any:
+        is_begun.set()
+        made.append(await create(*arguments, **more))
+        await asyncio.sleep(0.2)
+        return made[-1]
+
+    config = RelayConfig(postgres_url="", kafka=KafkaAccess(kafka_bootstrap), topic=topics.events)
+    publisher = await Publisher.connect(config, lambda: None)
+    (producer,) = publisher._producers
+    await producer.client.close()
+    monkeypatch.setattr(aiokafka.client, "create_conn", create_slowly)
+    await producer.send(topics.events, b"{}", partition=0)
+    await is_begun.wait()
+    await publisher.close()
+    assert [each.connected() for each in made] == [False]
