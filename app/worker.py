@@ -223,7 +223,7 @@ class Worker:
         )
 
     async def _wait_for_topic(self) -> None:
-        """Looked for by its name, a topic that is not there might be made by the broker, and not as it should be."""
+        """A consumer of a topic that is not there does not start: it asks for some 40 s, and gives up."""
         kafka, topic = self._settings.kafka, self._settings.commands_topic
         while not await has_topic(kafka, topic):
             self._reads_not_yet = NO_TOPIC.format(topic)

@@ -2,6 +2,7 @@
 
 import ssl
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SecretStr
@@ -26,11 +27,12 @@ class KafkaAccess:
     """Whose signature the brokers' certificates must bear; if empty, of those that this machine trusts."""
 
     def client_arguments(self) -> dict[str, Any]:
-        """What an aiokafka client needs to reach the brokers.
+        """What an aiokafka client needs to reach the brokers; from then on none in this process makes topics.
 
         Raises:
             OSError: the CA file cannot be read.
         """
+        _leave_topics_to_us()
         arguments = {
             "bootstrap_servers": self.bootstrap,
             "security_protocol": self.protocol,
@@ -45,7 +47,7 @@ class KafkaAccess:
         }
 
     def broker_security(self) -> "BaseSecurity":
-        """The same for FastStream's broker, beside `bootstrap`.
+        """The same for FastStream's broker, beside `bootstrap`, and for its aiokafka clients.
 
         Raises:
             OSError: the CA file cannot be read.
@@ -53,6 +55,7 @@ class KafkaAccess:
         # Of all processes only the worker uses FastStream, which takes a while to load.
         from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512  # noqa: PLC0415
 
+        _leave_topics_to_us()
         if not self._has_user:
             return BaseSecurity(self._tls())
         kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
@@ -70,3 +73,15 @@ class KafkaAccess:
         if not self.protocol.endswith("SSL"):
             return None
         return ssl.create_default_context(cafile=self.ca_file or None)
+
+
+def _leave_topics_to_us() -> None:
+    """Have no aiokafka client of this process ask for a topic so that the broker makes it.
+
+    Where `auto.create.topics.enable` is on, which is Kafka's default, the question alone makes a topic that is missing,
+    mistyped or just deleted, with one partition and one copy. aiokafka's clients have no setting for it.
+    """
+    import aiokafka.client  # noqa: PLC0415 - who only reads settings needs none
+    from aiokafka.protocol.metadata import MetadataRequest  # noqa: PLC0415
+
+    vars(aiokafka.client)["MetadataRequest"] = partial(MetadataRequest, allow_auto_topic_creation=False)

@@ -98,12 +98,12 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
 
 
 @contextlib.asynccontextmanager
-async def running(config: RelayConfig) -> AsyncIterator[Relay]:
-    """A relay that streams; stopped in good order at the end."""
+async def running(config: RelayConfig, until_it_says: str = "active") -> AsyncIterator[Relay]:
+    """A relay that streams, or says what else it does; stopped in good order at the end."""
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     try:
-        await until(lambda: task.done() or relay.health.detail == "active")
+        await until(lambda: task.done() or until_it_says in relay.health.detail)
         yield relay
     finally:
         stop.set()
