@@ -40,13 +40,12 @@ MATCHING: Final = """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
 LARGEST: Final = f"SELECT coalesce(max(octet_length(o.payload)), 0) {MATCHING}"
 # `position` has every payment's order; rows from before it existed have none, and come first.
-SELECT: Final = f"SELECT {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq"
-# In the order of their positions, the times of writing step back.
+SELECT: Final = f"SELECT coalesce(o.position, 0), {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq"
+# In the order of their positions, the times of writing step back. The last one itself may have been dropped meanwhile.
 REST_SINCE: Final = f"""
-    WITH last AS (SELECT coalesce(position, 0) AS position, aggregateid, payment_seq FROM outbox WHERE id = %(last)s)
     SELECT count(*), min(o.created_at) {MATCHING}
        AND (coalesce(o.position, 0), o.aggregateid, o.payment_seq)
-         > (SELECT position, aggregateid, payment_seq FROM last)
+         > (%(last_position)s::bigint, %(last_payment)s, %(last_seq)s::bigint)
 """  # noqa: S608 - our own constant
 
 
@@ -76,8 +75,8 @@ class Replay:
         }
         self.done = 0
         """How many Kafka has acknowledged."""
-        self._last: OutboxEvent | None = None
-        """The last one of those."""
+        self._last: dict[str, Any] | None = None
+        """Where the last one of those stands."""
 
     async def count(self) -> int:
         """How many events it would publish.
@@ -107,8 +106,8 @@ class Replay:
             partitions = len(await producer.partitions_for(self._topic))
             started = time.monotonic()
             async for chunk in chunks:
-                await self._publish(producer, partitions, chunk)
-                self.done, self._last = self.done + len(chunk), chunk[-1]
+                await self._publish(producer, partitions, [event for _, event in chunk])
+                self.done, self._last = self.done + len(chunk), _place_of(*chunk[-1])
                 on_progress(self.done)
                 if await _is_set_within(stop, started + self.done / self._rate - time.monotonic()):
                     break
@@ -120,13 +119,13 @@ class Replay:
             psycopg.Error: Postgres is away.
         """
         assert self._last is not None, "something was published"
-        values = self._values | {"last": self._last.id.decode()}
         async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **_CONNECTION) as connection:
-            row = await (await connection.execute(REST_SINCE.encode(), values)).fetchone()
+            row = await (await connection.execute(REST_SINCE.encode(), self._values | self._last)).fetchone()
             assert row is not None, "an aggregate always gives a row"
             return row[0], row[1]
 
-    async def _chunks(self) -> AsyncGenerator[list[OutboxEvent], None]:
+    async def _chunks(self) -> AsyncGenerator[list[tuple[int, OutboxEvent]], None]:
+        """The events, each with its position."""
         size = max(1, min(CHUNK, self._rate // 10))
         # Postgres puts the rows aside and the transaction ends: open for as long as a throttled replay takes, it would
         # keep every table from being vacuumed, and the outbox's partitions from being made and dropped.
@@ -139,7 +138,7 @@ class Replay:
                 size = min(size, await rows_at_once(connection, LARGEST, self._values))
                 await cursor.execute(SELECT.encode(), self._values)
             while rows := await cursor.fetchmany(size):
-                yield [event_of(row) for row in rows]
+                yield [(position, event_of(columns)) for position, *columns in rows]
 
     async def _publish(self, producer: AIOKafkaProducer, partitions: int, events: list[OutboxEvent]) -> None:
         header = (HEADER, datetime.now(UTC).isoformat(timespec="seconds").encode())
@@ -154,6 +153,11 @@ class Replay:
             for event in events
         ]
         await asyncio.gather(*sent)
+
+
+def _place_of(position: int, event: OutboxEvent) -> dict[str, Any]:
+    payment, seq = event.aggregateid.decode(), int(event.payment_seq)
+    return {"last_position": position, "last_payment": payment, "last_seq": seq}
 
 
 async def _is_set_within(stop: asyncio.Event, seconds: float) -> bool:

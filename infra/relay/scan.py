@@ -1,6 +1,6 @@
 """Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import psycopg
@@ -61,6 +61,6 @@ async def _publish_all(
     return count
 
 
-def event_of(row: tuple[str | None, ...]) -> OutboxEvent:
+def event_of(row: Iterable[str | None]) -> OutboxEvent:
     """The event of a row of `COLUMNS`, in the same bytes as the log has it."""
     return OutboxEvent._make(None if value is None else value.encode() for value in row)

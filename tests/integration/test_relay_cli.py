@@ -27,7 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_database, postgres
 from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
-from infra.relay.replay import HEADER
+from infra.relay.replay import HEADER, Replay, Selection
 from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
@@ -446,6 +446,23 @@ async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
     went_on = await payments_relay(config, "replay", "--since", since)
     assert went_on.returncode == 0
     await read_until(config.kafka.bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
+
+
+async def test_a_replay_whose_last_event_was_dropped_from_the_outbox_still_tells_what_is_left(
+    config: RelayConfig,
+) -> None:
+    """Maintenance drops partitions beside a replay that lasts."""
+    rows = rows_of("pay_a", 15)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    replay = Replay(config, Selection(payment="pay_a"), topic=config.topic, rate=100)
+    stop = asyncio.Event()
+    await replay.run(lambda _: stop.set(), stop)
+    assert replay.done == 10
+    dropped = "DELETE FROM outbox WHERE payment_seq <= 10 RETURNING 1"
+    await fetch_value(config.postgres_url, dropped)
+    assert (await replay.rest())[0] == 5
 
 
 def replayed(records: list[Any]) -> list[Any]:
