@@ -40,13 +40,15 @@ MATCHING: Final = """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
 LARGEST: Final = f"SELECT coalesce(max(octet_length(o.payload)), 0) {MATCHING}"
 # `position` has every payment's order; rows from before it existed have none, and come first.
-SELECT: Final = f"SELECT coalesce(o.position, 0), {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq"
+SELECT: Final = f"""
+    SELECT coalesce(o.position, 0), {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq
+"""
 # In the order of their positions, the times of writing step back. The last one itself may have been dropped meanwhile.
 REST_SINCE: Final = f"""
     SELECT count(*), min(o.created_at) {MATCHING}
        AND (coalesce(o.position, 0), o.aggregateid, o.payment_seq)
          > (%(last_position)s::bigint, %(last_payment)s, %(last_seq)s::bigint)
-"""  # noqa: S608 - our own constant
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,8 +85,11 @@ class Session:
         self._leadership: asyncio.Task[None] | None = None
         self._newest, self._newest_since = 0, time.monotonic()
         """A transaction that was the newest one of the outbox, and since when it is waited for."""
-        self._put_anew: set[bytes] | None = None
-        """While events leave quarantine: those that Kafka has refused again, and what waits behind them."""
+        self._leaving: list[OutboxEvent] = []
+        """What is to leave quarantine, once Kafka has answered for all of `_leaving_group`."""
+        self._leaving_group = Group()
+        self._put_anew: set[bytes] = set()
+        """Those of them that Kafka has refused again, and what waits behind them."""
         self._source: Source
         self._publisher: Publisher
         self._quarantine: Quarantine
@@ -208,7 +211,7 @@ class Session:
         await self._publisher.flush()
         while diverted := self._publisher.take_diverted():
             await self._quarantine.put(diverted)
-            if self._put_anew is not None:
+            if self._leaving:
                 self._put_anew.update(each.event.id for each in diverted)
             self._publisher.acknowledge_diverted(diverted)
             await self._publisher.flush()
@@ -267,16 +270,13 @@ class Session:
             await self._unblock()
             return
         self._is_retry_due = True  # There may be more than a portion.
-        self._put_anew = set()
         keys = list({event.aggregateid for event in due})
         log.info("events leave quarantine", events=len(due), payments=len(keys))
         marked = await self._quarantine.mark_due(keys)
         due = [event for event in due if event.id in marked]  # But for what somebody has dropped just now.
         self._publisher.blocked.difference_update(keys)
-        if await self._publish_again(due):
-            await self._quarantine.done([event.id for event in due if event.id not in self._put_anew])
-        self._put_anew = None
-        metrics.QUARANTINED.set(await self._quarantine.count())
+        await self._publish_again(due)
+        await self._let_go()
 
     async def _unblock(self) -> None:
         """Payments of which nothing is left in quarantine, since somebody has dropped it, go on."""
@@ -284,17 +284,23 @@ class Session:
         if blocked := set(self._publisher.blocked):
             self._publisher.blocked -= blocked - await self._quarantine.keys()
 
-    async def _publish_again(self, due: list[OutboxEvent]) -> bool:
-        """Whether Kafka has taken or refused them all; not so if the relay is to stop meanwhile."""
-        group = Group()
+    async def _publish_again(self, due: list[OutboxEvent]) -> None:
+        """Until Kafka has taken or refused them all, or the relay is to stop."""
+        self._leaving, self._leaving_group, self._put_anew = due, Group(), set()
         self._source.unwatch()  # What comes is not read meanwhile, and would wake us without end.
-        self._publisher.publish(due, group)
-        while group.missing and not self._stop.is_set():
+        self._publisher.publish(due, self._leaving_group)
+        while self._leaving_group.missing and not self._stop.is_set():
             await self._source.save()  # Postgres ends the stream of who is silent.
             await self._flush()  # What was acknowledged meanwhile has made room, and wakes nobody later.
-            if group.missing:
+            if self._leaving_group.missing:
                 await self._progress()
-        return not group.missing
+
+    async def _let_go(self) -> None:
+        """What Kafka has taken of a retry is in quarantine no more."""
+        if self._leaving and not self._leaving_group.missing:
+            await self._quarantine.done([event.id for event in self._leaving if event.id not in self._put_anew])
+            self._leaving = []
+        metrics.QUARANTINED.set(await self._quarantine.count())
 
     async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
@@ -370,6 +376,7 @@ class Session:
                     if self._publisher.unacknowledged:
                         await self._wake.wait()
         async with asyncio.timeout(2):
+            await self._let_go()
             await self._source.save()
             await self._source.finish()
         log.info("relay stopped", unacknowledged=self._publisher.unacknowledged)

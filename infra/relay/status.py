@@ -10,9 +10,10 @@ from psycopg.rows import dict_row
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
-# A checkpoint from another server proves nothing here: all that is in the outbox waits.
+# A checkpoint from another server proves nothing here: all that is in the outbox waits. `failover` came with 17.
 CHECKPOINTS: Final = """
-    SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status, s.failover,
+    SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status,
+           (to_jsonb(s) ->> 'failover')::boolean AS failover,
            s.active AND EXISTS (SELECT FROM pg_stat_activity AS a
                                  WHERE a.pid = s.active_pid AND a.application_name <> 'relay') AS is_anothers,
            pg_current_wal_flush_lsn() - s.confirmed_flush_lsn AS lag_bytes,
