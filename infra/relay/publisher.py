@@ -15,6 +15,7 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidTopicError,
+    LeaderNotAvailableError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     UnknownTopicOrPartitionError,
@@ -41,6 +42,8 @@ IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
 four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
+REQUEST_SECONDS = 15.0
+"""How long a broker may take to answer."""
 TOPIC_SECONDS = 5.0
 """How long a topic that was just made may take until the broker knows of it."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
@@ -68,7 +71,8 @@ class _Lane:
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[RecordBatch] = deque()
         self.in_flight: RecordBatch | None = None
-        self.sent_at = 0.0
+        self.sent_at: float | None = None
+        """When what Kafka has not answered yet was sent for the first time."""
 
     def unpack(self) -> list[tuple[OutboxEvent, Group]]:
         """Take out all that waits, as events."""
@@ -238,7 +242,7 @@ class Publisher:
         before = time.monotonic() - self._config.stalled_seconds
         if self._progress_at < before:
             return "Kafka acknowledges nothing"
-        stuck = [str(lane.number) for lane in self._lanes if lane.in_flight and lane.sent_at < before]
+        stuck = [str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before]
         return f"Kafka acknowledges nothing in partition {', '.join(stuck)}" if stuck else None
 
     async def close(self) -> None:
@@ -256,7 +260,7 @@ class Publisher:
         if not lane.pending:
             self._open[lane.number] = None
         self._in_flight_bytes += batch.payload_bytes
-        lane.sent_at = time.monotonic()
+        lane.sent_at = lane.sent_at or time.monotonic()
         try:
             sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
         except AssertionError as error:  # aiokafka's way to say so.
@@ -280,15 +284,24 @@ class Publisher:
         assert batch is not None, "of each lane one batch is on its way"
         self._in_flight_bytes -= batch.payload_bytes
         if error is None:
+            lane.sent_at = None
             self._acknowledge(batch)
         else:
             lane.pending.appendleft(batch)
-            if isinstance(error, REFUSALS):
-                self._refused(lane, batch, error)
-            else:
-                # Nothing may overtake what was not sent: the session ends here.
-                self._error = error
+            self._failed(lane, batch, error)
         self._on_progress()
+
+    def _failed(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
+        """Nothing may overtake what was not sent: it waits for its lane to go on, or the session ends here."""
+        if isinstance(error, LeaderNotAvailableError):
+            # The other lanes go on: a new session would send once more what they have sent since.
+            lane.is_producer_spent = True
+            self._put_back(self._take_out(lane))
+        elif isinstance(error, REFUSALS):
+            lane.sent_at = None
+            self._refused(lane, batch, error)
+        else:
+            self._error = error
 
     def _acknowledge(self, batch: RecordBatch) -> None:
         """These are on the topic for good."""
@@ -353,12 +366,15 @@ class Publisher:
 
 
 async def _start_producer(config: RelayConfig) -> AIOKafkaProducer:
-    """A started producer whose retries neither reorder nor repeat; it never gives up a batch by itself."""
+    """A started producer whose retries neither reorder nor repeat.
+
+    It gives up a batch by itself only where its partition has had no leader for `REQUEST_SECONDS`.
+    """
     producer = AIOKafkaProducer(
         **config.kafka.client_arguments(),
         acks="all",
         enable_idempotence=True,
-        request_timeout_ms=15_000,
+        request_timeout_ms=int(REQUEST_SECONDS * 1000),
     )
     try:
         await producer.start()

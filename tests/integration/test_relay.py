@@ -13,14 +13,17 @@ import aiokafka.client
 import psutil
 import psycopg
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.cluster import ClusterMetadata
+from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics, session
+from infra.relay import Relay, RelayConfig, metrics, publisher, session
 from infra.relay.partitions import partition_of
 from infra.relay.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
@@ -421,6 +424,45 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
 
 
 @also_plain
+async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_again(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka gives such a batch up in the end; a session that began anew then would repeat all that came since."""
+    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.5)
+    rows = [row for number in range(1, 10) for row in rows_of(f"pay_000{number}", 5)]
+    others = [row for row in rows if partition_of(row.key.encode(), PARTITIONS) != 1]
+    sessions = metrics.RECONNECTS.labels("kafka")._value.get()
+    async with running(replace(config, stalled_seconds=2)) as relay:
+        with without_leader(config.topic, 1):
+            await commit(config.postgres_url, *([row] for row in rows))
+            await published(config, *others)
+            await until(lambda: "Kafka acknowledges nothing in partition 1" in (relay.trouble or ""))
+        records = await published(config, *rows)
+        await until(lambda: relay.trouble is None)
+    assert_first_deliveries_in_order(records, rows)
+    assert len(records) == len(rows) > len(others)
+    assert metrics.RECONNECTS.labels("kafka")._value.get() == sessions
+
+
+@contextlib.contextmanager
+def without_leader(topic: str, partition: int) -> Iterator[None]:
+    """Where the brokers that a producer knows have no leader of this partition."""
+    drain, asked = MessageAccumulator.drain_by_nodes, ClusterMetadata.leader_for_partition
+
+    def answer(cluster: ClusterMetadata, of: TopicPartition) -> int | None:
+        return -1 if of == (topic, partition) else asked(cluster, of)
+
+    def drain_without(accumulator: MessageAccumulator, *arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClusterMetadata, "leader_for_partition", answer)
+            return drain(accumulator, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MessageAccumulator, "drain_by_nodes", drain_without)
+        yield
+
+
+@also_plain
 async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
     highest = 0
     rows = rows_of("pay_a", 200, payload=f'"{"x" * 100_000}"')
@@ -517,7 +559,7 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
     await set_database(config.postgres_url, "transaction_timeout = '100ms'")
     async with running(replace(config, unacknowledged_max=20)):
         records = await published(config, *rows)
-    assert len(records) == len(rows)
+    assert len(records) == len(rows) > len(others)
     assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 
