@@ -1,11 +1,20 @@
 """What is wrong with the relays of a database, and what to do about each: the last lines of `payments relay status`."""
 
+from typing import Final
+
 from infra.relay.gaps import advice_on
 from infra.relay.status import Overview, RelayStatus
 
 LAG_SECONDS_MAX = 60.0
 HELD_FOR_NOBODY = 64 * 1024 * 1024
 """Bytes of log that an inactive slot may keep before it is worth a person's look."""
+HELD_BY_A_TRANSACTION: Final = 1024 * 1024 * 1024
+"""Bytes of log that a slot may keep though its relay has read them: before the alert `SlotRetainsLog` calls."""
+END_THE_TRANSACTION: Final = (
+    "a transaction that has written something and has not ended holds it, in any database of the server. End it; it is"
+    " named by SELECT pid, datname, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY"
+    " xact_start, or by SELECT * FROM pg_prepared_xacts"
+)
 
 
 def troubles_of(overview: Overview) -> list[str]:
@@ -50,9 +59,15 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
             " ended`) and its /health/ready say why"
         )
     if relay.source == "wal" and "unreserved" in relay.slot_state:
+        advice = f"; {END_THE_TRANSACTION}" if _is_held_though_read(relay) else ", or have it read at once"
         found.append(
             f"{relay.slot}: at the next checkpoint the server removes log that its slot needs: raise"
-            " max_slot_wal_keep_size (ALTER SYSTEM SET …, SELECT pg_reload_conf()), or have it read at once"
+            f" max_slot_wal_keep_size (ALTER SYSTEM SET …, SELECT pg_reload_conf()){advice}"
+        )
+    elif _is_held_though_read(relay) and (relay.retained_bytes or 0) > HELD_BY_A_TRANSACTION:
+        kept = in_bytes(relay.retained_bytes)
+        found.append(
+            f"{relay.slot}: its slot keeps {kept} of log that its relay has read; if that lasts, {END_THE_TRANSACTION}"
         )
     if relay.source == "poll" and relay.slot_state != "none":
         kept = "is lost" if "lost" in relay.slot_state else f"keeps {in_bytes(relay.retained_bytes)} of log for nobody"
@@ -68,6 +83,12 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
         found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")
     return found
+
+
+def _is_held_though_read(relay: RelayStatus) -> bool:
+    """Whether most of the log that its slot keeps is read and published."""
+    lag, kept = relay.lag_bytes or 0, relay.retained_bytes or 0
+    return relay.source == "wal" and relay.is_running and lag < kept / 2
 
 
 def _farewell(relay: RelayStatus) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from dataclasses import replace
 
 import psycopg
@@ -18,7 +19,7 @@ from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
-from infra.relay.status import Overview, read_status
+from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
 from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (
@@ -541,12 +542,56 @@ async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
     await write_until(config.postgres_url, "lost", "SELECT pg_switch_wal()", "CHECKPOINT")
     (lost,) = (await read_status(config.postgres_url)).relays
     polled = replace(lost, source="poll", is_running=True)
-    (told,) = troubles_of(Overview(relays=[polled], starting=[], strangers=[], last_event_at=None))
+    (told,) = troubles(polled)
     assert "the slot that it had before is lost" in told, "a poll goes on without it"
     async with StandingStill(config) as standing:
         assert SLOT_LOST in standing.relay.health.detail
         assert await standing.decide("unproven") == 5
         assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
+
+
+@pytest.mark.usefixtures("little_log")
+async def test_a_transaction_that_holds_the_log_of_a_slot_though_all_is_read_is_told(
+    own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
+) -> None:
+    """Of another database, too. To start a relay, or to look after Kafka, would help nobody."""
+    url = own_postgres.url
+    config = RelayConfig(
+        postgres_url=url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, feedback_seconds=0.1
+    )
+    async with running(config):
+        async with await psycopg.AsyncConnection.connect(own_postgres.url_of("postgres")) as long:
+            await long.execute("CREATE TABLE of_a_batch ()")
+            await write_until(url, "unreserved", "SELECT pg_switch_wal()")
+            await until(lambda: fetch_value(url, IS_READ))
+            (status,) = (await read_status(url)).relays
+            (told,) = troubles(status)
+            assert "raise max_slot_wal_keep_size" in told
+            assert "a transaction that has written something and has not ended holds it" in told
+            in_time = replace(status, slot_state="active, extended")
+            assert not troubles(in_time), "soon it ends by itself"
+            assert troubles(replace(in_time, retained_bytes=2**31))[0].endswith(told[told.index("a transaction") :])
+            assert not troubles(replace(in_time, retained_bytes=2**31, lag_bytes=2**31)), "it lags"
+            (query,) = re.findall("SELECT pid, .* ORDER BY xact_start", told)
+            assert await fetch_value(url, query) == long.info.backend_pid
+            await long.rollback()
+
+        async def is_let_go() -> bool:
+            await fetch_value(url, "SELECT pg_log_standby_snapshot()")
+            await fetch_value(url, "SELECT pg_logical_emit_message(false, 'none', repeat('x', 1100000))")
+            return not troubles_of(await read_status(url))
+
+        await until(is_let_go)
+
+
+IS_READ = """
+    SELECT pg_current_wal_lsn() - confirmed_flush_lsn < (pg_current_wal_lsn() - restart_lsn) / 2
+      FROM pg_replication_slots
+"""
+
+
+def troubles(relay: RelayStatus) -> list[str]:
+    return troubles_of(Overview(relays=[relay], starting=[], strangers=[], last_event_at=None))
 
 
 async def write_until(url: str, wal_status: str, *statements: str) -> None:
