@@ -62,8 +62,9 @@ def repair(
 ) -> None:
     """Close a gap: publish what has no proof of publication.
 
-    For a relay that stopped because its slot is gone, was moved, or is on another server. The slot is recreated; events
-    may repeat, none is left out. A running relay does it; if none runs, the next one does at its start.
+    For a relay that stopped because its slot is gone, was moved, or is on another server, or because the publication
+    was changed. The slot is recreated, and a poll goes back to where proof ends; events may repeat, none is left out. A
+    running relay does it; if none runs, the next one does at its start.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).repair(everything=everything, dry_run=dry_run, timeout_seconds=timeout))
@@ -71,9 +72,10 @@ def repair(
 
 @relay.command()
 def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
-    """Go on where somebody else has moved the slot.
+    """Go on past a gap that left nothing out: nothing is published again.
 
-    For the way back from Debezium on the same slot: up to where the slot stands, Debezium has published.
+    For the way back from Debezium on the same slot: up to where the slot stands, Debezium has published. For another
+    PAYMENTS_EVENTS_TOPIC, if it is meant, and the only reason. And after pg_upgrade, if all was published before.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).adopt(timeout_seconds=timeout))

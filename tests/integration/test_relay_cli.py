@@ -36,6 +36,7 @@ from tests.integration.test_relay_gap import ADVANCE, CREATE, DROP, StandingStil
 from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import (
     Row,
+    assert_first_deliveries_in_order,
     commit,
     fetch_value,
     ids,
@@ -600,6 +601,32 @@ async def test_a_repair_does_not_publish_to_a_topic_that_was_mistyped(config: Re
     assert (await payments_relay(mistyped, "adopt")).returncode == 0
     stop.set()
     await task
+
+
+@wal_only
+async def test_a_new_topic_is_not_adopted_with_what_the_slot_has_passed(config: RelayConfig, topics: Topics) -> None:
+    """Who means the topic would skip that, and be told so by nobody."""
+    rows, missed = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await proven(config, *rows)
+    await commit(config.postgres_url, missed)
+    await fetch_value(config.postgres_url, ADVANCE, config.slot)
+    moved = replace(config, topic=topics.dlq)
+    async with StandingStill(moved):
+        refused = await payments_relay(moved, "adopt")
+        told = " ".join(refused.stdout.split())
+        assert (refused.returncode, told.startswith(f"Not done: the events before went to topic {config.topic}")) == (
+            1,
+            True,
+        )
+        assert "To do: set PAYMENTS_EVENTS_TOPIC back, and start the relay again; if Debezium moved it" in told
+        assert await fetch_value(config.postgres_url, "SELECT gap IS NOT NULL AND repair IS NULL FROM relay_slots")
+    async with StandingStill(config):
+        assert (await payments_relay(config, "repair")).returncode == 0
+        assert_first_deliveries_in_order(await published(config, *rows, *missed), rows + missed)
+    async with StandingStill(moved):
+        assert (await payments_relay(moved, "adopt")).returncode == 0
 
 
 @pytest.fixture
