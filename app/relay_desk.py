@@ -147,7 +147,7 @@ class RelayDesk:
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
         async def decided(connection: psycopg.AsyncConnection) -> int:
             if await request_repair(connection, self._slot, repair):
-                return await self._wait_for_repair(connection, timeout_seconds)
+                return await self._wait_for_repair(connection, repair, timeout_seconds)
             gap, asked, _ = await find_repair(connection, self._slot)
             if asked is not None:
                 topic = " with PAYMENTS_EVENTS_TOPIC as it was, or `payments relay repair --everything` for another one"
@@ -157,19 +157,19 @@ class RelayDesk:
                 )
                 return 1
             self._out.print(
-                f"Nothing to do: relay {self._slot!r} is active. (To publish events once more beside it:"
-                " `payments relay replay`.)"
+                f"Nothing to do: relay {self._slot!r} is active, or tries to be: `payments relay status` tells. (To"
+                " publish events once more beside it: `payments relay replay`.)"
             )
             return 1
 
         return self._ask(decided)
 
-    async def _wait_for_repair(self, connection: psycopg.AsyncConnection, timeout_seconds: float) -> int:
+    async def _wait_for_repair(self, connection: psycopg.AsyncConnection, asked: Repair, timeout_seconds: float) -> int:
         started = time.monotonic()
         said_at = started
         with self._out.status("asked the relay; waiting for it …") as shown:
             while (now := time.monotonic()) < started + timeout_seconds:
-                text = f"{now - started:.0f} s: {await self._repairing(connection)}"
+                text = f"{now - started:.0f} s: {await self._repairing(connection, asked)}"
                 shown.update(text)
                 if not self._out.is_terminal and now - said_at > SAY_EVERY_SECONDS:
                     said_at = now
@@ -179,18 +179,25 @@ class RelayDesk:
                     self._out.print(f"not done, the relay stands still: {gap}. To do: {advice_on(gap)}")
                     return 1
                 if repair is None:
-                    self._out.print(f"done{f': {events} events published' if events else ''}; the relay goes on")
+                    self._out.print(f"done{await self._outcome(connection, asked, events)}; the relay goes on")
                     return 0
                 await asyncio.sleep(0.2)
         self._out.print("asked, and not done yet: is a relay running?")
         return 1
 
-    async def _repairing(self, connection: psycopg.AsyncConnection) -> str:
+    async def _outcome(self, connection: psycopg.AsyncConnection, asked: Repair, events: int) -> str:
+        """A poll is only set back: it publishes as it goes on."""
+        if asked != "adopt" and await find_source(connection, self._slot) == "poll":
+            return ": what is to be repeated is published from here on"
+        return f": {events} events published" if events else ""
+
+    async def _repairing(self, connection: psycopg.AsyncConnection, asked: Repair) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
             who, since = blocker
             return f"the new slot waits for the end of a transaction that runs since {time_text(since)}, of {who}"
         if await is_led(connection, self._slot):
-            return "a relay is at it: it makes the slot anew and publishes"
+            is_slot_made = asked != "adopt" and await find_source(connection, self._slot) == "wal"
+            return f"a relay is at it{': it makes the slot anew and publishes' if is_slot_made else ''}"
         return "no relay is at it yet; one that stands before a gap looks every 2 s"
 
     # --- quarantine ---------------------------------------------------------------------------------------------------

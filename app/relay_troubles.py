@@ -76,9 +76,9 @@ def _troubles_of(relay: RelayStatus) -> list[str]:
             f" pg_drop_replication_slot('{relay.slot}'), since old partitions of the outbox are kept for it"
         )
     if relay.lag_seconds > LAG_SECONDS_MAX:
+        standbys = ", and each standby that synchronized_standby_slots names" if relay.source == "wal" else ""
         found.append(
-            f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there, and each"
-            " standby that synchronized_standby_slots names?"
+            f"{relay.slot}: the oldest unpublished event waits for {relay.lag_seconds:.0f} s: is Kafka there{standbys}?"
         )
     if waiting := sum(relay.quarantine[state] for state in ("refused", "waiting", "retrying")):
         found.append(f"{relay.slot}: {waiting} events in quarantine: `payments relay quarantine list`")

@@ -355,9 +355,11 @@ class Session:
         """That the source brings nothing, though there is something."""
         if min(self._unread_seconds, self._publisher.quiet_seconds) < self._config.stalled_seconds:
             return None
+        is_log = self._config.source == "wal"  # Who reads the table waits for no standby.
+        advice = ": is there each standby that synchronized_standby_slots names?" if is_log else ""
         return (
-            f"Postgres has brought nothing for {self._publisher.quiet_seconds:.0f} s, and events wait in the outbox: is"
-            " there each standby that synchronized_standby_slots names?"
+            f"Postgres has brought nothing for {self._publisher.quiet_seconds:.0f} s, and events wait in the outbox"
+            f"{advice}"
         )
 
     def _check_leadership(self) -> None:

@@ -27,6 +27,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_database, postgres
 from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
+from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.replay import HEADER, Replay, Selection
 from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
@@ -198,7 +199,8 @@ async def test_a_repair_that_lasts_says_how_long_and_who_is_at_it(
 async def test_repair_says_what_it_would_do_and_does_it(config: RelayConfig) -> None:
     rows = rows_of("pay_a", 5)
     async with running(config):
-        assert (await payments_relay(config, "repair")).returncode == 1, "there is nothing to mend"
+        refused = await payments_relay(config, "repair")
+        assert (refused.returncode, "is active, or tries to be" in refused.stdout) == (1, True), "nothing to mend"
     await fetch_value(config.postgres_url, DROP, config.slot)
     await commit(config.postgres_url, rows)
     async with StandingStill(config):
@@ -210,6 +212,44 @@ async def test_repair_says_what_it_would_do_and_does_it(config: RelayConfig) -> 
         done = await payments_relay(config, "repair")
         assert (done.returncode, "done: 5 events published" in done.stdout) == (0, True)
         assert ids(await published(config, *rows)) == [row.id for row in rows]
+
+
+@pytest.mark.parametrize("source", ["poll"], indirect=True)
+async def test_a_poll_that_is_repaired_publishes_afterwards_and_is_told_of_no_standbys(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 5)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+    await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
+    long_ago = "UPDATE outbox SET created_at = now() - interval '1 hour' RETURNING 1"
+    await fetch_value(config.postgres_url, long_ago)
+    async with StandingStill(config):
+        told = json.loads((await payments_relay(config, "status", "--json")).stdout)
+        assert [each for each in told["troubles"] if each.endswith("s: is Kafka there?")]
+        adopted = await payments_relay(config, "adopt")
+        assert (adopted.returncode, "not done, the relay stands still" in adopted.stdout) == (1, True)
+        done = await payments_relay(config, "repair")
+        assert done.returncode == 0
+        assert "done: what is to be repeated is published from here on; the relay goes on" in done.stdout
+        await read_until(config.kafka.bootstrap, config.topic, lambda found: len(found) == 2 * len(rows))
+
+
+async def test_what_a_relay_is_at_is_told_by_what_was_asked_of_it(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running(config):
+        await commit(config.postgres_url, rows_of("pay_a", 3))
+    monkeypatch.setattr(relay_desk, "SAY_EVERY_SECONDS", -1)  # Each time that it looks.
+    desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
+    await fetch_value(config.postgres_url, "UPDATE relay_slots SET gap = 'of a test' RETURNING 1")
+    async with await psycopg.AsyncConnection.connect(config.postgres_url) as leader:
+        await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
+        await asyncio.to_thread(desk.adopt, timeout_seconds=0.5)
+        adopting = capsys.readouterr().out
+        await asyncio.to_thread(desk.repair, everything=False, dry_run=False, timeout_seconds=0.5)
+        repairing = capsys.readouterr().out
+    assert re.search(r"s: a relay is at it$", adopting, re.MULTILINE)
+    assert ("a relay is at it: it makes the slot anew" in repairing) == (config.source == "wal")
 
 
 async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfig) -> None:
