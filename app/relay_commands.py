@@ -56,7 +56,8 @@ def repair(
     everything: Annotated[
         bool, typer.Option("--everything", help="Publish every retained event, not only those without proof.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be published.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be published, and list it.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many of those that have no proof are listed.")] = 20,
     timeout: Annotated[float, typer.Option(help="How many seconds to wait for the relay.")] = 300.0,
     data_dir: DataDir = None,
 ) -> None:
@@ -67,7 +68,8 @@ def repair(
     running relay does it; if none runs, the next one does at its start.
     """
     with readable_errors():
-        raise typer.Exit(_desk(data_dir).repair(everything=everything, dry_run=dry_run, timeout_seconds=timeout))
+        desk = _desk(data_dir)
+        raise typer.Exit(desk.repair(everything=everything, dry_run=dry_run, limit=limit, timeout_seconds=timeout))
 
 
 @relay.command()

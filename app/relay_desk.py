@@ -34,6 +34,7 @@ from infra.relay.progress import (
     find_repair,
     find_slot_state,
     find_source,
+    list_unproven,
     request_repair,
     withdraw_adopt,
 )
@@ -93,13 +94,15 @@ class RelayDesk:
 
     # --- repair and adopt ---------------------------------------------------------------------------------------------
 
-    def repair(self, *, everything: bool, dry_run: bool, timeout_seconds: float) -> int:
+    def repair(self, *, everything: bool, dry_run: bool, limit: int, timeout_seconds: float) -> int:
         self._require_relay()
         count = count_retained if everything else partial(count_unproven, slot=self._slot)
         events, first, last = self._ask(count)
         what = "events are retained" if everything else "retained events have no proof of publication"
         self._out.print(f"{events} {what}" + (f", from {time_text(first)} to {time_text(last)}" if events else ""))
         if dry_run:
+            if not everything:
+                self._list_unproven(limit)
             return 0
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
         if gap is not None and is_about_topic(gap) and not everything:
@@ -114,6 +117,15 @@ class RelayDesk:
         finally:
             if self._ask(lambda connection: find_repair(connection, self._slot))[1] == repair:
                 self._out.print(f"{REQUESTS[repair]} stays asked for: a relay does it as soon as one can.")
+
+    def _list_unproven(self, limit: int) -> None:
+        found = self._ask(partial(list_unproven, slot=self._slot, limit=limit + 1))
+        rows = [[_cell(fact) for fact in row] for row in found[:limit]]
+        if rows:
+            names = ("event", "payment", "seq", "type", "written")
+            print_wide(self._out, table_of(names, rows, whole={"event", "payment"}))
+        if len(found) > limit:
+            tell_of_more(limit)
 
     def adopt(self, *, timeout_seconds: float) -> int:
         is_polled = self._require_relay() == "poll"

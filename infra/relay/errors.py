@@ -13,9 +13,12 @@ RelayError
 """
 
 from datetime import datetime
+from typing import Final
 
 from infra.relay.gaps import advice_on
 from infra.relay.snapshot import Snapshot
+
+LISTED: Final = " (`payments relay repair --dry-run` lists them)"
 
 
 class RelayError(Exception):
@@ -47,7 +50,8 @@ class GapFound(RelayError):
     def told_with(self, events: int, first: datetime | None, last: datetime | None) -> str:
         """The message, with how many events have no proof, and when the first and the last were written."""
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
-        return f"{self.reason}: {events} retained events have no proof of publication{span}: {advice_on(self.reason)}"
+        unproven = f"{events} retained events have no proof of publication{span}{LISTED if events else ''}"
+        return f"{self.reason}: {unproven}: {advice_on(self.reason)}"
 
 
 class CheckpointMissing(RelayError):

@@ -71,6 +71,10 @@ REPAIR: Final = f"""
             OR %(repair)s = 'everything' AND repair = 'unproven' AND NOT {is_held(LEADERSHIP)})
 """  # noqa: S608 - names from our own constants
 COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
+LIST_UNPROVEN: Final = f"""
+    SELECT o.id::text, o.aggregateid, o.payment_seq, o.type, o.created_at FROM outbox AS o WHERE {UNPROVEN}
+     ORDER BY o.created_at, o.aggregateid, o.payment_seq LIMIT %(limit)s
+"""  # noqa: S608 - names from our own constants
 # A transaction that was prepared, and that nobody has ended since, has no backend any more.
 FIND_BLOCKER: Final = """
     SELECT who, since
@@ -311,9 +315,19 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
+    return await count_beyond(connection, await _published(connection, slot))
+
+
+async def list_unproven(connection: psycopg.AsyncConnection, slot: str, *, limit: int) -> list[tuple[Any, ...]]:
+    """The first of them, as they were written: id, payment, `payment_seq`, type, time."""
+    published = await _published(connection, slot)
+    return await (await connection.execute(LIST_UNPROVEN.encode(), published.proof | {"limit": limit})).fetchall()
+
+
+async def _published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
     checkpoint = await find_checkpoint(connection, slot)
     row = await (await connection.execute(SYSTEM)).fetchone()
-    return await count_beyond(connection, checkpoint.published_on(row[0]) if checkpoint and row else NOTHING)
+    return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
 
 
 async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any, Any]:

@@ -559,7 +559,7 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
     await set_database(config.postgres_url, "transaction_timeout = '100ms'")
     async with running(replace(config, unacknowledged_max=20)):
         records = await published(config, *rows)
-    assert len(records) == len(rows) > len(others)
+    assert len(records) == len(rows)
     assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 

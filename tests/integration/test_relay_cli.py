@@ -190,7 +190,7 @@ async def test_a_repair_that_lasts_says_how_long_and_who_is_at_it(
         await commit(config.postgres_url, rows_of("pay_a", 3))
     monkeypatch.setattr(relay_desk, "SAY_EVERY_SECONDS", 0.5)
     desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
-    waited = await asyncio.to_thread(desk.repair, everything=False, dry_run=False, timeout_seconds=2.0)
+    waited = await asyncio.to_thread(desk.repair, everything=False, dry_run=False, limit=20, timeout_seconds=2.0)
     assert waited == 1
     assert "1 s: no relay is at it yet" in capsys.readouterr().out
 
@@ -207,8 +207,10 @@ async def test_repair_says_what_it_would_do_and_does_it(config: RelayConfig) -> 
         status = await payments_relay(config, "status")
         assert status.returncode == 1
         assert "the slot has disappeared" in status.stdout
-        dry = await payments_relay(config, "repair", "--dry-run")
+        dry = await payments_relay(config, "repair", "--dry-run", "--limit", "4")
         assert "5 retained events have no proof" in dry.stdout
+        assert [str(row.id) in dry.stdout for row in rows] == [True] * 4 + [False]
+        assert "--limit shows more than 4" in dry.stderr
         done = await payments_relay(config, "repair")
         assert (done.returncode, "done: 5 events published" in done.stdout) == (0, True)
         assert ids(await published(config, *rows)) == [row.id for row in rows]
@@ -246,7 +248,7 @@ async def test_what_a_relay_is_at_is_told_by_what_was_asked_of_it(
         await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
         await asyncio.to_thread(desk.adopt, timeout_seconds=0.5)
         adopting = capsys.readouterr().out
-        await asyncio.to_thread(desk.repair, everything=False, dry_run=False, timeout_seconds=0.5)
+        await asyncio.to_thread(desk.repair, everything=False, dry_run=False, limit=20, timeout_seconds=0.5)
         repairing = capsys.readouterr().out
     assert re.search(r"s: a relay is at it$", adopting, re.MULTILINE)
     assert ("a relay is at it: it makes the slot anew" in repairing) == (config.source == "wal")
