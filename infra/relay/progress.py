@@ -13,7 +13,7 @@ import structlog
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
-from infra.relay.gaps import ANOTHER_SERVER, another_topic
+from infra.relay.gaps import ANOTHER_SERVER, another_topic, gap_of
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
@@ -137,7 +137,7 @@ class Checkpoint:
 
     def reason_for_doubt(self, system: str, topic: str) -> str | None:
         """Why a relay of whatever source must not simply go on from here."""
-        return ANOTHER_SERVER if self.system_identifier != system else self.another_topic(topic)
+        return gap_of((ANOTHER_SERVER if self.system_identifier != system else None, self.another_topic(topic)))
 
     def another_topic(self, topic: str) -> str | None:
         """Why not, if it published to another topic before."""

@@ -15,7 +15,6 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
 from infra.relay.gaps import (
-    ANOTHER_SERVER,
     NOT_IN_PUBLICATION,
     PUBLICATION_CHANGED,
     SLOT_AHEAD,
@@ -166,11 +165,7 @@ class WalSource:
             checkpoint.repair == "adopt" or checkpoint.another_topic(self._config.topic) is None
         ):
             await self._catch_up(sink, system, "another source before", published)
-        elif (
-            checkpoint.repair == "adopt"
-            and wal_status not in ("missing", "lost")
-            and not await self._left_out(checkpoint, system)
-        ):
+        elif checkpoint.repair == "adopt" and await self._may_adopt(checkpoint, system, wal_status, position):
             await self._adopt(system, position, published)
         else:
             if checkpoint.repair == "adopt":
@@ -179,6 +174,13 @@ class WalSource:
                 await withdraw_adopt(self._leader, self._config.slot)
             self._published = published
             await self._trust(checkpoint, system, wal_status, position)
+
+    async def _may_adopt(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> bool:
+        """Not what the publication left out; and not a new topic together with what the slot has passed."""
+        if wal_status in ("missing", "lost") or await self._left_out(checkpoint, system):
+            return False
+        is_moved = checkpoint.system_identifier != system or _doubt_about_slot(checkpoint, wal_status, position)
+        return not (is_moved and checkpoint.another_topic(self._config.topic))
 
     async def _left_out(self, checkpoint: Checkpoint, system: str) -> str | None:
         """Why the log may be without some events, which who has read the slot meanwhile has not had either.
@@ -193,7 +195,7 @@ class WalSource:
     async def _trust(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
         reason = checkpoint.reason_for_doubt(system, self._config.topic)
-        if reason != ANOTHER_SERVER:  # There, the slot is another one, too.
+        if checkpoint.system_identifier == system:  # Elsewhere, the slot is another one, too.
             of_slot = None if checkpoint.source == "poll" else _doubt_about_slot(checkpoint, wal_status, position)
             reason = gap_of((reason, of_slot, await self._left_out(checkpoint, system)))
         if reason is not None:

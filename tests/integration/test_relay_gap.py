@@ -515,6 +515,10 @@ async def test_another_topic_hides_no_other_reason(config: RelayConfig, topics: 
         reason = SLOT_AHEAD if damage == "slot" else PUBLICATION_CHANGED
         assert f"went to topic {config.topic}, " in standing.relay.health.detail
         assert f"; and {reason}" in standing.relay.health.detail
+        async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+            assert await request_repair(connection, config.slot, "adopt")
+            await until(lambda: fetch_value(config.postgres_url, "SELECT repair IS NULL FROM relay_slots"))
+        await until(lambda: standing.relay.health.detail.startswith("gap"))
     async with StandingStill(config) as standing:
         assert reason in standing.relay.health.detail
         await standing.decide("unproven")
