@@ -35,6 +35,7 @@ from infra.local import (
     create_database,
     drop_database,
 )
+from tests.support.first_connection import close_what_a_cancelled_start_leaves
 
 TESTS_DIR = DEFAULT_DATA_DIR / "test"
 PARTITIONS = 8
@@ -49,6 +50,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As in each of our processes: what is logged is beside the result of a command, not in it.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    close_what_a_cancelled_start_leaves()
 
 
 @dataclass(frozen=True, slots=True)
