@@ -25,7 +25,7 @@ from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
-from infra.relay.gaps import advice_on, gap_of, is_about_topic
+from infra.relay.gaps import advice_on, gap_of, is_about_topic, setting_behind
 from infra.relay.progress import (
     Repair,
     count_retained,
@@ -133,7 +133,7 @@ class RelayDesk:
         if gap is not None and (others := _others_than_the_topic(gap)) is not None:
             self._out.print(
                 f"Not done: {gap}. Who adopts the topic would adopt the rest with it, and skip what the slot has"
-                f" passed. To do: set PAYMENTS_EVENTS_TOPIC back, and start the relay again; {advice_on(others)}. Then"
+                f" passed. To do: set {setting_behind(gap)} back, and start the relay again; {advice_on(others)}. Then"
                 " the new topic is the only reason, and can be adopted."
             )
             return 1
@@ -162,10 +162,9 @@ class RelayDesk:
                 return await self._wait_for_repair(connection, repair, timeout_seconds)
             gap, asked, _ = await find_repair(connection, self._slot)
             if asked is not None:
-                topic = " with PAYMENTS_EVENTS_TOPIC as it was, or `payments relay repair --everything` for another one"
                 self._out.print(
                     f"Not done: {REQUESTS[asked]} was asked for before, and is done first by a relay that runs"
-                    f"{topic if gap is not None and is_about_topic(gap) else ''}: ask again after it"
+                    f"{_with_setting_of(gap)}: ask again after it"
                 )
                 return 1
             self._out.print(
@@ -386,6 +385,12 @@ def _tell_that_it_ends() -> None:
     new_console(to_stderr=True).print(
         "Ending: what is under way is waited for. Once more ends at once.", soft_wrap=True
     )
+
+
+def _with_setting_of(gap: str | None) -> str:
+    if gap is None or not is_about_topic(gap):
+        return ""
+    return f" with {setting_behind(gap)} as it was, or `payments relay repair --everything` for another one"
 
 
 def _others_than_the_topic(gap: str) -> str | None:

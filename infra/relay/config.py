@@ -18,6 +18,8 @@ class RelayConfig:
     postgres_url: str
     kafka: KafkaAccess
     topic: str
+    kafka_cluster: str | None = None
+    """The id of the cluster, once its brokers have told it; no setting."""
     slot: str = "payments_relay"
     publication: str = "payments_outbox"
     source: Literal["wal", "poll"] = "wal"

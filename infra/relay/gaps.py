@@ -10,6 +10,7 @@ SLOT_AHEAD: Final = "the slot stands further on than this relay ever confirmed"
 NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
 PUBLICATION_CHANGED: Final = "the publication was changed or made anew since"
 _ANOTHER_TOPIC: Final = "the events before went to topic"
+_ANOTHER_CLUSTER: Final = "the events before went to Kafka cluster"
 
 _REPAIR: Final = "`payments relay repair` publishes what has no proof of publication"
 
@@ -19,20 +20,30 @@ def another_topic(before: str, now: str) -> str:
     return f"{_ANOTHER_TOPIC} {before}, and this relay is to publish to {now}"
 
 
+def another_cluster(before: str, now: str) -> str:
+    """The reason where the brokers are others, by the ids of their clusters."""
+    return f"{_ANOTHER_CLUSTER} {before}, and this relay's brokers are of {now}"
+
+
 def gap_of(reasons: Iterable[str | None]) -> str | None:
     """All of them in one text: who settles one must know of the others. None without any."""
     return "; and ".join(filter(None, reasons)) or None
 
 
 def is_about_topic(gap: str) -> bool:
-    """Whether another topic is among the reasons."""
-    return _ANOTHER_TOPIC in gap
+    """Whether another topic, or one of another cluster, is among the reasons."""
+    return _ANOTHER_TOPIC in gap or _ANOTHER_CLUSTER in gap
+
+
+def setting_behind(gap: str) -> str:
+    """The setting that names another topic, or brokers of another cluster."""
+    return "PAYMENTS_EVENTS_TOPIC" if _ANOTHER_TOPIC in gap else "PAYMENTS_KAFKA_BOOTSTRAP"
 
 
 def advice_on(gap: str) -> str:
     """What to do."""
     if is_about_topic(gap):
-        return "set PAYMENTS_EVENTS_TOPIC back; if the change is meant, and is the only reason, `payments relay adopt`"
+        return f"set {setting_behind(gap)} back; if the change is meant, and is the only reason, `payments relay adopt`"
     if NOT_IN_PUBLICATION in gap:
         return f"make the publication whole (docs/operations/relay.md, A gap, has the statements); then {_REPAIR}"
     if gap == SLOT_AHEAD:

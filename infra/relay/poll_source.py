@@ -116,11 +116,11 @@ class PollSource:
             await forget_future_transactions(self._leader)
         if checkpoint is None or checkpoint.repair == "everything":
             await self._begin_at(sink, system, NOTHING, is_moved=is_moved)
-        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config.topic)) is not None:
+        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config)) is not None:
             await refuse_gap(self._leader, self._config.slot, moved, published)
         elif checkpoint.repair is not None and not (is_moved and checkpoint.repair == "adopt"):
             await self._begin_at(sink, system, published, is_moved=is_moved)
-        elif (reason := checkpoint.reason_for_doubt(system, self._config.topic)) is not None:
+        elif (reason := checkpoint.reason_for_doubt(system, self._config)) is not None:
             if checkpoint.repair == "adopt":
                 await withdraw_adopt(self._leader, self._config.slot)
             await refuse_gap(self._leader, self._config.slot, reason, published)

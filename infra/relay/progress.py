@@ -13,7 +13,7 @@ import structlog
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
-from infra.relay.gaps import ANOTHER_SERVER, another_topic, gap_of
+from infra.relay.gaps import ANOTHER_SERVER, another_cluster, another_topic, gap_of
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
@@ -29,7 +29,7 @@ _ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair
 FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
            window_begin::text, window_end::text, window_position,
-           {_ASKED}, gap, publication, topic
+           {_ASKED}, gap, publication, topic, kafka_cluster
       FROM relay_slots WHERE slot_name = %(slot)s
 """  # noqa: S608 - names from our own constants
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -38,12 +38,13 @@ NOW: Final = """
 """
 FLUSHED: Final = "SELECT (pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint"
 START: Final = """
-    INSERT INTO relay_slots (slot_name, system_identifier, source, topic, confirmed_lsn, published_below, window_begin,
-                             repaired_events, publication)
-    VALUES (%(slot)s, %(system)s, %(source)s, %(topic)s, '0/0'::pg_lsn + %(lsn)s, %(below)s, %(published)s,
-            %(events)s, %(publication)s)
+    INSERT INTO relay_slots (slot_name, system_identifier, source, topic, kafka_cluster, confirmed_lsn,
+                             published_below, window_begin, repaired_events, publication)
+    VALUES (%(slot)s, %(system)s, %(source)s, %(topic)s, %(cluster)s, '0/0'::pg_lsn + %(lsn)s,
+            %(below)s, %(published)s, %(events)s, %(publication)s)
     ON CONFLICT (slot_name) DO UPDATE
        SET system_identifier = excluded.system_identifier, source = excluded.source, topic = excluded.topic,
+           kafka_cluster = excluded.kafka_cluster,
            confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below,
            window_begin = excluded.window_begin, window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
            repaired_events = excluded.repaired_events, publication = excluded.publication, caught_up_at = now(),
@@ -87,7 +88,8 @@ FIND_BLOCKER: Final = """
 """
 # Always: who cannot write how far he is would publish the same again and again.
 TRUST: Final = """
-    UPDATE relay_slots SET gap = NULL, topic = %(topic)s, repair = nullif(repair, 'adopt') WHERE slot_name = %(slot)s
+    UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = %(cluster)s, repair = nullif(repair, 'adopt')
+     WHERE slot_name = %(slot)s
 """
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
 # Who of several relays came here first has forgotten; what has an id since then was written here, and somebody may have
@@ -125,7 +127,8 @@ class Checkpoint:
     gap: str | None
     publication: str | None
     topic: str | None
-    """None from before it was written down."""
+    kafka_cluster: str | None
+    """None from before it was written down, as `topic`."""
 
     def published_on(self, system: str) -> Snapshot:
         """What is proven to be on the topic. Ids of another server's transactions mean nothing, and prove nothing."""
@@ -135,13 +138,17 @@ class Checkpoint:
             return Snapshot.of_all_below(self.published_below)
         return Snapshot.read(self.window_begin)
 
-    def reason_for_doubt(self, system: str, topic: str) -> str | None:
+    def reason_for_doubt(self, system: str, config: RelayConfig) -> str | None:
         """Why a relay of whatever source must not simply go on from here."""
-        return gap_of((ANOTHER_SERVER if self.system_identifier != system else None, self.another_topic(topic)))
+        return gap_of((ANOTHER_SERVER if self.system_identifier != system else None, self.another_topic(config)))
 
-    def another_topic(self, topic: str) -> str | None:
-        """Why not, if it published to another topic before."""
-        return None if self.topic in (None, topic) else another_topic(str(self.topic), topic)
+    def another_topic(self, config: RelayConfig) -> str | None:
+        """Why not, if it published to another topic before, or to one of another Kafka cluster."""
+        if self.topic is not None and self.topic != config.topic:
+            return another_topic(self.topic, config.topic)
+        if self.kafka_cluster is not None and config.kafka_cluster not in (None, self.kafka_cluster):
+            return another_cluster(self.kafka_cluster, str(config.kafka_cluster))
+        return None
 
 
 async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpoint | None:
@@ -170,6 +177,7 @@ async def start_checkpoint(
         "system": system,
         "source": config.source,
         "topic": config.topic,
+        "cluster": config.kafka_cluster,
         "lsn": lsn,
         "events": events,
         "publication": publication,
@@ -189,7 +197,8 @@ async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, pu
 
 async def trust_checkpoint(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
     """Everything is as it was left, and can be written down."""
-    await leader.execute(TRUST, {"slot": config.slot, "topic": config.topic})
+    values = {"slot": config.slot, "topic": config.topic, "cluster": config.kafka_cluster}
+    await leader.execute(TRUST, values)
 
 
 async def save_checkpoint(leader: psycopg.AsyncConnection, query: str, values: dict[str, Any]) -> None:

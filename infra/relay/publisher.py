@@ -20,6 +20,7 @@ from aiokafka.errors import (
     RecordListTooLargeError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.protocol.metadata import MetadataRequest
 
 from infra.relay import metrics
 from infra.relay.compiled import IS_COMPILED
@@ -92,6 +93,8 @@ class Publisher:
         self.unacknowledged = 0
         self.unacknowledged_bytes = 0
         self.payload_max = config.message_bytes_max
+        self.kafka_cluster: str | None = None
+        """The id of the brokers' cluster."""
         self.blocked: set[bytes] = set()
         """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
         self._diverted: list[Diverted] = []
@@ -120,10 +123,13 @@ class Publisher:
         producer = await _start_producer(config)
         try:
             partitions = await _count_partitions(producer, config.topic)
+            kafka_cluster = await _ask_cluster(producer)
         except BaseException:
             await _abandon(producer)
             raise
-        return cls(config, producer, partitions, on_progress)
+        publisher = cls(config, producer, partitions, on_progress)
+        publisher.kafka_cluster = kafka_cluster
+        return publisher
 
     @property
     def room(self) -> Room:
@@ -390,6 +396,13 @@ async def _count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
             return len(await producer.partitions_for(topic))
     except (TimeoutError, UnknownTopicOrPartitionError) as error:
         raise TopicMissing(f"there is no topic {topic}: create it, or set PAYMENTS_EVENTS_TOPIC to one") from error
+
+
+async def _ask_cluster(producer: AIOKafkaProducer) -> str | None:
+    """Which cluster the brokers are of; aiokafka itself reads over it. None from brokers before Kafka 0.10.1."""
+    client = producer.client
+    answer = await client.send(client.get_random_node(), MetadataRequest([]))
+    return getattr(answer, "cluster_id", None)
 
 
 async def _abandon(producer: AIOKafkaProducer) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final
 
 import psycopg
@@ -150,10 +151,11 @@ class Session:
         self._leadership = self._run_beside(stack, self._watch_leadership(leader))
         self._quarantine = Quarantine(leader, self._config.slot)
         metrics.QUARANTINED.set(await self._quarantine.count())
-        self._source = SOURCES[self._config.source](self._config, leader)
-        stack.push_async_callback(self._source.close)
         self._publisher = await Publisher.connect(self._config, self._wake.set)
         stack.push_async_callback(self._publisher.close)
+        config = replace(self._config, kafka_cluster=self._publisher.kafka_cluster)
+        self._source = SOURCES[config.source](config, leader)
+        stack.push_async_callback(self._source.close)
         self._publisher.blocked = await self._quarantine.keys()
         self._status.enter(State.CATCHING_UP)
         await self._source.open(self._catch_up_sink())

@@ -152,7 +152,7 @@ class WalSource:
         if checkpoint is None:
             await forget_future_transactions(self._leader)
             await self._catch_up(sink, system, "first start", NOTHING)
-        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config.topic)) is not None:
+        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config)) is not None:
             await refuse_gap(self._leader, self._config.slot, moved, published)
         elif checkpoint.repair in ("everything", "unproven") and checkpoint.system_identifier != system:
             await move_here(self._leader, self._config.slot)
@@ -162,7 +162,7 @@ class WalSource:
         elif checkpoint.repair == "unproven":
             await self._catch_up(sink, system, "repair", published)
         elif _is_polled(checkpoint, system) and (
-            checkpoint.repair == "adopt" or checkpoint.another_topic(self._config.topic) is None
+            checkpoint.repair == "adopt" or checkpoint.another_topic(self._config) is None
         ):
             await self._catch_up(sink, system, "another source before", published)
         elif checkpoint.repair == "adopt" and await self._may_adopt(checkpoint, system, wal_status, position):
@@ -180,7 +180,7 @@ class WalSource:
         if wal_status in ("missing", "lost") or await self._left_out(checkpoint, system):
             return False
         is_moved = checkpoint.system_identifier != system or _doubt_about_slot(checkpoint, wal_status, position)
-        return not (is_moved and checkpoint.another_topic(self._config.topic))
+        return not (is_moved and checkpoint.another_topic(self._config))
 
     async def _left_out(self, checkpoint: Checkpoint, system: str) -> str | None:
         """Why the log may be without some events, which who has read the slot meanwhile has not had either.
@@ -194,7 +194,7 @@ class WalSource:
 
     async def _trust(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> None:
         """Go on where the slot stands, if that is where we left it."""
-        reason = checkpoint.reason_for_doubt(system, self._config.topic)
+        reason = checkpoint.reason_for_doubt(system, self._config)
         if checkpoint.system_identifier == system:  # Elsewhere, the slot is another one, too.
             of_slot = None if checkpoint.source == "poll" else _doubt_about_slot(checkpoint, wal_status, position)
             reason = gap_of((reason, of_slot, await self._left_out(checkpoint, system)))

@@ -11,7 +11,7 @@ import pytest
 from app.relay_troubles import troubles_of
 from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics
-from infra.local import EmbeddedPostgres, postgres
+from infra.local import EmbeddedKafka, EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
@@ -482,6 +482,27 @@ async def test_a_relay_with_another_topic_does_not_go_on_where_this_one_ended(
         assert f"went to topic {config.topic}" in standing.relay.health.detail
     async with running(config):
         assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
+        assert await fetch_value(config.postgres_url, "SELECT gap IS NULL FROM relay_slots")
+
+
+async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_ended(
+    config: RelayConfig, own_kafka: EmbeddedKafka
+) -> None:
+    """As where Kafka has lost its data, and came back empty under its address."""
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await before_the_gap(config, rows)
+    await commit(config.postgres_url, late)
+    elsewhere = replace(config, kafka=own_kafka.access)
+    await ensure_topics(elsewhere.kafka, {config.topic: PARTITIONS})
+    async with StandingStill(elsewhere) as standing:
+        assert "went to Kafka cluster " in standing.relay.health.detail
+        assert "set PAYMENTS_KAFKA_BOOTSTRAP back" in standing.relay.health.detail
+    async with running(config):
+        assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
+    async with StandingStill(elsewhere) as standing:
+        await standing.decide("everything")
+        assert_first_deliveries_in_order(await published(elsewhere, *rows, *late), rows + late)
+    async with running(elsewhere):
         assert await fetch_value(config.postgres_url, "SELECT gap IS NULL FROM relay_slots")
 
 
