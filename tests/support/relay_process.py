@@ -1,15 +1,31 @@
-"""Relays as processes, to be killed and frozen."""
+"""Relays as processes, to be killed, frozen and weighed."""
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from infra.relay import RelayConfig
 from tests.support.outbox import fetch_value, until
+
+
+@dataclass
+class Peak:
+    """The most memory that was seen in use."""
+
+    bytes: int = 0
+
+    @property
+    def mb(self) -> float:
+        return self.bytes / 2**20
 
 
 class RelayProcess:
@@ -29,6 +45,24 @@ class RelayProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @contextlib.asynccontextmanager
+    async def peak_memory(self) -> AsyncIterator[Peak]:
+        """What it uses at most meanwhile: a reading at the end would miss what was given back by then."""
+        peak, process = Peak(), psutil.Process(self.pid)
+
+        async def look() -> None:
+            while True:
+                peak.bytes = max(peak.bytes, process.memory_info().rss)
+                await asyncio.sleep(0.02)
+
+        looking = asyncio.create_task(look())
+        try:
+            yield peak
+        finally:
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await looking
 
     async def says(self, words: str) -> None:
         """Wait until its output has these words."""
