@@ -1,11 +1,15 @@
 """Sending commands and reading topics in tests, from the beginning and until a condition holds."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from tests.support.outbox import ids
 
 PARTITIONS = 8
 
@@ -31,6 +35,29 @@ async def read_until(
                 for batch in (await consumer.getmany(timeout_ms=100)).values():
                     records += batch
     return records
+
+
+@contextlib.asynccontextmanager
+async def arriving(bootstrap: str, topic: str) -> AsyncIterator[set[UUID]]:
+    """The outbox ids of what arrives on the topic from now on, as it arrives."""
+    arrived: set[UUID] = set()
+    async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
+        partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+        consumer.assign(partitions)
+        for partition, end in (await consumer.end_offsets(partitions)).items():
+            consumer.seek(partition, end)
+
+        async def read() -> None:
+            async for record in consumer:
+                arrived.update(ids([record]))
+
+        reading = asyncio.create_task(read())
+        try:
+            yield arrived
+        finally:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reading
 
 
 def bodies(records: list[Any]) -> list[dict[str, Any]]:
