@@ -104,3 +104,11 @@ def test_what_keeps_a_process_from_its_work_calls_somebody_though_nothing_comes_
     """Of a Postgres or Kafka that is frozen, without traffic nothing else tells."""
     paging = [alert["expr"] for alert in ALERTS if alert["labels"]["severity"] == "page"]
     assert any("payments_ready" in expr for expr in paging)
+
+
+def test_somebody_is_called_before_a_slot_that_nobody_reads_is_lost() -> None:
+    """By what `payments http` tells: the relay may be gone. With time to act: half of what may be kept is left."""
+    (kept_gb,) = re.findall(r"max_slot_wal_keep_size=(\d+)GB", (ROOT / "docker-compose.yml").read_text("utf-8"))
+    (alert,) = [each for each in ALERTS if "payments_slot_retained_bytes" in each["expr"]]
+    assert alert["labels"]["severity"] == "page"
+    assert float(alert["expr"].rpartition(">")[2]) <= float(kept_gb) * 1e9 / 2

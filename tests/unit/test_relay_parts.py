@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
 from tests.support.outbox import until
 
+ROOT = Path(__file__).resolve().parents[2]
 EVENT = OutboxEvent(
     id=b"0197a3c0-0000-7000-8000-000000000001",
     aggregateid="pay_Đ4".encode(),
@@ -85,6 +87,14 @@ def test_headers_stand_in_the_order_of_the_contract_with_null_where_the_column_i
         ("payment_seq", b"12"),
         ("traceparent", None),
     ]
+
+
+@pytest.mark.parametrize("package", ["app", "handlers", "infra", "migrations"])
+def test_no_slot_is_read_by_sql(package: str) -> None:
+    """`pg_logical_slot_peek_changes` and its kin decode the log from the slot's position anew at each call."""
+    files = [each for each in (ROOT / package).rglob("*") if each.suffix in {".py", ".pyx", ".sql"}]
+    assert files
+    assert not [each.name for each in files if "pg_logical_slot_" in each.read_text(encoding="utf-8")]
 
 
 def test_a_session_that_stands_still_is_not_ready_whatever_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
