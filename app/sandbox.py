@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 import typer
 
-from app.settings import LOOPBACK, Settings
+from app.settings import Settings
 from app.up import PREFERRED_HTTP_PORT, simulated
 from infra.local.server import HOST
+from infra.loopback import LOOPBACK
 
 ANYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what a person may give as the address to listen on
 

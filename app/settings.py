@@ -25,6 +25,7 @@ from domain.capabilities import AmountLimits
 from domain.money import MINOR_UNITS
 from domain.rules import RetryPolicy
 from infra.kafka.access import KafkaAccess, SaslMechanism, SecurityProtocol
+from infra.loopback import LOOPBACK
 
 NOWHERE: Final = "https://example.invalid"
 """Where our own addresses lead until they are set; a gateway that needs them is not started with it."""
@@ -54,8 +55,6 @@ _DATABASE: Final = re.compile(
 _BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
-LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-"""Names of this machine itself."""
 OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
 """Addresses of providers, which are https."""
 _LIMITS: Final = tuple(each.name for each in fields(AmountLimits))

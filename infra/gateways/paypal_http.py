@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_va
 
 from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from infra.gateways.transport import ProviderHttp
+from infra.loopback import LOOPBACK
 
 NAME: Final = "paypal"
 SANDBOX: Final = "https://api-m.sandbox.paypal.com"
@@ -91,7 +92,7 @@ class PayPalConfig(BaseModel):
     def is_simulated(self) -> bool:
         """Whether this is plain http, to the machine itself unless that is allowed elsewhere."""
         parts = urlsplit(self.api_base)
-        is_near = self.allows_plain_http or parts.hostname in ("127.0.0.1", "localhost", "::1")
+        is_near = self.allows_plain_http or parts.hostname in LOOPBACK
         return parts.scheme == "http" and is_near
 
     @field_validator("currencies")
