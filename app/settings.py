@@ -54,7 +54,8 @@ _DATABASE: Final = re.compile(
 )
 _BROKER: Final = re.compile(r"(\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(\d{1,5}))?")
 _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-_ADDRESS: Final = re.compile(r"https?://[^\s/]\S*")
+# With a backslash or a user in it, what one library takes for the host another one does not.
+_ADDRESS: Final = re.compile(r"https?://[^\s/\\@][^\s\\@]*")
 OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
 """Addresses of providers, which are https."""
 _LIMITS: Final = tuple(each.name for each in fields(AmountLimits))
@@ -68,7 +69,7 @@ def _is_topic(name: str) -> str:
 
 def _is_address(url: str) -> str:
     if _ADDRESS.fullmatch(url) is None:
-        raise ValueError("is no address; write it like https://host or http://host:8090")
+        raise ValueError("is no address; write it like https://host or http://host:8090, without \\ and @")
     return url
 
 

@@ -201,6 +201,13 @@ REFUSED: list[tuple[str, str, str]] = [
     ("vnpay_pay_url", "https:/pay", "PAYMENTS_VNPAY_PAY_URL: is no address; write it like"),
     ("vnpay_api_url", "", "PAYMENTS_VNPAY_API_URL: is no address; write it like"),
     ("momo_api_base", "ftp://momo.vn", "PAYMENTS_MOMO_API_BASE: is no address; write it like"),
+    (
+        "stripe_api_base",
+        "http://evil.com\\@127.0.0.1/",
+        "is no address; write it like https://host or http://host:8090",
+    ),
+    ("paypal_api_base", "http://evil.com\\.127.0.0.1/", "http://host:8090, without \\ and @"),
+    ("momo_api_base", "https://momo.vn@evil.com", "PAYMENTS_MOMO_API_BASE: is no address; write it like"),
     ("stripe_api_base", "http://api.stripe.com", "PAYMENTS_STRIPE_API_BASE is plain http to another machine"),
     ("paypal_api_base", "http://sandbox:8090", "set PAYMENTS_GATEWAYS_ALLOW_PLAIN_HTTP=true"),
     ("vnpay_pay_url", "http://sandbox.vnpayment.vn/pay", "PAYMENTS_VNPAY_PAY_URL is plain http"),
