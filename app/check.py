@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import datetime
+from uuid import UUID
 
 from rich.progress import Progress, TextColumn
 
@@ -12,7 +13,18 @@ from app.tables import print_wide, table_of
 from domain.money import Money
 from infra.postgres.ledger import LedgerDifference, check_all, check_changed
 
-NAMES = ("payment", "captured", "booked", "refunded", "booked", "disputed", "booked", "in another currency")
+NAMES = (
+    "payment",
+    "captured",
+    "booked",
+    "refunded",
+    "booked",
+    "disputed",
+    "booked",
+    "owed",
+    "booked",
+    "in another currency",
+)
 
 
 def check_payments(settings: Settings, since: str | None, *, as_json: bool) -> int:
@@ -30,16 +42,14 @@ def check_payments(settings: Settings, since: str | None, *, as_json: bool) -> i
 
 
 async def _find(url: str, since: datetime | None, *, is_silent: bool) -> list[LedgerDifference]:
-    if since is not None:
-        return await check_changed(url, since)
-    found: list[LedgerDifference] = []
+    found: dict[UUID, LedgerDifference] = {}
     columns = (TextColumn("{task.completed:,} payments looked at, {task.fields[found]:,} differ"),)
     with Progress(*columns, console=new_console(to_stderr=True), disable=is_silent) as progress:
         task = progress.add_task("", total=None, found=0)
-        async for portion in check_all(url):
-            found += portion.differences
+        async for portion in check_all(url) if since is None else check_changed(url, since):
+            found |= {each.payment_id: each for each in portion.differences}
             progress.update(task, advance=portion.payments, found=len(found))
-    return found
+    return list(found.values())
 
 
 def _print(found: list[LedgerDifference]) -> None:
@@ -57,6 +67,8 @@ def _cells(each: LedgerDifference) -> list[str]:
         each.booked_refunded_minor,
         each.disputed_minor,
         each.booked_disputed_minor,
+        each.captured_minor - each.refunded_minor - each.disputed_minor,
+        each.booked_clearing_minor,
     )
     told = [str(Money(amount, each.currency)) if each.currency else str(amount) for amount in amounts]
     return [str(each.payment_id), *told, str(each.foreign_minor or "")]

@@ -167,8 +167,8 @@ def check(
 ) -> None:
     """Whether payments' amounts are what the ledger adds up to.
 
-    Exits with 1 if any differs. `payments http` looks every hour at what has changed; its metric is
-    payments_ledger_differences. --since goes back as far as events are retained."""
+    Exits with 1 if any differs. `payments http` looks every hour at what has changed, and once a day at everything; its
+    metric is payments_ledger_differences. --since goes back as far as events are retained."""
     from app.check import check_payments
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")

@@ -1,12 +1,13 @@
 """Hourly maintenance by `payments http`: the outbox's partitions, made ahead of time and dropped after their retention;
-applied webhooks, forgotten after theirs; payments that changed, compared with the ledger.
+applied webhooks, forgotten after theirs; payments, compared with the ledger.
 
 The HTTP process does it because every installation runs one, whoever publishes its events (our relay or Debezium);
 any number may do it at once. Should none, rows land in the default partition and nothing is lost.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -21,7 +22,7 @@ from app.settings import Settings
 from domain.errors import PaymentsError
 from infra.postgres.errors import AWAY
 from infra.postgres.inbox import forget_applied
-from infra.postgres.ledger import check_changed
+from infra.postgres.ledger import LedgerDifference, check_all, check_changed, database_time
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.schema import schema_trouble
 
@@ -31,10 +32,14 @@ LAST_SUCCESS: Final = Gauge(
 LEDGER_DIFFERENCES: Final = Gauge(
     "payments_ledger_differences", "Payments whose amounts are not what the ledger adds up to"
 )
-CHECKED_AT_FIRST: Final = timedelta(days=1)
-"""How far back the first look at the ledger goes; `payments check` looks at everything."""
+LEDGER_CHECKED: Final = Gauge(
+    "payments_ledger_checked_timestamp_seconds", "Up to when all changes of payments were compared with the ledger"
+)
+WHOLE_AGAIN: Final = timedelta(days=1)
+"""What changed without an event is found within this time."""
 CHECKED_AGAIN: Final = timedelta(minutes=10)
 """What began before a look may have been committed after it."""
+NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 log = structlog.get_logger(__name__)
 
@@ -70,19 +75,24 @@ class Maintenance:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._checked_since = datetime.now(UTC) - CHECKED_AT_FIRST
+        self._checked_at = self._whole_at = NEVER
         self._differing: set[UUID] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Maintain at once and then every `maintenance_interval_seconds`; a failure waits for the next turn."""
+        """Maintain at once and then every `maintenance_interval_seconds`; a failure waits for the next turn.
+
+        The ledger has turns of its own: to look at all of it may take hours.
+        """
+        async with asyncio.TaskGroup() as turns:
+            turns.create_task(self._repeat(stop, "outbox and inbox", lambda: maintain_once(self._settings)))
+            turns.create_task(self._repeat(stop, "ledger", self.check_ledger))
+
+    async def _repeat(self, stop: asyncio.Event, what: str, step: Callable[[], Awaitable[object]]) -> None:
         while not stop.is_set():
-            await self._attempt("outbox and inbox", lambda: maintain_once(self._settings))
-            await self._attempt("ledger", self.check_ledger)
-            try:
+            await self._attempt(what, step)
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.maintenance_interval_seconds):
                     await stop.wait()
-            except TimeoutError:
-                continue
 
     async def _attempt(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         try:
@@ -91,19 +101,34 @@ class Maintenance:
             log.warning("maintenance failed", step=what, error=type(error).__name__)
 
     async def check_ledger(self) -> None:
-        """Look at what has changed since the last time, and at what differed then; keep the metric.
+        """Look at what has changed since the last time, and at what differed then; keep the metrics.
+
+        At first and once a day look at everything instead.
 
         Raises:
             `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
         """
-        began = datetime.now(UTC)
-        found = await check_changed(self._settings.postgres_url, self._checked_since, beside=self._differing)
-        for each in found:
+        url = self._settings.postgres_url
+        began = await database_time(url)
+        is_whole = began - self._whole_at >= WHOLE_AGAIN
+        since = self._checked_at - CHECKED_AGAIN
+        found: set[UUID] = set()
+        async for portion in check_all(url) if is_whole else check_changed(url, since, beside=self._differing):
+            self._tell(portion.differences)
+            found |= {each.payment_id for each in portion.differences}
+            self._keep(self._differing | found)
+        self._keep(found)
+        self._checked_at, self._whole_at = began, began if is_whole else self._whole_at
+        LEDGER_CHECKED.set(began.timestamp())
+
+    def _tell(self, differences: Iterable[LedgerDifference]) -> None:
+        for each in differences:
             if each.payment_id not in self._differing:
                 log.error("payment differs from the ledger", **each._asdict() | {"payment_id": str(each.payment_id)})
-        self._differing = {each.payment_id for each in found}
-        self._checked_since = began - CHECKED_AGAIN
-        LEDGER_DIFFERENCES.set(len(found))
+
+    def _keep(self, differing: set[UUID]) -> None:
+        self._differing = differing
+        LEDGER_DIFFERENCES.set(len(differing))
 
     def checks(self) -> Checks:
         """What the HTTP process needs from others: nothing for its pages, but a sick server should be seen."""

@@ -50,16 +50,6 @@ class Books:
     charged_twice: list[str]
 
 
-async def database_time(postgres_url: str) -> datetime:
-    """The database's clock, by which the ledger is dated."""
-    connection = await asyncpg.connect(postgres_url)
-    try:
-        moment: datetime = await connection.fetchval("SELECT now()")
-        return moment
-    finally:
-        await connection.close()
-
-
 async def compare(postgres_url: str, simulator_url: str, since: datetime) -> Books:
     """Our ledger since then, against all that the simulator (which started empty) has booked."""
     ours = await _ledger(postgres_url, since)

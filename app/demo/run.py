@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from app.client import PaymentsClient
 from app.console import new_console, safe_text
-from app.demo.books import Books, compare, database_time
+from app.demo.books import Books, compare
 from app.demo.orders import Sending, stream
 from app.demo.outsiders import Outsiders
 from app.demo.screen import Screen
@@ -27,6 +27,7 @@ from app.signals import stop_on_signals
 from app.stack_file import StackFile
 from app.up import ALL_GATEWAYS, Installation
 from app.up_report import show_addresses, start_errors, told_folder
+from infra.postgres.ledger import database_time
 
 CRASH_AT: Final = 0.45
 """When the worker is killed: after this share of the messages."""

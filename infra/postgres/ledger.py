@@ -2,47 +2,65 @@
 hand in the tables, makes them differ."""
 
 from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 PORTION: Final = 10_000
-"""Payments that are looked at in one statement, some 0.1 s."""
+"""Payments, or events, that are looked at in one statement, some 0.3 s."""
+_LAST_ID: Final = UUID(int=2**128 - 1)
 
-# One statement is one snapshot: nobody's commit falls between a payment and its transfers.
+# One statement is one snapshot: nobody's commit falls between a payment and its transfers. FULL: there may be transfers
+# of a payment that is not there. Summed by account before anything is compared: what a later transfer took back is
+# booked no more.
 _DIFFERENCES: Final = """
-    SELECT p.payment_id, p.currency, p.captured_minor, p.refunded_minor, p.disputed_minor,
-           l.captured_minor, l.refunded_minor, l.disputed_minor, l.foreign_minor
-      FROM payments AS p
-      CROSS JOIN LATERAL (
-          SELECT coalesce(-sum(amount_minor) FILTER (WHERE account = 'customer_sales'), 0)::bigint AS captured_minor,
-                 coalesce(sum(amount_minor) FILTER (WHERE account = 'customer_refunds'), 0)::bigint AS refunded_minor,
-                 coalesce(sum(amount_minor) FILTER (WHERE account = 'customer_disputes'), 0)::bigint AS disputed_minor,
-                 coalesce(sum(amount_minor) FILTER (
-                     WHERE amount_minor > 0 AND currency IS DISTINCT FROM p.currency), 0)::bigint AS foreign_minor
-            FROM ledger_postings WHERE payment_id = p.payment_id) AS l
-     WHERE (p.captured_minor, p.refunded_minor, p.disputed_minor, 0)
-           <> (l.captured_minor, l.refunded_minor, l.disputed_minor, l.foreign_minor)
+    WITH net AS (
+        SELECT payment_id, account, currency, sum(amount_minor) AS minor
+          FROM ledger_postings WHERE {which} GROUP BY payment_id, account, currency
+    ), told AS (
+        SELECT payment_id, p.currency, coalesce(captured_minor, 0) AS captured_minor,
+               coalesce(refunded_minor, 0) AS refunded_minor, coalesce(disputed_minor, 0) AS disputed_minor,
+               account, minor, net.currency IS DISTINCT FROM p.currency AS is_foreign
+          FROM (SELECT * FROM payments WHERE {which}) AS p FULL JOIN net USING (payment_id)
+    ), compared AS (
+        SELECT payment_id, currency, captured_minor, refunded_minor, disputed_minor,
+               coalesce(-sum(minor) FILTER (WHERE NOT is_foreign AND account = 'customer_sales'), 0)::bigint
+                   AS booked_captured_minor,
+               coalesce(sum(minor) FILTER (WHERE NOT is_foreign AND account = 'customer_refunds'), 0)::bigint
+                   AS booked_refunded_minor,
+               coalesce(sum(minor) FILTER (WHERE NOT is_foreign AND account = 'customer_disputes'), 0)::bigint
+                   AS booked_disputed_minor,
+               coalesce(sum(minor) FILTER (WHERE NOT is_foreign AND account = 'gateway_clearing'), 0)::bigint
+                   AS booked_clearing_minor,
+               coalesce(sum(minor) FILTER (WHERE is_foreign AND minor > 0), 0)::bigint AS foreign_minor
+          FROM told GROUP BY payment_id, currency, captured_minor, refunded_minor, disputed_minor
+    )
+    SELECT * FROM compared
+     WHERE (captured_minor, refunded_minor, disputed_minor, captured_minor - refunded_minor - disputed_minor, 0)
+        <> (booked_captured_minor, booked_refunded_minor, booked_disputed_minor, booked_clearing_minor, foreign_minor)
+     ORDER BY payment_id
 """
-_OF_PORTION: Final = f"{_DIFFERENCES} AND p.id > $1 AND p.id <= $2 ORDER BY p.id"
-# Whatever changes a payment publishes it.
-_CHANGED: Final = f"""
-    WITH changed AS (
-        SELECT unnest($2::uuid[]) AS payment_id
-        UNION SELECT aggregateid::uuid FROM outbox WHERE created_at >= $1)
-    {_DIFFERENCES.replace("payments AS p", "changed JOIN payments AS p USING (payment_id)")} ORDER BY p.id
-"""  # noqa: S608 - constants of this module
-_END_OF_PORTION: Final = """
-    SELECT max(id), count(*) FROM (SELECT id FROM payments WHERE id > $1 ORDER BY id LIMIT $2) AS portion
+_OF_RANGE: Final = _DIFFERENCES.format(which="payment_id BETWEEN $1 AND $2")
+_OF_THESE: Final = _DIFFERENCES.format(which="payment_id = ANY($1::uuid[])")
+_PORTION: Final = "SELECT payment_id FROM payments WHERE payment_id >= $1 ORDER BY payment_id LIMIT $2"
+_END: Final = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+# Whatever changes a payment publishes it. Backwards by the transactions' ids, which have an index, as `created_at` has
+# none: a statement reads a portion and no more, and holds the outbox for as long as that takes. All of a transaction.
+_CHANGED: Final = """
+    SELECT array_agg(DISTINCT aggregateid::uuid) FILTER (WHERE created_at >= $3), min(xact)
+      FROM (SELECT aggregateid, created_at, xact FROM outbox
+             WHERE xact < $1 ORDER BY xact DESC FETCH FIRST $2 ROWS WITH TIES) AS portion
 """
 
 
 class LedgerDifference(NamedTuple):
     """A payment whose amounts are not what its transfers add up to, in minor units of `currency`.
 
-    `foreign_minor` was booked in another currency.
+    `booked_clearing_minor` is what its provider owes us by them, `foreign_minor` was booked in another currency. Of
+    transfers without a payment `currency` is None, and all is foreign.
     """
 
     payment_id: UUID
@@ -53,6 +71,7 @@ class LedgerDifference(NamedTuple):
     booked_captured_minor: int
     booked_refunded_minor: int
     booked_disputed_minor: int
+    booked_clearing_minor: int
     foreign_minor: int
 
 
@@ -63,35 +82,61 @@ class CheckedPortion(NamedTuple):
     differences: list[LedgerDifference]
 
 
+async def database_time(url: str) -> datetime:
+    """The database's clock, by which the ledger and the outbox are dated.
+
+    Raises:
+        `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
+    """
+    async with _connected(url) as connection:
+        moment: datetime = await connection.fetchval("SELECT now()")
+        return moment
+
+
 async def check_all(url: str) -> AsyncIterator[CheckedPortion]:
-    """Look at every payment there is, in the order in which they came, a portion at a time.
+    """Look at every payment and every transfer there is, in the order of payments' ids, a portion at a time.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
-    connection = await asyncpg.connect(url, timeout=10, command_timeout=60)
-    try:
-        begin = 0
+    begin = UUID(int=0)
+    async with _connected(url) as connection:
         while True:
-            end, count = await connection.fetchrow(_END_OF_PORTION, begin, PORTION) or (None, 0)
-            if end is None:
+            ids = [row[0] for row in await connection.fetch(_PORTION, begin, PORTION)]
+            end = ids[-1] if len(ids) == PORTION else _LAST_ID  # Behind the last payment there may be transfers.
+            rows = await connection.fetch(_OF_RANGE, begin, end)
+            yield CheckedPortion(len(ids), [LedgerDifference(*row) for row in rows])
+            if end == _LAST_ID:
                 return
-            rows = await connection.fetch(_OF_PORTION, begin, end)
-            yield CheckedPortion(count, [LedgerDifference(*row) for row in rows])
-            begin = end
-    finally:
-        await connection.close(timeout=10)
+            begin = UUID(int=end.int + 1)
 
 
-async def check_changed(url: str, since: datetime, *, beside: Collection[UUID] = ()) -> list[LedgerDifference]:
-    """Look at the payments that something was published of since then, and at those `beside`.
+async def check_changed(url: str, since: datetime, *, beside: Collection[UUID] = ()) -> AsyncIterator[CheckedPortion]:
+    """Look at the payments `beside`, and at those that something was published of since then, the last ones first.
+
+    A portion at a time; a payment with events of several portions is looked at in each. What a transaction published
+    that ran for minutes may be passed by, as what was published on another server may: `check_all` finds that.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
-    connection = await asyncpg.connect(url, timeout=10, command_timeout=300)
+    ids = list(beside)
+    async with _connected(url) as connection:
+        below = await connection.fetchval(_END)
+        while True:
+            rows = await connection.fetch(_OF_THESE, ids)
+            yield CheckedPortion(len(ids), [LedgerDifference(*row) for row in rows])
+            ids, below = await connection.fetchrow(_CHANGED, below, PORTION, since) or ([], None)
+            if not ids:
+                return
+
+
+@asynccontextmanager
+async def _connected(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
+    # A portion is found by an index, whatever Postgres thinks of the number of rows.
+    settings = {"enable_seqscan": "off"}
+    connection = await asyncpg.connect(url, timeout=10, command_timeout=60, server_settings=settings)
     try:
-        rows = await connection.fetch(_CHANGED, since, list(beside))
-        return [LedgerDifference(*row) for row in rows]
+        yield connection
     finally:
         await connection.close(timeout=10)

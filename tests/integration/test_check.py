@@ -1,9 +1,11 @@
 """That payments' amounts are what the ledger adds up to is looked at, by command and all along."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Self
 from uuid import UUID
 
 import asyncpg
@@ -11,13 +13,15 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from app.maintenance import Maintenance
+from app.maintenance import LAST_SUCCESS, LEDGER_DIFFERENCES, Maintenance
 from app.settings import Settings
 from infra.postgres import ledger
-from infra.postgres.ledger import LedgerDifference, check_all, check_changed
+from infra.postgres.ledger import CheckedPortion, LedgerDifference, check_all, check_changed, database_time
 from tests.integration.test_cli import run
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import delivery, new_payment_id, running_worker
+
+AN_HOUR_AGO = datetime.now(UTC) - timedelta(hours=1)
 
 
 @pytest.fixture
@@ -39,46 +43,100 @@ async def pay(postgres_url: str, count: int) -> list[UUID]:
     return payments
 
 
-async def everything(postgres_url: str) -> tuple[int, list[LedgerDifference]]:
-    portions = [each async for each in check_all(postgres_url)]
-    return sum(each.payments for each in portions), [each for portion in portions for each in portion.differences]
+async def looked_at(portions: AsyncIterator[CheckedPortion]) -> tuple[int, list[LedgerDifference]]:
+    """How many payments, and what differs."""
+    found = [each async for each in portions]
+    return sum(each.payments for each in found), [each for portion in found for each in portion.differences]
+
+
+async def book(connection: asyncpg.Connection, payment: UUID, seq: int, transfer: str) -> None:
+    """One transfer, written as `debit credit amount currency`, as somebody writes it by hand."""
+    debit, credit, amount, currency = transfer.split()
+    await connection.execute(
+        "INSERT INTO ledger VALUES ($1, $2, $3, $4, $5, $6)", payment, seq, debit, credit, int(amount), currency
+    )
+
+
+async def take_a_cent(connection: asyncpg.Connection, payment: UUID) -> None:
+    await connection.execute("UPDATE payments SET captured_minor = captured_minor - 1 WHERE payment_id = $1", payment)
 
 
 TAMPERED = [
-    ("UPDATE payments SET captured_minor = captured_minor - 1", (9_999, 2_000, 0, 10_000, 2_000, 0, 0)),
-    ("UPDATE payments SET refunded_minor = 0", (10_000, 0, 0, 10_000, 2_000, 0, 0)),
-    ("UPDATE payments SET disputed_minor = 5", (10_000, 2_000, 5, 10_000, 2_000, 0, 0)),
-    (
-        "INSERT INTO ledger SELECT payment_id, 99, 'gateway_clearing', 'customer_refunds', 7, 'EUR' FROM payments",
-        (10_000, 2_000, 0, 10_000, 1_993, 0, 7),
-    ),
+    ("captured_minor = captured_minor - 1", (9_999, 2_000, 0, 10_000, 2_000, 0, 8_000, 0)),
+    ("refunded_minor = 0", (10_000, 0, 0, 10_000, 2_000, 0, 8_000, 0)),
+    ("disputed_minor = 5", (10_000, 2_000, 5, 10_000, 2_000, 0, 8_000, 0)),
+]
+BOOKED = [
+    ("customer_disputes gateway_clearing 5 USD", (10_000, 2_000, 0, 10_000, 2_000, 5, 7_995, 0)),
+    ("gateway_clearing customer_refunds 7 EUR", (10_000, 2_000, 0, 10_000, 2_000, 0, 8_000, 7)),
+    # It is on no side of what the payment says: what the provider owes is what differs.
+    ("gateway_clearing somebody 7 USD", (10_000, 2_000, 0, 10_000, 2_000, 0, 8_007, 0)),
 ]
 
 
-@pytest.mark.parametrize(("statement", "amounts"), TAMPERED)
+@pytest.mark.parametrize(("change", "amounts"), TAMPERED)
 async def test_a_payment_that_is_not_what_its_ledger_says_is_found(
-    postgres_url: str, connection: asyncpg.Connection, statement: str, amounts: tuple[int, ...]
+    postgres_url: str, connection: asyncpg.Connection, change: str, amounts: tuple[int, ...]
 ) -> None:
     payments = await pay(postgres_url, 3)
-    since = datetime.now(UTC) - timedelta(hours=1)
-    assert await everything(postgres_url) == (3, [])
-    assert await check_changed(postgres_url, since) == []
-    filtered = statement.replace(" FROM payments", " FROM payments WHERE payment_id = $1")
-    await connection.execute(filtered if filtered != statement else f"{statement} WHERE payment_id = $1", payments[1])
+    assert await looked_at(check_all(postgres_url)) == (3, [])
+    assert await looked_at(check_changed(postgres_url, AN_HOUR_AGO)) == (3, [])
+    await connection.execute(f"UPDATE payments SET {change} WHERE payment_id = $1", payments[1])
     found = [LedgerDifference(payments[1], "USD", *amounts)]
-    assert await everything(postgres_url) == (3, found)
-    assert await check_changed(postgres_url, since) == found
+    assert await looked_at(check_all(postgres_url)) == (3, found)
+    assert await looked_at(check_changed(postgres_url, AN_HOUR_AGO)) == (3, found)
 
 
-async def test_portion_by_portion_every_payment_is_looked_at(
+@pytest.mark.parametrize(("transfer", "amounts"), BOOKED)
+async def test_a_transfer_that_nothing_moved_is_found_until_it_is_taken_back(
+    postgres_url: str, connection: asyncpg.Connection, transfer: str, amounts: tuple[int, ...]
+) -> None:
+    payments = await pay(postgres_url, 3)
+    await book(connection, payments[1], -1, transfer)
+    found = [LedgerDifference(payments[1], "USD", *amounts)]
+    assert await looked_at(check_all(postgres_url)) == (3, found)
+    assert await looked_at(check_changed(postgres_url, AN_HOUR_AGO)) == (3, found)
+    debit, credit, rest = transfer.split(maxsplit=2)
+    await book(connection, payments[1], -2, f"{credit} {debit} {rest}")
+    assert await looked_at(check_all(postgres_url)) == (3, [])
+
+
+@pytest.mark.parametrize("payment", [UUID(int=0), UUID(int=2**128 - 1)], ids=["first", "last"])
+async def test_transfers_of_a_payment_that_is_not_there_are_found(
+    postgres_url: str, connection: asyncpg.Connection, payment: UUID
+) -> None:
+    await book(connection, payment, 1, "gateway_clearing customer_sales 100 USD")
+    assert await looked_at(check_all(postgres_url)) == (0, [LedgerDifference(payment, None, 0, 0, 0, 0, 0, 0, 0, 100)])
+
+
+async def test_portion_by_portion_everything_is_looked_at(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "PORTION", 2)
-    payments = await pay(postgres_url, 5)
+    monkeypatch.setattr(ledger, "PORTION", 1)
+    payments = [*await pay(postgres_url, 2), *await pay(postgres_url, 2)]
+    await book(connection, new_payment_id(), 1, "gateway_clearing customer_sales 100 USD")
     await connection.execute("UPDATE payments SET captured_minor = captured_minor - 1")
-    count, found = await everything(postgres_url)
-    assert count == 5
+    count, found = await looked_at(check_all(postgres_url))
+    assert count == 4
+    assert len(found) == 5
+    count, found = await looked_at(check_changed(postgres_url, AN_HOUR_AGO))
+    assert count > 4, "in the portions of several transactions"
     assert {each.payment_id for each in found} == set(payments)
+
+
+async def test_what_changed_is_read_by_an_index_a_portion_at_a_time(
+    postgres_url: str, connection: asyncpg.Connection
+) -> None:
+    """Read through for it, the outbox of a busy day would be held for longer than a statement may take."""
+    await connection.execute(
+        """INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, xact)
+           SELECT gen_random_uuid(), gen_random_uuid(), 't', '{}', 1, 'now', n FROM generate_series(1, 50000) AS n"""
+    )
+    await connection.execute("ANALYZE outbox")
+    explained = await connection.fetch(f"EXPLAIN ANALYZE {ledger._CHANGED}", 50_000, 100, AN_HOUR_AGO)
+    plan = "\n".join(row[0] for row in explained)
+    assert "Index Scan Backward using outbox_default_xact_idx" in plan
+    assert "rows=101 " in plan, "a portion, and the first that is none of it"
 
 
 async def test_what_changed_is_looked_at_all_along_and_what_differs_until_it_is_mended(
@@ -86,23 +144,90 @@ async def test_what_changed_is_looked_at_all_along_and_what_differs_until_it_is_
 ) -> None:
     payments = await pay(postgres_url, 2)
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
-    await connection.execute(
-        "UPDATE payments SET captured_minor = captured_minor - 1 WHERE payment_id = $1", payments[0]
-    )
-    # Later it is not among what changed any more.
-    await connection.execute("UPDATE outbox SET created_at = created_at - interval '20 minutes'")
+    await maintenance.check_ledger()
+    await take_a_cent(connection, payments[0])
     with capture_logs() as logs:
         await maintenance.check_ledger()
+        # Later it is not among what changed any more.
+        await connection.execute("UPDATE outbox SET created_at = created_at - interval '20 minutes'")
         await maintenance.check_ledger()
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
     told = [each["payment_id"] for each in logs if each["event"] == "payment differs from the ledger"]
     assert told == [str(payments[0])], "it is told once"
     await connection.execute("UPDATE payments SET captured_minor = 10_000")
-    await connection.execute(
-        "UPDATE payments SET captured_minor = captured_minor - 1 WHERE payment_id = $1", payments[1]
-    )
+    await take_a_cent(connection, payments[1])
     await maintenance.check_ledger()
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 0
+
+
+async def test_at_first_and_once_a_day_everything_is_looked_at(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a hand in the tables changed, nothing was published of, and a process that begins anew remembers nothing."""
+    (payment,) = await pay(postgres_url, 1)
+    await connection.execute("UPDATE outbox SET created_at = created_at - interval '2 days'")
+    maintenance = Maintenance(Settings(postgres_url=postgres_url))
+    await maintenance.check_ledger()
+    await take_a_cent(connection, payment)
+    await maintenance.check_ledger()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 0
+    await Maintenance(Settings(postgres_url=postgres_url)).check_ledger()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
+    monkeypatch.setattr("app.maintenance.WHOLE_AGAIN", timedelta(0))
+    LEDGER_DIFFERENCES.set(0)
+    await maintenance.check_ledger()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
+
+
+async def test_a_look_that_breaks_off_keeps_what_it_found_and_says_up_to_when_all_was_looked_at(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payments = await pay(postgres_url, 1)
+    before = await database_time(postgres_url)
+    maintenance = Maintenance(Settings(postgres_url=postgres_url))
+    await maintenance.check_ledger()
+    checked = REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds")
+    assert checked is not None
+    assert before.timestamp() < checked < (await database_time(postgres_url)).timestamp()
+    await take_a_cent(connection, payments[0])
+    await connection.execute("UPDATE outbox SET aggregateid = 'no payment' WHERE payment_seq = 1")
+    monkeypatch.setattr(ledger, "PORTION", 1)
+    with pytest.raises(asyncpg.DataError):
+        await maintenance.check_ledger()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
+    assert REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds") == checked
+
+
+async def test_a_clock_of_this_machine_that_is_off_hides_nothing(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(hours=1)
+
+    monkeypatch.setattr("app.maintenance.datetime", Ahead)
+    (payment,) = await pay(postgres_url, 1)
+    maintenance = Maintenance(Settings(postgres_url=postgres_url))
+    await maintenance.check_ledger()
+    await take_a_cent(connection, payment)
+    await maintenance.check_ledger()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
+
+
+async def test_partitions_do_not_wait_for_the_ledger(postgres_url: str, connection: asyncpg.Connection) -> None:
+    """To look at all of it may take hours."""
+    stop = asyncio.Event()
+    settings = Settings(postgres_url=postgres_url, maintenance_interval_seconds=0.05)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE ledger")
+        maintaining = asyncio.create_task(Maintenance(settings).run(stop))
+        for _ in range(2):
+            LAST_SUCCESS.set(0)
+            while not REGISTRY.get_sample_value("payments_maintenance_last_success_timestamp_seconds"):
+                await asyncio.sleep(0.01)
+    stop.set()
+    await maintaining
 
 
 async def test_a_person_sees_what_differs_and_a_program_reads_it(

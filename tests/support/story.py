@@ -179,6 +179,8 @@ class Story:
         assert -booked["customer_sales"] == payment.captured_minor, "the ledger tells another story"
         assert booked["customer_refunds"] == payment.refunded_minor, "the ledger tells another story"
         assert booked["customer_disputes"] == payment.disputed_minor, "the ledger tells another story"
+        owed = payment.captured_minor - payment.refunded_minor - payment.disputed_minor
+        assert booked["gateway_clearing"] == owed, "the ledger tells another story"
         assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling()
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
