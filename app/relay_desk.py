@@ -25,7 +25,7 @@ from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
-from infra.relay.gaps import advice_on, gap_of, is_about_topic, setting_behind
+from infra.relay.gaps import advice_on, is_about_topic, others_than_the_topic, setting_behind
 from infra.relay.progress import (
     Repair,
     count_retained,
@@ -130,7 +130,7 @@ class RelayDesk:
     def adopt(self, *, timeout_seconds: float) -> int:
         is_polled = self._require_relay() == "poll"
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
-        if gap is not None and (others := _others_than_the_topic(gap)) is not None:
+        if gap is not None and (others := others_than_the_topic(gap)) is not None:
             self._out.print(
                 f"Not done: {gap}. Who adopts the topic would adopt the rest with it, and skip what the slot has"
                 f" passed. To do: set {setting_behind(gap)} back, and start the relay again; {advice_on(others)}. Then"
@@ -391,12 +391,6 @@ def _with_setting_of(gap: str | None) -> str:
     if gap is None or not is_about_topic(gap):
         return ""
     return f" with {setting_behind(gap)} as it was, or `payments relay repair --everything` for another one"
-
-
-def _others_than_the_topic(gap: str) -> str | None:
-    """The other reasons, where another topic is one of several. None where it is the only one, or none."""
-    reasons = gap.split("; and ")  # As `gap_of` has joined them.
-    return gap_of(each for each in reasons if not is_about_topic(each)) if is_about_topic(gap) else None
 
 
 def _relay_table(relay: RelayStatus) -> Table:

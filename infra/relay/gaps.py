@@ -9,6 +9,7 @@ SLOT_LOST: Final = "the server has removed log that the slot needed"
 SLOT_AHEAD: Final = "the slot stands further on than this relay ever confirmed"
 NOT_IN_PUBLICATION: Final = "the publication does not have the outbox's inserts"
 PUBLICATION_CHANGED: Final = "the publication was changed or made anew since"
+_AND: Final = "; and "
 _ANOTHER_TOPIC: Final = "the events before went to topic"
 _ANOTHER_CLUSTER: Final = "the events before went to Kafka cluster"
 
@@ -27,7 +28,12 @@ def another_cluster(before: str, now: str) -> str:
 
 def gap_of(reasons: Iterable[str | None]) -> str | None:
     """All of them in one text: who settles one must know of the others. None without any."""
-    return "; and ".join(filter(None, reasons)) or None
+    return _AND.join(filter(None, reasons)) or None
+
+
+def others_than_the_topic(gap: str) -> str | None:
+    """The other reasons, where another topic is one of several. None where there is no other, or no such topic."""
+    return gap_of(each for each in gap.split(_AND) if not is_about_topic(each)) if is_about_topic(gap) else None
 
 
 def is_about_topic(gap: str) -> bool:
@@ -36,8 +42,9 @@ def is_about_topic(gap: str) -> bool:
 
 
 def setting_behind(gap: str) -> str:
-    """The setting that names another topic, or brokers of another cluster."""
-    return "PAYMENTS_EVENTS_TOPIC" if _ANOTHER_TOPIC in gap else "PAYMENTS_KAFKA_BOOTSTRAP"
+    """What names another topic, or brokers of another cluster, or both."""
+    settings = {_ANOTHER_TOPIC: "PAYMENTS_EVENTS_TOPIC", _ANOTHER_CLUSTER: "PAYMENTS_KAFKA_BOOTSTRAP"}
+    return " and ".join(setting for reason, setting in settings.items() if reason in gap)
 
 
 def advice_on(gap: str) -> str:

@@ -144,11 +144,12 @@ class Checkpoint:
 
     def another_topic(self, config: RelayConfig) -> str | None:
         """Why not, if it published to another topic before, or to one of another Kafka cluster."""
-        if self.topic is not None and self.topic != config.topic:
-            return another_topic(self.topic, config.topic)
-        if self.kafka_cluster is not None and config.kafka_cluster not in (None, self.kafka_cluster):
-            return another_cluster(self.kafka_cluster, str(config.kafka_cluster))
-        return None
+        topic, cluster = (self.topic, config.topic), (self.kafka_cluster, config.kafka_cluster)
+        return gap_of(
+            tell(before, now)
+            for tell, (before, now) in ((another_topic, topic), (another_cluster, cluster))
+            if before and now and before != now
+        )
 
 
 async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpoint | None:

@@ -486,7 +486,7 @@ async def test_a_relay_with_another_topic_does_not_go_on_where_this_one_ended(
 
 
 async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_ended(
-    config: RelayConfig, own_kafka: EmbeddedKafka
+    config: RelayConfig, topics: Topics, own_kafka: EmbeddedKafka
 ) -> None:
     """As where Kafka has lost its data, and came back empty under its address."""
     rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
@@ -497,6 +497,10 @@ async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_
     async with StandingStill(elsewhere) as standing:
         assert "went to Kafka cluster " in standing.relay.health.detail
         assert "set PAYMENTS_KAFKA_BOOTSTRAP back" in standing.relay.health.detail
+    await ensure_topics(elsewhere.kafka, {topics.dlq: PARTITIONS})
+    async with StandingStill(replace(elsewhere, topic=topics.dlq)) as standing:
+        assert "went to Kafka cluster " in standing.relay.health.detail
+        assert "set PAYMENTS_EVENTS_TOPIC and PAYMENTS_KAFKA_BOOTSTRAP back" in standing.relay.health.detail
     async with running(config):
         assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
     async with StandingStill(elsewhere) as standing:
