@@ -52,7 +52,7 @@ SLOTS: Final = """
      WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database() ORDER BY s.slot_name
 """
 
-# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet. What a checkpoint from
+# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet. What a checkpoint of
 # another server calls published are that server's transactions: here it proves nothing, however far it is.
 BEHIND: Final = """
     SELECT r.slot_name,
