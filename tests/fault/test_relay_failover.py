@@ -1,6 +1,8 @@
-"""Postgres fails over to a standby under load, which has a copy of the relay's slot: the relay goes on by itself.
+"""Postgres fails over to a standby under load: the relay goes on by itself.
 
-What the dead primary had not yet given to the standby is lost, and nobody may have heard of it.
+What the dead primary had not yet given to the standby is lost, and nobody may have heard of it. A relay that reads the
+log waits for the standby, which has a copy of its slot; for one that polls, every commit does
+(`synchronous_standby_names`).
 """
 
 import asyncio
@@ -8,12 +10,14 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedPostgres
@@ -30,6 +34,7 @@ from tests.fault.test_relay_faults import (
     subscriber,
 )
 from tests.support.outbox import fetch_value, until, write_next
+from tests.support.relay_source import reading
 from tests.support.standby import PHYSICAL_SLOT, Standby
 
 __all__ = ["subscriber"]
@@ -53,12 +58,17 @@ def standby(primary: EmbeddedPostgres, tmp_data_dir: Path) -> Iterator[Standby]:
     server = Standby(tmp_data_dir / "standby", primary)
     try:
         server.start()
-        with psycopg.connect(primary.url, autocommit=True) as connection:
-            connection.execute(f"ALTER SYSTEM SET synchronized_standby_slots = '{PHYSICAL_SLOT}'".encode())
-            connection.execute("SELECT pg_reload_conf()")
+        change_setting(primary, "synchronized_standby_slots", PHYSICAL_SLOT)
         yield server
     finally:
         server.erase()
+
+
+def change_setting(server: EmbeddedPostgres, name: str, value: str) -> None:
+    statement = sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), value)
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(statement)
+        connection.execute("SELECT pg_reload_conf()")
 
 
 @pytest.fixture
@@ -73,6 +83,13 @@ def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, to
         feedback_seconds=0.1,
         retry_seconds_max=0.5,
     )
+
+
+@pytest.fixture
+def polling(config: RelayConfig, primary: EmbeddedPostgres) -> RelayConfig:
+    """A poll beside it, for which every commit waits for the standby."""
+    change_setting(primary, "synchronous_standby_names", PHYSICAL_SLOT)
+    return replace(config, **reading("poll"))
 
 
 class Committed(NamedTuple):
@@ -193,3 +210,56 @@ async def test_nothing_was_published_that_a_standby_which_had_fallen_behind_does
         async with writers(standby.url) as later:
             await more(later)
         await assert_none_is_missing_or_unknown(subscriber, standby.url)
+
+
+async def test_a_poll_goes_on_at_a_synchronous_standby_that_is_promoted_under_load(
+    primary: EmbeddedPostgres, standby: Standby, polling: RelayConfig, subscriber: Subscriber
+) -> None:
+    async with running(polling) as relay:
+        async with writers(primary.url) as committed:
+            await more(committed)
+            await asyncio.to_thread(primary.kill)
+        await until(lambda: not relay.health.ready)
+        await asyncio.to_thread(standby.promote)
+        assert {event.id for event in committed} <= await outbox(standby.url)
+        await goes_on(relay)
+        async with writers(standby.url) as later:
+            await more(later)
+        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+
+
+async def test_a_poll_publishes_nothing_that_a_synchronous_standby_does_not_have(
+    primary: EmbeddedPostgres, standby: Standby, polling: RelayConfig, subscriber: Subscriber
+) -> None:
+    """Writers wait for a standby that stands still, and die with their primary: what they wrote was never committed."""
+    async with running(polling) as relay:
+        async with writers(primary.url) as committed:
+            await more(committed)
+            receiver = standby.wal_receiver
+            receiver.suspend()
+            await until(lambda: commit_waits_for_the_standby(primary.url))
+            await nothing_more(committed)
+            assert relay.health.ready
+            await asyncio.to_thread(primary.kill)
+        receiver.terminate()  # It never reads what has arrived meanwhile.
+        receiver.resume()
+        await until(lambda: not relay.health.ready)
+        await asyncio.to_thread(standby.promote)
+        await goes_on(relay)
+        async with writers(standby.url) as later:
+            await more(later)
+        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+
+
+def commit_waits_for_the_standby(url: str) -> bool:
+    waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query = 'COMMIT')"
+    with psycopg.connect(url) as connection:
+        return connection.execute(waits).fetchone() == (True,)
+
+
+async def nothing_more(committed: list[Committed]) -> None:
+    """Wait until no writer has got through for a second: they wait for the standby, or for each other's rows."""
+    before = -1
+    while len(committed) != before:
+        before = len(committed)
+        await asyncio.sleep(1)
