@@ -25,20 +25,19 @@ from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
-from infra.relay.gaps import advice_on, is_about_topic, others_than_the_topic, setting_behind
-from infra.relay.progress import (
-    Repair,
+from infra.relay.gaps import advice_on, is_about_topic, setting_behind
+from infra.relay.progress import Repair
+from infra.relay.quarantine import QuarantineDesk
+from infra.relay.repairs import (
     count_retained,
     count_unproven,
     find_blocker,
     find_repair,
-    find_slot_state,
     find_source,
     list_unproven,
     request_repair,
     withdraw_adopt,
 )
-from infra.relay.quarantine import QuarantineDesk
 from infra.relay.replay import Replay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
 from infra.relay.stream import CONNECTION
@@ -128,21 +127,7 @@ class RelayDesk:
             tell_of_more(limit)
 
     def adopt(self, *, timeout_seconds: float) -> int:
-        is_polled = self._require_relay() == "poll"
-        gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
-        if gap is not None and (others := others_than_the_topic(gap)) is not None:
-            self._out.print(
-                f"Not done: {gap}. Who adopts the topic would adopt the rest with it, and skip what the slot has"
-                f" passed. To do: set {setting_behind(gap)} back, and start the relay again; {advice_on(others)}. Then"
-                " the new topic is the only reason, and can be adopted."
-            )
-            return 1
-        state = self._ask(lambda connection: find_slot_state(connection, self._slot))
-        if not is_polled and state in ("missing", "lost"):
-            self._out.print(
-                f"Nothing to adopt: slot {self._slot!r} is {state}. `payments relay repair` closes the gap."
-            )
-            return 1
+        self._require_relay()
         try:
             return self._decide("adopt", timeout_seconds)
         finally:

@@ -31,11 +31,6 @@ def gap_of(reasons: Iterable[str | None]) -> str | None:
     return _AND.join(filter(None, reasons)) or None
 
 
-def others_than_the_topic(gap: str) -> str | None:
-    """The other reasons, where another topic is one of several. None where there is no other, or no such topic."""
-    return gap_of(each for each in gap.split(_AND) if not is_about_topic(each)) if is_about_topic(gap) else None
-
-
 def is_about_topic(gap: str) -> bool:
     """Whether another topic, or one of another cluster, is among the reasons."""
     return _ANOTHER_TOPIC in gap or _ANOTHER_CLUSTER in gap
@@ -50,7 +45,7 @@ def setting_behind(gap: str) -> str:
 def advice_on(gap: str) -> str:
     """What to do."""
     if is_about_topic(gap):
-        return f"set {setting_behind(gap)} back; if the change is meant, and is the only reason, `payments relay adopt`"
+        return _advice_on_topic(gap)
     if NOT_IN_PUBLICATION in gap:
         return f"make the publication whole (docs/operations/relay.md, A gap, has the statements); then {_REPAIR}"
     if gap == SLOT_AHEAD:
@@ -58,3 +53,14 @@ def advice_on(gap: str) -> str:
     if gap == ANOTHER_SERVER:
         return f"if its address is right, {_REPAIR}"
     return _REPAIR
+
+
+def _advice_on_topic(gap: str) -> str:
+    """Who adopted a topic with other reasons would skip what the slot has passed."""
+    back = f"set {setting_behind(gap)} back"
+    others = gap_of(each for each in gap.split(_AND) if not is_about_topic(each))
+    if others is None:
+        return f"{back}; if the change is meant, `payments relay adopt`"
+    return (
+        f"{back}, and start the relay again; {advice_on(others)}. A new topic can be adopted when it is the only reason"
+    )

@@ -18,6 +18,7 @@ import structlog
 from psycopg.types.string import ByteaBinaryLoader
 
 from infra.relay import metrics
+from infra.relay.beginning import GoOn, find_beginning
 from infra.relay.config import RelayConfig
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
@@ -25,15 +26,9 @@ from infra.relay.progress import (
     SAVE_WINDOW,
     SYSTEM,
     Checkpoint,
-    find_checkpoint,
-    forget_future_transactions,
-    move_here,
-    refuse_gap,
     save_checkpoint,
     set_notify,
     start_checkpoint,
-    trust_checkpoint,
-    withdraw_adopt,
 )
 from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
@@ -107,42 +102,22 @@ class PollSource:
         self._listening = asyncio.create_task(self._listen())
         row = await (await self._leader.execute(SYSTEM)).fetchone()
         assert row is not None, "the query always gives a row"
-        await self._prepare(sink, row[0], await find_checkpoint(self._leader, self._config.slot))
+        await self._begin_somewhere(sink, system=row[0])
 
-    async def _prepare(self, sink: CatchUpSink, system: str, checkpoint: Checkpoint | None) -> None:
-        published = NOTHING if checkpoint is None else checkpoint.published_on(system)
-        is_moved = checkpoint is not None and checkpoint.system_identifier != system
-        if checkpoint is None:
-            await forget_future_transactions(self._leader)
-        if checkpoint is None or checkpoint.repair == "everything":
-            await self._begin_at(sink, system, NOTHING, is_moved=is_moved)
-        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config)) is not None:
-            await refuse_gap(self._leader, self._config.slot, moved, published)
-        elif checkpoint.repair is not None and not (is_moved and checkpoint.repair == "adopt"):
-            await self._begin_at(sink, system, published, is_moved=is_moved)
-        elif (reason := checkpoint.reason_for_doubt(system, self._config)) is not None:
-            if checkpoint.repair == "adopt":
-                await withdraw_adopt(self._leader, self._config.slot)
-            await refuse_gap(self._leader, self._config.slot, reason, published)
-        elif checkpoint.source != "poll":
-            await self._begin_at(sink, system, published, is_moved=False)
-        else:
-            await trust_checkpoint(self._leader, self._config)
-            self._go_on(checkpoint, published)
-
-    async def _begin_at(self, sink: CatchUpSink, system: str, published: Snapshot, *, is_moved: bool) -> None:
-        if is_moved:
-            await move_here(self._leader, self._config.slot)
-        if published == NOTHING:
+    async def _begin_somewhere(self, sink: CatchUpSink, system: str) -> None:
+        beginning = await find_beginning(self._leader, self._config, system)
+        self._begin = beginning.published
+        if isinstance(beginning, GoOn):
+            self._go_on(beginning.checkpoint)
+            return
+        if beginning.published == NOTHING:
             await self._publish_old(sink)
-        self._begin = published
-        await start_checkpoint(self._leader, self._config, system, published)
+        await start_checkpoint(self._leader, self._config, system, beginning.published)
 
-    def _go_on(self, checkpoint: Checkpoint, published: Snapshot) -> None:
-        self._begin = published
+    def _go_on(self, checkpoint: Checkpoint) -> None:
         self._end = None if checkpoint.window_end is None else Snapshot.read(checkpoint.window_end)
         self._position = checkpoint.window_position
-        self._proven, self._unproven_end = published.below, published.end
+        self._proven, self._unproven_end = self._begin.below, self._begin.end
 
     async def _publish_old(self, sink: CatchUpSink) -> None:
         """Rows from before there was an order to poll by."""

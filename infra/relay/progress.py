@@ -4,32 +4,28 @@
 the topic; `published_below` is its lower end.
 """
 
-import asyncio
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 import psycopg
 import structlog
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
-from infra.relay.gaps import ANOTHER_SERVER, another_cluster, another_topic, gap_of
-from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
-from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
+from infra.relay.gaps import another_cluster, another_topic, gap_of
+from infra.relay.leadership import ADOPTION, is_held, lock_key
+from infra.relay.snapshot import NOTHING, Snapshot
 
 log = structlog.get_logger(__name__)
 
 Repair = Literal["unproven", "everything", "adopt"]
 
-REQUEST_TRIES: Final = 10
-REQUEST_PAUSE_SECONDS: Final = 0.05
-
 # Who asked to adopt, and waits no more, is not obeyed: what the slot has passed since, nobody has looked at.
-_ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END"
+ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END"
 FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
            window_begin::text, window_end::text, window_position,
-           {_ASKED}, gap, publication, topic, kafka_cluster
+           {ASKED}, gap, publication, topic, kafka_cluster
       FROM relay_slots WHERE slot_name = %(slot)s
 """  # noqa: S608 - names from our own constants
 # Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
@@ -63,32 +59,13 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
-# What is being done, or will be when a relay runs, is not taken back: half of a repair is done by nobody else. But all
-# that is retained has in it what is not proven, if that has not begun.
-REPAIR: Final = f"""
-    UPDATE relay_slots SET repair = %(repair)s
-     WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {is_held(LEADERSHIP)})
-       AND (coalesce({_ASKED}, %(repair)s) = %(repair)s
-            OR %(repair)s = 'everything' AND repair = 'unproven' AND NOT {is_held(LEADERSHIP)})
-"""  # noqa: S608 - names from our own constants
-COUNT_UNPROVEN: Final = f"SELECT count(*), min(o.created_at), max(o.created_at) FROM outbox AS o WHERE {UNPROVEN}"  # noqa: S608 - names from our own constants
-LIST_UNPROVEN: Final = f"""
-    SELECT o.id::text, o.aggregateid, o.payment_seq, o.type, o.created_at FROM outbox AS o WHERE {UNPROVEN}
-     ORDER BY o.created_at, o.aggregateid, o.payment_seq LIMIT %(limit)s
-"""  # noqa: S608 - names from our own constants
-# A transaction that was prepared, and that nobody has ended since, has no backend any more.
-FIND_BLOCKER: Final = """
-    SELECT who, since
-      FROM (SELECT format('backend %%s', pid) AS who, xact_start AS since
-              FROM pg_stat_activity WHERE backend_xid IS NOT NULL
-             UNION ALL
-            SELECT format('the prepared transaction %%L', gid), prepared FROM pg_prepared_xacts) AS running
-     WHERE EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NULL)
-     ORDER BY since LIMIT 1
-"""
 # Always: who cannot write how far he is would publish the same again and again.
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = %(cluster)s, repair = nullif(repair, 'adopt')
+     WHERE slot_name = %(slot)s
+"""
+REFUSE: Final = """
+    UPDATE relay_slots SET gap = %(gap)s, repair = CASE WHEN %(withdraws)s THEN nullif(repair, 'adopt') ELSE repair END
      WHERE slot_name = %(slot)s
 """
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
@@ -138,12 +115,8 @@ class Checkpoint:
             return Snapshot.of_all_below(self.published_below)
         return Snapshot.read(self.window_begin)
 
-    def reason_for_doubt(self, system: str, config: RelayConfig) -> str | None:
-        """Why a relay of whatever source must not simply go on from here."""
-        return gap_of((ANOTHER_SERVER if self.system_identifier != system else None, self.another_topic(config)))
-
     def another_topic(self, config: RelayConfig) -> str | None:
-        """Why not, if it published to another topic before, or to one of another Kafka cluster."""
+        """That it published to another topic before, or to one of another Kafka cluster."""
         topic, cluster = (self.topic, config.topic), (self.kafka_cluster, config.kafka_cluster)
         return gap_of(
             tell(before, now)
@@ -186,13 +159,15 @@ async def start_checkpoint(
     await leader.execute(START.encode(), values | published.proof)
 
 
-async def refuse_gap(leader: psycopg.AsyncConnection, slot: str, reason: str, published: Snapshot) -> None:
-    """Write the gap down, for who asks.
+async def refuse_gap(
+    leader: psycopg.AsyncConnection, slot: str, reason: str, published: Snapshot, *, withdraws_adopt: bool = False
+) -> NoReturn:
+    """Write the gap down, for who asks, and that it cannot be adopted, if that was asked for.
 
     Raises:
         GapFound: always.
     """
-    await leader.execute("UPDATE relay_slots SET gap = %s WHERE slot_name = %s", [reason, slot])
+    await leader.execute(REFUSE, {"gap": reason, "slot": slot, "withdraws": withdraws_adopt})
     raise GapFound(reason, published)
 
 
@@ -268,85 +243,3 @@ async def flushed_by_now(connection: psycopg.AsyncConnection) -> int:
     row = await (await connection.execute(FLUSHED)).fetchone()
     assert row is not None, "the query always gives a row"
     return int(row[0])
-
-
-async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
-    """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend.
-
-    To adopt, it is told for as long as the connection lasts.
-    """
-    values = {"repair": repair, "slot": slot, "key": lock_key(LEADERSHIP, slot)[1]}
-    if repair == "adopt":
-        await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", lock_key(ADOPTION, slot))
-    # An active relay leads all the time, one that tries in vain to become active for a moment, again and again.
-    for _ in range(REQUEST_TRIES):
-        if (await connection.execute(REPAIR.encode(), values)).rowcount == 1:
-            return True
-        await asyncio.sleep(REQUEST_PAUSE_SECONDS)
-    return False
-
-
-async def withdraw_adopt(connection: psycopg.AsyncConnection, slot: str) -> bool:
-    """Nobody is to adopt any more: what a slot that is made later has passed, nobody has looked at.
-
-    False if nobody was to.
-    """
-    query = "UPDATE relay_slots SET repair = NULL WHERE slot_name = %s AND repair = 'adopt'"
-    return (await connection.execute(query, [slot])).rowcount == 1
-
-
-async def find_slot_state(connection: psycopg.AsyncConnection, slot: str) -> str:
-    """The slot's `wal_status`, or `missing`."""
-    query = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()"
-    row = await (await connection.execute(query, [slot])).fetchone()
-    return "missing" if row is None else str(row[0])
-
-
-async def find_source(connection: psycopg.AsyncConnection, slot: str) -> str | None:
-    """What the relay of this name reads, or read last."""
-    row = await (await connection.execute("SELECT source FROM relay_slots WHERE slot_name = %s", [slot])).fetchone()
-    return None if row is None else str(row[0])
-
-
-async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[str, Any] | None:
-    """Whose transaction a slot that is being made waits for, and since when it runs."""
-    row = await (await connection.execute(FIND_BLOCKER, [slot])).fetchone()
-    return None if row is None else (row[0], row[1])
-
-
-async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:
-    """The gap that the relay stands before, what it was told to do, and how many events its last repair published."""
-    query = f"SELECT gap, {_ASKED}, repaired_events FROM relay_slots WHERE slot_name = %(slot)s"  # noqa: S608 - as above
-    row = await (
-        await connection.execute(query.encode(), {"slot": slot, "key": lock_key(ADOPTION, slot)[1]})
-    ).fetchone()
-    return row if row is not None else (None, None, 0)
-
-
-async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
-    """How many retained events have no proof of publication, and when the first and the last were written."""
-    return await count_beyond(connection, await _published(connection, slot))
-
-
-async def list_unproven(connection: psycopg.AsyncConnection, slot: str, *, limit: int) -> list[tuple[Any, ...]]:
-    """The first of them, as they were written: id, payment, `payment_seq`, type, time."""
-    published = await _published(connection, slot)
-    return await (await connection.execute(LIST_UNPROVEN.encode(), published.proof | {"limit": limit})).fetchall()
-
-
-async def _published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
-    checkpoint = await find_checkpoint(connection, slot)
-    row = await (await connection.execute(SYSTEM)).fetchone()
-    return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
-
-
-async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any, Any]:
-    """How many events are retained, and when the first and the last were written."""
-    return await count_beyond(connection, NOTHING)
-
-
-async def count_beyond(connection: psycopg.AsyncConnection, published: Snapshot) -> tuple[int, Any, Any]:
-    """The same, where `published` is what is proven. It reads the whole outbox."""
-    row = await (await connection.execute(COUNT_UNPROVEN.encode(), published.proof)).fetchone()
-    assert row is not None, "an aggregate always gives a row"
-    return row

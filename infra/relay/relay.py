@@ -17,7 +17,7 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
-from infra.relay.progress import count_beyond
+from infra.relay.repairs import count_beyond
 from infra.relay.session import Session
 from infra.relay.stream import CONNECTION
 

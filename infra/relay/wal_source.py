@@ -12,16 +12,9 @@ import psycopg
 import structlog
 
 from infra.relay import metrics
+from infra.relay.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
-from infra.relay.gaps import (
-    NOT_IN_PUBLICATION,
-    PUBLICATION_CHANGED,
-    SLOT_AHEAD,
-    SLOT_LOST,
-    SLOT_MISSING,
-    gap_of,
-)
 from infra.relay.gulps import Gulps
 from infra.relay.pgoutput import (
     BEGIN,
@@ -37,18 +30,12 @@ from infra.relay.pgoutput import (
 from infra.relay.prefix import Group, Prefix
 from infra.relay.progress import (
     SAVE_LSN,
-    Checkpoint,
     ended_by_now,
-    find_checkpoint,
     flushed_by_now,
-    forget_future_transactions,
-    move_here,
     refuse_gap,
     save_checkpoint,
     set_notify,
     start_checkpoint,
-    trust_checkpoint,
-    withdraw_adopt,
 )
 from infra.relay.records import Records
 from infra.relay.scan import scan
@@ -126,10 +113,8 @@ class WalSource:
         self._stream = await ReplicationStream.connect(self._config.postgres_url)
         await set_notify(self._leader, is_on=False)
         system = await self._stream.system_identifier()
-        checkpoint = await find_checkpoint(self._leader, self._config.slot)
-        _, self._publication = await self._ask_publication()
         self._rows = RowReader(await self._outbox())
-        await self._prepare(sink, system, checkpoint)
+        await self._begin(sink, system)
         # From what was written down: the slot is told later, and would repeat what is acknowledged since.
         await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
@@ -141,74 +126,32 @@ class WalSource:
         assert row is not None, "the query always gives a row"
         return int(row[0])
 
-    async def _prepare(self, sink: CatchUpSink, system: str, checkpoint: Checkpoint | None) -> None:
+    async def _begin(self, sink: CatchUpSink, system: str) -> None:
+        state = await self._find_log()
+        self._publication = state.publication.version
+        match await find_beginning(self._leader, self._config, system, state):
+            case CatchUp(reason, published):
+                await self._catch_up(sink, system, reason, published)
+            case Adopt(published):
+                log.warning("slot adopted where it stands", slot=self._config.slot)
+                await self._start_checkpoint(system, state.position, published)
+            case GoOn(checkpoint, self._published):
+                self._confirmed = state.position
+                saved = checkpoint.confirmed_lsn
+                await self._note_saved(state.position if saved is None else saved)
+
+    async def _find_log(self) -> LogState:
+        """Where it is ours, and nobody else reads it."""
+        publication = await self._find_publication()
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
-        if row is not None and (row[1] or row[2] != "pgoutput"):
-            raise SlotOfAnother(self._config.slot, f"database {row[0]!r}, plugin {row[2]!r}")
-        wal_status, position, is_active = row[3:] if row is not None else ("missing", 0, False)
+        if row is None:
+            return LogState("missing", 0, publication)
+        database, is_elsewhere, plugin, slot_state, position, is_active = row
+        if is_elsewhere or plugin != "pgoutput":
+            raise SlotOfAnother(self._config.slot, f"database {database!r}, plugin {plugin!r}")
         if is_active or position is None:
             raise SlotBusy(f"somebody else reads from slot {self._config.slot}, or is making it")
-        published = NOTHING if checkpoint is None else checkpoint.published_on(system)
-        if checkpoint is None:
-            await forget_future_transactions(self._leader)
-            await self._catch_up(sink, system, "first start", NOTHING)
-        elif checkpoint.repair == "unproven" and (moved := checkpoint.another_topic(self._config)) is not None:
-            await refuse_gap(self._leader, self._config.slot, moved, published)
-        elif checkpoint.repair in ("everything", "unproven") and checkpoint.system_identifier != system:
-            await move_here(self._leader, self._config.slot)
-            await self._catch_up(sink, system, "repair on another server", NOTHING)
-        elif checkpoint.repair == "everything":
-            await self._catch_up(sink, system, "repair", NOTHING)
-        elif checkpoint.repair == "unproven":
-            await self._catch_up(sink, system, "repair", published)
-        elif _is_polled(checkpoint, system) and (
-            checkpoint.repair == "adopt" or checkpoint.another_topic(self._config) is None
-        ):
-            await self._catch_up(sink, system, "another source before", published)
-        elif checkpoint.repair == "adopt" and await self._may_adopt(checkpoint, system, wal_status, position):
-            await self._adopt(system, position, published)
-        else:
-            if checkpoint.repair == "adopt":
-                # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
-                log.warning("nothing to adopt", slot=self._config.slot, slot_state=wal_status)
-                await withdraw_adopt(self._leader, self._config.slot)
-            self._published = published
-            await self._trust(checkpoint, system, wal_status, position)
-
-    async def _may_adopt(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> bool:
-        """Not what the publication left out; and not a new topic together with what the slot has passed."""
-        if wal_status in ("missing", "lost") or await self._left_out(checkpoint, system):
-            return False
-        is_moved = checkpoint.system_identifier != system or _doubt_about_slot(checkpoint, wal_status, position)
-        return not (is_moved and checkpoint.another_topic(self._config))
-
-    async def _left_out(self, checkpoint: Checkpoint, system: str) -> str | None:
-        """Why the log may be without some events, which who has read the slot meanwhile has not had either.
-
-        Not on another server: there the publication is another one anyway.
-        """
-        if checkpoint.system_identifier != system:
-            return None
-        self._publication = checkpoint.publication or self._publication
-        return _remembered(checkpoint) or await self._doubt_about_publication()
-
-    async def _trust(self, checkpoint: Checkpoint, system: str, wal_status: str, position: int) -> None:
-        """Go on where the slot stands, if that is where we left it."""
-        reason = checkpoint.reason_for_doubt(system, self._config)
-        if checkpoint.system_identifier == system:  # Elsewhere, the slot is another one, too.
-            of_slot = None if checkpoint.source == "poll" else _doubt_about_slot(checkpoint, wal_status, position)
-            reason = gap_of((reason, of_slot, await self._left_out(checkpoint, system)))
-        if reason is not None:
-            await refuse_gap(self._leader, self._config.slot, reason, self._published)
-        await trust_checkpoint(self._leader, self._config)
-        self._confirmed = position
-        await self._note_saved(position if checkpoint.confirmed_lsn is None else checkpoint.confirmed_lsn)
-
-    async def _adopt(self, system: str, position: int, published: Snapshot) -> None:
-        """Somebody else published up to where the slot stands: an operator said so."""
-        await forget_future_transactions(self._leader)
-        log.warning("slot adopted where it stands", slot=self._config.slot)
-        await self._start_checkpoint(system, position, published)
+        return LogState(slot_state, position, publication)
 
     async def _catch_up(self, sink: CatchUpSink, system: str, reason: str, published: Snapshot) -> None:
         """Make the slot anew and publish every row beyond `published` that was committed before it.
@@ -362,20 +305,14 @@ class WalSource:
 
     async def _check_publication(self) -> None:
         """Nothing in the log says that events are left out of it."""
-        reason = await self._doubt_about_publication()
+        reason = (await self._find_publication()).doubt_since(self._publication)
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
 
-    async def _doubt_about_publication(self) -> str | None:
-        is_whole, publication = await self._ask_publication()
-        if is_whole and publication == self._publication:
-            return None
-        return PUBLICATION_CHANGED if is_whole else NOT_IN_PUBLICATION
-
-    async def _ask_publication(self) -> tuple[bool, str | None]:
+    async def _find_publication(self) -> Publication:
         values = {"name": self._config.publication, "columns": list(OUTBOX_COLUMNS)}
         row = await (await self._leader.execute(PUBLICATION.encode(), values)).fetchone()
-        return (False, None) if row is None else (row[0], row[1])
+        return Publication(*row) if row is not None else Publication(is_whole=False, version=None)
 
     async def _save(self, lsn: int) -> None:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
@@ -411,21 +348,3 @@ class WalSource:
         if hasattr(self, "_stream"):
             self.unwatch()
             await self._stream.close()
-
-
-def _is_polled(checkpoint: Checkpoint, system: str) -> bool:
-    """Whether a poll has been here until now: a slot of ours, if there is one, was begun and not finished since."""
-    return checkpoint.source == "poll" and checkpoint.system_identifier == system
-
-
-def _remembered(checkpoint: Checkpoint) -> str | None:
-    """What was told of the publication before: being whole again brings nothing back."""
-    return next((each for each in (NOT_IN_PUBLICATION, PUBLICATION_CHANGED) if each in (checkpoint.gap or "")), None)
-
-
-def _doubt_about_slot(checkpoint: Checkpoint, wal_status: str, position: int) -> str | None:
-    if wal_status in ("missing", "lost"):
-        return SLOT_MISSING if wal_status == "missing" else SLOT_LOST
-    if checkpoint.confirmed_lsn is not None and position > checkpoint.confirmed_lsn:
-        return SLOT_AHEAD
-    return None

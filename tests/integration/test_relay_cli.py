@@ -531,8 +531,9 @@ async def test_adopt_refuses_a_slot_that_is_gone_and_withdraws_what_no_relay_too
     assert (unanswered.returncode, "withdrawn" in unanswered.stdout) == (1, True)
     assert await fetch_value(config.postgres_url, query, config.slot)
     await fetch_value(config.postgres_url, DROP, config.slot)
-    refused = await payments_relay(config, "adopt")
-    assert (refused.returncode, "is missing" in refused.stdout) == (1, True)
+    async with StandingStill(config):
+        refused = await payments_relay(config, "adopt")
+    assert (refused.returncode, "the slot has disappeared" in refused.stdout) == (1, True)
     assert await fetch_value(config.postgres_url, query, config.slot)
 
 
@@ -658,10 +659,8 @@ async def test_a_new_topic_is_not_adopted_with_what_the_slot_has_passed(config: 
     async with StandingStill(moved):
         refused = await payments_relay(moved, "adopt")
         told = " ".join(refused.stdout.split())
-        assert (refused.returncode, told.startswith(f"Not done: the events before went to topic {config.topic}")) == (
-            1,
-            True,
-        )
+        assert refused.returncode == 1
+        assert f"not done, the relay stands still: the events before went to topic {config.topic}" in told
         assert "To do: set PAYMENTS_EVENTS_TOPIC back, and start the relay again; if Debezium moved it" in told
         assert await fetch_value(config.postgres_url, "SELECT gap IS NOT NULL AND repair IS NULL FROM relay_slots")
     async with StandingStill(config):

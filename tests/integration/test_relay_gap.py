@@ -16,7 +16,8 @@ from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.progress import Repair, count_unproven, find_repair, request_repair
+from infra.relay.progress import Repair
+from infra.relay.repairs import count_unproven, find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import Overview, RelayStatus, read_status

@@ -20,9 +20,9 @@ from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.health import Status
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
-from infra.relay.progress import request_repair
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
+from infra.relay.repairs import request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
