@@ -5,18 +5,17 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import psycopg
 import structlog
 from aiokafka.errors import KafkaError
-from psycopg import sql
-from psycopg.pq import TransactionStatus
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import RelayError
 from infra.relay.health import State, Status
+from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.poll_source import PollSource
@@ -42,36 +41,6 @@ setting."""
 WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
-LAG = """
-    SELECT slot_name::text, pg_current_wal_flush_lsn() - confirmed_flush_lsn, pg_current_wal_lsn() - restart_lsn
-      FROM pg_replication_slots WHERE slot_name = %s AND database = current_database()
-"""
-# Whether all of the transaction is on the topic that was the newest one of the outbox before, and which that is now. In
-# one message, and so one transaction: whoever else uses this connection does not wait for who has locked the outbox.
-NEWEST: Final = sql.SQL("""
-    SET LOCAL lock_timeout = '100ms';
-    SELECT (SELECT pg_visible_in_snapshot({newest}::text::xid8, window_begin) FROM relay_slots
-             WHERE slot_name = {slot}),
-           (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
-""")
-# How long the first event that no proof sees has waited; one saved by another server proves nothing here. What a long
-# transaction makes many of is given up.
-WAITING: Final = sql.SQL("""
-    SET LOCAL statement_timeout = '1s';
-    SELECT extract(epoch FROM now() - o.created_at)::float
-      FROM (SELECT CASE WHEN is_own THEN published_below ELSE 0 END AS published_below,
-                   CASE WHEN is_own THEN window_begin END AS window_begin
-              FROM (SELECT saved.*, saved.system_identifier = here.system_identifier::text AS is_own
-                      FROM relay_slots AS saved, pg_control_system() AS here WHERE slot_name = {slot}) AS found) AS r,
-           LATERAL (
-           SELECT created_at FROM outbox
-            WHERE xact >= r.published_below
-              AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(xact::text::xid8, r.window_begin))
-            ORDER BY xact LIMIT 1) AS o
-""")
-UNREAD_SECONDS = 5.0
-"""What is committed is proven to be published some two seconds later: what waits for longer is not being read."""
-
 
 class Session:
     """One life of a relay's connections. Any error ends it; what was unconfirmed comes again."""
@@ -84,13 +53,12 @@ class Session:
         self._is_save_due = True
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
-        self._newest, self._newest_since = 0, time.monotonic()
-        """A transaction that was the newest one of the outbox, and since when it is waited for."""
         self._leaving: list[OutboxEvent] = []
         """What is to leave quarantine, once Kafka has answered for all of `_leaving_group`."""
         self._leaving_group = Group()
         self._put_anew: set[bytes] = set()
         """Those of them that Kafka has refused again, and what waits behind them."""
+        self._lag: Lag
         self._source: Source
         self._publisher: Publisher
         self._quarantine: Quarantine
@@ -131,13 +99,14 @@ class Session:
 
     async def _prepare(self, stack: contextlib.AsyncExitStack) -> None:
         leader = await self._lead(stack)
-        await self._measure_lag(leader)  # Also where Kafka is away, and every session ends at once.
+        self._lag = Lag(leader, self._config)
+        await self._lag.measure_log()  # Also where Kafka is away, and every session ends at once.
         try:
             await self._prepare_to_lead(stack, leader)
         except (RelayError, KafkaError):  # Kafka is away, or there is a gap: what waits goes on growing old.
-            await self._measure_waiting(leader)
+            await self._lag.measure_waiting()
             raise
-        self._wait_for(0)  # Until now nothing was to be read.
+        self._lag.wait_for(0)  # Until now nothing was to be read.
         self._status.enter(State.ACTIVE)
         log.info(
             "relay active",
@@ -148,7 +117,7 @@ class Session:
         )
 
     async def _prepare_to_lead(self, stack: contextlib.AsyncExitStack, leader: psycopg.AsyncConnection) -> None:
-        self._leadership = self._run_beside(stack, self._watch_leadership(leader))
+        self._leadership = self._run_beside(stack, self._watch_leadership())
         self._quarantine = Quarantine(leader, self._config.slot)
         metrics.QUARANTINED.set(await self._quarantine.count())
         self._publisher = await Publisher.connect(self._config, self._wake.set)
@@ -259,7 +228,7 @@ class Session:
             await self._source.save()
             self._status.trouble = self._publisher.trouble or self._silence
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)
-            metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._unread_seconds))
+            metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._lag.unread_seconds))
         if self._is_retry_due:
             self._is_retry_due = False
             metrics.QUARANTINED.set(await self._quarantine.count())
@@ -304,58 +273,17 @@ class Session:
             self._leaving = []
         metrics.QUARANTINED.set(await self._quarantine.count())
 
-    async def _watch_leadership(self, leader: psycopg.AsyncConnection) -> None:
+    async def _watch_leadership(self) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            await self._measure_lag(leader)
-            await self._look_for_unread(leader)
-
-    async def _measure_lag(self, leader: psycopg.AsyncConnection) -> None:
-        """The stream itself does not say how long the log is: its messages carry only how far the server has read."""
-        row = await (await leader.execute(LAG.encode(), [self._config.slot])).fetchone()
-        if row is None:
-            metrics.RETAINED_BYTES.clear()
-            metrics.LAG_BYTES.set(0)
-            return
-        if self._config.source == "wal":  # A poll may have left a slot behind, and does not read from it.
-            metrics.LAG_BYTES.set(max(0, int(row[1] or 0)))
-        metrics.RETAINED_BYTES.labels(row[0]).set(max(0, int(row[2] or 0)))
-
-    async def _measure_waiting(self, leader: psycopg.AsyncConnection) -> None:
-        with contextlib.suppress(psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
-            cursor = await leader.execute(WAITING.format(slot=self._config.slot))
-            cursor.nextset()
-            row = await cursor.fetchone()
-            metrics.LAG_SECONDS.set(0 if row is None else row[0])
-
-    async def _look_for_unread(self, leader: psycopg.AsyncConnection) -> None:
-        """A source that brings nothing does not know whether there is something: the table does."""
-        if leader.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
-            return  # Who is in a transaction on this connection would have it ended by a lock that is not to be had.
-        query = NEWEST.format(newest=self._newest, slot=self._config.slot)
-        with contextlib.suppress(psycopg.errors.LockNotAvailable):
-            cursor = await leader.execute(query)
-            cursor.nextset()
-            row = await cursor.fetchone()
-            assert row is not None, "the query always gives a row"
-            is_published, newest = row
-            if is_published is not False or not self._newest:
-                self._wait_for(newest or 0)
-
-    def _wait_for(self, transaction: int) -> None:
-        self._newest, self._newest_since = transaction, time.monotonic()
-
-    @property
-    def _unread_seconds(self) -> float:
-        """How long a transaction of the outbox has been waited for, where that is longer than usual."""
-        waited = time.monotonic() - self._newest_since if self._newest else 0.0
-        return waited if waited > UNREAD_SECONDS else 0.0
+            await self._lag.measure_log()
+            await self._lag.look_for_unread()
 
     @property
     def _silence(self) -> str | None:
         """That the source brings nothing, though there is something."""
-        if min(self._unread_seconds, self._publisher.quiet_seconds) < self._config.stalled_seconds:
+        if min(self._lag.unread_seconds, self._publisher.quiet_seconds) < self._config.stalled_seconds:
             return None
         is_log = self._config.source == "wal"  # Who reads the table waits for no standby.
         advice = ": is there each standby that synchronized_standby_slots names?" if is_log else ""

@@ -23,7 +23,7 @@ from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics, publisher, session
+from infra.relay import Relay, RelayConfig, lag, metrics, publisher
 from infra.relay.partitions import partition_of
 from infra.relay.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
@@ -604,7 +604,7 @@ async def test_a_log_that_brings_nothing_though_events_wait_is_told(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its sender hangs, or waits for a standby that is gone."""
-    monkeypatch.setattr(session, "UNREAD_SECONDS", 1.5)
+    monkeypatch.setattr(lag, "UNREAD_SECONDS", 1.5)
     rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
     async with running(replace(config, stalled_seconds=2.5)) as relay:
         await commit(config.postgres_url, rows)

@@ -17,7 +17,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import Relay, RelayConfig, metrics, session
-from infra.relay.health import Status
+from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.publisher import Publisher
@@ -408,10 +408,9 @@ async def test_a_look_at_the_outbox_that_waits_for_its_lock_does_not_end_what_is
     config: RelayConfig,
 ) -> None:
     """They share the leader's connection, and a statement that fails fails its whole transaction."""
-    looking = Session(config, Status(stalled_seconds=15), asyncio.Event())
     connect = partial(psycopg.AsyncConnection.connect, config.postgres_url, autocommit=True)
     async with await connect() as leader, await connect() as other, other.transaction():
         await other.execute("LOCK TABLE outbox")
         async with leader.transaction():
-            await looking._look_for_unread(leader)
+            await Lag(leader, config).look_for_unread()
             await leader.execute("SELECT 1")
