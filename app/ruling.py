@@ -16,7 +16,7 @@ from app import wiring
 from app.client import minor_units
 from app.command_line import confirm
 from app.console import new_console, print_json, safe_text
-from app.reconcile import CONNECTIONS, working
+from app.one_shot import CONNECTIONS, one_shot_worker
 from app.settings import Settings
 from domain.commands import OperationKind
 from domain.decision import Ruling
@@ -92,14 +92,14 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
             confirm("Go on?")
         if isinstance(outcome, NotExecuted):  # Now, for people take their time.
             await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
-        async with working(settings, store, gateways, lambda found: None) as parts:
+        async with one_shot_worker(settings, store, gateways, lambda found: None) as worker:
             given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
-            applied = await parts.write_path.apply([given])
+            applied = await worker.write_path.apply([given])
             for refused in applied.refused:
                 raise RulingRefused(f"nothing was changed: {refused.error}")
             # What waited for this operation goes on at once.
-            parts.submit(applied.requests)
-            await parts.wait_until_idle()
+            worker.submit(applied.requests)
+            await worker.wait_until_idle()
         _, operation = await _load(store, finding)
         result = _result(operation, finding.evidence)
     log.warning(

@@ -70,17 +70,8 @@ def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Not
     match notice.outcome:
         case Succeeded() if was_asked and operation.kind is OperationKind.VOID:
             pass  # Of what there was to cancel when it was sent: see `settle`.
-        case Succeeded(amount_minor=moved) as outcome:
-            is_ours = moved in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
-            is_news = _may_succeed_late(operation)
-            if is_ours and is_news and fits(draft, operation) and not _is_known_otherwise(given, outcome):
-                draft.is_postponed = _takes_what_is_reserved(draft.payment, operation)
-                if not draft.is_postponed:
-                    _succeed_late(draft, operation, outcome)
-            else:
-                is_told = not was_asked or notice.type == OWN_ANSWER
-                is_one_more = is_told and _is_one_more(operation, outcome)
-                draft.disagrees = is_news or not is_ours or is_one_more
+        case Succeeded() as outcome:
+            _hear_success(draft, given, operation, notice, outcome)
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
         case Expired() if _is_open_hold(draft, given, operation):
@@ -89,6 +80,19 @@ def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Not
             _release_hold(draft, operation)
         case _:
             pass  # Old news: it was true before what ended the operation.
+
+
+def _hear_success(draft: Draft, given: Notified, operation: Operation, notice: Notice, outcome: Succeeded) -> None:
+    """It counts where it is news, ours and fits; otherwise a person is told, unless it is what we know."""
+    is_ours = outcome.amount_minor in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
+    is_news = _may_succeed_late(operation)
+    if is_ours and is_news and fits(draft, operation) and not _is_known_otherwise(given, outcome):
+        draft.is_postponed = _takes_what_is_reserved(draft.payment, operation)
+        if not draft.is_postponed:
+            _succeed_late(draft, operation, outcome)
+    else:
+        is_told = given.notice_id is not None or notice.type == OWN_ANSWER
+        draft.disagrees = is_news or not is_ours or (is_told and _is_one_more(operation, outcome))
 
 
 def _is_known_otherwise(given: Notified, outcome: Succeeded) -> bool:

@@ -5,22 +5,20 @@ No transaction is open here. An exception never loses an operation: what is not 
 
 import asyncio
 import contextlib
-import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Final, NamedTuple, assert_never, cast
+from typing import Final, assert_never
 
 import structlog
 
 from domain.commands import OperationKind
 from domain.decision import Answer
 from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnknown
-from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable, describe
-from domain.ports import Clock, Gateway, PaymentStore, Pooled
+from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable
+from domain.ports import Clock, Gateway, PaymentStore
 from handlers import metrics
-from handlers.breaker import Breaker
+from handlers.lane import Given, Lane
 from handlers.leases import Leases
 from handlers.pace import Pace
 
@@ -30,12 +28,8 @@ Call = Callable[[GatewayRequest], Awaitable[Outcome]]
 
 WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
 """The provider has these and told us so: sending them again is pointless."""
-ROOM_SECONDS: Final = 2.0
-"""What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
 LOOK_SECONDS: Final = 0.01
 """How often a process that ends looks whether more has come."""
-SILENCE_SECONDS: Final = 60.0
-"""How often the log tells that a provider gave no word, at most."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
@@ -59,7 +53,7 @@ class Dispatcher:
     ) -> None:
         self.on_answer: Callable[[Answer], None]
         paces = paces or {name: Pace(time.monotonic, gateway) for name, gateway in gateways.items()}
-        self._lanes = {name: _Lane(each, limits[name], paces[name], self._run) for name, each in gateways.items()}
+        self._lanes = {name: Lane(each, limits[name], paces[name], self._run) for name, each in gateways.items()}
         self._store = store
         self._clock = clock
         self._leases = leases
@@ -77,13 +71,13 @@ class Dispatcher:
 
     def submit(self, requests: Sequence[GatewayRequest]) -> None:
         """Call the gateways for these, as soon as each one's limit allows."""
-        self._add(requests, _Lane.add)
+        self._add(requests, Lane.add)
 
     def resubmit(self, requests: Sequence[GatewayRequest]) -> None:
         """Ask the gateways about these, which are stuck, or repeat them: at each one's pace."""
-        self._add(requests, _Lane.add_stuck)
+        self._add(requests, Lane.add_stuck)
 
-    def _add(self, requests: Sequence[GatewayRequest], add: Callable[["_Lane", GatewayRequest], None]) -> None:
+    def _add(self, requests: Sequence[GatewayRequest], add: Callable[[Lane, GatewayRequest], None]) -> None:
         self._leases.hold(requests)
         if self._has_ended:
             for request in requests:
@@ -123,11 +117,11 @@ class Dispatcher:
         """Give back what is stuck and was not sent, of providers that rest for long: for whoever does not wait."""
         self._give_back([lane for lane in self._lanes.values() if lane.rests_long], Unreachable(PROVIDER_RESTS))
 
-    def _give_back(self, lanes: Iterable["_Lane"], why: Unreachable) -> None:
+    def _give_back(self, lanes: Iterable[Lane], why: Unreachable) -> None:
         for request in [each for lane in lanes for each in lane.give_back()]:
             self._answer(request, why)
 
-    async def _run(self, lane: "_Lane", given: "_Given") -> None:
+    async def _run(self, lane: Lane, given: Given) -> None:
         outcome = await self._outcome_in(lane, given.request)
         word = type(outcome).__name__
         metrics.calls(given.request.gateway, given.request.kind, word).inc()
@@ -135,7 +129,7 @@ class Dispatcher:
             metrics.checked(given.request.gateway, "operation", word).inc()
         self._answer(given.request, outcome, was_stuck=given.is_stuck)
 
-    async def _outcome_in(self, lane: "_Lane", request: GatewayRequest) -> Outcome:
+    async def _outcome_in(self, lane: Lane, request: GatewayRequest) -> Outcome:
         if not self._leases.is_held(request):
             # This process slept, or Postgres was away. Whoever took it over may have had it ended since, a person even,
             # and a refund that has no key at its provider would be made beside its successor.
@@ -235,127 +229,3 @@ def is_cancelled() -> bool:
     """Whether somebody cancelled this very task; otherwise a library leaked a cancellation of its own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-class _Lane:
-    """The calls of one gateway: at most `limit` at a time, payers' operations and what is stuck by turns.
-
-    Each in order of arrival; what is stuck also waits for its pace.
-    """
-
-    def __init__(
-        self, gateway: Gateway, limit: int, pace: Pace, run: Callable[["_Lane", "_Given"], Awaitable[None]]
-    ) -> None:
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.gateway = gateway
-        self.breaker = Breaker(time.monotonic, self._tell)
-        self._limit = limit
-        self._pace = pace
-        self._run = run
-        self._new: deque[GatewayRequest] = deque()
-        self._stuck: deque[GatewayRequest] = deque()
-        self._by_turns = deque([self._take_new, self._take_stuck])
-        self._timer: asyncio.TimerHandle | None = None
-        self._silence_told_at = -math.inf
-        metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
-        metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
-        if isinstance(gateway, Pooled):
-            metrics.watch_connections(gateway.name, gateway.connections)
-        metrics.CIRCUIT_OPEN.labels(gateway.name).set_function(lambda: self.breaker.is_open)
-        metrics.RESTING.labels(gateway.name).set_function(lambda: self._pace.rests)
-
-    @property
-    def load(self) -> int:
-        return len(self._new) + len(self._stuck) + len(self.tasks)
-
-    @property
-    def rests_long(self) -> bool:
-        return self._pace.rests_long
-
-    @property
-    def room(self) -> int:
-        """How much more of what is stuck it can take soon; the rest is left for other workers."""
-        if self._pace.rests:
-            return 0
-        soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
-        return max(0, math.ceil(soon) - len(self._stuck))
-
-    def note_call(self, outcome: Outcome) -> None:
-        """What came of a call that moves money."""
-        self.breaker.note(outcome)
-        if isinstance(outcome, Unreachable | Unknown):
-            self._tell_silence(outcome)
-
-    def note_answer(self, outcome: Outcome) -> None:
-        """What came of a question: that the provider has no trace of something is an answer."""
-        if isinstance(outcome, Unreachable):
-            self._tell_silence(outcome)
-
-    def _tell_silence(self, outcome: Unreachable | Unknown) -> None:
-        """The first, and then one a minute, for its reason: how many there are, the metrics tell."""
-        if time.monotonic() - self._silence_told_at >= SILENCE_SECONDS:
-            self._silence_told_at = time.monotonic()
-            log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=describe(outcome))
-
-    def add(self, request: GatewayRequest) -> None:
-        self._new.append(request)
-        self._start()
-
-    def add_stuck(self, request: GatewayRequest) -> None:
-        self._stuck.append(request)
-        self._start()
-
-    def give_back(self) -> list[GatewayRequest]:
-        """What is stuck and was not sent."""
-        left, self._stuck = list(self._stuck), deque()
-        return left
-
-    def give_back_new(self) -> list[GatewayRequest]:
-        """What payers wait for and was not sent."""
-        left, self._new = list(self._new), deque()
-        return left
-
-    def _start(self) -> None:
-        if len(self.tasks) < self._limit:
-            self.tasks.add(asyncio.create_task(self._work()))
-
-    async def _work(self) -> None:
-        """Call for one request after the other until none is left; a task serves many."""
-        try:
-            while (given := self._next()) is not None:
-                await self._run(self, given)
-        finally:
-            # Now, and not in a callback: what is added before that would find the lane full, and nobody to take it.
-            self.tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
-
-    def _next(self) -> "_Given | None":
-        self._by_turns.rotate()
-        return next((given for take in self._by_turns if (given := take()) is not None), None)
-
-    def _take_new(self) -> "_Given | None":
-        return _Given(self._new.popleft(), is_stuck=False) if self._new else None
-
-    def _take_stuck(self) -> "_Given | None":
-        if not self._stuck:
-            return None
-        given, wait_seconds = None, self._pace.wait_seconds()
-        if wait_seconds <= 0:
-            self._pace.take()
-            given = _Given(self._stuck.popleft(), is_stuck=True)
-        if self._stuck and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._pace.wait_seconds(), self._wake)
-        return given
-
-    def _wake(self) -> None:
-        self._timer = None
-        self._start()
-
-    def _tell(self, is_open: bool) -> None:
-        log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)
-
-
-class _Given(NamedTuple):
-    """A request, and whether it is of what is stuck: nobody waits for it, so its pace is kept."""
-
-    request: GatewayRequest
-    is_stuck: bool

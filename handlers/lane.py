@@ -1,0 +1,151 @@
+"""The calls of one gateway: how many at a time, who is next, and when it is left alone."""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple, cast
+
+import structlog
+
+from domain.operations import GatewayRequest, Outcome, Unknown, Unreachable, describe
+from domain.ports import Gateway, Pooled
+from handlers import metrics
+from handlers.breaker import Breaker
+from handlers.pace import Pace
+
+log = structlog.get_logger(__name__)
+
+ROOM_SECONDS: Final = 2.0
+"""What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
+SILENCE_SECONDS: Final = 60.0
+"""How often the log tells that a provider gave no word, at most."""
+
+
+class Given(NamedTuple):
+    """A request, and whether it is of what is stuck: nobody waits for it, so its pace is kept."""
+
+    request: GatewayRequest
+    is_stuck: bool
+
+
+class Lane:
+    """At most `limit` calls at a time, of payers' operations and of what is stuck by turns.
+
+    Each in order of arrival; what is stuck also waits for its pace.
+    """
+
+    def __init__(
+        self, gateway: Gateway, limit: int, pace: Pace, run: Callable[["Lane", Given], Awaitable[None]]
+    ) -> None:
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.gateway = gateway
+        self.breaker = Breaker(time.monotonic, self._tell)
+        self._limit = limit
+        self._pace = pace
+        self._run = run
+        self._new: deque[GatewayRequest] = deque()
+        self._stuck: deque[GatewayRequest] = deque()
+        self._by_turns = deque([self._take_new, self._take_stuck])
+        self._timer: asyncio.TimerHandle | None = None
+        self._silence_told_at = -math.inf
+        metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
+        metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
+        if isinstance(gateway, Pooled):
+            metrics.watch_connections(gateway.name, gateway.connections)
+        metrics.CIRCUIT_OPEN.labels(gateway.name).set_function(lambda: self.breaker.is_open)
+        metrics.RESTING.labels(gateway.name).set_function(lambda: self._pace.rests)
+
+    @property
+    def load(self) -> int:
+        """Requests accepted and not yet answered."""
+        return len(self._new) + len(self._stuck) + len(self.tasks)
+
+    @property
+    def rests_long(self) -> bool:
+        """Whether its provider wants to rest for longer than a command waits."""
+        return self._pace.rests_long
+
+    @property
+    def room(self) -> int:
+        """How much more of what is stuck it can take soon; the rest is left for other workers."""
+        if self._pace.rests:
+            return 0
+        soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
+        return max(0, math.ceil(soon) - len(self._stuck))
+
+    def note_call(self, outcome: Outcome) -> None:
+        """What came of a call that moves money."""
+        self.breaker.note(outcome)
+        if isinstance(outcome, Unreachable | Unknown):
+            self._tell_silence(outcome)
+
+    def note_answer(self, outcome: Outcome) -> None:
+        """What came of a question: that the provider has no trace of something is an answer."""
+        if isinstance(outcome, Unreachable):
+            self._tell_silence(outcome)
+
+    def _tell_silence(self, outcome: Unreachable | Unknown) -> None:
+        """The first, and then one a minute, for its reason: how many there are, the metrics tell."""
+        if time.monotonic() - self._silence_told_at >= SILENCE_SECONDS:
+            self._silence_told_at = time.monotonic()
+            log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=describe(outcome))
+
+    def add(self, request: GatewayRequest) -> None:
+        """Call for what a payer waits for."""
+        self._new.append(request)
+        self._start()
+
+    def add_stuck(self, request: GatewayRequest) -> None:
+        """Call for what is stuck, at its pace."""
+        self._stuck.append(request)
+        self._start()
+
+    def give_back(self) -> list[GatewayRequest]:
+        """What is stuck and was not sent."""
+        left, self._stuck = list(self._stuck), deque()
+        return left
+
+    def give_back_new(self) -> list[GatewayRequest]:
+        """What payers wait for and was not sent."""
+        left, self._new = list(self._new), deque()
+        return left
+
+    def _start(self) -> None:
+        if len(self.tasks) < self._limit:
+            self.tasks.add(asyncio.create_task(self._work()))
+
+    async def _work(self) -> None:
+        """Call for one request after the other until none is left; a task serves many."""
+        try:
+            while (given := self._next()) is not None:
+                await self._run(self, given)
+        finally:
+            # Now, and not in a callback: what is added before that would find the lane full, and nobody to take it.
+            self.tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    def _next(self) -> Given | None:
+        self._by_turns.rotate()
+        return next((given for take in self._by_turns if (given := take()) is not None), None)
+
+    def _take_new(self) -> Given | None:
+        return Given(self._new.popleft(), is_stuck=False) if self._new else None
+
+    def _take_stuck(self) -> Given | None:
+        if not self._stuck:
+            return None
+        given, wait_seconds = None, self._pace.wait_seconds()
+        if wait_seconds <= 0:
+            self._pace.take()
+            given = Given(self._stuck.popleft(), is_stuck=True)
+        if self._stuck and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._pace.wait_seconds(), self._wake)
+        return given
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._start()
+
+    def _tell(self, is_open: bool) -> None:
+        log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)
