@@ -40,7 +40,7 @@ START: Final = """
             %(below)s, %(published)s, %(events)s, %(publication)s)
     ON CONFLICT (slot_name) DO UPDATE
        SET system_identifier = excluded.system_identifier, source = excluded.source, topic = excluded.topic,
-           kafka_cluster = excluded.kafka_cluster,
+           kafka_cluster = coalesce(excluded.kafka_cluster, relay_slots.kafka_cluster),
            confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below,
            window_begin = excluded.window_begin, window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
            repaired_events = excluded.repaired_events, publication = excluded.publication, caught_up_at = now(),
@@ -61,7 +61,8 @@ NOTIFIES: Final = """
 """
 # Always: who cannot write how far he is would publish the same again and again.
 TRUST: Final = """
-    UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = %(cluster)s, repair = nullif(repair, 'adopt')
+    UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = coalesce(%(cluster)s, kafka_cluster),
+                           repair = nullif(repair, 'adopt')
      WHERE slot_name = %(slot)s
 """
 REFUSE: Final = """

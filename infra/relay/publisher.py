@@ -15,20 +15,20 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidTopicError,
+    KafkaError,
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
-    UnknownTopicOrPartitionError,
 )
-from aiokafka.protocol.metadata import MetadataRequest
 
 from infra.relay import metrics
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway, TopicMissing
+from infra.relay.errors import KafkaAway
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
+from infra.relay.producer import OneCluster, abandon, count_partitions, start_producer
 from infra.relay.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
@@ -43,10 +43,6 @@ IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
 four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
-REQUEST_SECONDS = 15.0
-"""How long a broker may take to answer."""
-TOPIC_SECONDS = 5.0
-"""How long a topic that was just made may take until the broker knows of it."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
@@ -63,12 +59,23 @@ class Diverted(NamedTuple):
 class _Lane:
     """One partition: batches that wait, the last one still open, and the one on its way."""
 
-    __slots__ = ("batch_bytes_max", "in_flight", "is_producer_spent", "number", "pending", "producer", "sent_at")
+    __slots__ = (
+        "batch_bytes_max",
+        "in_flight",
+        "is_producer_spent",
+        "number",
+        "pending",
+        "producer",
+        "renewal",
+        "sent_at",
+    )
 
     def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
         self.number = number
         self.producer = producer
         self.is_producer_spent = False
+        self.renewal: asyncio.Task[None] | None = None
+        """What gives it another producer; nothing is sent meanwhile."""
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[RecordBatch] = deque()
         self.in_flight: RecordBatch | None = None
@@ -88,17 +95,21 @@ class Publisher:
     """
 
     def __init__(
-        self, config: RelayConfig, producer: AIOKafkaProducer, partitions: int, on_progress: Callable[[], None]
+        self,
+        config: RelayConfig,
+        producer: AIOKafkaProducer,
+        cluster: OneCluster,
+        partitions: int,
+        on_progress: Callable[[], None],
     ) -> None:
         self.unacknowledged = 0
         self.unacknowledged_bytes = 0
         self.payload_max = config.message_bytes_max
-        self.kafka_cluster: str | None = None
-        """The id of the brokers' cluster."""
         self.blocked: set[bytes] = set()
         """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
         self._diverted: list[Diverted] = []
         self._config = config
+        self._cluster = cluster
         self._producers = {producer}
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
@@ -120,16 +131,20 @@ class Publisher:
             KafkaError: the brokers cannot be reached.
             TopicMissing: the topic does not exist.
         """
-        producer = await _start_producer(config)
+        cluster = OneCluster()
+        producer = await start_producer(config, cluster)
         try:
-            partitions = await _count_partitions(producer, config.topic)
-            kafka_cluster = await _ask_cluster(producer)
+            partitions = await count_partitions(producer, config.topic)
+            await cluster.learn(producer.client)
         except BaseException:
-            await _abandon(producer)
+            await abandon(producer)
             raise
-        publisher = cls(config, producer, partitions, on_progress)
-        publisher.kafka_cluster = kafka_cluster
-        return publisher
+        return cls(config, producer, cluster, partitions, on_progress)
+
+    @property
+    def kafka_cluster(self) -> str | None:
+        """The id of the brokers' cluster; None of brokers that do not tell."""
+        return self._cluster.id
 
     @property
     def room(self) -> Room:
@@ -212,13 +227,14 @@ class Publisher:
     def _next_lane(self) -> _Lane | None:
         if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
             for lane in (*self._lanes[self._turn :], *self._lanes[: self._turn]):
-                if lane.pending and lane.in_flight is None:
+                if lane.pending and lane.in_flight is None and lane.renewal is None:
                     self._turn = (lane.number + 1) % len(self._lanes)
                     return lane
         return None
 
     def check(self) -> None:
         """Raises KafkaAway if this publisher is useless."""
+        self._cluster.check()
         if self._error is not None:
             raise KafkaAway(f"{type(self._error).__name__}: {self._error}") from self._error
 
@@ -254,11 +270,17 @@ class Publisher:
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""
         self._is_closed = True
-        await asyncio.gather(*map(_abandon, self._producers))
+        renewals = [lane.renewal for lane in self._lanes if lane.renewal is not None]
+        for renewal in renewals:
+            renewal.cancel()
+        await asyncio.gather(*renewals, return_exceptions=True)
+        await asyncio.gather(*map(abandon, self._producers))
 
     async def _send(self, lane: _Lane) -> None:
         if lane.is_producer_spent:
-            await self._renew_producer(lane)
+            # A broker that has vanished may be asked first, and long.
+            lane.renewal = asyncio.create_task(self._renew_producer(lane))
+            return
         if lane.pending[0].held is not None:
             self._refuse(lane, f"above our own limit of {self.payload_max} bytes")
             return
@@ -274,13 +296,19 @@ class Publisher:
         sent.add_done_callback(partial(self._sent, lane))
 
     async def _renew_producer(self, lane: _Lane) -> None:
-        spent = lane.producer
-        lane.producer = await _start_producer(self._config)
-        lane.is_producer_spent = False
-        self._producers.add(lane.producer)
-        if all(each.producer is not spent for each in self._lanes):
-            self._producers.remove(spent)
-            await _abandon(spent)
+        try:
+            producer = await start_producer(self._config, self._cluster)
+        except (KafkaError, OSError) as error:
+            self._error = error
+        else:
+            spent, lane.producer, lane.is_producer_spent = lane.producer, producer, False
+            self._producers.add(producer)
+            if all(each.producer is not spent for each in self._lanes):
+                self._producers.remove(spent)
+                await abandon(spent)
+        finally:
+            lane.renewal = None
+            self._on_progress()
 
     def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:
@@ -303,6 +331,7 @@ class Publisher:
             # The other lanes go on: a new session would send once more what they have sent since.
             lane.is_producer_spent = True
             self._put_back(self._take_out(lane))
+            log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=lane.number)
         elif isinstance(error, REFUSALS):
             lane.sent_at = None
             self._refused(lane, batch, error)
@@ -369,53 +398,3 @@ class Publisher:
             error=reason,
         )
         self._on_progress()
-
-
-async def _start_producer(config: RelayConfig) -> AIOKafkaProducer:
-    """A started producer whose retries neither reorder nor repeat.
-
-    It gives up a batch by itself only where its partition has had no leader for `REQUEST_SECONDS`.
-    """
-    producer = AIOKafkaProducer(
-        **config.kafka.client_arguments(),
-        acks="all",
-        enable_idempotence=True,
-        request_timeout_ms=int(REQUEST_SECONDS * 1000),
-    )
-    try:
-        await producer.start()
-    except BaseException:
-        await _abandon(producer)
-        raise
-    return producer
-
-
-async def _count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
-    try:
-        async with asyncio.timeout(TOPIC_SECONDS):
-            return len(await producer.partitions_for(topic))
-    except (TimeoutError, UnknownTopicOrPartitionError) as error:
-        raise TopicMissing(f"there is no topic {topic}: create it, or set PAYMENTS_EVENTS_TOPIC to one") from error
-
-
-async def _ask_cluster(producer: AIOKafkaProducer) -> str | None:
-    """Which cluster the brokers are of; aiokafka itself reads over it. None from brokers before Kafka 0.10.1."""
-    client = producer.client
-    answer = await client.send(client.get_random_node(), MetadataRequest([]))
-    return getattr(answer, "cluster_id", None)
-
-
-async def _abandon(producer: AIOKafkaProducer) -> None:
-    """Close a producer without waiting for what it has not sent; its own `stop` waits for Kafka to come back."""
-    producer._closed = True  # Nothing warns of a producer that was not stopped then.
-    sending = producer._sender.sender_task
-    if sending is not None:
-        sending.cancel()
-    # Ends requests under way, on which a cancelled sender waits.
-    await producer.client.close()
-    for _ in range(2):
-        if sending is not None and not sending.done():
-            await asyncio.wait([sending], timeout=1)
-            sending.cancel()
-    # One that was being made when the others were closed.
-    await producer.client.close()

@@ -54,7 +54,7 @@ class Session:
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
         self._leaving: list[OutboxEvent] = []
-        """What is to leave quarantine, once Kafka has answered for all of `_leaving_group`."""
+        """What leaves quarantine, once Kafka has answered for all of `_leaving_group`."""
         self._leaving_group = Group()
         self._put_anew: set[bytes] = set()
         """Those of them that Kafka has refused again, and what waits behind them."""
@@ -229,25 +229,29 @@ class Session:
             self._status.trouble = self._publisher.trouble or self._silence
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)
             metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._lag.unread_seconds))
+        await self._let_go()
         if self._is_retry_due:
             self._is_retry_due = False
             metrics.QUARANTINED.set(await self._quarantine.count())
             await self._retry_quarantined()
 
     async def _retry_quarantined(self) -> None:
-        """Publish what somebody asked for; what the stream brings of these payments meanwhile lines up behind."""
-        due = await self._quarantine.due()
+        """Publish a portion of what somebody asked for; what the stream brings of these payments comes behind it.
+
+        Nothing waits for that: their partition may be without a leader.
+        """
+        due = await self._quarantine.due() if not self._leaving else []
         if not due:
             await self._unblock()
             return
-        self._is_retry_due = True  # There may be more than a portion.
         keys = list({event.aggregateid for event in due})
         log.info("events leave quarantine", events=len(due), payments=len(keys))
         marked = await self._quarantine.mark_due(keys)
-        due = [event for event in due if event.id in marked]  # But for what somebody has dropped just now.
+        self._leaving = [event for event in due if event.id in marked]  # But for what was dropped just now.
+        self._leaving_group, self._put_anew = Group(), set()
         self._publisher.blocked.difference_update(keys)
-        await self._publish_again(due)
-        await self._let_go()
+        self._publisher.publish(self._leaving, self._leaving_group)
+        await self._flush()
 
     async def _unblock(self) -> None:
         """Payments of which nothing is left in quarantine, since somebody has dropped it, go on."""
@@ -255,23 +259,13 @@ class Session:
         if blocked := set(self._publisher.blocked):
             self._publisher.blocked -= blocked - await self._quarantine.keys()
 
-    async def _publish_again(self, due: list[OutboxEvent]) -> None:
-        """Until Kafka has taken or refused them all, or the relay is to stop."""
-        self._leaving, self._leaving_group, self._put_anew = due, Group(), set()
-        self._source.unwatch()  # What comes is not read meanwhile, and would wake us without end.
-        self._publisher.publish(due, self._leaving_group)
-        while self._leaving_group.missing and not self._stop.is_set():
-            await self._source.save()  # Postgres ends the stream of who is silent.
-            await self._flush()  # What was acknowledged meanwhile has made room, and wakes nobody later.
-            if self._leaving_group.missing:
-                await self._progress()
-
     async def _let_go(self) -> None:
         """What Kafka has taken of a retry is in quarantine no more."""
         if self._leaving and not self._leaving_group.missing:
             await self._quarantine.done([event.id for event in self._leaving if event.id not in self._put_anew])
             self._leaving = []
-        metrics.QUARANTINED.set(await self._quarantine.count())
+            self._is_retry_due = True  # There may be more than a portion.
+            metrics.QUARANTINED.set(await self._quarantine.count())
 
     async def _watch_leadership(self) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
@@ -308,9 +302,10 @@ class Session:
                     if self._publisher.unacknowledged:
                         await self._wake.wait()
         async with asyncio.timeout(2):
-            await self._let_go()
             await self._source.save()
             await self._source.finish()
+        async with asyncio.timeout(2):
+            await self._let_go()
         log.info("relay stopped", unacknowledged=self._publisher.unacknowledged)
 
 

@@ -6,7 +6,7 @@ A slot knows only what was committed after it was created, so what was committed
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import psycopg
 import structlog
@@ -135,10 +135,12 @@ class WalSource:
             case Adopt(published):
                 log.warning("slot adopted where it stands", slot=self._config.slot)
                 await self._start_checkpoint(system, state.position, published)
-            case GoOn(checkpoint, self._published):
-                self._confirmed = state.position
+            case GoOn(checkpoint, published):
+                self._published, self._confirmed = published, state.position
                 saved = checkpoint.confirmed_lsn
                 await self._note_saved(state.position if saved is None else saved)
+            case unknown:
+                assert_never(unknown)
 
     async def _find_log(self) -> LogState:
         """Where it is ours, and nobody else reads it."""

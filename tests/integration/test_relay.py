@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -23,11 +24,12 @@ from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, lag, metrics, publisher
+from infra.local.server import HOST
+from infra.relay import Relay, RelayConfig, lag, metrics, producer, publisher
 from infra.relay.partitions import partition_of
 from infra.relay.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
-from infra.relay.stream import with_settings
+from infra.relay.stream import ReplicationStream, with_settings
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,
@@ -423,18 +425,36 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
     drop_database(postgres_url)
 
 
+@wal_only
+async def test_a_session_begins_at_what_was_written_down_though_the_slot_was_told_less(config: RelayConfig) -> None:
+    rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReplicationStream, "confirm", lambda *_: None)
+        async with running(config):
+            await commit(config.postgres_url, rows)
+            await published(config, *rows)
+            await asyncio.sleep(3 * config.feedback_seconds)
+    await commit(config.postgres_url, more)
+    async with running(config):
+        records = await published(config, *rows, *more)
+    assert ids(records) == [row.id for row in rows + more]
+
+
 @also_plain
 async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_again(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """aiokafka gives such a batch up in the end; a session that began anew then would repeat all that came since."""
-    monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
     rows = [row for number in range(1, 10) for row in rows_of(f"pay_000{number}", 5)]
+    before, rest = [row for row in rows if row.seq <= 2], [row for row in rows if row.seq > 2]
     others = [row for row in rows if partition_of(row.key.encode(), PARTITIONS) != 1]
     sessions = metrics.RECONNECTS.labels("kafka")._value.get()
     async with running(replace(config, stalled_seconds=2)) as relay:
+        await commit(config.postgres_url, *([row] for row in before))
+        await published(config, *before)
         with without_leader(config.topic, 1):
-            await commit(config.postgres_url, *([row] for row in rows))
+            await commit(config.postgres_url, *([row] for row in rest))
             await published(config, *others)
 
             async def is_told() -> bool:
@@ -449,6 +469,35 @@ async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_
     assert_first_deliveries_in_order(records, rows)
     assert len(records) == len(rows) > len(others)
     assert metrics.RECONNECTS.labels("kafka")._value.get() == sessions
+
+
+@wal_only
+async def test_a_partition_waits_for_its_producer_by_itself_though_a_broker_is_asked_first_that_is_gone(
+    config: RelayConfig, silent_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the one whose partitions have no leader, and it is still among the addresses that we were given."""
+    monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(publisher, "SEND_SECONDS", 0.3)
+    sessions = metrics.RECONNECTS.labels("kafka")._value.get()
+    rows, others = rows_of("pay_0001", 5), rows_of("pay_0005", 50)
+    assert partition_of(b"pay_0001", PARTITIONS) == 1 != partition_of(b"pay_0005", PARTITIONS)
+    bootstrap = f"{silent_broker},{config.kafka.bootstrap}"
+    async with running(replace(config, kafka=replace(config.kafka, bootstrap=bootstrap))):
+        with without_leader(config.topic, 1):
+            await commit(config.postgres_url, rows)
+            for row in others:
+                await commit(config.postgres_url, [row])
+                await asyncio.sleep(0.1)
+        records = await published(config, *rows, *others)
+    assert len(records) == len(rows) + len(others)
+    assert metrics.RECONNECTS.labels("kafka")._value.get() == sessions
+
+
+@pytest.fixture
+def silent_broker() -> Iterator[str]:
+    """An address that takes connections, and says nothing."""
+    with socket.create_server((HOST, 0)) as server:
+        yield f"{HOST}:{server.getsockname()[1]}"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import psycopg
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from app.relay_troubles import troubles_of
 from infra.kafka.access import KafkaAccess
@@ -492,6 +493,10 @@ async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_
     """As where Kafka has lost its data, and came back empty under its address."""
     rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
+    # As after an update from before it was written down.
+    await fetch_value(config.postgres_url, "UPDATE relay_slots SET kafka_cluster = NULL RETURNING 1")
+    async with running(config):
+        pass
     await commit(config.postgres_url, late)
     elsewhere = replace(config, kafka=own_kafka.access)
     await ensure_topics(elsewhere.kafka, {config.topic: PARTITIONS})
@@ -509,6 +514,46 @@ async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_
         assert_first_deliveries_in_order(await published(elsewhere, *rows, *late), rows + late)
     async with running(elsewhere):
         assert await fetch_value(config.postgres_url, "SELECT gap IS NULL FROM relay_slots")
+
+
+async def test_a_running_relay_publishes_nothing_to_another_kafka_behind_its_address(
+    config: RelayConfig, own_kafka: EmbeddedKafka
+) -> None:
+    """Its connections come back, and its session with them: what that Kafka acknowledged would count as published."""
+    config = replace(config, kafka=own_kafka.access)
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    await ensure_topics(config.kafka, {config.topic: PARTITIONS})
+    async with running(config) as relay:
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        await until(lambda: is_all_proven(config))
+        await asyncio.to_thread(exchange_data, own_kafka, away="the first", back="another")
+        await ensure_topics(config.kafka, {config.topic: PARTITIONS})
+        await commit(config.postgres_url, late)
+        await until(lambda: "went to Kafka cluster " in relay.health.detail)
+        assert not await is_all_proven(config)
+        assert await count_records(config) == 0
+        await asyncio.to_thread(exchange_data, own_kafka, away="another", back="the first")
+        await until(lambda: relay.health.detail == "active")
+        assert_first_deliveries_in_order(await published(config, *rows, *late), rows + late)
+
+
+def exchange_data(kafka: EmbeddedKafka, *, away: str, back: str) -> None:
+    """Kill this Kafka, and start what has other data behind the same address: at first none, and another cluster id."""
+    kafka.kill()
+    data, stamp = kafka.data_dir / kafka.name / "log", kafka.data_dir / kafka.name / "formatted"
+    data.rename(data.with_name(away))
+    if data.with_name(back).exists():
+        data.with_name(back).rename(data)
+    else:
+        stamp.unlink()
+    kafka.restart()
+
+
+async def count_records(config: RelayConfig) -> int:
+    async with AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap) as consumer:
+        partitions = [TopicPartition(config.topic, number) for number in range(PARTITIONS)]
+        return sum((await consumer.end_offsets(partitions)).values())
 
 
 async def test_a_change_of_topic_that_somebody_confirms_repeats_and_skips_nothing(

@@ -16,9 +16,10 @@ from aiokafka import AIOKafkaConsumer
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics, session
+from infra.relay import Relay, RelayConfig, metrics, producer, session
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
+from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
@@ -26,7 +27,17 @@ from infra.relay.repairs import request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
-from tests.integration.test_relay import config, frozen, published, running, set_topic_limit, source, wal_only
+from tests.conftest import PARTITIONS
+from tests.integration.test_relay import (
+    config,
+    frozen,
+    published,
+    running,
+    set_topic_limit,
+    source,
+    wal_only,
+    without_leader,
+)
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, insert, rows_of, until
 from tests.support.relay_source import also_plain
 
@@ -314,6 +325,29 @@ async def retrying(config: RelayConfig, kafka_pid: int) -> AsyncIterator[tuple[a
 async def quarantined(config: RelayConfig) -> int:
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         return await Quarantine(connection, config.slot).count()
+
+
+@also_plain
+async def test_a_retry_into_a_partition_without_a_leader_holds_up_no_other(
+    config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked for it knows nothing of leaders."""
+    monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
+    rows, others = poisoned_payment(), rows_of("pay_0005", 5)
+    later = rows_of("pay_0001", 2, first=4)
+    assert partition_of(b"pay_0001", PARTITIONS) != partition_of(b"pay_0005", PARTITIONS)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await set_topic_limit(config, 5_000_000)
+        with without_leader(config.topic, partition_of(b"pay_0001", PARTITIONS)):
+            await desk.retry([], everything=True)
+            await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 2)
+            await commit(config.postgres_url, others, later)
+            await published(config, *others)
+            await holds(desk, ("pay_0001", 2, "retry"), ("pay_0001", 3, "retry"))
+        assert_first_deliveries_in_order(await published(config, *rows, *later), [*rows, *others, *later])
+        await holds(desk)
 
 
 async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(

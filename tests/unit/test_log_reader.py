@@ -28,11 +28,13 @@ from infra.relay.gulps import Gulps
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader
 from infra.relay.prefix import Group, Prefix
+from infra.relay.producer import OneCluster
 from infra.relay.publisher import Diverted, Publisher
 from infra.relay.records import RecordBatch
 from infra.relay.source import Room
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
+from tests.support.publishing import flush
 from tests.unit.test_pgoutput import insert, relation
 from tests.unit.test_records import EVENT, Opened, assert_nothing_is_kept, compiled, each_encoder
 
@@ -296,7 +298,9 @@ class Bench:
         self.log = log
         self.server = Connection(log.messages, pieces)
         self.producer = Producer()
-        self.publisher = self.producer.publisher = Publisher(config, self.producer, PARTITIONS, lambda: None)
+        self.publisher = self.producer.publisher = Publisher(
+            config, self.producer, OneCluster(), PARTITIONS, lambda: None
+        )
         self.prefix = NotedPrefix()
         connection: Any = SimpleNamespace(pgconn=self.server)
         leader: Any = None
@@ -311,7 +315,7 @@ class Bench:
         self.to_quarantine: list[Diverted] = []
         self.quarantined: list[OutboxEvent] = []
 
-    async def start_producer(self, _: RelayConfig) -> Any:
+    async def start_producer(self, *_: Any) -> Any:
         return self.producer
 
     async def read(self, _: int = 0) -> None:
@@ -322,7 +326,7 @@ class Bench:
             assert size > -LARGEST, "it has read on when there was no room"
 
     async def flush(self, _: int = 0) -> None:
-        await self.publisher.flush()
+        await flush(self.publisher)
         self.to_quarantine += self.publisher.take_diverted()
 
     async def acknowledge(self, number: int = 0) -> None:
@@ -443,7 +447,7 @@ class Story:
         bench = Bench(log, self.pieces, is_native=is_native, room=self.room)
         with pytest.MonkeyPatch.context() as patch:
             # After a refusal a lane takes another producer: the same one, here.
-            patch.setattr(publisher_module, "_start_producer", bench.start_producer)
+            patch.setattr(publisher_module, "start_producer", bench.start_producer)
             for name, number in self.script:
                 await STEPS[name](bench, number)
                 bench.check()

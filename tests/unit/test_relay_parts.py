@@ -21,6 +21,7 @@ from infra.relay.health import State, Status
 from infra.relay.partitions import murmur2, partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
+from infra.relay.producer import OneCluster
 from infra.relay.publisher import Publisher
 from infra.relay.records import RecordBatch, headers_of
 from infra.relay.session import Session
@@ -28,6 +29,7 @@ from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
 from tests.support.outbox import until
+from tests.support.publishing import flush
 
 ROOT = Path(__file__).resolve().parents[2]
 EVENT = OutboxEvent(
@@ -132,14 +134,14 @@ class TestPublisher:
     def setup_method(self) -> None:
         self.producer = FakeProducer()
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
-        self.publisher = Publisher(config, self.producer, 1, lambda: None)
+        self.publisher = Publisher(config, self.producer, OneCluster(), 1, lambda: None)
         self.groups: list[Group] = []
 
     async def publish(self, *values: bytes) -> None:
         for value in values:
             self.groups.append(Group())
             self.publisher.publish([EVENT._replace(payload=value)], self.groups[-1])
-        await self.publisher.flush()
+        await flush(self.publisher)
 
     async def answer(self, number: int, error: Exception | None = None) -> None:
         answer = self.producer.sent[number][2]
@@ -160,7 +162,7 @@ class TestPublisher:
         assert self.producer.values == [[b"1"]]
         await self.answer(0)
         assert self.missing == [0, 1, 1]
-        await self.publisher.flush()
+        await flush(self.publisher)
         assert self.producer.values == [[b"1"], [b"2", b"3"]]
         await self.answer(1)
         assert self.missing == [0, 0, 0]
@@ -170,12 +172,12 @@ class TestPublisher:
         """All that goes to a broker at once is one request, and takes several times its size in memory."""
         monkeypatch.setattr(publisher, "IN_FLIGHT_BYTES_MAX", 20)
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
-        self.publisher = Publisher(config, self.producer, 8, lambda: None)
+        self.publisher = Publisher(config, self.producer, OneCluster(), 8, lambda: None)
         keys = {partition_of(key, 8): key for key in (b"pay_%d" % number for number in range(100))}
         every = [EVENT._replace(aggregateid=keys[number], payload=b"0123456789") for number in range(8)]
         self.publisher.publish(every, Group())
         for turn in range(4):
-            await self.publisher.flush()
+            await flush(self.publisher)
             self.publisher.publish(every[:2], Group())
             for number in (2 * turn, 2 * turn + 1):
                 await self.answer(number)
@@ -193,20 +195,20 @@ class TestPublisher:
     async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They were made smaller to find it."""
 
-        async def start_producer(_: RelayConfig) -> FakeProducer:
+        async def start_producer(*_: Any) -> FakeProducer:
             return self.producer
 
-        monkeypatch.setattr(publisher, "_start_producer", start_producer)
+        monkeypatch.setattr(publisher, "start_producer", start_producer)
         await self.publish(b"1")
         await self.publish(b"2")
         await self.publish(b"33")
         await self.answer(0)
         for sent in (1, 2):
-            await self.publisher.flush()
+            await flush(self.publisher)
             await self.answer(sent, MessageSizeTooLargeError())
         self.publisher.blocked.clear()
         self.publisher.publish([EVENT._replace(payload=value) for value in (b"4", b"5")], Group())
-        await self.publisher.flush()
+        await flush(self.publisher)
         assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4", b"5"]]
 
     async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(
@@ -215,13 +217,13 @@ class TestPublisher:
         now = 100.0
         monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events", stalled_seconds=15)
-        self.publisher = Publisher(config, self.producer, 2, lambda: None)
+        self.publisher = Publisher(config, self.producer, OneCluster(), 2, lambda: None)
         keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}
         self.publisher.publish([EVENT._replace(aggregateid=keys[0])], Group())
-        await self.publisher.flush()
+        await flush(self.publisher)
         now += 10
         self.publisher.publish([EVENT._replace(aggregateid=keys[1])], Group())
-        await self.publisher.flush()
+        await flush(self.publisher)
         await self.answer(1)
         assert self.publisher.trouble is None
         now += 10
@@ -244,7 +246,7 @@ class TestPublisher:
         self.producer.sent[0][2].cancel()
         await asyncio.sleep(0)
         with pytest.raises(KafkaAway):
-            await self.publisher.flush()
+            await flush(self.publisher)
         assert self.missing == [1]
 
 
@@ -334,7 +336,7 @@ async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
     source._stream = stream = ReplicationStream(connection)
     source._reader = stream.log_reader(source._prefix.begin, []) if is_native else None
     with pytest.raises(PostgresAway, match="why it ended"):
-        await source.read(Publisher(config, FakeProducer(), 1, lambda: None))
+        await source.read(Publisher(config, FakeProducer(), OneCluster(), 1, lambda: None))
 
 
 class Writes:

@@ -1,0 +1,135 @@
+"""A relay's producers: started, held to one Kafka cluster, and closed without waiting for anything."""
+
+import asyncio
+import contextlib
+import random
+from typing import Any, Final
+from weakref import WeakSet
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.client import AIOKafkaClient
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError, KafkaError, UnknownTopicOrPartitionError
+from aiokafka.protocol.metadata import MetadataRequest
+
+from infra.relay.config import RelayConfig
+from infra.relay.errors import KafkaAway, TopicMissing
+
+REQUEST_SECONDS: Final = 15.0
+"""How long a broker may take to answer."""
+TOPIC_SECONDS: Final = 5.0
+"""How long a topic that was just made may take until the broker knows of it."""
+CLUSTER_SECONDS: Final = 3.0
+"""How long one broker may take to tell its cluster, before the next one is asked."""
+
+
+class OneCluster:
+    """Holds clients to the brokers of one cluster: that of the first, whose id it learns.
+
+    A session outlives the connections to its brokers. When these are back, they may be another Kafka: by a wrong entry
+    in the DNS, or because the data are lost. aiokafka would send on, and take the acknowledgements for those of before.
+    So every connection is asked before it is used.
+    """
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        """None from brokers before Kafka 0.10.1, which do not tell."""
+        self._other: str | None = None
+        self._asked: WeakSet[AIOKafkaConnection] = WeakSet()
+
+    def check(self) -> None:
+        """Raises KafkaAway once a broker of another cluster was met; nothing was sent to it."""
+        if self._other is not None:
+            raise KafkaAway(f"a broker is of Kafka cluster {self._other}, and those before were of {self.id}")
+
+    def hold(self, client: AIOKafkaClient) -> None:
+        """Have this client use no connection to another cluster."""
+        get_connection = client._get_conn
+
+        async def get_own(*arguments: Any, **options: Any) -> AIOKafkaConnection | None:
+            connection = await get_connection(*arguments, **options)
+            if connection is None or connection in self._asked or await self._is_own(connection):
+                return connection
+            connection.close()
+            return None  # As for a broker that cannot be reached.
+
+        vars(client)["_get_conn"] = get_own
+
+    async def learn(self, client: AIOKafkaClient) -> None:
+        """Have one broker tell, whichever answers.
+
+        Raises:
+            KafkaConnectionError: none does.
+        """
+        brokers = list(client.cluster.brokers())
+        random.shuffle(brokers)
+        for broker in brokers:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLUSTER_SECONDS):
+                    if await client.ready(broker.nodeId):
+                        return
+        raise KafkaConnectionError("no broker answers")
+
+    async def _is_own(self, connection: AIOKafkaConnection) -> bool:
+        try:
+            told = getattr(await connection.send(MetadataRequest([])), "cluster_id", None)
+        except (KafkaError, OSError, TimeoutError):
+            return False
+        self.id = self.id or told
+        if told not in (None, self.id):
+            self._other = told
+            return False
+        self._asked.add(connection)
+        return True
+
+
+async def start_producer(config: RelayConfig, cluster: OneCluster) -> AIOKafkaProducer:
+    """A started producer whose retries neither reorder nor repeat.
+
+    It gives up a batch by itself only where its partition has had no leader for `REQUEST_SECONDS`.
+
+    Raises:
+        KafkaError: the brokers cannot be reached.
+    """
+    producer = AIOKafkaProducer(
+        **config.kafka.client_arguments(),
+        acks="all",
+        enable_idempotence=True,
+        request_timeout_ms=int(REQUEST_SECONDS * 1000),
+    )
+    cluster.hold(producer.client)
+    try:
+        await producer.start()
+    except BaseException:
+        await abandon(producer)
+        raise
+    return producer
+
+
+async def count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
+    """Of the topic, as the brokers know it.
+
+    Raises:
+        TopicMissing: they do not.
+    """
+    try:
+        async with asyncio.timeout(TOPIC_SECONDS):
+            return len(await producer.partitions_for(topic))
+    except (TimeoutError, UnknownTopicOrPartitionError) as error:
+        raise TopicMissing(f"there is no topic {topic}: create it, or set PAYMENTS_EVENTS_TOPIC to one") from error
+
+
+async def abandon(producer: AIOKafkaProducer) -> None:
+    """Close a producer without waiting for what it has not sent; its own `stop` waits for Kafka to come back."""
+    producer._closed = True  # Nothing warns of a producer that was not stopped then.
+    sending = producer._sender.sender_task
+    if sending is not None:
+        sending.cancel()
+    # Ends requests under way, on which a cancelled sender waits.
+    await producer.client.close()
+    for _ in range(2):
+        if sending is not None and not sending.done():
+            await asyncio.wait([sending], timeout=1)
+            sending.cancel()
+    # One that was being made when the others were closed.
+    await producer.client.close()
