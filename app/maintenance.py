@@ -7,7 +7,7 @@ any number may do it at once. Should none, rows land in the default partition an
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 from uuid import UUID
@@ -22,7 +22,7 @@ from app.settings import Settings
 from domain.errors import PaymentsError
 from infra.postgres.errors import AWAY
 from infra.postgres.inbox import forget_applied
-from infra.postgres.ledger import LedgerDifference, check_all, check_changed, database_time
+from infra.postgres.ledger import FIRST_ID, LedgerDifference, check_all, check_changed, database_time
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.schema import schema_trouble
 
@@ -37,6 +37,8 @@ LEDGER_CHECKED: Final = Gauge(
 )
 WHOLE_AGAIN: Final = timedelta(days=1)
 """What changed without an event is found within this time."""
+TOLD_MAX: Final = 100
+"""Differences of one portion that the log names, when they are new."""
 CHECKED_AGAIN: Final = timedelta(minutes=10)
 """What began before a look may have been committed after it."""
 NEVER: Final = datetime.fromtimestamp(0, UTC)
@@ -75,17 +77,20 @@ class Maintenance:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._checked_at = self._whole_at = NEVER
         self._differing: set[UUID] = set()
+        self._changes_at = self._whole_at = self._whole_began = NEVER
+        self._whole_next: UUID | None = None
+        """Where a look at everything goes on that has broken off."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Maintain at once and then every `maintenance_interval_seconds`; a failure waits for the next turn.
 
-        The ledger has turns of its own: to look at all of it may take hours.
+        The ledger has turns of its own: to look at all of it may take hours, and what changes is looked at meanwhile.
         """
         async with asyncio.TaskGroup() as turns:
             turns.create_task(self._repeat(stop, "outbox and inbox", lambda: maintain_once(self._settings)))
-            turns.create_task(self._repeat(stop, "ledger", self.check_ledger))
+            turns.create_task(self._repeat(stop, "ledger", self.check_changes))
+            turns.create_task(self._repeat(stop, "whole ledger", self.check_everything))
 
     async def _repeat(self, stop: asyncio.Event, what: str, step: Callable[[], Awaitable[object]]) -> None:
         while not stop.is_set():
@@ -100,35 +105,55 @@ class Maintenance:
         except (*AWAY, PaymentsError) as error:  # A row that somebody holds, or has taken first, among them.
             log.warning("maintenance failed", step=what, error=type(error).__name__)
 
-    async def check_ledger(self) -> None:
-        """Look at what has changed since the last time, and at what differed then; keep the metrics.
+    async def check_changes(self) -> None:
+        """Look at what has changed since the last time, at first since a day ago, and at what differed then.
 
-        At first and once a day look at everything instead.
+        Raises:
+            `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
+        """
+        url, differed = self._settings.postgres_url, set(self._differing)
+        began = await database_time(url)
+        since = max(self._changes_at - CHECKED_AGAIN, began - WHOLE_AGAIN)
+        found: set[UUID] = set()
+        async for portion in check_changed(url, since, beside=differed):
+            found |= self._note(portion.differences)
+        self._differing -= differed - found
+        self._changes_at = began
+        self._publish()
+
+    async def check_everything(self) -> None:
+        """Look at everything there is, if that has not been done for a day; it goes on where it has broken off.
 
         Raises:
             `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
         """
         url = self._settings.postgres_url
-        began = await database_time(url)
-        is_whole = began - self._whole_at >= WHOLE_AGAIN
-        since = self._checked_at - CHECKED_AGAIN
-        found: set[UUID] = set()
-        async for portion in check_all(url) if is_whole else check_changed(url, since, beside=self._differing):
-            self._tell(portion.differences)
-            found |= {each.payment_id for each in portion.differences}
-            self._keep(self._differing | found)
-        self._keep(found)
-        self._checked_at, self._whole_at = began, began if is_whole else self._whole_at
-        LEDGER_CHECKED.set(began.timestamp())
+        now = await database_time(url)
+        if now - self._whole_at < WHOLE_AGAIN:
+            return
+        if self._whole_next is None:
+            self._whole_began, self._whole_next = now, FIRST_ID
+        async for portion in check_all(url, self._whole_next):
+            self._note(portion.differences)
+            self._whole_next = portion.next_id
+        self._whole_at = self._whole_began
+        self._publish()
 
-    def _tell(self, differences: Iterable[LedgerDifference]) -> None:
-        for each in differences:
-            if each.payment_id not in self._differing:
-                log.error("payment differs from the ledger", **each._asdict() | {"payment_id": str(each.payment_id)})
+    def _note(self, differences: Sequence[LedgerDifference]) -> set[UUID]:
+        news = [each for each in differences if each.payment_id not in self._differing]
+        for each in news[:TOLD_MAX]:
+            log.error("payment differs from the ledger", **each._asdict() | {"payment_id": str(each.payment_id)})
+        if len(news) > TOLD_MAX:
+            log.error("more payments differ from the ledger", payments=len(news) - TOLD_MAX)
+        found = {each.payment_id for each in differences}
+        self._differing |= found
+        self._publish()
+        return found
 
-    def _keep(self, differing: set[UUID]) -> None:
-        self._differing = differing
-        LEDGER_DIFFERENCES.set(len(differing))
+    def _publish(self) -> None:
+        LEDGER_DIFFERENCES.set(len(self._differing))
+        is_whole = self._changes_at - self._whole_at < 2 * WHOLE_AGAIN
+        LEDGER_CHECKED.set((self._changes_at if is_whole else self._whole_at).timestamp())
 
     def checks(self) -> Checks:
         """What the HTTP process needs from others: nothing for its pages, but a sick server should be seen."""

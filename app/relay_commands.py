@@ -77,7 +77,8 @@ def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help=
     """Go on past a gap that left nothing out: nothing is published again.
 
     For the way back from Debezium on the same slot: up to where the slot stands, Debezium has published. For another
-    PAYMENTS_EVENTS_TOPIC, if it is meant, and the only reason. And after pg_upgrade, if all was published before.
+    PAYMENTS_EVENTS_TOPIC or Kafka cluster, if it is meant, and the only reason, and the events before are not needed
+    there. And after pg_upgrade, if all was published before.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).adopt(timeout_seconds=timeout))

@@ -25,7 +25,7 @@ from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
-from infra.relay.gaps import advice_on, is_about_topic, setting_behind
+from infra.relay.gaps import advice_on, is_about_destination, setting_behind
 from infra.relay.progress import Repair
 from infra.relay.quarantine import QuarantineDesk
 from infra.relay.repairs import (
@@ -104,10 +104,9 @@ class RelayDesk:
                 self._list_unproven(limit)
             return 0
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
-        if gap is not None and is_about_topic(gap) and not everything:
+        if gap is not None and is_about_destination(gap) and not everything:
             self._out.print(
-                f"Not done: {gap}. A mistake? Then what waits would go to the wrong topic: {advice_on(gap)}."
-                " `payments relay repair --everything` publishes all that is retained to the new topic."
+                f"Not done: {gap}. A mistake? Then what waits would go to the wrong place: {advice_on(gap)}."
             )
             return 1
         repair: Repair = "everything" if everything else "unproven"
@@ -373,7 +372,7 @@ def _tell_that_it_ends() -> None:
 
 
 def _with_setting_of(gap: str | None) -> str:
-    if gap is None or not is_about_topic(gap):
+    if gap is None or not is_about_destination(gap):
         return ""
     return f" with {setting_behind(gap)} as it was, or `payments relay repair --everything` for another one"
 

@@ -1,7 +1,7 @@
 """Whether payments' amounts are what the ledger adds up to. Both are written in one transaction: only a defect, or a
 hand in the tables, makes them differ."""
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -11,6 +11,7 @@ import asyncpg
 
 PORTION: Final = 10_000
 """Payments, or events, that are looked at in one statement, some 0.3 s."""
+FIRST_ID: Final = UUID(int=0)
 _LAST_ID: Final = UUID(int=2**128 - 1)
 
 # One statement is one snapshot: nobody's commit falls between a payment and its transfers. FULL: there may be transfers
@@ -45,7 +46,13 @@ _DIFFERENCES: Final = """
 """
 _OF_RANGE: Final = _DIFFERENCES.format(which="payment_id BETWEEN $1 AND $2")
 _OF_THESE: Final = _DIFFERENCES.format(which="payment_id = ANY($1::uuid[])")
-_PORTION: Final = "SELECT payment_id FROM payments WHERE payment_id >= $1 ORDER BY payment_id LIMIT $2"
+# Where a portion ends: transfers, of which a payment has a few, may be of payments that are not there.
+_PORTION: Final = """
+    SELECT least(
+        (SELECT payment_id FROM payments WHERE payment_id >= $1 ORDER BY payment_id OFFSET $2 - 1 LIMIT 1),
+        (SELECT payment_id FROM ledger WHERE payment_id >= $1 ORDER BY payment_id OFFSET 10 * $2 - 1 LIMIT 1))
+"""
+_COUNT: Final = "SELECT count(*) FROM payments WHERE payment_id BETWEEN $1 AND $2"
 _END: Final = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
 # Whatever changes a payment publishes it. Backwards by the transactions' ids, which have an index, as `created_at` has
 # none: a statement reads a portion and no more, and holds the outbox for as long as that takes. All of a transaction.
@@ -80,6 +87,8 @@ class CheckedPortion(NamedTuple):
 
     payments: int
     differences: list[LedgerDifference]
+    next_id: UUID | None = None
+    """Where `check_all` goes on; None at its end."""
 
 
 async def database_time(url: str) -> datetime:
@@ -93,22 +102,20 @@ async def database_time(url: str) -> datetime:
         return moment
 
 
-async def check_all(url: str) -> AsyncIterator[CheckedPortion]:
-    """Look at every payment and every transfer there is, in the order of payments' ids, a portion at a time.
+async def check_all(url: str, begin: UUID = FIRST_ID) -> AsyncIterator[CheckedPortion]:
+    """Look at every payment and every transfer there is from `begin` on, in the order of ids, a portion at a time.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
-    begin = UUID(int=0)
+    next_id: UUID | None = begin
     async with _connected(url) as connection:
-        while True:
-            ids = [row[0] for row in await connection.fetch(_PORTION, begin, PORTION)]
-            end = ids[-1] if len(ids) == PORTION else _LAST_ID  # Behind the last payment there may be transfers.
+        while next_id is not None:
+            begin, end = next_id, await connection.fetchval(_PORTION, next_id, PORTION) or _LAST_ID
             rows = await connection.fetch(_OF_RANGE, begin, end)
-            yield CheckedPortion(len(ids), [LedgerDifference(*row) for row in rows])
-            if end == _LAST_ID:
-                return
-            begin = UUID(int=end.int + 1)
+            count = await connection.fetchval(_COUNT, begin, end)
+            next_id = UUID(int=end.int + 1) if end != _LAST_ID else None
+            yield CheckedPortion(count, [LedgerDifference(*row) for row in rows], next_id)
 
 
 async def check_changed(url: str, since: datetime, *, beside: Collection[UUID] = ()) -> AsyncIterator[CheckedPortion]:
@@ -120,15 +127,21 @@ async def check_changed(url: str, since: datetime, *, beside: Collection[UUID] =
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
-    ids = list(beside)
+    known = list(beside)
     async with _connected(url) as connection:
         below = await connection.fetchval(_END)
+        for first in range(0, len(known), PORTION):
+            yield await _check(connection, known[first : first + PORTION])
         while True:
-            rows = await connection.fetch(_OF_THESE, ids)
-            yield CheckedPortion(len(ids), [LedgerDifference(*row) for row in rows])
             ids, below = await connection.fetchrow(_CHANGED, below, PORTION, since) or ([], None)
             if not ids:
                 return
+            yield await _check(connection, ids)
+
+
+async def _check(connection: "asyncpg.Connection[Any]", ids: Sequence[UUID]) -> CheckedPortion:
+    rows = await connection.fetch(_OF_THESE, ids)
+    return CheckedPortion(len(ids), [LedgerDifference(*row) for row in rows])
 
 
 @asynccontextmanager

@@ -116,13 +116,13 @@ def decide_beginning(
     if checkpoint.source == "poll":
         state = None  # What a slot of ours has passed since, or was not given, the poll has published.
     published, is_moved = checkpoint.published_on(system), checkpoint.system_identifier != system
-    topic = checkpoint.another_topic(config)
-    doubts = list(filter(None, _doubts(checkpoint, topic, state, is_moved=is_moved)))
+    destination = checkpoint.another_destination(config)
+    doubts = list(filter(None, _doubts(checkpoint, destination, state, is_moved=is_moved)))
     match checkpoint.repair:
         case "everything":
             return CatchUp("repair", NOTHING, is_moved)
         case "unproven":
-            return Refuse(topic, published) if topic else CatchUp("repair", published, is_moved)
+            return Refuse(destination, published) if destination else CatchUp("repair", published, is_moved)
         case "adopt" if _may_adopt(state, doubts):
             return CatchUp("adopted", published) if state is None else Adopt(published)
     if (gap := gap_of(doubts)) is not None:
@@ -131,11 +131,11 @@ def decide_beginning(
 
 
 def _doubts(
-    checkpoint: Checkpoint, topic: str | None, state: LogState | None, *, is_moved: bool
+    checkpoint: Checkpoint, destination: str | None, state: LogState | None, *, is_moved: bool
 ) -> Iterator[str | None]:
     """On another server slot and publication are others anyway."""
     yield ANOTHER_SERVER if is_moved else None
-    yield topic
+    yield destination
     if state is not None and not is_moved:
         yield _doubt_about_slot(checkpoint, state)
         yield _doubt_about_publication(checkpoint, state)

@@ -31,8 +31,8 @@ def gap_of(reasons: Iterable[str | None]) -> str | None:
     return _AND.join(filter(None, reasons)) or None
 
 
-def is_about_topic(gap: str) -> bool:
-    """Whether another topic, or one of another cluster, is among the reasons."""
+def is_about_destination(gap: str) -> bool:
+    """Whether another topic, or Kafka cluster, is among the reasons."""
     return _ANOTHER_TOPIC in gap or _ANOTHER_CLUSTER in gap
 
 
@@ -44,8 +44,8 @@ def setting_behind(gap: str) -> str:
 
 def advice_on(gap: str) -> str:
     """What to do."""
-    if is_about_topic(gap):
-        return _advice_on_topic(gap)
+    if is_about_destination(gap):
+        return _advice_on_destination(gap)
     if NOT_IN_PUBLICATION in gap:
         return f"make the publication whole (docs/operations/relay.md, A gap, has the statements); then {_REPAIR}"
     if gap == SLOT_AHEAD:
@@ -55,12 +55,15 @@ def advice_on(gap: str) -> str:
     return _REPAIR
 
 
-def _advice_on_topic(gap: str) -> str:
-    """Who adopted a topic with other reasons would skip what the slot has passed."""
+def _advice_on_destination(gap: str) -> str:
+    """Who adopted it with other reasons would skip what the slot has passed."""
     back = f"set {setting_behind(gap)} back"
-    others = gap_of(each for each in gap.split(_AND) if not is_about_topic(each))
-    if others is None:
-        return f"{back}; if the change is meant, `payments relay adopt`"
-    return (
-        f"{back}, and start the relay again; {advice_on(others)}. A new topic can be adopted when it is the only reason"
-    )
+    everything = "`payments relay repair --everything` publishes all that is retained there"
+    others = gap_of(each for each in gap.split(_AND) if not is_about_destination(each))
+    if others is not None:
+        only = "A change that is meant can be adopted when it is the only reason"
+        return f"{back}, and start the relay again; {advice_on(others)}. {only}; or {everything}"
+    if _ANOTHER_CLUSTER in gap:
+        adopt = "`payments relay adopt` only if the events before are there, too, or nobody needs them"
+        return f"if that is a mistake, {back}; if Kafka's data are lost, {everything}; {adopt}"
+    return f"{back}; if the change is meant, `payments relay adopt`, or {everything}"

@@ -116,7 +116,7 @@ class Checkpoint:
             return Snapshot.of_all_below(self.published_below)
         return Snapshot.read(self.window_begin)
 
-    def another_topic(self, config: RelayConfig) -> str | None:
+    def another_destination(self, config: RelayConfig) -> str | None:
         """That it published to another topic before, or to one of another Kafka cluster."""
         topic, cluster = (self.topic, config.topic), (self.kafka_cluster, config.kafka_cluster)
         return gap_of(

@@ -262,10 +262,14 @@ class Publisher:
         if not self.unacknowledged:
             return None
         before = time.monotonic() - self._config.stalled_seconds
+        stuck = ", ".join(str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before)
         if self._progress_at < before:
-            return "Kafka acknowledges nothing"
-        stuck = [str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before]
-        return f"Kafka acknowledges nothing in partition {', '.join(stuck)}" if stuck else None
+            return (
+                f"Kafka acknowledges nothing; what waits is in partition {stuck}"
+                if stuck
+                else "Kafka acknowledges nothing"
+            )
+        return f"Kafka acknowledges nothing in partition {stuck}" if stuck else None
 
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""

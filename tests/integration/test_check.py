@@ -139,24 +139,30 @@ async def test_what_changed_is_read_by_an_index_a_portion_at_a_time(
     assert "rows=101 " in plan, "a portion, and the first that is none of it"
 
 
+async def look(maintenance: Maintenance) -> None:
+    """Both turns."""
+    await maintenance.check_changes()
+    await maintenance.check_everything()
+
+
 async def test_what_changed_is_looked_at_all_along_and_what_differs_until_it_is_mended(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
     payments = await pay(postgres_url, 2)
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
-    await maintenance.check_ledger()
+    await look(maintenance)
     await take_a_cent(connection, payments[0])
     with capture_logs() as logs:
-        await maintenance.check_ledger()
+        await look(maintenance)
         # Later it is not among what changed any more.
         await connection.execute("UPDATE outbox SET created_at = created_at - interval '20 minutes'")
-        await maintenance.check_ledger()
+        await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
     told = [each["payment_id"] for each in logs if each["event"] == "payment differs from the ledger"]
     assert told == [str(payments[0])], "it is told once"
     await connection.execute("UPDATE payments SET captured_minor = 10_000")
     await take_a_cent(connection, payments[1])
-    await maintenance.check_ledger()
+    await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 0
 
 
@@ -167,15 +173,15 @@ async def test_at_first_and_once_a_day_everything_is_looked_at(
     (payment,) = await pay(postgres_url, 1)
     await connection.execute("UPDATE outbox SET created_at = created_at - interval '2 days'")
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
-    await maintenance.check_ledger()
+    await look(maintenance)
     await take_a_cent(connection, payment)
-    await maintenance.check_ledger()
+    await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 0
-    await Maintenance(Settings(postgres_url=postgres_url)).check_ledger()
+    await look(Maintenance(Settings(postgres_url=postgres_url)))
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
     monkeypatch.setattr("app.maintenance.WHOLE_AGAIN", timedelta(0))
     LEDGER_DIFFERENCES.set(0)
-    await maintenance.check_ledger()
+    await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
 
 
@@ -185,7 +191,7 @@ async def test_a_look_that_breaks_off_keeps_what_it_found_and_says_up_to_when_al
     payments = await pay(postgres_url, 1)
     before = await database_time(postgres_url)
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
-    await maintenance.check_ledger()
+    await look(maintenance)
     checked = REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds")
     assert checked is not None
     assert before.timestamp() < checked < (await database_time(postgres_url)).timestamp()
@@ -193,9 +199,51 @@ async def test_a_look_that_breaks_off_keeps_what_it_found_and_says_up_to_when_al
     await connection.execute("UPDATE outbox SET aggregateid = 'no payment' WHERE payment_seq = 1")
     monkeypatch.setattr(ledger, "PORTION", 1)
     with pytest.raises(asyncpg.DataError):
-        await maintenance.check_ledger()
+        await maintenance.check_changes()
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
     assert REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds") == checked
+
+
+async def test_what_changed_is_looked_at_though_a_look_at_everything_breaks_off_and_that_goes_on_where_it_was(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payments = sorted(await pay(postgres_url, 3))
+    monkeypatch.setattr(ledger, "PORTION", 1)
+    looked, maintenance = [], Maintenance(Settings(postgres_url=postgres_url))
+
+    async def broken(url: str, begin: UUID) -> AsyncIterator[CheckedPortion]:
+        looked.append(begin)
+        async for portion in check_all(url, begin):
+            yield portion
+            if begin == ledger.FIRST_ID:
+                raise TimeoutError
+
+    monkeypatch.setattr("app.maintenance.check_all", broken)
+    await maintenance.check_changes()
+    with pytest.raises(TimeoutError):
+        await maintenance.check_everything()
+    assert REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds") == 0
+    await take_a_cent(connection, payments[0])
+    await maintenance.check_changes()
+    assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
+    await maintenance.check_everything()
+    assert looked == [ledger.FIRST_ID, UUID(int=payments[0].int + 1)]
+    assert REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds") != 0
+
+
+async def test_no_statement_looks_at_many_transfers_of_payments_that_are_not_there(
+    postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "PORTION", 10)
+    await connection.execute(
+        """INSERT INTO ledger SELECT gen_random_uuid(), 1, 'gateway_clearing', 'customer_sales', 100, 'USD'
+             FROM generate_series(1, 1000)"""
+    )
+    found = [len(portion.differences) async for portion in check_all(postgres_url)]
+    assert (sum(found), max(found)) == (1000, 100)
+    missing = [row["payment_id"] for row in await connection.fetch("SELECT payment_id FROM ledger")]
+    found = [len(portion.differences) async for portion in check_changed(postgres_url, AN_HOUR_AGO, beside=missing)]
+    assert (sum(found), max(found)) == (1000, 10)
 
 
 async def test_a_clock_of_this_machine_that_is_off_hides_nothing(
@@ -209,9 +257,9 @@ async def test_a_clock_of_this_machine_that_is_off_hides_nothing(
     monkeypatch.setattr("app.maintenance.datetime", Ahead)
     (payment,) = await pay(postgres_url, 1)
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
-    await maintenance.check_ledger()
+    await look(maintenance)
     await take_a_cent(connection, payment)
-    await maintenance.check_ledger()
+    await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
 
 
