@@ -154,15 +154,20 @@ async def follows(primary: EmbeddedPostgres, standby: Standby, slot: str, commit
     await until(lambda: slot_position(standby.url, slot) > behind)
 
 
-async def goes_on(relay: Relay) -> None:
+async def promote(standby: Standby, relay: Relay) -> None:
+    """Once the relay has noticed that its primary is gone."""
+    await until(lambda: not relay.health.ready)
+    await asyncio.to_thread(standby.promote)
+
+
+async def goes_on(relay: Relay, standby: Standby, subscriber: Subscriber) -> None:
+    """What was published, before and after, is what this server knows, each payment's events in order."""
     await until(lambda: relay.health.detail.startswith(("active", "gap")))
     assert relay.health == (True, "active")
-
-
-async def assert_none_is_missing_or_unknown(subscriber: Subscriber, url: str) -> None:
-    """What was published is what this server knows, each payment's events in order."""
-    await subscriber.read_all_of(url)
-    assert {header(record, "id") for record in subscriber.records} == await outbox(url)
+    async with writers(standby.url) as later:
+        await more(later)
+    await subscriber.read_all_of(standby.url)
+    assert {header(record, "id") for record in subscriber.records} == await outbox(standby.url)
     assert_first_deliveries_are_in_order(subscriber.records)
 
 
@@ -178,13 +183,9 @@ async def test_a_relay_goes_on_at_a_standby_that_is_promoted_under_load(
         async with writers(primary.url) as committed:
             await follows(primary, standby, config.slot, committed)
             await asyncio.to_thread(primary.kill)
-        await until(lambda: not relay.health.ready)
-        await asyncio.to_thread(standby.promote)
+        await promote(standby, relay)
         confirmed = slot_position(standby.url, config.slot)
-        await goes_on(relay)
-        async with writers(standby.url) as later:
-            await more(later)
-        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+        await goes_on(relay, standby, subscriber)
     assert not repeated(subscriber) & {event.id for event in committed if event.behind <= confirmed}
 
 
@@ -203,13 +204,9 @@ async def test_nothing_was_published_that_a_standby_which_had_fallen_behind_does
             await asyncio.to_thread(primary.kill)
         receiver.terminate()  # It never reads what has arrived meanwhile.
         receiver.resume()
-        await until(lambda: not relay.health.ready)
-        await asyncio.to_thread(standby.promote)
+        await promote(standby, relay)
         assert {event.id for event in committed} - await outbox(standby.url), "it had fallen behind"
-        await goes_on(relay)
-        async with writers(standby.url) as later:
-            await more(later)
-        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+        await goes_on(relay, standby, subscriber)
 
 
 async def test_a_poll_goes_on_at_a_synchronous_standby_that_is_promoted_under_load(
@@ -219,13 +216,9 @@ async def test_a_poll_goes_on_at_a_synchronous_standby_that_is_promoted_under_lo
         async with writers(primary.url) as committed:
             await more(committed)
             await asyncio.to_thread(primary.kill)
-        await until(lambda: not relay.health.ready)
-        await asyncio.to_thread(standby.promote)
+        await promote(standby, relay)
         assert {event.id for event in committed} <= await outbox(standby.url)
-        await goes_on(relay)
-        async with writers(standby.url) as later:
-            await more(later)
-        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+        await goes_on(relay, standby, subscriber)
 
 
 async def test_a_poll_publishes_nothing_that_a_synchronous_standby_does_not_have(
@@ -243,12 +236,8 @@ async def test_a_poll_publishes_nothing_that_a_synchronous_standby_does_not_have
             await asyncio.to_thread(primary.kill)
         receiver.terminate()  # It never reads what has arrived meanwhile.
         receiver.resume()
-        await until(lambda: not relay.health.ready)
-        await asyncio.to_thread(standby.promote)
-        await goes_on(relay)
-        async with writers(standby.url) as later:
-            await more(later)
-        await assert_none_is_missing_or_unknown(subscriber, standby.url)
+        await promote(standby, relay)
+        await goes_on(relay, standby, subscriber)
 
 
 def commit_waits_for_the_standby(url: str) -> bool:
