@@ -113,7 +113,7 @@ class Maintenance:
         """
         url, differed = self._settings.postgres_url, set(self._differing)
         began = await database_time(url)
-        since = max(self._changes_at - CHECKED_AGAIN, began - WHOLE_AGAIN)
+        since = began - WHOLE_AGAIN if self._changes_at == NEVER else self._changes_at - CHECKED_AGAIN
         found: set[UUID] = set()
         async for portion in check_changed(url, since, beside=differed):
             found |= self._note(portion.differences)
@@ -136,7 +136,7 @@ class Maintenance:
         async for portion in check_all(url, self._whole_next):
             self._note(portion.differences)
             self._whole_next = portion.next_id
-        self._whole_at = self._whole_began
+            self._whole_at = self._whole_began if portion.next_id is None else self._whole_at
         self._publish()
 
     def _note(self, differences: Sequence[LedgerDifference]) -> set[UUID]:

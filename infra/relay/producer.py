@@ -21,6 +21,8 @@ TOPIC_SECONDS: Final = 5.0
 """How long a topic that was just made may take until the broker knows of it."""
 CLUSTER_SECONDS: Final = 3.0
 """How long one broker may take to tell its cluster, before the next one is asked."""
+CLOSE_SECONDS: Final = 1.0
+"""How long a connection may take to close."""
 
 
 class OneCluster:
@@ -126,10 +128,17 @@ async def abandon(producer: AIOKafkaProducer) -> None:
     if sending is not None:
         sending.cancel()
     # Ends requests under way, on which a cancelled sender waits.
-    await producer.client.close()
+    await _close(producer.client)
     for _ in range(2):
         if sending is not None and not sending.done():
             await asyncio.wait([sending], timeout=1)
             sending.cancel()
     # One that was being made when the others were closed.
-    await producer.client.close()
+    await _close(producer.client)
+
+
+async def _close(client: AIOKafkaClient) -> None:
+    """It waits for its connections to send what they hold, which who does not read keeps them from."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await client.close()

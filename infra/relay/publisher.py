@@ -15,7 +15,6 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidTopicError,
-    KafkaError,
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -43,6 +42,8 @@ IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
 four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
+RENEWAL_SECONDS = 40.0
+"""How long another producer may take: two brokers that are gone may be asked before one that is there."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
@@ -63,10 +64,10 @@ class _Lane:
         "batch_bytes_max",
         "in_flight",
         "is_producer_spent",
+        "is_renewing",
         "number",
         "pending",
         "producer",
-        "renewal",
         "sent_at",
     )
 
@@ -74,8 +75,8 @@ class _Lane:
         self.number = number
         self.producer = producer
         self.is_producer_spent = False
-        self.renewal: asyncio.Task[None] | None = None
-        """What gives it another producer; nothing is sent meanwhile."""
+        self.is_renewing = False
+        """It is given another producer; nothing is sent meanwhile."""
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[RecordBatch] = deque()
         self.in_flight: RecordBatch | None = None
@@ -111,6 +112,7 @@ class Publisher:
         self._config = config
         self._cluster = cluster
         self._producers = {producer}
+        self._renewals: set[asyncio.Task[None]] = set()
         self._lanes = [_Lane(number, producer) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
         self._open: list[Records | None] = [None] * partitions
@@ -227,7 +229,7 @@ class Publisher:
     def _next_lane(self) -> _Lane | None:
         if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
             for lane in (*self._lanes[self._turn :], *self._lanes[: self._turn]):
-                if lane.pending and lane.in_flight is None and lane.renewal is None:
+                if lane.pending and lane.in_flight is None and not lane.is_renewing:
                     self._turn = (lane.number + 1) % len(self._lanes)
                     return lane
         return None
@@ -274,18 +276,17 @@ class Publisher:
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""
         self._is_closed = True
-        renewals = [lane.renewal for lane in self._lanes if lane.renewal is not None]
-        for renewal in renewals:
+        for renewal in self._renewals:
             renewal.cancel()
-        await asyncio.gather(*renewals, return_exceptions=True)
+        await asyncio.gather(*self._renewals, return_exceptions=True)
         await asyncio.gather(*map(abandon, self._producers))
 
     async def _send(self, lane: _Lane) -> None:
         if lane.is_producer_spent:
-            # A broker that has vanished may be asked first, and long.
-            lane.renewal = asyncio.create_task(self._renew_producer(lane))
+            self._begin_renewal(lane)
             return
         if lane.pending[0].held is not None:
+            lane.sent_at = None
             self._refuse(lane, f"above our own limit of {self.payload_max} bytes")
             return
         lane.in_flight = batch = lane.pending.popleft()
@@ -299,20 +300,28 @@ class Publisher:
             raise KafkaAway(f"topic {self._config.topic} has no partition {lane.number} any more") from error
         sent.add_done_callback(partial(self._sent, lane))
 
+    def _begin_renewal(self, lane: _Lane) -> None:
+        """Beside the other lanes: a broker that has vanished may be asked first, and long."""
+        lane.is_renewing, lane.sent_at = True, lane.sent_at or time.monotonic()
+        renewal = asyncio.create_task(self._renew_producer(lane))
+        self._renewals.add(renewal)
+        renewal.add_done_callback(self._renewals.discard)
+
     async def _renew_producer(self, lane: _Lane) -> None:
         try:
-            producer = await start_producer(self._config, self._cluster)
-        except (KafkaError, OSError) as error:
+            async with asyncio.timeout(RENEWAL_SECONDS):
+                producer = await start_producer(self._config, self._cluster)
+        except Exception as error:  # Whatever it is: `check` tells it, and the session ends.
             self._error = error
-        else:
-            spent, lane.producer, lane.is_producer_spent = lane.producer, producer, False
-            self._producers.add(producer)
-            if all(each.producer is not spent for each in self._lanes):
-                self._producers.remove(spent)
-                await abandon(spent)
-        finally:
-            lane.renewal = None
             self._on_progress()
+            return
+        spent, lane.producer = lane.producer, producer
+        lane.is_producer_spent = lane.is_renewing = False
+        self._producers.add(producer)
+        self._on_progress()
+        if all(each.producer is not spent for each in self._lanes):
+            await abandon(spent)  # By `close`, if this is cancelled.
+            self._producers.discard(spent)
 
     def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:

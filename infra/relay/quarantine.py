@@ -4,7 +4,7 @@ What lies here counts as delivered to the log's reader, so other payments go on 
 payment's events in their order; `drop` gives one up for ever, with the reason that somebody gave.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import psycopg
@@ -37,7 +37,7 @@ DUE: Final = f"""
            SELECT aggregateid
              FROM (SELECT aggregateid, sum(octet_length(payload)) AS size,
                           sum(sum(octet_length(payload))) OVER (ORDER BY min(number)) AS size_to_here
-                     FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'
+                     FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped' AND aggregateid <> ALL(%s)
                     GROUP BY aggregateid HAVING bool_or(state = 'retry') OR NOT bool_or(state = 'refused')
                     ORDER BY min(number) LIMIT {PAYMENTS_AT_ONCE}) AS due
             WHERE size_to_here - size < {PORTION_BYTES})
@@ -124,12 +124,13 @@ class Quarantine:
         state = "waiting" if reason is None else "refused"
         return {**texts, "payment_seq": int(event.payment_seq), "slot": self._slot, "state": state, "reason": reason}
 
-    async def due(self) -> list[OutboxEvent]:
+    async def due(self, besides: Iterable[bytes] = ()) -> list[OutboxEvent]:
         """The events of payments that are to be tried again, or wait behind nothing, each payment's in order.
 
-        A portion: there may be more payments.
+        A portion: there may be more payments. `besides` those that are tried already.
         """
-        rows = await (await self._leader.execute(DUE.encode(), [self._slot, self._slot])).fetchall()
+        values = [self._slot, self._slot, [key.decode() for key in besides]]
+        rows = await (await self._leader.execute(DUE.encode(), values)).fetchall()
         return [event_of(row) for row in rows]
 
     async def mark_due(self, keys: Sequence[bytes]) -> set[bytes]:

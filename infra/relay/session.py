@@ -22,6 +22,7 @@ from infra.relay.poll_source import PollSource
 from infra.relay.prefix import Group
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import Quarantine
+from infra.relay.retries import Retries
 from infra.relay.source import CatchUpSink, Source
 from infra.relay.stream import with_settings
 from infra.relay.wal_source import WalSource
@@ -53,15 +54,11 @@ class Session:
         self._is_save_due = True
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
-        self._leaving: list[OutboxEvent] = []
-        """What leaves quarantine, once Kafka has answered for all of `_leaving_group`."""
-        self._leaving_group = Group()
-        self._put_anew: set[bytes] = set()
-        """Those of them that Kafka has refused again, and what waits behind them."""
         self._lag: Lag
         self._source: Source
         self._publisher: Publisher
         self._quarantine: Quarantine
+        self._retries: Retries
 
     async def run(self) -> None:
         """Publish until told to stop.
@@ -122,6 +119,7 @@ class Session:
         metrics.QUARANTINED.set(await self._quarantine.count())
         self._publisher = await Publisher.connect(self._config, self._wake.set)
         stack.push_async_callback(self._publisher.close)
+        self._retries = Retries(self._quarantine, self._publisher)
         config = replace(self._config, kafka_cluster=self._publisher.kafka_cluster)
         self._source = SOURCES[config.source](config, leader)
         stack.push_async_callback(self._source.close)
@@ -182,8 +180,7 @@ class Session:
         await self._publisher.flush()
         while diverted := self._publisher.take_diverted():
             await self._quarantine.put(diverted)
-            if self._leaving:
-                self._put_anew.update(each.event.id for each in diverted)
+            self._retries.note(diverted)
             self._publisher.acknowledge_diverted(diverted)
             await self._publisher.flush()
 
@@ -229,43 +226,23 @@ class Session:
             self._status.trouble = self._publisher.trouble or self._silence
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)
             metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._lag.unread_seconds))
-        await self._let_go()
-        if self._is_retry_due:
+        if await self._retries.let_go() or self._is_retry_due:
             self._is_retry_due = False
-            metrics.QUARANTINED.set(await self._quarantine.count())
             await self._retry_quarantined()
+            metrics.QUARANTINED.set(await self._quarantine.count())
 
     async def _retry_quarantined(self) -> None:
-        """Publish a portion of what somebody asked for; what the stream brings of these payments comes behind it.
-
-        Nothing waits for that: their partition may be without a leader.
-        """
-        due = await self._quarantine.due() if not self._leaving else []
-        if not due:
+        """Publish a portion of what somebody asked for; when some of it has ended there may be more."""
+        if await self._retries.begin():
+            await self._flush()
+        else:
             await self._unblock()
-            return
-        keys = list({event.aggregateid for event in due})
-        log.info("events leave quarantine", events=len(due), payments=len(keys))
-        marked = await self._quarantine.mark_due(keys)
-        self._leaving = [event for event in due if event.id in marked]  # But for what was dropped just now.
-        self._leaving_group, self._put_anew = Group(), set()
-        self._publisher.blocked.difference_update(keys)
-        self._publisher.publish(self._leaving, self._leaving_group)
-        await self._flush()
 
     async def _unblock(self) -> None:
         """Payments of which nothing is left in quarantine, since somebody has dropped it, go on."""
         await self._flush()  # So that whatever is refused is there, and nothing is taken for dropped.
         if blocked := set(self._publisher.blocked):
             self._publisher.blocked -= blocked - await self._quarantine.keys()
-
-    async def _let_go(self) -> None:
-        """What Kafka has taken of a retry is in quarantine no more."""
-        if self._leaving and not self._leaving_group.missing:
-            await self._quarantine.done([event.id for event in self._leaving if event.id not in self._put_anew])
-            self._leaving = []
-            self._is_retry_due = True  # There may be more than a portion.
-            metrics.QUARANTINED.set(await self._quarantine.count())
 
     async def _watch_leadership(self) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
@@ -305,7 +282,8 @@ class Session:
             await self._source.save()
             await self._source.finish()
         async with asyncio.timeout(2):
-            await self._let_go()
+            await self._retries.let_go()
+            metrics.QUARANTINED.set(await self._quarantine.count())
         log.info("relay stopped", unacknowledged=self._publisher.unacknowledged)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -220,8 +220,8 @@ async def test_what_is_dropped_just_before_it_is_tried_is_not_published(
     refused = refused._replace(payload=HUGE)
     find_due = Quarantine.due
 
-    async def due_and_dropped(quarantine: Quarantine) -> list[OutboxEvent]:
-        found = await find_due(quarantine)
+    async def due_and_dropped(quarantine: Quarantine, besides: Iterable[bytes]) -> list[OutboxEvent]:
+        found = await find_due(quarantine, besides)
         await desk.drop([event.id.decode() for event in found], why="agreed")
         return found
 
@@ -333,20 +333,25 @@ async def test_a_retry_into_a_partition_without_a_leader_holds_up_no_other(
 ) -> None:
     """Whoever asked for it knows nothing of leaders."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
-    rows, others = poisoned_payment(), rows_of("pay_0005", 5)
-    later = rows_of("pay_0001", 2, first=4)
+    stuck, retried = poisoned_payment(), [row._replace(id=uuid4(), key="pay_0005") for row in poisoned_payment()]
+    others, later = rows_of("pay_0005", 2, first=4), rows_of("pay_0001", 2, first=4)
     assert partition_of(b"pay_0001", PARTITIONS) != partition_of(b"pay_0005", PARTITIONS)
     async with running(config):
-        await commit(config.postgres_url, rows)
+        await commit(config.postgres_url, stuck)
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await commit(config.postgres_url, retried)
+        waits = [("pay_0005", 2, "refused"), ("pay_0005", 3, "waiting")]
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"), *waits)
         await set_topic_limit(config, 5_000_000)
         with without_leader(config.topic, partition_of(b"pay_0001", PARTITIONS)):
-            await desk.retry([], everything=True)
+            await desk.retry(["pay_0001"])
             await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 2)
+            await desk.retry(["pay_0005"])
             await commit(config.postgres_url, others, later)
-            await published(config, *others)
+            await published(config, *retried, *others)
             await holds(desk, ("pay_0001", 2, "retry"), ("pay_0001", 3, "retry"))
-        assert_first_deliveries_in_order(await published(config, *rows, *later), [*rows, *others, *later])
+        records = await published(config, *stuck, *retried, *others, *later)
+        assert_first_deliveries_in_order(records, [*stuck, *retried, *others, *later])
         await holds(desk)
 
 

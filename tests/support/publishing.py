@@ -8,6 +8,6 @@ from infra.relay.publisher import Publisher
 async def flush(publisher: Publisher) -> None:
     """Also of the lanes whose producers are made anew."""
     await publisher.flush()
-    while renewals := [lane.renewal for lane in publisher._lanes if lane.renewal is not None]:
-        await asyncio.gather(*renewals)
+    while publisher._renewals:
+        await asyncio.gather(*publisher._renewals)
         await publisher.flush()

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaConnectionError, LeaderNotAvailableError, MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2 as aiokafka_murmur2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,6 +210,41 @@ class TestPublisher:
         self.publisher.publish([EVENT._replace(payload=value) for value in (b"4", b"5")], Group())
         await flush(self.publisher)
         assert self.producer.values == [[b"1"], [b"2", b"33"], [b"2"], [b"4", b"5"]]
+
+    async def test_a_producer_that_cannot_be_made_ends_the_session_whatever_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or the lane would try again and again, and nobody be told."""
+
+        async def start_producer(*_: Any) -> FakeProducer:
+            raise ValueError("no such mechanism")
+
+        monkeypatch.setattr(publisher, "start_producer", start_producer)
+        await self.publish(b"1")
+        await self.answer(0, LeaderNotAvailableError())
+        with pytest.raises(KafkaAway, match="no such mechanism"):
+            await flush(self.publisher)
+
+    async def test_a_producer_that_takes_for_ever_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 100.0
+
+        async def start_producer(*_: Any) -> FakeProducer:
+            await asyncio.Event().wait()
+            return self.producer
+
+        monkeypatch.setattr(publisher, "start_producer", start_producer)
+        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        await self.publish(b"1")
+        await self.publish(b"2")
+        await self.publish(b"3")
+        await self.answer(0)
+        await self.publisher.flush()
+        await self.answer(1, MessageSizeTooLargeError())
+        await self.publisher.flush()
+        now += 60
+        assert self.publisher.trouble == "Kafka acknowledges nothing; what waits is in partition 0"
+        (renewal,) = self.publisher._renewals
+        renewal.cancel()
 
     async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(
         self, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,69 @@
+"""Takes events out of quarantine by publishing them. Nothing waits for that: a partition may be without a leader."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import structlog
+
+from infra.relay.pgoutput import OutboxEvent
+from infra.relay.prefix import Group
+from infra.relay.publisher import Diverted, Publisher
+from infra.relay.quarantine import PAYMENTS_AT_ONCE, Quarantine
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Retry:
+    """A payment's events, counted until Kafka has taken or refused each."""
+
+    events: list[OutboxEvent] = field(default_factory=list)
+    group: Group = field(default_factory=Group)
+    put_anew: set[bytes] = field(default_factory=set)
+    """Those that were refused again, and what waits behind them."""
+
+
+class Retries:
+    """Those of one session. What the stream brings of their payments meanwhile lines up behind."""
+
+    def __init__(self, quarantine: Quarantine, publisher: Publisher) -> None:
+        self._quarantine = quarantine
+        self._publisher = publisher
+        self._under_way: dict[bytes, _Retry] = {}
+
+    async def begin(self) -> bool:
+        """Publish a portion of what somebody asked for; False if there is none, or no room for it."""
+        if len(self._under_way) >= PAYMENTS_AT_ONCE or self._publisher.is_full:
+            return False
+        due = await self._quarantine.due(besides=self._under_way)
+        if not due:
+            return False
+        keys = {event.aggregateid for event in due}
+        log.info("events leave quarantine", events=len(due), payments=len(keys))
+        marked = await self._quarantine.mark_due(list(keys))
+        retries = {key: _Retry() for key in keys}
+        for event in due:
+            if event.id in marked:  # Somebody may have dropped it just now.
+                retries[event.aggregateid].events.append(event)
+        self._publisher.blocked -= keys
+        self._under_way |= retries
+        for retry in retries.values():
+            self._publisher.publish(retry.events, retry.group)
+        return True
+
+    def note(self, diverted: Iterable[Diverted]) -> None:
+        """These are in quarantine again."""
+        for event, *_ in diverted:
+            if (retry := self._under_way.get(event.aggregateid)) is not None:
+                retry.put_anew.add(event.id)
+
+    async def let_go(self) -> bool:
+        """What Kafka has taken is in quarantine no more; whether there was something."""
+        ended = {key: retry for key, retry in self._under_way.items() if not retry.group.missing}
+        if not ended:
+            return False
+        taken = [event.id for retry in ended.values() for event in retry.events if event.id not in retry.put_anew]
+        await self._quarantine.done(taken)
+        for key in ended:
+            del self._under_way[key]
+        return True
