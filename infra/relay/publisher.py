@@ -108,6 +108,8 @@ class Publisher:
         self.payload_max = config.message_bytes_max
         self.blocked: set[bytes] = set()
         """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
+        self.given_up: set[bytes] = set()
+        """Events that somebody has dropped: they are diverted, too, and their payments go on."""
         self._diverted: list[Diverted] = []
         self._config = config
         self._cluster = cluster
@@ -163,14 +165,14 @@ class Publisher:
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
-        if self._config.uses_native and not self.blocked:
+        if self._config.uses_native and self.open_records is not None:
             count, size = native.encode(events, group, self.payload_max, self._open, self.renew)
             self.note(count, size)
             events = events[count:]
         group.missing += len(events)
         self.note(len(events), sum(len(event.payload) for event in events))
         for event in events:
-            if event.aggregateid in self.blocked:
+            if event.aggregateid in self.blocked or event.id in self.given_up:
                 self._diverted.append(Diverted(event, group, None))
             else:
                 self._add(event, group)
@@ -200,9 +202,9 @@ class Publisher:
     def open_records(self) -> list[Records | None] | None:
         """For who encodes events by itself: each partition's, None where `renew` gives some.
 
-        None at all while events of some payments are not for Kafka.
+        None at all while some events are not for Kafka.
         """
-        return None if self.blocked else self._open
+        return None if self.blocked or self.given_up else self._open
 
     def note(self, events: int, size: int) -> None:
         """So many were encoded, which their groups have counted."""

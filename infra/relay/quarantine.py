@@ -30,6 +30,15 @@ PUT: Final = f"""
        AND NOT (relay_quarantine.state = 'refused' AND excluded.state = 'waiting')
 """  # noqa: S608 - names from our own constant
 KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
+# Whether the log, or the table, will bring these again depends on what is proven to be behind us.
+GIVEN_UP: Final = """
+    SELECT q.id::text
+      FROM relay_quarantine AS q
+      JOIN outbox AS o ON o.aggregateid = q.aggregateid AND o.payment_seq = q.payment_seq AND o.id = q.id
+      LEFT JOIN relay_slots AS r ON r.slot_name = q.slot_name
+     WHERE q.slot_name = %s AND q.state = 'dropped'
+       AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(o.xact::text::xid8, r.window_begin)) IS NOT FALSE
+"""
 DUE: Final = f"""
     SELECT {COLUMNS} FROM relay_quarantine AS o
      WHERE slot_name = %s AND state <> 'dropped'
@@ -123,6 +132,11 @@ class Quarantine:
         texts = {name: value and value.decode() for name, value in event._asdict().items()}
         state = "waiting" if reason is None else "refused"
         return {**texts, "payment_seq": int(event.payment_seq), "slot": self._slot, "state": state, "reason": reason}
+
+    async def given_up(self) -> set[bytes]:
+        """The events that somebody has dropped, and that may come once more: nobody is to see them."""
+        rows = await (await self._leader.execute(GIVEN_UP, [self._slot])).fetchall()
+        return {row[0].encode() for row in rows}
 
     async def due(self, besides: Iterable[bytes] = ()) -> list[OutboxEvent]:
         """The events of payments that are to be tried again, or wait behind nothing, each payment's in order.

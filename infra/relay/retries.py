@@ -45,6 +45,7 @@ class Retries:
         for event in due:
             if event.id in marked:  # Somebody may have dropped it just now.
                 retries[event.aggregateid].events.append(event)
+        self._publisher.given_up = await self._quarantine.given_up()
         self._publisher.blocked -= keys
         self._under_way |= retries
         for retry in retries.values():

@@ -124,6 +124,7 @@ class Session:
         self._source = SOURCES[config.source](config, leader)
         stack.push_async_callback(self._source.close)
         self._publisher.blocked = await self._quarantine.keys()
+        self._publisher.given_up = await self._quarantine.given_up()
         self._status.enter(State.CATCHING_UP)
         await self._source.open(self._catch_up_sink())
 
@@ -239,10 +240,14 @@ class Session:
             await self._unblock()
 
     async def _unblock(self) -> None:
-        """Payments of which nothing is left in quarantine, since somebody has dropped it, go on."""
+        """Payments of which nothing is left in quarantine, since somebody has dropped it, go on without that."""
+        publisher = self._publisher
         await self._flush()  # So that whatever is refused is there, and nothing is taken for dropped.
-        if blocked := set(self._publisher.blocked):
-            self._publisher.blocked -= blocked - await self._quarantine.keys()
+        blocked = set(publisher.blocked)
+        freed = blocked - await self._quarantine.keys() if blocked else set()
+        if freed or publisher.given_up:
+            publisher.given_up = await self._quarantine.given_up()
+            publisher.blocked -= freed
 
     async def _watch_leadership(self) -> None:
         """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""

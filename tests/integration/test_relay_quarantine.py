@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
+from infra.relay.poll_source import PollSource
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
 from infra.relay.repairs import request_repair
@@ -325,6 +326,76 @@ async def retrying(config: RelayConfig, kafka_pid: int) -> AsyncIterator[tuple[a
 async def quarantined(config: RelayConfig) -> int:
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         return await Quarantine(connection, config.slot).count()
+
+
+@also_plain
+@pytest.mark.parametrize("count", [2, 3], ids=["alone", "with one behind it"])
+@pytest.mark.parametrize("is_dropped_later", [False, True])
+async def test_a_dropped_event_stays_so_where_a_session_begins_before_it(
+    config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch, *, is_dropped_later: bool, count: int
+) -> None:
+    """It comes once more, and would be published behind the later ones of its payment."""
+    rows, later = poisoned_payment()[:count], rows_of("pay_0001", 2, first=count + 1)
+    async with killed(config):
+        await commit(config.postgres_url, rows)
+        await until(lambda: _is_here(desk, count - 1))
+    await set_topic_limit(config, 5_000_000)
+    await desk.drop([str(rows[1].id)], why="agreed")
+    if is_dropped_later:
+        drop_when_it_has_looked(monkeypatch)
+    async with running(config):
+        await commit(config.postgres_url, later)
+        await published(config, *rows[:1], *rows[2:], *later)
+        await holds(desk, ("pay_0001", 2, "dropped"))
+    records = await published(config, *rows[:1], *rows[2:], *later)
+    assert rows[1].id not in ids(records)
+
+
+async def _is_here(desk: QuarantineDesk, count: int) -> bool:
+    return len(await entries(desk)) == count
+
+
+def drop_when_it_has_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a session had looked at quarantine before, and read nothing until it looked again."""
+    is_first, looked_again = iter([True]), asyncio.Event()
+    find, retry = Quarantine.given_up, Session._retry_quarantined
+
+    async def find_late(quarantine: Quarantine) -> set[bytes]:
+        return set() if next(is_first, False) else await find(quarantine)
+
+    async def block(quarantine: Quarantine) -> set[bytes]:
+        monkeypatch.setattr(Quarantine, "keys", keys)
+        return {b"pay_0001"}
+
+    async def retry_first(session: Session) -> None:
+        await retry(session)
+        looked_again.set()
+
+    def read_later(read: Callable[..., Awaitable[bool]]) -> Callable[..., Awaitable[bool]]:
+        async def reading(*arguments: Any) -> bool:
+            return looked_again.is_set() and await read(*arguments)
+
+        return reading
+
+    keys = Quarantine.keys
+    monkeypatch.setattr(Quarantine, "given_up", find_late)
+    monkeypatch.setattr(Quarantine, "keys", block)
+    monkeypatch.setattr(Session, "_retry_quarantined", retry_first)
+    for each in (WalSource, PollSource):
+        monkeypatch.setattr(each, "read", read_later(each.read))
+
+
+@contextlib.asynccontextmanager
+async def killed(config: RelayConfig) -> AsyncIterator[None]:
+    """A relay that writes no progress down, and is gone at the end of the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "FIRST_SAVE_SECONDS", 3600)
+        relay = Relay(config)
+        running = asyncio.create_task(relay.run(asyncio.Event()))
+        await until(lambda: relay.health.detail == "active")
+        yield
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 @also_plain
