@@ -136,6 +136,13 @@ async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpo
     return Checkpoint(system, source, None if lsn is None else int(lsn), *others)
 
 
+async def find_published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
+    """What this relay has proven to be on the topic, as it was written down last."""
+    checkpoint = await find_checkpoint(connection, slot)
+    row = await (await connection.execute(SYSTEM)).fetchone()
+    return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
+
+
 async def start_checkpoint(
     leader: psycopg.AsyncConnection,
     config: RelayConfig,

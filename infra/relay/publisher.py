@@ -268,11 +268,7 @@ class Publisher:
         before = time.monotonic() - self._config.stalled_seconds
         stuck = ", ".join(str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before)
         if self._progress_at < before:
-            return (
-                f"Kafka acknowledges nothing; what waits is in partition {stuck}"
-                if stuck
-                else "Kafka acknowledges nothing"
-            )
+            return "Kafka acknowledges nothing" + (f"; what waits is in partition {stuck}" if stuck else "")
         return f"Kafka acknowledges nothing in partition {stuck}" if stuck else None
 
     async def close(self) -> None:

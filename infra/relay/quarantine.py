@@ -12,8 +12,10 @@ from psycopg.rows import dict_row
 
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.progress import find_published
 from infra.relay.publisher import Diverted
 from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of
+from infra.relay.snapshot import UNPROVEN
 
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
@@ -30,15 +32,13 @@ PUT: Final = f"""
        AND NOT (relay_quarantine.state = 'refused' AND excluded.state = 'waiting')
 """  # noqa: S608 - names from our own constant
 KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
-# Whether the log, or the table, will bring these again depends on what is proven to be behind us.
-GIVEN_UP: Final = """
+# What is not proven to be published, the log or the table brings once more.
+GIVEN_UP: Final = f"""
     SELECT q.id::text
       FROM relay_quarantine AS q
       JOIN outbox AS o ON o.aggregateid = q.aggregateid AND o.payment_seq = q.payment_seq AND o.id = q.id
-      LEFT JOIN relay_slots AS r ON r.slot_name = q.slot_name
-     WHERE q.slot_name = %s AND q.state = 'dropped'
-       AND (r.window_begin IS NULL OR NOT pg_visible_in_snapshot(o.xact::text::xid8, r.window_begin)) IS NOT FALSE
-"""
+     WHERE q.slot_name = %(slot)s AND q.state = 'dropped' AND {UNPROVEN}
+"""  # noqa: S608 - names from our own constant
 DUE: Final = f"""
     SELECT {COLUMNS} FROM relay_quarantine AS o
      WHERE slot_name = %s AND state <> 'dropped'
@@ -135,7 +135,8 @@ class Quarantine:
 
     async def given_up(self) -> set[bytes]:
         """The events that somebody has dropped, and that may come once more: nobody is to see them."""
-        rows = await (await self._leader.execute(GIVEN_UP, [self._slot])).fetchall()
+        published = await find_published(self._leader, self._slot)
+        rows = await (await self._leader.execute(GIVEN_UP.encode(), published.proof | {"slot": self._slot})).fetchall()
         return {row[0].encode() for row in rows}
 
     async def due(self, besides: Iterable[bytes] = ()) -> list[OutboxEvent]:

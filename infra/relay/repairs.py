@@ -6,7 +6,7 @@ from typing import Any, Final
 import psycopg
 
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
-from infra.relay.progress import ASKED, SYSTEM, Repair, find_checkpoint
+from infra.relay.progress import ASKED, Repair, find_published
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
 REQUEST_TRIES: Final = 10
@@ -85,19 +85,13 @@ async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[s
 
 async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tuple[int, Any, Any]:
     """How many retained events have no proof of publication, and when the first and the last were written."""
-    return await count_beyond(connection, await _published(connection, slot))
+    return await count_beyond(connection, await find_published(connection, slot))
 
 
 async def list_unproven(connection: psycopg.AsyncConnection, slot: str, *, limit: int) -> list[tuple[Any, ...]]:
     """The first of them, as they were written: id, payment, `payment_seq`, type, time."""
-    published = await _published(connection, slot)
+    published = await find_published(connection, slot)
     return await (await connection.execute(LIST_UNPROVEN.encode(), published.proof | {"limit": limit})).fetchall()
-
-
-async def _published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
-    checkpoint = await find_checkpoint(connection, slot)
-    row = await (await connection.execute(SYSTEM)).fetchone()
-    return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
 
 
 async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any, Any]:
