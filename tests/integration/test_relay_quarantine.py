@@ -39,6 +39,7 @@ from tests.integration.test_relay import (
     wal_only,
     without_leader,
 )
+from tests.integration.test_relay_gap import is_all_proven
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, insert, rows_of, until
 from tests.support.relay_source import also_plain
 
@@ -349,6 +350,23 @@ async def test_a_dropped_event_stays_so_where_a_session_begins_before_it(
         await holds(desk, ("pay_0001", 2, "dropped"))
     records = await published(config, *rows[:1], *rows[2:], *later)
     assert rows[1].id not in ids(records)
+
+
+@also_plain
+async def test_a_repair_of_everything_tries_again_what_was_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """All that is retained was asked for; what is proven to be behind us comes for no other reason."""
+    rows = poisoned_payment()
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
+        await desk.drop([str(rows[1].id)], why="agreed")
+        await published(config, rows[0], rows[2])
+        await until(lambda: is_all_proven(config))
+    await set_topic_limit(config, 5_000_000)
+    async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+        assert await request_repair(connection, config.slot, "everything")
+    async with running(config):
+        assert rows[1].id in ids(await published(config, *rows))
 
 
 async def _is_here(desk: QuarantineDesk, count: int) -> bool:
