@@ -1,4 +1,4 @@
-"""What a command does to a payment: refused, begun, or kept until what is under way has its outcome."""
+"""What a command does to a payment: it is refused, begun, or kept until the operation under way has its outcome."""
 
 from typing import Final, assert_never
 
@@ -10,12 +10,12 @@ from domain.refusals import amount_of, gateway_of, refusal_of
 from domain.requests import gateway_request
 
 REPLAYS_DUE_MAX: Final = 1_000
-"""They are published in one transaction, with the result: a producer that repeats itself for a day, while a payer is
-awaited, would make it one that cannot be saved."""
+"""Replays are published in one transaction, with the result: a producer that repeats a command for a day, while the
+payer is awaited, would make that transaction too large to be saved."""
 
 
 def accept(draft: Draft, command: AnyCommand) -> None:
-    """A command whose key was never seen."""
+    """Decide a command whose key was never seen."""
     if command.idempotency_key is None:
         assert isinstance(command, UnacceptableCommand), "an acceptable command has a key"
         draft.publish_rejection(command, command.rejection, None)
@@ -30,11 +30,12 @@ def accept(draft: Draft, command: AnyCommand) -> None:
 
 
 def repeat(draft: Draft, command: AnyCommand, stored: Operation) -> None:
-    """A command whose key was seen: its stored result again, or a conflict if it asks for something else."""
+    """Answer a command whose key was seen: its stored result again, or a conflict if it asks for something else."""
     if stored.fingerprint != command.fingerprint:
         message = (
-            f"this idempotency key is that of another command, a {stored.kind} of payment {stored.payment_id}, which "
-            "stands: its own result was published, or is to come. Under a new key this would be one more command"
+            f"this idempotency key was already used for another command, a {stored.kind} of payment "
+            f"{stored.payment_id}; that command stands and has, or will have, its own result. To run this one as well, "
+            "send it under a new key"
         )
         refused = Rejection(RejectionReason.IDEMPOTENCY_CONFLICT, message, ("idempotency_key",))
         draft.publish_rejection(command, refused, None)
@@ -47,11 +48,11 @@ def repeat(draft: Draft, command: AnyCommand, stored: Operation) -> None:
 
 
 def _may_begin(draft: Draft, command: Command) -> bool:
-    """Nothing else is under way; or what is waits for the payer, at rest, and this would cancel it."""
+    """Whether nothing else is under way, or only an opening that waits for the payer, which this would cancel."""
     if draft.payment.under_way is None:
         return True
     waiting = draft.payment.waiting_for_payer
-    if waiting is None or waiting.is_leased or draft.payment.is_cancelling():
+    if waiting is None or waiting.is_leased or draft.payment.is_cancelling:
         return False
     gateway = draft.rules.gateways.get(waiting.gateway or "")
     return command.kind is OperationKind.VOID and gateway is not None and gateway.cancel_waiting
@@ -93,7 +94,7 @@ def _begin(draft: Draft, operation: Operation, command: Command) -> None:
     if command.kind is OperationKind.VOID:
         operation.reference = draft.payment.gateway_payment_id if waiting is None else waiting.reference
     if waiting is not None:
-        _let_rest(draft, waiting)
+        _stop_asking(draft, waiting)
     _reserve(draft, command, amount, gateway)
     draft.keep(operation)
     draft.requests.append(gateway_request(draft.payment, operation, command))
@@ -109,7 +110,7 @@ def _reserve(draft: Draft, command: Command, amount: int, gateway: str | None) -
             payment.currency = command.currency
             payment.amount_minor = amount
         case OperationKind.VOID if payment.waiting_for_payer is not None:
-            pass  # What waits holds nothing yet, and what another attempt holds is not meant.
+            pass  # The waiting opening holds nothing yet, and another opening's hold is not meant.
         case OperationKind.CAPTURE | OperationKind.VOID:
             payment.reserved_capture_minor = min(amount, payment.capturable_minor)
         case OperationKind.REFUND:
@@ -118,8 +119,8 @@ def _reserve(draft: Draft, command: Command, amount: int, gateway: str | None) -
             assert_never(command.kind)
 
 
-def _let_rest(draft: Draft, waiting: Operation) -> None:
-    """What waits for the payer is not asked about while it is being cancelled: that could execute it."""
+def _stop_asking(draft: Draft, waiting: Operation) -> None:
+    """Do not ask about the opening that waits while it is being cancelled: asking could execute it."""
     waiting = waiting.copy()
     waiting.due_at = None
     draft.keep(waiting)
@@ -133,7 +134,7 @@ def _reject(draft: Draft, operation: Operation, command: AnyCommand, rejection: 
 
 
 def begin_waiting(draft: Draft) -> None:
-    """Decide what waited, until one of it is under way."""
+    """Decide the commands that waited, until one of them is under way."""
     for operation in draft.payment.operations:
         if operation.state is OperationState.RECEIVED:
             assert operation.command is not None, "a waiting operation is loaded with its command"

@@ -2,8 +2,8 @@
 
 Operations of one payment run one at a time, in the order accepted: what arrives meanwhile waits as `received` and is
 decided as soon as the operation before it has its outcome. `accept.py` has what a command does, `settle.py` what a
-gateway's answer does, `apply_notice.py` what a webhook does, `ruling.py` what a person's finding does, and `draft.py`
-the steps that they share.
+gateway's answer does, `apply_notice.py` what a webhook does and `ruling.py` what a person's finding does. They share
+`draft.py`, `amounts.py`, `holds.py` and `voids.py`.
 """
 
 from datetime import datetime
@@ -13,7 +13,7 @@ from domain.accept import accept, repeat
 from domain.apply_notice import apply_notice
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.draft import Draft
-from domain.operations import NotExecuted, Outcome
+from domain.holds import doubt_hold
 from domain.payment import Payment
 from domain.rules import Rules
 from domain.ruling import rule
@@ -23,7 +23,7 @@ from domain.settle import settle
 def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules) -> Decision:
     """What this input does to this payment: new state, events, operations, gateway requests, ledger transfers.
 
-    A refusal is a decision too: its event is `command_rejected`. An input that was applied before changes nothing,
+    A refusal is also a decision: its event is `command_rejected`. An input that was applied before changes nothing,
     except that a repeated command is owed its stored result again.
     """
     draft = Draft(payment.copy() if payment else Payment(given.payment_id), now, rules)
@@ -35,7 +35,7 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
                 repeat(draft, given.command, given.stored)
         case Answer():
             settle(draft, given)
-            _doubt_hold(draft, given.outcome)
+            doubt_hold(draft, given.outcome)
         case Notified():
             apply_notice(draft, given)
         case Ruling():
@@ -43,9 +43,3 @@ def decide(payment: Payment | None, given: Input, *, now: datetime, rules: Rules
         case _:
             assert_never(given)
     return draft.decision()
-
-
-def _doubt_hold(draft: Draft, outcome: Outcome) -> None:
-    """A hold that could not be captured is asked about soon, as one that is past its end: only that word ends it."""
-    if isinstance(outcome, NotExecuted) and outcome.is_hold_gone and not draft.is_stale:
-        draft.payment.authorization_expires_at = draft.now

@@ -1,6 +1,6 @@
 """What became of each dispute of a payment, in the one text column that keeps it.
 
-Providers tell of one dispute many times and in any order, so each is remembered by its id: a stage is entered once, and
+Providers report one dispute many times and in any order, so each is remembered by its id: a stage is entered once, and
 nothing follows the last one.
 """
 
@@ -20,14 +20,16 @@ def stages(kept: str | None) -> dict[str, tuple[DisputeStage, int]]:
 
 
 def is_news(kept: str | None, dispute: Dispute) -> bool:
-    """Whether this was not heard before and does not come too late."""
+    """Whether this stage is new and does not come after a later one."""
     stage, _ = stages(kept).get(dispute.dispute_id, (None, 0))
     return stage is None or _RANK[stage] < _RANK[dispute.stage]
 
 
 def contradicts(kept: str | None, dispute: Dispute) -> bool:
-    """Whether it ended otherwise before, or with another amount lost: an appeal, say. Which word is the last is not
-    told, so that neither of them can be taken for the truth."""
+    """Whether the dispute ended differently before, or with another amount lost, as after an appeal.
+
+    Neither message shows which of them is the later, so neither can be taken for the truth.
+    """
     stage, amount = stages(kept).get(dispute.dispute_id, (None, 0))
     if dispute.stage not in ENDS or stage not in ENDS:
         return False
@@ -35,7 +37,7 @@ def contradicts(kept: str | None, dispute: Dispute) -> bool:
 
 
 def disputed(kept: str | None, dispute_id: str) -> int:
-    """What this dispute took back until now."""
+    """How much this dispute has taken back so far."""
     _, amount = stages(kept).get(dispute_id, (None, 0))
     return amount
 

@@ -1,4 +1,4 @@
-"""A decision in the making: the payment as it is so far, what changed, and the steps that every input shares."""
+"""A decision in the making: the payment as it is so far, what changed, and the steps that all inputs share."""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -27,12 +27,12 @@ BOOKINGS: Final = {
     OperationKind.CAPTURE: (Account.GATEWAY_CLEARING, Account.CUSTOMER_SALES),
     OperationKind.REFUND: (Account.CUSTOMER_REFUNDS, Account.GATEWAY_CLEARING),
 }
-"""Debit and credit of what moves money; a hold and its release move none."""
+"""Debit and credit of each kind that moves money; a hold and its release move none."""
 
 
 @dataclass(slots=True)
 class Draft:
-    """What `decide` works on; `decision` is what comes of it."""
+    """What `decide` works on; `decision()` turns it into the result."""
 
     payment: Payment
     now: datetime
@@ -46,7 +46,7 @@ class Draft:
     is_postponed: bool = False
 
     def decision(self) -> Decision:
-        """The payment, its status derived, and all that is new."""
+        """The payment with its derived status, and everything that is new."""
         self._derive()
         changed = tuple(self.changed.values())
         return Decision(
@@ -74,20 +74,20 @@ class Draft:
         return currency is not None and currency != self.payment.currency
 
     def release_reservation(self, kind: OperationKind) -> None:
-        """Nothing of the payment is kept for an operation of this kind any more."""
+        """Stop reserving money of the payment for an operation of this kind."""
         if kind in (OperationKind.CAPTURE, OperationKind.VOID):
             self.payment.reserved_capture_minor = 0
         elif kind is OperationKind.REFUND:
             self.payment.reserved_refund_minor = 0
 
     def postpone(self, operation: Operation, state: OperationState, reference: str | None) -> None:
-        """Keep it under way, released by its worker, to be looked at again."""
+        """Keep the operation under way, released by its worker, to be taken up again later."""
         if reference is not None and operation.kind in OPENING and not self.payment.has_money:
-            # Otherwise another attempt was paid meanwhile: captures and refunds are of that one.
+            # Otherwise another opening was paid meanwhile and is the primary one.
             self.payment.gateway_payment_id = reference
         operation = operation.copy()
         operation.state = state
-        if operation.kind is not OperationKind.VOID:  # which has the name of what it cancels
+        if operation.kind is not OperationKind.VOID:  # whose reference is that of its target
             operation.reference = reference
         operation.is_leased = False
         operation.due_at = self.now + self._delay_in(state, operation)
@@ -104,7 +104,7 @@ class Draft:
         return delay if gateway is None else not_before(delay, gateway.question_interval, operation.payment_id)
 
     def finish(self, operation: Operation, state: OperationState, reference: str | None) -> None:
-        """It has its outcome."""
+        """End the operation in `state`: no worker has it, and nothing more is due."""
         operation = operation.copy()
         operation.state = state
         if operation.kind is not OperationKind.VOID or operation.reference is None:
@@ -136,7 +136,7 @@ class Draft:
         told_before: OperationState | None = None,
         owed_minor: int = 0,
     ) -> None:
-        """Something happened to `operation`: the next event of its payment."""
+        """Publish what happened to `operation`, as the next event of its payment."""
         self.events.append(
             self._next_event(kind)._replace(
                 command=None if operation.is_external else operation.kind,
@@ -158,7 +158,7 @@ class Draft:
         )
 
     def publish_rejection(self, command: AnyCommand, rejection: Rejection, operation: Operation | None) -> None:
-        """A command was refused; without an `operation` nothing but this event tells of it."""
+        """Publish that a command was refused; without an `operation` this event is the only trace of it."""
         self.events.append(
             self._next_event(EventKind.COMMAND_REJECTED)._replace(
                 command=command.kind,
@@ -174,7 +174,7 @@ class Draft:
         )
 
     def publish_dispute(self, dispute: Dispute) -> None:
-        """The payer's bank took money back, or ended the dispute."""
+        """Publish that the payer's bank took money back, or ended the dispute."""
         kind = EventKind.DISPUTE_OPENED if dispute.stage is DisputeStage.OPENED else EventKind.DISPUTE_CLOSED
         self.events.append(
             self._next_event(kind)._replace(
@@ -183,7 +183,7 @@ class Draft:
         )
 
     def _next_event(self, kind: EventKind) -> Event:
-        """What every event has: its place in the payment's order, and the payment as it is now."""
+        """The fields of every event: its place in the payment's order, and the payment as it is now."""
         self.payment.last_seq += 1
         self._derive()
         return Event(
@@ -205,7 +205,7 @@ class Draft:
             self.transfer(*accounts, amount)
 
     def transfer(self, debit: Account, credit: Account, amount: int) -> None:
-        """Book a transfer of the event that was published last."""
+        """Book a transfer under the event that was published last."""
         payment = self.payment
         assert payment.currency is not None, "money moves in a currency"
         self.transfers.append(Transfer(payment.payment_id, payment.last_seq, debit, credit, amount, payment.currency))

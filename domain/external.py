@@ -1,15 +1,16 @@
-"""Money that moved without us: somebody refunded or captured in the provider's pages, and a webhook tells of it.
+"""Money that moved without us: somebody refunded or captured in the provider's pages, and a webhook reports it.
 
-It carries no mark of ours, so it is known by the provider's id alone, and kept as an operation that no command asked
-for: any number of deliveries, in any order, count once. The worst mistake here would be to count our own refund a
-second time, should a provider ever tell of one without our marks. So nothing is taken for somebody else's while it may
-be ours.
+Such a movement carries no mark of ours. It is identified by the provider's id alone and kept as an operation that no
+command asked for, so any number of deliveries, in any order, count once. The worst mistake here would be to count our
+own refund a second time, should a provider ever report it without our marks. So nothing is taken for somebody else's
+while it may be ours.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+from domain.amounts import move
 from domain.commands import OperationKind
 from domain.decision import Notified
 from domain.draft import Draft
@@ -17,7 +18,6 @@ from domain.events import EventKind
 from domain.notices import External, Notice
 from domain.operations import Declined, Operation, OperationState, Succeeded
 from domain.payment import Payment
-from domain.settle import move
 
 EVENTS: Final = {
     OperationKind.REFUND: EventKind.REFUNDED_EXTERNALLY,
@@ -26,13 +26,13 @@ EVENTS: Final = {
 
 
 def known_as(given: Notified) -> Operation | None:
-    """The operation that this is, ours or one that was told before; None if it was never heard of."""
+    """The operation that the notice is about, ours or an external one reported before; None if it is new."""
     reference = _reference(given.notice)
     return next((each for each in given.known if reference is not None and each.reference == reference), None)
 
 
 def take_note(draft: Draft, given: Notified, external: External) -> None:
-    """A movement that was never heard of: count it, if it is surely not ours and there is room for it."""
+    """Count a new movement, if it is certainly not ours and the amounts have room for it."""
     match given.notice.outcome:
         case Declined() if external.is_reversal:
             pass  # Nothing was reversed.
@@ -45,39 +45,39 @@ def take_note(draft: Draft, given: Notified, external: External) -> None:
         case Declined() if external.kind is OperationKind.REFUND:
             _note_failure(draft, given.notice, external)
         case _:
-            pass  # Not final: its end will be told, too.
+            pass  # Not final: a later notice will report its end.
 
 
 def _may_be_under_way(known: Sequence[Operation]) -> bool:
-    """Whether it may be our own, of which we do not know yet what the provider calls it: its answer will tell."""
+    """Whether it may be our own operation whose provider id is not known yet: the answer to that will show it."""
     return any(each.is_under_way and not each.reference for each in known)
 
 
 def _may_have_ended(known: Sequence[Operation]) -> bool:
-    """Whether it may be our own that was called done without the provider's id of it, as a person may."""
+    """Whether it may be our own operation that ended without a provider id, as by a person's ruling."""
     return any(each.state is OperationState.SUCCEEDED and not each.reference for each in known)
 
 
 def _count(draft: Draft, given: Notified, external: External) -> None:
     notice, payment = given.notice, draft.payment
-    is_owed = not _is_of_paid_attempt(payment, notice)
+    is_owed = not _is_of_primary(payment, notice)
     room = _owed(notice, payment, external.kind) if is_owed else _room(payment, external.kind)
     if draft.is_foreign(notice.currency) or _may_have_ended(given.known):
         draft.disagrees = True
     elif 0 < external.amount_minor <= room:
         _book(draft, notice, external, is_owed=is_owed)
     elif payment.under_way is not None or _is_fresh(draft, external):
-        # What is under way may make room for it, or turn out to be what it is of; and so may news that is on its way.
+        # An operation under way, or news still to come, may make room for it or turn out to be its cause.
         draft.is_postponed = True
     else:
         draft.disagrees = True
 
 
 def _compare(draft: Draft, notice: Notice, external: External) -> None:
-    """A reversal: mostly what a dispute took, and then it is in the books as that, or will be.
+    """Look for the dispute that explains a reversal; mostly the money is in the books as disputed, or will be.
 
-    Nothing in either message says that it is about the other. So a reversal is never booked: no money may be counted
-    as gone twice. Where no dispute accounts for it, a person must find out what it was.
+    Neither message refers to the other. So a reversal is never booked, lest money be counted as gone twice. Where no
+    dispute accounts for it, a person must find out what it was.
     """
     is_disputed = not draft.is_foreign(notice.currency) and draft.payment.disputed_minor >= external.amount_minor
     draft.is_postponed = not is_disputed and _is_fresh(draft, external)
@@ -85,23 +85,26 @@ def _compare(draft: Draft, notice: Notice, external: External) -> None:
 
 
 def _is_fresh(draft: Draft, external: External) -> bool:
-    """Whether it was a while ago at most: providers tell in any order, of a refund before its capture, say."""
+    """Whether it is recent: providers report in any order, for example a refund before its capture."""
     moved_at = external.moved_at
     return moved_at is not None and draft.now - moved_at < draft.rules.retry.review_after
 
 
-def _is_of_paid_attempt(payment: Payment, notice: Notice) -> bool:
-    """Whether it is of the attempt that captures and refunds refer to; if it does not say, there must be no other."""
+def _is_of_primary(payment: Payment, notice: Notice) -> bool:
+    """Whether the movement belongs to the payment's primary opening.
+
+    A notice that names none qualifies only if no other opening holds or took money.
+    """
     if notice.gateway_payment_id is not None:
         return (notice.gateway, notice.gateway_payment_id) == (payment.gateway, payment.gateway_payment_id)
     return notice.gateway == payment.gateway and not payment.owed_minor and not payment.owed_held_minor
 
 
 def _room(payment: Payment, kind: OperationKind) -> int:
-    """How much of it the amounts bear, beside what is disputed or reserved for our own operation under way.
+    """How much the amounts can bear, beside what is disputed or reserved for our own operation under way.
 
-    What a lost dispute took may be called a refund, too. And a capture waits for whatever is under way: our own request
-    tells what was captured before it, and must stay the same when it is repeated.
+    (What a lost dispute took may also be reported as a refund.) A capture waits for whatever is under way: our own
+    request states what was captured before it, and must stay the same when it is repeated.
     """
     if kind is OperationKind.CAPTURE:
         return 0 if payment.under_way is not None else payment.capturable_minor
@@ -109,7 +112,7 @@ def _room(payment: Payment, kind: OperationKind) -> int:
 
 
 def _owed(notice: Notice, payment: Payment, kind: OperationKind) -> int:
-    """How much of another attempt's money is still to be returned, if this is a refund of that."""
+    """How much of another opening's money is still to be returned, if this is a refund of it."""
     is_of_another = notice.gateway_payment_id is not None and kind is OperationKind.REFUND
     return payment.owed_minor if is_of_another else 0
 
@@ -128,7 +131,7 @@ def _book(draft: Draft, notice: Notice, external: External, *, is_owed: bool) ->
 
 
 def _note_failure(draft: Draft, notice: Notice, external: External) -> None:
-    """It failed before we heard of it: nothing moved in sum, and an older word of its success must not count."""
+    """Remember a refund that failed before it was reported: an older notice of its success must not count."""
     operation = _operation(draft, notice, external, OperationState.DECLINED)
     draft.keep(operation)
     draft.publish(EventKind.REFUND_FAILED, operation, reference=operation.reference)
@@ -155,16 +158,16 @@ def _reference(notice: Notice) -> str | None:
     return notice.outcome.reference if isinstance(notice.outcome, Succeeded | Declined) else None
 
 
-# --- what others captured beside us, told only as a sum ---------------------------------------------------------------
+# --- what others captured beside us, reported only as a sum -------------------------------------------------------
 
 
 def must_wait(draft: Draft, notice: Notice) -> bool:
-    """Whether others captured, too, while something of ours is under way, which may change what is left of the hold."""
+    """Whether others captured as well while an operation of ours, which may change the hold, is under way."""
     return draft.payment.under_way is not None and _beyond_ours(draft, notice) > 0
 
 
 def own_share(draft: Draft, notice: Notice, named: Operation) -> Notice:
-    """The notice without an amount that is others' doing, too: the hold may be captured in parts, and has the room."""
+    """The notice without its amount, where that includes others' captures and the hold has room for those."""
     outcome, gateway = notice.outcome, draft.rules.gateways.get(notice.gateway)
     if notice.captured_minor is None or not isinstance(outcome, Succeeded) or named.kind is not OperationKind.CAPTURE:
         return notice
@@ -173,24 +176,24 @@ def own_share(draft: Draft, notice: Notice, named: Operation) -> Notice:
     return notice._replace(outcome=replace(outcome, amount_minor=None)) if is_shared else notice
 
 
-def take_rest(draft: Draft, given: Notified) -> None:
-    """Count what was captured beyond ours, once what the notice says of our own operation has been counted.
+def count_more_captured(draft: Draft, given: Notified) -> None:
+    """Count what was captured beyond ours, once the notice's word on our own operation has been counted.
 
-    Told again it is no more than ours, so it counts once. Where that operation is still under way, its word was not
-    believed; then this is not, either.
+    Delivered again, the sum exceeds ours no more, so it counts once. If that operation is still under way, the notice
+    was not believed; then this part of it is not believed either.
     """
-    rest_minor = _beyond_ours(draft, given.notice)
-    if rest_minor <= 0 or draft.disagrees:
+    more_minor = _beyond_ours(draft, given.notice)
+    if more_minor <= 0 or draft.disagrees:
         return
     if draft.payment.under_way is not None:
         draft.disagrees = True
     else:
-        _count(draft, given, External(OperationKind.CAPTURE, rest_minor, is_final=True))
+        _count(draft, given, External(OperationKind.CAPTURE, more_minor, is_final=True))
 
 
 def _beyond_ours(draft: Draft, notice: Notice) -> int:
-    """How much more was captured of that attempt than is in our books; our captures are all of the paid one."""
+    """How much more was captured of that opening than our books show; all our captures are of the primary one."""
     if notice.captured_minor is None:
         return 0
-    ours_minor = draft.payment.own_captured_minor if _is_of_paid_attempt(draft.payment, notice) else 0
+    ours_minor = draft.payment.own_captured_minor if _is_of_primary(draft.payment, notice) else 0
     return notice.captured_minor - ours_minor

@@ -3,19 +3,20 @@
 from dataclasses import replace
 
 from domain.accept import begin_waiting
+from domain.amounts import fits
 from domain.decision import Ruling
 from domain.draft import Draft
 from domain.events import Event, Replay
 from domain.operations import NotExecuted, Operation, OperationState, Succeeded
-from domain.settle import fits, settle_outcome
+from domain.settle import settle_outcome
 
 
 def rule(draft: Draft, given: Ruling) -> None:
-    """End an operation that needs review as the person found. Of any other, only evidence of the provider counts.
+    """End an operation that needs review as the person found. For any other, only the provider's evidence counts.
 
-    It ends as on the provider's word, so that a later one is heard as late as it is, and with the amount that the
-    person found moved. Where the amounts leave no room for it, it still needs review; and while a worker has it, who
-    may have sent it again just now.
+    It ends as on the provider's word, with the amount that the person found moved, so a later word of the provider is
+    handled as late news. It stays in review if the amounts have no room for that. A ruling on an operation that a
+    worker holds is stale: that worker may just have sent it again.
     """
     operation = draft.under_way(given.operation_number)
     if operation is None or operation.state is not OperationState.NEEDS_REVIEW or operation.is_held(draft.now):
@@ -28,7 +29,7 @@ def rule(draft: Draft, given: Ruling) -> None:
 
 
 def _as_found(operation: Operation, outcome: Succeeded | NotExecuted) -> Operation:
-    """With what it has moved, where that is another amount than was asked for."""
+    """The operation with the amount that it moved, where that differs from the amount asked for."""
     if not isinstance(outcome, Succeeded) or outcome.amount_minor is None:
         return operation
     return replace(operation, amount_minor=outcome.amount_minor)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-from domain.apply_notice import ENDED_WITHOUT_EFFECT, is_end_of_hold
+from domain.apply_notice import ENDED_WITHOUT_EFFECT
 from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified
 from domain.events import Event, Replay
+from domain.holds import is_end_of_hold
 from domain.ledger import Transfer
 from domain.operations import GatewayRequest, Operation, OperationState, Succeeded
 from domain.payment import Payment

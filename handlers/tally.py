@@ -5,9 +5,9 @@ from datetime import datetime
 
 import structlog
 
-from domain.apply_notice import is_end_of_hold
 from domain.decision import Answer, Decision, Input, Notified
 from domain.events import Event
+from domain.holds import is_end_of_hold
 from domain.operations import IN_DOUBT, UNDER_WAY, Operation, OperationState, Succeeded
 from domain.payment import Payment
 from handlers import metrics

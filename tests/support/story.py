@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from domain.apply_notice import is_end_of_hold
 from domain.commands import OperationKind
 from domain.decide import decide
 from domain.decision import Answer, Decision, Delivery, Input, Notified, Ruling
 from domain.events import Event, Replay
+from domain.holds import is_end_of_hold
 from domain.ledger import Transfer
 from domain.notices import External, Notice
 from domain.operations import GatewayRequest, NotExecuted, Operation, OperationState, Outcome, Succeeded
@@ -181,7 +181,7 @@ class Story:
         assert booked["customer_disputes"] == payment.disputed_minor, "the ledger tells another story"
         owed = payment.captured_minor - payment.refunded_minor - payment.disputed_minor
         assert booked["gateway_clearing"] == owed, "the ledger tells another story"
-        assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling()
+        assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
 
