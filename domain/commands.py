@@ -82,7 +82,7 @@ class UnacceptableCommand:
     """A command of a known type for a usable payment id whose other fields cannot be accepted: it ends in a rejection.
 
     `idempotency_key` is None where that field itself is missing or unusable; such a rejection cannot be remembered.
-    `currency` is None, too, where none was named that is known.
+    `currency` is None as well where the command names no known one.
     """
 
     kind: OperationKind

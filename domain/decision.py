@@ -1,4 +1,4 @@
-"""What `decide` takes and gives: a delivery, an answer, a notice or a ruling in, a decision out."""
+"""What `decide` takes and returns: a delivery, an answer, a notice or a ruling in, a decision out."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,8 +26,8 @@ class Delivery(NamedTuple):
 class Answer(NamedTuple):
     """The outcome of one gateway call. `lease_token` proves that the caller still held the operation.
 
-    Without that proof it is stale, unless it says that money moved. If that comes after the operation's end, the write
-    path applies it as a `Notified` without a row in the inbox.
+    Without that proof the answer is stale, unless it says that money moved. If it comes after the operation's end, the
+    write path applies it as a `Notified` without a row in the inbox.
     `was_stuck`: the operation had been taken over; for the metric of what reconciliation healed.
     """
 
@@ -41,10 +41,10 @@ class Answer(NamedTuple):
 class Notified(NamedTuple):
     """A verified webhook about this payment, and the operation that it names, if any, as it is stored.
 
-    `notice_id` is its row in the inbox: it is applied once, in the transaction that saves what it changed. None: no
-    webhook, but the answer to a status query about an ended operation, or to a call that came after its end.
-    `known` is set where the notice carries no mark of ours (`Notice.external`), and for a late success: all of the
-    payment's operations of that kind, open or ended; for the end of a hold, its voids.
+    `notice_id` is its row in the inbox: it is applied once, in the transaction that saves what it changed. It is None
+    where there was no webhook, but an answer (to a status query or an earlier call) about an operation that has ended.
+    `known` has all of the payment's operations of that kind, open or ended, where the notice carries no mark of ours
+    (`Notice.external`) or is a late success; for the end of a hold it has the payment's voids.
     """
 
     notice_id: int | None
@@ -55,7 +55,7 @@ class Notified(NamedTuple):
 
 
 class Ruling(NamedTuple):
-    """What a person found out about an operation that needs review, where its provider will never tell us.
+    """What a person found out about an operation that needs review, where its provider will never say.
 
     `evidence` says how they know; the event that ends the operation repeats it.
     """
@@ -72,10 +72,10 @@ Input = Delivery | Answer | Notified | Ruling
 class Decision(NamedTuple):
     """What an input does. `operations` are the new and changed ones; `requests` go to the gateway after the commit.
 
-    `is_stale` marks an answer whose lease was taken over or whose operation has ended, or a ruling where none is
-    needed: it changes nothing. `disagrees` marks a provider's word that contradicts what it said before, and that
-    changes nothing either: a person must look. `is_postponed` marks one that cannot be understood before what is under
-    way has its outcome: it changes nothing, and is to be given again later.
+    Three inputs change nothing. `is_stale`: an answer whose lease was taken over or whose operation has ended, or a
+    ruling where none is needed. `disagrees`: a provider's word that contradicts its earlier one, so that a person must
+    look. `is_postponed`: a word that cannot be understood before the operation under way has its outcome; it is to be
+    given again later.
     """
 
     payment: Payment

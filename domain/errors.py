@@ -30,7 +30,7 @@ class GatewayError(PaymentsError):
         self.message = message
 
     def stands_for(self, kind: type[BaseException]) -> bool:
-        """Whether this, or what caused it, is such an error; `TimeoutError` is that time ran out."""
+        """Whether this error, or one in its chain of causes, is of `kind`; `TimeoutError` means that time ran out."""
         error: BaseException | None = self
         while error is not None and not isinstance(error, kind):
             error = error.__cause__

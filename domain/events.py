@@ -1,4 +1,4 @@
-"""What happened to a payment, in the domain's words; `handlers.messages` puts it on the wire."""
+"""What happened to a payment, in the domain's terms; `handlers.messages` puts it on the wire."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -47,7 +47,7 @@ FINAL_EVENTS = frozenset(
 
 
 AMENDING_EVENTS = frozenset({EventKind.LATE_SUCCESS, EventKind.REFUND_FAILED})
-"""The kinds that take back what a command's final event said: from then on they are repeated together with it."""
+"""The kinds that correct a command's final event: from then on they are replayed together with it."""
 
 
 class PendingCause(StrEnum):
@@ -92,14 +92,15 @@ class PaymentSnapshot(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One thing that happened to a payment, mostly because of one command; a dispute, or what somebody did in the
-    provider's pages, names none.
+    """One thing that happened to a payment, mostly because of one command. A dispute, or a movement that somebody made
+    in the provider's pages, names none.
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move, and
     `currency` that amount's: of a refused command its own where it named one, otherwise the payment's.
     `operation_number` is None for a rejection that left no operation behind, and for a dispute.
-    `told_before` is how the operation of a late success had ended. `owed_minor` is what must be returned of a success,
-    since another attempt of the payment was paid, too. `evidence` is there where a person decided, not the provider.
+    `told_before` is how the operation of a late success had ended. `owed_minor` is the part of a success that must be
+    returned, since another opening of the payment was paid as well. `evidence` is set where a person decided, not the
+    provider.
     """
 
     kind: EventKind
@@ -133,18 +134,18 @@ class Event(NamedTuple):
 
     @property
     def is_result(self) -> bool:
-        """Whether its operation is stored with it: what ends a command, or the news of what no command asked for."""
+        """Whether it is stored with its operation: it ends a command, or reports what no command asked for."""
         return self.operation_number is not None and (self.is_final or self.fingerprint is None)
 
     @property
     def amends_result(self) -> bool:
-        """Whether the stored result of its command would be no truth any more without it."""
+        """Whether the stored result of its command would be untrue without it."""
         return self.kind in AMENDING_EVENTS and self.fingerprint is not None
 
 
 class Replay(NamedTuple):
-    """The stored result of a command, to be published again for one more delivery of it: the final event and, each on
-    a line of its own, what took it back since."""
+    """The stored result of a command, to be published again for one more delivery of it: the final event and, one per
+    line, the events that corrected it since."""
 
     payment_id: UUID
     result: str

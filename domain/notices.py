@@ -1,4 +1,4 @@
-"""What a provider tells us without being asked: a verified webhook, and why one is refused."""
+"""What a provider reports without being asked: a verified webhook, and why one is refused."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,7 +14,7 @@ BODY_BYTES_MAX = 262_144
 
 
 class DisputeStage(StrEnum):
-    """Where a dispute stands. `LOST` is final: the money is gone."""
+    """The stage of a dispute. `LOST` is final: the money is gone."""
 
     OPENED = "opened"
     WON = "won"
@@ -35,7 +35,7 @@ class External(NamedTuple):
     """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it.
 
     `is_final` means of a capture that it leaves nothing to capture: the rest of the hold was let go.
-    `is_reversal` means of a refund that the provider made it, and may tell it as a dispute, too.
+    `is_reversal` means of a refund that the provider itself made it, and may report it as a dispute as well.
     """
 
     kind: OperationKind
@@ -56,21 +56,21 @@ class WebhookRequest(NamedTuple):
 
 
 OWN_ANSWER: Final = "answer"
-"""The type of what no provider sent: an answer to a call of ours that came after its operation's end."""
+"""The type of a notice that no provider sent: an answer to our own call, received after its operation's end."""
 
 
 class Notice(NamedTuple):
-    """A verified message of a provider: which operation or payment it is about, and what it says of it.
+    """A verified message of a provider: which operation or payment it is about, and what it says about that.
 
     The operation is named by our own marks, which the provider returns, (`payment_id`, `operation_number`); where a
     message carries none (disputes), `gateway_payment_id` is the provider's payment, as in `Payment.gateway_payment_id`.
-    `outcome` is evidence about that operation, as strong as the answer to a status query; None with no `dispute` is a
-    message that says nothing about money: stored, and ignored. `currency` is that of the outcome's amount.
-    `is_ripe` means that an operation which waits should be resumed now: the payer consented.
-    `external` is set where money moved without a mark of ours; then `outcome` has the provider's id of that, and
-    `gateway_payment_id` is what it was made of, where the message tells it.
-    `captured_minor` is all that was captured of `gateway_payment_id`, by whomever, once it can be no more; None where
-    the message does not tell.
+    `outcome` is evidence about that operation, as strong as the answer to a status query. A message with neither
+    `outcome` nor `dispute` says nothing about money: it is stored and ignored. `currency` is the outcome's.
+    `is_ripe` means that a waiting operation should be resumed now, since the payer consented.
+    `external` is set where money moved without a mark of ours. Then `outcome` has the provider's id of the movement,
+    and `gateway_payment_id` is the provider's payment it belongs to, where the message names it.
+    `captured_minor` is the total captured of `gateway_payment_id`, by anyone, once it is final; None where the message
+    does not say.
     """
 
     gateway: str
@@ -98,7 +98,7 @@ class Verdict(StrEnum):
     STORED = "stored"
     DUPLICATE = "duplicate"
     ALREADY_FINAL = "already_final"
-    """Stored; the operation that it is about had its final state."""
+    """Stored; its operation had already ended."""
     AMOUNT_DIFFERS = "amount_differs"
     """Stored, for a person to look at: it names another amount or currency than ours."""
     UNKNOWN_PAYMENT = "unknown_payment"
@@ -136,7 +136,7 @@ class WebhookReader(Protocol):
     async def read(self, request: WebhookRequest) -> Notice:
         """Verify the signature over the raw request, in constant time, then read it.
 
-        What it verifies is the body, or the query of a request without one: that is kept as the evidence.
+        The signed text, which is kept as evidence, is the body, or the query string of a request without a body.
 
         Raises:
             WebhookRefused: FORGED, STALE, MALFORMED, or UNAVAILABLE where verification itself could not be done.
@@ -146,5 +146,5 @@ class WebhookReader(Protocol):
     def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer: ...
 
     async def close(self) -> None:
-        """Give up what it holds open, if anything."""
+        """Close its connections, if it has any."""
         ...

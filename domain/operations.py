@@ -77,7 +77,7 @@ class Succeeded:
     reference: str
     amount_minor: int | None = None
     expires_at: datetime | None = None
-    """For an authorization: when the provider releases the hold by itself."""
+    """For an authorization: when the provider will release the hold by itself, if it says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,9 @@ class NotExecuted:
     message: str
     code: str | None = None
     is_hold_gone: bool = False
-    """For a capture: since the hold that it was of seems to have ended, which is to be asked about."""
+    """For a capture: refused because its hold seems to have ended, which the provider must be asked about."""
     has_expired: bool = False
-    """Not sent, since its command's own time was over before any attempt had reached the provider."""
+    """Not sent, because the command expired before any attempt had reached the provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +144,14 @@ Outcome = Succeeded | Declined | RequiresAction | Pending | Expired | NotExecute
 
 
 def describe(outcome: Outcome) -> str:
-    """An outcome as a line of text: what it is, and what it says. Without a payer's URL, which may hold a secret."""
+    """An outcome as a line of text, without the payer's URL, which may hold a secret."""
     details: dict[str, Any] = {name: getattr(outcome, name) for name in outcome.__slots__}
-    told = ", ".join(f"{name} {value}" for name, value in details.items() if _is_told(name, value))
+    shown = ", ".join(f"{name} {value}" for name, value in details.items() if _is_shown(name, value))
     word = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(outcome).__name__).strip()
-    return f"{word} ({told})" if told else word
+    return f"{word} ({shown})" if shown else word
 
 
-def _is_told(name: str, value: object) -> bool:
+def _is_shown(name: str, value: object) -> bool:
     return value not in (None, "") and value is not False and name != "url"
 
 
@@ -159,8 +159,9 @@ def _is_told(name: str, value: object) -> bool:
 class Operation:
     """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted.
 
-    What somebody did in the provider's pages is one, too, so that it is known by its reference: without a key or a
-    fingerprint, for no command asked for it. Its content is the provider's payment that it is of, if that was told.
+    A movement that somebody made in the provider's pages is an operation as well, so that its reference is known. No
+    command asked for it (`is_external`), so it has no key and no fingerprint, and its `content` is the provider's id of
+    the payment it belongs to, or empty where the provider does not say.
 
     Not frozen, for speed (docs/decisions/0005): `decide` changes only the copies that it makes for itself.
     """
@@ -175,22 +176,22 @@ class Operation:
     amount_minor: int | None = None
     gateway: str | None = None
     reference: str | None = None
-    """The provider's id of this operation; of a void, from the beginning, of the attempt that it cancels."""
+    """The provider's id of this operation. A void has, from the beginning, the id of the opening that it cancels."""
     attempts: int = 0
     lease_token: int = 0
     """Raised at every claim: a write that carries an older token matches no row."""
     is_leased: bool = False
-    """A worker has it and will answer. An expired lease without an answer means doubt."""
+    """A worker has it and will answer. If the lease expires without an answer, the operation is in doubt."""
     due_at: datetime | None = None
-    """When the sweep may claim it: at the end of the lease, or for the next attempt. None: nothing is to be done."""
+    """When the sweep may claim it: at the end of the lease, or for the next attempt. None: nothing is due."""
     dispatched_at: datetime | None = None
     replays_due: int = 0
-    """Deliveries that came while it was open; each (of the first thousand) is owed the result once it exists."""
+    """Repeated deliveries while it was open; each (up to a thousand) is owed the result once that exists."""
     result: str | None = None
-    """The wire text of the final event; after it, each on a line of its own, of those that took it back since."""
+    """The wire text of the final event; then, one per line, of the events that took it back since."""
     traceparent: str | None = None
     command: Command | None = None
-    """The command itself where it is at hand; `content` is its stored form."""
+    """The command itself where it is loaded; `content` is its stored form."""
 
     def copy(self) -> "Operation":
         return Operation(*_values(self))
@@ -209,12 +210,12 @@ class Operation:
         return self.state in OPEN
 
     def is_held(self, now: datetime) -> bool:
-        """Whether a worker has it, whose lease has not run out."""
+        """Whether a worker has it under a lease that has not run out."""
         return self.is_leased and self.due_at is not None and self.due_at > now
 
     @property
     def is_external(self) -> bool:
-        """Whether no command asked for it: somebody did it in the provider's pages."""
+        """Whether somebody did it in the provider's pages, without a command."""
         return not self.fingerprint
 
 
@@ -225,7 +226,7 @@ class GatewayRequest(NamedTuple):
     """What a gateway is asked to do, complete in itself: no further reads are needed to execute it.
 
     `gateway_payment_id` is the provider's payment that a capture, void or refund acts on. `reference` is the provider's
-    id of this very operation where an earlier answer told it. `off_session`: nobody is there to act, so decline.
+    id of this very operation where an earlier answer gave it. `off_session`: nobody is there to act, so decline.
     `is_final` is True for a capture that leaves nothing to capture. `captured_minor` was captured before this.
     `first_dispatched_at` bounds how long the provider still knows `provider_key`. Past `expires_at` it is not begun.
     """

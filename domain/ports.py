@@ -1,4 +1,4 @@
-"""What the use cases need from the outside, as Protocols; `infra` fits them by shape and inherits nothing."""
+"""What the use cases need from the outside, as Protocols; `infra` matches them structurally, without inheritance."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,9 +20,9 @@ Clock = Callable[[], datetime]
 class Gateway(Protocol):
     """Our adapter of one provider.
 
-    Each method executes or re-executes one operation at most once per `request.provider_key` (where
-    `idempotency_retention` is zero only if it is called once), and returns the provider's word on it. No database
-    transaction may be open while it runs.
+    Each method has the provider execute one operation at most once per `request.provider_key`, however often it is
+    called (at a provider without idempotency keys, whose `idempotency_retention` is zero, only if it is called once),
+    and returns the provider's word on it. Amounts are in minor units. No database transaction may be open meanwhile.
 
     Raises:
         GatewayUnreachable: proof that this attempt was not executed.
@@ -34,23 +34,37 @@ class Gateway(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    async def authorize(self, request: GatewayRequest) -> Outcome: ...
-    async def charge(self, request: GatewayRequest) -> Outcome: ...
-    async def capture(self, request: GatewayRequest) -> Outcome: ...
-    async def void(self, request: GatewayRequest) -> Outcome: ...
-    async def refund(self, request: GatewayRequest) -> Outcome: ...
+    async def authorize(self, request: GatewayRequest) -> Outcome:
+        """Hold `request.amount` for a later capture."""
+        ...
+
+    async def charge(self, request: GatewayRequest) -> Outcome:
+        """Take `request.amount` from the payer at once."""
+        ...
+
+    async def capture(self, request: GatewayRequest) -> Outcome:
+        """Take `request.amount` of the hold `request.gateway_payment_id`."""
+        ...
+
+    async def void(self, request: GatewayRequest) -> Outcome:
+        """Release the rest of the hold `request.gateway_payment_id`, or cancel it while it waits for its payer."""
+        ...
+
+    async def refund(self, request: GatewayRequest) -> Outcome:
+        """Return `request.amount` of what was captured of `request.gateway_payment_id`."""
+        ...
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Go on with an operation that the provider has: it waits for the payer, or is being processed.
+        """Go on with an operation that waits for its payer, or that the provider is processing.
 
-        For most it is `status`. Where the payer's consent is not yet the payment (PayPal), this executes what was
-        consented to, at most once for `request.provider_key`. Where the provider would wait for its payer for ever
-        (Stripe), this ends what was abandoned, and tells what the provider says of it then.
+        For most providers this is `status`. Where the payer's consent is not yet the payment (PayPal), it executes what
+        the payer consented to, at most once per `request.provider_key`. Where the provider would wait for the payer for
+        ever (Stripe), it ends an abandoned operation and returns the provider's word after that.
         """
         ...
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """What became of the operation, without causing anything. No trace of it is `Unknown`, not `NotExecuted`."""
+        """Query what became of the operation; causes nothing. No trace of it is `Unknown`, not `NotExecuted`."""
         ...
 
     async def close(self) -> None: ...
@@ -58,17 +72,17 @@ class Gateway(Protocol):
 
 @runtime_checkable
 class Resting(Protocol):
-    """A gateway that notices when its provider asks for fewer requests: 429, 503 with a time, or a word of its own."""
+    """A gateway that notices when its provider asks for fewer requests: a 429, a 503 with a time, or its own code."""
 
     def rests_seconds(self) -> float:
-        """For how long the provider should not be asked anything that can wait; 0 for not at all."""
+        """How long the provider should be spared requests that can wait, in seconds; 0 if it need not be."""
         ...
 
 
 class Connections(NamedTuple):
-    """Those that a gateway holds open to its provider, of at most `limit` in this process.
+    """The connections that a gateway holds open to its provider, at most `limit` in this process.
 
-    One is in use from the beginning of a call, connecting included, and idle while it is kept for the next one.
+    A connection is in use from the beginning of a call, connecting included, and idle while it is kept for the next.
     """
 
     in_use: int
@@ -81,7 +95,7 @@ class Pooled(Protocol):
     """A gateway that calls its provider over connections of its own."""
 
     def connections(self) -> Connections:
-        """As they are now; cheap enough for every look at the metrics."""
+        """The connections as they are now; cheap enough for every scrape of the metrics."""
         ...
 
 
@@ -96,10 +110,10 @@ class Statement(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """Money that a provider took for us or returned, as it lists it, in our minor units. `reference` is the movement's.
+    """Money that a provider took for us or returned, as it lists it, in our minor units.
 
-    `payment_id` and `operation_number` are our marks. Without a number no operation of ours is known to have caused it:
-    somebody else did, at the provider's pages.
+    `reference` is the provider's id of the movement; `payment_id` and `operation_number` are our marks. A movement
+    without a number was not caused by an operation of ours, but by somebody in the provider's pages.
     """
 
     reference: str
@@ -163,7 +177,7 @@ class Changes(NamedTuple):
     outbox: Sequence[OutboxRow]
     decided_at: datetime
     notices: Sequence[int] = ()
-    """Places in the inbox that are applied by this."""
+    """The ids of the inbox rows that these changes apply."""
 
 
 class WriteTransaction(Protocol):
@@ -202,13 +216,15 @@ class PaymentStore(Protocol):
 
     @property
     def now(self) -> Clock:
-        """The store's clock, by which leases and the age of calls are told: all processes share it."""
+        """The store's clock, which all processes share: leases and the age of calls are measured by it."""
         ...
 
-    def begin(self) -> AbstractAsyncContextManager[WriteTransaction]: ...
+    def begin(self) -> AbstractAsyncContextManager[WriteTransaction]:
+        """Open the one write transaction of a batch; leaving the block commits, raising rolls back."""
+        ...
 
     async def save(self, changes: Changes) -> None:
-        """Write changes that were decided without a look at the stored rows: all of them, or nothing.
+        """Write changes that were decided without reading the stored rows: all of them, or nothing.
 
         Raises:
             ConcurrentUpdate: a row is not as the changes assume.
@@ -223,57 +239,56 @@ class PaymentStore(Protocol):
     async def claim_due(
         self, *, limit: int, lease: timedelta, rooms: Mapping[str, int], payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
-        """Take over operations that are due: raise their lease token and return them with their payments.
+        """Take over due operations, of one payment or of all: raise their lease token, return them with their payments.
 
-        Of one payment, or of all; per gateway at most `limit` or its entry in `rooms`, half of it the newest
-        not executed yet. `rooms` has the caller's gateways; of others: what nobody claimed for hours.
-        An operation whose lease ran out without an answer comes back `indeterminate`.
+        At most `limit` per gateway, or its entry in `rooms`: half of them the newest not executed yet, the rest the
+        oldest due. Gateways missing from `rooms` are left to workers that have them, unless nobody has claimed their
+        operations for hours. An operation whose lease ran out without an answer comes back `indeterminate`.
         """
         ...
 
     async def make_due(self, payment_id: UUID | None) -> int:
-        """Have operations that wait for their next attempt claimed at once: of one payment, or of all."""
+        """Make operations that wait for their next attempt due now, of one payment or of all; returns how many."""
         ...
 
     async def in_doubt(self) -> Mapping[OperationState, tuple[int, float]]:
-        """How many operations are in doubt, by state, and for how many seconds the oldest was under way."""
+        """By state: how many operations are in doubt, and for how many seconds the oldest has been under way."""
         ...
 
     async def stuck(self) -> Mapping[str, "Stuck"]:
-        """What there is of each subject: `operation` (nobody is working on it just now), `hold` (past its end) and
-        `webhook` (in the inbox, and not applied)."""
+        """What is stuck, by subject: `operation` (no worker has it), `hold` (past its end), `webhook` (not applied)."""
         ...
 
     async def claim_holds(
         self, payment_id: UUID | None = None, *, limit: int, first_delay: timedelta, delay_max: timedelta
     ) -> list["LapsedHold"]:
-        """Take holds past their end that are to be asked about now, with nothing under way: of one payment, or of all.
+        """Claim the holds past their end that are due for a query, with nothing under way: of one payment, or of all.
 
-        Each is due again after `first_delay`, doubled with every question up to `delay_max`, less a spread.
+        Each is due again after `first_delay`, doubled with every query up to `delay_max`, less a random part.
         """
         ...
 
     async def find_lapsed_holds(
         self, payment_id: UUID | None = None, *, after: "Place | None" = None, limit: int
     ) -> list["LapsedHold"]:
-        """Holds past their end that hold money still, with nothing under way, soonest due first. Claims none."""
+        """Holds past their end that still hold money, with nothing under way, soonest due first. Claims none."""
         ...
 
     async def make_holds_due(self, payment_id: UUID | None = None) -> int:
-        """Have holds past their end asked about at once, however lately they were; how many there are."""
+        """Make holds past their end due for a query now, however recent their last one; returns how many."""
         ...
 
     async def renew(self, held: Sequence["HeldLease"], *, lease: timedelta) -> list["HeldLease"]:
-        """Start these leases anew, except those that were taken over; which of them run."""
+        """Extend these leases; returns those that are still held, without the ones that were taken over."""
         ...
 
 
 Place = tuple[datetime, UUID]
-"""Where a list of holds goes on: when the last one is due, and its payment's id."""
+"""The cursor of a list of holds: when the last one is due, and its payment's id."""
 
 
 class Stuck(NamedTuple):
-    """How many, for how many seconds the oldest has been, and for how many one has been due at most."""
+    """How many are stuck, for how long the oldest has been, and by how much the most overdue one is, in seconds."""
 
     number: int
     oldest_seconds: float
@@ -281,7 +296,7 @@ class Stuck(NamedTuple):
 
 
 class LapsedHold(NamedTuple):
-    """A hold past its end, and when it is to be asked about next."""
+    """A hold past its end, and when it is due for its next query."""
 
     payment: Payment
     operation: Operation
@@ -289,10 +304,10 @@ class LapsedHold(NamedTuple):
 
 
 class Received(NamedTuple):
-    """A verified webhook for the inbox. `content` is what it says, `body` the request's own body.
+    """A verified webhook for the inbox. `content` is the notice read from it, `body` the request's own body.
 
-    The payment is named by our id or, where the message has only the provider's, by `gateway_payment_id`. What
-    `is_about_nothing` (an event type that we do not know) is stored, and never applied.
+    The payment is named by our id or, where the message has only the provider's, by `gateway_payment_id`. A webhook
+    that `is_about_nothing` (an event type that we do not know) is stored, and never applied.
     """
 
     gateway: str
@@ -307,8 +322,8 @@ class Received(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """What the inbox knows of a webhook: the payment, None if there is none here; whether its event is new; and where
-    the operation stood that it names."""
+    """What the inbox knows of a webhook: its payment, None if unknown here; whether its event is new; and the state
+    that the operation it names was in."""
 
     payment_id: UUID | None
     is_new: bool
@@ -330,7 +345,7 @@ class StoredNotice(NamedTuple):
 
 
 class Inbox(Protocol):
-    """Where webhooks wait, safely, until they are applied. Every method raises StoreUnavailable when it is away."""
+    """Where webhooks are stored until they are applied. Every method raises StoreUnavailable when it is away."""
 
     async def accept(self, received: Sequence[Received]) -> list[Accepted]:
         """Store each event once, if its payment exists here and is of its gateway; on disk when this returns."""
@@ -342,7 +357,7 @@ class Inbox(Protocol):
 
 
 class HeldLease(NamedTuple):
-    """An operation that a worker holds, and the token by which it does."""
+    """An operation that a worker holds, and its lease token."""
 
     payment_id: UUID
     operation_number: int
@@ -350,15 +365,15 @@ class HeldLease(NamedTuple):
 
 
 class RecentKeys(Protocol):
-    """A hint whether idempotency keys are new; never the truth."""
+    """A hint whether idempotency keys are new; never relied upon."""
 
     async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
-        """Note the keys; True if all of them seem to be new, False otherwise and when nobody can tell."""
+        """Remember the keys; True if all of them seem to be new, False otherwise and when that is not known."""
         ...
 
 
 class DeadLetters(Protocol):
-    """Where messages go that cannot be processed: kept whole, with the reason."""
+    """Where messages that cannot be processed are kept whole, with the reason."""
 
     async def park(self, letters: Sequence["DeadLetter"]) -> None:
         """Return only when the broker has acknowledged all of them."""

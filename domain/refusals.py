@@ -24,7 +24,7 @@ def amount_of(command: Command, payment: Payment) -> int:
 
 
 def gateway_of(command: Command, payment: Payment, rules: Rules) -> str | None:
-    """Whose turn it is. A void is for what waits for the payer, which may be another gateway's than what is paid."""
+    """The gateway that executes the command. A void's is that of the waiting opening, if there is one."""
     if command.kind in OPENING:
         return command.gateway or rules.default_gateway
     waiting = payment.waiting_for_payer
@@ -84,10 +84,10 @@ def _refusal_of_limits(command: Command, rules: Rules) -> Rejection | None:
     limits = rules.limits.get((name, currency)) or rules.gateways[name].limits.get(currency, AmountLimits())
     amount = command.amount_minor or 0
     if amount < limits.minimum_minor:
-        message = f"the least amount in {command.currency} is {limits.minimum_minor} minor units"
+        message = f"the minimum amount in {command.currency} is {limits.minimum_minor} minor units"
         return Rejection(RejectionReason.AMOUNT_BELOW_MINIMUM, message, ("amount_minor",))
     if amount > limits.maximum_minor:
-        message = f"the greatest amount in {command.currency} is {limits.maximum_minor} minor units"
+        message = f"the maximum amount in {command.currency} is {limits.maximum_minor} minor units"
         return Rejection(RejectionReason.AMOUNT_ABOVE_MAXIMUM, message, ("amount_minor",))
     return None
 

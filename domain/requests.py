@@ -8,7 +8,7 @@ from domain.operations import GatewayRequest, Operation
 from domain.payment import Payment
 
 OPENING: Final = (OperationKind.AUTHORIZE, OperationKind.CHARGE)
-"""What begins a payment; the others refer to one."""
+"""The kinds that open a payment, each such operation an *opening* (`domain.payment`); the others act on one."""
 
 
 def gateway_request(payment: Payment, operation: Operation, command: Command) -> GatewayRequest:
@@ -23,14 +23,14 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
         gateway=operation.gateway or "",
         amount=Money(operation.amount_minor, payment.currency),
         gateway_payment_id=None if operation.kind in OPENING else _target(payment, operation),
-        # A void's is not its own: it is the attempt that it cancels.
+        # A void's reference is not its own but its target's.
         reference=None if operation.kind is OperationKind.VOID else operation.reference,
         payment_method=command.payment_method,
         order_id=payment.order_id,
         customer_id=payment.customer_id,
         metadata=command.metadata,
         off_session=command.off_session,
-        # What a void does not need is left out of it: the payment may change while one is under way, its request not.
+        # A void is given nothing that may change while it is under way: its request must stay the same.
         is_final=operation.kind is not OperationKind.CAPTURE or payment.capturable_minor == 0,
         captured_minor=0 if operation.kind is OperationKind.VOID else payment.own_captured_minor,
         state=operation.state,
@@ -42,9 +42,10 @@ def gateway_request(payment: Payment, operation: Operation, command: Command) ->
 
 
 def _target(payment: Payment, operation: Operation) -> str | None:
-    """The provider's payment that it acts on: for a void that reserved nothing, the attempt that it was sent to cancel.
+    """The provider's payment that the operation acts on.
 
-    Whatever became of that one since, and of other attempts.
+    For a void that reserved nothing it is the opening that the void was sent to cancel, whatever became of that one
+    and of other openings since.
     """
     if operation.kind is not OperationKind.VOID:
         return payment.gateway_payment_id

@@ -10,7 +10,7 @@ from domain.capabilities import AmountLimits, Capabilities
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """When an operation without final outcome is checked again: delays since its last try, deadlines since dispatch.
+    """When an operation without a final outcome is checked again: delays since its last try, deadlines since dispatch.
 
     `lease` must be longer than any gateway's own timeout, or two workers will call for one operation (harmless, since
     both send the same provider key, but wasteful).
@@ -22,14 +22,14 @@ class RetryPolicy:
     poll_interval: timedelta = timedelta(minutes=5)
     review_after: timedelta = timedelta(hours=1)
     review_pending_after: timedelta = timedelta(days=7)
-    """For what the provider says is pending, or waits for the payer."""
+    """For operations that the provider calls pending, or that wait for the payer."""
     review_poll_interval: timedelta = timedelta(minutes=15)
     give_up_after: timedelta = timedelta(minutes=15)
-    """Only for operations of which every attempt is proven not to have been executed."""
+    """Only for operations whose every attempt is proven not to have been executed."""
     cut_off: timedelta = timedelta(hours=1)
-    """Nothing that is stuck waits longer for its next look, unless its provider refuses to be asked sooner."""
+    """The longest wait of anything stuck for its next check, unless its provider refuses to be asked sooner."""
     hold_end_unknown_after: timedelta = timedelta(days=7)
-    """A hold whose provider told no end is asked about from then on."""
+    """How long after it came about a hold is first asked about, if its provider does not say when it ends."""
 
     def delay(self, attempts: int, payment_id: UUID) -> timedelta:
         """Doubles with each attempt up to `delay_max`, spread by up to a half so that a herd does not stay together."""
