@@ -9,9 +9,13 @@ from domain.operations import Operation, OperationState
 from domain.refusals import amount_of, gateway_of, refusal_of
 from domain.requests import gateway_request
 
+QUEUE_MAX: Final = 100
+"""Commands that one payment may have waiting. All of them are read and written with it, and decided together once the
+operation before them ends: thousands would hold up every other payment of their worker meanwhile."""
+
 REPLAYS_DUE_MAX: Final = 1_000
-"""Replays are published in one transaction, with the result: a producer that repeats a command for a day, while the
-payer is awaited, would make that transaction too large to be saved."""
+"""Over all open operations of a payment. Replays are published in one transaction, with the result: a producer that
+repeats a command for a day, while the payer is awaited, would make that transaction too large to be saved."""
 
 
 def accept(draft: Draft, command: AnyCommand) -> None:
@@ -25,6 +29,11 @@ def accept(draft: Draft, command: AnyCommand) -> None:
         _reject(draft, operation, command, command.rejection)
     elif _may_begin(draft, command):
         _begin(draft, operation, command)
+    elif sum(each.state is OperationState.RECEIVED for each in draft.payment.operations) >= QUEUE_MAX:
+        message = (
+            f"{QUEUE_MAX} commands of this payment wait already; send it again, under a new key, once they have ended"
+        )
+        _reject(draft, operation, command, Rejection(RejectionReason.INVALID_STATE, message, ("payment_id",)))
     else:
         draft.keep(operation)
 
@@ -41,7 +50,7 @@ def repeat(draft: Draft, command: AnyCommand, stored: Operation) -> None:
         draft.publish_rejection(command, refused, None)
     elif stored.result is not None:
         draft.events.append(Replay(stored.payment_id, stored.result, command.traceparent))
-    elif stored.replays_due < REPLAYS_DUE_MAX:
+    elif sum(each.replays_due for each in draft.payment.operations) < REPLAYS_DUE_MAX:
         operation = stored.copy()
         operation.replays_due += 1
         draft.keep(operation)

@@ -186,7 +186,7 @@ class Operation:
     """When the sweep may claim it: at the end of the lease, or for the next attempt. None: nothing is due."""
     dispatched_at: datetime | None = None
     replays_due: int = 0
-    """Repeated deliveries while it was open; each (up to a thousand) is owed the result once that exists."""
+    """Repeated deliveries while it was open; each (of a thousand) is owed the result once that exists."""
     result: str | None = None
     """The wire text of the final event; then, one per line, of the events that took it back since."""
     traceparent: str | None = None

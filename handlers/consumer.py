@@ -67,6 +67,7 @@ class CommandConsumer:
         self._last_started = 0.0
         self._accepting = asyncio.Lock()
         self._closing = asyncio.Event()
+        self._has_unparked = False
 
     def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> Any:
         """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead.
@@ -160,6 +161,9 @@ class CommandConsumer:
     async def _accept(self, records: Sequence[Record]) -> None:
         metrics.COMMANDS.inc(len(records))
         deliveries, letters = await _read(records)
+        if self._has_unparked:  # Otherwise each round would accept, and answer, the good commands of the batch again.
+            await self._park(letters)
+            letters = []
         with metrics.BATCH_SECONDS.labels("command").time():
             applied = await self._write_path.apply([delivery for delivery, _ in deliveries])
         self._dispatcher.submit(applied.requests)
@@ -204,7 +208,9 @@ class CommandConsumer:
     async def _park(self, letters: list[DeadLetter]) -> None:
         if not letters:
             return
+        self._has_unparked = True
         await self._dead_letters.park(letters)
+        self._has_unparked = False
         for letter in letters:
             metrics.DEAD_LETTERS.labels(letter.reason).inc()
             log.warning("message parked", reason=letter.reason, partition=letter.partition, offset=letter.offset)

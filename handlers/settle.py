@@ -93,6 +93,8 @@ class Settler:
                 return await self._write_path.apply(batch)
         except StoreUnavailable as error:
             metrics.POSTPONED.labels("answer", "postgres").inc()
+            payments = {str(each.payment_id) for each in batch}
+            log.warning("answers postponed", answers=len(batch), payments=sorted(payments)[:3], error=str(error))
             if isinstance(error, SavedInPart):
                 self._submit(error.requests)
             raise

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from domain.accept import REPLAYS_DUE_MAX
+from domain.accept import QUEUE_MAX, REPLAYS_DUE_MAX
 from domain.capabilities import AmountLimits, Capabilities
 from domain.commands import NO_METADATA, OperationKind, RejectionReason, UnacceptableCommand
 from domain.decide import decide
@@ -648,6 +648,29 @@ def test_a_command_that_is_repeated_without_end_is_owed_no_more_than_can_be_save
         story.send("charge", "first")
     story.answer()
     assert story.last.replays_due == REPLAYS_DUE_MAX
+
+
+def test_all_commands_of_a_payment_together_are_owed_no_more_replays_than_can_be_saved() -> None:
+    story = told(processing)
+    story.send("capture", "second")
+    for _ in range(REPLAYS_DUE_MAX - 5):
+        story.send("charge", "first")
+    for _ in range(10):
+        story.send("capture", "second")
+    assert sum(each.replays_due for each in story.payment.operations) == REPLAYS_DUE_MAX
+
+
+def test_commands_beyond_a_full_queue_are_rejected_and_a_void_still_cancels_what_waits_for_the_payer() -> None:
+    story = Story()
+    story.send("charge", "first")
+    story.answer(RequiresAction("pi_1", "redirect", "https://example.org"))
+    for number in range(QUEUE_MAX):
+        assert not story.send("capture", f"waits-{number}").events
+    story.send("capture", "one-too-many")
+    assert story.last.rejection is not None
+    assert story.last.rejection.reason is RejectionReason.INVALID_STATE
+    assert not story.send("capture", "waits-0").events, "a repeated command is owed its result as before"
+    assert story.send("void", "cancel").requests
 
 
 @pytest.mark.parametrize("state", [processing, captured], ids=["open", "ended"])
