@@ -1,11 +1,13 @@
 """Keeping card numbers out: this service takes tokens, and a number that slips in must not be stored or logged.
 
-Finding one is a matter of form (ISO/IEC 7812: a brand's prefix and length, Luhn's check digit), so that most order
-numbers and timestamps made of digits pass: none of 13 digits is a card's, for the brands that had some issue them no
-more. A payment method is never digits, so there the check digit alone is enough.
+A card number is recognised by its form (ISO/IEC 7812: a brand's prefix and length, Luhn's check digit), so most order
+numbers and timestamps made of digits pass. None of 13 digits is taken for one, since the brands that had such numbers
+no longer issue them. A payment method is never digits, so there the check digit alone is enough. Spaces, dashes and
+dots between the digits make no difference, nor do full-width digits.
 """
 
 import re
+import unicodedata
 from bisect import bisect_left
 from itertools import accumulate
 from typing import Final
@@ -20,39 +22,45 @@ _BRAND: Final = re.compile(
     r"|(?:5[0678]|6\d)\d{14,17}"  # Maestro, Discover, UnionPay, RuPay
 )
 _PIECE: Final = re.compile(r"(?<![0-9A-Za-z])\d{14,19}(?![0-9A-Za-z])")
-_RUN: Final = re.compile(r"(?<![0-9A-Za-z])\d{1,6}(?:[ -]\d{1,6})+(?![0-9A-Za-z])")
+_RUN: Final = re.compile(r"(?<![0-9A-Za-z])\d{1,6}(?: \d{1,6})+(?![0-9A-Za-z])")
 """Short groups of digits; a UUID's are too long."""
-_SEPARATOR: Final = re.compile("[ -]")
-_SEPARATORS: Final = str.maketrans("", "", " -")
+_GAP: Final = re.compile(r"[\s.\-\u2010-\u2015\u2212]+")
+"""What may stand between the groups: white space, dots, and the dashes that text programs make of a hyphen."""
 _SHAPE: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord("x") for byte in range(256))
 _FIRST_DIGITS: Final = frozenset("23456")
 _THIRTEEN_DIGITS: Final = b"0" * 13
 
 
 def may_hold_card_number(text: bytes) -> bool:
-    """Whether thirteen digits follow each other in this UTF-8 text, spaces and dashes aside. A False is certain.
+    """Whether thirteen digits follow each other in this JSON text (UTF-8), gaps aside. A False is certain.
 
-    Thirteen, since that many are refused as a payment method.
+    Thirteen, since that many are refused as a payment method. Of what is escaped, or not ASCII, nothing is certain.
     """
-    return _THIRTEEN_DIGITS in text.translate(_SHAPE, b" -")
+    return not text.isascii() or b"\\" in text or _THIRTEEN_DIGITS in text.translate(_SHAPE, b" -.")
 
 
 def holds_card_number(text: str) -> bool:
     """Whether this text is a card number, or has one in it that stands by itself. Some microseconds a digit at most."""
-    if not may_hold_card_number(text.encode(errors="replace")):
+    plain = _plain(text)
+    whole = plain.replace(" ", "")
+    if _THIRTEEN_DIGITS not in whole.encode(errors="replace").translate(_SHAPE):
         return False
-    whole = text.translate(_SEPARATORS)
     return (
         (whole.isdecimal() and _is_card_number(whole))
-        or any(_is_card_number(piece) for piece in _PIECE.findall(text))
-        or any(_has_card_number(_SEPARATOR.split(run)) for run in _RUN.findall(text))
+        or any(_is_card_number(piece) for piece in _PIECE.findall(plain))
+        or any(_has_card_number(run.split(" ")) for run in _RUN.findall(plain))
     )
 
 
 def is_card_number_of_any_brand(text: str) -> bool:
     """Whether this text is nothing but 13 to 19 digits with a right check digit: the rule for a payment method."""
-    digits = text.translate(_SEPARATORS)
+    digits = _plain(text).replace(" ", "")
     return 13 <= len(digits) <= 19 and digits.isdecimal() and _passes_luhn(digits)
+
+
+def _plain(text: str) -> str:
+    """The text with each gap as one space, and full-width digits as the usual ones."""
+    return _GAP.sub(" ", text if text.isascii() else unicodedata.normalize("NFKC", text))
 
 
 def _is_card_number(digits: str) -> bool:

@@ -657,6 +657,7 @@ def test_all_commands_of_a_payment_together_are_owed_no_more_replays_than_can_be
         story.send("charge", "first")
     for _ in range(10):
         story.send("capture", "second")
+    assert story.payment is not None
     assert sum(each.replays_due for each in story.payment.operations) == REPLAYS_DUE_MAX
 
 

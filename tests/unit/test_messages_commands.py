@@ -285,6 +285,23 @@ def test_a_card_number_is_refused_and_kept_nowhere(field: str, card: str) -> Non
 
 
 @pytest.mark.parametrize(
+    "gap",
+    [" ", "  ", "\t", "\u00a0", "\u202f", ".", "-", " - ", "\u2010", "\u2011", "\u2013", "\u2212"],
+    ids=lambda gap: "+".join(f"{ord(each):x}" for each in gap),
+)
+def test_a_card_number_is_found_whatever_is_between_its_groups(gap: str) -> None:
+    spaced = gap.join((CARD[:4], CARD[4:8], CARD[8:12], CARD[12:]))
+    for field in ("payment_method", "order_id"):
+        for text in (spaced, f"card {spaced}, thanks"):
+            assert spaced not in repr(refused_with(**{field: text}))
+
+
+def test_a_card_number_in_full_width_digits_is_found() -> None:
+    wide = "".join(chr(ord(digit) + 0xFEE0) for digit in CARD)
+    assert wide not in repr(refused_with(order_id=wide))
+
+
+@pytest.mark.parametrize(
     "value",
     [
         {"metadata": {"note": f"card {CARD} 12/30"}},
