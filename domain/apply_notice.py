@@ -142,6 +142,7 @@ def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> Non
         reference=outcome.reference,
         told_before=told_before,
         owed_minor=0 if is_gone else owed,
+        expires_at=None if is_gone else outcome.expires_at,
     )
     draft.book(operation.kind, operation.amount_minor or 0)
     if is_gone:

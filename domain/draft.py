@@ -135,6 +135,7 @@ class Draft:
         pending_cause: PendingCause | None = None,
         told_before: OperationState | None = None,
         owed_minor: int = 0,
+        expires_at: datetime | None = None,
     ) -> None:
         """Publish what happened to `operation`, as the next event of its payment."""
         self.events.append(
@@ -152,6 +153,7 @@ class Draft:
                 pending_cause=pending_cause,
                 told_before=told_before,
                 owed_minor=owed_minor,
+                expires_at=expires_at,
                 replays_due=operation.replays_due,
                 traceparent=operation.traceparent,
             )

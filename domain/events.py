@@ -127,6 +127,8 @@ class Event(NamedTuple):
     """How many more deliveries of the command are owed this (final) event."""
     traceparent: str | None = None
     evidence: str | None = None
+    expires_at: datetime | None = None
+    """Of a hold that came about: when its provider will release it by itself, if it says so."""
 
     @property
     def is_final(self) -> bool:

@@ -137,7 +137,13 @@ def _succeed(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     if draft.payment.is_cancelling:
         leave_to_void(draft, operation, outcome.reference, owed)
     draft.finish(operation, OperationState.SUCCEEDED, outcome.reference)
-    draft.publish(SUCCESS_EVENTS[operation.kind], operation, reference=outcome.reference, owed_minor=owed)
+    draft.publish(
+        SUCCESS_EVENTS[operation.kind],
+        operation,
+        reference=outcome.reference,
+        owed_minor=owed,
+        expires_at=outcome.expires_at,
+    )
     draft.book(operation.kind, amount)
 
 

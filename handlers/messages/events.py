@@ -39,6 +39,14 @@ _Evidence = Annotated[
     Field(description="Only where a person decided, since the provider gives no evidence: how they know."),
 ]
 
+_HoldEnd = Annotated[
+    AwareDatetime | None,
+    Field(
+        description="Only where the provider says it: when it will release the hold by itself, so capture before. The "
+        "end itself is reported by `payment.authorization_expired.v1`."
+    ),
+]
+
 
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -130,6 +138,7 @@ class PaymentAuthorized(_WireEvent):
 
     type: Literal["payment.authorized.v1"]
     owed_minor: _Owed = None
+    expires_at: _HoldEnd = None
     evidence: _Evidence = None
 
 
@@ -224,6 +233,7 @@ class PaymentLateSuccess(_WireEvent):
     owed_minor: Annotated[
         _Minor, Field(description=f"0, but where the payment was paid by another attempt, too: {_OWED}")
     ]
+    expires_at: _HoldEnd = None
 
 
 class PaymentAuthorizationExpired(_WireEvent):
@@ -429,10 +439,10 @@ def _particulars(event: Event) -> dict[str, Any]:
             assert event.rejection is not None, "an event that refuses a command says why"
             rejection = event.rejection
             return {"reason": str(rejection.reason), "message": rejection.message, "fields": rejection.fields}
-        case EventKind.AUTHORIZED | EventKind.CAPTURED if event.owed_minor:
-            return {"owed_minor": event.owed_minor}
+        case EventKind.AUTHORIZED | EventKind.CAPTURED:
+            return ({"owed_minor": event.owed_minor} if event.owed_minor else {}) | _hold_end(event)
         case EventKind.LATE_SUCCESS:
-            return {"told_before": str(event.told_before), "owed_minor": event.owed_minor}
+            return {"told_before": str(event.told_before), "owed_minor": event.owed_minor} | _hold_end(event)
         case EventKind.DISPUTE_OPENED | EventKind.DISPUTE_CLOSED:
             assert event.dispute is not None, "an event about a dispute says which"
             dispute = event.dispute
@@ -440,6 +450,10 @@ def _particulars(event: Event) -> dict[str, Any]:
             return {"dispute": told}
         case _:
             return {}
+
+
+def _hold_end(event: Event) -> dict[str, Any]:
+    return {"expires_at": write_time(event.expires_at)} if event.expires_at else {}
 
 
 def _payment_state(snapshot: PaymentSnapshot) -> dict[str, Any]:

@@ -609,8 +609,10 @@ def test_the_earliest_end_of_the_open_holds_is_when_they_are_asked_about(kind: s
     told.send(kind, "second")
     own = told.now + timedelta(days=5)
     told.answer(Succeeded("ref_2", 10_000, own if kind == "authorize" else None))
+    assert told.last.expires_at == (own if kind == "authorize" else None)
     end = None if days is None else told.now + timedelta(days=days)
     told.hear(Succeeded("ref_1", 10_000, end))
+    assert told.last.expires_at == end
     assert told.payment is not None
     unknown = told.now + told.rules.retry.hold_end_unknown_after
     assert told.payment.authorization_expires_at == min(end or unknown, own if kind == "authorize" else end or unknown)

@@ -15,6 +15,7 @@ from handlers.messages.events import (
     EVENT_MODELS,
     PaymentAuthorized,
     PaymentCaptured,
+    PaymentLateSuccess,
     event_type,
     read_event,
     write_event,
@@ -35,7 +36,7 @@ def written(event: Event) -> dict[str, Any]:
 
 def optional(event: Event) -> set[str]:
     """What this event need not have."""
-    rare = {"original_event_id", "evidence"}
+    rare = {"original_event_id", "evidence", "expires_at"}
     return rare if event.kind is EventKind.LATE_SUCCESS else rare | {"owed_minor"}
 
 
@@ -70,6 +71,14 @@ def test_a_replay_differs_in_nothing_but_its_marks(event: Event) -> None:
     assert json.loads(replay.text) == json.loads(original) | marks
     assert (replay.type, replay.payment_seq) == (event_type(event.kind), event.payment_seq)
     assert replay.occurred_at == write_time(event.occurred_at)
+
+
+@pytest.mark.parametrize("type_", ["payment.authorized.v1", "payment.late_success.v1"])
+def test_a_hold_says_when_its_provider_will_release_it(type_: str) -> None:
+    end = datetime(2026, 12, 5, tzinfo=UTC)
+    read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(expires_at=end), EVENT_ID).encode())
+    assert isinstance(read, PaymentAuthorized | PaymentLateSuccess)
+    assert read.expires_at == end
 
 
 @pytest.mark.parametrize("type_", ["payment.authorized.v1", "payment.captured.v1"])
