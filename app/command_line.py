@@ -138,7 +138,7 @@ def advice_on(error: Exception) -> str | None:
     from alembic.util import CommandError
     from sqlalchemy.exc import SQLAlchemyError
 
-    from app.processes import LeftUndone
+    from app.maintenance import LeftUndone
     from domain.errors import StoreUnavailable
 
     if isinstance(error, LeftUndone):

@@ -46,6 +46,10 @@ NEVER: Final = datetime.fromtimestamp(0, UTC)
 log = structlog.get_logger(__name__)
 
 
+class LeftUndone(Exception):
+    """Postgres refused some of the maintenance; the message says what, and why."""
+
+
 async def maintain_once(settings: Settings) -> MaintenanceReport:
     """Make the partitions of the coming days; drop those past retention, and forget webhooks that are.
 

@@ -108,18 +108,14 @@ def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | 
     create_server(host, port, sandbox).run()
 
 
-class LeftUndone(Exception):
-    """Schema and topics are there; what was to be done about partitions, and was not, is in the message."""
-
-
 async def prepare(settings: Settings) -> None:
     """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
 
     Raises:
         SQLAlchemyError, KafkaError, StoreUnavailable: a server is away or refuses.
-        LeftUndone: Postgres refused some of the maintenance.
+        LeftUndone: schema and topics are there, but Postgres refused some of the maintenance.
     """
-    from app.maintenance import maintain_once
+    from app.maintenance import LeftUndone, maintain_once
     from infra.kafka.topics import ensure_topics
     from infra.postgres.migrate import upgrade
 
