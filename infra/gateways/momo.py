@@ -18,7 +18,7 @@ import hmac
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -45,7 +45,8 @@ from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
 
-Answer = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""The JSON object of a request or an answer."""
 
 
 class MoMoConfig(BaseModel):
@@ -64,9 +65,6 @@ class MoMoConfig(BaseModel):
     """MoMo asks for at least 30."""
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
-    hold_window: timedelta = timedelta(days=7)
-    """How long after it came about a hold is first asked about. Hypothesis: MoMo tells no hold's end, only that it may
-    cancel one by itself (1003). So nothing is concluded from it but that it is time to ask."""
 
 
 # --- names and signatures ---------------------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ REFUND: Final = _names("amount description orderId partnerCode requestId transId
 """What is signed of each message, after the access key. Source: …/other/signature."""
 
 
-def signed_text(access_key: str, fields: Answer, names: Sequence[str]) -> str:
+def signed_text(access_key: str, fields: Fields, names: Sequence[str]) -> str:
     """The text under the signature: raw values in the order of their names, an empty one written as such."""
     return "&".join([f"accessKey={access_key}", *(f"{name}={fields[name]}" for name in names)])
 
@@ -151,14 +149,15 @@ REFUSED: Final = frozenset({11, 12, 13, 20, 21, 22, 42, 45, 47, 1088, 2019})
 REFUND_FAILED: Final = frozenset({1080})
 
 
-def read_payment(code: int, reference: str, amount_minor: int, ask_at: datetime) -> Outcome:
-    """What a resultCode of an IPN or a query says of a payment.
+def read_payment(code: int, reference: str, amount_minor: int) -> Outcome:
+    """The outcome that a resultCode of an IPN or a query reports for a payment.
 
-    9000 is the end of an authorization, to be asked about from `ask_at` on; for a one-step payment MoMo says to take it
-    for a success, too.
+    9000 completes an authorization; MoMo says to treat it as a success of a one-step payment as well.
+    Hypothesis: MoMo never reports when a hold ends, only that it may cancel one by itself (1003). So a hold has no
+    `expires_at`, and is queried from `hold_end_unknown_after` on.
     """
     if code in (PAID, AUTHORIZED):
-        return Succeeded(reference, amount_minor, ask_at if code == AUTHORIZED else None)
+        return Succeeded(reference, amount_minor)
     if code in DECLINES:
         return Declined(DECLINES[code], str(code), reference)
     return Expired(reference, str(code)) if code in EXPIRED else Pending(reference)
@@ -317,7 +316,7 @@ class MoMoGateway:
             return NotExecuted(f"MoMo refused it (result {code})", str(code), is_hold_gone)
         raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
 
-    async def _ask_first(self, request: GatewayRequest) -> Answer:
+    async def _ask_first(self, request: GatewayRequest) -> Fields:
         """The payment as MoMo has it, with the number that a refund must name. Asking is harmless."""
         try:
             paid = await self._query(_payment_of(request))
@@ -329,7 +328,7 @@ class MoMoGateway:
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
-    async def _query(self, order: str) -> Answer:
+    async def _query(self, order: str) -> Fields:
         body = {
             "partnerCode": self._config.partner_code,
             "requestId": str(uuid4()),  # a repeated one may be refused as a duplicate
@@ -338,7 +337,7 @@ class MoMoGateway:
         }
         return await self._post("query", body, QUERY)
 
-    def _read_opening(self, request: GatewayRequest, answer: Answer) -> Outcome:
+    def _read_opening(self, request: GatewayRequest, answer: Fields) -> Outcome:
         code, order = _code(answer), _order_of(request)
         if code == WAITING:
             # The link is told once: where that answer was lost nobody can pay, and nobody is sent anywhere.
@@ -349,7 +348,7 @@ class MoMoGateway:
         if code == PAID and request.kind is OperationKind.AUTHORIZE:
             raise GatewayContractBroken(NAME, "captured although only a hold was asked for")
         amount = _amount(answer) if code in (PAID, AUTHORIZED) else 0
-        return read_payment(code, order, amount, datetime.now(UTC) + self._config.hold_window)
+        return read_payment(code, order, amount)
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
@@ -363,13 +362,13 @@ class MoMoGateway:
             "lang": self._config.lang,
         }
 
-    async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Answer:
+    async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Fields:
         signature = sign(self._config.secret_key, signed_text(self._config.access_key, body, names))
         signed = {**body, "signature": signature}
         return _read(await self._http.request("POST", f"/v2/gateway/api/{path}", json=signed), body)
 
 
-def _read(response: httpx.Response, body: Answer) -> Answer:
+def _read(response: httpx.Response, body: Fields) -> Fields:
     """The answer, if it is one to this request. HTTP statuses are coarse at MoMo: 4xx and 422 carry a result, too."""
     if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
         raise GatewayUnreachable(NAME, "too many requests")
@@ -396,18 +395,18 @@ def _is_at_maintenance(response: httpx.Response) -> bool:
         return False
 
 
-def _check_echo(answer: Answer, body: Answer, *names: str) -> None:
+def _check_echo(answer: Fields, body: Fields, *names: str) -> None:
     """Answers are unsigned: what they say goes for nothing else than what was asked."""
     for name in names:
         if str(answer.get(name)) != str(body[name]):
             raise GatewayContractBroken(NAME, f"the answer does not repeat our {name}")
 
 
-def _code(answer: Answer) -> int:
+def _code(answer: Fields) -> int:
     return _whole(answer["resultCode"], "a result")
 
 
-def _amount(answer: Answer) -> int:
+def _amount(answer: Fields) -> int:
     return _whole(answer.get("amount"), "an amount")
 
 
@@ -428,7 +427,7 @@ def _payment_of(request: GatewayRequest) -> str:
     return request.gateway_payment_id
 
 
-def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Outcome:
+def _read_confirmed(answer: Fields, request: GatewayRequest, wanted: int) -> Outcome:
     """What a query of the payment says of a capture or a cancellation: only the state that it leads to is evidence.
 
     1003 is also what MoMo's own timeout leads to: then nothing is held any more either, and a void has its end.
@@ -441,7 +440,7 @@ def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Out
     return Unknown(f"MoMo shows result {code}")
 
 
-def _read_refunded(answer: Answer, request: GatewayRequest) -> Outcome:
+def _read_refunded(answer: Fields, request: GatewayRequest) -> Outcome:
     """The refund of our own orderId and amount among those of the payment."""
     own = _order_of(request)
     rows = answer.get("refundTrans") or []

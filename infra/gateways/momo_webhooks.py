@@ -8,7 +8,6 @@ Sources: https://developers.momo.vn/v3/docs/payment/api/result-handling/notifica
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Final
 
 from domain.commands import OperationKind
@@ -70,7 +69,7 @@ class MoMoWebhooks:
             raise WebhookRefused(Verdict.FORGED, "no valid signature")
         if fields["partnerCode"] != self._config.partner_code:
             raise WebhookRefused(Verdict.FORGED, "signed for another partner")
-        return _notice(fields, request.received_at + self._config.hold_window)
+        return _notice(fields)
 
     def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
         """MoMo reads the status; the payer reads a text, which does not say whether they paid: the shop knows."""
@@ -94,7 +93,7 @@ def _plain(body: bytes) -> dict[str, str]:
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def _notice(fields: Mapping[str, str], ask_at: datetime) -> Notice:
+def _notice(fields: Mapping[str, str]) -> Notice:
     order, transaction = fields["orderId"], fields["transId"]
     marks = marks_of(order)
     try:
@@ -104,7 +103,7 @@ def _notice(fields: Mapping[str, str], ask_at: datetime) -> Notice:
     notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}:{amount}", "ipn", currency="VND")
     if marks is None:
         return notice._replace(gateway_payment_id=order, outcome=Pending(None))
-    outcome = read_payment(code, order, amount, ask_at)
+    outcome = read_payment(code, order, amount)
     if code == PAID and fields["extraData"] == extra_data(OperationKind.AUTHORIZE):
         # Captured although only a hold was asked for, or after our own capture: a question tells which.
         outcome = Pending(order)

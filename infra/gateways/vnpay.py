@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import quote_plus
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import structlog
@@ -384,14 +384,14 @@ class VNPayGateway:
         """The signed answer about a TxnRef, None where VNPay has no payment of it; and when, by VNPay's clock."""
         ref, _, created = reference.partition("@")
         body = {
-            "vnp_RequestId": hashlib.sha256(f"{reference}{datetime.now(UTC).timestamp()}".encode()).hexdigest()[:32],
+            "vnp_RequestId": uuid4().hex,  # a repeated one may be refused as a duplicate
             "vnp_Version": VERSION,
             "vnp_Command": "querydr",
             "vnp_TmnCode": self._config.tmn_code,
             "vnp_TxnRef": ref,
             "vnp_OrderInfo": f"Query {ref}",
             "vnp_TransactionDate": created,
-            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
+            "vnp_CreateDate": self._clock().astimezone(VIETNAM).strftime(TIME),
             "vnp_IpAddr": self._config.ip_address,
         }
         answer, now = await self._post(body, joined(body, QUERY))
@@ -455,7 +455,7 @@ class VNPayGateway:
             "vnp_TransactionNo": str(number or "0"),
             "vnp_TransactionDate": created,
             "vnp_CreateBy": "payments",
-            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
+            "vnp_CreateDate": self._clock().astimezone(VIETNAM).strftime(TIME),
             "vnp_IpAddr": self._config.ip_address,
             "vnp_OrderInfo": f"Refund {ref}",
         }
