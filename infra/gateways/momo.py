@@ -1,15 +1,14 @@
-"""All that we know about MoMo's AIO v2 gateway: requests, signatures and the result table.
+"""MoMo's AIO v2 gateway: requests, signatures and the table of result codes. `momo_webhooks.py` reads the IPN.
 
-`momo_webhooks.py` beside it has the IPN.
-
-Promise: a payment link is no payment; success and failure are MoMo's word for this very orderId and amount, by a signed
-IPN or by a query. Every POST carries a requestId derived from our operation, and its body is the same at every attempt:
-MoMo returns the first final outcome for it (https://developers.momo.vn/v3/docs/payment/api/result-handling/idempotency).
+Promise: a payment link is not a payment. Success and failure are only what MoMo reports for this very orderId and
+amount, in a signed IPN or a query. Every POST carries a requestId derived from our operation, and its body is the same
+at every attempt: MoMo answers with the first final outcome for it
+(https://developers.momo.vn/v3/docs/payment/api/result-handling/idempotency).
 
 Sources: https://developers.momo.vn/v3/docs/payment/api/wallet/onetime, …/payment-api/{query,confirm,refund},
-…/result-handling/{notification,resultcode}, …/other/signature. Plain httpx: MoMo has no Python library. Answers other
-than an IPN are unsigned, so they are believed only if they repeat what was asked. What is marked "hypothesis" is not
-documented by MoMo; there the answer is `Pending` or unknown.
+…/result-handling/{notification,resultcode}, …/other/signature. Plain httpx: MoMo has no Python library. Apart
+from IPNs, MoMo's answers are unsigned, so we accept one only if it repeats what we sent. MoMo does not document what is
+marked "hypothesis"; there the outcome is `Pending` or unknown.
 """
 
 import base64
@@ -18,7 +17,7 @@ import hmac
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -45,11 +44,12 @@ from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
 
-Answer = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""The JSON object of a request or an answer."""
 
 
 class MoMoConfig(BaseModel):
-    """A partner at MoMo. MoMo sends IPNs to `ipn_url` and the payer's browser to `redirect_url`."""
+    """One partner account. MoMo sends IPNs to `ipn_url` and the payer's browser to `redirect_url`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -64,27 +64,24 @@ class MoMoConfig(BaseModel):
     """MoMo asks for at least 30."""
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
-    hold_window: timedelta = timedelta(days=7)
-    """How long after it came about a hold is first asked about. Hypothesis: MoMo tells no hold's end, only that it may
-    cancel one by itself (1003). So nothing is concluded from it but that it is time to ask."""
 
 
 # --- names and signatures ---------------------------------------------------------------------------------------------
 
 
 def order_id(payment_id: UUID, number: int) -> str:
-    """Our marks, as MoMo's orderId and requestId of the operation."""
+    """Our marks: MoMo's orderId and requestId for the operation."""
     return f"{payment_id}-{number}"
 
 
 def marks_of(order: str) -> tuple[UUID, int] | None:
-    """The payment and operation that an orderId names; None for one that we did not make."""
+    """The payment id and operation number in an orderId; None if it is not one of ours."""
     found = re.fullmatch(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})", order)
     return (UUID(found[1]), int(found[2])) if found else None
 
 
 def extra_data(kind: OperationKind) -> str:
-    """What MoMo returns, signed, in the IPN: what the link was made for. Base64 of JSON, as MoMo wants it."""
+    """The kind of operation that the link was made for; MoMo returns it, signed, in the IPN. Base64 of JSON."""
     return base64.b64encode(json.dumps({"kind": str(kind)}).encode()).decode()
 
 
@@ -100,11 +97,11 @@ IPN: Final = _names(
 QUERY: Final = _names("orderId partnerCode requestId")
 CONFIRM: Final = _names("amount description orderId partnerCode requestId requestType")
 REFUND: Final = _names("amount description orderId partnerCode requestId transId")
-"""What is signed of each message, after the access key. Source: …/other/signature."""
+"""The signed fields of each message, after the access key. Source: …/other/signature."""
 
 
-def signed_text(access_key: str, fields: Answer, names: Sequence[str]) -> str:
-    """The text under the signature: raw values in the order of their names, an empty one written as such."""
+def signed_text(access_key: str, fields: Fields, names: Sequence[str]) -> str:
+    """The text that is signed: raw values in the order of `names`; an empty value stays empty."""
     return "&".join([f"accessKey={access_key}", *(f"{name}={fields[name]}" for name in names)])
 
 
@@ -114,7 +111,7 @@ def sign(secret: SecretStr, text: str) -> str:
 
 
 def is_signed(secret: SecretStr, text: str, signature: str) -> bool:
-    """Whether it is MoMo's signature of this text, in constant time."""
+    """Whether `signature` is MoMo's signature of `text`. Compares in constant time."""
     return hmac.compare_digest(sign(secret, text).encode(), signature.encode())
 
 
@@ -132,33 +129,34 @@ DECLINES: Final[Mapping[int, DeclineReason]] = {
     4002: DeclineReason.AUTHENTICATION_REQUIRED,
     4100: DeclineReason.AUTHENTICATION_FAILED,
 }
-"""Final refusals by the payer's side. Source: …/result-handling/resultcode."""
+"""Final refusals by the payer, or by the payer's wallet or bank. Source: …/result-handling/resultcode."""
 
 PAID: Final = 0
 AUTHORIZED: Final = 9000
 WAITING: Final = 1000
 RELEASED: Final = 1003
 EXPIRED: Final = frozenset({RELEASED, 1005})
-"""The link's time is over; and the hold's, or it was cancelled: by us, or by MoMo itself."""
+"""1005: the link has expired. 1003: the hold has expired, or we or MoMo cancelled it."""
 UNKNOWN_ORDER: Final = 42
 DUPLICATES: Final = frozenset({40, 41})
 IN_PROGRESS: Final = 7000
 MAINTENANCE: Final = 10
 NOT_TAKEN: Final = frozenset({MAINTENANCE, 43, 98})
-"""Maintenance, a conflicting transaction, no QR code: this attempt was not executed."""
+"""Maintenance, a conflicting transaction, or no QR code: this attempt was not executed."""
 REFUSED: Final = frozenset({11, 12, 13, 20, 21, 22, 42, 45, 47, 1088, 2019})
-"""Our request or our account is at fault."""
+"""The error is in our request or our account."""
 REFUND_FAILED: Final = frozenset({1080})
 
 
-def read_payment(code: int, reference: str, amount_minor: int, ask_at: datetime) -> Outcome:
-    """What a resultCode of an IPN or a query says of a payment.
+def read_payment(code: int, reference: str, amount_minor: int) -> Outcome:
+    """The outcome that a resultCode of an IPN or a query reports for a payment.
 
-    9000 is the end of an authorization, to be asked about from `ask_at` on; for a one-step payment MoMo says to take it
-    for a success, too.
+    9000 completes an authorization; MoMo says to treat it as a success of a one-step payment as well.
+    Hypothesis: MoMo never reports when a hold ends, only that it may cancel one by itself (1003). So a hold has no
+    `expires_at`, and is queried from `hold_end_unknown_after` on.
     """
     if code in (PAID, AUTHORIZED):
-        return Succeeded(reference, amount_minor, ask_at if code == AUTHORIZED else None)
+        return Succeeded(reference, amount_minor)
     if code in DECLINES:
         return Declined(DECLINES[code], str(code), reference)
     return Expired(reference, str(code)) if code in EXPIRED else Pending(reference)
@@ -168,7 +166,7 @@ def read_payment(code: int, reference: str, amount_minor: int, ask_at: datetime)
 
 
 class MoMoGateway:
-    """MoMo wallet payments by redirect, in one step or in two. Create it inside the event loop that uses it."""
+    """MoMo wallet payments by redirect, in one step or two. Create it inside the event loop that uses it."""
 
     name = NAME
     capabilities = Capabilities(
@@ -178,8 +176,8 @@ class MoMoGateway:
         multi_capture=False,
         partial_refund=True,
         off_session=False,
-        cancel_waiting=False,  # an unpaid link stays payable until its end
-        idempotency_retention=timedelta(days=30),  # MoMo keeps a requestId for 31
+        cancel_waiting=False,  # an unpaid link stays payable until it expires
+        idempotency_retention=timedelta(days=30),  # MoMo remembers a requestId for 31
         limits={"VND": AmountLimits(1_000, 50_000_000)},
     )
 
@@ -196,32 +194,32 @@ class MoMoGateway:
         self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
-        """A link where the payer lets us hold `request.amount`."""
+        """Create a link where the payer authorizes a hold of `request.amount`."""
         return await self._create(request, captures=False)
 
     async def charge(self, request: GatewayRequest) -> Outcome:
-        """A link where the payer pays `request.amount`."""
+        """Create a link where the payer pays `request.amount`."""
         return await self._create(request, captures=True)
 
     async def capture(self, request: GatewayRequest) -> Outcome:
-        """Take all that is held: MoMo knows no part of it."""
+        """Capture the whole hold: MoMo has no partial captures."""
         return await self._confirm(request, "capture")
 
     async def void(self, request: GatewayRequest) -> Outcome:
-        """Release what is held."""
+        """Release the hold."""
         return await self._confirm(request, "cancel")
 
     async def refund(self, request: GatewayRequest) -> Outcome:
-        """Return `request.amount`; it may take MoMo a while, which is `Pending`.
+        """Return `request.amount`; `Pending` while MoMo has not finished it.
 
         Raises:
-            GatewayUnreachable: nothing was sent, or MoMo says that it did not take it on.
-            OutcomeUnknown: it may have been executed.
+            GatewayUnreachable: nothing was sent, or MoMo reports that it did not accept the request.
+            OutcomeUnknown: the refund may have been executed.
         """
         paid = await self._ask_first(request)
         found = _read_refunded(paid, request)
         if not isinstance(found, Unknown):
-            return found  # An earlier attempt, whose answer was lost.
+            return found  # an earlier attempt whose answer was lost
         body = self._body(request) | {
             "amount": request.amount.minor,
             "transId": int(paid["transId"]),
@@ -238,14 +236,16 @@ class MoMoGateway:
         return await self._without_success(request, code)
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Ask."""
+        """Query the provider; nothing is resumed, because MoMo goes on by itself."""
         return await self.status(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """What MoMo knows of the operation. Causes nothing.
+        """Query the operation's outcome. Changes nothing at MoMo.
 
         Raises:
-            GatewayUnreachable, OutcomeUnknown: as usual.
+            GatewayUnreachable: the query was not sent, or MoMo did not accept it.
+            OutcomeUnknown: MoMo's answer did not arrive or cannot be read.
+            GatewayContractBroken: the answer contradicts the request, or an amount or code in it is not a number.
         """
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
@@ -261,7 +261,7 @@ class MoMoGateway:
         """Close the connections."""
         await self._http.close()
 
-    # --- calls that cause something -----------------------------------------------------------------------------------
+    # --- calls that change something ----------------------------------------------------------------------------------
 
     async def _create(self, request: GatewayRequest, *, captures: bool) -> Outcome:
         body = self._body(request) | {
@@ -296,16 +296,16 @@ class MoMoGateway:
         return Succeeded(str(answer.get("transId") or request.provider_key))
 
     async def _without_success(self, request: GatewayRequest, code: int) -> Outcome:
-        """What an answer other than 0 means. Being refused is proof only if no earlier attempt is unaccounted for."""
+        """The outcome of a result other than 0. A refusal is proof only if every earlier attempt is accounted for."""
         if code in NOT_TAKEN:
-            raise GatewayUnreachable(NAME, f"not taken on (result {code})")
+            raise GatewayUnreachable(NAME, f"not accepted (result {code})")
         if code in DECLINES and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
             return Declined(DECLINES[code], str(code), _order_of(request))
         if code in EXPIRED and request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
             return Expired(_order_of(request), str(code))
         if code in (WAITING, IN_PROGRESS, 7002):
             if request.kind in (OperationKind.CAPTURE, OperationKind.VOID):
-                # A question shows only the end of these. Sent again, MoMo answers with what came of it.
+                # A query shows these only once they have ended; a repeated request is answered with their outcome.
                 raise OutcomeUnknown(NAME, f"still being executed (result {code})")
             return Pending(None)
         refusals = REFUSED | EXPIRED | DECLINES.keys()
@@ -317,19 +317,19 @@ class MoMoGateway:
             return NotExecuted(f"MoMo refused it (result {code})", str(code), is_hold_gone)
         raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
 
-    async def _ask_first(self, request: GatewayRequest) -> Answer:
-        """The payment as MoMo has it, with the number that a refund must name. Asking is harmless."""
+    async def _ask_first(self, request: GatewayRequest) -> Fields:
+        """The payment as MoMo shows it, with the transId that a refund must name. A query changes nothing."""
         try:
             paid = await self._query(_payment_of(request))
         except OutcomeUnknown as error:
             raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
         if not paid.get("transId"):
-            raise GatewayUnreachable(NAME, "no refund was sent: MoMo does not show the payment now")
+            raise GatewayUnreachable(NAME, "no refund was sent: MoMo does not show the payment")
         return paid
 
-    # --- questions ----------------------------------------------------------------------------------------------------
+    # --- queries ------------------------------------------------------------------------------------------------------
 
-    async def _query(self, order: str) -> Answer:
+    async def _query(self, order: str) -> Fields:
         body = {
             "partnerCode": self._config.partner_code,
             "requestId": str(uuid4()),  # a repeated one may be refused as a duplicate
@@ -338,23 +338,23 @@ class MoMoGateway:
         }
         return await self._post("query", body, QUERY)
 
-    def _read_opening(self, request: GatewayRequest, answer: Answer) -> Outcome:
+    def _read_opening(self, request: GatewayRequest, answer: Fields) -> Outcome:
         code, order = _code(answer), _order_of(request)
         if code == WAITING:
-            # The link is told once: where that answer was lost nobody can pay, and nobody is sent anywhere.
-            is_told = request.state is OperationState.REQUIRES_ACTION
-            return RequiresAction(order, "redirect") if is_told else Pending(order)
+            # MoMo returns the link only once. If that answer was lost, the payer has no link and cannot pay.
+            is_link_known = request.state is OperationState.REQUIRES_ACTION
+            return RequiresAction(order, "redirect") if is_link_known else Pending(order)
         if code == UNKNOWN_ORDER or code in NOT_TAKEN or code in REFUSED:
             return Unknown(f"MoMo shows no such order (result {code})")
         if code == PAID and request.kind is OperationKind.AUTHORIZE:
-            raise GatewayContractBroken(NAME, "captured although only a hold was asked for")
+            raise GatewayContractBroken(NAME, "captured although only a hold was requested")
         amount = _amount(answer) if code in (PAID, AUTHORIZED) else 0
-        return read_payment(code, order, amount, datetime.now(UTC) + self._config.hold_window)
+        return read_payment(code, order, amount)
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
     def _body(self, request: GatewayRequest) -> dict[str, Any]:
-        """What every request has. The operation's own name is its requestId, and its orderId unless it has another."""
+        """The fields of every request. Our marks are the requestId, and the orderId unless the caller sets another."""
         own = order_id(request.payment_id, request.operation_number)
         return {
             "partnerCode": self._config.partner_code,
@@ -363,14 +363,14 @@ class MoMoGateway:
             "lang": self._config.lang,
         }
 
-    async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Answer:
+    async def _post(self, path: str, body: dict[str, Any], names: Sequence[str]) -> Fields:
         signature = sign(self._config.secret_key, signed_text(self._config.access_key, body, names))
         signed = {**body, "signature": signature}
         return _read(await self._http.request("POST", f"/v2/gateway/api/{path}", json=signed), body)
 
 
-def _read(response: httpx.Response, body: Answer) -> Answer:
-    """The answer, if it is one to this request. HTTP statuses are coarse at MoMo: 4xx and 422 carry a result, too."""
+def _read(response: httpx.Response, body: Fields) -> Fields:
+    """The answer, if it belongs to this request. MoMo's HTTP statuses are coarse: a 4xx carries a result as well."""
     if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
         raise GatewayUnreachable(NAME, "too many requests")
     try:
@@ -380,42 +380,46 @@ def _read(response: httpx.Response, body: Answer) -> Answer:
     if response.status_code >= 500 or not isinstance(answer, dict) or "resultCode" not in answer:
         raise OutcomeUnknown(NAME, f"status {response.status_code} without a result")
     if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY and _code(answer) == IN_PROGRESS:
-        # Source: …/result-handling/idempotency. Sent again, it is answered with what that one came to.
+        # A repeated request is answered with that one's outcome. Source: …/result-handling/idempotency.
         raise OutcomeUnknown(NAME, "an earlier request with this requestId is still being executed")
     names = ("orderId", "requestId", "partnerCode")
-    # Hypothesis: a request that is refused at the door may be answered without any of them.
+    # Hypothesis: the answer to a request that fails validation may lack any of these fields.
     _check_echo(answer, body, *(name for name in names if name in answer or _code(answer) not in REFUSED))
     return answer
 
 
 def _is_at_maintenance(response: httpx.Response) -> bool:
-    """Whether MoMo wants to be left alone for a while, which it says with HTTP 200."""
+    """Whether MoMo reports maintenance, which it does with HTTP 200, and so asks for fewer requests."""
     try:
         return bool(response.json()["resultCode"] == MAINTENANCE)
     except (ValueError, LookupError, TypeError):
         return False
 
 
-def _check_echo(answer: Answer, body: Answer, *names: str) -> None:
-    """Answers are unsigned: what they say goes for nothing else than what was asked."""
+def _check_echo(answer: Fields, body: Fields, *names: str) -> None:
+    """Answers are unsigned, so they count only if they repeat these fields of the request.
+
+    Raises:
+        GatewayContractBroken: a field differs.
+    """
     for name in names:
         if str(answer.get(name)) != str(body[name]):
             raise GatewayContractBroken(NAME, f"the answer does not repeat our {name}")
 
 
-def _code(answer: Answer) -> int:
+def _code(answer: Fields) -> int:
     return _whole(answer["resultCode"], "a result")
 
 
-def _amount(answer: Answer) -> int:
+def _amount(answer: Fields) -> int:
     return _whole(answer.get("amount"), "an amount")
 
 
-def _whole(told: object, what: str) -> int:
-    """A whole number in digits, as a number or a text. Rounded, 0.9 or false would be 0, which is MoMo's yes."""
-    text = str(told) if isinstance(told, int | str) else ""
+def _whole(value: object, what: str) -> int:
+    """An integer, given as a number or as text. Rounding is unsafe: 0.9 or false would become 0, MoMo's success."""
+    text = str(value) if isinstance(value, int | str) else ""
     if not re.fullmatch("-?[0-9]{1,18}", text):
-        raise GatewayContractBroken(NAME, f"{what} that is no whole number")
+        raise GatewayContractBroken(NAME, f"{what} that is not a whole number")
     return int(text)
 
 
@@ -428,10 +432,10 @@ def _payment_of(request: GatewayRequest) -> str:
     return request.gateway_payment_id
 
 
-def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Outcome:
-    """What a query of the payment says of a capture or a cancellation: only the state that it leads to is evidence.
+def _read_confirmed(answer: Fields, request: GatewayRequest, wanted: int) -> Outcome:
+    """The outcome of a capture or void, from a query of the payment: only the state that it leads to is evidence.
 
-    1003 is also what MoMo's own timeout leads to: then nothing is held any more either, and a void has its end.
+    A hold that MoMo cancels by itself becomes 1003 as well; nothing is held any more then, so a void has succeeded.
     """
     code = _code(answer)
     if code == wanted:
@@ -441,8 +445,8 @@ def _read_confirmed(answer: Answer, request: GatewayRequest, wanted: int) -> Out
     return Unknown(f"MoMo shows result {code}")
 
 
-def _read_refunded(answer: Answer, request: GatewayRequest) -> Outcome:
-    """The refund of our own orderId and amount among those of the payment."""
+def _read_refunded(answer: Fields, request: GatewayRequest) -> Outcome:
+    """The outcome of the refund with our orderId and amount, among the refunds of the payment."""
     own = _order_of(request)
     rows = answer.get("refundTrans") or []
     found = [row for row in rows if str(row.get("orderId")) == own]

@@ -1,14 +1,13 @@
-"""MoMo's webhooks: the IPN and the payer's return, how they are verified, and what they say.
+"""MoMo's webhooks: how the IPN and the payer's return are verified and read.
 
-Promise: a message counts only with MoMo's signature over its fields, made for this partner; of its fields only the
-signed ones are read. What is read is never more than MoMo says of the one operation that its orderId names.
+Promise: a message counts only if MoMo signed its fields, for this partner; only signed fields are read. They are
+evidence about no other operation than the one that the orderId names.
 
 Sources: https://developers.momo.vn/v3/docs/payment/api/result-handling/notification, …/resultcode, …/other/signature.
 """
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Final
 
 from domain.commands import OperationKind
@@ -35,18 +34,19 @@ ANSWERS: Final[Mapping[Verdict, int]] = {
     Verdict.UNKNOWN_PAYMENT: 404,
     Verdict.UNAVAILABLE: 503,
 }
-"""Any other is 204, MoMo's word for "received"; a browser, which would stay where it is then, is shown a text with 200.
-An unknown order may be one that another installation just opened, so it is refused, and MoMo may send it again."""
+"""Any other verdict is answered with 204, which MoMo takes as "received". A browser would stay on its page after a 204,
+so it is shown a text with 200. Another installation may have just opened an unknown order, so the IPN is refused, and
+MoMo may send it again."""
 
-BACK_TO_THE_SHOP: Final = b"MoMo's result of this payment was received. You may go back to the shop.\n"
-NOT_RECEIVED: Final = b"This result was not received. The shop will ask MoMo for it; you may go back there.\n"
+BACK_TO_THE_SHOP: Final = b"MoMo's result of this payment was received. You may return to the shop.\n"
+NOT_RECEIVED: Final = b"This result was not received. The shop will ask MoMo for it; you may return there.\n"
 
 
 class MoMoWebhooks:
     """The IPN, a POST of signed JSON, and the return of the payer's browser, a GET.
 
-    Fits `domain.notices.WebhookReader`. The return is evidence, too: MoMo signs the same fields of both in one way,
-    so that whoever has one could send the other, and only MoMo can make either. What both tell counts once.
+    Fits `domain.notices.WebhookReader`. The return is evidence as well: MoMo signs the same fields of both in the same
+    way, so a copy of one could be sent as the other, and only MoMo can create either. What both report counts once.
     """
 
     gateway = NAME
@@ -55,7 +55,7 @@ class MoMoWebhooks:
         self._config = config
 
     async def read(self, request: WebhookRequest) -> Notice:
-        """Verify and read one IPN, or one return; of its fields only the signed ones count.
+        """Verify and read one IPN or one return; only the signed fields count.
 
         Raises:
             WebhookRefused: FORGED or MALFORMED.
@@ -70,42 +70,42 @@ class MoMoWebhooks:
             raise WebhookRefused(Verdict.FORGED, "no valid signature")
         if fields["partnerCode"] != self._config.partner_code:
             raise WebhookRefused(Verdict.FORGED, "signed for another partner")
-        return _notice(fields, request.received_at + self._config.hold_window)
+        return _notice(fields)
 
     def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
-        """MoMo reads the status; the payer reads a text, which does not say whether they paid: the shop knows."""
+        """MoMo reads the status; the payer reads a text, which leaves it to the shop to say whether they paid."""
         status = ANSWERS.get(verdict, 204)
         if request.method != "GET":
             return WebhookAnswer(status)
         return WebhookAnswer(200, BACK_TO_THE_SHOP) if status == 204 else WebhookAnswer(status, NOT_RECEIVED)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 def _plain(body: bytes) -> dict[str, str]:
-    """The body's texts, and its numbers as the texts that they stand there as: that is what is signed."""
+    """The strings and numbers of the body; numbers stay as written, because that text is signed."""
     try:
         fields = json.loads(body, parse_int=str, parse_float=str)
     except ValueError as error:
-        raise WebhookRefused(Verdict.MALFORMED, "no JSON") from error
+        raise WebhookRefused(Verdict.MALFORMED, "not JSON") from error
     if not isinstance(fields, dict):
-        raise WebhookRefused(Verdict.MALFORMED, "no object")
+        raise WebhookRefused(Verdict.MALFORMED, "not a JSON object")
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
-def _notice(fields: Mapping[str, str], ask_at: datetime) -> Notice:
+def _notice(fields: Mapping[str, str]) -> Notice:
     order, transaction = fields["orderId"], fields["transId"]
     marks = marks_of(order)
     try:
         code, amount = int(fields["resultCode"]), int(fields["amount"])
     except ValueError as error:
-        raise WebhookRefused(Verdict.MALFORMED, "signed, but a number is none") from error
+        raise WebhookRefused(Verdict.MALFORMED, "signed, but a number cannot be read") from error
     notice = Notice(NAME, f"{order}:{fields['requestId']}:{transaction}:{code}:{amount}", "ipn", currency="VND")
     if marks is None:
         return notice._replace(gateway_payment_id=order, outcome=Pending(None))
-    outcome = read_payment(code, order, amount, ask_at)
+    outcome = read_payment(code, order, amount)
     if code == PAID and fields["extraData"] == extra_data(OperationKind.AUTHORIZE):
-        # Captured although only a hold was asked for, or after our own capture: a question tells which.
+        # Captured although only a hold was requested, or captured by us: a query shows which.
         outcome = Pending(order)
     return notice._replace(payment_id=marks[0], operation_number=marks[1], outcome=outcome)

@@ -223,21 +223,13 @@ class StripeGateway:
         """
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-                intent = await self._find_opened(request)
-                return (
-                    _understood(self._read_opening, intent, request)
-                    if intent
-                    else Unknown("Stripe shows no such payment")
-                )
+                return _shown(self._read_opening, await self._find_opened(request), request)
             case OperationKind.CAPTURE:
-                intent = await self._payment_intent(_payment_of(request))
-                return _understood(read_capture, intent, request) if intent else Unknown("Stripe shows no such payment")
+                return _shown(read_capture, await self._payment_intent(_payment_of(request)), request)
             case OperationKind.VOID:
-                intent = await self._payment_intent(_payment_of(request))
-                return _understood(read_void, intent, request) if intent else Unknown("Stripe shows no such payment")
+                return _shown(read_void, await self._payment_intent(_payment_of(request)), request)
             case OperationKind.REFUND:
-                refund = await self._find_refund(request)
-                return _understood(read_refund, refund, request) if refund else Unknown("Stripe shows no such refund")
+                return _shown(read_refund, await self._find_refund(request), request)
             case _:
                 assert_never(request.kind)
 
@@ -456,6 +448,10 @@ def _understood(read: Callable[[T, GatewayRequest], Outcome], answer: T, request
         return read(answer, request)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise GatewayContractBroken(NAME, f"the answer has an unexpected shape ({type(error).__name__})") from error
+
+
+def _shown(read: Callable[[T, GatewayRequest], Outcome], found: T | None, request: GatewayRequest) -> Outcome:
+    return Unknown("Stripe shows no such object") if found is None else _understood(read, found, request)
 
 
 def _payment_of(request: GatewayRequest) -> str:

@@ -1,7 +1,7 @@
-"""The HTTP of a gateway: one bounded pool, one limit for a whole exchange, and failures told apart by what they prove.
+"""HTTP for the gateways: bounded connections, one timeout for a whole exchange, and errors that say what they prove.
 
-The pool is made of small ones: at every request httpcore walks through all connections of its pool and asks the system
-about each: with 64 of them in one pool, that was two thirds of what a payment cost a worker (11.8 ms of CPU, and 3.8
+Connections are split into small pools, because httpcore checks every connection of a pool with a system call at every
+request. With 64 connections in one pool, that was two thirds of a worker's CPU time per payment (11.8 ms, against 3.8
 ms with pools of four).
 """
 
@@ -21,19 +21,19 @@ from domain.ports import Connections
 
 CONNECTIONS_EACH: Final = 4
 NOTHING_WAS_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-"""What proves that the provider has not seen the request."""
+"""Exceptions that prove that the provider has not seen the request."""
 
 
 REST_SECONDS_MAX: Final = 300.0
-"""A provider that wants to be left alone for longer is asked once after this, and may say so again."""
+"""If a provider asks for a longer pause, it is tried once after this time, and may ask again."""
 
 
 class Rest:
-    """For how long the provider wants fewer requests, by its own answers: 429, 503 with a time, or words of its own.
+    """The pause that a provider asks for: by a 429, by a 503 with `Retry-After`, or in its own way (`wants_rest`).
 
-    As long as `Retry-After` says; without one a second, doubled with every refusal in a row. Spread upwards, so that
-    not all workers are back at once. However often payers are refused meanwhile, it comes to its end, and something is
-    asked again.
+    It lasts as long as `Retry-After` says; without one, a second, doubled with every refusal in a row. Up to a quarter
+    is added at random, so that workers do not all return at once. Refusals during the pause extend it to at most
+    `REST_SECONDS_MAX` from its beginning (plus that quarter), so the provider is always tried again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,45 +43,48 @@ class Rest:
         self._refusals = 0
 
     def seconds(self) -> float:
-        """What is left of it; 0 when it is over."""
+        """Seconds left of the pause; 0 when it is over."""
         return max(0.0, self._until - self._clock())
 
     def note(self, response: httpx.Response, *, wants_rest: bool = False) -> None:
-        """Any answer of the provider's; `wants_rest` where it asks for fewer requests in words of its own."""
-        told = _retry_after(response)
+        """Take account of an answer; `wants_rest` says that it asks for fewer requests in the provider's own way."""
+        retry_after = _retry_after(response)
         is_limited = wants_rest or response.status_code == httpx.codes.TOO_MANY_REQUESTS
-        if not is_limited and (told is None or response.status_code != httpx.codes.SERVICE_UNAVAILABLE):
-            # What was under way when the rest began is no sign of its end.
+        if not is_limited and (retry_after is None or response.status_code != httpx.codes.SERVICE_UNAVAILABLE):
+            # Answers to requests sent before the pause began do not end it.
             self._refusals = 0 if not self.seconds() else self._refusals
             return
         if not self.seconds():
             self._since, self._refusals = self._clock(), self._refusals + 1
-        end = self._clock() + (told or 2.0 ** min(self._refusals - 1, 20))
+        end = self._clock() + (retry_after or 2.0 ** min(self._refusals - 1, 20))
         seconds = min(REST_SECONDS_MAX, end - self._since)
         self._until = max(self._until, self._since + seconds * random.uniform(1, 1.25))  # noqa: S311 - spreads load
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, where it names some or a time to come. https://www.rfc-editor.org/rfc/rfc9110#field.retry-after"""
-    told = response.headers.get("retry-after", "")
+    """Seconds to wait, if it names some, or a time in the future. https://www.rfc-editor.org/rfc/rfc9110#field.retry-after"""
+    value = response.headers.get("retry-after", "")
     try:
-        seconds = float(told) if told.isdigit() else (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+        seconds = (
+            float(value) if value.isdigit() else (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        )
     except (ValueError, TypeError):
         return None
     return seconds if seconds > 0 else None
 
 
 class SmallPools(httpx.AsyncBaseTransport):
-    """At most `max_connections` in all; a request goes to the pool that has the fewest under way.
+    """`max_connections` in all, rounded up to equal pools; a request goes to the pool with the fewest under way.
 
-    What waits for a connection longer than the client's pool timeout fails with `httpx.PoolTimeout`: nothing was sent.
+    A request that waits for a connection longer than the client's pool timeout fails with `httpx.PoolTimeout`: nothing
+    was sent.
     """
 
     def __init__(self, max_connections: int, *, verify: ssl.SSLContext | bool = True) -> None:
         count = max(1, max_connections // CONNECTIONS_EACH)
         each = -(-max_connections // count)
         limits = httpx.Limits(max_connections=each, max_keepalive_connections=each)
-        # One for all: to load the authorities takes 20 ms, and each pool would do it anew.
+        # One context for all pools: loading the certificate authorities takes 20 ms.
         context = httpx.create_ssl_context(trust_env=False) if verify is True else verify
         self._limit = each * count
         self._pools = [httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False) for _ in range(count)]
@@ -93,13 +96,13 @@ class SmallPools(httpx.AsyncBaseTransport):
         try:
             return await self._pools[least].handle_async_request(request)
         except httpx.TimeoutException as error:
-            # httpcore takes their cause away, by which `GatewayError.stands_for` knows them behind any library.
+            # `GatewayError.stands_for` recognises a timeout by its cause, which httpcore has removed.
             raise error from TimeoutError(str(error))
         finally:
             self._under_way[least] -= 1
 
     def connections(self) -> Connections:
-        """Of all pools together. (httpx shows those of none: httpcore's own list is asked.)"""
+        """The connections of all pools together. httpx does not expose them, so this reads httpcore's own list."""
         listed = [each for pool in self._pools for each in pool._pool.connections if not each.is_closed()]
         idle = sum(each.is_idle() for each in listed)
         return Connections(len(listed) - idle, idle, self._limit)
@@ -110,7 +113,7 @@ class SmallPools(httpx.AsyncBaseTransport):
 
 
 class PooledClient(httpx.AsyncClient):
-    """httpx's client, which shows its pools."""
+    """An httpx client that exposes its pools."""
 
     def __init__(self, pools: SmallPools, **settings: Any) -> None:
         super().__init__(transport=pools, **settings)
@@ -125,10 +128,10 @@ def create_client(
     base_url: str = "",
     verify: ssl.SSLContext | bool = True,
 ) -> PooledClient:
-    """A client over small pools, deaf to the environment's proxies.
+    """A client over small pools that ignores the environment's proxy settings.
 
-    Waiting for a connection is as short as connecting: it ends before the whole exchange's time does, so it is still
-    known that nothing was sent.
+    Waiting for a free connection is limited to the connect timeout. So it ends before the limit of the whole exchange,
+    with an error that proves that nothing was sent.
     """
     soon = connect_timeout_seconds
     return PooledClient(
@@ -140,9 +143,9 @@ def create_client(
 
 
 class ProviderHttp:
-    """One provider's HTTP. Cancelling our own task passes through every call.
+    """HTTP to one provider. Cancelling the calling task cancels the request.
 
-    `wants_rest` says whether an answer asks for fewer requests in words of the provider's own, beside 429 and 503.
+    `wants_rest` says whether an answer asks for fewer requests in the provider's own way, besides 429 and 503.
     """
 
     def __init__(
@@ -169,14 +172,14 @@ class ProviderHttp:
         self.connections = client.pools.connections
 
     async def request(self, method: str, url: str, **content: Any) -> httpx.Response:
-        """The whole answer, whatever its status. `content` is as `httpx.AsyncClient.request` takes it.
+        """Send a request; return the whole answer, whatever its status. `content` goes to `httpx.AsyncClient.request`.
 
         Raises:
             GatewayUnreachable: nothing was sent.
-            OutcomeUnknown: something was, and no whole answer came back in time.
+            OutcomeUnknown: the request may have been sent, and no complete answer arrived in time.
         """
         try:
-            # httpx's own limits start anew with every byte: an answer that trickles in would never end.
+            # httpx's own timeouts restart with every byte: a trickling answer would never time out.
             async with asyncio.timeout(self._timeout_seconds):
                 response = await self._client.request(method, url, **content)
         except TimeoutError as error:

@@ -1,14 +1,12 @@
-"""VNPay PAY 2.1.0: the payment URL, the signatures, querydr, refund, and the code tables.
+"""VNPay PAY 2.1.0: the payment URL, signatures, querydr, refund and the code tables. `vnpay_webhooks.py` reads the IPN.
 
-`vnpay_webhooks.py` beside it has the IPN.
-
-Promise: a charge is a signed URL made here, so nothing moves until the payer has paid; success and failure are VNPay's
-signed word for this very TxnRef and amount (IPN or querydr). Refunds have no idempotency key at VNPay, so one whose
-answer was lost is never sent again: it is asked about, and stays in doubt where VNPay's answer is ambiguous.
+Promise: a charge is a signed URL created here, so no money moves until the payer pays. Success and failure are only
+what VNPay reports, signed, for this very TxnRef and amount (IPN or querydr). VNPay has no idempotency key for refunds,
+so a refund whose answer was lost is never sent again: it is queried, and stays unknown if the answer is ambiguous.
 
 Sources: https://sandbox.vnpayment.vn/apis/docs/thanh-toan-pay/pay.html and
 https://sandbox.vnpayment.vn/apis/docs/truy-van-hoan-tien/querydr&refund.html. Plain httpx: VNPay has no Python library.
-What is marked "hypothesis" is documented by third parties only; there the answer is `Pending` or unknown.
+Only third parties document what is marked "hypothesis"; there the outcome is `Pending` or unknown.
 """
 
 import hashlib
@@ -19,7 +17,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 from urllib.parse import quote_plus
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import structlog
@@ -50,19 +48,19 @@ VERSION: Final = "2.1.0"
 VIETNAM: Final = timezone(timedelta(hours=7))
 TIME: Final = "%Y%m%d%H%M%S"
 HUNDREDTHS: Final = 100
-"""VND on the wire is times 100, though it has no fraction."""
+"""VNPay sends and takes VND amounts times 100, although the currency has no fraction."""
 
 GRACE: Final = timedelta(minutes=15)
-"""After the URL's end, in which a bank may still finish what the payer began (hypothesis: 60 to 90 s were observed)."""
+"""How long after the URL expires a bank may still complete a payment (hypothesis: 60 to 90 s were observed)."""
 BEGUN_GRACE: Final = timedelta(days=1)
-"""The same where VNPay says that the payer began, and has neither paid nor failed (TransactionStatus 01)."""
+"""The same if VNPay reports that the payer began, and neither paid nor failed (TransactionStatus 01)."""
 UNDER_WAY: Final = timedelta(minutes=15)
-"""After its dispatch, in which a refund is taken to have reached VNPay. One that is sent later, and whose answer is
-lost, goes to a person."""
+"""How long after its dispatch a refund is assumed to have reached VNPay. If one is sent later, and its answer is lost, a
+person must look."""
 
 
 class VNPayConfig(BaseModel):
-    """A terminal at VNPay. `pay_url` is where the payer's browser goes, `api_url` takes queries and refunds."""
+    """One terminal. The payer's browser goes to `pay_url`; `api_url` takes queries and refunds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,25 +76,25 @@ class VNPayConfig(BaseModel):
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     question_interval: timedelta = timedelta(minutes=5)
-    """Between two queries of one TxnRef, else VNPay answers 94. From an older table of VNPay's: 5 minutes."""
+    """Minimum time between two queries of one TxnRef; a faster one is answered with 94. VNPay's older table says 5 minutes."""
 
 
 # --- names and times --------------------------------------------------------------------------------------------------
 
 
 def txn_ref(payment_id: UUID, number: int) -> str:
-    """Our marks in the form that VNPay takes: letters and digits, and a new one for each attempt to pay."""
+    """Our marks as a TxnRef: letters and digits only, and unique per payment attempt."""
     return f"{payment_id.hex}{number:04d}"
 
 
 def marks_of(reference: str) -> tuple[UUID, int] | None:
-    """The payment and operation that a TxnRef names; None for one that we did not make."""
+    """The payment id and operation number in a TxnRef; None if it is not one of ours."""
     found = re.fullmatch(r"([0-9a-f]{32})([0-9]{4,9})", reference)
     return (UUID(found[1]), int(found[2])) if found else None
 
 
 def _reference(request: GatewayRequest) -> str:
-    """What query and refund need of a charge: its TxnRef and its CreateDate, exact to the second."""
+    """What a query or refund needs to name a charge: its TxnRef and its CreateDate, exact to the second."""
     assert request.first_dispatched_at is not None, "a dispatched operation has a time"
     created = request.first_dispatched_at.astimezone(VIETNAM).strftime(TIME)
     return f"{txn_ref(request.payment_id, request.operation_number)}@{created}"
@@ -111,17 +109,17 @@ def _expires_at(reference: str, config: VNPayConfig) -> datetime:
 
 
 def sign(secret: SecretStr, data: str) -> str:
-    """HMAC-SHA512 as lower-case hex; the secret is used as it is written."""
+    """HMAC-SHA512 as lower-case hex; the secret is used as written, not decoded."""
     return hmac.new(secret.get_secret_value().encode(), data.encode(), hashlib.sha512).hexdigest()
 
 
 def form(fields: Mapping[str, str]) -> str:
-    """The query string that is both sent and signed: sorted by name, a space as a plus, nothing empty."""
+    """The query string that is both sent and signed: sorted by name, spaces as plus signs, no empty values."""
     return "&".join(f"{name}={quote_plus(value)}" for name, value in sorted(fields.items()) if value)
 
 
 def is_signed(secret: SecretStr, data: str, signature: str) -> bool:
-    """Whether it is VNPay's signature of this text, in constant time; either case of hex is VNPay's."""
+    """Whether `signature` is VNPay's signature of `data`, in hex of either case. Compares in constant time."""
     return hmac.compare_digest(sign(secret, data).encode(), signature.lower().encode())
 
 
@@ -169,11 +167,11 @@ REFUND: Final = [
     "vnp_OrderInfo",
 ]
 REFUND_ANSWER: Final = QUERY_ANSWER[:-2]
-"""The fields whose values are joined with `|` and signed, in this order; one that is absent counts as empty."""
+"""The fields whose values are joined with `|` and signed, in this order; an absent one counts as empty."""
 
 
 def joined(fields: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The values of these fields as they are signed."""
+    """The text that is signed: the values of these fields."""
     return "|".join("" if fields.get(name) is None else str(fields[name]) for name in names)
 
 
@@ -190,39 +188,39 @@ DECLINES: Final[Mapping[str, DeclineReason]] = {
     "75": DeclineReason.PROCESSING_ERROR,
     "79": DeclineReason.AUTHENTICATION_FAILED,
 }
-"""ResponseCode of an IPN whose TransactionStatus says that it failed. Source: the table of pay.html."""
+"""ResponseCode of an IPN whose TransactionStatus is a failure. Source: the table of pay.html."""
 
 STATUS_DECLINES: Final[Mapping[str, DeclineReason]] = {"11": DeclineReason.CANCELED}
-"""TransactionStatus that tells why, which is all that a query has. 02 is every other failure: what an IPN calls 24 (the
-payer cancelled) a query may only call 02, and then nobody can tell it from the rest."""
+"""TransactionStatus that states a reason, for queries, which have no ResponseCode of the payment. 02 is every other
+failure: what is 24 (the payer cancelled) in an IPN may be 02 in a query, where it cannot be told from other failures."""
 
 OPEN_CODES: Final = frozenset({"00", "07", "08", "99"})
-"""ResponseCode of an IPN that rules out no payment, whatever the status beside it says: 00 and 07 say that the payer
-was debited, 08 and 99 that nobody knows. A question then tells."""
+"""ResponseCode of an IPN that does not rule out a payment, whatever its TransactionStatus: 00 and 07 mean that the payer
+was debited, 08 and 99 that the outcome is unknown. A later query decides."""
 
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
 LATE: Final = frozenset({"08"})
-"""TransactionStatus. What is in none of these is undecided: 04 and 07 wait for people at VNPay or the bank."""
+"""TransactionStatus. Any other is undecided: 04 and 07 wait for people at VNPay or the bank."""
 REFUND_TYPES: Final = frozenset({"02", "03"})
 """TransactionType of a refund, in full or in part; 01 is a payment."""
 
 REFUSED: Final = frozenset({"02", "03", "04", "13", "16", "91", "93", "95", "97"})
-"""ResponseCode of a refund that VNPay did not take on, and never will in this form."""
+"""ResponseCode of a refund that VNPay did not accept, and will not accept unchanged."""
 OUR_MISTAKES: Final[Mapping[str, str]] = {
-    "02": "it knows no such terminal, or the refunds would exceed the payment",
-    "03": "it cannot read the message",
+    "02": "unknown terminal, or the refunds would exceed the payment",
+    "03": "VNPay cannot read the message",
     "97": "the signature is wrong",
 }
-"""ResponseCode that says nothing about any payment: it stays so until our settings, or this file, are put right.
+"""ResponseCode that says nothing about any payment, and persists until our settings or this file are corrected.
 
-02 is an unknown terminal in VNPay's present table, and of a refund an excess in its older one; either is proof that
-none was made.
+02 is an unknown terminal in VNPay's present table, and a refund above the paid amount in its older one; either proves
+that no refund was made.
 """
 
 
 def read_payment(code: str | None, status: str, reference: str, amount_minor: int) -> Outcome:
-    """What ResponseCode (of an IPN; None of a query) and TransactionStatus say of a payment."""
+    """The outcome of a payment, from TransactionStatus and, in an IPN, ResponseCode; `code` is None for a query."""
     if status in PAID and code in (None, "00"):
         return Succeeded(reference, amount_minor)
     if code in OPEN_CODES:
@@ -236,7 +234,7 @@ def read_payment(code: str | None, status: str, reference: str, amount_minor: in
 
 
 def read_refund(status: str, number: str | None, amount_minor: int) -> Outcome:
-    """What TransactionStatus says of a refund that VNPay took on; `number` is VNPay's own of it, if it told one."""
+    """The outcome of a refund that VNPay accepted; `number` is VNPay's own number of it, if known."""
     if status == "00":
         return Succeeded(number or "", amount_minor)
     if status in ("02", "09"):
@@ -248,7 +246,7 @@ def read_refund(status: str, number: str | None, amount_minor: int) -> Outcome:
 
 
 class VNPayGateway:
-    """A sale by redirect, its query, and refunds. Create it inside the event loop that uses it."""
+    """Payments by redirect, their queries, and refunds. Create it inside the event loop that uses it."""
 
     name = NAME
 
@@ -262,7 +260,7 @@ class VNPayGateway:
             multi_capture=False,
             partial_refund=True,
             off_session=False,
-            cancel_waiting=False,  # an unpaid URL stays payable until its end
+            cancel_waiting=False,  # an unpaid URL stays payable until it expires
             idempotency_retention=timedelta(0),
             question_interval=config.question_interval,
             limits={"VND": AmountLimits(5_000, 999_999_999)},
@@ -277,7 +275,7 @@ class VNPayGateway:
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
         """Not offered by VNPay."""
-        return NotExecuted("VNPay takes payments only at once")
+        return NotExecuted("VNPay has no authorizations")
 
     async def capture(self, request: GatewayRequest) -> Outcome:
         """Not offered by VNPay."""
@@ -288,22 +286,23 @@ class VNPayGateway:
         return NotExecuted("VNPay cannot cancel a payment")
 
     async def charge(self, request: GatewayRequest) -> Outcome:
-        """The URL where the payer pays. The same request gives the same URL; nothing is sent."""
+        """Return the URL where the payer pays. The same request gives the same URL; nothing is sent."""
         reference = _reference(request)
         return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
 
     async def refund(self, request: GatewayRequest) -> Outcome:
-        """Return `request.amount`; VNPay takes it on and finishes it later.
+        """Return `request.amount`; VNPay accepts the refund and completes it later.
 
         Raises:
             GatewayUnreachable: nothing was sent.
-            OutcomeUnknown: it may have been taken on; it must not be sent again.
+            OutcomeUnknown: VNPay may have accepted the refund; it must not be sent again.
+            GatewayContractBroken: the answer is not signed, or about another payment.
         """
         paid = await self._ask_first(request)
         body = self._refund_body(request, paid)
         answer, _ = await self._post(body, joined(body, REFUND))
         code = str(answer.get("vnp_ResponseCode", ""))
-        _complain(code)
+        _log_our_mistake(code)
         if code in REFUSED:
             return NotExecuted(f"VNPay refused the refund (code {code})", code)
         if code != "00":
@@ -313,21 +312,22 @@ class VNPayGateway:
         return read_refund(status, _own_number(answer, paid), amount)
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Ask."""
+        """Query the provider; nothing is resumed, because VNPay goes on by itself."""
         return await self.status(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """What VNPay knows of a charge or refund. Causes nothing.
+        """Query the outcome of a charge or refund. Changes nothing at VNPay.
 
         Raises:
-            GatewayUnreachable, OutcomeUnknown: as usual.
-            GatewayContractBroken: the answer is not signed, or about something else.
+            GatewayUnreachable: the query was not sent.
+            OutcomeUnknown: there was no readable answer, or VNPay refused the query.
+            GatewayContractBroken: the answer is not signed, or about another payment.
         """
         if request.kind is OperationKind.REFUND:
             return self._read_refunded(request, *await self._query(_charge_of(request)))
         reference = request.reference or _reference(request)
-        answer, vnpays = await self._query(reference)
-        now = min(vnpays, self._clock())  # a clock that is ahead, VNPay's or ours, must not end what can be paid
+        answer, answered_at = await self._query(reference)
+        now = min(answered_at, self._clock())  # a clock that is ahead, VNPay's or ours, must not expire a payable URL
         if answer is None:
             return self._unpaid(request, reference, now)
         type_ = str(answer["vnp_TransactionType"])
@@ -337,7 +337,7 @@ class VNPayGateway:
             return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, minor_of(answer["vnp_Amount"]))
         if isinstance(outcome, Declined) and now >= self._ends(reference):
-            # A query has no code beside the status: what failed by the URL's end is told as the IPN's 11 tells it.
+            # An IPN reports an expired URL with code 11. A query has no code, so a failure after the end counts as that.
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
@@ -373,61 +373,61 @@ class VNPayGateway:
         return _expires_at(reference, self._config)
 
     def _unpaid(self, request: GatewayRequest, reference: str, now: datetime, grace: timedelta = GRACE) -> Outcome:
-        """VNPay knows of no payment. The URL is good until its end, and what was begun may take a while longer."""
+        """VNPay shows no payment. The URL works until it expires, and a payment begun before may complete within `grace`."""
         if now < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")
 
-    # --- questions ----------------------------------------------------------------------------------------------------
+    # --- queries ------------------------------------------------------------------------------------------------------
 
     async def _query(self, reference: str) -> tuple[dict[str, Any] | None, datetime]:
-        """The signed answer about a TxnRef, None where VNPay has no payment of it; and when, by VNPay's clock."""
+        """The signed answer about a TxnRef, None if VNPay has no payment for it; and when VNPay answered, by its clock."""
         ref, _, created = reference.partition("@")
         body = {
-            "vnp_RequestId": hashlib.sha256(f"{reference}{datetime.now(UTC).timestamp()}".encode()).hexdigest()[:32],
+            "vnp_RequestId": uuid4().hex,  # a repeated one may be refused as a duplicate
             "vnp_Version": VERSION,
             "vnp_Command": "querydr",
             "vnp_TmnCode": self._config.tmn_code,
             "vnp_TxnRef": ref,
             "vnp_OrderInfo": f"Query {ref}",
             "vnp_TransactionDate": created,
-            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
+            "vnp_CreateDate": self._clock().astimezone(VIETNAM).strftime(TIME),
             "vnp_IpAddr": self._config.ip_address,
         }
         answer, now = await self._post(body, joined(body, QUERY))
         code = str(answer.get("vnp_ResponseCode", ""))
         if code == "91":
             return None, now
-        _complain(code)
+        _log_our_mistake(code)
         if code != "00":
-            # 94: asked again too soon. Whatever it is, it is no answer about the payment.
+            # 94 means: queried again too soon. No such code says anything about the payment.
             raise OutcomeUnknown(NAME, f"query answered with code {code}")
         self._verify(answer, QUERY_ANSWER, body)
         return answer, now
 
-    def _verify(self, answer: Mapping[str, Any], names: Sequence[str], asked: Mapping[str, str]) -> None:
+    def _verify(self, answer: Mapping[str, Any], names: Sequence[str], sent: Mapping[str, str]) -> None:
         if not is_signed(self._config.hash_secret, joined(answer, names), str(answer.get("vnp_SecureHash", ""))):
             raise GatewayContractBroken(NAME, "an answer without a valid signature")
-        if any(str(answer.get(name)) != asked[name] for name in ("vnp_TmnCode", "vnp_TxnRef")):
+        if any(str(answer.get(name)) != sent[name] for name in ("vnp_TmnCode", "vnp_TxnRef")):
             raise GatewayContractBroken(NAME, "an answer about another payment")
 
     async def _ask_first(self, request: GatewayRequest) -> Mapping[str, Any]:
-        """The charge as VNPay has it, with the number that a refund must name. Asking is harmless."""
+        """The charge as VNPay shows it, with the number that a refund must name. A query changes nothing."""
         try:
             paid, _ = await self._query(_charge_of(request))
         except OutcomeUnknown as error:
             raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
         if paid is None:
-            raise GatewayUnreachable(NAME, "no refund was sent: VNPay does not show the payment now")
+            raise GatewayUnreachable(NAME, "no refund was sent: VNPay does not show the payment")
         return paid
 
     def _read_refunded(self, request: GatewayRequest, answer: Mapping[str, Any] | None, now: datetime) -> Outcome:
-        """What the query of a charge says of one refund; `now` is VNPay's.
+        """The outcome of one refund, from the query of its charge; `now` is by VNPay's clock.
 
-        Hypothesis: after a refund it tells of the latest one (type 02 or 03), with the PayDate that the answer to that
-        one had. Only one for this very amount is believed, and only if no other could be meant: it has the number that
-        the answer to this refund told, or, where none was told, this is the first operation after the charge, and it
-        was made while this was under way. Somebody may have made another in VNPay's portal, at any other time.
+        Hypothesis: once a charge has refunds, its query shows the latest one (type 02 or 03), with the same PayDate as
+        the answer to that refund. Somebody may have made another refund in VNPay's portal at any time, so the one shown
+        counts only if it has our amount and must be ours: it has the number that VNPay's answer to our refund gave; or,
+        if no answer gave one, ours is the first operation after the charge, and it was under way at the PayDate.
         """
         if answer is None or str(answer["vnp_TransactionType"]) not in REFUND_TYPES:
             return Unknown("VNPay shows no refund")
@@ -435,8 +435,8 @@ class VNPayGateway:
         is_first = request.operation_number == 2 and _was_under_way(
             request, str(answer.get("vnp_PayDate")), now - self._clock()
         )
-        is_meant = is_first if request.reference is None else request.reference == number
-        if not is_meant or amount != request.amount.minor:
+        is_ours = is_first if request.reference is None else request.reference == number
+        if not is_ours or amount != request.amount.minor:
             return Unknown("VNPay shows a refund that may be another one")
         return read_refund(str(answer["vnp_TransactionStatus"]), number, amount)
 
@@ -455,20 +455,20 @@ class VNPayGateway:
             "vnp_TransactionNo": str(number or "0"),
             "vnp_TransactionDate": created,
             "vnp_CreateBy": "payments",
-            "vnp_CreateDate": datetime.now(VIETNAM).strftime(TIME),
+            "vnp_CreateDate": self._clock().astimezone(VIETNAM).strftime(TIME),
             "vnp_IpAddr": self._config.ip_address,
             "vnp_OrderInfo": f"Refund {ref}",
         }
 
     async def _post(self, body: Mapping[str, str], signed: str) -> tuple[dict[str, Any], datetime]:
-        """The answer, and when it was given."""
+        """The answer, and when VNPay gave it: by its clock, or by ours if it does not say."""
         sealed = {**body, "vnp_SecureHash": sign(self._config.hash_secret, signed)}
         response = await self._http.request("POST", self._config.api_url, json=sealed)
         return _json(response), _given_at(response) or self._clock()
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
-    """The answer. Its HTTP statuses are not documented: whatever is not 200 proves nothing, 429 included."""
+    """The answer's JSON. VNPay does not document its HTTP statuses: any but 200 proves nothing, 429 included."""
     try:
         answer = response.json()
     except ValueError as error:
@@ -479,17 +479,17 @@ def _json(response: httpx.Response) -> dict[str, Any]:
 
 
 def _given_at(response: httpx.Response) -> datetime | None:
-    """When VNPay answered, by its own clock; None where it does not tell."""
+    """When VNPay answered, by its own clock; None if the answer does not say."""
     try:
         return parsedate_to_datetime(response.headers.get("date", "")).astimezone(UTC)
     except ValueError:
         return None
 
 
-def _complain(code: str) -> None:
-    """Say loudly what no repetition will mend; as an outcome it is no news about the payment."""
+def _log_our_mistake(code: str) -> None:
+    """Log an error that no retry can fix; it says nothing about the payment, so the outcome is left as it is."""
     if code in OUR_MISTAKES:
-        log.error("vnpay does not accept our message", code=code, meaning=OUR_MISTAKES[code])
+        log.error("vnpay rejected our request", code=code, meaning=OUR_MISTAKES[code])
 
 
 def _charge_of(request: GatewayRequest) -> str:
@@ -498,30 +498,30 @@ def _charge_of(request: GatewayRequest) -> str:
 
 
 def _was_under_way(request: GatewayRequest, pay_date: str, ahead: timedelta) -> bool:
-    """Whether `request` was, when VNPay made what has this PayDate; so far is VNPay's clock ahead of ours."""
+    """Whether `pay_date` falls while `request` was under way. `ahead`: how far VNPay's clock is ahead of ours."""
     assert request.first_dispatched_at is not None, "a dispatched operation has a time"
     sent = request.first_dispatched_at + ahead
     try:
         made = datetime.strptime(pay_date, TIME).replace(tzinfo=VIETNAM)
     except ValueError:
         return False
-    # VNPay tells whole seconds.
+    # PayDate is in whole seconds.
     return sent - timedelta(seconds=1) < made < sent + UNDER_WAY
 
 
 def _own_number(answer: Mapping[str, Any], paid: Mapping[str, Any]) -> str | None:
-    """VNPay's number of the refund itself; None where it tells none, or that of the payment."""
+    """VNPay's number of the refund itself; None if the answer has none, or has the payment's."""
     number = str(answer.get("vnp_TransactionNo") or "0")
     return None if number in ("0", str(paid.get("vnp_TransactionNo"))) else number
 
 
 def minor_of(wire: Any) -> int:
-    """VND of an amount on the wire.
+    """An amount in dong, from VNPay's hundredths.
 
     Raises:
-        GatewayContractBroken: no whole dong.
+        GatewayContractBroken: not a whole number of dong.
     """
     text = str(wire)
     if not text.isascii() or not text.isdigit() or int(text) % HUNDREDTHS:
-        raise GatewayContractBroken(NAME, "an amount that is no whole number of dong")
+        raise GatewayContractBroken(NAME, "an amount that is not a whole number of dong")
     return int(text) // HUNDREDTHS

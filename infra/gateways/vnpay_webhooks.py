@@ -1,7 +1,7 @@
-"""VNPay's webhooks, which it calls IPN: how they are verified, and what they say.
+"""VNPay's webhooks, which it calls IPN: how they are verified and read.
 
-Promise: a message counts only with VNPay's signature over its fields, made for this terminal, and not with one that we
-made ourselves. What is read is never more than VNPay says of the one operation that its TxnRef names.
+Promise: a message counts only if VNPay signed its fields, for this terminal; a text that we signed ourselves does not
+count. An IPN is evidence about no other operation than the one that its TxnRef names.
 
 Source: https://sandbox.vnpayment.vn/apis/docs/thanh-toan-pay/pay.html.
 """
@@ -24,7 +24,7 @@ ANSWERS: Final[Mapping[Verdict, tuple[str, str]]] = {
     Verdict.UNKNOWN_PAYMENT: ("01", "Order not found"),
     Verdict.FORGED: ("97", "Invalid signature"),
 }
-"""RspCode and Message, always with HTTP 200; anything else is 99, which VNPay sends again."""
+"""RspCode and Message, always with HTTP 200; any other verdict is 99, after which VNPay sends the IPN again."""
 
 
 class VNPayWebhooks:
@@ -52,22 +52,22 @@ class VNPayWebhooks:
         return WebhookAnswer(200, f'{{"RspCode":"{code}","Message":"{message}"}}'.encode(), "application/json")
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def _verified(self, request: WebhookRequest) -> dict[str, str]:
         given, query = signed_pairs(request), request.query
         fields = {name: value for name, value in given.items() if name.startswith("vnp_")}
-        # What is read must be what was signed: an encoded name is read, and would be left out of the text as received.
-        # And the payer has a text that we signed ourselves: the payment URL.
+        # We may read only what was signed. `_as_received` would skip a name that is percent-encoded, yet we would read it.
+        # A request must be refused because the payer has one that we signed ourselves: the payment URL.
         if list(given) != [each.partition("=")[0] for each in query.split("&")]:
-            raise WebhookRefused(Verdict.FORGED, "a name is encoded")
+            raise WebhookRefused(Verdict.FORGED, "a parameter name is encoded")
         if "vnp_Command" in fields:
             raise WebhookRefused(Verdict.FORGED, "a request, not an IPN")
         signature = fields.pop("vnp_SecureHash", "")
         fields.pop("vnp_SecureHashType", None)
-        # All of these are texts of the same values under the same secret, so that none is weaker than another.
+        # All candidates encode the same values under the same secret, so none of them is weaker than another.
         candidates = (_as_received(query), form(fields), form(fields).replace("+", "%20"), _with_blanks(fields))
-        # A list, not a generator: how many are compared must not tell anything either.
+        # A list, not a generator: the time taken must not reveal which candidate matched.
         if not any([is_signed(self._config.hash_secret, each, signature) for each in candidates]):  # noqa: C419
             raise WebhookRefused(Verdict.FORGED, "no valid signature")
         if fields.get("vnp_TmnCode") != self._config.tmn_code:

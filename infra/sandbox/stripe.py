@@ -23,15 +23,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from infra.sandbox import forms
-from infra.sandbox.books import Books, StripeObject, newest
+from infra.sandbox import stripe_forms
 from infra.sandbox.connections import NoAnswer
 from infra.sandbox.controls import asking_to_rest, control_routes, hold_up, known_to_reads, spoiled
-from infra.sandbox.errors import Refused, invalid
-from infra.sandbox.events import Events
 from infra.sandbox.faults import Action, Call, Fault, Faults
-from infra.sandbox.forms import Params
 from infra.sandbox.journal import Journal
+from infra.sandbox.stripe_books import Books, StripeObject, newest
+from infra.sandbox.stripe_errors import StripeError, invalid
+from infra.sandbox.stripe_events import Events
+from infra.sandbox.stripe_forms import Params
 from infra.sandbox.webhooks import WebhookSender
 
 Execution = Callable[[Books, Request, Params], StripeObject]
@@ -135,9 +135,9 @@ def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
         text = (await request.body()).decode()
         try:
             _authenticate(request)
-            params = forms.parse(text)
-        except Refused as refused:
-            return _error(state, refused)
+            params = stripe_forms.parse(text)
+        except StripeError as error:
+            return _error(state, error)
         fault = state.faults.pick(_call(state.books, request, operation, params))
         response = _before(state, fault)
         if response is None:
@@ -162,8 +162,8 @@ async def _once(
     request_id, is_stored = _request_id(state), True
     try:
         status, body = 200, executed()
-    except Refused as refused:
-        status, body, is_stored = refused.status, _dump({"error": refused.error}), refused.is_stored
+    except StripeError as error:
+        status, body, is_stored = error.status, _dump({"error": error.error}), error.is_stored
     if key is not None and not is_stored:
         del state.answers[key]
     _remember(state, key if is_stored else None, Stored(fingerprint, status, body, request_id))
@@ -199,10 +199,10 @@ def _remember(state: SandboxState, key: str | None, answer: Stored) -> None:
 def _replay(state: SandboxState, known: Stored, fingerprint: str) -> Response:
     if known.fingerprint != fingerprint:
         message = "Keys for idempotent requests can only be used with the same parameters they were first used with."
-        return _error(state, Refused(400, message, type="idempotency_error"))
+        return _error(state, StripeError(400, message, type="idempotency_error"))
     if known.body is None:
         message = "There is currently another in-progress request using this idempotency key."
-        return _error(state, Refused(409, message, code="idempotency_key_in_use"))
+        return _error(state, StripeError(409, message, code="idempotency_key_in_use"))
     response = _respond(known.body, known.status, _request_id(state))
     response.headers["Idempotent-Replayed"] = "true"
     response.headers["Original-Request"] = known.request_id
@@ -223,10 +223,10 @@ def _before(state: SandboxState, fault: Fault | None) -> Response | None:
         case Action.CUT_BEFORE:
             return NoAnswer()
         case Action.RATE_LIMIT:
-            return asking_to_rest(fault, _error(state, Refused(429, "Too many requests.", code="rate_limit")))
+            return asking_to_rest(fault, _error(state, StripeError(429, "Too many requests.", code="rate_limit")))
         case Action.CONFLICT:
             message = "There is currently another in-progress request using this idempotency key."
-            return _error(state, Refused(409, message, code="idempotency_key_in_use"))
+            return _error(state, StripeError(409, message, code="idempotency_key_in_use"))
         case Action.UNAVAILABLE:
             page = "<html>503 Service Unavailable</html>"
             return asking_to_rest(fault, Response(page, 503, media_type="text/html"))
@@ -234,15 +234,15 @@ def _before(state: SandboxState, fault: Fault | None) -> Response | None:
             return None
 
 
-def _internal_error() -> Refused:
-    return Refused(500, "An unknown error occurred.", type="api_error")
+def _internal_error() -> StripeError:
+    return StripeError(500, "An unknown error occurred.", type="api_error")
 
 
 def _authenticate(request: Request) -> None:
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     is_known = scheme == "Basic" or (scheme == "Bearer" and credentials.startswith(("sk_", "rk_")))
     if not is_known:
-        raise Refused(401, "Invalid API Key provided.", is_stored=False)
+        raise StripeError(401, "Invalid API Key provided.", is_stored=False)
 
 
 # --- requests that only read ----------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request
             await asyncio.sleep(state.latency_seconds)
         try:
             _authenticate(request)
-            params = forms.parse(request.url.query)
+            params = stripe_forms.parse(request.url.query)
             fault = state.faults.pick(_call(state.books, request, "read", params))
             await hold_up(fault)
             response = _before(state, fault)
@@ -265,8 +265,8 @@ def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request
                 books = known_to_reads(fault, state.books)
                 body = _answered(fault, lambda: _body(read(books, request, params), params, books))
                 response = _respond(body, 200, _request_id(state))
-        except Refused as refused:
-            return _error(state, refused)
+        except StripeError as error:
+            return _error(state, error)
         return spoiled(fault, response, state.sender)
 
     return endpoint
@@ -280,7 +280,7 @@ def _answered(fault: Fault | None, answer: Callable[[], bytes]) -> bytes:
 
 
 def _list_payment_intents(books: Books, request: Request, params: Params) -> StripeObject:
-    forms.allow(params, ("created", "customer", "limit", "starting_after", "expand"))
+    stripe_forms.allow(params, ("created", "customer", "limit", "starting_after", "expand"))
     customer = params.get("customer")
     is_wanted = _created_filter(params)
     found = newest(
@@ -290,7 +290,7 @@ def _list_payment_intents(books: Books, request: Request, params: Params) -> Str
 
 
 def _list_refunds(books: Books, request: Request, params: Params) -> StripeObject:
-    forms.allow(params, ("payment_intent", "charge", "created", "limit", "starting_after", "expand"))
+    stripe_forms.allow(params, ("payment_intent", "charge", "created", "limit", "starting_after", "expand"))
     reference = params.get("payment_intent")
     if "charge" in params:
         reference = books.charge(params["charge"])["payment_intent"]
@@ -312,13 +312,15 @@ def _created_filter(params: Params) -> Callable[[StripeObject], bool]:
     created = params.get("created", {})
     if not isinstance(created, dict):
         created = {"gte": created, "lte": created}
-    begin = max(forms.integer(created, "gte", default=0), forms.integer(created, "gt", default=-1) + 1)
-    end = min(forms.integer(created, "lte", default=2**62) + 1, forms.integer(created, "lt", default=2**62))
+    begin = max(stripe_forms.integer(created, "gte", default=0), stripe_forms.integer(created, "gt", default=-1) + 1)
+    end = min(
+        stripe_forms.integer(created, "lte", default=2**62) + 1, stripe_forms.integer(created, "lt", default=2**62)
+    )
     return lambda each: begin <= each["created"] < end
 
 
 def _page(found: Iterable[StripeObject], params: Params, url: str) -> StripeObject:
-    limit, after = forms.integer(params, "limit", default=10), params.get("starting_after")
+    limit, after = stripe_forms.integer(params, "limit", default=10), params.get("starting_after")
     listed = list(found)
     if after is not None:
         ids = [each["id"] for each in listed]
@@ -332,7 +334,7 @@ def _page(found: Iterable[StripeObject], params: Params, url: str) -> StripeObje
 
 
 def _body(answer: StripeObject, params: Params, books: Books) -> bytes:
-    expanded = forms.values(params, "expand")
+    expanded = stripe_forms.values(params, "expand")
     if "latest_charge" in expanded:
         answer = _expand(answer, books)
     elif "data.latest_charge" in expanded:
@@ -359,8 +361,8 @@ def _respond(body: bytes, status: int, request_id: str) -> Response:
     return Response(body, status, headers=headers, media_type="application/json")
 
 
-def _error(state: SandboxState, refused: Refused) -> Response:
-    return _respond(_dump({"error": refused.error}), refused.status, _request_id(state))
+def _error(state: SandboxState, error: StripeError) -> Response:
+    return _respond(_dump({"error": error.error}), error.status, _request_id(state))
 
 
 # --- the simulator's own pages --------------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ async def _books(request: Request) -> Response:
 async def _find(request: Request) -> Response:
     """PaymentIntents whose metadata has all of `?metadata[name]=value`."""
     books: Books = request.app.state.sandbox.books
-    wanted = forms.parse(request.url.query).get("metadata", {})
+    wanted = stripe_forms.parse(request.url.query).get("metadata", {})
     candidates = books.intents_of(wanted["payment_id"]) if "payment_id" in wanted else books.payment_intents.values()
     return JSONResponse({"data": books.details(i for i in candidates if wanted.items() <= i["metadata"].items())})
 
@@ -405,8 +407,8 @@ def _own(change: Callable[[Books, Request], StripeObject]) -> Callable[[Request]
         state: SandboxState = request.app.state.sandbox
         try:
             changed = change(state.books, request)
-        except Refused as refused:
-            return _error(state, refused)
+        except StripeError as error:
+            return _error(state, error)
         state.save(None)
         return JSONResponse(changed)
 
@@ -432,8 +434,8 @@ async def _authenticate_payer(request: Request) -> Response:
         intent = state.books.authenticate(
             reference, is_successful=is_successful, declined_as=declined.code if declined else None
         )
-    except Refused as refused:
-        return _error(state, refused)
+    except StripeError as error:
+        return _error(state, error)
     state.save(None)
     return_url = action.get("redirect_to_url", {}).get("return_url")
     if request.query_params.get("redirect") == "true" and return_url:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from secrets import token_hex
 from typing import Any, Final
 
-from infra.sandbox import cards, forms
-from infra.sandbox.errors import Refused, invalid, missing
-from infra.sandbox.forms import Params
+from infra.sandbox import stripe_cards, stripe_forms
+from infra.sandbox.stripe_errors import StripeError, invalid, missing
+from infra.sandbox.stripe_forms import Params
 
 StripeObject = dict[str, Any]
 
@@ -80,14 +80,14 @@ class Books:
 
     def create(self, params: Params) -> StripeObject:
         intent = _new_intent(params)
-        is_confirmed = forms.boolean(params, "confirm", default=False)
+        is_confirmed = stripe_forms.boolean(params, "confirm", default=False)
         if is_confirmed and intent["payment_method"] is None:
             raise invalid("You cannot confirm this PaymentIntent: it's missing a payment method.", param="confirm")
         self.keep(intent)
         return self._attempt(intent, params) if is_confirmed else intent
 
     def confirm(self, reference: str, params: Params) -> StripeObject:
-        forms.allow(params, CONFIRM_PARAMS)
+        stripe_forms.allow(params, CONFIRM_PARAMS)
         intent = self.payment_intent(reference)
         if intent["status"] not in ("requires_payment_method", "requires_confirmation"):
             raise _unexpected_state(intent, "confirmed")
@@ -101,7 +101,7 @@ class Books:
         intent["last_payment_error"] = None
         if not card.requires_action:
             return self._charge(intent)
-        if forms.boolean(params, "off_session", default=False):
+        if stripe_forms.boolean(params, "off_session", default=False):
             return self._decline(intent, "authentication_required", "authentication_required")
         intent.update(status="requires_action", next_action=_next_action(intent, params.get("return_url")))
         self.keep(intent)
@@ -119,7 +119,7 @@ class Books:
             if is_successful:
                 return self._charge(intent)
             self._decline(intent, "payment_intent_authentication_failure", None)
-        except Refused:
+        except StripeError:
             return intent
         return intent
 
@@ -146,7 +146,7 @@ class Books:
         return self._decline(intent, "card_declined", decline_code)
 
     def _decline(self, intent: StripeObject, code: str, decline_code: str | None) -> StripeObject:
-        charge = _new_charge(intent, cards.Card(), is_held=True)
+        charge = _new_charge(intent, stripe_cards.Card(), is_held=True)
         charge.update(status="failed", paid=False, failure_code=code)
         self.keep(charge)
         details = {"code": code, "decline_code": decline_code, "charge": charge["id"]}
@@ -160,14 +160,14 @@ class Books:
             next_action=None,
         )
         self.keep(intent)
-        raise Refused(402, message, type="card_error", payment_intent=intent, **details)
+        raise StripeError(402, message, type="card_error", payment_intent=intent, **details)
 
     def capture(self, reference: str, params: Params) -> StripeObject:
-        forms.allow(params, CAPTURE_PARAMS)
+        stripe_forms.allow(params, CAPTURE_PARAMS)
         intent = self.payment_intent(reference)
-        marks = forms.metadata(params)
-        told = forms.boolean(params, "final_capture", default=True) if "final_capture" in params else None
-        amount = forms.integer(params, "amount_to_capture", minimum=0, default=intent["amount_capturable"])
+        marks = stripe_forms.metadata(params)
+        told = stripe_forms.boolean(params, "final_capture", default=True) if "final_capture" in params else None
+        amount = stripe_forms.integer(params, "amount_to_capture", minimum=0, default=intent["amount_capturable"])
         if intent["status"] != "requires_capture":
             raise _unexpected_state(intent, "captured")
         charge = self.charges[intent["latest_charge"]]
@@ -186,9 +186,9 @@ class Books:
         return intent
 
     def cancel(self, reference: str, params: Params) -> StripeObject:
-        forms.allow(params, CANCEL_PARAMS)
+        stripe_forms.allow(params, CANCEL_PARAMS)
         reasons = ("duplicate", "fraudulent", "requested_by_customer", "abandoned")
-        reason = forms.choice(params, "cancellation_reason", reasons)
+        reason = stripe_forms.choice(params, "cancellation_reason", reasons)
         intent = self.payment_intent(reference)
         if intent["status"] not in CANCELABLE or intent["amount_received"]:
             raise _unexpected_state(intent, "canceled")
@@ -236,19 +236,19 @@ class Books:
         return charge
 
     def refund(self, params: Params) -> StripeObject:
-        forms.allow(params, REFUND_PARAMS)
-        reason = forms.choice(params, "reason", ("duplicate", "fraudulent", "requested_by_customer"))
-        marks = forms.metadata(params)
+        stripe_forms.allow(params, REFUND_PARAMS)
+        reason = stripe_forms.choice(params, "reason", ("duplicate", "fraudulent", "requested_by_customer"))
+        marks = stripe_forms.metadata(params)
         intent = self._refunded_intent(params)
         left = intent["amount_received"] - self._refunded(intent["id"])
         if left <= 0:
             if intent["amount_received"] == 0:
-                raise Refused(400, "This PaymentIntent does not have a captured charge to refund.")
-            raise Refused(400, "Charge has already been refunded.", code="charge_already_refunded")
-        amount = forms.integer(params, "amount", default=left)
+                raise StripeError(400, "This PaymentIntent does not have a captured charge to refund.")
+            raise StripeError(400, "Charge has already been refunded.", code="charge_already_refunded")
+        amount = stripe_forms.integer(params, "amount", default=left)
         if amount > left:
             message = f"Refund amount ({amount}) is greater than unrefunded amount on charge ({left})"
-            raise Refused(400, message, param="amount")
+            raise StripeError(400, message, param="amount")
         refund = self._new_refund(intent, amount, reason, marks)
         self.keep(refund)
         self._note_refunded(intent)
@@ -406,23 +406,23 @@ def _now() -> int:
 
 def _payment_method(params: Params) -> str | None:
     name = params.get("payment_method")
-    if name is not None and cards.find(name) is None:
+    if name is not None and stripe_cards.find(name) is None:
         raise missing("PaymentMethod", name, param="payment_method", status=400)
     return name
 
 
-def _card_of(intent: StripeObject) -> cards.Card:
-    return cards.find(intent["payment_method"] or "") or cards.Card()
+def _card_of(intent: StripeObject) -> stripe_cards.Card:
+    return stripe_cards.find(intent["payment_method"] or "") or stripe_cards.Card()
 
 
 def _new_intent(params: Params) -> StripeObject:
     if "payment_method_types" in params:  # gone since 2026-09-30.endive
         message = "payment_method_types is no longer supported; use allowed_payment_method_types."
         raise invalid(message, param="payment_method_types", code="payment_method_types_no_longer_supported")
-    forms.allow(params, CREATE_PARAMS)
-    currency, amount = _currency(params), forms.integer(params, "amount")
+    stripe_forms.allow(params, CREATE_PARAMS)
+    currency, amount = _currency(params), stripe_forms.integer(params, "amount")
     _check_amount(amount, currency)
-    method = forms.choice(
+    method = stripe_forms.choice(
         params, "capture_method", ("automatic", "automatic_async", "manual"), default="automatic_async"
     )
     payment_method, reference = _payment_method(params), f"pi_{token_hex(12)}"
@@ -444,7 +444,7 @@ def _new_intent(params: Params) -> StripeObject:
         "last_payment_error": None,
         "latest_charge": None,
         "livemode": False,
-        "metadata": forms.metadata(params),
+        "metadata": stripe_forms.metadata(params),
         "next_action": None,
         "payment_method": payment_method,
         "payment_method_options": params.get("payment_method_options", {}),
@@ -469,7 +469,7 @@ def _check_amount(amount: int, currency: str) -> None:
         raise invalid(f"Amounts in {currency} must be multiples of {MULTIPLES[currency]}", param="amount")
 
 
-def _new_charge(intent: StripeObject, card: cards.Card, *, is_held: bool) -> StripeObject:
+def _new_charge(intent: StripeObject, card: stripe_cards.Card, *, is_held: bool) -> StripeObject:
     options = intent["payment_method_options"].get("card", {})
     wants_several = isinstance(options, dict) and options.get("request_multicapture") == "if_available"
     details: StripeObject = {
@@ -504,15 +504,15 @@ def _new_charge(intent: StripeObject, card: cards.Card, *, is_held: bool) -> Str
 def _check_capture(intent: StripeObject, charge: StripeObject, amount: int, is_final: bool | None) -> None:
     if amount > intent["amount_capturable"]:
         message = "The payment could not be captured because the requested capture amount is greater than the hold."
-        raise Refused(400, message, code="amount_too_large", param="amount_to_capture", payment_intent=intent)
+        raise StripeError(400, message, code="amount_too_large", param="amount_to_capture", payment_intent=intent)
     if amount % MULTIPLES.get(intent["currency"], 1):
         raise invalid(f"Amounts in {intent['currency']} must be whole", param="amount_to_capture")
     if amount == 0 and not (is_final is not False and intent["amount_received"]):
         message = "This value must be greater than or equal to 1."
-        raise Refused(400, message, code="parameter_invalid_integer", param="amount", payment_intent=intent)
+        raise StripeError(400, message, code="parameter_invalid_integer", param="amount", payment_intent=intent)
     has_several = charge["payment_method_details"]["card"]["multicapture"]["status"] == "available"
     if not has_several and is_final is not None:
-        raise Refused(400, "final_capture needs multicapture, which is not available.", param="final_capture")
+        raise StripeError(400, "final_capture needs multicapture, which is not available.", param="final_capture")
 
 
 def _next_action(intent: StripeObject, return_url: str | None) -> StripeObject:
@@ -522,6 +522,6 @@ def _next_action(intent: StripeObject, return_url: str | None) -> StripeObject:
     return {"type": "redirect_to_url", "redirect_to_url": {"url": url, "return_url": return_url}}
 
 
-def _unexpected_state(intent: StripeObject, verb: str) -> Refused:
+def _unexpected_state(intent: StripeObject, verb: str) -> StripeError:
     message = f"This PaymentIntent could not be {verb} because it has a status of {intent['status']}."
-    return Refused(400, message, code="payment_intent_unexpected_state", payment_intent=intent)
+    return StripeError(400, message, code="payment_intent_unexpected_state", payment_intent=intent)

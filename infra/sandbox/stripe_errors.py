@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class Refused(Exception):
+class StripeError(Exception):
     """An answer that is an error. `is_stored` is False for what Stripe decides before its idempotency layer.
 
     Source: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
@@ -29,12 +29,12 @@ class Refused(Exception):
         }
 
 
-def invalid(message: str, *, param: str | None = None, code: str | None = None) -> Refused:
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> StripeError:
     """A parameter that Stripe refuses before execution."""
-    return Refused(400, message, is_stored=False, param=param, code=code)
+    return StripeError(400, message, is_stored=False, param=param, code=code)
 
 
-def missing(kind: str, reference: str, *, param: str, status: int = 404) -> Refused:
+def missing(kind: str, reference: str, *, param: str, status: int = 404) -> StripeError:
     """An object that does not exist: 404 in a path, 400 in a parameter."""
     message = f"No such {kind}: '{reference}'"
-    return Refused(status, message, is_stored=False, param=param, code="resource_missing")
+    return StripeError(status, message, is_stored=False, param=param, code="resource_missing")

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
-from infra.sandbox.errors import invalid
+from infra.sandbox.stripe_errors import invalid
 
 Params = dict[str, Any]
 
@@ -15,7 +15,7 @@ def parse(encoded: str) -> Params:
     """Nested maps of strings. A list keeps its indices as keys; read it with `values`.
 
     Raises:
-        Refused: a name that is a value in one place and a map in another.
+        StripeError: a name that is a value in one place and a map in another.
     """
     params: Params = {}
     for name, value in parse_qsl(encoded, keep_blank_values=True):
