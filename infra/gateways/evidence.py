@@ -1,4 +1,4 @@
-"""Turns a provider's refusal into an outcome. Where the refusal alone proves nothing, a status query decides."""
+"""Turn a provider's refusal into an outcome. If the refusal alone proves nothing, a status query decides."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ Status = Callable[[GatewayRequest], Awaitable[Outcome]]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The refusal alone does not tell: look for evidence, and without any take `otherwise`."""
+    """The refusal alone proves nothing: query the status, and use `otherwise` if that shows no evidence either."""
 
     otherwise: Outcome | GatewayError
 
 
 Translation = Outcome | GatewayError | Look
-"""What a refusal means: it says what became of the operation, or what the caller may do, or to look."""
+"""What a refusal means: an outcome of the operation, an error that says what the caller may do, or a query first."""
 
 
 async def conclude(
     translation: Translation, request: GatewayRequest, *, status: Status, refused: Exception, facts: str
 ) -> Outcome:
-    """The outcome that `refused` comes to; `facts` is what may be told of it.
+    """The outcome of a call that `refused` ended; `facts` is what may be logged of it.
 
     Raises:
-        OutcomeUnknown: it was looked for evidence in vain: not being able to look is no proof of anything.
-        GatewayError: what the translation says, or what it says without evidence.
+        OutcomeUnknown: the status query failed, which proves nothing.
+        GatewayError: the translation, or its `otherwise` if the query showed no evidence.
     """
     if isinstance(translation, Look):
         translation = await _look(translation, request, status, facts)

@@ -1,6 +1,6 @@
-"""A gateway inside the process that says yes to everything: for benchmarks of everything around the gateway.
+"""An in-process gateway that approves everything, for benchmarks of everything around the gateway.
 
-It moves no money and remembers nothing but how busy it was, as a provider would see it. Never register it where real
+It moves no money and remembers only how many calls it had, as a provider would see them. Never register it where real
 payments run.
 """
 
@@ -18,8 +18,8 @@ from domain.commands import OperationKind
 from domain.money import MINOR_UNITS
 from domain.operations import GatewayRequest, Outcome, Succeeded
 
-MOST_AT_ONCE: Final = Gauge("payments_instant_gateway_most_at_once", "Calls of the gateway for benchmarks, at most")
-MOST_IN_A_SECOND: Final = Gauge("payments_instant_gateway_most_in_a_second", "The same, begun within any second")
+MOST_AT_ONCE: Final = Gauge("payments_instant_gateway_most_at_once", "Most calls at once of the gateway for benchmarks")
+MOST_IN_A_SECOND: Final = Gauge("payments_instant_gateway_most_in_a_second", "Most calls of it begun within one second")
 
 _CAPABILITIES: Final = Capabilities(
     operations=frozenset(OperationKind),
@@ -34,7 +34,7 @@ _CAPABILITIES: Final = Capabilities(
 
 
 class InstantGateway:
-    """Succeeds after `latency_seconds`; at 0 without ever giving way to another task. The same key, the same answer."""
+    """Succeeds after `latency_seconds`; at 0 without yielding to another task. The same key gets the same answer."""
 
     name = "instant"
     capabilities = _CAPABILITIES
@@ -68,11 +68,11 @@ class InstantGateway:
         return await self._succeed(request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """Every operation that anybody asks about has succeeded here."""
+        """Success, for every operation."""
         return await self._succeed(request)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     async def _succeed(self, request: GatewayRequest) -> Outcome:
         self._note()

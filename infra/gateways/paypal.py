@@ -1,18 +1,19 @@
-"""PayPal's gateway: its capabilities, what it sends for each operation, and what it makes of the answers.
+"""PayPal's gateway: its capabilities, and the requests and answers of each operation.
 
-Beside it: `paypal_http.py` has the configuration and the connection, `paypal_objects.py` the amounts, our marks and the
-status tables, `paypal_errors.py` the error table, `paypal_webhooks.py` the webhooks.
+`paypal_http.py` has the configuration and the connection, `paypal_objects.py` the amounts, our marks and the status
+tables, `paypal_errors.py` the error table, `paypal_webhooks.py` the webhooks.
 
-Promise: a success or a refusal is reported only on PayPal's explicit word for this very operation; an order that is
-COMPLETED is not paid, the payments inside it tell. Whatever we cannot read is `Pending` or an `OutcomeUnknown`. Every
-POST carries a `PayPal-Request-Id` made of `request.provider_key` and the step. Every payment carries our marks:
+Promise: a success or a refusal is reported only if PayPal reports it for this very operation. An order that is
+COMPLETED need not be paid; only the payments inside it show that. Whatever we cannot read is `Pending` or an
+`OutcomeUnknown`. Every POST carries a `PayPal-Request-Id` made of `request.provider_key` and the step, and every
+payment our marks:
 `custom_id` is `payment_id.operation_number` of the operation that opened the order (captures of a hold inherit it), and
 `invoice_id`, which PayPal takes once per account, is `payment_id.operation_number.kind` of the operation itself.
 
 Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/,
 https://developer.paypal.com/reference/guidelines/idempotency/,
-https://developer.paypal.com/docs/checkout/advanced/authorization-honor/. What they do not say is called unconfirmed
-here and fails safe.
+https://developer.paypal.com/docs/checkout/advanced/authorization-honor/. What they leave open is called
+unconfirmed here and fails safe.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -63,13 +64,13 @@ from infra.gateways.paypal_objects import (
 )
 
 VAULT: Final = "vault:"
-"""A payment method `vault:<id>` is a PayPal wallet that the payer left with us; any other one means a redirect."""
+"""A payment method `vault:<id>` is a PayPal wallet that the payer stored; any other means a redirect."""
 
 EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
-"""The shortest time that PayPal is said to leave a payer. An order that is gone sooner is no order that expired."""
+"""The shortest approval window that is reported for PayPal. An order that is gone sooner has not expired."""
 
 EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
-"""The longest approval window that PayPal grants to anybody. An order that is gone later has another story."""
+"""The longest approval window that PayPal grants. An order that is gone later is gone for another reason."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,8 +79,8 @@ T = TypeVar("T")
 class PayPalGateway:
     """PayPal's orders and the payments in them. Create it inside the event loop that uses it.
 
-    The provider's payment (`gateway_payment_id`) is the order, in which the ids of its holds and captures are found.
-    A message of an exception never contains a secret or a body.
+    The provider's payment (`gateway_payment_id`) is the order, which contains the ids of its holds and captures.
+    Exception messages never contain a secret or a body.
     """
 
     name = NAME
@@ -97,21 +98,21 @@ class PayPalGateway:
             partial_refund=True,
             off_session=False,  # a stored wallet (`vault:`) never asks for the payer
             cancel_waiting=True,
-            idempotency_retention=timedelta(hours=5),  # PayPal promises 6 for orders, 45 days for what follows them
+            idempotency_retention=timedelta(hours=5),  # PayPal promises 6 for orders, 45 days for later requests
             listing=Listing.MOVEMENTS,
             limits={code: AmountLimits(minimum_minor=10 ** MINOR_UNITS[code]) for code in WHOLE & config.currencies},
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
-        """Hold `request.amount` for a later capture, or tell where the payer has to consent to that first."""
+        """Hold `request.amount` for a later capture; `RequiresAction` if the payer must consent first."""
         return await self._open(request)
 
     async def charge(self, request: GatewayRequest) -> Outcome:
-        """Take `request.amount` at once, or tell where the payer has to consent to that first."""
+        """Capture `request.amount` at once; `RequiresAction` if the payer must consent first."""
         return await self._open(request)
 
     async def capture(self, request: GatewayRequest) -> Outcome:
-        """Take `request.amount` of the hold; `request.is_final` releases what is left of it.
+        """Capture `request.amount` of the hold; `request.is_final` releases the rest.
 
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_capture
         """
@@ -131,9 +132,9 @@ class PayPalGateway:
         return await self._post(request, path, body, "capture", read_capture)
 
     async def void(self, request: GatewayRequest) -> Outcome:
-        """Release what is left of the hold, or end an order that the payer has not paid yet.
+        """Release the rest of the hold, or cancel an order that the payer has not paid yet.
 
-        For the latter nothing is sent: an order is executed by our own call only, which is never made after this.
+        To cancel an order nothing is sent: only our own call executes an order, and none is made after this.
 
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
         """
@@ -147,10 +148,11 @@ class PayPalGateway:
         return await self._post(request, path, None, "void", partial(read_release, authorization["id"]))
 
     async def refund(self, request: GatewayRequest) -> Outcome:
-        """Return `request.amount` of one capture, the smallest that can bear it; PayPal may need days (`Pending`).
+        """Return `request.amount` of one capture, the one with the least left that suffices.
 
-        A repeated attempt looks for its own refund first. Should somebody have refunded at PayPal's pages between two
-        attempts, so that another capture is chosen, then the request id and the invoice id are still the first one's.
+        `Pending` while PayPal processes it, which may take days. A repeated attempt looks for its own refund first. If
+        somebody refunds in PayPal's pages between two attempts, so that the second chooses another capture, the request
+        id and the invoice id are still those of the first.
 
         Source: https://developer.paypal.com/docs/api/payments/v2/#captures_refund
         """
@@ -171,9 +173,9 @@ class PayPalGateway:
         )
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Go on with an order that the payer may have approved: executes it once, however often this is called.
+        """Execute an order once the payer has approved it, at most once however often this is called.
 
-        Of a capture, void or refund it is `status`: PayPal goes on with these by itself.
+        A capture, void or refund is only queried, as by `status`: PayPal goes on with these by itself.
         """
         if request.kind not in (OperationKind.AUTHORIZE, OperationKind.CHARGE) or request.reference is None:
             return await self.status(request)
@@ -181,18 +183,19 @@ class PayPalGateway:
         return self._gone(request) if order is None else await self._proceed(order, request)
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """What PayPal shows of this operation. Causes nothing.
+        """Query the operation's outcome. Changes nothing at PayPal.
 
-        PayPal cannot be searched by our marks, so an order whose id we never learnt is `Unknown`. Nothing of such a one
-        moves unless its payment method is vaulted; then the same request id within its time is the way to find it.
+        PayPal cannot be searched by our marks, so an order whose id we never learnt is `Unknown`. Such an order moves
+        no money unless its payment method is vaulted; then repeating the POST with the same request id, while PayPal
+        remembers it, returns the order.
 
         Raises:
-            GatewayUnreachable: the question did not arrive.
-            OutcomeUnknown: there was no readable answer to it.
+            GatewayUnreachable: the query did not reach PayPal.
+            OutcomeUnknown: there was no readable answer.
         """
         reference = request.gateway_payment_id or request.reference
         if reference is None:
-            return Unknown("PayPal shows no order without its id")
+            return Unknown("the order's id is not known")
         order = await self._order(reference)
         if order is None:
             return self._gone(request)
@@ -209,9 +212,9 @@ class PayPalGateway:
                 assert_never(request.kind)
 
     async def movements(self, since: datetime, until: datetime) -> AsyncIterator[Movement]:
-        """Every capture and refund of this time, as Transaction Search tells them: up to three hours late.
+        """Every capture and refund from `since` to before `until`, from Transaction Search; it lags up to 3 hours.
 
-        The app at PayPal needs the permission for it.
+        The app at PayPal needs permission to search transactions.
 
         Raises:
             GatewayError: the list could not be read to its end.
@@ -222,9 +225,9 @@ class PayPalGateway:
         begin, end = (each.astimezone(UTC).replace(microsecond=0) for each in (since, until))
         while begin < end:
             stop = min(begin + SEARCH_RANGE, end)
-            async for told in self._transactions(begin, stop):
-                movement = _understood(_movement, told)
-                # A transaction may stand on two pages, if others come while they are read.
+            async for transaction in self._transactions(begin, stop):
+                movement = _understood(_movement, transaction)
+                # A transaction may be on two pages, if new ones arrive while we read.
                 if movement is not None and movement.reference not in seen and begin <= movement.moved_at < stop:
                     seen.add(movement.reference)
                     yield movement
@@ -237,7 +240,7 @@ class PayPalGateway:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     async def _open(self, request: GatewayRequest) -> Outcome:
-        """Create the order, or go on with the one that an earlier attempt created."""
+        """Create the order, or resume the one that an earlier attempt created."""
         if request.reference is not None:
             return await self.resume(request)
         try:
@@ -279,7 +282,7 @@ class PayPalGateway:
         return {"experience_context": experience}
 
     async def _proceed(self, order: Json, request: GatewayRequest) -> Outcome:
-        """Execute an order that is approved; otherwise read what is there."""
+        """Execute an approved order; otherwise read its outcome."""
         found = _understood(read_opening, order, request)
         if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(payments_of(order).values()):
             return found
@@ -291,10 +294,10 @@ class PayPalGateway:
             return Pending(order["id"])
 
     async def _execute(self, order_id: str, request: GatewayRequest) -> Outcome:
-        """Turn the payer's consent into the payment.
+        """Authorize or capture an order that the payer approved.
 
-        An answer that is lost makes it `Pending`: PayPal has the order, and is asked for it again. A request id that
-        PayPal has forgotten does no harm: an order is authorized or captured once.
+        If the answer is lost, the caller reports `Pending`: PayPal has the order, and it is queried later. Repeating
+        this after PayPal forgot the request id does no harm: an order is authorized or captured only once.
         """
         step = "authorize" if request.kind is OperationKind.AUTHORIZE else "capture"
         path = f"/v2/checkout/orders/{quoted(order_id)}/{step}"
@@ -302,11 +305,11 @@ class PayPalGateway:
             order = await self._api.post(path, {}, request_id=f"{request.provider_key}:{step}")
             return _understood(read_opening, order, request)
         except PayPalRefused as refused:
-            # It proves nothing of an earlier call to execute the same order, which may have been lost.
+            # It proves nothing about an earlier call to execute the same order, whose answer may have been lost.
             return await self._conclude(refused, request._replace(state=OperationState.PENDING))
 
     async def _refund_status(self, order: Json, request: GatewayRequest) -> Outcome:
-        """From the order, or by the refund's own id where an earlier answer told it and the order does not list it."""
+        """From the order; or, if the order does not list the refund, by its id from an earlier answer."""
         found = _understood(read_refunds, order, request)
         if request.reference is None or not isinstance(found, Unknown):
             return found
@@ -314,42 +317,42 @@ class PayPalGateway:
         return _understood(read_refund, refund, request) if refund is not None else found
 
     def _gone(self, request: GatewayRequest) -> Outcome:
-        """PayPal denies that the order exists. That it expired is believed while an execution is not in doubt.
+        """The outcome when PayPal answers that the order does not exist: expired, unless it may have been executed.
 
-        Not before its time can be over: an order that was created a moment ago may not show everywhere at PayPal yet.
-        PayPal keeps an order that was paid; for how long is unconfirmed, so an order that is gone after days, when
-        nobody looked, is a question for a person.
+        It counts as expired only once its time can be over, because a new order may not be visible everywhere at PayPal
+        yet. PayPal keeps paid orders, but for how long is unconfirmed. So an order that is first found gone after days
+        is `Unknown`, for a person to look at.
         """
         began = request.first_dispatched_at
-        is_its_time = began is not None and EXPIRY_SHOWS_AFTER <= self._clock() - began < EXPIRY_SHOWS_WITHIN
-        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_its_time:
+        is_in_window = began is not None and EXPIRY_SHOWS_AFTER <= self._clock() - began < EXPIRY_SHOWS_WITHIN
+        if request.state is OperationState.REQUIRES_ACTION and request.reference is not None and is_in_window:
             return Expired(request.reference, "RESOURCE_NOT_FOUND")
         return Unknown("PayPal shows no such order")
 
     # --- lists ------------------------------------------------------------------------------------------------------
 
     async def _transactions(self, since: datetime, until: datetime) -> AsyncIterator[Json]:
-        """What PayPal tells of this time, which is halved until it is no more than PayPal tells at once."""
+        """The transactions of this time; it is halved for as long as a part has more than one search returns."""
         page, pages = 1, 1
         while page <= pages:
             answer = await self._api.search(since, until, page)
             if answer is None and page == 1:
-                async for told in self._halves(since, until):
-                    yield told
+                async for transaction in self._halves(since, until):
+                    yield transaction
                 return
             if answer is None:
-                raise OutcomeUnknown(NAME, "the list grew too long while it was read")
-            for told in _understood(_told, answer):
-                yield told
+                raise OutcomeUnknown(NAME, "the list grew too long while it was being read")
+            for transaction in _understood(_listed, answer):
+                yield transaction
             page, pages = page + 1, _understood(_pages, answer)
 
     async def _halves(self, since: datetime, until: datetime) -> AsyncIterator[Json]:
         middle = (since + (until - since) / 2).replace(microsecond=0)
         if middle <= since:
-            raise GatewayContractBroken(NAME, "there is more in a second than PayPal tells at once")
+            raise GatewayContractBroken(NAME, "a single second has more transactions than one search returns")
         for begin, end in ((since, middle), (middle, until)):
-            async for told in self._transactions(begin, end):
-                yield told
+            async for transaction in self._transactions(begin, end):
+                yield transaction
 
     # --- shared steps -----------------------------------------------------------------------------------------------
 
@@ -357,10 +360,10 @@ class PayPalGateway:
         return await self._api.get(f"/v2/checkout/orders/{quoted(reference)}")
 
     async def _order_before(self, request: GatewayRequest) -> Json:
-        """The order that a capture, void or refund acts on; without it nothing of this attempt was executed.
+        """The order that a capture, void or refund acts on. If this raises, this attempt has sent nothing else.
 
         Raises:
-            GatewayUnreachable: PayPal could not be asked for the order, or does not show it.
+            GatewayUnreachable: the order could not be queried, or PayPal does not show it.
         """
         assert request.gateway_payment_id is not None, "a capture, void or refund acts on a payment known to PayPal"
         try:
@@ -379,7 +382,7 @@ class PayPalGateway:
         step: str,
         read: Callable[[Json, GatewayRequest], Outcome],
     ) -> Outcome:
-        """Send with the operation's key and read the answer, or say what is known without one."""
+        """Send with the operation's key; return the outcome of the answer, or what a refusal proves."""
         try:
             answer = await self._api.post(path, body, request_id=f"{request.provider_key}:{step}")
         except PayPalRefused as refused:
@@ -392,10 +395,10 @@ class PayPalGateway:
 
 
 def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
-    """The answer as read.
+    """What `read` returns for an answer.
 
     Raises:
-        GatewayContractBroken: the answer lacks what it must have.
+        GatewayContractBroken: a field is missing or has an unexpected type.
     """
     try:
         return read(*answer, **options)
@@ -406,20 +409,20 @@ def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T
 # --- lists ----------------------------------------------------------------------------------------------------------
 
 SEARCH_RANGE: Final = timedelta(days=31)
-"""The longest time of one question."""
+"""The longest time that one search may span."""
 
 RECEIVED: Final = "T00"
 REFUNDED: Final = "T1107"
-"""Event codes: a payment from account to account, of which we see both directions, and a refund by the merchant.
+"""Event codes: a payment between accounts, which is listed in both directions, and a refund by the merchant.
 
-Others are fees, disputes, reversals by PayPal, holds. Source:
+Others are fees, disputes, reversals by PayPal, and holds. Source:
 https://developer.paypal.com/docs/transaction-search/transaction-event-codes/.
 """
 EXECUTED: Final = frozenset({"S", "V"})
-"""Transaction statuses: successful, and successful but refunded in full since. Pending and denied moved nothing."""
+"""Transaction statuses: successful, and successful but later refunded in full. Pending and denied moved no money."""
 
 
-def _told(answer: Json) -> list[Json]:
+def _listed(answer: Json) -> list[Json]:
     return [each["transaction_info"] for each in answer.get("transaction_details") or ()]
 
 
@@ -427,25 +430,25 @@ def _pages(answer: Json) -> int:
     return int(answer.get("total_pages") or 0)
 
 
-def _movement(told: Json) -> Movement | None:
-    """A capture or refund, None for what is neither, or has not been executed.
+def _movement(transaction: Json) -> Movement | None:
+    """A capture or refund; None if it is neither, or was not executed.
 
-    What is reported of a refund may be the marks of its capture, so the kind in the mark has to agree; the movement is
-    then known by its id, which is also the refund's.
+    A refund may be listed with the marks of its capture. So the kind in the mark must agree, or `operation_number` is
+    None; the movement is then identified by its id, which is the refund's as well.
     """
-    code, amount = str(told["transaction_event_code"]), told["transaction_amount"]
+    code, amount = str(transaction["transaction_event_code"]), transaction["transaction_amount"]
     is_refund, is_negative = code == REFUNDED, str(amount["value"]).startswith("-")
-    if told["transaction_status"] not in EXECUTED or not (is_refund or code.startswith(RECEIVED)):
+    if transaction["transaction_status"] not in EXECUTED or not (is_refund or code.startswith(RECEIVED)):
         return None
     if is_refund != is_negative:
-        return None  # Money that we sent, or a refund that came back to us.
-    own, inherited = read_mark(told.get("invoice_id")), read_mark(told.get("custom_field"))
+        return None  # a payment that we sent, or a refund that we received
+    own, inherited = read_mark(transaction.get("invoice_id")), read_mark(transaction.get("custom_field"))
     marks, kinds = own or inherited, (OperationKind.REFUND,) if is_refund else CAPTURES
-    moved_at = time_of(told["transaction_initiation_date"])
+    moved_at = time_of(transaction["transaction_initiation_date"])
     if moved_at is None:
         raise GatewayContractBroken(NAME, "a transaction without a time")
     return Movement(
-        reference=str(told["transaction_id"]),
+        reference=str(transaction["transaction_id"]),
         moved_at=moved_at,
         is_refund=is_refund,
         currency=str(amount["currency_code"]),

@@ -1,7 +1,7 @@
-"""What PayPal's refusals say about an operation: the error table.
+"""The error table: what PayPal's refusals prove about an operation.
 
-Promise: a refusal is proof that nothing was executed only where no earlier attempt of the operation is unaccounted for;
-otherwise it says where to look. What the table does not know is no success, and no decline by the payer's side.
+Promise: a refusal proves that nothing was executed only if every earlier attempt of the operation is accounted for;
+otherwise the translation is `Look`. An issue that the table does not list is neither a success nor a decline.
 
 Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/.
 """
@@ -50,7 +50,7 @@ DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
 }
 
 NEEDS_PAYER: Final = frozenset({"PAYER_ACTION_REQUIRED", "ORDER_NOT_APPROVED", "REDIRECT_PAYER_FOR_ALTERNATE_FUNDING"})
-"""The payer has to consent again, to the same order."""
+"""The payer must consent again, to the same order."""
 
 STATE_CONFLICTS: Final = frozenset(
     {
@@ -65,23 +65,23 @@ STATE_CONFLICTS: Final = frozenset(
         "DUPLICATE_INVOICE_ID",
     }
 )
-"""The object is not in the state that the call needs: perhaps because this very operation was executed before."""
+"""The object is not in the state that the call needs, perhaps because this very operation was already executed."""
 
 IN_PROGRESS: Final = frozenset({"PREVIOUS_REQUEST_IN_PROGRESS", "ORDER_COMPLETION_IN_PROGRESS"})
-"""The same request is being executed right now: the opposite of proof."""
+"""The same request is being executed right now, which is the opposite of proof."""
 
 LATER: Final = frozenset({"PENDING_CAPTURE", "REFUND_FAILED_INSUFFICIENT_FUNDS"})
-"""Not executed, and may be tried again: once the capture is through, once our account has funds."""
+"""Not executed, and may be retried once the capture has completed, or once our account has funds."""
 
 ENDED: Final = frozenset({"AUTHORIZATION_EXPIRED", "ORDER_EXPIRED", "REFUND_TIME_LIMIT_EXCEEDED"})
 
 
 def translate_refusal(refused: PayPalRefused, request: GatewayRequest) -> Translation:
-    """What a refusal of a POST says about `request`.
+    """Translate a refusal of a POST.
 
-    A refusal is proof of non-execution only on an operation of which no attempt is unaccounted for; otherwise the lost
-    attempt may have caused the very state that is complained about. Declines and expiries are PayPal's word on the
-    payment itself, so they are believed at any attempt: a repeated request id returns an earlier success instead.
+    A refusal proves that nothing was executed only if every earlier attempt is accounted for; otherwise a lost attempt
+    may have caused the very state that PayPal complains about. A decline or expiry is about the payment itself, so it
+    counts at any attempt: had an earlier one succeeded, the repeated request id would return that success.
     """
     if refused.names(IN_PROGRESS) or refused.status == 409:
         return OutcomeUnknown(NAME, f"being executed by another attempt: {refused}")
@@ -99,7 +99,7 @@ def translate_refusal(refused: PayPalRefused, request: GatewayRequest) -> Transl
 
 
 def _needs_payer(refused: PayPalRefused, request: GatewayRequest) -> Outcome | Look:
-    """The order tells where the payer has to go; without an order there is nowhere to send anybody."""
+    """The order has the payer's link; without an order there is nowhere to send the payer."""
     if request.reference is None:
         return Declined(DeclineReason.AUTHENTICATION_REQUIRED, refused.code)
     return Look(Pending(request.reference))

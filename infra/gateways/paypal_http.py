@@ -1,11 +1,11 @@
-"""How PayPal is reached: its addresses and currencies, our configuration, the access token, and HTTP.
+"""The connection to PayPal: addresses and currencies, our configuration, the access token, and HTTP.
 
-Promise: a call brings PayPal's JSON, or an exception that says what it proves: `PayPalRefused` is PayPal's own no,
-`GatewayUnreachable` that this attempt was not executed, `OutcomeUnknown` nothing. No text of any of them contains a
-secret or a body.
+Promise: a call returns PayPal's JSON, or raises an exception that says what it proves: `PayPalRefused` is PayPal's own
+refusal, `GatewayUnreachable` proves that this attempt was not executed, `OutcomeUnknown` proves nothing. Their messages
+never contain a secret or a body.
 
-Plain httpx and not PayPal's SDK: `paypal-server-sdk` 2.4.0 blocks its thread, knows no webhooks, and its base address
-is an enum that no simulator fits.
+Plain httpx and not PayPal's SDK: `paypal-server-sdk` 2.4.0 blocks its thread, has no webhooks, and its base address is
+an enum that a simulator's address does not fit.
 
 Sources: https://developer.paypal.com/api/rest/authentication/,
 https://developer.paypal.com/reference/guidelines/idempotency/.
@@ -38,16 +38,16 @@ CURRENCIES: Final = frozenset(
     "AUD CAD CHF CZK DKK EUR GBP HKD HUF ILS JPY MXN NOK NZD PHP PLN SEK SGD THB TWD USD".split()  # noqa: SIM905
 )
 IN_COUNTRY_CURRENCIES: Final = frozenset({"BRL", "CNY", "INR", "MYR"})
-"""Only for accounts of that country, so they are not on by default. Source: as above."""
+"""Only for accounts in that country, so not enabled by default. Source: as above."""
 
 TOKEN_MARGIN_SECONDS: Final = 300.0
 
 SEARCH_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 SEARCH_PAGE: Final = 500
-"""The largest page of a list."""
+"""The largest page that Transaction Search returns."""
 
 REFUSED_AT_THE_DOOR: Final = frozenset({401, 403, 429})
-"""Authentication, permissions and limits come before execution: proof for this attempt only."""
+"""Authentication, permissions and rate limits are checked before execution: proof for this attempt only."""
 
 Json = dict[str, Any]
 
@@ -55,7 +55,7 @@ Json = dict[str, Any]
 class PayPalConfig(BaseModel):
     """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator's address.
 
-    `webhook_id` is ours from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are those
+    `webhook_id` is from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are the hosts
     that may serve PayPal's signing certificates; None means those of the environment that `api_base` names.
     """
 
@@ -68,13 +68,13 @@ class PayPalConfig(BaseModel):
     return_url: str = "https://example.invalid/return"
     cancel_url: str = "https://example.invalid/cancel"
     timeout_seconds: float = 12.0
-    """For one answer, from the first byte sent to the last byte read, waiting for a connection included. An operation
-    may need four of them (a token, the order, the request itself, a look for evidence): keep that below the lease."""
+    """For one whole exchange, from waiting for a connection to the last byte read. An operation may need four (a token,
+    the order, the request itself, a status query): keep their sum below the lease."""
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     cert_hosts: frozenset[str] | None = None
     allows_plain_http: bool = False
-    """For a simulator that is not on a loopback address but, say, in the same Docker network."""
+    """For a simulator that is not on a loopback address, say in the same Docker network."""
     currencies: frozenset[str] = CURRENCIES
 
     @field_validator("api_base")
@@ -90,7 +90,7 @@ class PayPalConfig(BaseModel):
 
     @property
     def is_simulated(self) -> bool:
-        """Whether this is plain http, to the machine itself unless that is allowed elsewhere."""
+        """Whether `api_base` is plain http: on a loopback address, or anywhere if `allows_plain_http`."""
         parts = urlsplit(self.api_base)
         is_near = self.allows_plain_http or parts.hostname in LOOPBACK
         return parts.scheme == "http" and is_near
@@ -105,7 +105,7 @@ class PayPalConfig(BaseModel):
 
 
 class PayPalRefused(Exception):
-    """A 4xx in PayPal's own form. Its text is made of ids and codes only, never of PayPal's sentences or our body."""
+    """A 4xx in PayPal's error format. Its message has only ids and codes, never PayPal's texts or our body."""
 
     def __init__(self, status: int, body: Mapping[str, Any]) -> None:
         details = body.get("details") or ()
@@ -119,7 +119,7 @@ class PayPalRefused(Exception):
 
     @property
     def code(self) -> str:
-        """The most telling word: the first issue, else the name."""
+        """The most specific code: the first issue, or else the name."""
         return self.issues[0] if self.issues else self.name
 
     def names(self, issues: frozenset[str] | Mapping[str, Any]) -> str | None:
@@ -128,7 +128,7 @@ class PayPalRefused(Exception):
 
 
 def code_of(value: object) -> str:
-    """A code as far as it looks like one: nothing else of a body is repeated in our logs."""
+    """`value` if it looks like a code, else "unreadable": nothing else of a body may get into our logs."""
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z0-9_.\-]{1,64}", text) else "unreadable"
 
@@ -142,8 +142,8 @@ class _Token(NamedTuple):
 class PayPalHttp:
     """PayPal's REST API as JSON in and out: bounded connections, one access token for all calls.
 
-    A token is fetched once for everybody who waits, some minutes before the old one ends; many of them are a documented
-    cause of rate limits. Nobody waits for longer than that one attempt: if it fails, it fails for all of them.
+    One fetch of a token, some minutes before the old one expires, serves all waiting calls: fetching many is a
+    documented cause of rate limits. If that fetch fails, it fails for all of them, so that no call waits for a second.
     https://developer.paypal.com/api/rest/authentication/
     """
 
@@ -161,11 +161,11 @@ class PayPalHttp:
         self.rests_seconds, self.connections = self._http.rest.seconds, self._http.connections
 
     async def get(self, path: str) -> Json | None:
-        """The answer to a question, None where PayPal says that there is no such thing.
+        """The answer to a GET; None if PayPal answers that the object does not exist.
 
         Raises:
-            GatewayUnreachable: the question did not arrive, or was not admitted.
-            OutcomeUnknown: there was no readable answer to it.
+            GatewayUnreachable: the query did not reach PayPal, or was refused before execution.
+            OutcomeUnknown: there was no readable answer.
         """
         try:
             return await self._call("GET", path)
@@ -175,7 +175,7 @@ class PayPalHttp:
             raise _unanswered(refused) from refused
 
     async def search(self, since: datetime, until: datetime, page: int) -> Json | None:
-        """A page of what PayPal executed in this time, None where that is more than it tells at once.
+        """One page of the transactions in this time; None if they are more than one search returns.
 
         Raises:
             GatewayUnreachable, OutcomeUnknown: as for `get`.
@@ -194,14 +194,14 @@ class PayPalHttp:
             raise _unanswered(refused) from refused
 
     async def post(self, path: str, body: Json | None, *, request_id: str) -> Json:
-        """The answer to a request that is executed at most once per `request_id`; an empty answer is an empty object.
+        """The answer to a POST, executed at most once per `request_id`; an empty answer is an empty object.
 
         Raises:
-            PayPalRefused: PayPal said no.
+            PayPalRefused: PayPal refused the request.
             GatewayUnreachable: proof that this attempt was not executed.
             OutcomeUnknown: no readable answer.
         """
-        assert len(request_id) <= 108, "PayPal takes no longer request ids"
+        assert len(request_id) <= 108, "PayPal's limit for request ids"
         return await self._call("POST", path, body, {"PayPal-Request-Id": request_id})
 
     async def close(self) -> None:
@@ -210,7 +210,7 @@ class PayPalHttp:
     async def _call(
         self, method: str, path: str, body: Json | None = None, headers: Mapping[str, str] | None = None
     ) -> Json:
-        """A token that is refused is dropped, and the same request goes once more with a new one."""
+        """If PayPal refuses the token, it is dropped and the same request is sent once more with a new one."""
         token = await self._access_token()
         response = await self._send(method, path, body, headers, token)
         if response.status_code == 401:
@@ -231,14 +231,14 @@ class PayPalHttp:
         return await self._http.request(method, path, content=content, headers=sent)
 
     async def _access_token(self) -> _Token:
-        """Raises GatewayUnreachable: the attempt to fetch one failed, whoever of those who wait began it."""
+        """Raises GatewayUnreachable if the fetch of a token failed, even one that another call began."""
         if self._token is not None and time.monotonic() < self._token.refresh_at:
             return self._token
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._renew())
-            # If all who wait are cancelled, nobody else asks how it ended, and asyncio would log that.
+            # If all waiting calls are cancelled, nothing else retrieves its exception, and asyncio would log that.
             self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
-        # Whoever is cancelled takes it from nobody else.
+        # Shielded, so that cancelling one call does not cancel the fetch for the others.
         return await asyncio.shield(self._fetching)
 
     async def _renew(self) -> _Token:
@@ -246,12 +246,12 @@ class PayPalHttp:
         return self._token
 
     def _drop(self, token: _Token) -> None:
-        """Unless somebody else has replaced it already."""
+        """Forget the token, unless another call has already replaced it."""
         if self._token is token:
             self._token = None
 
     async def _fetch_token(self) -> _Token:
-        """Raises GatewayUnreachable whatever goes wrong: without a token the request itself was not sent."""
+        """Raises GatewayUnreachable whatever fails: without a token the request itself is not sent."""
         auth = httpx.BasicAuth(self._config.client_id, self._config.client_secret.get_secret_value())
         form = {"grant_type": "client_credentials"}
         try:
@@ -266,11 +266,11 @@ class PayPalHttp:
 
 def _unanswered(refused: PayPalRefused) -> GatewayError:
     failure = GatewayUnreachable if refused.status in REFUSED_AT_THE_DOOR else OutcomeUnknown
-    return failure(NAME, f"no answer to a question: {refused}")
+    return failure(NAME, f"a query was refused: {refused}")
 
 
 def _read(response: httpx.Response) -> Json:
-    """Raises PayPalRefused for a 4xx in PayPal's form, OutcomeUnknown for a 5xx, GatewayContractBroken for the rest."""
+    """Raises PayPalRefused for a 4xx in PayPal's format, OutcomeUnknown for a 5xx, GatewayContractBroken otherwise."""
     status, body = response.status_code, _json(response.content)
     if response.is_success and (body is not None or not response.content):
         return body or {}

@@ -1,11 +1,11 @@
-"""What PayPal's objects say: amounts, our marks on them, the status tables, and which of them a request acts on.
+"""How PayPal's objects are read: amounts, our marks on them, the status tables, and the objects that a request acts on.
 
-Promise: a success or a refusal is read only from PayPal's explicit word for this very operation; an order that is
-COMPLETED is not paid, the payments inside it tell. Whatever says nothing of it is `Pending` or `Unknown`, and what
-contradicts it is a broken contract. Nothing here asks PayPal anything.
+Promise: an outcome is a success or a refusal only if PayPal's object says so explicitly, for this very operation. An
+order that is COMPLETED need not be paid; only the payments inside it show that. An object that says neither is
+`Pending` or `Unknown`, and one that contradicts the request is a broken contract. Nothing here sends a request.
 
 Sources: https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/. What they
-do not say is called unconfirmed here and fails safe.
+leave open is called unconfirmed here and fails safe.
 """
 
 import re
@@ -34,17 +34,17 @@ from domain.operations import (
 from infra.gateways.paypal_http import CURRENCIES, IN_COUNTRY_CURRENCIES, NAME, WHOLE, Json, code_of
 
 APPROVAL_WINDOW: Final = timedelta(hours=6)
-"""How long a payer may take to approve an order. Unconfirmed; it is told to the payer's side, nothing is concluded."""
+"""How long a payer may take to approve an order. Unconfirmed: it is published, but no outcome depends on it."""
 
 CAPTURES: Final = (OperationKind.CAPTURE, OperationKind.CHARGE)
-"""What makes a capture."""
+"""The kinds of operations that create a capture at PayPal."""
 
 
 # --- amounts and marks ----------------------------------------------------------------------------------------------
 
 
 class AmountNotRepresentable(ValueError):
-    """PayPal has no form for this amount."""
+    """PayPal cannot represent this amount."""
 
 
 def to_paypal_value(money: Money) -> str:
@@ -68,10 +68,10 @@ def amount_json(money: Money) -> Json:
 
 
 def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
-    """Our minor units of an amount that PayPal tells.
+    """Our minor units, from an amount of PayPal's that must be in `currency`.
 
     Raises:
-        GatewayContractBroken: another currency, or nothing that this currency can be.
+        GatewayContractBroken: another currency, or not a valid amount in this one.
     """
     if amount["currency_code"] != currency:
         raise GatewayContractBroken(NAME, f"an amount is in {code_of(amount['currency_code'])} and not in {currency}")
@@ -79,7 +79,7 @@ def from_paypal_amount(amount: Mapping[str, Any], currency: str) -> int:
 
 
 def minor_of(amount: Mapping[str, Any]) -> int:
-    """An amount in our minor units, whatever its currency.
+    """Our minor units, from an amount of PayPal's in any currency.
 
     Raises:
         GatewayContractBroken: it cannot be read.
@@ -89,12 +89,12 @@ def minor_of(amount: Mapping[str, Any]) -> int:
         raise GatewayContractBroken(NAME, "an amount cannot be read")
     minor = Decimal(text).scaleb(MINOR_UNITS[currency])
     if minor != minor.to_integral_value():
-        raise GatewayContractBroken(NAME, f"an amount is not one of {currency}")
+        raise GatewayContractBroken(NAME, f"an amount has more decimals than {currency}")
     return int(minor)
 
 
 class Marks(NamedTuple):
-    """What names our operation at PayPal; `kind` is None where the mark is an order's `custom_id`."""
+    """Our names for an operation at PayPal; `kind` is None if they come from a `custom_id`."""
 
     payment_id: UUID
     operation_number: int
@@ -102,12 +102,12 @@ class Marks(NamedTuple):
 
 
 def mark_of(request: GatewayRequest) -> str:
-    """The `custom_id` of what this operation opens or refunds."""
+    """The `custom_id` of the order or refund that this operation creates."""
     return f"{request.payment_id}.{request.operation_number}"
 
 
 def invoice_of(request: GatewayRequest) -> str:
-    """The `invoice_id` of the payment or refund that this operation makes: PayPal takes each one once."""
+    """The `invoice_id` of the payment or refund that this operation creates: PayPal accepts each one once."""
     return f"{mark_of(request)}.{request.kind}"
 
 
@@ -115,31 +115,31 @@ _MARK: Final = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([1-9
 
 
 def read_mark(text: object) -> Marks | None:
-    """The marks in a `custom_id` or `invoice_id`; None where they are not ours."""
+    """The marks in a `custom_id` or `invoice_id`; None if it is not ours."""
     found = _MARK.fullmatch(text) if isinstance(text, str) else None
     if found is None or found[3] not in (None, *OperationKind):
         return None
     return Marks(UUID(found[1]), int(found[2]), OperationKind(found[3]) if found[3] else None)
 
 
-# --- the status tables: what PayPal's objects say about an operation ------------------------------------------------
+# --- the status tables: what PayPal's objects prove about an operation ----------------------------------------------
 
 
 def read_opening(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about the authorization or charge that it was created for. Its payments tell, if it has any.
+    """The outcome of the authorization or charge that an order was created for, from its payments if it has any.
 
-    A refused payment does not hide a later one that succeeded: the payer may have tried another card.
+    A declined payment does not hide a later one that succeeded: the payer may have tried another card.
 
     Raises:
-        GatewayContractBroken: another operation's order, money captured although only a hold was asked for, or more
-            than one payment.
+        GatewayContractBroken: another operation's order, money captured although only a hold was requested, or more
+            than one successful payment.
     """
     _check_ours(order, request)
     payments = payments_of(order)
     if request.kind is OperationKind.AUTHORIZE:
         found = [read_authorization(each, order, request) for each in payments["authorizations"]]
         if payments["captures"] and not found:
-            raise GatewayContractBroken(NAME, f"order {order['id']} is captured although only a hold was asked for")
+            raise GatewayContractBroken(NAME, f"order {order['id']} is captured although only a hold was requested")
     else:
         found = [as_opening(read_capture(each, request), order) for each in payments["captures"]]
     return _best(found, order) if found else _read_unpaid(order, request)
@@ -160,7 +160,7 @@ def _check_ours(order: Json, request: GatewayRequest) -> None:
 
 
 def _read_unpaid(order: Json, request: GatewayRequest) -> Outcome:
-    """An order without payments. APPROVED holds no money: our own second call is missing."""
+    """The outcome of an order without payments. APPROVED holds no money: our call to execute it is still missing."""
     reference = order["id"]
     url = _payer_url(order)
     match order["status"]:
@@ -173,7 +173,7 @@ def _read_unpaid(order: Json, request: GatewayRequest) -> Outcome:
 
 
 def read_authorization(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
-    """What a hold says about the operation that opened its order."""
+    """The outcome of the operation that created a hold's order."""
     reference = order["id"]
     match authorization["status"]:
         case "CREATED" | "PARTIALLY_CAPTURED" | "CAPTURED":
@@ -182,14 +182,14 @@ def read_authorization(authorization: Json, order: Json, request: GatewayRequest
         case "DENIED":
             return _declined_payment(authorization, reference)
         case "VOIDED" if not payments_of(order)["captures"] or request.state is OperationState.SUCCEEDED:
-            # Of a hold that is asked about after some of it was captured: what was left has lapsed.
+            # If a hold is queried after a part was captured: the rest has lapsed.
             return Expired(reference, "VOIDED")
         case _:
             return Pending(reference)
 
 
 def read_capture(capture: Json, request: GatewayRequest) -> Outcome:
-    """What a capture says about itself. That it was refunded later takes nothing from its success."""
+    """The outcome of a capture. It succeeded even if it was refunded later."""
     reference = capture["id"]
     match capture["status"]:
         case "COMPLETED" | "PARTIALLY_REFUNDED" | "REFUNDED":
@@ -201,9 +201,9 @@ def read_capture(capture: Json, request: GatewayRequest) -> Outcome:
 
 
 def read_captures(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about one of the captures of its hold, known by our invoice id.
+    """The outcome of one capture of an order's hold, found by our invoice id.
 
-    A hold that is VOIDED, which is final, with nothing ever captured is proof that this operation captured nothing.
+    If every hold is VOIDED (which is final) or DENIED, and nothing was ever captured, this operation captured nothing.
     """
     own = _only(payments_of(order)["captures"], request, ("invoice_id", invoice_of(request)))
     if own is not None:
@@ -216,7 +216,7 @@ def read_captures(order: Json, request: GatewayRequest) -> Outcome:
 
 
 def read_refunds(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about one of its refunds, known by our marks."""
+    """The outcome of one of an order's refunds, found by our marks."""
     marks = ("invoice_id", invoice_of(request)), ("custom_id", mark_of(request))
     own = _only(payments_of(order)["refunds"], request, *marks)
     if own is not None:
@@ -225,16 +225,16 @@ def read_refunds(order: Json, request: GatewayRequest) -> Outcome:
 
 
 def read_void_of(order: Json, request: GatewayRequest) -> Outcome:
-    """What an order says about the void of what it holds, or, where it holds nothing, of the order itself."""
+    """The outcome of a void: of the order's hold or, if it has none, of the order itself."""
     hold = hold_of(order)
     return read_void(hold, order, request) if hold is not None else _read_waiting(order, request)
 
 
 def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outcome:
-    """What an authorization says about releasing it.
+    """The outcome of releasing an authorization.
 
-    Releasing is the same whoever does it, so the state is the evidence: VOIDED (also by the end of its 29 days), or
-    closed by captures that leave exactly the amount to be released.
+    It does not matter who released it, so the state is the evidence: VOIDED (also at the end of its 29 days), or closed
+    by captures that leave exactly the amount to be released.
     """
     captured = sum(from_paypal_amount(each["amount"], request.amount.currency) for each in _taken(order))
     held = from_paypal_amount(authorization["amount"], request.amount.currency)
@@ -248,7 +248,7 @@ def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outc
 
 
 def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
-    """An order without a hold, of which a void asks: while it waits for our own second call, nothing moves."""
+    """The outcome of voiding an order without a hold: until our own call executes it, no money moves."""
     if any(payments_of(order).values()):
         return without_effect(request, f"order {order['id']} has no hold to release", "NO_AUTHORIZATION")
     if order["status"] in ("CREATED", "SAVED", "PAYER_ACTION_REQUIRED", "APPROVED", "VOIDED"):
@@ -257,13 +257,13 @@ def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:
 
 
 def read_release(reference: str, answer: Json, request: GatewayRequest) -> Outcome:
-    """What the answer to a release says: nothing but that it was done (204), or the authorization as it is now."""
+    """The outcome in the answer to a release: an empty one (204) confirms it, another shows the authorization."""
     status = answer["status"] if answer else "VOIDED"
     return Succeeded(reference) if status == "VOIDED" else Unknown(f"authorization {reference} is {code_of(status)}")
 
 
 def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
-    """What a refund says."""
+    """The outcome of a refund."""
     reference = refund["id"]
     match refund["status"]:
         case "COMPLETED":
@@ -275,7 +275,7 @@ def read_refund(refund: Json, request: GatewayRequest) -> Outcome:
 
 
 def as_opening(outcome: Outcome, order: Json) -> Outcome:
-    """The same, referring to the order: that is what the payment is called in all later requests."""
+    """The same outcome, referring to the order: all later requests identify the payment by it."""
     match outcome:
         case Succeeded(amount_minor=amount):
             return Succeeded(order["id"], amount)
@@ -286,7 +286,7 @@ def as_opening(outcome: Outcome, order: Json) -> Outcome:
 
 
 def _declined_payment(payment: Json, reference: str) -> Declined:
-    """A refusal inside a 2xx answer. Source: `processor_response` of the Orders v2 reference."""
+    """A decline inside a 2xx answer. Source: `processor_response` of the Orders v2 reference."""
     processor = payment.get("processor_response") or {}
     details = payment.get("status_details") or {}
     code = processor.get("response_code") or details.get("reason") or payment["status"]
@@ -302,7 +302,7 @@ PROCESSOR_REASONS: Final[Mapping[str, DeclineReason]] = {
     "9520": DeclineReason.SUSPECTED_FRAUD,
     "DECLINED_BY_RISK_FRAUD_FILTERS": DeclineReason.SUSPECTED_FRAUD,
 }
-"""Codes of a refused payment that say more than "no". Unconfirmed and not complete: any other is REFUSED_BY_ISSUER."""
+"""Codes of a declined payment that state a reason. Unconfirmed and incomplete: any other is REFUSED_BY_ISSUER."""
 
 
 def _taken(order: Json) -> list[Json]:
@@ -310,7 +310,7 @@ def _taken(order: Json) -> list[Json]:
 
 
 def _payer_url(order: Json) -> str | None:
-    """Where the payer consents: PayPal names the link by what the order was created with."""
+    """Where the payer consents. The name of the link depends on how the order was created."""
     links = {link.get("rel"): link.get("href") for link in order.get("links") or ()}
     url = links.get("payer-action") or links.get("approve")
     return url if isinstance(url, str) else None
@@ -322,7 +322,7 @@ def _window_end(order: Json, request: GatewayRequest) -> datetime | None:
 
 
 def time_of(text: object) -> datetime | None:
-    """A time as PayPal writes it, UTC where it names no zone; None for what is none."""
+    """A time as PayPal writes it, in UTC if it names no zone; None if it cannot be read."""
     if not isinstance(text, str):
         return None
     try:
@@ -336,35 +336,35 @@ def time_of(text: object) -> datetime | None:
 
 
 def payments_of(order: Json) -> dict[str, list[Json]]:
-    """The payments inside of an order, by kind; each list in PayPal's order, empty where there are none."""
+    """The payments inside an order, by kind; each list in PayPal's order, empty if there are none."""
     units = order.get("purchase_units") or [{}]
     inside = units[0].get("payments") or {}
     return {kind: list(inside.get(kind) or ()) for kind in ("authorizations", "captures", "refunds")}
 
 
 def hold_of(order: Json) -> Json | None:
-    """The authorization that counts: one that is open, else the last that PayPal lists."""
+    """The open authorization; if none is open, the last that PayPal lists."""
     holds = payments_of(order)["authorizations"]
     return open_hold(order) or (holds[-1] if holds else None)
 
 
 def open_hold(order: Json) -> Json | None:
-    """The authorization to act on. Only one whose status rules it out for good is passed over."""
+    """The authorization to act on: the last whose status does not rule it out for good."""
     holds = [each for each in payments_of(order)["authorizations"] if each["status"] not in ("VOIDED", "DENIED")]
     return holds[-1] if holds else None
 
 
 def refundable(order: Json, request: GatewayRequest) -> Json | Outcome:
-    """The capture that is to bear the refund: of those that can, the one with the least left, then the lowest id.
+    """The capture to refund: of those with enough left, the one with the least left, then the lowest id.
 
-    Where no capture was ever large enough, no earlier attempt can have been executed either.
+    If no capture was ever large enough, no earlier attempt can have been executed either.
     """
     wanted, currency = request.amount.minor, request.amount.currency
     left = sorted((_left_of(each, order, request), each["id"], each) for each in _taken(order))
     able = [capture for rest, _, capture in left if rest >= wanted]
     if able:
         return able[0]
-    message = f"no single capture of order {order['id']} has {request.amount} left to refund; ask for smaller refunds"
+    message = f"no single capture of order {order['id']} has {request.amount} left to refund; send smaller refunds"
     if left and all(from_paypal_amount(each["amount"], currency) < wanted for _, _, each in left):
         return NotExecuted(message, "REFUND_AMOUNT_EXCEEDED")
     return without_effect(request, message, "REFUND_AMOUNT_EXCEEDED")
@@ -381,10 +381,10 @@ def _left_of(capture: Json, order: Json, request: GatewayRequest) -> int:
 
 
 def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str]) -> Json | None:
-    """The one that carries one of these marks or is what an earlier answer named.
+    """The object that carries one of these marks, or has the id from an earlier answer; or None.
 
     Raises:
-        GatewayContractBroken: several do, so that one operation was executed more than once.
+        GatewayContractBroken: several do: the operation was executed more than once.
     """
     found = [
         each
@@ -398,14 +398,14 @@ def _only(objects: list[Json], request: GatewayRequest, *marks: tuple[str, str])
 
 
 def without_effect(request: GatewayRequest, message: str, code: str | None = None) -> Outcome:
-    """Nothing was sent. That proves it for the operation only if no earlier attempt is unaccounted for."""
+    """The outcome if nothing was sent: proof for the operation only if every earlier attempt is accounted for."""
     if request.state is OperationState.DISPATCHED:
         return NotExecuted(message, code)
     return Unknown(f"on a repeated attempt: {message}")
 
 
 def linked_id(stored: Json, path: str) -> str | None:
-    """The id of what this is a part of, from its link `up`."""
+    """The id of the object that this one belongs to, from its link `up`."""
     for link in stored.get("links") or ():
         if link.get("rel") == "up" and path in str(link.get("href")):
             return str(link["href"]).rsplit("/", 1)[-1]

@@ -1,7 +1,7 @@
-"""PayPal's webhooks: how they are verified, and what each of its events says.
+"""PayPal's webhooks: how they are verified, and what each type of event proves.
 
-Offline, against the certificate that PayPal signs with. What is not about money of ours brings no outcome; money that
-moved without a mark of ours is told as such (docs/decisions/0012). Sources:
+They are verified offline, against the certificate that PayPal signs with. An event that is not about our money has no
+outcome; money that moved without our marks is reported as external (docs/decisions/0012). Sources:
 https://developer.paypal.com/api/rest/webhooks/rest/, https://developer.paypal.com/api/rest/webhooks/event-names/.
 """
 
@@ -56,18 +56,18 @@ from infra.gateways.paypal_objects import (
 T = TypeVar("T")
 
 AGE_MAX: Final = timedelta(days=7)
-"""Twice as long as PayPal repeats, and no longer: who has seen the headers of one message could sign others by it."""
+"""Twice as long as PayPal retries, and no longer: an attacker who saw the headers of one message could forge others."""
 CERTIFICATE_BYTES_MAX: Final = 65_536
 CERTIFICATES_MAX: Final = 16
 WAITING_MAX: Final = 20
-"""How many messages may wait for a certificate, each with its body: until it is there, they are anybody's."""
+"""How many messages may wait for a certificate, each with its body: until it is fetched, anybody may have sent them."""
 REFUSED_SECONDS: Final = 60.0
 REFUSED_MAX: Final = 1_000
-"""For how long, and of how many addresses, it is remembered that PayPal has no certificate there."""
+"""For how long, and for how many addresses, we remember that PayPal serves no certificate there."""
 CERTIFICATE_PATH: Final = r"/v1/notifications/certs/[A-Za-z0-9_\-]{1,128}"
 ALGORITHM: Final = "SHA256withRSA"
 QUESTIONS_MAX: Final = 4
-"""How many refunds at a time are asked about; those beyond wait, or are sent again by PayPal."""
+"""How many refunds are queried at once; further ones wait, or PayPal sends them again."""
 
 ANSWERS: Final[Mapping[Verdict, int]] = {
     Verdict.STORED: 200,
@@ -81,11 +81,11 @@ ANSWERS: Final[Mapping[Verdict, int]] = {
     Verdict.TOO_LARGE: 413,
     Verdict.UNAVAILABLE: 503,
 }
-"""PayPal sends again, for three days, what was answered with anything but a 2xx."""
+"""PayPal retries for three days whatever is not answered with a 2xx."""
 
 
 class _Signature(NamedTuple):
-    """What the headers of a webhook claim. All of it is the sender's word until the signature is verified."""
+    """What the headers of a webhook claim; unproven until the signature is verified."""
 
     transmission_id: str
     transmission_time: str
@@ -93,24 +93,24 @@ class _Signature(NamedTuple):
     signature: bytes
 
     def message(self, webhook_id: str, body: bytes) -> bytes:
-        """What was signed: the checksum is that of the raw body, as an unsigned decimal number."""
+        """The text that is signed. It has the CRC-32 of the raw body, as an unsigned decimal number."""
         return f"{self.transmission_id}|{self.transmission_time}|{webhook_id}|{zlib.crc32(body)}".encode()
 
 
 class PayPalWebhooks:
     """PayPal's webhooks: verified offline against the certificate that PayPal signs with, then read.
 
-    PayPal repeats for three days, and whether a repetition carries a new time is unconfirmed, so that a webhook is
-    refused for its age only after `AGE_MAX`. Every message is evidence of a state, and an old one that comes again
-    changes nothing; but what PayPal signs is no more than a checksum of the body, for which others can be made.
+    PayPal retries for three days, and whether a retry carries a new time is unconfirmed, so a webhook is refused as too
+    old only after `AGE_MAX`. Every message is evidence of a state, so repeating an old one changes nothing. But PayPal
+    signs only a CRC-32 of the body, and other bodies can be made with the same one.
 
-    That the certificate is PayPal's follows from where it is fetched, over TLS from an exact host; whether it also
-    chains to a public authority, and under which subject, is unconfirmed and not demanded.
+    A certificate counts as PayPal's because it is fetched over TLS from an exact host. Whether it also chains to a
+    public authority, and under which subject, is unconfirmed and not required.
 
-    Anybody may name an address of PayPal's at which there is no certificate. So few may wait for one, the others are
-    told to come again, and what PayPal refused is not asked for again soon.
+    Anybody can send an address at PayPal that has no certificate. So only a few messages may wait for a certificate,
+    the others are answered with 503, and an address that PayPal refused is not tried again for `REFUSED_SECONDS`.
 
-    A refund that somebody made at PayPal's pages names no order, so PayPal is asked for its capture, which does.
+    A refund that somebody made in PayPal's pages does not name its order, so we query its capture, which does.
 
     Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
     """
@@ -124,7 +124,7 @@ class PayPalWebhooks:
         self._trusted = _trusted_urls(config)
         self._certificates: dict[str, x509.Certificate] = {}
         self._refused: dict[str, float] = {}
-        """Until when each is refused unasked, by the monotonic clock; the oldest first."""
+        """Until when each address is refused without a request, by the monotonic clock; the oldest first."""
         self._fetching = asyncio.Lock()
         self._waiting = 0
         self._api = PayPalHttp(config.model_copy(update={"max_connections": QUESTIONS_MAX}))
@@ -139,8 +139,8 @@ class PayPalWebhooks:
         """Verify the signature over the raw body, then read it.
 
         Raises:
-            WebhookRefused: TOO_LARGE, FORGED, STALE, MALFORMED, or UNAVAILABLE where the certificate could not be
-                fetched, or PayPal could not be asked what a refund is of.
+            WebhookRefused: TOO_LARGE, FORGED, STALE, MALFORMED; or UNAVAILABLE if the certificate, or the capture that
+                a refund belongs to, could not be fetched.
         """
         if len(request.body) > BODY_BYTES_MAX:
             raise WebhookRefused(Verdict.TOO_LARGE, f"{len(request.body)} bytes")
@@ -154,7 +154,7 @@ class PayPalWebhooks:
             return read_event(await self._placed(json.loads(request.body)))
 
     def answer(self, verdict: Verdict, request: WebhookRequest) -> WebhookAnswer:
-        """The status alone; PayPal reads no more of an answer."""
+        """Only a status: PayPal does not read the body."""
         return WebhookAnswer(ANSWERS[verdict])
 
     async def close(self) -> None:
@@ -163,30 +163,30 @@ class PayPalWebhooks:
         await self._api.close()
 
     async def _placed(self, event: Json) -> Json:
-        """The event, with what only the capture tells of a refund. Without it, it is read as it came."""
+        """The event; a refund completed with the order and marks that only its capture has, if one can be found."""
         capture_id = _unplaced_refund(event) or await self._capture_of(_nameless_refund(event))
-        capture = await self._told("captures", capture_id)
+        capture = await self._find("captures", capture_id)
         return event if capture is None else {**event, "resource": _refund_of(capture, event["resource"])}
 
     async def _capture_of(self, refund_id: str | None) -> str | None:
-        refund = await self._told("refunds", refund_id)
+        refund = await self._find("refunds", refund_id)
         return None if refund is None else linked_id(refund, "/captures/")
 
-    async def _told(self, kind: str, reference: str | None) -> Json | None:
-        """Not being able to ask is no answer: PayPal then sends the message again, and nothing is lost."""
+    async def _find(self, kind: str, reference: str | None) -> Json | None:
+        """The object, or None if there is none. If the query fails, the webhook is refused and PayPal retries it."""
         if reference is None:
             return None
         try:
             return await self._api.get(f"/v2/payments/{kind}/{quoted(reference)}")
         except GatewayError as error:
-            raise WebhookRefused(Verdict.UNAVAILABLE, f"what was refunded: {error.message}") from error
+            raise WebhookRefused(Verdict.UNAVAILABLE, f"the refunded capture: {error.message}") from error
 
     async def _certificate(self, url: str) -> x509.Certificate:
-        """The certificate at a trusted address, from memory where possible; one at a time is fetched."""
+        """The certificate at a trusted address, from memory if possible; fetches run one at a time."""
         if (known := self._remembered(url)) is not None:
             return known
         if self._waiting >= WAITING_MAX:
-            raise WebhookRefused(Verdict.UNAVAILABLE, "too many wait for a certificate")
+            raise WebhookRefused(Verdict.UNAVAILABLE, "too many webhooks wait for a certificate")
         self._waiting += 1
         try:
             async with self._fetching:
@@ -195,10 +195,10 @@ class PayPalWebhooks:
             self._waiting -= 1
 
     def _remembered(self, url: str) -> x509.Certificate | None:
-        """Raises WebhookRefused(FORGED) where there was none a moment ago."""
+        """Raises WebhookRefused(FORGED) if PayPal had no certificate there a moment ago."""
         certificate = self._certificates.get(url)
         if certificate is None and time.monotonic() < self._refused.get(url, 0.0):
-            raise WebhookRefused(Verdict.FORGED, "no such certificate a moment ago")
+            raise WebhookRefused(Verdict.FORGED, "there was no such certificate a moment ago")
         return certificate
 
     async def _fetched(self, url: str) -> x509.Certificate:
@@ -225,7 +225,7 @@ class PayPalWebhooks:
 
 
 def _put(memory: dict[str, T], url: str, value: T, *, at_most: int) -> None:
-    """As the newest one; the oldest one gives way."""
+    """Store as the newest; if full, the oldest is dropped."""
     memory.pop(url, None)
     if len(memory) >= at_most:
         del memory[next(iter(memory))]
@@ -233,7 +233,7 @@ def _put(memory: dict[str, T], url: str, value: T, *, at_most: int) -> None:
 
 
 def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
-    """Addresses that a signing certificate may come from, exactly: the header that names one is anybody's word."""
+    """The exact addresses that a signing certificate may come from: anybody can write the header that names one."""
     if config.is_simulated and config.cert_hosts is None:
         return re.compile(re.escape(config.api_base) + CERTIFICATE_PATH)
     own = urlsplit(config.api_base).hostname or ""
@@ -243,7 +243,7 @@ def _trusted_urls(config: PayPalConfig) -> re.Pattern[str]:
 
 
 def _signature(headers: Mapping[str, str]) -> _Signature:
-    """Raises WebhookRefused(FORGED) where a header is missing or not of its form."""
+    """Raises WebhookRefused(FORGED) if a header is missing or malformed."""
     try:
         if headers["paypal-auth-algo"] != ALGORITHM:
             raise WebhookRefused(Verdict.FORGED, "another signature algorithm")
@@ -255,7 +255,7 @@ def _signature(headers: Mapping[str, str]) -> _Signature:
 
 
 def _check_age(signature: _Signature, request: WebhookRequest) -> None:
-    """Raises WebhookRefused(STALE) for what was signed long ago, or at no time that can be read."""
+    """Raises WebhookRefused(STALE) if it was sent longer than `AGE_MAX` ago, or its time cannot be read."""
     sent_at = time_of(signature.transmission_time)
     if sent_at is None or request.received_at - sent_at > AGE_MAX:
         raise WebhookRefused(Verdict.STALE, "signed too long ago")
@@ -271,7 +271,7 @@ async def _limited(answer: httpx.Response) -> bytes:
 
 
 def _certificate(pem: bytes) -> x509.Certificate:
-    """The first one of what was served; any others would be its chain."""
+    """The first certificate in the file; any others would be its chain."""
     try:
         return x509.load_pem_x509_certificates(pem)[0]
     except (ValueError, IndexError) as error:
@@ -279,7 +279,7 @@ def _certificate(pem: bytes) -> x509.Certificate:
 
 
 def _verify(certificate: x509.Certificate, signature: _Signature, webhook_id: str, request: WebhookRequest) -> None:
-    """Raises WebhookRefused(FORGED) unless the certificate's key signed exactly this, while it was valid."""
+    """Raises WebhookRefused(FORGED) unless a certificate that is valid now signed exactly this message."""
     if not certificate.not_valid_before_utc <= request.received_at <= certificate.not_valid_after_utc:
         raise WebhookRefused(Verdict.FORGED, "the certificate is not valid now")
     try:
@@ -294,7 +294,7 @@ def _verify(certificate: x509.Certificate, signature: _Signature, webhook_id: st
 
 @contextmanager
 def _malformed_unless_read() -> Iterator[None]:
-    """Raises WebhookRefused(MALFORMED) for a body that is signed but makes no sense."""
+    """Raises WebhookRefused(MALFORMED) if a signed body cannot be read."""
     try:
         yield
     except (GatewayContractBroken, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -303,15 +303,15 @@ def _malformed_unless_read() -> Iterator[None]:
 
 REFUND_EVENTS: Final = ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")
 REVERSAL: Final = "PAYMENT.CAPTURE.REVERSED"
-"""PayPal gave money back to the payer. The resource is a refund with a link to its capture, in PayPal's own sample of
-it, which has no marks; whether it can be the capture itself is unconfirmed, and makes no difference here."""
+"""PayPal returned money to the payer. In PayPal's sample the resource is a refund with a link to its capture, without marks.
+Whether it can be the capture itself is unconfirmed, and makes no difference here."""
 MARKED: Final = ("custom_id", "invoice_id")
 CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
-"""Those whose resource is the capture itself."""
+"""The events whose resource is the capture itself."""
 
 
 def read_event(event: Json) -> Notice:
-    """What an event says. Types that say nothing about money of ours, and unknown ones, bring no outcome.
+    """The notice of an event. Types that do not concern our money, and unknown types, have no outcome.
 
     Source: https://developer.paypal.com/api/rest/webhooks/event-names/.
     """
@@ -333,7 +333,7 @@ def read_event(event: Json) -> Notice:
 
 
 def _order_notice(notice: Notice, order: Json) -> Notice:
-    """The payer approved: nothing is held before our own second call, which is due now."""
+    """An order's notice. If the payer approved it, our call to execute it is due; nothing is held before that."""
     unit = (order.get("purchase_units") or [{}])[0]
     marks = read_mark(unit.get("custom_id"))
     return notice._replace(
@@ -345,11 +345,11 @@ def _order_notice(notice: Notice, order: Json) -> Notice:
 
 
 def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
-    """Evidence about the operation that the invoice id names, if it is one that makes such a resource.
+    """Evidence about the operation that the invoice id names, if its kind creates such a resource.
 
-    Somebody else's refund at PayPal's pages may carry over the invoice id of the capture, and captures carry over the
-    `custom_id` of their hold, so the kind in the mark has to agree. `custom_id` alone only names the payment: then it
-    is somebody else's, or ours of which PayPal did not repeat the invoice id.
+    A refund made in PayPal's pages may inherit the invoice id of its capture, and captures inherit the `custom_id` of
+    their hold, so the kind in the mark must agree. `custom_id` alone names only the payment: the resource is then
+    somebody else's, or ours without the invoice id.
     """
     inherited, own = read_mark(resource.get("custom_id")), read_mark(resource.get("invoice_id"))
     marks = own or inherited
@@ -362,9 +362,9 @@ def _payment_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, 
 
 
 def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind, ...]) -> Notice:
-    """A refund that our refunds have not marked, or a capture of a hold that our captures have not.
+    """A refund, or a capture of a hold of ours, that no operation of ours has marked.
 
-    Captures always carry over the mark of their order, so one without it is of somebody else's order.
+    Captures always inherit the mark of their order, so one without it belongs to an order that is not ours.
     """
     is_capture = OperationKind.CAPTURE in kinds and notice.payment_id is not None
     if not is_capture and OperationKind.REFUND not in kinds:
@@ -377,7 +377,7 @@ def _external_notice(notice: Notice, resource: Json, kinds: tuple[OperationKind,
 
 
 def _reversal_notice(notice: Notice, resource: Json) -> Notice:
-    """What PayPal took back, whoever's marks it carries over."""
+    """Money that PayPal took back, whatever marks the resource inherits."""
     marks = read_mark(resource.get("custom_id")) or read_mark(resource.get("invoice_id"))
     moved_at = time_of(resource.get("create_time"))
     return notice._replace(
@@ -390,10 +390,10 @@ def _reversal_notice(notice: Notice, resource: Json) -> Notice:
 
 
 def _unplaced_refund(event: Json) -> str | None:
-    """The capture that was refunded, where it has to be asked for: PayPal promises no order's id in a refund.
+    """The id of the refunded capture, if it must be queried because the refund does not name its order.
 
-    Its mark as one of ours is enough. That the link `up` is there, and leads to the capture, PayPal's samples show, and
-    no document promises; without it the refund is of the payment that `custom_id` names.
+    A refund with our own mark needs no query. The link `up` to the capture is in PayPal's samples, but no document
+    promises it; without it the refund belongs to the payment that `custom_id` names.
     """
     resource = event["resource"]
     if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(resource) is not None:
@@ -403,7 +403,7 @@ def _unplaced_refund(event: Json) -> str | None:
 
 
 def _nameless_refund(event: Json) -> str | None:
-    """A refund that leads to nothing, not even to its capture: PayPal's own answer about it has that link."""
+    """The id of a refund without an order, capture or mark of ours. PayPal's answer to a query has the link."""
     refund = event["resource"]
     if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(refund) is not None:
         return None
@@ -412,7 +412,7 @@ def _nameless_refund(event: Json) -> str | None:
 
 
 def _refund_of(capture: Json, refund: Json) -> Json:
-    """The refund as if it told what its capture does: the order, and the mark that names our payment.
+    """The refund, completed from its capture with the order's id and the mark that names our payment.
 
     Source: `capture-2` and `refund` of the Payments v2 reference; only the capture has `supplementary_data`.
     """
@@ -421,7 +421,7 @@ def _refund_of(capture: Json, refund: Json) -> Json:
 
 
 def _event_outcome(kind: OperationKind, resource: Json, order_id: str | None) -> Outcome | None:
-    """As an answer would be read; an opening is referred to by its order, so without the order's id nothing is said."""
+    """The outcome, as read from an answer; None for an opening without its order's id, the reference."""
     money = Money(minor_of(resource["amount"]), resource["amount"]["currency_code"])
     request = _RESOURCE_REQUEST._replace(kind=kind, amount=money)
     match kind:
@@ -445,7 +445,7 @@ _RESOURCE_REQUEST: Final = GatewayRequest(
     gateway=NAME,
     amount=Money(0, "USD"),
 )
-"""What the status tables need to know of a request, filled in from the resource itself."""
+"""A template for the request that the status tables need; kind and amount come from the resource."""
 
 
 def _order_of(resource: Json) -> str | None:
@@ -462,17 +462,17 @@ DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
     "RESOLVED_BUYER_FAVOUR": DisputeStage.LOST,
     "ACCEPTED": DisputeStage.LOST,
 }
-"""By `dispute_outcome.outcome_code`. Who paid for RESOLVED_WITH_PAYOUT the message does not say: it stays open.
+"""By `dispute_outcome.outcome_code`. RESOLVED_WITH_PAYOUT stays open, because the message does not say who paid.
 
-ACCEPTED and DENIED are unconfirmed: read as our acceptance of the claim, and as PayPal's denial of it. Source:
+ACCEPTED and DENIED are unconfirmed: taken as our acceptance of the claim, and as PayPal's denial of it. Source:
 https://developer.paypal.com/docs/api/customer-disputes/v1/.
 """
 
 
 def _dispute_notice(notice: Notice, resource: Json) -> Notice:
-    """Disputes name the transaction, not the order: our payment is known by the mark that the transaction carries.
+    """Disputes name the transaction, not the order: the transaction's mark identifies our payment.
 
-    What was lost is what the payer got back, where PayPal tells it, which may be a part of what was disputed.
+    The amount lost is what the payer got back, if PayPal reports it; it may be less than the disputed amount.
     """
     disputed = (resource.get("disputed_transactions") or [{}])[0]
     marks = read_mark(disputed.get("invoice_number")) or read_mark(disputed.get("custom"))

@@ -1,11 +1,11 @@
-"""Stripe's gateway: configuration, capabilities, what it sends for each operation, and its bounded HTTP client.
+"""Stripe's gateway: configuration, capabilities, the requests of each operation, and its bounded HTTP client.
 
-Beside it: `stripe_objects.py` has the amounts, our marks, the status table and the declines, `stripe_errors.py` the
-error table, `stripe_webhooks.py` the webhooks.
+`stripe_objects.py` has the amounts, our marks, the status table and the declines; `stripe_errors.py` the error table;
+`stripe_webhooks.py` the webhooks.
 
-Promise: a success or a refusal is reported only on Stripe's explicit word for this very operation. Whatever we cannot
-read is `Pending` or an `OutcomeUnknown`. Every POST carries `request.provider_key`, and every object that we create or
-capture carries our payment id and operation number in its metadata, so that an answer that got lost can be found.
+Promise: a success or a refusal is reported only if Stripe reports it for this very operation. Whatever we cannot read
+is `Pending` or an `OutcomeUnknown`. Every POST carries `request.provider_key`, and every object that we create or
+capture carries our payment id and operation number in its metadata, so a query can find it if the answer was lost.
 
 Sources: https://docs.stripe.com/api/payment_intents, https://docs.stripe.com/api/refunds,
 https://docs.stripe.com/error-low-level, https://docs.stripe.com/payments/multicapture, at the version that
@@ -74,22 +74,22 @@ MINIMUMS: Final[Mapping[str, int]] = {
 
 MAXIMUMS: Final[Mapping[str, int]] = {"HUF": 9_999_999_999, "IDR": 999_999_999_999, "INR": 999_999_999}
 MAXIMUM: Final = 99_999_999
-"""Eight digits, in Stripe's units, for every currency not named above (JPY has more for cards). Source: as above."""
+"""Eight digits, in Stripe's units, for every currency not listed above (JPY cards have more). Source: as above."""
 
 LIST_PAGES_MAX: Final = 3
 
-# The SDK logs whole bodies at DEBUG and Stripe's texts at INFO; neither belongs in our logs.
+# The SDK logs whole bodies at DEBUG and Stripe's messages at INFO; neither belongs in our logs.
 logging.getLogger("stripe").setLevel(logging.WARNING)
 
 T = TypeVar("T")
 
 
 class StripeConfig(BaseModel):
-    """How to reach Stripe. `api_base` is None for the real one; the key decides between live and test mode.
+    """How to reach Stripe. `api_base` None means Stripe itself; the key decides between live and test mode.
 
-    `multi_capture` asks for several captures per authorization, which Stripe grants per account and card
-    (https://docs.stripe.com/payments/multicapture); where False, the first capture releases the rest. Where True, a
-    capture of a part is refused with a card that has no multicapture.
+    `multi_capture` requests several captures per authorization, which Stripe grants per account and card
+    (https://docs.stripe.com/payments/multicapture). If False, the first capture releases the rest of the hold. If
+    True, a partial capture is refused for a card without multicapture.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -98,28 +98,28 @@ class StripeConfig(BaseModel):
     api_base: str | None = None
     api_version: str = "2026-10-28.endive"
     timeout_seconds: float = 20.0
-    """From the first byte sent to the last byte read, waiting for a connection included."""
+    """For one whole exchange, from waiting for a connection to the last byte read."""
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     return_url: str = "https://example.invalid/return"
     """Where Stripe sends the payer's browser after 3-D Secure."""
     multi_capture: bool = False
     action_window: timedelta = ACTION_WINDOW
-    """How long a payer may take for 3-D Secure, from the PaymentIntent's creation. Stripe itself waits for ever."""
+    """How long a payer may take for 3-D Secure, from the PaymentIntent's creation. Stripe itself waits forever."""
 
 
 class StripeGateway:
     """Stripe's PaymentIntents and Refunds, for cards. Create it inside the event loop that uses it.
 
-    By `clock` it tells whether a payer's time is over. Each method may be called any number of times with the same
-    request: within Stripe's memory of the key the second call returns the first one's answer. A message of an exception
-    never contains a secret or a body.
+    `clock` decides whether a payer's time is over. Each method may be called any number of times with the same request:
+    while Stripe remembers the key, a repeated call returns the first one's answer. Exception messages never contain a
+    secret or a body.
     """
 
     name = NAME
 
     def __init__(self, config: StripeConfig, clock: Clock = lambda: datetime.now(UTC)) -> None:
-        stripe.enable_telemetry = False  # it reports timings and writes an id to the home folder
+        stripe.enable_telemetry = False  # it sends timings to Stripe and writes an id to the home folder
         self._config = config
         self._clock = clock
         self._http = _BoundedHttpClient(config)
@@ -150,22 +150,22 @@ class StripeGateway:
         )
 
     async def authorize(self, request: GatewayRequest) -> Outcome:
-        """Hold `request.amount` for a later capture; `expires_at` is when Stripe lets go of it."""
+        """Hold `request.amount` for a later capture; `expires_at` is when Stripe releases the hold."""
         return await self._open(request, capture_method="manual")
 
     async def charge(self, request: GatewayRequest) -> Outcome:
-        """Take `request.amount` at once."""
+        """Capture `request.amount` at once."""
         return await self._open(request, capture_method="automatic")
 
     async def capture(self, request: GatewayRequest) -> Outcome:
-        """Take `request.amount` of the hold; `request.is_final` releases what is left of it."""
+        """Capture `request.amount` of the hold; `request.is_final` releases the rest."""
         return await self._capture(request, request.amount, is_final=request.is_final, read=read_capture)
 
     async def void(self, request: GatewayRequest) -> Outcome:
-        """Release what is left of the hold.
+        """Release the rest of the hold.
 
-        Stripe cancels an untouched hold, but closes a partly captured one by a final capture of 0, so the
-        PaymentIntent is read first; where the hold is gone already, nothing is sent.
+        An untouched hold is cancelled, a partly captured one closed by a final capture of 0. So with `multi_capture`
+        the PaymentIntent is read first; if its hold is already released, nothing is sent.
 
         Source: https://docs.stripe.com/payments/multicapture, "Release uncaptured funds".
         """
@@ -182,7 +182,7 @@ class StripeGateway:
         return await self._capture(request, nothing, is_final=True, read=read_void)
 
     async def refund(self, request: GatewayRequest) -> Outcome:
-        """Return `request.amount` of the captured money; Stripe may need days, which is `Pending`."""
+        """Return `request.amount` of the captured money; `Pending` while Stripe processes it, which may take days."""
         try:
             params: RefundCreateParams = {
                 "payment_intent": _payment_of(request),
@@ -198,28 +198,30 @@ class StripeGateway:
         )
 
     async def resume(self, request: GatewayRequest) -> Outcome:
-        """Ask: Stripe goes on by itself once the payer has acted. What the payer has abandoned is canceled.
+        """Query the provider, because Stripe goes on by itself once the payer has acted; cancel an abandoned payment.
 
-        For Stripe would let it be paid at any time to come, long after the order service has given up the order.
+        Otherwise the payer could still pay at any later time, long after the order service gave up the order.
 
         Raises:
-            GatewayUnreachable: the question or the cancellation did not arrive.
-            OutcomeUnknown: there was no readable answer; the next call asks again.
+            GatewayUnreachable: the query or the cancellation did not reach Stripe.
+            OutcomeUnknown: there was no readable answer; the next call queries again.
         """
-        told = await self.status(request)
-        if not isinstance(told, RequiresAction) or told.expires_at is None or self._clock() < told.expires_at:
-            return told
-        return await self._abandon(request._replace(reference=told.reference))
+        outcome = await self.status(request)
+        if not isinstance(outcome, RequiresAction) or outcome.expires_at is None:
+            return outcome
+        if self._clock() < outcome.expires_at:
+            return outcome
+        return await self._abandon(request._replace(reference=outcome.reference))
 
     async def status(self, request: GatewayRequest) -> Outcome:
-        """What Stripe shows of this operation. Causes nothing.
+        """Query the operation's outcome. Changes nothing at Stripe.
 
         An authorization or charge without a reference is searched for by our metadata. Stripe's search lags by a minute
         or more, so not finding it proves nothing.
 
         Raises:
-            GatewayUnreachable: the question did not arrive.
-            OutcomeUnknown: there was no readable answer to it.
+            GatewayUnreachable: the query did not reach Stripe.
+            OutcomeUnknown: there was no readable answer.
         """
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
@@ -234,7 +236,7 @@ class StripeGateway:
                 assert_never(request.kind)
 
     async def statements(self, since: datetime, until: datetime) -> AsyncIterator[Statement]:
-        """Every PaymentIntent created in this time, with what was received and refunded of it.
+        """Every PaymentIntent created from `since` to before `until`, with the amounts received and refunded.
 
         Raises:
             GatewayError: the list could not be read to its end.
@@ -247,7 +249,7 @@ class StripeGateway:
         while True:
             page = await self._answer(self._api.payment_intents.list_async(params))
             if page is None:
-                raise GatewayContractBroken(NAME, "a list was refused")
+                raise GatewayContractBroken(NAME, "the list was refused")
             for intent in page.data:
                 yield statement_of(intent)
             if not page.has_more:
@@ -311,7 +313,7 @@ class StripeGateway:
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
         if self._config.multi_capture and not is_final:
-            params["final_capture"] = False  # Stripe's default is True; either is refused without multicapture
+            params["final_capture"] = False  # Stripe's default is True; without multicapture it refuses the parameter
         return await self._post(
             request,
             lambda options: self._api.payment_intents.capture_async(_payment_of(request), params, options),
@@ -328,16 +330,16 @@ class StripeGateway:
         )
 
     async def _abandon(self, request: GatewayRequest) -> Outcome:
-        """Cancel a PaymentIntent whose payer did not come in time, and tell what Stripe says of it then.
+        """Cancel a PaymentIntent whose payer did not act in time, and return the outcome that Stripe then shows.
 
-        Only `canceled` is evidence that nothing was paid and nothing will be. Where Stripe refuses, the payer may have
-        been faster, so that it is asked again: a refusal to cancel proves nothing by itself. A hold that the payer
-        consents to in this very moment is released by it. The key is the cancellation's own: under the operation's,
-        Stripe would answer as it did when the PaymentIntent was created.
+        Only `canceled` is evidence that nothing was or will be paid. If Stripe refuses to cancel, the payer may have
+        been faster: the refusal itself proves nothing, so the status is queried. If the payer authorizes a hold just
+        before, the cancellation releases it. It needs a key of its own: with the operation's key, Stripe would repeat
+        its answer to the creation of the PaymentIntent.
 
         Source: https://docs.stripe.com/api/payment_intents/cancel.
         """
-        assert request.reference is not None, "Stripe has named it"
+        assert request.reference is not None, "only a PaymentIntent that Stripe has shown is abandoned"
         key = f"{request.provider_key}:abandoned"
         intent = await self._answer(
             self._api.payment_intents.cancel_async(
@@ -352,7 +354,7 @@ class StripeGateway:
         call: Callable[[stripe.RequestOptions], Awaitable[T]],
         read: Callable[[T, GatewayRequest], Outcome],
     ) -> Outcome:
-        """Send with the operation's key and read the answer, or say what is known without one."""
+        """Send with the operation's key; return the outcome of the answer, or what an error proves."""
         try:
             answer = await self._in_time(call({"idempotency_key": request.provider_key}))
         except stripe.StripeError as error:
@@ -360,7 +362,7 @@ class StripeGateway:
             return await conclude(translation, request, status=self.status, refused=error, facts=facts)
         return _understood(read, answer, request)
 
-    # --- questions --------------------------------------------------------------------------------------------------
+    # --- queries ----------------------------------------------------------------------------------------------------
 
     async def _payment_intent(self, reference: str) -> stripe.PaymentIntent | None:
         return await self._answer(self._api.payment_intents.retrieve_async(reference, {"expand": ["latest_charge"]}))
@@ -378,7 +380,7 @@ class StripeGateway:
         return await self._find_recent(request, marks)
 
     async def _find_recent(self, request: GatewayRequest, marks: Mapping[str, str]) -> stripe.PaymentIntent | None:
-        """Look through the newest PaymentIntents, which search may not show yet."""
+        """Look through the newest PaymentIntents, which the search may not show yet."""
         if request.first_dispatched_at is None:
             return None
         params: PaymentIntentListParams = {
@@ -401,7 +403,7 @@ class StripeGateway:
         return only(page.data, marks_of(request)) if page is not None else None
 
     async def _answer(self, call: Awaitable[T]) -> T | None:
-        """What Stripe answers; None where it refuses, as it does to a question about what does not exist."""
+        """Stripe's answer to a query; None if it refuses, as it does for an object that does not exist."""
         try:
             return await self._in_time(call)
         except stripe.InvalidRequestError:
@@ -416,11 +418,12 @@ class StripeGateway:
             raise OutcomeUnknown(NAME, facts_of(error)) from error
 
     async def _in_time(self, call: Awaitable[T]) -> T:
-        """Cancelling our own task passes through; whatever else is no `StripeError` is an answer we cannot read.
+        """Await the call, within the timeout. Cancelling our own task passes through.
 
         Raises:
-            OutcomeUnknown: the time is up.
-            GatewayContractBroken: the SDK stumbled over the answer.
+            StripeError: as the SDK raised it.
+            OutcomeUnknown: the call timed out.
+            GatewayContractBroken: the SDK failed to read the answer (any other exception).
         """
         try:
             async with asyncio.timeout(self._config.timeout_seconds):
@@ -439,10 +442,10 @@ def _maximum_in_stripes_units(currency: str) -> int:
 
 
 def _understood(read: Callable[[T, GatewayRequest], Outcome], answer: T, request: GatewayRequest) -> Outcome:
-    """The answer as an outcome.
+    """The outcome of an answer.
 
     Raises:
-        GatewayContractBroken: the answer lacks what it must have.
+        GatewayContractBroken: a field is missing or has an unexpected type.
     """
     try:
         return read(answer, request)
@@ -460,9 +463,9 @@ def _payment_of(request: GatewayRequest) -> str:
 
 
 class _BoundedHttpClient(stripe.HTTPXClient):
-    """Stripe's httpx client with a bounded pool.
+    """Stripe's httpx client with bounded connections.
 
-    The SDK's own one cannot be given limits, and passes the body in a form that httpx has deprecated.
+    The SDK's own client takes no limits, and passes the body in a form that httpx has deprecated.
     """
 
     def __init__(self, config: StripeConfig) -> None:

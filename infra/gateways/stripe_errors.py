@@ -1,8 +1,8 @@
-"""What an exception of Stripe's SDK says about an operation: the error table.
+"""The error table: what an exception of Stripe's SDK proves about an operation.
 
-Promise: every exception that the SDK exports has its translation, and any other is a broken contract. A refusal is
-proof that nothing was executed only where no earlier attempt of the operation is unaccounted for; otherwise it says
-where to look.
+Promise: every exception that the SDK exports has a translation, and any other is a broken contract. A refusal proves
+that nothing was executed only if every earlier attempt of the operation is accounted for; otherwise the translation is
+`Look`.
 
 Sources: https://docs.stripe.com/error-low-level, https://docs.stripe.com/error-handling, at the version that
 `StripeConfig` pins.
@@ -33,17 +33,17 @@ STATE_CONFLICTS: Final = frozenset(
         "capture_unauthorized_payment",
     }
 )
-"""The object is not in the state that the call needs: perhaps because this very operation was executed before."""
+"""The object is not in the state that the call needs, perhaps because this very operation was already executed."""
 
 
 def translate_error(error: Exception, request: GatewayRequest) -> Translation:
-    """What an exception of a POST says about `request`; what the table does not know is a broken contract."""
+    """Translate an exception of a POST; one that the table does not list is a broken contract."""
     translate = TRANSLATIONS.get(type(error), _not_understood)
     return translate(error, request)
 
 
 def _card_error(error: Any, request: GatewayRequest) -> Translation:
-    """A refusal, also when it is the stored answer to an earlier attempt: that attempt was refused as well."""
+    """A decline, even if it is the stored answer to an earlier attempt: that attempt was declined as well."""
     details = error.error
     if details is None or details.type != "card_error":
         return _not_understood(error, request)
@@ -54,11 +54,10 @@ def _card_error(error: Any, request: GatewayRequest) -> Translation:
 
 
 def _invalid_request(error: Any, request: GatewayRequest) -> Translation:
-    """A 400 or 404. Whether it is proof depends on what may have happened before it.
+    """A 400 or 404. Whether it proves anything depends on earlier attempts.
 
-    Replayed, it is Stripe's stored answer to this operation; on an operation of which no attempt is unaccounted for,
-    it is the answer to the only attempt that arrived. Otherwise the lost attempt may have caused the very state that
-    is complained about.
+    A replayed one is Stripe's stored answer to this operation. If every earlier attempt is accounted for, it answers
+    the only attempt that arrived. Otherwise a lost attempt may have caused the very state that Stripe complains about.
     """
     refused = NotExecuted(_safe(error.user_message), error.code)
     if _is_replayed(error):
@@ -69,16 +68,16 @@ def _invalid_request(error: Any, request: GatewayRequest) -> Translation:
 
 
 def _rejected_before_execution(error: Any, request: GatewayRequest) -> Translation:
-    """Limiters and authentication run before Stripe looks at the idempotency key: proof for this attempt only."""
+    """Rate limits and authentication are checked before the idempotency key, so this is proof for this attempt only."""
     return GatewayUnreachable(NAME, facts_of(error))
 
 
 def _key_conflict(error: Any, request: GatewayRequest) -> Translation:
-    """Our key was used with other parameters, say by a release with another return URL: something was asked for before.
+    """Our key was used with other parameters, say by a release with another return URL: an earlier request exists.
 
     https://docs.stripe.com/api/idempotent_requests
     """
-    return Look(GatewayContractBroken(NAME, f"this key was used with other parameters: {facts_of(error)}"))
+    return Look(GatewayContractBroken(NAME, f"the key was used with other parameters: {facts_of(error)}"))
 
 
 def _connection_error(error: Any, request: GatewayRequest) -> Translation:
@@ -93,8 +92,8 @@ def _connection_error(error: Any, request: GatewayRequest) -> Translation:
 def _api_error(error: Any, request: GatewayRequest) -> Translation:
     """409, 5xx, anything that is not JSON, and statuses that Stripe does not document.
 
-    A 409 says that a request with our key is being executed right now, so it is the opposite of proof. A replayed 5xx
-    will be replayed for as long as Stripe keeps the key: only evidence can help then.
+    A 409 means that a request with our key is being executed right now, the opposite of proof. A replayed 5xx is
+    replayed for as long as Stripe keeps the key, so only a status query can show the outcome.
     """
     unknown = OutcomeUnknown(NAME, facts_of(error))
     if error.error is None or error.http_status == 409:
@@ -149,7 +148,7 @@ def _is_replayed(error: Any) -> bool:
 
 
 def facts_of(error: Any) -> str:
-    """What may be logged of an error: never Stripe's text, which can quote what was sent."""
+    """What may be logged of an error: never Stripe's message, which can quote what was sent."""
     details = getattr(error, "error", None)
     facts = {
         "status": getattr(error, "http_status", None),
@@ -161,5 +160,5 @@ def facts_of(error: Any) -> str:
 
 
 def _safe(message: str | None) -> str:
-    """Stripe's text for the sender of the command, without anything that looks like a key of ours."""
+    """Stripe's message for the sender of the command, without anything that looks like one of our keys."""
     return re.sub(r"\b(sk|rk|pk|whsec|ek)_\S+", "[removed]", message or "refused by Stripe")[:300]

@@ -1,8 +1,8 @@
-"""What Stripe's objects say: amounts, our marks on them, the status table, and why a payment was declined.
+"""How Stripe's objects are read: amounts, our marks on them, the status table, and decline reasons.
 
-Promise: a success or a refusal is read only from Stripe's explicit word for this very operation. Whatever says nothing
-of it is `Pending` or `Unknown`, and what contradicts it is a broken contract. Every object that we create or capture
-carries our payment id and operation number in its metadata. Nothing here asks Stripe anything.
+Promise: an outcome is a success or a refusal only if the object says so explicitly, for this very operation. An object
+that does not is `Pending` or `Unknown`, and one that contradicts the request is a broken contract. Every object that we
+create or capture carries our payment id and operation number in its metadata. Nothing here sends a request.
 
 Sources: https://docs.stripe.com/api/payment_intents, https://docs.stripe.com/api/refunds,
 https://docs.stripe.com/payments/multicapture, at the version that `StripeConfig` pins.
@@ -36,10 +36,10 @@ from domain.ports import Statement
 NAME: Final = "stripe"
 
 HUNDREDTHS_WITHOUT_FRACTIONS: Final = frozenset({"ISK", "UGX"})
-"""No decimals in ISO 4217, but sent to Stripe times 100. Source: https://docs.stripe.com/currencies."""
+"""No decimals in ISO 4217, but Stripe takes them times 100. Source: https://docs.stripe.com/currencies."""
 
 ROUNDED_TO_TEN: Final = frozenset({"BHD", "JOD", "KWD", "OMR", "TND"})
-"""Three decimals, of which Stripe takes the last one only as 0. Source: as above."""
+"""Three decimals, of which the last must be 0 at Stripe. Source: as above."""
 
 CURRENCIES: Final = frozenset(MINOR_UNITS)
 
@@ -48,14 +48,14 @@ METADATA_KEY_CHARACTERS_MAX: Final = 40
 METADATA_VALUE_CHARACTERS_MAX: Final = 500
 
 LAST_CAPTURE: Final = "last_capture"
-"""Metadata of a PaymentIntent: the number of our operation that captured or released last.
+"""Metadata key on a PaymentIntent: the number of our operation that captured or released last.
 
-It is sent with the capture itself, which merges metadata. A PaymentIntent only tells the sum of its captures, so this
-is what says whose effect the last one was; our operations of one payment run one at a time.
+It is sent with the capture itself, which merges metadata. A PaymentIntent shows only the sum of its captures; this mark
+shows which operation made the last one. Our operations on one payment run one at a time.
 """
 
 ACTION_WINDOW: Final = timedelta(hours=24)
-"""As long as a Checkout Session, Stripe's own page for payers, lives by default.
+"""As long as a Checkout Session, Stripe's own payment page, lives by default.
 
 Source: https://docs.stripe.com/api/checkout/sessions/create, `expires_at`.
 """
@@ -65,7 +65,7 @@ Source: https://docs.stripe.com/api/checkout/sessions/create, `expires_at`.
 
 
 class AmountNotRepresentable(ValueError):
-    """Stripe has no form for this amount."""
+    """Stripe cannot represent this amount."""
 
 
 def to_stripe_amount(money: Money) -> int:
@@ -75,17 +75,17 @@ def to_stripe_amount(money: Money) -> int:
         AmountNotRepresentable: unknown currency, or a third decimal that is not 0.
     """
     if money.currency not in CURRENCIES:
-        raise AmountNotRepresentable(f"Stripe's scale of {money.currency} is not known here")
+        raise AmountNotRepresentable(f"Stripe's scale of {money.currency} is unknown")
     if money.currency in ROUNDED_TO_TEN and money.minor % 10:
         raise AmountNotRepresentable(f"Stripe takes {money.currency} only with a last decimal of 0, not {money.minor}")
     return money.minor * 100 if money.currency in HUNDREDTHS_WITHOUT_FRACTIONS else money.minor
 
 
 def from_stripe_amount(amount: int, currency: str) -> int:
-    """Our minor units of an amount that Stripe tells.
+    """Our minor units, from an amount in Stripe's scale.
 
     Raises:
-        GatewayContractBroken: a fraction where this currency has none.
+        GatewayContractBroken: a fraction of a currency that has none.
     """
     if currency not in HUNDREDTHS_WITHOUT_FRACTIONS:
         return amount
@@ -101,7 +101,7 @@ def marks_of(request: GatewayRequest) -> dict[str, str]:
 
 
 def metadata_of(request: GatewayRequest) -> dict[str, str]:
-    """The sender's metadata as far as Stripe takes it, and our marks, which win.
+    """The sender's metadata as far as Stripe's limits allow, and our marks, which take precedence.
 
     Source of the limits: https://docs.stripe.com/api/metadata.
     """
@@ -113,7 +113,7 @@ def metadata_of(request: GatewayRequest) -> dict[str, str]:
         for key, value in request.metadata.items()
         if _is_usable_key(key) and key not in own
     }
-    room = METADATA_KEYS_MAX - len(own) - 1  # one stays free for LAST_CAPTURE
+    room = METADATA_KEYS_MAX - len(own) - 1  # one stays free, for LAST_CAPTURE
     return dict(list(kept.items())[:room]) | own
 
 
@@ -121,16 +121,16 @@ def _is_usable_key(key: str) -> bool:
     return 0 < len(key) <= METADATA_KEY_CHARACTERS_MAX and not set(key) & set("[]") and key != LAST_CAPTURE
 
 
-# --- the status table: what Stripe's objects say about an operation -------------------------------------------------
+# --- the status table: what Stripe's objects prove about an operation -----------------------------------------------
 
 
 def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest, action_window: timedelta) -> Outcome:
-    """What a PaymentIntent says about the authorization or charge that created it.
+    """The outcome of the authorization or charge that created a PaymentIntent.
 
-    Its payer may take `action_window`, from its creation.
+    The payer may act within `action_window` of its creation.
 
     Raises:
-        GatewayContractBroken: another currency; or money was captured although only a hold was asked for.
+        GatewayContractBroken: another currency, or money was captured although only a hold was requested.
     """
     _check_currency(intent, request)
     match intent.status:
@@ -142,7 +142,7 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest, action_w
         case "succeeded" | "canceled" if _is_lapsed(intent, request):
             return Expired(intent.id, intent.cancellation_reason or "closed")
         case "succeeded":
-            raise GatewayContractBroken(NAME, f"{intent.id} is captured although only a hold was asked for")
+            raise GatewayContractBroken(NAME, f"{intent.id} is captured although only a hold was requested")
         case "requires_action" if intent.next_action is not None:
             action, end = intent.next_action, action_end(intent.created, action_window)
             return RequiresAction(intent.id, action.type, redirect_url(action), end)
@@ -155,32 +155,31 @@ def read_opening(intent: stripe.PaymentIntent, request: GatewayRequest, action_w
 
 
 def canceled(reference: str, reason: str | None) -> Expired:
-    """What a PaymentIntent says that was canceled before any money was received, in a webhook as in an answer.
+    """The outcome of a PaymentIntent that was canceled before any money was received, in a webhook or an answer.
 
-    Stripe cancels what is past its time, and so can people in the dashboard: it is the same end, nothing more moves.
-    So is it where we cancel what its payer has abandoned. What we cancel for a void is ended by the void.
+    Stripe cancels one whose time is up, a person can cancel one in the dashboard, and we cancel one that its payer has
+    abandoned. In each case nothing more moves. If a void of ours cancels it, the void ends the operation.
     """
     return Expired(reference, reason)
 
 
 def _is_lapsed(intent: stripe.PaymentIntent, request: GatewayRequest) -> bool:
-    """Whether a hold of which we captured a part was closed with that: nothing is left to capture."""
+    """Whether a hold was closed with only our partial captures taken, so that nothing is left to capture."""
     captured = Money(request.captured_minor, request.amount.currency)
     is_asked_later = request.state is OperationState.SUCCEEDED and request.captured_minor > 0
     return is_asked_later and intent.amount_received == to_stripe_amount(captured)
 
 
 def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
-    """What a PaymentIntent says about one of its captures.
+    """The outcome of one capture of a PaymentIntent.
 
-    Evidence of success is our operation number in `LAST_CAPTURE` together with as much money received as
-    all captures up to this one come to.
-    Evidence of failure is a canceled PaymentIntent that never received anything: `canceled` is final at Stripe.
-    Everything else is no evidence.
+    Evidence of success is our operation number in `LAST_CAPTURE`, and at least as much money received as the captures
+    up to this one add up to. Evidence of failure is a PaymentIntent that was canceled without receiving anything:
+    `canceled` is final at Stripe. Anything else is no evidence.
 
     Raises:
-        GatewayContractBroken: another currency; or marked as captured by this operation, but the amounts or the status
-            deny it.
+        GatewayContractBroken: another currency; or marked as captured by this operation, but its amounts or status
+            contradict that.
     """
     _check_currency(intent, request)
     if _mark(intent) != str(request.operation_number):
@@ -194,14 +193,16 @@ def read_capture(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outco
     is_moved = intent.amount_received >= to_stripe_amount(expected)
     if is_moved and intent.status in ("succeeded", "requires_capture"):
         return Succeeded(intent.id)
-    raise GatewayContractBroken(NAME, f"{intent.id} is {intent.status} and marked as captured, but its amounts deny it")
+    raise GatewayContractBroken(
+        NAME, f"{intent.id} is {intent.status} and marked as captured, but its amounts contradict that"
+    )
 
 
 def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
-    """What a PaymentIntent says about releasing its hold.
+    """The outcome of releasing the hold of a PaymentIntent.
 
-    Releasing is the same whoever does it, so the state is the evidence: `canceled` without money received, or closed
-    as `succeeded` with exactly the voided amount not received (after partial captures).
+    It does not matter who released it, so the state is the evidence: `canceled` without money received, or closed as
+    `succeeded` with exactly the voided amount not received (after partial captures).
 
     Raises:
         GatewayContractBroken: another currency.
@@ -220,7 +221,7 @@ def read_void(intent: stripe.PaymentIntent, request: GatewayRequest) -> Outcome:
 
 
 def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
-    """What a Refund says. `requires_action` waits for the payer outside of our reach, so it is pending.
+    """The outcome of a Refund. `requires_action` waits for something that the payer does elsewhere, so it is pending.
 
     Raises:
         GatewayContractBroken: another currency.
@@ -235,20 +236,20 @@ def read_refund(refund: stripe.Refund, request: GatewayRequest) -> Outcome:
             return Pending(refund.id)
 
 
-def _check_currency(told: stripe.PaymentIntent | stripe.Refund, request: GatewayRequest) -> None:
-    if told.currency.upper() != request.amount.currency:
-        raise GatewayContractBroken(NAME, f"{told.id} is in {told.currency}, not in {request.amount.currency}")
+def _check_currency(shown: stripe.PaymentIntent | stripe.Refund, request: GatewayRequest) -> None:
+    if shown.currency.upper() != request.amount.currency:
+        raise GatewayContractBroken(NAME, f"{shown.id} is in {shown.currency}, not in {request.amount.currency}")
 
 
 def expires_at(intent: stripe.PaymentIntent) -> datetime | None:
-    """When Stripe releases the hold by itself, if the charge is expanded and says so."""
+    """When Stripe releases the hold by itself; None if the charge is not expanded or does not say."""
     details = getattr(intent.latest_charge, "payment_method_details", None)
     capture_before = getattr(getattr(details, "card", None), "capture_before", None)
     return datetime.fromtimestamp(capture_before, UTC) if isinstance(capture_before, int) else None
 
 
 def action_end(created: int, window: timedelta) -> datetime:
-    """Until when a payer may act. Counted from the object's own time, so that whatever tells it tells the same."""
+    """Until when the payer may act. Counted from the object's creation, so that answers and webhooks agree on it."""
     return datetime.fromtimestamp(created, UTC) + window
 
 
@@ -295,7 +296,7 @@ DECLINE_REASONS: Final[Mapping[str, DeclineReason]] = {
 
 
 def declined(error: Any, reference: str | None) -> Declined:
-    """From an error object: the decline code where there is one, the error code otherwise."""
+    """The decline in an error object, with its decline code, or its error code if it has none."""
     decline_code, code = getattr(error, "decline_code", None), getattr(error, "code", None)
     reason = DECLINE_REASONS.get(decline_code or "") or DECLINE_REASONS.get(code or "") or DeclineReason.OTHER
     return Declined(reason, decline_code or code, reference)
@@ -308,10 +309,10 @@ Marked = TypeVar("Marked", stripe.PaymentIntent, stripe.Refund)
 
 
 def only(objects: list[Marked], marks: Mapping[str, str]) -> Marked | None:
-    """The one that carries these marks.
+    """The object that carries these marks, or None.
 
     Raises:
-        GatewayContractBroken: several do, so that one operation was executed more than once.
+        GatewayContractBroken: several do: the operation was executed more than once.
     """
     found = [each for each in objects if _carries(each.metadata, marks)]
     if len(found) > 1:

@@ -1,8 +1,8 @@
-"""Stripe's webhooks: the signature, and what each type of event is evidence of.
+"""Stripe's webhooks: how they are verified, and what each type of event proves.
 
-Promise: an event counts only with a valid signature over its raw bytes, not older than the tolerance and not from the
-future. Stripe sends events in any order and more than once, and `domain.decide` copes: what is read here is never more
-than what the object in the event says of the one operation whose marks it carries.
+Promise: an event counts only with a valid signature over its raw bytes, made within the tolerance of our clock. Stripe
+sends events in any order and more than once, which `domain.decide` handles; an event is evidence only about the one
+operation whose marks its object carries.
 
 Sources: https://docs.stripe.com/webhooks, https://docs.stripe.com/api/events/types.
 """
@@ -52,7 +52,7 @@ ANSWERS: Final[Mapping[Verdict, int]] = {
     Verdict.TOO_LARGE: 413,
     Verdict.UNAVAILABLE: 503,
 }
-"""Any other is 200: Stripe sends again, for three days, what is not answered with a 2xx."""
+"""Any other verdict is 200. Stripe retries for three days whatever is not answered with a 2xx."""
 
 DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
     "needs_response": DisputeStage.OPENED,
@@ -64,9 +64,9 @@ DISPUTE_STAGES: Final[Mapping[str, DisputeStage]] = {
 
 
 class StripeWebhooks:
-    """Fits `domain.notices.WebhookReader`. Several secrets are valid while one is being rolled.
+    """Fits `domain.notices.WebhookReader`. Several secrets are valid while one is being rotated.
 
-    `action_window` is the gateway's own: what a webhook tells of a payer's time, an answer tells, too.
+    `action_window` must be the gateway's, so that webhooks and answers agree on the end of a payer's time.
     """
 
     gateway = NAME
@@ -92,14 +92,14 @@ class StripeWebhooks:
         return WebhookAnswer(ANSWERS.get(verdict, 200))
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
     def _verify(self, request: WebhookRequest) -> None:
         header = request.headers.get("stripe-signature", "")
         now = int(request.received_at.timestamp())
         if not any(_is_signed(request.body, header, secret.get_secret_value()) for secret in self._secrets):
             raise WebhookRefused(Verdict.FORGED, "no valid signature")
-        # The library knows a tolerance for the past only, and asks the wall clock.
+        # The library checks only the past, and by the wall clock.
         if abs(now - _timestamp(header)) > TOLERANCE_SECONDS:
             raise WebhookRefused(Verdict.STALE, "signed too long ago, or in the future")
 
@@ -112,20 +112,20 @@ def _is_signed(body: bytes, header: str, secret: str) -> bool:
 
 
 def _timestamp(header: str) -> int:
-    """The `t` of a header whose signature was valid, read as the library reads it."""
+    """The `t` of a header with a valid signature, read as the library reads it."""
     return int(next(part.split("=")[1] for part in header.split(",") if part.startswith("t=")))
 
 
 def _notice(event: Mapping[str, Any]) -> Notice:
     object_, type_ = event["data"]["object"], event["type"]
     notice = Notice(NAME, str(event["id"]), str(type_))
-    # With Connect, of another account's object, which is none of ours whatever marks it carries.
+    # With Connect, `account` names another account: its objects are not ours, whatever marks they carry.
     read = None if event.get("account") else READERS.get(type_)
     return notice if read is None else _dated(read(notice, object_), event)
 
 
 def _dated(notice: Notice, event: Mapping[str, Any]) -> Notice:
-    """A capture has no time of its own in the object that tells of it; the event has one."""
+    """The notice with a time: a PaymentIntent does not show when it was captured, so the event's time is used."""
     external = notice.external
     if external is None or external.moved_at is not None:
         return notice
@@ -133,7 +133,7 @@ def _dated(notice: Notice, event: Mapping[str, Any]) -> Notice:
 
 
 def _limited(notice: Notice, event: Mapping[str, Any], window: timedelta) -> Notice:
-    """With the end of the payer's time, which Stripe does not tell."""
+    """The notice with the end of the payer's time, which Stripe does not report."""
     if not isinstance(notice.outcome, RequiresAction):
         return notice
     end = action_end(event["data"]["object"]["created"], window)
@@ -153,26 +153,26 @@ def _of_payment(notice: Notice, intent: Mapping[str, Any]) -> Notice:
 
 
 def _is_external_capture(type_: str, intent: Mapping[str, Any]) -> bool:
-    """Whether a hold of ours was captured, and none of our own captures left its mark on it."""
+    """Whether a hold of ours was captured without the mark of any capture of ours."""
     return _is_closed_hold(type_, intent) and not intent["metadata"].get(LAST_CAPTURE)
 
 
 def _is_closed_hold(type_: str, intent: Mapping[str, Any]) -> bool:
-    """Whether nothing can be captured of it any more: what was received is all that ever will be."""
+    """Whether nothing more can be captured of a hold, so that `amount_received` is final."""
     return type_ == "payment_intent.succeeded" and intent["capture_method"] == "manual"
 
 
 def _external_capture(notice: Notice, intent: Mapping[str, Any]) -> Notice:
-    """By the charge's id, which no operation of ours is known by. It is told when it has closed the PaymentIntent."""
+    """Known by the charge's id, which no operation of ours has. Reported once the PaymentIntent is closed."""
     amount = _minor(intent, "amount_received")
     outcome = Succeeded(str(intent["latest_charge"] or intent["id"]), amount)
     return notice._replace(outcome=outcome, external=External(OperationKind.CAPTURE, amount, is_final=True))
 
 
 def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
-    """What the object says, and of which operation if it is not the one that created it.
+    """The outcome that the object proves, and the operation's number if it is not the one that created the object.
 
-    Read from plain JSON: to build the SDK's objects of it would cost half of what a webhook costs in all.
+    Read from plain JSON: building the SDK's objects would be half of the cost of a webhook.
     """
     reference, status = intent["id"], intent["status"]
     match type_.removeprefix("payment_intent."):
@@ -197,15 +197,15 @@ def _evidence(type_: str, intent: Mapping[str, Any]) -> tuple[int | None, Outcom
 
 
 def _capture(intent: Mapping[str, Any]) -> tuple[int | None, Outcome | None]:
-    """What was received in all is what the capture took, if none can have been before it.
+    """The capture whose mark the object carries; its amount is what was received in all, if no capture was before it.
 
-    The mark is that of our last capture, and stays when somebody captures the rest: who took what, `captured_minor`
-    lets our books tell.
+    The mark of our last capture stays when somebody else captures the rest; our books tell the two apart by the
+    notice's `captured_minor`.
     """
     metadata = intent["metadata"]
     mark = metadata.get(LAST_CAPTURE)
     if not mark:
-        return None, None  # Somebody else's.
+        return None, None  # somebody else's capture
     is_first = int(mark) == int(metadata.get("operation_number", 0)) + 1
     return int(mark), Succeeded(intent["id"], _minor(intent, "amount_received") if is_first else None)
 
@@ -233,10 +233,10 @@ def _of_refund(notice: Notice, given: Mapping[str, Any]) -> Notice:
 
 
 def _is_release(given: Mapping[str, Any]) -> bool:
-    """Whether nothing was returned that had been taken: Stripe calls it a refund, too, when a hold is let go.
+    """Whether a refund returned no captured money: Stripe also calls it a refund when a hold is released.
 
-    It then has no entry on our balance. Hypothesis for what a partial capture leaves; of a hold that has lapsed it is
-    documented, by a reason of its own.
+    Such a refund has no balance transaction. For a hold that lapsed, Stripe documents a `reason` of its own; for the
+    rest that a partial capture releases, this is a hypothesis.
     """
     return given.get("reason") == "expired_uncaptured_charge" or not given.get("balance_transaction")
 
@@ -282,7 +282,7 @@ READERS: Final[Mapping[str, Callable[[Notice, Mapping[str, Any]], Notice]]] = {
     **dict.fromkeys(("refund.created", "refund.updated", "refund.failed", "charge.refund.updated"), _of_refund),
     **dict.fromkeys(("charge.dispute.created", "charge.dispute.updated", "charge.dispute.closed"), _of_dispute),
 }
-"""What says something that we act upon. All other types are stored, and ignored."""
+"""The event types that we act on. All others are stored and ignored."""
 
 
 def _minor(intent: Mapping[str, Any], *names: str) -> int:
@@ -290,7 +290,7 @@ def _minor(intent: Mapping[str, Any], *names: str) -> int:
 
 
 def _marks(given: Mapping[str, Any]) -> tuple[UUID | None, int | None]:
-    """Our payment and operation, as `stripe_objects.marks_of` wrote them; None where the object is not ours."""
+    """Our payment and operation, as `stripe_objects.marks_of` wrote them; None if the object is not ours."""
     metadata = given.get("metadata") or {}
     try:
         return UUID(metadata["payment_id"]), int(metadata["operation_number"])

@@ -55,8 +55,8 @@ GRACE: Final = timedelta(minutes=15)
 BEGUN_GRACE: Final = timedelta(days=1)
 """The same if VNPay reports that the payer began, and neither paid nor failed (TransactionStatus 01)."""
 UNDER_WAY: Final = timedelta(minutes=15)
-"""How long after its dispatch a refund is assumed to have reached VNPay. If one is sent later, and its answer is lost, a
-person must look."""
+"""How long after its dispatch a refund is assumed to have reached VNPay. If one is sent later and its answer is lost,
+a person must look."""
 
 
 class VNPayConfig(BaseModel):
@@ -76,7 +76,7 @@ class VNPayConfig(BaseModel):
     connect_timeout_seconds: float = 5.0
     max_connections: int = 64
     question_interval: timedelta = timedelta(minutes=5)
-    """Minimum time between two queries of one TxnRef; a faster one is answered with 94. VNPay's older table says 5 minutes."""
+    """Minimum time between two queries of one TxnRef; sooner, VNPay answers 94. Its older table says 5 minutes."""
 
 
 # --- names and times --------------------------------------------------------------------------------------------------
@@ -192,11 +192,11 @@ DECLINES: Final[Mapping[str, DeclineReason]] = {
 
 STATUS_DECLINES: Final[Mapping[str, DeclineReason]] = {"11": DeclineReason.CANCELED}
 """TransactionStatus that states a reason, for queries, which have no ResponseCode of the payment. 02 is every other
-failure: what is 24 (the payer cancelled) in an IPN may be 02 in a query, where it cannot be told from other failures."""
+failure: a 24 (the payer cancelled) in an IPN may be 02 in a query, where it cannot be told from other failures."""
 
 OPEN_CODES: Final = frozenset({"00", "07", "08", "99"})
-"""ResponseCode of an IPN that does not rule out a payment, whatever its TransactionStatus: 00 and 07 mean that the payer
-was debited, 08 and 99 that the outcome is unknown. A later query decides."""
+"""ResponseCode of an IPN that does not rule out a payment, whatever its TransactionStatus: 00 and 07 mean that the
+payer was debited, 08 and 99 that the outcome is unknown. A later query decides."""
 
 PAID: Final = frozenset({"00", "10", "20"})
 FAILED: Final = frozenset({"02", "11"})
@@ -337,7 +337,7 @@ class VNPayGateway:
             return Pending(reference)
         outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, minor_of(answer["vnp_Amount"]))
         if isinstance(outcome, Declined) and now >= self._ends(reference):
-            # An IPN reports an expired URL with code 11. A query has no code, so a failure after the end counts as that.
+            # An IPN reports an expired URL as code 11. A query has no code: a failure after the end counts as that.
             return Expired(reference, outcome.code)
         is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
         return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
@@ -373,7 +373,7 @@ class VNPayGateway:
         return _expires_at(reference, self._config)
 
     def _unpaid(self, request: GatewayRequest, reference: str, now: datetime, grace: timedelta = GRACE) -> Outcome:
-        """VNPay shows no payment. The URL works until it expires, and a payment begun before may complete within `grace`."""
+        """VNPay shows no payment. The URL works until it expires; one begun before may complete within `grace`."""
         if now < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")
@@ -381,7 +381,7 @@ class VNPayGateway:
     # --- queries ------------------------------------------------------------------------------------------------------
 
     async def _query(self, reference: str) -> tuple[dict[str, Any] | None, datetime]:
-        """The signed answer about a TxnRef, None if VNPay has no payment for it; and when VNPay answered, by its clock."""
+        """The signed answer about a TxnRef, None if VNPay has no payment for it; and when it answered, by its clock."""
         ref, _, created = reference.partition("@")
         body = {
             "vnp_RequestId": uuid4().hex,  # a repeated one may be refused as a duplicate

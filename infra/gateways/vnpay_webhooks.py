@@ -57,7 +57,7 @@ class VNPayWebhooks:
     def _verified(self, request: WebhookRequest) -> dict[str, str]:
         given, query = signed_pairs(request), request.query
         fields = {name: value for name, value in given.items() if name.startswith("vnp_")}
-        # We may read only what was signed. `_as_received` would skip a name that is percent-encoded, yet we would read it.
+        # We may read only what was signed: `_as_received` would skip a percent-encoded name, yet we would read it.
         # A request must be refused because the payer has one that we signed ourselves: the payment URL.
         if list(given) != [each.partition("=")[0] for each in query.split("&")]:
             raise WebhookRefused(Verdict.FORGED, "a parameter name is encoded")
