@@ -47,7 +47,7 @@ OnDeleted = Callable[[str, int, int, int], None]
 Records = dict[TopicPartition, list[Any]]
 
 
-class Place(NamedTuple):
+class ReadPosition(NamedTuple):
     """The offset that is read next, and how many lie from there to the partition's end, by what Kafka told last."""
 
     next_offset: int
@@ -90,9 +90,9 @@ class SkippingReader:
         """Whether the topic has partitions, by what Kafka told last. (None may be ours, where others have them all.)"""
         return bool(self._consumer.partitions_for_topic(topic))
 
-    async def places(self) -> dict[int, Place]:
+    async def places(self) -> dict[int, ReadPosition]:
         """Where it reads in each of its partitions; without those of which that is not known just now."""
-        found: dict[int, Place] = {}
+        found: dict[int, ReadPosition] = {}
         for partition in self._consumer.assignment():
             # It has only just come, or is another's now, or Kafka refuses: whoever reads it finds out, and tries again.
             with contextlib.suppress(TimeoutError, KafkaError):
@@ -101,7 +101,7 @@ class SkippingReader:
                 is_ours = partition in self._consumer.assignment()
                 end = self._consumer.highwater(partition) if is_ours else None
                 if end is not None:
-                    found[partition.partition] = Place(next_offset, max(0, end - next_offset))
+                    found[partition.partition] = ReadPosition(next_offset, max(0, end - next_offset))
         return found
 
     async def getmany(self, *partitions: TopicPartition, **limits: Any) -> Records:

@@ -148,8 +148,8 @@ def _doubt_about_slot(checkpoint: Checkpoint, state: LogState) -> str | None:
 
 def _doubt_about_publication(checkpoint: Checkpoint, state: LogState) -> str | None:
     """What was told of it before stays true: being whole again brings nothing back."""
-    told = (each for each in LEFT_OUT if each in (checkpoint.gap or ""))
-    return next(told, state.publication.doubt_since(checkpoint.publication or state.publication.version))
+    recorded = (each for each in LEFT_OUT if each in (checkpoint.gap or ""))
+    return next(recorded, state.publication.doubt_since(checkpoint.publication or state.publication.version))
 
 
 def _may_adopt(state: LogState | None, doubts: list[str]) -> bool:

@@ -23,7 +23,7 @@ class Gulps:
         self._next_at = 0.0
 
     @property
-    def rest_seconds(self) -> float:
+    def pause_seconds(self) -> float:
         """How long to leave lying what comes now."""
         return max(0.0, self._next_at - time.monotonic())
 

@@ -34,7 +34,7 @@ from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
 from infra.relay.stream import CONNECTION, lift_time_limit, with_settings
-from infra.relay.window import Portion, Rest, how_many_fill, read_first
+from infra.relay.window import Portion, WindowReader, how_many_fill, read_first
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +86,7 @@ class PollSource:
         self._is_woken, self._is_notified = True, False
         self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
-        self._rest: Rest | None = None
+        self._rest: WindowReader | None = None
         self._left: list[OutboxEvent] = []
         self._steps: deque[_Step] = deque()
         self._proven, self._unproven_end = 0, 0
@@ -183,13 +183,13 @@ class PollSource:
     async def _read_first(self, end: Snapshot) -> tuple[Portion | None, bool]:
         return await read_first(self._reader, self._begin.until(end, self._position))
 
-    async def _read_rest(self, rest: Rest) -> tuple[Portion | None, bool]:
+    async def _read_rest(self, rest: WindowReader) -> tuple[Portion | None, bool]:
         self._is_rest_used = True
         portion = await rest.read()
         return portion, portion is not None
 
     async def _open_rest(self, end: Snapshot) -> None:
-        self._rest = Rest(self._reader)
+        self._rest = WindowReader(self._reader)
         await self._rest.open(self._begin.until(end, self._position))
 
     async def _leave_window(self, end: Snapshot) -> None:

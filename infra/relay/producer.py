@@ -74,12 +74,12 @@ class OneCluster:
 
     async def _is_own(self, connection: AIOKafkaConnection) -> bool:
         try:
-            told = getattr(await connection.send(MetadataRequest([])), "cluster_id", None)
+            cluster_id = getattr(await connection.send(MetadataRequest([])), "cluster_id", None)
         except (KafkaError, OSError, TimeoutError):
             return False
-        self.id = self.id or told
-        if told not in (None, self.id):
-            self._other = told
+        self.id = self.id or cluster_id
+        if cluster_id not in (None, self.id):
+            self._other = cluster_id
             return False
         self._asked.add(connection)
         return True

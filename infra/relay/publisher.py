@@ -1,6 +1,6 @@
 """Publishes outbox events to Kafka, in order per partition, and tells each event's transaction of the acknowledgement.
 
-Each partition is a lane with at most one batch on its way. Meanwhile the next events gather: small batches when there
+Each partition is a queue with at most one batch on its way. Meanwhile the next events gather: small batches when there
 is little to do, large ones under load, and no timer in between.
 """
 
@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX = 262_144
 IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
-"""Of payload on its way, beyond which lanes wait: one request takes a batch of every partition, and aiokafka copies it
+"""Of payload on its way, beyond which queues wait: one request takes a batch of every partition, and aiokafka copies it
 four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
@@ -57,7 +57,7 @@ class Diverted(NamedTuple):
     reason: str | None
 
 
-class _Lane:
+class _PartitionQueue:
     """One partition: batches that wait, the last one still open, and the one on its way."""
 
     __slots__ = (
@@ -115,13 +115,13 @@ class Publisher:
         self._cluster = cluster
         self._producers = {producer}
         self._renewals: set[asyncio.Task[None]] = set()
-        self._lanes = [_Lane(number, producer) for number in range(partitions)]
+        self._queues = [_PartitionQueue(number, producer) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
         self._open: list[Records | None] = [None] * partitions
-        """What each lane's last batch is encoded by, while it may be appended to."""
+        """What each queue's last batch is encoded by, while it may be appended to."""
         self._in_flight_bytes = 0
         self._turn = 0
-        """The lane that is asked first; none is left behind while there is room for some of them only."""
+        """The queue that is asked first; none is left behind while there is room for some of them only."""
         self._on_progress = on_progress
         self._error: BaseException | None = None
         self._progress_at = time.monotonic()
@@ -178,8 +178,8 @@ class Publisher:
                 self._add(event, group)
 
     def _add(self, event: OutboxEvent, group: Group) -> None:
-        """To the end of its partition's lane; an event that is too large waits for its turn there, too."""
-        number = partition_of(event.aggregateid, len(self._lanes))
+        """To the end of its partition's queue; an event that is too large waits for its turn there, too."""
+        number = partition_of(event.aggregateid, len(self._queues))
         if len(event.payload) > self.payload_max:
             self._open_batch(number).hold(event, group)
             return  # Behind it `append` has no room: it is sealed.
@@ -192,9 +192,9 @@ class Publisher:
         return self._open_batch(number).records
 
     def _open_batch(self, number: int) -> RecordBatch:
-        lane = self._lanes[number]
-        batch = RecordBatch(self._new_records(min(lane.batch_bytes_max, self.payload_max)))
-        lane.pending.append(batch)
+        queue = self._queues[number]
+        batch = RecordBatch(self._new_records(min(queue.batch_bytes_max, self.payload_max)))
+        queue.pending.append(batch)
         self._open[number] = batch.records
         return batch
 
@@ -214,26 +214,26 @@ class Publisher:
         self.unacknowledged_bytes += size
 
     async def flush(self) -> None:
-        """Send what waits in lanes with nothing on its way.
+        """Send what waits in queues with nothing on its way.
 
         Raises:
             KafkaAway: events could not be published; the session must end.
         """
         self.check()
-        while lane := self._next_lane():
+        while queue := self._next_queue():
             try:
                 async with asyncio.timeout(SEND_SECONDS):
-                    await self._send(lane)
+                    await self._send(queue)
             except TimeoutError as error:
                 raise KafkaAway("the producer takes no batch") from error
             self.check()
 
-    def _next_lane(self) -> _Lane | None:
+    def _next_queue(self) -> _PartitionQueue | None:
         if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
-            for lane in (*self._lanes[self._turn :], *self._lanes[: self._turn]):
-                if lane.pending and lane.in_flight is None and not lane.is_renewing:
-                    self._turn = (lane.number + 1) % len(self._lanes)
-                    return lane
+            for queue in (*self._queues[self._turn :], *self._queues[: self._turn]):
+                if queue.pending and queue.in_flight is None and not queue.is_renewing:
+                    self._turn = (queue.number + 1) % len(self._queues)
+                    return queue
         return None
 
     def check(self) -> None:
@@ -250,9 +250,9 @@ class Publisher:
         """
         for producer in self._producers:
             partitions = producer.client.cluster.partitions_for_topic(self._config.topic)
-            if partitions and len(partitions) != len(self._lanes):
+            if partitions and len(partitions) != len(self._queues):
                 raise KafkaAway(
-                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._lanes)}"
+                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._queues)}"
                 )
 
     @property
@@ -266,7 +266,7 @@ class Publisher:
         if not self.unacknowledged:
             return None
         before = time.monotonic() - self._config.stalled_seconds
-        stuck = ", ".join(str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before)
+        stuck = ", ".join(str(queue.number) for queue in self._queues if (queue.sent_at or before) < before)
         if self._progress_at < before:
             return "Kafka acknowledges nothing" + (f"; what waits is in partition {stuck}" if stuck else "")
         return f"Kafka acknowledges nothing in partition {stuck}" if stuck else None
@@ -279,33 +279,33 @@ class Publisher:
         await asyncio.gather(*self._renewals, return_exceptions=True)
         await asyncio.gather(*map(abandon, self._producers))
 
-    async def _send(self, lane: _Lane) -> None:
-        if lane.is_producer_spent:
-            self._begin_renewal(lane)
+    async def _send(self, queue: _PartitionQueue) -> None:
+        if queue.is_producer_spent:
+            self._begin_renewal(queue)
             return
-        if lane.pending[0].held is not None:
-            lane.sent_at = None
-            self._refuse(lane, f"above our own limit of {self.payload_max} bytes")
+        if queue.pending[0].held is not None:
+            queue.sent_at = None
+            self._refuse(queue, f"above our own limit of {self.payload_max} bytes")
             return
-        lane.in_flight = batch = lane.pending.popleft()
-        if not lane.pending:
-            self._open[lane.number] = None
+        queue.in_flight = batch = queue.pending.popleft()
+        if not queue.pending:
+            self._open[queue.number] = None
         self._in_flight_bytes += batch.payload_bytes
-        lane.sent_at = lane.sent_at or time.monotonic()
+        queue.sent_at = queue.sent_at or time.monotonic()
         try:
-            sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
+            sent = await queue.producer.send_batch(batch, self._config.topic, partition=queue.number)
         except AssertionError as error:  # aiokafka's way to say so.
-            raise KafkaAway(f"topic {self._config.topic} has no partition {lane.number} any more") from error
-        sent.add_done_callback(partial(self._sent, lane))
+            raise KafkaAway(f"topic {self._config.topic} has no partition {queue.number} any more") from error
+        sent.add_done_callback(partial(self._sent, queue))
 
-    def _begin_renewal(self, lane: _Lane) -> None:
-        """Beside the other lanes: a broker that has vanished may be asked first, and long."""
-        lane.is_renewing, lane.sent_at = True, lane.sent_at or time.monotonic()
-        renewal = asyncio.create_task(self._renew_producer(lane))
+    def _begin_renewal(self, queue: _PartitionQueue) -> None:
+        """Beside the other queues: a broker that has vanished may be asked first, and long."""
+        queue.is_renewing, queue.sent_at = True, queue.sent_at or time.monotonic()
+        renewal = asyncio.create_task(self._renew_producer(queue))
         self._renewals.add(renewal)
         renewal.add_done_callback(self._renewals.discard)
 
-    async def _renew_producer(self, lane: _Lane) -> None:
+    async def _renew_producer(self, queue: _PartitionQueue) -> None:
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 producer = await start_producer(self._config, self._cluster)
@@ -313,39 +313,39 @@ class Publisher:
             self._error = error
             self._on_progress()
             return
-        spent, lane.producer = lane.producer, producer
-        lane.is_producer_spent = lane.is_renewing = False
+        spent, queue.producer = queue.producer, producer
+        queue.is_producer_spent = queue.is_renewing = False
         self._producers.add(producer)
         self._on_progress()
-        if all(each.producer is not spent for each in self._lanes):
+        if all(each.producer is not spent for each in self._queues):
             await abandon(spent)  # By `close`, if this is cancelled.
             self._producers.discard(spent)
 
-    def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
+    def _sent(self, queue: _PartitionQueue, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:
             return
         error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
-        batch, lane.in_flight = lane.in_flight, None
-        assert batch is not None, "of each lane one batch is on its way"
+        batch, queue.in_flight = queue.in_flight, None
+        assert batch is not None, "of each queue one batch is on its way"
         self._in_flight_bytes -= batch.payload_bytes
         if error is None:
-            lane.sent_at = None
+            queue.sent_at = None
             self._acknowledge(batch)
         else:
-            lane.pending.appendleft(batch)
-            self._failed(lane, batch, error)
+            queue.pending.appendleft(batch)
+            self._failed(queue, batch, error)
         self._on_progress()
 
-    def _failed(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
-        """Nothing may overtake what was not sent: it waits for its lane to go on, or the session ends here."""
+    def _failed(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
+        """Nothing may overtake what was not sent: it waits for its queue to go on, or the session ends here."""
         if isinstance(error, LeaderNotAvailableError):
-            # The other lanes go on: a new session would send once more what they have sent since.
-            lane.is_producer_spent = True
-            self._put_back(self._take_out(lane))
-            log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=lane.number)
+            # The other queues go on: a new session would send once more what they have sent since.
+            queue.is_producer_spent = True
+            self._put_back(self._take_out(queue))
+            log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=queue.number)
         elif isinstance(error, REFUSALS):
-            lane.sent_at = None
-            self._refused(lane, batch, error)
+            queue.sent_at = None
+            self._refused(queue, batch, error)
         else:
             self._error = error
 
@@ -371,29 +371,29 @@ class Publisher:
         diverted, self._diverted = self._diverted, []
         return diverted
 
-    def _refused(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
+    def _refused(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
         """Try smaller batches, down to the one event that is refused."""
         # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
-        lane.is_producer_spent = True
+        queue.is_producer_spent = True
         if batch.record_count() > 1 and isinstance(error, TOO_LARGE):
-            lane.batch_bytes_max = min(lane.batch_bytes_max, batch.payload_bytes) // 2
-            self._put_back(self._take_out(lane))
+            queue.batch_bytes_max = min(queue.batch_bytes_max, batch.payload_bytes) // 2
+            self._put_back(self._take_out(queue))
         else:
             # What made batches too large may be the event that goes now.
-            lane.batch_bytes_max = BATCH_BYTES_MAX
-            self._refuse(lane, f"{type(error).__name__}: {error}")
+            queue.batch_bytes_max = BATCH_BYTES_MAX
+            self._refuse(queue, f"{type(error).__name__}: {error}")
 
-    def _take_out(self, lane: _Lane) -> list[tuple[OutboxEvent, Group]]:
-        self._open[lane.number] = None
-        return lane.unpack()
+    def _take_out(self, queue: _PartitionQueue) -> list[tuple[OutboxEvent, Group]]:
+        self._open[queue.number] = None
+        return queue.unpack()
 
     def _put_back(self, waiting: Iterable[tuple[OutboxEvent, Group]]) -> None:
         for event, group in waiting:
             self._add(event, group)
 
-    def _refuse(self, lane: _Lane, reason: str) -> None:
-        """Divert the first event of this lane, and those of its payment that wait behind it; the others go on."""
-        (event, group), *waiting = self._take_out(lane)
+    def _refuse(self, queue: _PartitionQueue, reason: str) -> None:
+        """Divert the first event of this queue, and those of its payment that wait behind it; the others go on."""
+        (event, group), *waiting = self._take_out(queue)
         self.blocked.add(key := event.aggregateid)
         self._diverted.append(Diverted(event, group, reason))
         self._diverted += [Diverted(*each, None) for each in waiting if each[0].aggregateid == key]
@@ -405,7 +405,7 @@ class Publisher:
             payment_id=key.decode(),
             type=event.type.decode(),
             payload_bytes=len(event.payload),
-            partition=lane.number,
+            partition=queue.number,
             error=reason,
         )
         self._on_progress()

@@ -61,7 +61,7 @@ class Selection:
     until: datetime | None = None
 
 
-class Replay:
+class EventReplay:
     """One replay of a selection to a topic."""
 
     def __init__(self, config: RelayConfig, selection: Selection, *, topic: str, rate: int) -> None:
@@ -114,7 +114,7 @@ class Replay:
                 if await _is_set_within(stop, started + self.done / self._rate - time.monotonic()):
                     break
 
-    async def rest(self) -> tuple[int, datetime | None]:
+    async def remaining(self) -> tuple[int, datetime | None]:
         """How many events it has not published, and when the earliest of them was written.
 
         Raises:

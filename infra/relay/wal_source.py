@@ -183,7 +183,7 @@ class WalSource:
     # --- the stream -------------------------------------------------------------------------------------------------
 
     async def read(self, intake: Intake) -> bool:
-        if self._gulps.rest_seconds:
+        if self._gulps.pause_seconds:
             return False
         if self._reader is not None and intake.open_records is not None:
             count, is_all = self._read_natively(self._reader, intake, intake.open_records)
@@ -268,7 +268,7 @@ class WalSource:
                 log.warning("unexpected message in the log stream", kind=chr(kind))
 
     def watch(self, on_ready: Callable[[], None]) -> None:
-        rest = self._gulps.rest_seconds
+        rest = self._gulps.pause_seconds
         if not rest:
             self._stream.watch(on_ready)
         elif self._next_gulp is None:

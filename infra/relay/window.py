@@ -104,7 +104,7 @@ async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) ->
     return portion, len(rows) >= PORTION or rows[-1][2] >= PORTION_BYTES
 
 
-class Rest:
+class WindowReader:
     """A window behind a position, in portions; one transaction of the reader, until it is closed.
 
     A portion has at most PORTION events, and ends with the one that fills PORTION_BYTES of payloads.
