@@ -64,7 +64,7 @@ class Relay:
         self._status.enter(State.STOPPED)
 
     async def _stand_still(self, gap: GapFound) -> None:
-        """Report a gap that is new. Events that may be missing are counted only once: counting reads the whole outbox."""
+        """Report a new gap. Events that may be missing are counted only once: counting reads the whole outbox."""
         if self._status.state is State.GAP and self._gap_reason == gap.reason:
             return
         self._gap_reason, text = gap.reason, str(gap)

@@ -32,13 +32,13 @@ log = structlog.get_logger(__name__)
 SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {"wal": WalSource, "poll": PollSource}
 FLUSH_EVERY = 1000
 FIRST_SAVE_SECONDS = 0.1
-"""When progress is saved for the first time, so that even relays that never live long get ahead."""
+"""When progress is first saved: early, so that even relays that never live long make progress."""
 LEADER_SETTINGS = (
     "-c idle_session_timeout=10s -c idle_in_transaction_session_timeout=10s -c lock_timeout=5s -c synchronous_commit=on"
 )
-"""The timeouts take the leader's lock from a process that is frozen rather than gone, as it loses its stream, even in
-mid-transaction. lock_timeout: a lock on the relay's own row cannot make it wait for ever. synchronous_commit: saved
-progress survives a crash, whatever the database's own setting."""
+"""The idle timeouts free the lock of a leader that is frozen, not gone, also in mid-transaction; its stream ends too.
+lock_timeout: a lock on the relay's own row cannot make it wait for ever. synchronous_commit: saved progress survives a
+crash, whatever the database's own setting."""
 WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
@@ -86,7 +86,7 @@ class Session:
         return task
 
     async def _watch_stop(self, preparation: asyncio.Timeout) -> None:
-        """Cancel a preparation, which may wait long for others, once `stop` is set; a stream ends in good order instead."""
+        """Once `stop` is set, cut short a preparation, which may wait long for others; a stream ends in good order."""
         await self._stop.wait()
         self._wake.set()
         with contextlib.suppress(RuntimeError):  # The preparation has ended.
@@ -129,7 +129,7 @@ class Session:
         await self._source.open(self._catch_up_sink())
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
-        """Wait to become the one relay that may create, scan and stream; its advisory lock is on the returned connection.
+        """Wait to become the one relay that may create, scan and stream; its lock is on the returned connection.
 
         It polls, because a query that waits for the lock would keep VACUUM from removing anything.
         """
@@ -273,7 +273,7 @@ class Session:
             self._leadership.result()
 
     async def _finish(self) -> None:
-        """Wait for acknowledgements and save them: the next relay repeats nothing, or at most part of a poll's portion."""
+        """Wait for acknowledgements and save: the next relay repeats nothing, or at most part of a poll's portion."""
         self._source.unwatch()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.stop_seconds):
