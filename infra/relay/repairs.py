@@ -1,4 +1,4 @@
-"""An operator's requests to a relay that stopped at a gap (`beginning.py` carries them out), and facts about the gap."""
+"""An operator's requests to a relay that stopped at a gap (`beginning.py` carries them out), and queries about it."""
 
 import asyncio
 from typing import Any, Final

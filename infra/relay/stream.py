@@ -195,7 +195,7 @@ class ReplicationStream:
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> PostgresAway:
-        """The error for a lost connection; stops watching, since libpq has closed the socket and its number can be reused."""
+        """The error for a lost connection; stops watching, as libpq closed the socket and its number can be reused."""
         self.unwatch()
         return PostgresAway(why)
 
