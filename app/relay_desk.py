@@ -38,7 +38,7 @@ from infra.relay.repairs import (
     request_repair,
     withdraw_adopt,
 )
-from infra.relay.replay import Replay, Selection
+from infra.relay.replay import EventReplay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
 from infra.relay.stream import CONNECTION
 
@@ -299,7 +299,7 @@ class RelayDesk:
         target = topic or self._settings.events_topic
         self._refuse_own_input(target)
         self._require_relay()
-        replay = Replay(relay_config(self._settings), selection, topic=target, rate=rate)
+        replay = EventReplay(relay_config(self._settings), selection, topic=target, rate=rate)
         if not dry_run:
             self._check_topic(target)
         count = asyncio.run(replay.count())
@@ -354,14 +354,16 @@ class RelayDesk:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
 
 
-async def _replay(replay: Replay, on_progress: Callable[[int], None]) -> tuple[int, datetime | None, KafkaError | None]:
+async def _replay(
+    replay: EventReplay, on_progress: Callable[[int], None]
+) -> tuple[int, datetime | None, KafkaError | None]:
     """Where it ended before its end: how many events are left, since when those were written, and Kafka's reason."""
     stop, failure = stop_on_signals(first=_tell_that_it_ends), None
     try:
         await replay.run(on_progress, stop)
     except KafkaError as error:
         failure = error
-    left = await replay.rest() if replay.done and (failure or stop.is_set()) else (0, None)
+    left = await replay.remaining() if replay.done and (failure or stop.is_set()) else (0, None)
     return *left, failure
 
 

@@ -1,6 +1,6 @@
-"""Alembic's entry: runs the migrations over the connection that `infra.postgres.migrate` hands in.
+"""Alembic's entry point: runs the migrations on the connection that `infra.postgres.migrate` passes in.
 
-Each version has a transaction of its own: what one has locked, the next one does not hold.
+Each version has its own transaction, so that the locks of one end before the next begins.
 """
 
 from alembic import context

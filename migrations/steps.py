@@ -1,10 +1,10 @@
-"""The steps of a migration over a busy table: each a transaction of its own, so that no lock outlives its statement.
+"""Steps of a migration of a busy table, each in its own transaction, so that no lock outlives its statement.
 
-A lock that waits makes every payment behind it wait as well. So what needs one that payments notice is given up after
-`LOCK_TIMEOUT` and asked for again after a pause; and what takes long (reads a table, makes an index) needs none.
+A lock that waits makes every payment behind it wait as well. So a step that needs a lock which blocks payments gives up
+after `LOCK_TIMEOUT` and retries after a pause, and a long step (reading a table, building an index) needs no such lock.
 
-A migration that was interrupted begins again at its first step: each can be repeated. What can not be (a new table, an
-attribute of a type) comes last, outside of these, in the transaction that notes the new version.
+An interrupted migration begins again at its first step, because each step can be repeated. Changes that cannot (a new
+table, an attribute of a type) come last, outside these steps, in the transaction that records the new version.
 """
 
 import time
@@ -19,14 +19,14 @@ from sqlalchemy.exc import OperationalError
 from infra.postgres.maintenance import LOCK_TIMEOUT, PAUSES_SECONDS
 
 LAST_LOCK_TIMEOUT: Final = "1500ms"
-"""Longer than `deadlock_timeout` as Postgres has it (1 s), after which an autovacuum gives way to who waits."""
+"""Longer than Postgres's default `deadlock_timeout` (1 s), after which an autovacuum yields to whoever waits for it."""
 
 
 def change(statement: str) -> None:
-    """Execute what takes milliseconds and locks payments out for as long.
+    """Execute a statement that takes milliseconds and blocks payments for that time.
 
     Raises:
-        OperationalError: the table stayed too busy, for some 20 seconds.
+        OperationalError: the table stayed too busy for about 20 seconds.
     """
     for pause in PAUSES_SECONDS:
         try:
@@ -41,16 +41,16 @@ def change(statement: str) -> None:
 
 
 def constrain(table: str, checks: dict[str, str]) -> None:
-    """Put each named CHECK in the place of the one that had its name, and see that all rows pass.
+    """Replace each named CHECK, or add it, and validate all rows.
 
-    New rows are held to it from the first moment on; those that are there are read while payments go on.
+    New rows are checked from the first moment; existing rows are read while payments continue.
     """
     change(_replacement(table, checks, " NOT VALID"))
     _execute(f"ALTER TABLE {table} " + ", ".join(f"VALIDATE CONSTRAINT {name}" for name in checks))
 
 
 def constrain_at_once(table: str, checks: dict[str, str]) -> None:
-    """The same within the transaction of the whole migration, for a way back: a row that does not pass undoes it all.
+    """The same in the transaction of the whole migration, for a downgrade: a row that fails the check undoes everything.
 
     The rows are read under the lock.
     """
@@ -66,7 +66,7 @@ def _replacement(table: str, checks: dict[str, str], how: str) -> str:
 
 
 def make_index(name: str, on: str) -> None:
-    """Make it while payments go on. One that is there is left as it is, unless its making broke off."""
+    """Create the index while payments continue. An existing index is kept, unless its creation was interrupted."""
     broken = sa.text("SELECT NOT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
     if op.get_bind().scalar(broken, {"name": name}):
         drop_index(name)
@@ -74,12 +74,12 @@ def make_index(name: str, on: str) -> None:
 
 
 def drop_index(name: str) -> None:
-    """While payments go on."""
+    """Drop the index, if it exists, while payments continue."""
     _execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
 
 
 def gather_statistics(table: str, columns: Iterable[str]) -> None:
-    """Anew, after these columns had their type changed, by which they lose them; while payments go on."""
+    """Rebuild the statistics that a type change discards; payments continue meanwhile."""
     _execute(f"ANALYZE {table} ({', '.join(columns)})")
 
 

@@ -1,4 +1,4 @@
-"""Kafka's address, TLS and credentials. Every client is made of this, so that all use the same security."""
+"""Kafka's address, TLS and credentials. Every client is built from this, so that all use the same security."""
 
 import ssl
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
 @dataclass(frozen=True, slots=True)
 class KafkaAccess:
-    """The brokers, and how to speak with them: in the clear and as nobody, unless told otherwise."""
+    """The brokers and how to connect to them; by default without TLS or authentication."""
 
     bootstrap: str
     protocol: SecurityProtocol = "PLAINTEXT"
@@ -24,10 +24,10 @@ class KafkaAccess:
     username: str = ""
     password: SecretStr | None = None
     ca_file: str = ""
-    """Whose signature the brokers' certificates must bear; if empty, of those that this machine trusts."""
+    """CA certificates that must have signed the brokers' certificates; if empty, those that this machine trusts."""
 
     def client_arguments(self) -> dict[str, Any]:
-        """What an aiokafka client needs to reach the brokers; from then on none in this process makes topics.
+        """The arguments of an aiokafka client; from this call on no client of this process creates topics.
 
         Raises:
             OSError: the CA file cannot be read.
@@ -47,12 +47,12 @@ class KafkaAccess:
         }
 
     def broker_security(self) -> "BaseSecurity":
-        """The same for FastStream's broker, beside `bootstrap`, and for its aiokafka clients.
+        """The same for FastStream's broker and its aiokafka clients, except `bootstrap`.
 
         Raises:
             OSError: the CA file cannot be read.
         """
-        # Of all processes only the worker uses FastStream, which takes a while to load.
+        # Only the worker uses FastStream, which takes a while to load.
         from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512  # noqa: PLC0415
 
         _leave_topics_to_us()
@@ -69,19 +69,19 @@ class KafkaAccess:
         return self.password.get_secret_value() if self.password is not None else ""
 
     def _tls(self) -> ssl.SSLContext | None:
-        """Verifies who signed a broker's certificate, and that it is that host's."""
+        """A context that verifies who signed a broker's certificate, and that it is for that host."""
         if not self.protocol.endswith("SSL"):
             return None
         return ssl.create_default_context(cafile=self.ca_file or None)
 
 
 def _leave_topics_to_us() -> None:
-    """Have no aiokafka client of this process ask for a topic so that the broker makes it.
+    """Keep the aiokafka clients of this process from asking for a topic in a way that creates it.
 
-    Where `auto.create.topics.enable` is on, which is Kafka's default, the question alone makes a topic that is missing,
-    mistyped or just deleted, with one partition and one copy. aiokafka's clients have no setting for it.
+    Where `auto.create.topics.enable` is on, which is Kafka's default, the mere request creates a topic that is missing,
+    mistyped or just deleted, with one partition and one copy. aiokafka's clients have no setting for this.
     """
-    import aiokafka.client  # noqa: PLC0415 - who only reads settings needs none
+    import aiokafka.client  # noqa: PLC0415 - not needed to read settings only
     from aiokafka.protocol.metadata import MetadataRequest  # noqa: PLC0415
 
     vars(aiokafka.client)["MetadataRequest"] = partial(MetadataRequest, allow_auto_topic_creation=False)

@@ -1,4 +1,4 @@
-"""Reads the dead-letter topic, and publishes letters again as they once came: same bytes, key and headers."""
+"""Reads the dead-letter topic, and publishes letters again as they arrived: same bytes, key and headers."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -25,7 +25,7 @@ REFUSALS: Final = (MessageSizeTooLargeError, RecordListTooLargeError, UnknownTop
 
 
 class LetterUnknown(ValueError):
-    """The topic has no such letter (any more)."""
+    """The topic does not have this letter, or not any more."""
 
 
 class NotRetriable(Exception):
@@ -34,18 +34,22 @@ class NotRetriable(Exception):
 
 @dataclass(frozen=True, slots=True, order=True)
 class LetterId:
-    """Where a letter lies on the dead-letter topic; written as `PARTITION:OFFSET`."""
+    """A letter's position on the dead-letter topic; written as `PARTITION:OFFSET`."""
 
     partition: int
     offset: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError where `text` is no letter's name."""
+        """Parse `PARTITION:OFFSET`.
+
+        Raises:
+            ValueError: `text` does not have this form.
+        """
         partition, _, offset = text.partition(":")
         if not (partition.isdecimal() and offset.isdecimal()):
             raise ValueError(
-                f"{text!r} is no letter: write PARTITION:OFFSET as `payments dlq list` shows it, like 3:17"
+                f"{text!r} is not a letter: write PARTITION:OFFSET as `payments dlq list` shows it, like 3:17"
             )
         return cls(int(partition), int(offset))
 
@@ -70,7 +74,7 @@ class Letter:
 
     @property
     def source(self) -> tuple[str, int, int] | None:
-        """Topic, partition and offset of the original; None for what no worker of ours has parked."""
+        """Topic, partition and offset of the original; None for a letter that no worker of ours parked."""
         partition, offset = self.facts.get("partition", ""), self.facts.get("offset", "")
         if "topic" not in self.facts or not (partition.isdecimal() and offset.isdecimal()):
             return None
@@ -90,7 +94,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A message as it once came."""
+    """A message as it first arrived."""
 
     topic: str
     key: bytes | None
@@ -106,7 +110,7 @@ class DeadLetterLog:
         self._topic = topic
 
     async def letters(self) -> AsyncGenerator[Letter, None]:
-        """All letters that are there now, oldest first in each partition; one at a time is in memory."""
+        """All letters present now, oldest first in each partition, yielded one at a time."""
         async with self._consumer() as consumer:
             partitions = await self._assign_all(consumer)
             ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
@@ -122,10 +126,10 @@ class DeadLetterLog:
                         left.discard(partition)
 
     async def letter(self, wanted: LetterId) -> Letter:
-        """The letter of this name.
+        """The letter with this id.
 
         Raises:
-            LetterUnknown: there is none.
+            LetterUnknown: there is no such letter.
         """
         record = await self._record(self._topic, wanted.partition, wanted.offset)
         if record is None:
@@ -133,10 +137,10 @@ class DeadLetterLog:
         return _letter(record)
 
     async def original(self, letter: Letter) -> Original:
-        """The message as it came; read from its source if its value was left out here.
+        """The message as it first arrived; read from its source if its value was left out of the letter.
 
         Raises:
-            NotRetriable: nobody knows where it came from, or its source no longer has it.
+            NotRetriable: the letter does not say where it came from, or its source no longer has it.
         """
         if letter.source is None:
             raise NotRetriable(f"letter {letter.id} does not say where it came from: no worker parked it; drop it")
@@ -153,7 +157,7 @@ class DeadLetterLog:
 
     @asynccontextmanager
     async def publisher(self) -> AsyncIterator[AIOKafkaProducer]:
-        """A producer for `publish`, which takes whatever some topic once took."""
+        """A producer for `publish`, with a size limit high enough for any message that some topic once accepted."""
         async with AIOKafkaProducer(
             **self._kafka.client_arguments(),
             acks="all",
@@ -163,10 +167,10 @@ class DeadLetterLog:
             yield producer
 
     async def publish(self, letter: Letter, producer: AIOKafkaProducer) -> None:
-        """Send the original to its topic once more; on return Kafka has it.
+        """Publish the original to its topic again; on return Kafka has it.
 
         Raises:
-            NotRetriable: as `original`, or its topic is gone or does not take it.
+            NotRetriable: as in `original`, or its topic is gone or does not accept it.
         """
         original = await self.original(letter)
         try:
@@ -175,7 +179,7 @@ class DeadLetterLog:
             )
         except REFUSALS as error:
             raise NotRetriable(
-                f"letter {letter.id} is not taken by {original.topic}: {type(error).__name__}; mend the topic"
+                f"letter {letter.id} is not accepted by {original.topic}: {type(error).__name__}; fix the topic"
             ) from error
 
     async def _record(self, topic: str, partition: int, offset: int) -> Any:
@@ -193,7 +197,7 @@ class DeadLetterLog:
                 return None
             consumer.seek(where, offset)
             try:
-                # What stands there may be no message but a mark, as transactions leave them: nothing comes then.
+                # The offset may hold a transaction marker instead of a message: nothing arrives then.
                 async with asyncio.timeout(READ_TIMEOUT_SECONDS):
                     record = await consumer.getone(where)
             except TimeoutError:
@@ -218,7 +222,7 @@ class DeadLetterLog:
             fetch_max_wait_ms=100,
         )
         try:
-            await consumer.start()  # Its own context manager would not stop one that did not start.
+            await consumer.start()  # Its own context manager does not stop a consumer that failed to start.
             yield consumer
         finally:
             await consumer.stop()

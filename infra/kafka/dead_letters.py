@@ -1,4 +1,4 @@
-"""The dead-letter topic: originals kept byte for byte, with where they came from and why they are here."""
+"""The dead-letter topic: keeps originals byte for byte, with their source and the reason why they were parked."""
 
 from asyncio import Future
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 def dead_letter_producer(kafka: KafkaAccess) -> AIOKafkaProducer:
-    """A producer for `KafkaDeadLetters`; whoever makes it starts and stops it.
+    """A producer for `KafkaDeadLetters`; the caller starts and stops it.
 
-    Not an idempotent one: after a letter that the broker refuses, aiokafka's next sequence number is one too high, and
-    every later letter of that partition would be refused as out of order. A letter may stand there twice.
+    It is not idempotent: after a letter that the broker refuses, aiokafka's next sequence number is one too high, and
+    every later letter of that partition would be refused as out of order. So a letter may be parked twice.
     """
     return AIOKafkaProducer(**kafka.client_arguments(), acks="all")
 
@@ -26,9 +26,9 @@ def dead_letter_producer(kafka: KafkaAccess) -> AIOKafkaProducer:
 class KafkaDeadLetters:
     """Parks messages in `topic`; fits `domain.ports.DeadLetters`.
 
-    A message that the topic does not take with our headers on top is parked without its value and its headers, and
-    without a key that is no payment id either (`dlq_value_left_out` and `dlq_key_left_out` tell their sizes; the
-    original stands at `dlq_offset` of `dlq_topic`): it must not hold up its partition for ever.
+    A message that is too large for the topic with our headers added is parked without its value and headers, and
+    without its key if that is too long for a payment id (`dlq_value_left_out` and `dlq_key_left_out` hold their sizes;
+    the original is at `dlq_offset` of `dlq_topic`): it must not hold up its partition for ever.
     """
 
     def __init__(self, producer: AIOKafkaProducer, *, topic: str) -> None:
@@ -36,10 +36,10 @@ class KafkaDeadLetters:
         self._topic = topic
 
     async def park(self, letters: Sequence[DeadLetter]) -> None:
-        """Return only when the broker has acknowledged all of them.
+        """Park these letters; returns only when the broker has acknowledged all of them.
 
         Raises:
-            KafkaError: not all of them are surely parked; park them again.
+            KafkaError: some of them may not be parked; park all of them again.
         """
         sent = [(each, await self._send_whole(each)) for each in letters]
         for letter, acknowledgement in sent:
@@ -64,7 +64,7 @@ class KafkaDeadLetters:
 
     async def _send(self, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]]) -> "Future[Any]":
         if value is None and key is None:
-            value = b""  # aiokafka does not send a record that has neither, as others do.
+            value = b""  # aiokafka, unlike other clients, does not send a record that has neither.
         acknowledgement: Future[Any] = await self._producer.send(self._topic, value=value, key=key, headers=headers)
         return acknowledgement
 

@@ -1,4 +1,4 @@
-"""Whether topics exist; creates those that the service speaks on, where they are missing."""
+"""Checks whether topics exist, and creates the service's topics where they are missing."""
 
 from collections.abc import Collection, Mapping
 from typing import Final
@@ -13,18 +13,18 @@ from infra.kafka.access import KafkaAccess
 log = structlog.get_logger(__name__)
 
 COPIES: Final = 3
-"""With a broker's disk gone there are two, and what is acknowledged from then on is on both."""
+"""If a broker's disk is lost two remain, and whatever is acknowledged from then on is on both."""
 KEPT: Final = {"retention.ms": "-1", "retention.bytes": "-1"}
-"""Otherwise the broker's default holds, which is a week."""
+"""Without this the broker's default holds, which is a week."""
 BY_BROKER: Final = {"message.timestamp.type": "LogAppendTime"}
-"""So that what is parked later has a later time, whichever worker's clock is off."""
+"""A letter parked later then has a later time, even if a worker's clock is off."""
 
 
 async def ensure_topics(kafka: KafkaAccess, partitions: Mapping[str, int], *, kept: Collection[str] = ()) -> None:
     """Create each missing topic with its number of partitions; existing topics stay as they are.
 
-    What Kafka acknowledges is on two brokers at least, where there are three: each partition has three copies then.
-    Messages of the topics in `kept` stay until somebody deletes them; where one existed and it is not so, it is logged.
+    With three or more brokers, each partition has three copies, and whatever Kafka acknowledges is on at least two.
+    Messages of the topics in `kept` stay until somebody deletes them; an existing topic with limits is logged.
 
     Raises:
         KafkaError: the broker cannot be reached or refuses.
@@ -44,7 +44,7 @@ async def ensure_topics(kafka: KafkaAccess, partitions: Mapping[str, int], *, ke
 
 
 async def has_topic(kafka: KafkaAccess, name: str) -> bool:
-    """Whether there is such a topic; to ask creates none.
+    """Whether the topic exists; asking does not create it.
 
     Raises:
         KafkaError: the broker cannot be reached.
@@ -60,7 +60,7 @@ async def has_topic(kafka: KafkaAccess, name: str) -> bool:
 async def _tell_of_limits(admin: AIOKafkaAdminClient, topic: str) -> None:
     asked = ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(KEPT))
     (answer,) = await admin.describe_configs([asked])
-    # Where we may not ask, there are no settings in the answer.
+    # Without the permission to ask, the answer has no settings.
     limits = {name: value for *_, settings in answer.resources for name, value, *_ in settings if value != KEPT[name]}
     if limits:
         log.warning("this topic loses its messages: see docs/operations/dead-letters.md", topic=topic, limits=limits)

@@ -1,4 +1,4 @@
-"""What the driver's errors mean, and what may be told of them."""
+"""What the driver's errors mean, and which part of their messages may be logged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import asyncpg
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 
 LOST_RACE: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
-"""Somebody else was first: the same again may succeed."""
+"""Another transaction was first: a retry may succeed."""
 
 REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
-"""A constraint, or a type, says no to this input, now and later."""
+"""A constraint or a type rejects this input, and a retry will not help."""
 
 UNAVAILABLE: Final = (
     OSError,
@@ -22,7 +22,7 @@ UNAVAILABLE: Final = (
     asyncpg.InsufficientResourcesError,
     asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InternalClientError,  # Every host that answers is a standby, in the middle of a fail-over.
+    asyncpg.InternalClientError,  # During a fail-over: every host that answers is a standby.
 )
 """The server cannot be reached, or cannot work now."""
 
@@ -36,16 +36,16 @@ UNUSABLE: Final = (
     asyncpg.InvalidTransactionStateError,
     asyncpg.InternalServerError,
 )
-"""It answers, and cannot be worked with: a password that has changed, a server or database that lets nobody in, a
-schema of another release, a missing privilege, a session that was ended. Nothing of these is an input's fault."""
+"""The server answers but cannot be used: a changed password, a server or database that accepts no connections, a schema
+of another release, a missing privilege, a terminated session. An input is never the cause of these."""
 
 AWAY: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""To who asks now and then, and has nothing at stake."""
+"""Any failure to get an answer, for callers that poll and can simply ask again."""
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Vendor errors become ours, most specific first."""
+    """Translate the driver's errors into ours, most specific first."""
     try:
         yield
     except LOST_RACE as error:
@@ -57,6 +57,6 @@ def translated() -> Iterator[None]:
 
 
 def safe_message(error: BaseException) -> str:
-    """Its message, for a log: without Postgres' details, which repeat the row, and what in it is a payer's."""
+    """The error's message for a log, without Postgres's details, which repeat the row and a payer's data in it."""
     message = str(error.args[0]) if isinstance(error, asyncpg.PostgresError) and error.args else str(error)
     return message or type(error).__name__

@@ -1,4 +1,4 @@
-"""Operators' decisions about dead letters, in Postgres, because their topic is append-only."""
+"""Operators' decisions about dead letters; stored in Postgres because the letters' topic is append-only."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +10,7 @@ import asyncpg
 
 CLAIM: Final = """
     -- Another operator's open claim of the same letter makes this one wait. Afterwards the WHERE clause is the fence:
-    -- a decision that is not the one this operator has seen matches no row, unless it is about an earlier letter.
+    -- a decision other than the one that this operator saw matches no row, unless it is about an earlier letter.
     INSERT INTO dead_letter_decisions AS d (topic, "partition", "offset", decision, why, parked_at)
     VALUES ($1, $2, $3, $4, $5, $6)
     ON CONFLICT (topic, "partition", "offset") DO UPDATE
@@ -25,10 +25,10 @@ SELECT: Final = """
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`retried` or `dropped`, when, and why it was dropped.
+    """`retried` or `dropped`, when it was decided, and why the letter was dropped.
 
-    It is about what was parked at `parked_at`, by the clock of the topic's messages. A letter of the same place that
-    was parked later is another one, on a topic that was made anew: about that nothing is decided.
+    It is about the letter parked at `parked_at`, by the clock of the topic's messages. A letter with the same partition
+    and offset that was parked later is another one, on a recreated topic, and still undecided.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Decision:
 
 
 class LetterDecisions:
-    """The decisions about one topic's letters, over one connection."""
+    """The decisions about one topic's letters, on one connection."""
 
     def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]", topic: str) -> None:
         self._connection = connection
@@ -47,7 +47,7 @@ class LetterDecisions:
     @classmethod
     @asynccontextmanager
     async def connect(cls, postgres_url: str, topic: str) -> AsyncIterator[Self]:
-        """Those of this database, until the block is left."""
+        """Connect to this database; the connection is closed when the block is left."""
         connection = await asyncpg.connect(postgres_url, timeout=5)
         try:
             yield cls(connection, topic)
@@ -55,7 +55,7 @@ class LetterDecisions:
             await connection.close()
 
     async def all(self) -> dict[tuple[int, int], Decision]:
-        """By partition and offset; what is not here is open."""
+        """All decisions by partition and offset; a letter without one is open."""
         rows = await self._connection.fetch(SELECT, self._topic)
         return {(partition, offset): Decision(*decision) for partition, offset, *decision in rows}
 
@@ -63,9 +63,10 @@ class LetterDecisions:
     async def claim(
         self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: Decision | None, why: str = ""
     ) -> AsyncIterator[bool]:
-        """Decide about a letter unless somebody has since `seen` was read; the block is told which, and acts on it.
+        """Decide about a letter, unless another operator has decided since `seen` was read.
 
-        Leaving the block notes the decision; an error or a crash inside leaves the letter as it was.
+        The block gets True if the decision is this caller's, and then acts on it. Leaving the block commits the
+        decision; an error or a crash inside leaves the letter as it was.
         """
         async with self._connection.transaction():
             yield bool(

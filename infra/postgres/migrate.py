@@ -1,4 +1,4 @@
-"""The schema's versions: forward and back by Alembic, whose scripts lie in `migrations/`."""
+"""The schema's versions: upgrades and downgrades by Alembic, whose scripts are in `migrations/`."""
 
 import time
 from collections.abc import Callable
@@ -11,30 +11,30 @@ from alembic.runtime.migration import MigrationContext
 
 import migrations
 
-# Any number that only migrations use: two processes that migrate at once must take turns.
+# Any number that only migrations use: processes that migrate at the same time must take turns.
 MIGRATION_LOCK = 7_205_759_403
 
 
 def sync_url(url: str) -> str:
-    """The URL in the form that SQLAlchemy's psycopg driver wants."""
+    """The URL in the form that SQLAlchemy's psycopg driver expects."""
     return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
 def upgrade(url: str, revision: str = "head") -> str:
-    """Bring the database at `url` to `revision`; where it is there or beyond, nothing is done. The one it is at now.
+    """Upgrade the database at `url` to `revision`, unless it is there or beyond; returns its revision afterwards.
 
-    Safe to run concurrently, and again where it was interrupted.
+    Safe to run concurrently, and to run again after an interruption.
     """
     return _run(url, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(url: str, revision: str) -> str:
-    """Take the database back to `revision` ("base" is empty); the one it is at now. Data of dropped tables is lost."""
+    """Downgrade the database to `revision` ("base": empty); returns its revision afterwards. Loses dropped tables' data."""
     return _run(url, lambda config: command.downgrade(config, revision))
 
 
 def _take_turns(connection: sa.Connection) -> None:
-    """Wait without a transaction: an index that is made CONCURRENTLY waits for the end of all that are open."""
+    """Wait without a transaction: CREATE INDEX CONCURRENTLY would wait for the end of every open one."""
     while not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(MIGRATION_LOCK))):
         connection.commit()
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""The write path's connections to Postgres, and what their sessions insist on.
+"""The write path's connections to Postgres, and the session settings that they require.
 
-The plans are pinned to the indexes (`PINNED_PLANS`): joined with `unnest`, Postgres guesses row counts, and a plan made
-while a table was small would scan all of it for ever (tests/integration/test_query_plans.py reads the plans).
+Plans are pinned to the indexes (`PINNED_PLANS`): for joins with `unnest` Postgres guesses row counts, and a plan made
+while a table was small would scan all of it for ever (tests/integration/test_query_plans.py checks the plans).
 """
 
 import asyncio
@@ -12,15 +12,15 @@ import asyncpg
 from infra.postgres.errors import translated
 
 IDLE_IN_TRANSACTION_MS: Final = 10_000
-"""A process that is stopped in the middle of its transaction keeps its payments locked for no longer than this."""
+"""A process that is suspended within a transaction keeps its payments locked for no longer than this."""
 
 PINNED_PLANS: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 
 CLOSES_WITHIN: Final = 5.0
-"""Seconds that a server may take to let connections go."""
+"""Seconds that the server may take to close connections."""
 
 Connection = Any
-"""An asyncpg connection or the pool's proxy of one, which share no public type."""
+"""An asyncpg connection or the pool's proxy for one; they share no public type."""
 
 
 async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
@@ -43,7 +43,7 @@ async def create_pool(url: str, *, size: int) -> "asyncpg.Pool[asyncpg.Record]":
 
 
 async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
-    """End its connections in good order, or at once where the server does not answer."""
+    """Close its connections in good order, or at once if the server does not answer."""
     try:
         async with asyncio.timeout(CLOSES_WITHIN):
             await pool.close()
@@ -52,8 +52,8 @@ async def close_pool(pool: "asyncpg.Pool[asyncpg.Record]") -> None:
 
 
 async def _insist_on_the_disk(connection: Connection) -> None:
-    """A provider is called, and a webhook answered, on the strength of a commit: it must outlive a crash of Postgres,
-    whatever the database is set to. Whether standbys are waited for, too, is the database's own affair.
+    """Require that commits survive a crash of Postgres, whatever the database's setting: after a commit a provider is
+    called, or a webhook answered. Whether a commit also waits for standbys stays the database's setting.
     """
     await connection.execute(
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
@@ -61,4 +61,4 @@ async def _insist_on_the_disk(connection: Connection) -> None:
 
 
 async def _keep_session(_: Connection) -> None:
-    """Transactions leave nothing behind in a session, so the pool's default reset would be a round trip for nothing."""
+    """Do nothing: transactions leave nothing behind in a session, and the pool's default reset costs a round trip."""

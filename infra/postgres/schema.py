@@ -1,4 +1,4 @@
-"""Whether the schema is there, and is not of an earlier release: a server that answers is of no use without it."""
+"""Checks that the schema exists and is not of an earlier release: without it, a server that answers is of no use."""
 
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -10,19 +10,19 @@ import migrations
 HAS_SCHEMA: Final = "SELECT to_regclass('operations') IS NOT NULL"
 REVISION: Final = "SELECT version_num FROM alembic_version"
 REVISIONS: Final = sorted(path.stem[:4] for path in Path(migrations.__file__).parent.glob("versions/[0-9]*.py"))
-"""Those of this release, the last one being its own."""
+"""The revisions that this release knows; the last one is its own."""
 
 
 class Asked(Protocol):
-    """A connection of asyncpg, or a pool of them."""
+    """An asyncpg connection or pool."""
 
     async def fetchval(self, query: str) -> Any: ...
 
 
 async def schema_trouble(asked: Asked) -> str | None:
-    """What is to be done first, None if nothing; for a readiness check.
+    """What is wrong with the schema and how to fix it, for a readiness check; None if nothing is.
 
-    A later release's schema is none: it is migrated to before its processes start.
+    A later release's schema is fine: the database is migrated before that release's processes start.
     """
     if not await asked.fetchval(HAS_SCHEMA):
         return "the database has no schema: run `payments migrate`"
@@ -33,7 +33,7 @@ async def schema_trouble(asked: Asked) -> str | None:
 
 
 async def _revision(asked: Asked) -> str | None:
-    """None where a role may work with the tables and not ask for this."""
+    """The schema's revision; None if the role may use the tables but not read this."""
     try:
         return str(await asked.fetchval(REVISION))
     except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedTableError):

@@ -1,4 +1,4 @@
-"""The tables as SQLAlchemy Core sees them, for reading and repairing: the schema itself is what `migrations/` makes.
+"""The tables for SQLAlchemy Core, for reading and repairing; `migrations/` creates the schema itself.
 
 The write path does not use these: it sends its own SQL (infra/postgres/statements.py).
 """
@@ -13,7 +13,7 @@ metadata: Final = sa.MetaData()
 _Time: Final = sa.DateTime(timezone=True)
 _Uuid: Final = PG_UUID(as_uuid=True)
 _Key: Final = sa.Text(collation="C")
-"""Compared by its bytes: a unique index must not hang on how an operating system sorts."""
+"""Compared by its bytes: a unique index must not depend on an operating system's sort order."""
 
 payments: Final = sa.Table(
     "payments",

@@ -1,4 +1,4 @@
-"""A bare relay, configured by the environment, for tests that kill it; people run `payments relay`."""
+"""A bare relay, configured by the environment, for tests that kill it; operators run `payments relay`."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from infra.relay import Relay, RelayConfig
 
 
 async def main() -> None:
-    """Relay until SIGTERM. `RELAY_CONFIG` holds the fields of `RelayConfig` as JSON, without any password."""
+    """Relay until SIGTERM or SIGINT. `RELAY_CONFIG` has the fields of `RelayConfig` as JSON, without passwords."""
     fields = json.loads(os.environ["RELAY_CONFIG"])
     config = RelayConfig(**fields | {"kafka": KafkaAccess(**fields["kafka"])})
     stop = asyncio.Event()

@@ -1,6 +1,6 @@
-"""Where a relay begins that has become the active one: decided by its checkpoint and by what it finds on the server.
+"""Where a relay begins once it is the active one, decided from its checkpoint and the state of the server.
 
-Both sources ask here, and carry it out.
+Both sources ask here, and carry out the decision.
 """
 
 from collections.abc import Iterator
@@ -29,25 +29,25 @@ from infra.relay.progress import (
 from infra.relay.snapshot import NOTHING, Snapshot
 
 GONE: Final = {"missing": SLOT_MISSING, "lost": SLOT_LOST}
-"""The states of a slot that nobody can read from."""
+"""The states of a slot that cannot be read from, with the gap that each one means."""
 LEFT_OUT: Final = (NOT_IN_PUBLICATION, PUBLICATION_CHANGED)
 
 
 class Publication(NamedTuple):
-    """Whether it has all of the outbox's inserts, and what changes with whatever is done to it."""
+    """Whether the publication has all inserts of the outbox, and a version that changes when the publication does."""
 
     is_whole: bool
     version: str | None
 
     def doubt_since(self, version: str | None) -> str | None:
-        """Why the log may be without some events, where it was of this version before."""
+        """Why the log may lack some events, if the publication was at `version` before; None if it has all."""
         if not self.is_whole:
             return NOT_IN_PUBLICATION
         return None if self.version == version else PUBLICATION_CHANGED
 
 
 class LogState(NamedTuple):
-    """What who reads the log finds."""
+    """State of the slot and publication, as the WAL source found them on the server."""
 
     slot_state: str
     """The slot's `wal_status`, or `missing`."""
@@ -56,7 +56,10 @@ class LogState(NamedTuple):
 
 
 class CatchUp(NamedTuple):
-    """Publish what is retained and not in `published`, then go on; `is_moved` where that was on another server."""
+    """Publish the retained events that `published` does not cover, then go on.
+
+    `is_moved`: the checkpoint was written on another server.
+    """
 
     reason: str
     published: Snapshot
@@ -64,20 +67,20 @@ class CatchUp(NamedTuple):
 
 
 class Adopt(NamedTuple):
-    """Where the slot stands, all before it is published: an operator said so."""
+    """Begin at the slot's position: an operator said that everything before it is published."""
 
     published: Snapshot
 
 
 class GoOn(NamedTuple):
-    """All is as it was left."""
+    """Nothing has changed since the checkpoint was saved."""
 
     checkpoint: Checkpoint
     published: Snapshot
 
 
 class Refuse(NamedTuple):
-    """Events may be missing, or would go to the wrong topic: an operator is to decide."""
+    """Events may be missing, or would go to the wrong topic: an operator must decide."""
 
     gap: str
     published: Snapshot
@@ -86,16 +89,16 @@ class Refuse(NamedTuple):
 async def find_beginning(
     leader: psycopg.AsyncConnection, config: RelayConfig, system: str, state: LogState | None = None
 ) -> CatchUp | Adopt | GoOn:
-    """Decide, and write down what is the same for both sources. `state` is for who reads the log.
+    """Decide where to begin, and save what both sources save alike. `state` is None for a source without a log.
 
     Raises:
-        GapFound: it is refused.
+        GapFound: the decision is `Refuse`.
     """
     checkpoint = await find_checkpoint(leader, config.slot)
     beginning = decide_beginning(checkpoint, system, config, state)
     match beginning:
         case Refuse(gap, published):
-            # It must not wait for a slot that somebody makes later: nobody published up to where that one stands.
+            # A request to adopt must not stay and apply to a slot created later: nobody published up to that position.
             is_asked = checkpoint is not None and checkpoint.repair == "adopt"
             await refuse_gap(leader, config.slot, gap, published, withdraws_adopt=is_asked)
         case GoOn():
@@ -110,11 +113,11 @@ async def find_beginning(
 def decide_beginning(
     checkpoint: Checkpoint | None, system: str, config: RelayConfig, state: LogState | None
 ) -> CatchUp | Adopt | GoOn | Refuse:
-    """What an operator asked for goes before doubts, and they before a change of source."""
+    """A requested repair takes precedence over doubts, and doubts over a change of source."""
     if checkpoint is None:
         return CatchUp("first start", NOTHING)
     if checkpoint.source == "poll":
-        state = None  # What a slot of ours has passed since, or was not given, the poll has published.
+        state = None  # Whatever our slot has passed or missed since then, the poll has published.
     published, is_moved = checkpoint.published_on(system), checkpoint.system_identifier != system
     destination = checkpoint.another_destination(config)
     doubts = list(filter(None, _doubts(checkpoint, destination, state, is_moved=is_moved)))
@@ -133,7 +136,7 @@ def decide_beginning(
 def _doubts(
     checkpoint: Checkpoint, destination: str | None, state: LogState | None, *, is_moved: bool
 ) -> Iterator[str | None]:
-    """On another server slot and publication are others anyway."""
+    """On another server the slot and the publication are different ones anyway, so they are not compared."""
     yield ANOTHER_SERVER if is_moved else None
     yield destination
     if state is not None and not is_moved:
@@ -147,16 +150,17 @@ def _doubt_about_slot(checkpoint: Checkpoint, state: LogState) -> str | None:
 
 
 def _doubt_about_publication(checkpoint: Checkpoint, state: LogState) -> str | None:
-    """What was told of it before stays true: being whole again brings nothing back."""
-    told = (each for each in LEFT_OUT if each in (checkpoint.gap or ""))
-    return next(told, state.publication.doubt_since(checkpoint.publication or state.publication.version))
+    """A recorded gap stays: a publication made whole again does not bring back the events it left out."""
+    recorded = (each for each in LEFT_OUT if each in (checkpoint.gap or ""))
+    return next(recorded, state.publication.doubt_since(checkpoint.publication or state.publication.version))
 
 
 def _may_adopt(state: LogState | None, doubts: list[str]) -> bool:
-    """A new topic, or what somebody else read from the slot; not both in one, or who means the topic skips the rest.
+    """Whether adopting is safe: for a new topic, or for what another client read from the slot, but not for both.
 
-    What the publication left out, who read the slot lacks, too. Without a slot, what is published is known by ids of
-    transactions, which mean nothing on another server.
+    With both, an operator who means only the topic would also skip what the slot has passed. What the publication left
+    out never reached the other client either. Without a slot, transaction ids say what is published, and they mean
+    nothing on another server.
     """
     if state is None:
         return ANOTHER_SERVER not in doubts

@@ -1,4 +1,4 @@
-"""Whether the relay's inner loop, `native.pyx`, was compiled for this Python: `make venv` does it where it can."""
+"""Whether the relay's inner loop, `native.pyx`, was compiled for this Python: `make venv` compiles it where it can."""
 
 from importlib.util import find_spec
 from typing import Final

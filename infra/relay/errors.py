@@ -1,15 +1,15 @@
-"""What can end a relay's session. All of it ends in a new session, from the slot's confirmed position.
+"""Errors that end a relay's session. After each one a new session begins, from the slot's confirmed position.
 
 RelayError
 ├── PostgresAway      no connection, or it was lost        RECONNECT, with backoff
 ├── SlotBusy          another relay streams from the slot  STAND BY
-├── SlotMissing       the slot does not exist              RECONNECT, and find that there is a gap
-├── GapFound          events may be missing                STOP, say which, wait for `payments relay repair`
+├── SlotMissing       the slot does not exist              RECONNECT, and report a gap
+├── GapFound          events may be missing                STOP, report it, wait for `payments relay repair`
 ├── CheckpointMissing the record of progress is gone       RECONNECT, as on a first start
-├── SlotOfAnother     the name is taken by somebody else   REFUSE to touch it, and say so
-├── ColumnMissing     the log leaves out what events need  RECONNECT, and say so until the publication is mended
+├── SlotOfAnother     the name is another client's slot    REFUSE to touch it, and report it
+├── ColumnMissing     the log lacks columns events need    RECONNECT, and report it until the publication is fixed
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
-    └── TopicMissing  there is no such topic               RECONNECT, and say so until there is
+    └── TopicMissing  there is no such topic               RECONNECT, and report it until there is
 """
 
 from datetime import datetime
@@ -38,9 +38,9 @@ class SlotMissing(RelayError):
 
 
 class GapFound(RelayError):
-    """Events may never have been published; nothing goes on before somebody decides (docs/operations/relay.md).
+    """Events may never have been published; the relay waits for an operator's decision (docs/operations/relay.md).
 
-    Of transactions that `published` sees all are proven to be published.
+    All events of the transactions visible in `published` are proven to be published.
     """
 
     def __init__(self, reason: str, published: Snapshot) -> None:
@@ -48,18 +48,18 @@ class GapFound(RelayError):
         super().__init__(f"{reason}: {advice_on(reason)}")
 
     def told_with(self, events: int, first: datetime | None, last: datetime | None) -> str:
-        """The message, with how many events have no proof, and when the first and the last were written."""
+        """The message, with the number of events without proof and when the first and last of them were written."""
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
         unproven = f"{events} retained events have no proof of publication{span}{LISTED if events else ''}"
         return f"{self.reason}: {unproven}: {advice_on(self.reason)}"
 
 
 class CheckpointMissing(RelayError):
-    """Nobody knows any more what is published; a first start publishes all that is retained."""
+    """The record of what is published is gone; like a first start, the next one publishes everything retained."""
 
 
 class SlotOfAnother(RelayError):
-    """The name belongs to a slot that is not this database's outbox; slots share one namespace per server."""
+    """The name belongs to a slot that is not for this database's outbox; slots share one namespace per server."""
 
     def __init__(self, slot: str, owner: str) -> None:
         self.slot, self.owner = slot, owner
@@ -67,7 +67,7 @@ class SlotOfAnother(RelayError):
 
 
 class ColumnMissing(RelayError):
-    """The publication does not have all of the outbox's columns that events need."""
+    """The publication lacks columns of the outbox that events need."""
 
 
 class KafkaAway(RelayError):

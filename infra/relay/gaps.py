@@ -17,17 +17,17 @@ _REPAIR: Final = "`payments relay repair` publishes what has no proof of publica
 
 
 def another_topic(before: str, now: str) -> str:
-    """The reason where somebody changed the topic."""
+    """The reason for a changed topic."""
     return f"{_ANOTHER_TOPIC} {before}, and this relay is to publish to {now}"
 
 
 def another_cluster(before: str, now: str) -> str:
-    """The reason where the brokers are others, by the ids of their clusters."""
+    """The reason for brokers of another cluster, by the clusters' ids."""
     return f"{_ANOTHER_CLUSTER} {before}, and this relay's brokers are of {now}"
 
 
 def gap_of(reasons: Iterable[str | None]) -> str | None:
-    """All of them in one text: who settles one must know of the others. None without any."""
+    """All reasons in one text: a person who settles one must know of the others. None without any."""
     return _AND.join(filter(None, reasons)) or None
 
 
@@ -37,13 +37,13 @@ def is_about_destination(gap: str) -> bool:
 
 
 def setting_behind(gap: str) -> str:
-    """What names another topic, or brokers of another cluster, or both."""
+    """The settings that name the other topic, or the brokers of the other cluster, or both."""
     settings = {_ANOTHER_TOPIC: "PAYMENTS_EVENTS_TOPIC", _ANOTHER_CLUSTER: "PAYMENTS_KAFKA_BOOTSTRAP"}
     return " and ".join(setting for reason, setting in settings.items() if reason in gap)
 
 
 def advice_on(gap: str) -> str:
-    """What to do."""
+    """What the operator can do about this gap."""
     if is_about_destination(gap):
         return _advice_on_destination(gap)
     if NOT_IN_PUBLICATION in gap:
@@ -56,7 +56,7 @@ def advice_on(gap: str) -> str:
 
 
 def _advice_on_destination(gap: str) -> str:
-    """Who adopted it with other reasons would skip what the slot has passed."""
+    """Adopting a new destination while there are other reasons would skip what the slot has passed."""
     back = f"set {setting_behind(gap)} back"
     everything = "`payments relay repair --everything` publishes all that is retained there"
     others = gap_of(each for each in gap.split(_AND) if not is_about_destination(each))

@@ -1,20 +1,21 @@
-"""When to read the log: at once while little comes, in gulps while much does.
+"""When to read the log: at once while few events arrive, in gulps (batched reads) while many do.
 
-Postgres sends every message of the log by itself, and wakes whoever waits for it, which costs it more than all else.
-What it sends while nobody waits piles up instead: a row of a small transaction then takes it a third of the time
-(docs/decisions/0014). Only through TCP: behind a Unix socket there is no room for a gulp, and it would wait for us.
+Postgres sends each message of the log separately and wakes the waiting reader, which costs the server more than all its
+other work. Messages sent while nobody waits pile up in the socket: a row of a small transaction then takes a third of
+the time (docs/decisions/0014). This works over TCP only: a Unix socket's buffer is too small for a gulp, and the server
+would wait for us.
 """
 
 import time
 from typing import Final
 
 BUSY_RATE: Final = 20_000
-"""Events a second from which on gulps are taken."""
+"""Events per second from which the reader takes gulps."""
 GULP_SECONDS: Final = 0.02
 
 
 class Gulps:
-    """The reader's pace; told of every read."""
+    """The reader's pace, derived from the reads reported to `note`."""
 
     def __init__(self, *, is_taken: bool = True) -> None:
         self._is_taken = is_taken
@@ -23,12 +24,12 @@ class Gulps:
         self._next_at = 0.0
 
     @property
-    def rest_seconds(self) -> float:
-        """How long to leave lying what comes now."""
+    def pause_seconds(self) -> float:
+        """How long to leave arriving messages unread; 0 to read at once."""
         return max(0.0, self._next_at - time.monotonic())
 
     def note(self, events: int, *, is_all: bool) -> None:
-        """So many events were read, which were all that had come or not."""
+        """Report a read of so many events; `is_all` if nothing was left to read."""
         self._events += events
         now = time.monotonic()
         elapsed = now - self._since

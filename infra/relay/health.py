@@ -1,4 +1,4 @@
-"""Which state a relay is in, for its HTTP health and its metrics."""
+"""A relay's state, for its HTTP health and its metrics."""
 
 import time
 from enum import StrEnum
@@ -20,22 +20,22 @@ class State(StrEnum):
 
 
 GOING_ROUND = (State.ACTIVE, State.STANDBY)
-"""Ready, as long as they beat."""
+"""States that are ready as long as the session calls `beat`."""
 GAP_KNOWN = (State.GAP, State.ACTIVE, State.STANDBY, State.STOPPED)
-"""Who is in any other state does not know yet whether there is a gap: what was true last goes on."""
+"""States that settle whether there is a gap; in any other state the last answer stands."""
 NOT_LEADING = (State.STANDBY, State.STOPPED)
-"""What waits is another's to show; a leader goes on showing what it knows of it, before a gap and without Kafka."""
+"""States in which another relay reports the backlog. A leader keeps reporting it, even at a gap or without Kafka."""
 
 
 class RelayHealth(NamedTuple):
-    """`ready`: it publishes, or would take over; `detail` says what it does, or what keeps it from it."""
+    """`ready`: the relay publishes, or stands by to take over; `detail` says what it does, or what stops it."""
 
     ready: bool
     detail: str
 
 
 class Status:
-    """The state, told by the session and read by whoever asks."""
+    """The state that the session reports, for health checks and metrics."""
 
     def __init__(self, *, stalled_seconds: float) -> None:
         self._stalled_seconds = stalled_seconds
@@ -48,9 +48,10 @@ class Status:
         self.enter(State.STARTING)
 
     def enter(self, state: State, detail: str = "") -> None:
-        """Change to `state`; an earlier trouble is over.
+        """Change to `state`, which clears `trouble`.
 
-        A gap is not: to look whether it is still there is no other state, and no broken connection closes it.
+        A gap is not cleared: catching up, to check whether the gap is still there, does not change the state, and a
+        lost connection does not reset the metric.
         """
         if self.state is State.GAP and state is State.CATCHING_UP:
             self.beat()
@@ -66,12 +67,12 @@ class Status:
         metrics.GAP.set(self._is_before_gap)
 
     def beat(self) -> None:
-        """Its session goes round; one that is stuck, whatever it waits for, soon does not."""
+        """Report that the session is alive; a stuck session, whatever it waits for, stops calling this."""
         self._beat_at = time.monotonic()
 
     @property
     def health(self) -> RelayHealth:
-        """What a health check says now."""
+        """The current result of the health check."""
         if self.trouble is not None:
             return RelayHealth(ready=False, detail=f"{self.state}: {self.trouble}")
         silent = time.monotonic() - self._beat_at

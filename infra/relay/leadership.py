@@ -1,19 +1,19 @@
-"""Which of several relays with one slot is the active one, and whether somebody asks it to adopt: advisory locks.
+"""Advisory locks: which of several relays with one slot is active, and whether an operator asks it to adopt.
 
-They are held by a connection, so that no death of a process leaves one behind.
+A connection holds them, so a process that dies leaves none behind.
 """
 
 import zlib
 from typing import Final
 
 LEADERSHIP: Final = 8146
-"""First half of the active relay's lock: any number that only relays use. The second half is the slot's name."""
+"""First half of the active relay's lock: any number that only relays use. The second half hashes the slot's name."""
 ADOPTION: Final = 8147
-"""The same of who asks to adopt what the slot has passed, for as long as he waits for it."""
+"""Likewise, held by `payments relay adopt` for as long as it waits."""
 
 
 def is_held(lock: int) -> str:
-    """SQL: whether somebody holds this lock; the value `key` is the second half of `lock_key`."""
+    """SQL for whether any session holds this lock; the parameter `key` is the second half of `lock_key`."""
     return f"""
         EXISTS (SELECT FROM pg_locks AS l
                  WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {lock}
@@ -23,5 +23,5 @@ def is_held(lock: int) -> str:
 
 
 def lock_key(lock: int, slot: str) -> list[int]:
-    """Both halves of the lock of this slot."""
+    """Both halves of this slot's lock."""
     return [lock, zlib.crc32(slot.encode()) - 2**31]

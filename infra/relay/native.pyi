@@ -1,4 +1,4 @@
-"""Types of the compiled module."""
+"""Types of the compiled module, `native.pyx`."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The relay's inner loop in C: from messages of the log to Kafka's records, without an object for each event.
+"""The relay's inner loop in C: turns messages of the log into Kafka records without an object for each event.
 
-It knows the common case only, and hands whatever else comes to the Python that does the same: `plain.py` has its
-`Records`, `wal_source.py` what `LogReader` does. Where no C compiler was found the Python does it all, at 50 to 60 % of
-the speed.
+It handles the common case only, and returns any other message to the Python code that does the same: `plain.py` has its
+`Records`, and `wal_source.py` does the work of `LogReader`. Without a C compiler Python does everything, at 50 to 60 %
+of the speed.
 Formats: https://kafka.apache.org/documentation/#recordbatch,
 https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.html
 """
@@ -23,7 +23,7 @@ cdef enum:
     HEAD = 61
     FIRST_BYTES = 4096
     VARINT_MAX = 10
-    # One byte says what a message is.
+    # The byte that names a message's kind.
     LOG_DATA = 119     # w
     INSERT = 73        # I
     BEGIN = 66         # B
@@ -36,7 +36,7 @@ cdef enum:
     LENGTH_HEAD = 5
     SEALED = -1
 
-# A header's name with its length before it, and the field that is its value: those of `plain.HEADERS`.
+# Each header's name with its length before it, and the field that is its value; the headers of `plain.HEADERS`.
 cdef const char* NAMES[HEADERS]
 cdef int NAME_SIZES[HEADERS]
 cdef int VALUES[HEADERS]
@@ -66,7 +66,7 @@ cdef inline int varint_size(int64_t value) noexcept nogil:
 
 
 cdef inline uint8_t* put(uint8_t* at, const uint8_t* data, Py_ssize_t size) noexcept nogil:
-    """A length and so many bytes; a length of -1 is null."""
+    """Write a length and as many bytes; a length of -1 is null."""
     at = put_varint(at, size)
     if size > 0:
         memcpy(at, data, size)
@@ -87,7 +87,7 @@ cdef inline uint64_t big_endian_long(const uint8_t* at) noexcept nogil:
 
 
 cdef uint32_t murmur2(const uint8_t* data, Py_ssize_t size) noexcept nogil:
-    """As `partitions.py` has it."""
+    """The same hash as in `partitions.py`."""
     cdef uint32_t factor = 0x5BD1E995U, value = 0x9747B28CU ^ <uint32_t>size, word
     cdef Py_ssize_t at = 0
     while size - at >= 4:
@@ -108,7 +108,7 @@ cdef uint32_t murmur2(const uint8_t* data, Py_ssize_t size) noexcept nogil:
 
 
 cdef class Records:
-    """Records of one batch behind the place for its head, and whose they are; see `plain.Records`."""
+    """Records of one batch, after room for its head, and how many are of each group; see `plain.Records`."""
 
     cdef readonly bytearray buffer
     cdef readonly int count
@@ -155,7 +155,7 @@ cdef class Records:
         self.grow(self._end + VARINT_MAX + body)
         at = <uint8_t*>PyByteArray_AS_STRING(self.buffer) + self._end
         at = put_varint(at, body)
-        at[0] = at[1] = 0  # No attributes; written in the same millisecond as the batch.
+        at[0] = at[1] = 0  # No attributes; a time offset of 0 ms from the batch.
         at = put_varint(at + 2, self.count)
         at = put(at, data[KEY], size[KEY])
         at = put(at, data[PAYLOAD], size[PAYLOAD])
@@ -185,7 +185,7 @@ cdef class Records:
         return 0
 
     def seal(self):
-        """Cut the buffer to what is in it; nothing can be appended any more."""
+        """Cut the buffer to its content; nothing can be appended any more."""
         self._bytes_max = SEALED
         if self._capacity != self._end:
             self._capacity = self._end
@@ -194,9 +194,9 @@ cdef class Records:
 
 
 def encode(events, object group, Py_ssize_t payload_max, list records, renew):
-    """Put events into the records of their partitions, up to one that is too large: how many, and of how many bytes.
+    """Encode events into the records of their partitions, up to one that is too large; count and payload bytes.
 
-    Their group counts them. `records` and `renew` are as for `LogReader.read`.
+    The group counts them. `records` and `renew` are as for `LogReader.read`.
     """
     cdef int count = 0
     cdef Py_ssize_t size = 0, payload
@@ -230,11 +230,11 @@ cdef class LogReader:
     cdef int _columns
     cdef int _places[FIELDS]
     cdef public object group
-    """What counts the next events, unless it has ended."""
+    """Counts the next events, until it has an end."""
     cdef public int64_t committed_at_us
-    """When the transaction that was begun last was committed."""
+    """Commit time of the transaction that began last in the log."""
     cdef public bint has_commit
-    """Whether one has ended since this was set to False."""
+    """Whether a transaction has ended since this was set to False."""
 
     def __init__(self, get, read_socket, note_keepalive, begin, list taken):
         self._get, self._read_socket, self._note_keepalive = get, read_socket, note_keepalive
@@ -242,22 +242,21 @@ cdef class LogReader:
         self._columns = 0
 
     def learn(self, uint32_t relation, int columns, places):
-        """Where the outbox, which is this relation, has the fields of an event; with many columns it is for Python."""
+        """The outbox is this relation, and has an event's fields at `places`; with too many columns Python reads it."""
         cdef int field
         self._relation, self._columns = relation, columns if columns <= COLUMNS_MAX else 0
         for field in range(FIELDS):
             self._places[field] = places[field]
 
     def read(self, int events_max, Py_ssize_t bytes_max, Py_ssize_t payload_max, list records, renew):
-        """Read until there is nothing, so many events or bytes were read, or a message that is for Python.
+        """Read until nothing is left, `events_max` events or `bytes_max` bytes were read, or a message needs Python.
 
-        Returns the number of events, the bytes of their payloads, whether that was all, and the message; an empty one
-        is the end of the stream. `records` has the open ones of each partition; `renew` gives new ones for a partition
-        whose are full.
+        Returns the number of events, the bytes of their payloads, whether nothing is left, and the message for Python;
+        an empty message means the end of the stream. `records` has each partition's open records; `renew` returns new
+        ones for a partition whose records are full or missing.
 
-        Transactions that are read in one go share a group. What is read later gets another one, also the rest of a
-        transaction whose beginning shares one that has an end, were it the COMMIT alone: who has an end may be
-        forgotten any time.
+        Transactions read by one call share a group. Later calls use another group, even for the remainder of a
+        transaction (perhaps its COMMIT alone) that began in a group with an end: such a group may be dropped any time.
         """
         cdef Py_buffer view
         cdef const uint8_t* message
@@ -330,7 +329,7 @@ cdef class LogReader:
         object renew,
         object group,
     ) except -2:
-        """The bytes of the payload; -1 if it is a row for Python, as is one that is not what its lengths say."""
+        """The bytes of the payload; -1 if Python must read the row, also if its lengths do not fit the message."""
         cdef const uint8_t* at[COLUMNS_MAX]
         cdef Py_ssize_t length[COLUMNS_MAX]
         cdef const uint8_t* data[FIELDS]

@@ -1,7 +1,7 @@
-"""Which partition a key belongs to: murmur2 as Java's client has it, so that relays and Debezium agree.
+"""Which partition a key belongs to: murmur2 as in Java's client, so that relays and Debezium agree.
 
-aiokafka's own `murmur2` gives the same and takes twice as long; events of one payment mostly follow each other closely,
-hence the cache. Source: `org.apache.kafka.common.utils.Utils.murmur2`.
+aiokafka's own `murmur2` gives the same result and takes twice as long. The cache is there because events of one payment
+mostly follow each other closely. Source: `org.apache.kafka.common.utils.Utils.murmur2`.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ def murmur2(data: bytes) -> int:
     value = 0x9747B28C ^ length
     for word in unpack_from(f"<{length >> 2}I", data):
         mixed = word * _M & _MASK
-        # The multiplications are masked once a round: bits above the 32nd never reach those below.
+        # Multiplications are masked once per round: bits above the 32nd never affect those below.
         value = (value * _M ^ (mixed ^ mixed >> 24) * _M) & _MASK
     if length & 3:
         value = (value ^ int.from_bytes(data[length & ~3 :], "little")) * _M & _MASK

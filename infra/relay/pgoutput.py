@@ -23,9 +23,9 @@ _RELATION_HEAD = Struct(">xI")
 _INSERT_HEAD = Struct(">xIcH")
 _TEXT = ord("t")
 _SHORT_TEXT = b"t\0\0"
-"""What stands before the last two bytes of a short text's length. Nowhere else: Postgres has no text with a NUL."""
+"""The bytes before the last two of a short text's length. They occur nowhere else: Postgres has no text with a NUL."""
 SHORT_MESSAGE = 0xFFFF
-"""Up to this size a message has short texts only."""
+"""A message up to this size has short texts only."""
 
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
@@ -34,7 +34,7 @@ OPTIONAL_COLUMN = "traceparent"
 
 
 class OutboxEvent(NamedTuple):
-    """One row of the outbox as the log has it: text in UTF-8, None where the column is NULL."""
+    """One row of the outbox as in the log: text in UTF-8, None where the column is NULL."""
 
     id: bytes
     aggregateid: bytes
@@ -48,7 +48,7 @@ class OutboxEvent(NamedTuple):
 
 
 def read_begin(message: bytes) -> tuple[int, int]:
-    """When the transaction of a Begin message was committed, in µs since 2000-01-01 UTC, and its id's lower 32 bits."""
+    """A Begin message's commit time, in µs since 2000-01-01 UTC, and the lower 32 bits of its transaction id."""
     _, committed_at_us, xid = _BEGIN.unpack_from(message)
     return committed_at_us, xid
 
@@ -61,7 +61,7 @@ def read_commit(message: bytes) -> int:
 
 
 class _Layout(NamedTuple):
-    """Where a table has the columns of an event, and the one of them that may be NULL."""
+    """Where a table has an event's columns, and which column may be NULL."""
 
     pick: Callable[[list[Any]], tuple[Any, ...]]
     optional: int
@@ -70,7 +70,7 @@ class _Layout(NamedTuple):
 class RowReader:
     """Reads inserts into the table with this OID, by the column order that the server announced last.
 
-    A table may have the outbox's name in another schema.
+    By OID, because another schema may have a table of the same name.
     """
 
     def __init__(self, outbox: int) -> None:
@@ -78,17 +78,17 @@ class RowReader:
         self._layouts: dict[int, _Layout | None] = {}
         self._skipped: set[int] = set()
         self.outbox: tuple[int, int, list[int]] = (0, 0, [0] * len(OUTBOX_COLUMNS))
-        """The number of the outbox's relation, how many columns it has, and where those of `OUTBOX_COLUMNS` are."""
+        """The OID of the outbox, how many columns it has, and the indexes of `OUTBOX_COLUMNS` among them."""
 
     def learn(self, message: bytes) -> None:
-        """Take in a Relation message; rows of another table than the outbox are none of ours.
+        """Learn the layout from a Relation message; rows of tables other than the outbox are ignored.
 
         Raises:
-            ColumnMissing: one that events need is not there.
+            ColumnMissing: a column that events need is not there.
         """
         (relation,) = _RELATION_HEAD.unpack_from(message)
         if relation != self._outbox:
-            # Its partitions are announced, too, and nothing else is said of them.
+            # The outbox's partitions are announced too; no rows of theirs follow.
             self._layouts[relation] = None
             return
         names = _column_names(message)
@@ -99,7 +99,7 @@ class RowReader:
         self.outbox = relation, len(names), places
 
     def read(self, message: bytes) -> OutboxEvent | None:
-        """An Insert message; None if it is not of the outbox."""
+        """The event of an Insert message; None if it is not into the outbox."""
         relation, _, count = _INSERT_HEAD.unpack_from(message)
         layout = self._layouts[relation]
         if layout is None:
@@ -107,7 +107,7 @@ class RowReader:
             return None
         pick, optional = layout
         if len(message) <= SHORT_MESSAGE:
-            # In one go: without a NULL there are as many pieces as columns, each with its length first.
+            # One split: without a NULL there are as many pieces as columns, each beginning with its length.
             pieces: list[Any] = message[_INSERT_HEAD.size :].split(_SHORT_TEXT)
             if len(pieces) == count and _is_null_behind(pieces[optional]):
                 pieces[optional : optional + 1] = pieces[optional][:-1], None
@@ -124,16 +124,16 @@ class RowReader:
     def _skip(self, relation: int) -> None:
         if relation not in self._skipped:
             self._skipped.add(relation)
-            log.warning("the publication has another table, too: its rows are skipped", relation=relation)
+            log.warning("the publication has another table: its rows are skipped", relation=relation)
 
 
 def _is_null_behind(piece: bytes) -> bool:
-    """Whether one byte follows the text that this piece has room for: that of a NULL, which begins nothing."""
+    """Whether one byte follows this piece's text: the mark of a NULL, which does not begin a piece of its own."""
     return len(piece) == 3 + int.from_bytes(piece[:2], "big")
 
 
 def _column_values(message: bytes, count: int) -> list[bytes | None]:
-    """Text, or NULL: an insert has no unchanged TOAST, and binary was not asked for."""
+    """Texts and NULLs: an insert has no unchanged TOAST values, and the binary format was not requested."""
     values: list[bytes | None] = []
     append, length_at = values.append, _LENGTH.unpack_from
     position = _INSERT_HEAD.size

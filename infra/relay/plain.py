@@ -1,7 +1,7 @@
-"""Outbox events as Kafka's records, in plain Python; `native.pyx` does the same where it could be compiled.
+"""Encodes outbox events as Kafka records, in plain Python; `native.pyx` does the same where it could be compiled.
 
-aiokafka's own builder wants the headers of every event as a list of tuples, and the events would have to be kept until
-they are acknowledged: that took as long as all else. Format: https://kafka.apache.org/documentation/#recordbatch
+aiokafka's own builder takes the headers of every event as a list of tuples, and the events would have to be kept until
+they are acknowledged: that took as long as everything else. Format: https://kafka.apache.org/documentation/#recordbatch
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from infra.relay.prefix import Group
 HEADERS: Final = ("id", "ce_id", "ce_type", "ce_source", "ce_time", "ce_specversion", "payment_seq", "traceparent")
 """In the order that Debezium's outbox event router gives them (docs/decisions/0002-relay.md)."""
 HEAD_SIZE: Final = 61
-"""What stands before the records of a batch."""
+"""Bytes of a batch before its records."""
 
 
 @lru_cache(maxsize=8192)
@@ -33,7 +33,7 @@ _COUNT_AND_ID: Final = _varint(len(HEADERS)) + _ID
 
 
 class Records:
-    """Records of one batch behind the place for its head, and whose they are: so many of each group, in order."""
+    """Records of one batch, after room for its head, and how many are of each group, in order."""
 
     def __init__(self, bytes_max: int) -> None:
         self.buffer = bytearray(HEAD_SIZE)
@@ -45,11 +45,11 @@ class Records:
         self._is_sealed = False
 
     def append(self, event: OutboxEvent, group: Group) -> bool:
-        """Encode an event; False if there is no room for it. The first one always fits."""
+        """Encode an event; False if there is no room for it. The first event always fits."""
         if self._is_sealed:
             return False
         id_, key, type_, payload, seq, source, version, occurred_at, trace = event
-        # No attributes, and written in the same millisecond as the batch.
+        # No attributes; a time offset of 0 ms from the batch.
         # fmt: off
         record = b"".join((
             b"\0\0", _varint(self.count), _size(key), key, _size(payload), payload,
@@ -77,7 +77,7 @@ class Records:
             self.counts.append(1)
 
     def seal(self) -> bytearray:
-        """The buffer; nothing can be appended any more."""
+        """End the batch, and return its buffer; nothing can be appended any more."""
         self._is_sealed = True
         return self.buffer
 

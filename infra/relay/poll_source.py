@@ -1,9 +1,9 @@
 """Events from the table itself, for databases without logical replication.
 
-Transaction ids and sequences commit out of order, so `id > last` would lose events. A window is what one snapshot sees
-and the one before did not. A transaction that waited for another's lock on a payment is seen by no snapshot that does
-not see the other one, too; within a window the order is that of `position`, which is taken while the payment is locked.
-NOTIFY wakes the reader; its trigger is on only while a relay polls.
+Transaction ids and sequence numbers commit out of order, so `id > last` would lose events. A window is what one
+snapshot sees and the previous one did not. If a transaction waited for another's lock on a payment, every snapshot that
+sees the first also sees the other; within a window the order is that of `position`, which is assigned while the payment
+is locked. NOTIFY wakes the reader; its trigger is enabled only while a relay polls.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from infra.relay.scan import COLUMNS, rows_at_once
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
 from infra.relay.stream import CONNECTION, lift_time_limit, with_settings
-from infra.relay.window import Portion, Rest, how_many_fill, read_first
+from infra.relay.window import Portion, WindowReader, how_many_fill, read_first
 
 log = structlog.get_logger(__name__)
 
 LARGE: Final = 1000
-"""Transactions from which on a window is taken for one of several portions, and not looked into for a first one."""
+"""A window of more transactions than this is assumed to have several portions; a smaller one is probed first."""
 LOOK: Final = "SELECT pg_current_snapshot()::text"
 OLD: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o WHERE o.xact IS NULL ORDER BY o.aggregateid, o.payment_seq
@@ -50,7 +50,7 @@ _EPOCH_2000_US: Final = 946_684_800_000_000
 
 
 class _Step:
-    """A portion that was handed over, and the position that it leads to."""
+    """A portion that was handed over, and the progress that may be saved once it is acknowledged."""
 
     def __init__(self, begin: Snapshot, end: Snapshot | None, position: int) -> None:
         self.begin, self.end, self.position = begin, end, position
@@ -58,13 +58,13 @@ class _Step:
 
 
 async def connect_reader(url: str) -> psycopg.AsyncConnection:
-    """A connection whose plans walk the index, whatever the statistics say; its binary cursors give texts as bytes.
+    """A connection whose plans use the index whatever the statistics say; its binary cursors return text as bytes.
 
-    Of a table that has grown since they were made Postgres believes that a third of it is new, and would look through
+    When a table has grown since its statistics were made, Postgres assumes that a third of it is new, and would scan
     all of it for the first such row: 0.7 s at 2 million rows, for every transaction that is published.
     """
-    # To plan each look anew, with all partitions there are, to start workers for it or to compile it takes longer than
-    # to look.
+    # Planning each query again with all partitions, starting workers for it or compiling it takes longer than the
+    # query itself.
     plans = "-c plan_cache_mode=force_generic_plan -c max_parallel_workers_per_gather=0 -c jit=off"
     settings = with_settings(f"-c enable_seqscan=off {plans}")
     connection = await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
@@ -86,7 +86,7 @@ class PollSource:
         self._is_woken, self._is_notified = True, False
         self._begin, self._position = NOTHING, 0
         self._end: Snapshot | None = None
-        self._rest: Rest | None = None
+        self._rest: WindowReader | None = None
         self._left: list[OutboxEvent] = []
         self._steps: deque[_Step] = deque()
         self._proven, self._unproven_end = 0, 0
@@ -120,7 +120,7 @@ class PollSource:
         self._proven, self._unproven_end = self._begin.below, self._begin.end
 
     async def _publish_old(self, sink: CatchUpSink) -> None:
-        """Rows from before there was an order to poll by."""
+        """Publish rows from before rows had an order to poll by."""
         count = 0
         async with self._reader.transaction(), self._reader.cursor("old", binary=True) as cursor:
             cursor.itersize = await rows_at_once(self._reader, LARGEST_OLD)
@@ -163,11 +163,11 @@ class PollSource:
             self._note(portion)
 
     def _is_proof_due(self) -> bool:
-        """What was running beside the last events has ended since, so that they are below what has."""
+        """Transactions concurrent with the last events have ended, so the checkpoint can prove more of them."""
         return self._proven < self._begin.below and self._proven < self._unproven_end
 
     def _note(self, portion: Portion | None) -> None:
-        """Once this is acknowledged, what is written down may move to where the reader is now."""
+        """Remember where the reader is: once this portion is acknowledged, the checkpoint may move there."""
         step = _Step(self._begin, self._end, self._position)
         if portion is not None:
             step.group.committed_at_us = portion.written_us - _EPOCH_2000_US
@@ -183,23 +183,23 @@ class PollSource:
     async def _read_first(self, end: Snapshot) -> tuple[Portion | None, bool]:
         return await read_first(self._reader, self._begin.until(end, self._position))
 
-    async def _read_rest(self, rest: Rest) -> tuple[Portion | None, bool]:
+    async def _read_rest(self, rest: WindowReader) -> tuple[Portion | None, bool]:
         self._is_rest_used = True
         portion = await rest.read()
         return portion, portion is not None
 
     async def _open_rest(self, end: Snapshot) -> None:
-        self._rest = Rest(self._reader)
+        self._rest = WindowReader(self._reader)
         await self._rest.open(self._begin.until(end, self._position))
 
     async def _leave_window(self, end: Snapshot) -> None:
-        # What was told while a rest was read is beyond it.
+        # A notice that arrived while the window was read is about a later one.
         self._is_woken = self._is_woken or self._rest is not None
         await self._close_rest()
         self._begin, self._end, self._position = end, None, 0
 
     async def _close_rest(self) -> None:
-        """The rest may be sorted again: while Kafka takes nothing, its transaction would keep VACUUM from its work."""
+        """End its transaction, at the cost of sorting again: while Kafka accepts nothing, it would hold up VACUUM."""
         if self._rest is not None:
             await self._rest.close()
             self._rest = None
@@ -226,7 +226,7 @@ class PollSource:
     async def save(self) -> None:
         if self._listening is not None and self._listening.done():
             self._listening.result()
-        self._is_woken = True  # A notice that got lost is made up for within the second.
+        self._is_woken = True  # Makes up for a lost notice within a second.
         if not self._is_notified:
             self._is_notified = await set_notify(self._leader, is_on=True)
         await self._write_down()
@@ -235,7 +235,7 @@ class PollSource:
         self._is_rest_used = False
 
     async def _write_down(self) -> None:
-        """How far all is acknowledged, if that is further than last time."""
+        """Save the point up to which everything is acknowledged, if it has moved."""
         last = self._saved
         while self._steps and not self._steps[0].group.missing and (len(self._steps) > 1 or not self._left):
             last = self._steps.popleft()
@@ -252,14 +252,14 @@ class PollSource:
         self._saved = last
 
     def answer(self) -> None:
-        """Nobody asks."""
+        """Nothing to do: no server waits for an answer."""
 
     @property
     def oldest_commit_us(self) -> int | None:
         return next((step.group.committed_at_us for step in self._steps if step.group.missing), None)
 
     async def finish(self) -> None:
-        """Nothing is open that must be ended in good order."""
+        """Nothing to do: there is no stream to end."""
 
     async def close(self) -> None:
         if self._listening is not None:

@@ -1,15 +1,15 @@
-"""The acknowledged prefix of the log: how far the slot may move without losing an event."""
+"""The acknowledged prefix of the log: how far the slot may advance without losing an event."""
 
 from collections import deque
 
 TIDY_ABOVE = 10_000
-"""Groups kept at least before complete ones are looked for."""
+"""At least so many groups are kept before complete ones are removed."""
 
 
 class Group:
-    """A transaction, or several in a row: how many of their events are not acknowledged, and where the last one ends.
+    """One or several consecutive transactions: how many events are unacknowledged, and where the last transaction ends.
 
-    Without `end_lsn` until the first COMMIT was read.
+    `end_lsn` is None until the first COMMIT is read.
     """
 
     __slots__ = ("committed_at_us", "end_lsn", "missing")
@@ -23,8 +23,8 @@ class Group:
 class Prefix:
     """Transactions in the order of the log.
 
-    Acknowledgements arrive out of order across partitions, so the position moves only past groups before which
-    nothing is missing, and only to a COMMIT's end: resuming within a transaction would lose its first events.
+    Acknowledgements arrive out of order across partitions, so the position moves past a group only if nothing in it or
+    before it is missing, and only to a COMMIT's end: resuming within a transaction would lose its first events.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Prefix:
         self._tidy_above = TIDY_ABOVE
 
     def begin(self, committed_at_us: int) -> Group:
-        """The next group in the log; it blocks the position until `end_lsn` is known and nothing is missing."""
+        """Begin the next group in the log; it blocks the position until `end_lsn` is known and nothing is missing."""
         group = Group(committed_at_us)
         self._groups.append(group)
         return group
@@ -41,8 +41,8 @@ class Prefix:
     def advance(self, wal_end: int) -> int:
         """The position up to which everything is acknowledged; never moves back.
 
-        With nothing of ours under way that is `wal_end`, which is as far as the server has read: so an idle slot holds
-        no log of other tables.
+        With none of our events in progress that is `wal_end`, as far as the server has read, so that an idle slot does
+        not retain the log of other tables.
         """
         while self._groups and self._groups[0].end_lsn is not None and not self._groups[0].missing:
             self._lsn = max(self._lsn, self._groups.popleft().end_lsn or 0)
@@ -53,17 +53,17 @@ class Prefix:
         return self._lsn
 
     def _forget_complete(self) -> None:
-        """Behind a group that waits for long, complete ones would pile up; only the last one's end matters."""
+        """Remove complete groups, which pile up behind one that waits long; only the last group's end matters."""
         last = self._groups[-1]
         self._groups = deque(each for each in self._groups if each.missing or each.end_lsn is None or each is last)
         self._tidy_above = TIDY_ABOVE + 2 * len(self._groups)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing that was read is under way."""
+        """Whether nothing that was read is still in progress."""
         return not self._groups
 
     @property
     def oldest_commit_us(self) -> int | None:
-        """When the first transaction with something missing, or one read with it, was committed: µs since 2000 UTC."""
+        """Commit time of the oldest group's first transaction, in µs since 2000-01-01 UTC; None without groups."""
         return self._groups[0].committed_at_us if self._groups else None

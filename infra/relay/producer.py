@@ -18,34 +18,34 @@ from infra.relay.errors import KafkaAway, TopicMissing
 REQUEST_SECONDS: Final = 15.0
 """How long a broker may take to answer."""
 TOPIC_SECONDS: Final = 5.0
-"""How long a topic that was just made may take until the broker knows of it."""
+"""How long a new topic may take until the broker knows it."""
 CLUSTER_SECONDS: Final = 3.0
-"""How long one broker may take to tell its cluster, before the next one is asked."""
+"""How long one broker may take to report its cluster before the next one is asked."""
 CLOSE_SECONDS: Final = 1.0
 """How long a connection may take to close."""
 
 
 class OneCluster:
-    """Holds clients to the brokers of one cluster: that of the first, whose id it learns.
+    """Restricts clients to the brokers of one cluster: that of the first broker, whose cluster id it learns.
 
-    A session outlives the connections to its brokers. When these are back, they may be another Kafka: by a wrong entry
-    in the DNS, or because the data are lost. aiokafka would send on, and take the acknowledgements for those of before.
-    So every connection is asked before it is used.
+    A session outlives the connections to its brokers. After a reconnect they may be another Kafka: through a wrong DNS
+    entry, or because the data were lost. aiokafka would go on sending, and mistake the new cluster's acknowledgements
+    for the old one's. So every connection is checked before it is used.
     """
 
     def __init__(self) -> None:
         self.id: str | None = None
-        """None from brokers before Kafka 0.10.1, which do not tell."""
+        """None from brokers before Kafka 0.10.1, which do not report one."""
         self._other: str | None = None
         self._asked: WeakSet[AIOKafkaConnection] = WeakSet()
 
     def check(self) -> None:
-        """Raises KafkaAway once a broker of another cluster was met; nothing was sent to it."""
+        """Raise KafkaAway once a broker of another cluster was met; nothing was sent to it."""
         if self._other is not None:
             raise KafkaAway(f"a broker is of Kafka cluster {self._other}, and those before were of {self.id}")
 
     def hold(self, client: AIOKafkaClient) -> None:
-        """Have this client use no connection to another cluster."""
+        """Keep this client from using connections to another cluster."""
         get_connection = client._get_conn
 
         async def get_own(*arguments: Any, **options: Any) -> AIOKafkaConnection | None:
@@ -58,10 +58,10 @@ class OneCluster:
         vars(client)["_get_conn"] = get_own
 
     async def learn(self, client: AIOKafkaClient) -> None:
-        """Have one broker tell, whichever answers.
+        """Learn the cluster's id from whichever broker answers first.
 
         Raises:
-            KafkaConnectionError: none does.
+            KafkaConnectionError: no broker answers.
         """
         brokers = list(client.cluster.brokers())
         random.shuffle(brokers)
@@ -74,12 +74,12 @@ class OneCluster:
 
     async def _is_own(self, connection: AIOKafkaConnection) -> bool:
         try:
-            told = getattr(await connection.send(MetadataRequest([])), "cluster_id", None)
+            cluster_id = getattr(await connection.send(MetadataRequest([])), "cluster_id", None)
         except (KafkaError, OSError, TimeoutError):
             return False
-        self.id = self.id or told
-        if told not in (None, self.id):
-            self._other = told
+        self.id = self.id or cluster_id
+        if cluster_id not in (None, self.id):
+            self._other = cluster_id
             return False
         self._asked.add(connection)
         return True
@@ -88,7 +88,7 @@ class OneCluster:
 async def start_producer(config: RelayConfig, cluster: OneCluster) -> AIOKafkaProducer:
     """A started producer whose retries neither reorder nor repeat.
 
-    It gives up a batch by itself only where its partition has had no leader for `REQUEST_SECONDS`.
+    It gives up a batch on its own only if the partition has had no leader for `REQUEST_SECONDS`.
 
     Raises:
         KafkaError: the brokers cannot be reached.
@@ -109,10 +109,10 @@ async def start_producer(config: RelayConfig, cluster: OneCluster) -> AIOKafkaPr
 
 
 async def count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
-    """Of the topic, as the brokers know it.
+    """The topic's number of partitions.
 
     Raises:
-        TopicMissing: they do not.
+        TopicMissing: the brokers do not know the topic.
     """
     try:
         async with asyncio.timeout(TOPIC_SECONDS):
@@ -122,23 +122,23 @@ async def count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
 
 
 async def abandon(producer: AIOKafkaProducer) -> None:
-    """Close a producer without waiting for what it has not sent; its own `stop` waits for Kafka to come back."""
-    producer._closed = True  # Nothing warns of a producer that was not stopped then.
+    """Close a producer without waiting for unsent batches; its own `stop` waits for Kafka to come back."""
+    producer._closed = True  # Avoids aiokafka's warning about a producer that was not stopped.
     sending = producer._sender.sender_task
     if sending is not None:
         sending.cancel()
-    # Ends requests under way, on which a cancelled sender waits.
+    # Ends the requests in flight, on which a cancelled sender waits.
     await _close(producer.client)
     for _ in range(2):
         if sending is not None and not sending.done():
             await asyncio.wait([sending], timeout=1)
             sending.cancel()
-    # One that was being made when the others were closed.
+    # For a connection that was being opened when the others were closed.
     await _close(producer.client)
 
 
 async def _close(client: AIOKafkaClient) -> None:
-    """It waits for its connections to send what they hold, which who does not read keeps them from."""
+    """Close it within a time limit: its connections first send what they hold, and a broker may not read that."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(CLOSE_SECONDS):
             await client.close()

@@ -1,7 +1,7 @@
-"""A relay's own record of how far it came, one row of `relay_slots`, and what it proves when something looks wrong.
+"""A relay's own record of its progress: one row of `relay_slots`, and what that proves when something looks wrong.
 
-`confirmed_lsn`: the slot is never told more. `window_begin`: every event of a transaction that this snapshot sees is on
-the topic; `published_below` is its lower end.
+`confirmed_lsn`: the slot is never confirmed beyond it. `window_begin`: a snapshot; every event of a transaction visible
+in it is on the topic. `published_below` is that snapshot's lower end.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 Repair = Literal["unproven", "everything", "adopt"]
 
-# Who asked to adopt, and waits no more, is not obeyed: what the slot has passed since, nobody has looked at.
+# A request to adopt counts only while its command still waits: nobody has checked what the slot passed since then.
 ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair END"
 FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
@@ -28,7 +28,7 @@ FIND: Final = f"""
            {ASKED}, gap, publication, topic, kafka_cluster
       FROM relay_slots WHERE slot_name = %(slot)s
 """  # noqa: S608 - names from our own constants
-# Where the log ends is asked after the snapshot was taken: what the snapshot takes for finished lies before it.
+# The end of the log is read after the snapshot is taken, so every transaction that the snapshot sees ends before it.
 NOW: Final = """
     SELECT pg_current_snapshot()::text, (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint
 """
@@ -59,7 +59,7 @@ SAVE_WINDOW: Final = """
 NOTIFIES: Final = """
     SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
 """
-# Always: who cannot write how far he is would publish the same again and again.
+# Always write: a relay that cannot record its progress would publish the same events again and again.
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = coalesce(%(cluster)s, kafka_cluster),
                            repair = nullif(repair, 'adopt')
@@ -70,8 +70,8 @@ REFUSE: Final = """
      WHERE slot_name = %(slot)s
 """
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
-# Who of several relays came here first has forgotten; what has an id since then was written here, and somebody may have
-# to find it by that.
+# The first of several relays to come here has cleared the ids already. Rows that got an id since then were written
+# here, and a relay may have to find them by it.
 FORGET: Final = """
     UPDATE outbox SET xact = NULL
      WHERE xact IS NOT NULL AND NOT EXISTS (
@@ -84,7 +84,7 @@ MOVE: Final = """
            published_below = 0, window_begin = NULL, window_end = NULL, window_position = 0
       FROM pg_control_system() AS here WHERE r.slot_name = %s
 """
-# What a snapshot takes for the future, and is there, was written by another server's transactions.
+# Rows with transaction ids that this server has not assigned yet were written on another server.
 FORGET_FUTURE: Final = """
     UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
 """
@@ -92,7 +92,7 @@ FORGET_FUTURE: Final = """
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a relay wrote down last."""
+    """The progress that a relay saved last."""
 
     system_identifier: str
     source: str
@@ -106,10 +106,10 @@ class Checkpoint:
     publication: str | None
     topic: str | None
     kafka_cluster: str | None
-    """None from before it was written down, as `topic`."""
+    """None in a record from before this was saved; likewise `topic`."""
 
     def published_on(self, system: str) -> Snapshot:
-        """What is proven to be on the topic. Ids of another server's transactions mean nothing, and prove nothing."""
+        """The events proven to be on the topic. Transaction ids of another server prove nothing on this one."""
         if self.system_identifier != system:
             return NOTHING
         if self.window_begin is None:
@@ -117,7 +117,7 @@ class Checkpoint:
         return Snapshot.read(self.window_begin)
 
     def another_destination(self, config: RelayConfig) -> str | None:
-        """That it published to another topic before, or to one of another Kafka cluster."""
+        """The gap's reason if it published to another topic or Kafka cluster before; None otherwise."""
         topic, cluster = (self.topic, config.topic), (self.kafka_cluster, config.kafka_cluster)
         return gap_of(
             tell(before, now)
@@ -137,7 +137,7 @@ async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpo
 
 
 async def find_published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
-    """What this relay has proven to be on the topic, as it was written down last."""
+    """The events proven to be on the topic, as this relay saved them last."""
     checkpoint = await find_checkpoint(connection, slot)
     row = await (await connection.execute(SYSTEM)).fetchone()
     return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
@@ -153,7 +153,7 @@ async def start_checkpoint(
     events: int = 0,
     publication: str | None = None,
 ) -> None:
-    """All retained events that `published` sees are on the topic, and nothing is known to be amiss."""
+    """Record that all retained events visible in `published` are on the topic; clears any gap and requested repair."""
     values: dict[str, Any] = {
         "slot": config.slot,
         "system": system,
@@ -170,7 +170,7 @@ async def start_checkpoint(
 async def refuse_gap(
     leader: psycopg.AsyncConnection, slot: str, reason: str, published: Snapshot, *, withdraws_adopt: bool = False
 ) -> NoReturn:
-    """Write the gap down, for who asks, and that it cannot be adopted, if that was asked for.
+    """Record the gap for `payments relay status`; `withdraws_adopt` also withdraws a request to adopt.
 
     Raises:
         GapFound: always.
@@ -180,25 +180,25 @@ async def refuse_gap(
 
 
 async def trust_checkpoint(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
-    """Everything is as it was left, and can be written down."""
+    """Record that nothing has changed since the checkpoint was saved; clears any gap."""
     values = {"slot": config.slot, "topic": config.topic, "cluster": config.kafka_cluster}
     await leader.execute(TRUST, values)
 
 
 async def save_checkpoint(leader: psycopg.AsyncConnection, query: str, values: dict[str, Any]) -> None:
-    """Write down how far all is acknowledged, by SAVE_LSN or SAVE_WINDOW.
+    """Record, by SAVE_LSN or SAVE_WINDOW, the point up to which every event is acknowledged.
 
     Raises:
-        CheckpointMissing: somebody has deleted the record.
+        CheckpointMissing: the record has been deleted.
     """
     if (await leader.execute(query.encode(), values)).rowcount != 1:
-        raise CheckpointMissing("the relay's row of relay_slots is gone: what it proves is forgotten")
+        raise CheckpointMissing("the relay's row of relay_slots is gone, and with it the proof of what is published")
 
 
 async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
-    """The rows came from another server: the ids of its transactions mean nothing here, and would be taken for ours.
+    """Take over rows of another server: clear its transaction ids, which would be mistaken for this server's.
 
-    Nothing counts as published any more by the relay of this slot.
+    After this, nothing counts as published by the relay of this slot.
     """
     async with leader.transaction():
         await leader.execute("SELECT pg_advisory_xact_lock(hashtext('payments relays move'))")
@@ -208,9 +208,10 @@ async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
 
 
 async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
-    """Rows of a restored outbox whose transactions, by their ids, are still to come here: they would never be seen.
+    """Clear transaction ids that this server has not assigned yet: rows of a restored outbox, which no poll would see.
 
-    Where there are any, the others are not ours either, and earlier events of a payment may be among them.
+    If there are any, the other rows' ids are not this server's either, and may hold earlier events of a payment; so
+    those are cleared too, unless a relay has a checkpoint of this server.
     """
     async with leader.transaction():
         if (await leader.execute(FORGET_FUTURE)).rowcount:
@@ -218,16 +219,17 @@ async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
 
 
 async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
-    """Whether every insert into the outbox wakes a poller. False if that is not so yet: somebody writes for long.
+    """Enable or disable the trigger that wakes a poller on each insert; False if a writer holds the lock: try again.
 
-    Where the relay's role does not own the outbox, it is so only if somebody enables the trigger; a tick wakes it then.
+    A role that does not own the outbox cannot do this, which is logged; True then too. Until somebody enables the
+    trigger, the poller is woken by its tick.
     """
     row = await (await leader.execute(NOTIFIES)).fetchone()
     if row is None or row[0] == is_on:
         return True
     try:
-        # The lock waits for those who write, and lets others wait: hardly at all. One message, and so one transaction:
-        # whoever else uses this connection finds it in none that has failed.
+        # The lock waits for writers, and others wait behind it: hence the short timeout. One message is one
+        # transaction, so other users of this connection never find it in a failed one.
         await leader.execute(
             "SET LOCAL lock_timeout = '100ms';"
             f" ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
@@ -240,14 +242,14 @@ async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
 
 
 async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:
-    """A position of the log that is behind the commits of all that the snapshot sees."""
+    """A snapshot, and a position of the log after the commits of all transactions that it sees."""
     row = await (await connection.execute(NOW.encode())).fetchone()
     assert row is not None, "the query always gives a row"
     return row[1], Snapshot.read(row[0])
 
 
 async def flushed_by_now(connection: psycopg.AsyncConnection) -> int:
-    """A position of the log that is behind all that this connection has committed."""
+    """A position of the log after everything that this connection has committed."""
     row = await (await connection.execute(FLUSHED)).fetchone()
     assert row is not None, "the query always gives a row"
     return int(row[0])

@@ -1,7 +1,7 @@
-"""Publishes outbox events to Kafka, in order per partition, and tells each event's transaction of the acknowledgement.
+"""Publishes outbox events to Kafka, in order per partition, and counts acknowledgements in the events' groups.
 
-Each partition is a lane with at most one batch on its way. Meanwhile the next events gather: small batches when there
-is little to do, large ones under load, and no timer in between.
+Each partition has a queue with at most one batch in flight. The next events gather meanwhile: batches are small when
+there is little to do and large under load, without a timer.
 """
 
 import asyncio
@@ -38,27 +38,27 @@ log = structlog.get_logger(__name__)
 
 BATCH_BYTES_MAX = 262_144
 IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
-"""Of payload on its way, beyond which lanes wait: one request takes a batch of every partition, and aiokafka copies it
+"""Payload bytes in flight above which queues wait: one request takes a batch of every partition, and aiokafka copies it
 four times while it is sent."""
 SEND_SECONDS = 5.0
-"""How long handing a batch over may take, which waits for nothing but metadata; Postgres hears nothing meanwhile."""
+"""How long handing over a batch may take. It waits only for metadata, and Postgres gets no answers meanwhile."""
 RENEWAL_SECONDS = 40.0
-"""How long another producer may take: two brokers that are gone may be asked before one that is there."""
+"""How long starting another producer may take: two unreachable brokers may be asked before a live one."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError)
-"""Answers that say: not written, and asking again will not help. (A time-out says neither.)"""
+"""Errors that prove the batch was not written and that a retry will not help. (A time-out proves neither.)"""
 
 
 class Diverted(NamedTuple):
-    """An event that is not for Kafka now: refused for `reason`, or, without one, waiting behind one that is."""
+    """An event kept from Kafka: refused for `reason`, or without a reason if it waits behind a refused one."""
 
     event: OutboxEvent
     group: Group
     reason: str | None
 
 
-class _Lane:
-    """One partition: batches that wait, the last one still open, and the one on its way."""
+class _PartitionQueue:
+    """One partition: the batches that wait, the last of them still open, and the batch in flight."""
 
     __slots__ = (
         "batch_bytes_max",
@@ -76,23 +76,23 @@ class _Lane:
         self.producer = producer
         self.is_producer_spent = False
         self.is_renewing = False
-        """It is given another producer; nothing is sent meanwhile."""
+        """Another producer is being started for it; nothing is sent meanwhile."""
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[RecordBatch] = deque()
         self.in_flight: RecordBatch | None = None
         self.sent_at: float | None = None
-        """When what Kafka has not answered yet was sent for the first time."""
+        """When the batch that Kafka has not answered yet was first sent."""
 
     def unpack(self) -> list[tuple[OutboxEvent, Group]]:
-        """Take out all that waits, as events."""
+        """Remove everything that waits, and return it as events."""
         pending, self.pending = self.pending, deque()
         return [each for batch in pending for each in batch.unpack()]
 
 
 class Publisher:
-    """Producers for one session. After an error it is useless: make another and begin at the slot's position.
+    """Producers for one session. After an error it cannot be used: make another, and begin at the slot's position.
 
-    `on_progress` is called whenever `flush` has something to do again, or when an error is there.
+    `on_progress` is called whenever `flush` has something to do again, or an error has occurred.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class Publisher:
         self.unacknowledged_bytes = 0
         self.payload_max = config.message_bytes_max
         self.blocked: set[bytes] = set()
-        """The payments in quarantine: their events are diverted, in order, for `take_diverted`."""
+        """Payments in quarantine: their events are diverted, in order, for `take_diverted`."""
         self.given_up: set[bytes] = set()
-        """Events that somebody has dropped: they are diverted, too, and their payments go on."""
+        """Events that an operator has dropped: they are diverted as well, and their payments go on."""
         self._diverted: list[Diverted] = []
         self._config = config
         self._cluster = cluster
         self._producers = {producer}
         self._renewals: set[asyncio.Task[None]] = set()
-        self._lanes = [_Lane(number, producer) for number in range(partitions)]
+        self._queues = [_PartitionQueue(number, producer) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
         self._open: list[Records | None] = [None] * partitions
-        """What each lane's last batch is encoded by, while it may be appended to."""
+        """The records of each queue's last batch, while it may be appended to; otherwise None."""
         self._in_flight_bytes = 0
         self._turn = 0
-        """The lane that is asked first; none is left behind while there is room for some of them only."""
+        """The queue that is asked first: it rotates, so that none starves while there is room for only some of them."""
         self._on_progress = on_progress
         self._error: BaseException | None = None
         self._progress_at = time.monotonic()
@@ -147,7 +147,7 @@ class Publisher:
 
     @property
     def kafka_cluster(self) -> str | None:
-        """The id of the brokers' cluster; None of brokers that do not tell."""
+        """The id of the brokers' cluster; None if the brokers do not report one."""
         return self._cluster.id
 
     @property
@@ -164,7 +164,7 @@ class Publisher:
         return min(self.room) <= 0
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
-        """Take events over, to be sent by the next `flush`; their group counts them until they are acknowledged."""
+        """Accept events for the next `flush`; their group counts them until they are acknowledged."""
         if self._config.uses_native and self.open_records is not None:
             count, size = native.encode(events, group, self.payload_max, self._open, self.renew)
             self.note(count, size)
@@ -178,95 +178,95 @@ class Publisher:
                 self._add(event, group)
 
     def _add(self, event: OutboxEvent, group: Group) -> None:
-        """To the end of its partition's lane; an event that is too large waits for its turn there, too."""
-        number = partition_of(event.aggregateid, len(self._lanes))
+        """Append to its partition's queue; an event that is too large waits for its turn there as well."""
+        number = partition_of(event.aggregateid, len(self._queues))
         if len(event.payload) > self.payload_max:
             self._open_batch(number).hold(event, group)
-            return  # Behind it `append` has no room: it is sealed.
+            return  # The batch is sealed, so the next `append` opens another.
         records = self._open[number]
         if records is None or not records.append(event, group):
             self.renew(number).append(event, group)
 
     def renew(self, number: int) -> Records:
-        """Begin another batch of this partition."""
+        """Begin another batch of this partition, and return its records."""
         return self._open_batch(number).records
 
     def _open_batch(self, number: int) -> RecordBatch:
-        lane = self._lanes[number]
-        batch = RecordBatch(self._new_records(min(lane.batch_bytes_max, self.payload_max)))
-        lane.pending.append(batch)
+        queue = self._queues[number]
+        batch = RecordBatch(self._new_records(min(queue.batch_bytes_max, self.payload_max)))
+        queue.pending.append(batch)
         self._open[number] = batch.records
         return batch
 
     @property
     def open_records(self) -> list[Records | None] | None:
-        """For who encodes events by itself: each partition's, None where `renew` gives some.
+        """Each partition's open records, for a source that encodes events itself; None where it must call `renew`.
 
-        None at all while some events are not for Kafka.
+        None instead of the list while some events must be diverted.
         """
         return None if self.blocked or self.given_up else self._open
 
     def note(self, events: int, size: int) -> None:
-        """So many were encoded, which their groups have counted."""
+        """Report events that were encoded, and counted in their groups; `size` is the bytes of their payloads."""
         if events and not self.unacknowledged:
             self._progress_at = time.monotonic()
         self.unacknowledged += events
         self.unacknowledged_bytes += size
 
     async def flush(self) -> None:
-        """Send what waits in lanes with nothing on its way.
+        """Send the batches of queues that have none in flight.
 
         Raises:
             KafkaAway: events could not be published; the session must end.
         """
         self.check()
-        while lane := self._next_lane():
+        while queue := self._next_queue():
             try:
                 async with asyncio.timeout(SEND_SECONDS):
-                    await self._send(lane)
+                    await self._send(queue)
             except TimeoutError as error:
-                raise KafkaAway("the producer takes no batch") from error
+                raise KafkaAway("the producer accepts no batch") from error
             self.check()
 
-    def _next_lane(self) -> _Lane | None:
+    def _next_queue(self) -> _PartitionQueue | None:
         if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
-            for lane in (*self._lanes[self._turn :], *self._lanes[: self._turn]):
-                if lane.pending and lane.in_flight is None and not lane.is_renewing:
-                    self._turn = (lane.number + 1) % len(self._lanes)
-                    return lane
+            for queue in (*self._queues[self._turn :], *self._queues[: self._turn]):
+                if queue.pending and queue.in_flight is None and not queue.is_renewing:
+                    self._turn = (queue.number + 1) % len(self._queues)
+                    return queue
         return None
 
     def check(self) -> None:
-        """Raises KafkaAway if this publisher is useless."""
+        """Raise KafkaAway if this publisher cannot be used any more."""
         self._cluster.check()
         if self._error is not None:
             raise KafkaAway(f"{type(self._error).__name__}: {self._error}") from self._error
 
     def check_partitions(self) -> None:
-        """The topic is still divided as it was when this publisher was made, as far as its producers have heard.
+        """Check that the topic has as many partitions as when this publisher was made, by its producers' metadata.
 
         Raises:
-            KafkaAway: it was made anew or enlarged; of partitions that are gone nobody would ever acknowledge anything.
+            KafkaAway: it was recreated or enlarged; events for a partition that is gone would never be acknowledged.
         """
         for producer in self._producers:
             partitions = producer.client.cluster.partitions_for_topic(self._config.topic)
-            if partitions and len(partitions) != len(self._lanes):
+            if partitions and len(partitions) != len(self._queues):
                 raise KafkaAway(
-                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._lanes)}"
+                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._queues)}"
                 )
 
     @property
     def quiet_seconds(self) -> float:
-        """Since when Kafka has acknowledged nothing, whether there was something or not."""
+        """Seconds since Kafka last acknowledged an event, or since events began to wait."""
         return time.monotonic() - self._progress_at
 
     @property
     def trouble(self) -> str | None:
-        """What keeps events from being published, if anything does: all of them, or those of one partition."""
+        """What keeps events from being published, if anything: all events, or those of some partitions."""
         if not self.unacknowledged:
             return None
         before = time.monotonic() - self._config.stalled_seconds
-        stuck = ", ".join(str(lane.number) for lane in self._lanes if (lane.sent_at or before) < before)
+        stuck = ", ".join(str(queue.number) for queue in self._queues if (queue.sent_at or before) < before)
         if self._progress_at < before:
             return "Kafka acknowledges nothing" + (f"; what waits is in partition {stuck}" if stuck else "")
         return f"Kafka acknowledges nothing in partition {stuck}" if stuck else None
@@ -279,84 +279,84 @@ class Publisher:
         await asyncio.gather(*self._renewals, return_exceptions=True)
         await asyncio.gather(*map(abandon, self._producers))
 
-    async def _send(self, lane: _Lane) -> None:
-        if lane.is_producer_spent:
-            self._begin_renewal(lane)
+    async def _send(self, queue: _PartitionQueue) -> None:
+        if queue.is_producer_spent:
+            self._begin_renewal(queue)
             return
-        if lane.pending[0].held is not None:
-            lane.sent_at = None
-            self._refuse(lane, f"above our own limit of {self.payload_max} bytes")
+        if queue.pending[0].held is not None:
+            queue.sent_at = None
+            self._refuse(queue, f"above our own limit of {self.payload_max} bytes")
             return
-        lane.in_flight = batch = lane.pending.popleft()
-        if not lane.pending:
-            self._open[lane.number] = None
+        queue.in_flight = batch = queue.pending.popleft()
+        if not queue.pending:
+            self._open[queue.number] = None
         self._in_flight_bytes += batch.payload_bytes
-        lane.sent_at = lane.sent_at or time.monotonic()
+        queue.sent_at = queue.sent_at or time.monotonic()
         try:
-            sent = await lane.producer.send_batch(batch, self._config.topic, partition=lane.number)
-        except AssertionError as error:  # aiokafka's way to say so.
-            raise KafkaAway(f"topic {self._config.topic} has no partition {lane.number} any more") from error
-        sent.add_done_callback(partial(self._sent, lane))
+            sent = await queue.producer.send_batch(batch, self._config.topic, partition=queue.number)
+        except AssertionError as error:  # aiokafka asserts that the partition exists.
+            raise KafkaAway(f"topic {self._config.topic} has no partition {queue.number} any more") from error
+        sent.add_done_callback(partial(self._sent, queue))
 
-    def _begin_renewal(self, lane: _Lane) -> None:
-        """Beside the other lanes: a broker that has vanished may be asked first, and long."""
-        lane.is_renewing, lane.sent_at = True, lane.sent_at or time.monotonic()
-        renewal = asyncio.create_task(self._renew_producer(lane))
+    def _begin_renewal(self, queue: _PartitionQueue) -> None:
+        """In a task, so that the other queues go on: a broker that has vanished may be asked first, for a long time."""
+        queue.is_renewing, queue.sent_at = True, queue.sent_at or time.monotonic()
+        renewal = asyncio.create_task(self._renew_producer(queue))
         self._renewals.add(renewal)
         renewal.add_done_callback(self._renewals.discard)
 
-    async def _renew_producer(self, lane: _Lane) -> None:
+    async def _renew_producer(self, queue: _PartitionQueue) -> None:
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 producer = await start_producer(self._config, self._cluster)
-        except Exception as error:  # Whatever it is: `check` tells it, and the session ends.
+        except Exception as error:  # Whatever it is: `check` reports it, and the session ends.
             self._error = error
             self._on_progress()
             return
-        spent, lane.producer = lane.producer, producer
-        lane.is_producer_spent = lane.is_renewing = False
+        spent, queue.producer = queue.producer, producer
+        queue.is_producer_spent = queue.is_renewing = False
         self._producers.add(producer)
         self._on_progress()
-        if all(each.producer is not spent for each in self._lanes):
-            await abandon(spent)  # By `close`, if this is cancelled.
+        if all(each.producer is not spent for each in self._queues):
+            await abandon(spent)  # If this is cancelled, `close` does it.
             self._producers.discard(spent)
 
-    def _sent(self, lane: _Lane, sent: asyncio.Future[Any]) -> None:
+    def _sent(self, queue: _PartitionQueue, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:
             return
         error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
-        batch, lane.in_flight = lane.in_flight, None
-        assert batch is not None, "of each lane one batch is on its way"
+        batch, queue.in_flight = queue.in_flight, None
+        assert batch is not None, "each queue has at most one batch in flight, and this is its answer"
         self._in_flight_bytes -= batch.payload_bytes
         if error is None:
-            lane.sent_at = None
+            queue.sent_at = None
             self._acknowledge(batch)
         else:
-            lane.pending.appendleft(batch)
-            self._failed(lane, batch, error)
+            queue.pending.appendleft(batch)
+            self._failed(queue, batch, error)
         self._on_progress()
 
-    def _failed(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
-        """Nothing may overtake what was not sent: it waits for its lane to go on, or the session ends here."""
+    def _failed(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
+        """Nothing may overtake a batch that was not written: it waits in its queue, or the session ends here."""
         if isinstance(error, LeaderNotAvailableError):
-            # The other lanes go on: a new session would send once more what they have sent since.
-            lane.is_producer_spent = True
-            self._put_back(self._take_out(lane))
-            log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=lane.number)
+            # The other queues go on: a new session would send again what they have sent since.
+            queue.is_producer_spent = True
+            self._put_back(self._take_out(queue))
+            log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=queue.number)
         elif isinstance(error, REFUSALS):
-            lane.sent_at = None
-            self._refused(lane, batch, error)
+            queue.sent_at = None
+            self._refused(queue, batch, error)
         else:
             self._error = error
 
     def _acknowledge(self, batch: RecordBatch) -> None:
-        """These are on the topic for good."""
+        """Count the events of this batch as published."""
         batch.settle()
         self._settled(batch.record_count(), batch.payload_bytes)
         metrics.EVENTS.inc(batch.record_count())
 
     def acknowledge_diverted(self, diverted: Sequence[Diverted]) -> None:
-        """These are in quarantine for good."""
+        """Count these events as settled: they are stored in quarantine."""
         for _, group, _ in diverted:
             group.missing -= 1
         self._settled(len(diverted), sum(len(each.event.payload) for each in diverted))
@@ -367,33 +367,33 @@ class Publisher:
         self._progress_at = time.monotonic()
 
     def take_diverted(self) -> list[Diverted]:
-        """What is to be put into quarantine, in order."""
+        """Remove and return the events to be put into quarantine, in order."""
         diverted, self._diverted = self._diverted, []
         return diverted
 
-    def _refused(self, lane: _Lane, batch: RecordBatch, error: BaseException) -> None:
-        """Try smaller batches, down to the one event that is refused."""
-        # The producer has counted the refused batch, the broker has not: in this partition they never agree again.
-        lane.is_producer_spent = True
+    def _refused(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
+        """Retry in smaller batches, down to the single event that is refused."""
+        # The producer has counted the refused batch, the broker has not: their sequence numbers never match again here.
+        queue.is_producer_spent = True
         if batch.record_count() > 1 and isinstance(error, TOO_LARGE):
-            lane.batch_bytes_max = min(lane.batch_bytes_max, batch.payload_bytes) // 2
-            self._put_back(self._take_out(lane))
+            queue.batch_bytes_max = min(queue.batch_bytes_max, batch.payload_bytes) // 2
+            self._put_back(self._take_out(queue))
         else:
-            # What made batches too large may be the event that goes now.
-            lane.batch_bytes_max = BATCH_BYTES_MAX
-            self._refuse(lane, f"{type(error).__name__}: {error}")
+            # The event removed now may be what made batches too large.
+            queue.batch_bytes_max = BATCH_BYTES_MAX
+            self._refuse(queue, f"{type(error).__name__}: {error}")
 
-    def _take_out(self, lane: _Lane) -> list[tuple[OutboxEvent, Group]]:
-        self._open[lane.number] = None
-        return lane.unpack()
+    def _take_out(self, queue: _PartitionQueue) -> list[tuple[OutboxEvent, Group]]:
+        self._open[queue.number] = None
+        return queue.unpack()
 
     def _put_back(self, waiting: Iterable[tuple[OutboxEvent, Group]]) -> None:
         for event, group in waiting:
             self._add(event, group)
 
-    def _refuse(self, lane: _Lane, reason: str) -> None:
-        """Divert the first event of this lane, and those of its payment that wait behind it; the others go on."""
-        (event, group), *waiting = self._take_out(lane)
+    def _refuse(self, queue: _PartitionQueue, reason: str) -> None:
+        """Divert the first event of this queue and its payment's later events; the other events go on."""
+        (event, group), *waiting = self._take_out(queue)
         self.blocked.add(key := event.aggregateid)
         self._diverted.append(Diverted(event, group, reason))
         self._diverted += [Diverted(*each, None) for each in waiting if each[0].aggregateid == key]
@@ -405,7 +405,7 @@ class Publisher:
             payment_id=key.decode(),
             type=event.type.decode(),
             payload_bytes=len(event.payload),
-            partition=lane.number,
+            partition=queue.number,
             error=reason,
         )
         self._on_progress()

@@ -1,7 +1,7 @@
-"""Events that Kafka refused for good, and those of their payments that wait behind them, in order.
+"""Quarantine: events that Kafka refused for good, and their payments' later events, in order.
 
-What lies here counts as delivered to the log's reader, so other payments go on and the slot moves. `retry` publishes a
-payment's events in their order; `drop` gives one up for ever, with the reason that somebody gave.
+Quarantined events count as delivered, so other payments go on and the slot advances. `retry` publishes a payment's
+events in order; `drop` gives an event up for ever and records the operator's reason.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,7 +23,7 @@ _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)
 PAYMENTS_AT_ONCE: Final = 200
 REASONS_MAX: Final = 3
 
-# Whatever arrives again is here already. One that was dropped stays so.
+# An event that arrives again is here already. A dropped event stays dropped.
 PUT: Final = f"""
     INSERT INTO relay_quarantine (slot_name, {_NAMES}, state, reason)
     VALUES (%(slot)s, {_VALUES}, %(state)s, %(reason)s)
@@ -32,7 +32,7 @@ PUT: Final = f"""
        AND NOT (relay_quarantine.state = 'refused' AND excluded.state = 'waiting')
 """  # noqa: S608 - names from our own constant
 KEYS: Final = "SELECT DISTINCT aggregateid FROM relay_quarantine WHERE slot_name = %s AND state <> 'dropped'"
-# What is not proven to be published, the log or the table brings once more.
+# The log or the table may bring an event again unless it is proven to be published.
 GIVEN_UP: Final = f"""
     SELECT q.id::text
       FROM relay_quarantine AS q
@@ -67,7 +67,7 @@ LIST: Final = """
 SHOW: Final = (
     "SELECT * FROM relay_quarantine WHERE slot_name = %s AND (id::text = %s OR aggregateid = %s) ORDER BY number"
 )
-# What is being tried is told, and left alone: its relay may lock the same rows in another order.
+# Events that are being tried are returned but not updated: their relay may lock the same rows in another order.
 RETRY: Final = """
     WITH asked AS (
         SELECT id, aggregateid FROM relay_quarantine
@@ -89,7 +89,7 @@ REASONS: Final = f"""
      WHERE slot_name = %s AND state = 'refused' AND id = ANY(%s::uuid[]) ORDER BY reason LIMIT {REASONS_MAX}
 """  # noqa: S608 - a number of our own
 STATES: Final = "SELECT state FROM relay_quarantine WHERE slot_name = %s AND id = ANY(%s::uuid[])"
-# What a relay is trying may be on the topic already.
+# An event that a relay is trying may be on the topic already, so it is not dropped.
 DROP: Final = f"""
     WITH dropped AS (UPDATE relay_quarantine SET state = 'dropped', dropped_because = %(why)s
                       WHERE slot_name = %(slot)s AND state <> 'dropped' AND id::text = ANY(%(names)s)
@@ -107,7 +107,7 @@ COUNT_TRIED: Final = """
 
 
 class Quarantine:
-    """The relay's side: puts events in, and takes out what somebody has asked to be tried again."""
+    """The relay's side: puts events in, and takes out those that an operator asked to retry."""
 
     def __init__(self, leader: psycopg.AsyncConnection, slot: str) -> None:
         self._leader = leader
@@ -119,10 +119,10 @@ class Quarantine:
         return {row[0].encode() for row in rows}
 
     async def put(self, diverted: Sequence[Diverted]) -> None:
-        """Keep these events, in this order; on return they are on disk.
+        """Store these events, in this order; on return they are on disk.
 
-        In no transaction block: whoever else uses this connection would be in it, and of one that has failed COMMIT
-        says nothing. What is sent as one is one transaction all the same.
+        There is no transaction block: other users of this connection would be inside it, and COMMIT of a failed one
+        raises no error. The statements are sent as one message, which is one transaction all the same.
         """
         async with self._leader.cursor() as cursor:
             await cursor.executemany(PUT.encode(), [self._row(each) for each in diverted])
@@ -134,30 +134,30 @@ class Quarantine:
         return {**texts, "payment_seq": int(event.payment_seq), "slot": self._slot, "state": state, "reason": reason}
 
     async def given_up(self) -> set[bytes]:
-        """The events that somebody has dropped, and that may come once more: nobody is to see them."""
+        """Ids of dropped events that the source may bring again; they must not be published."""
         published = await find_published(self._leader, self._slot)
         rows = await (await self._leader.execute(GIVEN_UP.encode(), published.proof | {"slot": self._slot})).fetchall()
         return {row[0].encode() for row in rows}
 
     async def due(self, besides: Iterable[bytes] = ()) -> list[OutboxEvent]:
-        """The events of payments that are to be tried again, or wait behind nothing, each payment's in order.
+        """Events of payments that are to be retried, or wait behind no refused event; each payment's in order.
 
-        A portion: there may be more payments. `besides` those that are tried already.
+        This is a portion: more payments may be due. `besides` are payments to leave out, being tried already.
         """
         values = [self._slot, self._slot, [key.decode() for key in besides]]
         rows = await (await self._leader.execute(DUE.encode(), values)).fetchall()
         return [event_of(row) for row in rows]
 
     async def mark_due(self, keys: Sequence[bytes]) -> set[bytes]:
-        """All that is here of these payments is being tried; what Kafka refuses again is put in anew.
+        """Mark all events of these payments as being tried; those that Kafka refuses again are `put` again.
 
-        The ids of these events: from now on nobody drops them.
+        Returns the events' ids; while the relay leads, none of them can be dropped.
         """
         rows = await self._leader.execute(MARK_DUE, [self._slot, [key.decode() for key in keys]])
         return {row[0].encode() for row in await rows.fetchall()}
 
     async def done(self, published: Sequence[bytes]) -> None:
-        """These events are on the topic."""
+        """Remove these events: they are on the topic."""
         await self._leader.execute(DONE, [self._slot, [each.decode() for each in published]])
 
     async def count(self) -> int:
@@ -174,37 +174,40 @@ class QuarantineDesk:
         self._slot = slot
 
     async def entries(self, *, with_dropped: bool, limit: int) -> list[tuple[Any, ...]]:
-        """id, payment, seq, type, state, reason, bytes, since when, why dropped; in order of arrival."""
+        """id, payment, seq, type, state, reason, payload bytes, quarantine time, why dropped; in order of arrival."""
         return await (await self._connection.execute(LIST, [self._slot, with_dropped, limit])).fetchall()
 
     async def show(self, name: str) -> list[dict[str, Any]]:
-        """All columns of the event, or of all events of the payment, of this id."""
+        """All columns of the event with this id, or of all events of the payment with it."""
         async with self._connection.cursor(row_factory=dict_row) as cursor:
             return await (await cursor.execute(SHOW, [self._slot, name, name])).fetchall()
 
     async def retry(self, names: Sequence[str], *, everything: bool = False) -> dict[str, str]:
-        """Have the relay try all events of the payments that these events or payments name; each event's payment."""
+        """Have the relay retry all events of the payments named, directly or by one of their events.
+
+        Returns the payment of each event to be tried.
+        """
         values = {"slot": self._slot, "names": list(names), "all": everything}
         return dict(await (await self._connection.execute(RETRY.encode(), values)).fetchall())
 
     async def states(self, events: Collection[str]) -> list[str]:
-        """The states of those of these events that are still here, dropped or not."""
+        """The states of these events; those that are not here any more are left out."""
         return [row[0] for row in await (await self._connection.execute(STATES, [self._slot, list(events)])).fetchall()]
 
     async def reasons(self, events: Collection[str]) -> list[str]:
-        """Why Kafka refused those of these events that it refused; of many reasons the first few."""
+        """Why Kafka refused these events, without duplicates; at most REASONS_MAX reasons."""
         rows = await self._connection.execute(REASONS.encode(), [self._slot, list(events)])
         return [row[0] for row in await rows.fetchall()]
 
     async def dropped(self, names: Collection[str]) -> list[tuple[str, str, str]]:
-        """id, payment and why, of what was dropped before among these events, and events of these payments."""
+        """id, payment and reason of each dropped event among these events or payments."""
         values = [self._slot, list(names), list(names)]
         return await (await self._connection.execute(DROPPED, values)).fetchall()
 
     async def drop(self, names: Sequence[str], *, why: str) -> tuple[int, int]:
-        """Give these events up for ever; what waited behind them is tried.
+        """Give these events up for ever; the events that waited behind them are tried.
 
-        How many are dropped now, and how many are not, since a relay is trying them.
+        Returns how many were dropped, and how many were not because a relay is trying them.
         """
         key = lock_key(LEADERSHIP, self._slot)[1]
         values = {"slot": self._slot, "names": list(names), "why": why, "key": key}

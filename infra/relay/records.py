@@ -1,4 +1,4 @@
-"""Batches of Kafka's records, one partition's each, encoded event by event as they come.
+"""Batches of Kafka records, each for one partition, encoded event by event as events arrive.
 
 Format: https://kafka.apache.org/documentation/#recordbatch
 """
@@ -30,7 +30,7 @@ assert _HEAD.size == HEAD_SIZE
 
 
 class Records(Protocol):
-    """What a batch is encoded by: `plain.Records` or `native.Records`."""
+    """Encodes a batch: `plain.Records` or `native.Records`."""
 
     buffer: bytearray
     count: int
@@ -39,48 +39,48 @@ class Records(Protocol):
     counts: list[int]
 
     def append(self, event: OutboxEvent, group: Group) -> bool:
-        """Encode an event; False if there is no room for it. The first one always fits."""
+        """Encode an event; False if there is no room for it. The first event always fits."""
         ...
 
     def seal(self) -> bytearray:
-        """The buffer; nothing can be appended any more."""
+        """End the batch, and return its buffer; nothing can be appended any more."""
         ...
 
 
 def records_class(*, is_native: bool) -> Callable[[int], Records]:
-    """What makes records, for batches of so many bytes at most."""
+    """The constructor of records; its argument is the most bytes of a batch."""
     return native.Records if is_native else plain.Records
 
 
 class RecordBatch:
-    """Records of one partition, in order, and whose they are; an aiokafka producer takes it for a `BatchBuilder`."""
+    """Records of one partition, in order, and their events' groups; serves an aiokafka producer as a `BatchBuilder`."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
         self.held: OutboxEvent | None = None
-        """The only event of this batch, which is too large to be sent, and waits for its turn to be refused."""
+        """The only event of this batch: it is too large to be sent, and waits for its turn to be refused."""
         self._held_of: Group | None = None
         self._created_ms = int(time.time() * 1000)
         self._producer = (-1, -1, -1)
         self._built: bytearray | None = None
 
     def hold(self, event: OutboxEvent, group: Group) -> None:
-        """Make this the place of one event that is not encoded at all."""
+        """Make this batch hold one event that is not encoded at all."""
         self.records.seal()
         self.held, self._held_of = event, group
 
     @property
     def payload_bytes(self) -> int:
-        """Of all its events' payloads."""
+        """Bytes of all its events' payloads together."""
         return self.records.payload_bytes
 
     def settle(self) -> None:
-        """All of it is acknowledged: its groups miss so many events less."""
+        """Count its events as acknowledged in their groups."""
         for group, count in zip(self.records.groups, self.records.counts, strict=True):
             group.missing -= count
 
     def unpack(self) -> Sequence[tuple[OutboxEvent, Group]]:
-        """The events, decoded again, each with its group; the batch is not to be sent after this."""
+        """The events, decoded again, each with its group; the batch must not be sent after this."""
         if self.held is not None:
             assert self._held_of is not None, "they are set together"
             return [(self.held, self._held_of)]
@@ -89,10 +89,10 @@ class RecordBatch:
         decoded = DefaultRecordBatch(bytes(self._build()))
         return [(_event_of(record), group) for record, group in zip(decoded, groups, strict=True)]
 
-    # --- what aiokafka's sender asks of a batch -----------------------------------------------------------------------
+    # --- what aiokafka's sender calls on a batch ----------------------------------------------------------------------
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
-        assert self._built is None, "the broker would take what is built for another producer's, or for news"
+        assert self._built is None, "the broker would take the built batch for another producer's, or for a new one"
         self._producer = (producer_id, producer_epoch, base_sequence)
 
     def _build(self) -> bytearray:
@@ -105,7 +105,7 @@ class RecordBatch:
         return self._built
 
     def record_count(self) -> int:
-        """How many records."""
+        """The number of records."""
         return 1 if self.held is not None else self.records.count
 
     def closed(self) -> bool:
@@ -113,11 +113,11 @@ class RecordBatch:
         return True
 
     def close(self) -> None:
-        """Nothing is appended by the producer."""
+        """Nothing to do: the producer appends nothing."""
 
 
 def headers_of(event: OutboxEvent) -> list[tuple[str, bytes | None]]:
-    """The headers that an event's message has."""
+    """The headers of an event's message."""
     id_, _, type_, _, seq, source, version, occurred_at, traceparent = event
     return list(zip(HEADERS, (id_, id_, type_, source, occurred_at, version, seq, traceparent), strict=True))
 

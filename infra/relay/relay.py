@@ -1,7 +1,7 @@
 """The relay: publishes every committed outbox row, at least once, in commit order per payment.
 
-Its progress (`relay_slots`, and with `wal` the slot's position) moves past a commit when Kafka has acknowledged every
-event up to it. A session ends with any error, and the next one begins there; so events may repeat, and none is skipped.
+Its progress (`relay_slots`, and with `wal` the slot's position) moves past a commit once Kafka has acknowledged every
+event up to it. Any error ends a session, and the next one begins there; so events may repeat, but none is skipped.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from infra.relay.stream import CONNECTION
 log = structlog.get_logger(__name__)
 
 LONG_SECONDS = 10.0
-"""A session that lived this long was a good one: the next pause is short again."""
+"""After a session that lasted this long, the next pause is short again."""
 
 
 class Relay:
-    """Runs sessions until told to stop. Of several relays with one slot, one is active and the others stand by."""
+    """Runs sessions until it is stopped. Of several relays with one slot, one is active and the others stand by."""
 
     def __init__(self, config: RelayConfig) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class Relay:
 
     @property
     def health(self) -> RelayHealth:
-        """What a health check says now."""
+        """The current result of the health check."""
         return self._status.health
 
     @property
@@ -47,7 +47,7 @@ class Relay:
         return None if self.health.ready else self.health.detail
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Publish until `stop` is set; then have everything that was read acknowledged, and confirm it."""
+        """Publish until `stop` is set; then wait until everything read is acknowledged, and confirm it."""
         while not stop.is_set():
             started = time.monotonic()
             try:
@@ -64,7 +64,7 @@ class Relay:
         self._status.enter(State.STOPPED)
 
     async def _stand_still(self, gap: GapFound) -> None:
-        """Tell a gap that is new. What may be missing is counted once: to count reads the whole outbox."""
+        """Report a new gap. Events that may be missing are counted only once: counting reads the whole outbox."""
         if self._status.state is State.GAP and self._gap_reason == gap.reason:
             return
         self._gap_reason, text = gap.reason, str(gap)

@@ -1,4 +1,4 @@
-"""What an operator asks of a relay that stands before a gap, and is told of it; what it does is in `beginning.py`."""
+"""An operator's requests to a relay that stopped at a gap (`beginning.py` carries them out), and queries about it."""
 
 import asyncio
 from typing import Any, Final
@@ -12,8 +12,8 @@ from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 REQUEST_TRIES: Final = 10
 REQUEST_PAUSE_SECONDS: Final = 0.05
 
-# What is being done, or will be when a relay runs, is not taken back: half of a repair is done by nobody else. But all
-# that is retained has in it what is not proven, if that has not begun.
+# A repair that is under way or requested is not replaced: nobody else would finish its other half. But 'everything'
+# includes 'unproven', so it may replace that if no relay has begun it.
 REPAIR: Final = f"""
     UPDATE relay_slots SET repair = %(repair)s
      WHERE slot_name = %(slot)s AND (gap IS NOT NULL OR NOT {is_held(LEADERSHIP)})
@@ -25,7 +25,7 @@ LIST_UNPROVEN: Final = f"""
     SELECT o.id::text, o.aggregateid, o.payment_seq, o.type, o.created_at FROM outbox AS o WHERE {UNPROVEN}
      ORDER BY o.created_at, o.aggregateid, o.payment_seq LIMIT %(limit)s
 """  # noqa: S608 - names from our own constants
-# A transaction that was prepared, and that nobody has ended since, has no backend any more.
+# A prepared transaction that has not been ended has no backend any more.
 FIND_BLOCKER: Final = """
     SELECT who, since
       FROM (SELECT format('backend %%s', pid) AS who, xact_start AS since
@@ -38,14 +38,14 @@ FIND_BLOCKER: Final = """
 
 
 async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair: Repair) -> bool:
-    """Tell the relay of this name what to do; False if it never was, or is active: then there is nothing to mend.
+    """Request a repair from the relay of this name; False if it has no record, is active, or has another request.
 
-    To adopt, it is told for as long as the connection lasts.
+    A request to adopt holds only as long as the connection.
     """
     values = {"repair": repair, "slot": slot, "key": lock_key(LEADERSHIP, slot)[1]}
     if repair == "adopt":
         await connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", lock_key(ADOPTION, slot))
-    # An active relay leads all the time, one that tries in vain to become active for a moment, again and again.
+    # An active relay leads all the time; one that fails to become active leads for a moment, again and again.
     for _ in range(REQUEST_TRIES):
         if (await connection.execute(REPAIR.encode(), values)).rowcount == 1:
             return True
@@ -54,28 +54,28 @@ async def request_repair(connection: psycopg.AsyncConnection, slot: str, repair:
 
 
 async def withdraw_adopt(connection: psycopg.AsyncConnection, slot: str) -> bool:
-    """Nobody is to adopt any more: what a slot that is made later has passed, nobody has looked at.
+    """Withdraw a request to adopt: nobody has checked what a slot created later has passed.
 
-    False if nobody was to.
+    False if there was no such request.
     """
     query = "UPDATE relay_slots SET repair = NULL WHERE slot_name = %s AND repair = 'adopt'"
     return (await connection.execute(query, [slot])).rowcount == 1
 
 
 async def find_source(connection: psycopg.AsyncConnection, slot: str) -> str | None:
-    """What the relay of this name reads, or read last."""
+    """The source that the relay of this name uses, or used last."""
     row = await (await connection.execute("SELECT source FROM relay_slots WHERE slot_name = %s", [slot])).fetchone()
     return None if row is None else str(row[0])
 
 
 async def find_blocker(connection: psycopg.AsyncConnection, slot: str) -> tuple[str, Any] | None:
-    """Whose transaction a slot that is being made waits for, and since when it runs."""
+    """The oldest transaction that a slot being created waits for, and when it began; None if the slot does not wait."""
     row = await (await connection.execute(FIND_BLOCKER, [slot])).fetchone()
     return None if row is None else (row[0], row[1])
 
 
 async def find_repair(connection: psycopg.AsyncConnection, slot: str) -> tuple[str | None, str | None, int]:
-    """The gap that the relay stands before, what it was told to do, and how many events its last repair published."""
+    """The gap at which the relay stopped, the requested repair, and how many events its last repair published."""
     query = f"SELECT gap, {ASKED}, repaired_events FROM relay_slots WHERE slot_name = %(slot)s"  # noqa: S608 - as above
     row = await (
         await connection.execute(query.encode(), {"slot": slot, "key": lock_key(ADOPTION, slot)[1]})
@@ -89,7 +89,7 @@ async def count_unproven(connection: psycopg.AsyncConnection, slot: str) -> tupl
 
 
 async def list_unproven(connection: psycopg.AsyncConnection, slot: str, *, limit: int) -> list[tuple[Any, ...]]:
-    """The first of them, as they were written: id, payment, `payment_seq`, type, time."""
+    """The first retained events without proof, in the order written: id, payment, `payment_seq`, type, time."""
     published = await find_published(connection, slot)
     return await (await connection.execute(LIST_UNPROVEN.encode(), published.proof | {"limit": limit})).fetchall()
 
@@ -100,7 +100,10 @@ async def count_retained(connection: psycopg.AsyncConnection) -> tuple[int, Any,
 
 
 async def count_beyond(connection: psycopg.AsyncConnection, published: Snapshot) -> tuple[int, Any, Any]:
-    """The same, where `published` is what is proven. It reads the whole outbox."""
+    """How many events `published` does not prove, and when the first and the last were written.
+
+    Reads the whole outbox.
+    """
     row = await (await connection.execute(COUNT_UNPROVEN.encode(), published.proof)).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return row

@@ -1,4 +1,4 @@
-"""Publishes retained events once more, on demand: marked, throttled, and never before their first delivery."""
+"""Publishes retained events again on demand: marked, throttled, and never before their first delivery."""
 
 import asyncio
 import contextlib
@@ -20,10 +20,10 @@ from infra.relay.stream import CONNECTION, lift_time_limit
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
 HEADER: Final = "replayed_at"
-"""On every replayed message, with the time of the replay; no first delivery has it."""
+"""Header of every replayed message, with the time of the replay; first deliveries do not have it."""
 CHUNK: Final = 100
 
-# What is not proven to be published is left out: its first delivery is still to come.
+# Events not proven to be published are left out: their first delivery is still to come.
 MATCHING: Final = """
       FROM outbox AS o
      WHERE (%(payment)s::text IS NULL OR o.aggregateid = %(payment)s)
@@ -39,11 +39,12 @@ MATCHING: Final = """
 """
 COUNT: Final = f"SELECT count(*) {MATCHING}"
 LARGEST: Final = f"SELECT coalesce(max(octet_length(o.payload)), 0) {MATCHING}"
-# `position` has every payment's order; rows from before it existed have none, and come first.
+# `position` has each payment's order; rows from before that column existed have none, and come first.
 SELECT: Final = f"""
     SELECT coalesce(o.position, 0), {COLUMNS} {MATCHING} ORDER BY o.position NULLS FIRST, o.aggregateid, o.payment_seq
 """
-# In the order of their positions, the times of writing step back. The last one itself may have been dropped meanwhile.
+# min(), because creation times are not ascending in the order of positions. The place of the last event is
+# a parameter, because the event itself may have been dropped meanwhile.
 REST_SINCE: Final = f"""
     SELECT count(*), min(o.created_at) {MATCHING}
        AND (coalesce(o.position, 0), o.aggregateid, o.payment_seq)
@@ -53,7 +54,7 @@ REST_SINCE: Final = f"""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which events: those that meet every condition that is given. Times are of the writing, `until` exclusive."""
+    """Events that meet every given condition. The times bound when an event was written; `until` is exclusive."""
 
     payment: str | None = None
     type: str | None = None
@@ -61,7 +62,7 @@ class Selection:
     until: datetime | None = None
 
 
-class Replay:
+class EventReplay:
     """One replay of a selection to a topic."""
 
     def __init__(self, config: RelayConfig, selection: Selection, *, topic: str, rate: int) -> None:
@@ -76,9 +77,9 @@ class Replay:
             "slot": config.slot,
         }
         self.done = 0
-        """How many Kafka has acknowledged."""
+        """How many events Kafka has acknowledged."""
         self._last: dict[str, Any] | None = None
-        """Where the last one of those stands."""
+        """The place of the last of those events, as query parameters."""
 
     async def count(self) -> int:
         """How many events it would publish.
@@ -91,7 +92,7 @@ class Replay:
             return int(row[0]) if row is not None else 0
 
     async def run(self, on_progress: Callable[[int], None], stop: asyncio.Event) -> None:
-        """Publish them, at most `rate` a second, each payment's in order, until told to `stop`.
+        """Publish the events, at most `rate` a second, each payment's in order, until `stop` is set.
 
         Raises:
             psycopg.Error, KafkaError: a server is away; what was acknowledged stays published.
@@ -114,8 +115,8 @@ class Replay:
                 if await _is_set_within(stop, started + self.done / self._rate - time.monotonic()):
                     break
 
-    async def rest(self) -> tuple[int, datetime | None]:
-        """How many events it has not published, and when the earliest of them was written.
+    async def remaining(self) -> tuple[int, datetime | None]:
+        """How many events are not published yet, and when the earliest of them was written.
 
         Raises:
             psycopg.Error: Postgres is away.
@@ -129,8 +130,8 @@ class Replay:
     async def _chunks(self) -> AsyncGenerator[list[tuple[int, OutboxEvent]], None]:
         """The events, each with its position."""
         size = max(1, min(CHUNK, self._rate // 10))
-        # Postgres puts the rows aside and the transaction ends: open for as long as a throttled replay takes, it would
-        # keep every table from being vacuumed, and the outbox's partitions from being made and dropped.
+        # Postgres materializes the rows and the transaction ends: open for as long as a throttled replay takes, it would
+        # prevent VACUUM of every table, and the creation and removal of the outbox's partitions.
         async with (
             await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection,
             connection.cursor("replay", withhold=True) as cursor,

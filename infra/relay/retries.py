@@ -1,4 +1,4 @@
-"""Takes events out of quarantine by publishing them. Nothing waits for that: a partition may be without a leader."""
+"""Takes events out of quarantine by publishing them, in the background: their partition may have no leader."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ class _Retry:
     events: list[OutboxEvent] = field(default_factory=list)
     group: Group = field(default_factory=Group)
     put_anew: set[bytes] = field(default_factory=set)
-    """Those that were refused again, and what waits behind them."""
+    """Ids of events that were refused again, and of those that wait behind them."""
 
 
 class Retries:
-    """Those of one session. What the stream brings of their payments meanwhile lines up behind."""
+    """The retries of one session. Events of their payments that the stream brings meanwhile queue up behind."""
 
     def __init__(self, quarantine: Quarantine, publisher: Publisher) -> None:
         self._quarantine = quarantine
@@ -32,7 +32,7 @@ class Retries:
         self._under_way: dict[bytes, _Retry] = {}
 
     async def begin(self) -> bool:
-        """Publish a portion of what somebody asked for; False if there is none, or no room for it."""
+        """Publish a portion of the events that are due for a retry; False if there are none, or no room."""
         if len(self._under_way) >= PAYMENTS_AT_ONCE or self._publisher.is_full:
             return False
         due = await self._quarantine.due(besides=self._under_way)
@@ -43,7 +43,7 @@ class Retries:
         marked = await self._quarantine.mark_due(list(keys))
         retries = {key: _Retry() for key in keys}
         for event in due:
-            if event.id in marked:  # Somebody may have dropped it just now.
+            if event.id in marked:  # An operator may have dropped it just now.
                 retries[event.aggregateid].events.append(event)
         self._publisher.given_up = await self._quarantine.given_up()
         self._publisher.blocked -= keys
@@ -53,13 +53,13 @@ class Retries:
         return True
 
     def note(self, diverted: Iterable[Diverted]) -> None:
-        """These are in quarantine again."""
+        """Report events that were put into quarantine."""
         for event, *_ in diverted:
             if (retry := self._under_way.get(event.aggregateid)) is not None:
                 retry.put_anew.add(event.id)
 
     async def let_go(self) -> bool:
-        """What Kafka has taken is in quarantine no more; whether there was something."""
+        """Remove events that Kafka has acknowledged from quarantine; whether any payment's retry has ended."""
         ended = {key: retry for key, retry in self._under_way.items() if not retry.group.missing}
         if not ended:
             return False

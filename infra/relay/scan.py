@@ -1,4 +1,4 @@
-"""Reads outbox rows from the table, in an order that has each payment's: for what a slot cannot know."""
+"""Reads outbox rows from the table, each payment's in order: for rows that a slot does not have."""
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
@@ -11,12 +11,12 @@ from infra.relay.stream import CONNECTION, lift_time_limit
 
 ROWS_AT_ONCE: Final = 2000
 PORTION_BYTES: Final = 8 * 1024 * 1024
-"""How much is read from the table at once, however large its rows are."""
+"""The payload bytes read from the table at once, however large its rows are."""
 COLUMNS: Final = ", ".join(f"o.{name}::text" for name in OUTBOX_COLUMNS)
 
-# created_at is when a transaction began, and one that began earlier may have had to wait for the payment's lock: only
-# payment_seq has a payment's order. The index on both streams the rows without a sort. Unqualified names would mean
-# the text columns of the result, where 10 comes before 2.
+# created_at is when a transaction began, and one that began earlier may have waited for the payment's lock: only
+# payment_seq orders a payment's events. The index on both columns returns the rows without a sort. Unqualified names
+# would mean the result's text columns, where 10 sorts before 2.
 SCAN: Final = f"""
     SELECT {COLUMNS} FROM outbox AS o ORDER BY o.aggregateid, o.payment_seq
 """  # noqa: S608 - names from our own constant
@@ -29,7 +29,7 @@ SCAN_UNPROVEN: Final = f"""
 async def rows_at_once(
     connection: psycopg.AsyncConnection, largest: str, values: Mapping[str, Any] | None = None
 ) -> int:
-    """How many rows may be fetched in one go, if the query `largest` tells the bytes of the largest payload."""
+    """How many rows may be fetched at once; the query `largest` returns the bytes of the largest payload."""
     row = await (await connection.execute(largest.encode(), values)).fetchone()
     assert row is not None, "an aggregate always gives a row"
     return max(1, min(ROWS_AT_ONCE, PORTION_BYTES // max(1, int(row[0]))))
@@ -38,7 +38,10 @@ async def rows_at_once(
 async def scan(
     url: str, snapshot: str, publish: Callable[[OutboxEvent], Awaitable[None]], published: Snapshot
 ) -> tuple[int, Snapshot]:
-    """Publish what the exported `snapshot` shows, and `published` does not; how many, and what is published now."""
+    """Publish the rows that the exported `snapshot` sees and `published` does not.
+
+    Returns how many these are, and the snapshot whose events are all handed over now.
+    """
     async with await psycopg.AsyncConnection.connect(url, **(CONNECTION | {"autocommit": False})) as connection:
         await lift_time_limit(connection)
         await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -62,5 +65,5 @@ async def _publish_all(
 
 
 def event_of(row: Iterable[str | None]) -> OutboxEvent:
-    """The event of a row of `COLUMNS`, in the same bytes as the log has it."""
+    """The event of a row of `COLUMNS`, byte for byte as in the log."""
     return OutboxEvent._make(None if value is None else value.encode() for value in row)

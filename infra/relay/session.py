@@ -1,4 +1,4 @@
-"""One session of a relay: leadership, a source that has caught up, then its events to Kafka until something breaks."""
+"""One session of a relay: take the lead, catch up, then publish the source's events to Kafka until something breaks."""
 
 import asyncio
 import contextlib
@@ -32,19 +32,19 @@ log = structlog.get_logger(__name__)
 SOURCES: dict[str, Callable[[RelayConfig, psycopg.AsyncConnection], Source]] = {"wal": WalSource, "poll": PollSource}
 FLUSH_EVERY = 1000
 FIRST_SAVE_SECONDS = 0.1
-"""When progress is written down for the first time, so that relays that never live for long get on, too."""
+"""When progress is first saved: early, so that even relays that never live long make progress."""
 LEADER_SETTINGS = (
     "-c idle_session_timeout=10s -c idle_in_transaction_session_timeout=10s -c lock_timeout=5s -c synchronous_commit=on"
 )
-"""A leader that is frozen, not gone, loses its lock, as it loses its stream, and in mid-transaction, too; who holds a
-lock on its own row cannot make it wait for ever; and what it writes down is not forgotten, whatever the database's own
-setting."""
+"""The idle timeouts free the lock of a leader that is frozen, not gone, also in mid-transaction; its stream ends too.
+lock_timeout: a lock on the relay's own row cannot make it wait for ever. synchronous_commit: saved progress survives a
+crash, whatever the database's own setting."""
 WATCH_SECONDS = 1.0
 _US_1970_TO_2000 = 946_684_800_000_000
 
 
 class Session:
-    """One life of a relay's connections. Any error ends it; what was unconfirmed comes again."""
+    """One set of a relay's connections. Any error ends it; the next session repeats whatever was not confirmed."""
 
     def __init__(self, config: RelayConfig, status: Status, stop: asyncio.Event) -> None:
         self._config = config
@@ -61,7 +61,7 @@ class Session:
         self._retries: Retries
 
     async def run(self) -> None:
-        """Publish until told to stop.
+        """Publish until `stop` is set.
 
         Raises:
             RelayError, psycopg.Error, KafkaError, OSError: the session is over.
@@ -86,10 +86,10 @@ class Session:
         return task
 
     async def _watch_stop(self, preparation: asyncio.Timeout) -> None:
-        """A stream is ended in good order; what comes before it may wait for others for long, and is cut short."""
+        """Once `stop` is set, cut short a preparation, which may wait long for others; a stream ends in good order."""
         await self._stop.wait()
         self._wake.set()
-        with contextlib.suppress(RuntimeError):  # The preparation is over.
+        with contextlib.suppress(RuntimeError):  # The preparation has ended.
             preparation.reschedule(0)
 
     # --- before the stream ------------------------------------------------------------------------------------------
@@ -97,13 +97,13 @@ class Session:
     async def _prepare(self, stack: contextlib.AsyncExitStack) -> None:
         leader = await self._lead(stack)
         self._lag = Lag(leader, self._config)
-        await self._lag.measure_log()  # Also where Kafka is away, and every session ends at once.
+        await self._lag.measure_log()  # Also while Kafka is away and every session ends at once.
         try:
             await self._prepare_to_lead(stack, leader)
-        except (RelayError, KafkaError):  # Kafka is away, or there is a gap: what waits goes on growing old.
+        except (RelayError, KafkaError):  # Kafka is away, or there is a gap: waiting events keep growing older.
             await self._lag.measure_waiting()
             raise
-        self._lag.wait_for(0)  # Until now nothing was to be read.
+        self._lag.wait_for(0)  # Reading begins only now.
         self._status.enter(State.ACTIVE)
         log.info(
             "relay active",
@@ -129,9 +129,9 @@ class Session:
         await self._source.open(self._catch_up_sink())
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
-        """Wait to be the one relay that may create, scan and stream: the holder of an advisory lock on this connection.
+        """Wait to become the one relay that may create, scan and stream; its lock is on the returned connection.
 
-        It asks again and again, since a query that waits for the lock would keep VACUUM from removing anything.
+        It polls, because a query that waits for the lock would keep VACUUM from removing anything.
         """
         options = with_settings(LEADER_SETTINGS) | {"application_name": f"relay {self._config.slot}"}
         connection = await psycopg.AsyncConnection.connect(self._config.postgres_url, **options)
@@ -165,7 +165,7 @@ class Session:
         return CatchUpSink(publish, drained)
 
     async def _progress(self) -> None:
-        """Wait for Kafka while nothing is read."""
+        """Wait for acknowledgements while nothing is read."""
         self._status.trouble = self._publisher.trouble
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
@@ -177,7 +177,7 @@ class Session:
         await self._flush()
 
     async def _flush(self) -> None:
-        """Hand over what waits: to Kafka, and what Kafka refused to quarantine."""
+        """Send waiting events to Kafka, and put the diverted ones into quarantine."""
         await self._publisher.flush()
         while diverted := self._publisher.take_diverted():
             await self._quarantine.put(diverted)
@@ -201,7 +201,7 @@ class Session:
         await self._finish()
 
     async def _wait_for_work(self) -> None:
-        """Wait for more events, an acknowledgement, the next tick or the end, whichever is first."""
+        """Wait for more events, an acknowledgement, the next tick or the stop, whichever comes first."""
         if self._publisher.is_full:
             self._source.unwatch()
         else:
@@ -216,7 +216,7 @@ class Session:
             await asyncio.sleep(self._config.feedback_seconds)
 
     async def _keep_up(self) -> None:
-        """What is due besides publishing: progress, answers to the server, retries that somebody asked for."""
+        """Do what is due besides publishing: save progress, answer the server, retry quarantined events."""
         self._status.beat()
         self._check_leadership()
         self._source.answer()
@@ -233,16 +233,16 @@ class Session:
             metrics.QUARANTINED.set(await self._quarantine.count())
 
     async def _retry_quarantined(self) -> None:
-        """Publish a portion of what somebody asked for; when some of it has ended there may be more."""
+        """Publish a portion of the events to retry; more may be due when some of them have ended."""
         if await self._retries.begin():
             await self._flush()
         else:
             await self._unblock()
 
     async def _unblock(self) -> None:
-        """Payments of which nothing is left in quarantine, since somebody has dropped it, go on without that."""
+        """Unblock payments that have nothing left in quarantine because an operator dropped their events."""
         publisher = self._publisher
-        await self._flush()  # So that whatever is refused is there, and nothing is taken for dropped.
+        await self._flush()  # Refused events must be in quarantine first, or they would be taken for dropped.
         blocked = set(publisher.blocked)
         freed = blocked - await self._quarantine.keys() if blocked else set()
         if freed or publisher.given_up:
@@ -250,7 +250,7 @@ class Session:
             publisher.blocked -= freed
 
     async def _watch_leadership(self) -> None:
-        """Keep the connection that makes us the leader alive, notice when it is gone, and measure the lag by it."""
+        """Keep the leader's connection alive, notice when it is lost, and measure the lag on it."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             await self._lag.measure_log()
@@ -258,11 +258,11 @@ class Session:
 
     @property
     def _silence(self) -> str | None:
-        """That the source brings nothing, though there is something."""
+        """A description of the trouble if the source brings nothing although events wait; otherwise None."""
         if min(self._lag.unread_seconds, self._publisher.quiet_seconds) < self._config.stalled_seconds:
             return None
-        is_log = self._config.source == "wal"  # Who reads the table waits for no standby.
-        advice = ": is there each standby that synchronized_standby_slots names?" if is_log else ""
+        is_log = self._config.source == "wal"  # A poll waits for no standby.
+        advice = ": is each standby that synchronized_standby_slots names running?" if is_log else ""
         return (
             f"Postgres has brought nothing for {self._publisher.quiet_seconds:.0f} s, and events wait in the outbox"
             f"{advice}"
@@ -273,7 +273,7 @@ class Session:
             self._leadership.result()
 
     async def _finish(self) -> None:
-        """Have what was read acknowledged, and say so: the next relay repeats nothing, or part of a poll's portion."""
+        """Wait for acknowledgements and save: the next relay repeats nothing, or at most part of a poll's portion."""
         self._source.unwatch()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.stop_seconds):

@@ -1,4 +1,4 @@
-"""What a source of events is to a session; `wal_source.py` and `poll_source.py` are the two there are."""
+"""The interface between a session and its source of events: `wal_source.py` or `poll_source.py`."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -9,17 +9,17 @@ from infra.relay.records import Records
 
 
 class Room(NamedTuple):
-    """How much may be handed over: so many events, and none after `size` bytes of payload."""
+    """How much may be handed over: up to `events` events, and none after `size` bytes of payload."""
 
     events: int
     size: int
 
 
 class Intake(Protocol):
-    """Who takes events over while a source streams, and counts them in their groups until they are acknowledged."""
+    """Accepts events while a source streams, and counts them in their groups until they are acknowledged."""
 
     payload_max: int
-    """The bytes of a payload above which an event is not for Kafka."""
+    """The largest payload, in bytes, that is sent to Kafka."""
 
     @property
     def room(self) -> Room:
@@ -27,23 +27,23 @@ class Intake(Protocol):
         ...
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
-        """Take over some events of one group."""
+        """Accept some events of one group."""
         ...
 
     @property
     def open_records(self) -> list[Records | None] | None:
-        """For a source that encodes events by itself: each partition's, None where `renew` gives some.
+        """Each partition's open records, for a source that encodes events itself; None where it must call `renew`.
 
-        None at all while it must not.
+        None instead of the list while the source must not encode.
         """
         ...
 
     def renew(self, number: int) -> Records:
-        """Other records for a partition whose are full."""
+        """New records for a partition whose open ones are full or missing."""
         ...
 
     def note(self, events: int, size: int) -> None:
-        """So many events, with so many bytes of payload, were encoded, and counted in their groups."""
+        """Report events that the source has encoded and counted in their groups; `size` is their bytes of payload."""
         ...
 
 
@@ -55,18 +55,18 @@ class CatchUpSink(NamedTuple):
 
 
 class Source(Protocol):
-    """Committed events in an order that has each payment's, and the position up to which all is acknowledged."""
+    """Committed events, each payment's in order, and the position up to which all are acknowledged."""
 
     async def open(self, sink: CatchUpSink) -> None:
-        """Find the position to begin at, having published what lies before it.
+        """Find the position to begin at, and publish whatever lies before it.
 
         Raises:
-            GapFound: events may be missing, and no one has said what to do about it.
+            GapFound: events may be missing, and no operator has decided what to do about it.
         """
         ...
 
     async def read(self, intake: Intake) -> bool:
-        """Hand over what has arrived, up to a portion that there is room for; whether there may be more."""
+        """Hand over arrived events, at most a portion that there is room for; whether there may be more."""
         ...
 
     def watch(self, on_ready: Callable[[], None]) -> None:
@@ -74,26 +74,26 @@ class Source(Protocol):
         ...
 
     def unwatch(self) -> None:
-        """Leave it lying."""
+        """Stop calling `on_ready`; unread events wait where they are."""
         ...
 
     async def save(self) -> None:
-        """Write down how far all is acknowledged; called every second or so, and at the end."""
+        """Save the position up to which everything is acknowledged; called about every second, and at the end."""
         ...
 
     def answer(self) -> None:
-        """Answer the server, if it wants to know how far we are."""
+        """Answer the server if it has asked for the confirmed position."""
         ...
 
     @property
     def oldest_commit_us(self) -> int | None:
-        """When the first event that is not acknowledged was committed, in µs since 2000-01-01 UTC."""
+        """Commit time of the first unacknowledged event, in µs since 2000-01-01 UTC; None if there is none."""
         ...
 
     async def finish(self) -> None:
-        """End in good order, after the last `save`."""
+        """End the stream in good order, after the last `save`."""
         ...
 
     async def close(self) -> None:
-        """Let go of connections at once."""
+        """Close the connections at once."""
         ...

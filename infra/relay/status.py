@@ -1,4 +1,4 @@
-"""What Postgres knows of relays, for `payments relay status`: any process can ask, none needs to run."""
+"""The relays' status from Postgres, for `payments relay status`: any process can ask, and no relay needs to run."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,7 +10,7 @@ from psycopg.rows import dict_row
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.stream import CONNECTION
 
-# A checkpoint from another server proves nothing here: all that is in the outbox waits. `failover` came with 17.
+# A checkpoint of another server proves nothing here: everything in the outbox waits. `failover` exists since 17.
 CHECKPOINTS: Final = """
     SELECT r.slot_name, r.source, r.topic, r.gap, r.repair, r.updated_at, s.active, s.wal_status,
            (to_jsonb(s) ->> 'failover')::boolean AS failover,
@@ -67,10 +67,10 @@ STARTING: Final = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayStatus:
-    """One relay by its slot's name. Bytes are of the write-ahead log, None without a slot.
+    """One relay, named after its slot. Bytes are of the write-ahead log, None without a slot.
 
-    Before a gap none is running: one that looks whether the gap is still there publishes nothing. A poll has no
-    `lag_bytes`; a slot that it has is left over from logical replication.
+    At a gap, `is_running` is false: a relay that checks whether the gap is still there publishes nothing. A poll has no
+    `lag_bytes`; any slot it has is left over from logical replication.
     """
 
     slot: str
@@ -78,7 +78,7 @@ class RelayStatus:
     topic: str | None
     is_running: bool
     is_anothers: bool
-    """Somebody else reads from its slot; its relays stand by."""
+    """Another client reads from its slot; its relays stand by."""
     standbys: int
     slot_state: str
     lag_bytes: int | None
@@ -92,7 +92,7 @@ class RelayStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stranger:
-    """A slot that holds log, and that no relay here ever used."""
+    """A slot that retains log and that no relay of this database has used."""
 
     slot: str
     is_active: bool
@@ -102,9 +102,9 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """All relays of this database, other slots that hold its log, and when the newest event was written.
+    """All relays of this database, other slots that retain its log, and when the newest event was written.
 
-    `starting` are the names of relays whose first start has not come to its end: nothing of theirs is written down.
+    `starting` names relays whose first start has not finished, so they have no record yet.
     """
 
     relays: list[RelayStatus]
@@ -114,7 +114,7 @@ class Overview:
 
 
 async def read_status(postgres_url: str) -> Overview:
-    """How the relays of this database are.
+    """The status of all relays of this database.
 
     Raises:
         psycopg.Error: Postgres is away.
@@ -133,7 +133,7 @@ async def read_status(postgres_url: str) -> Overview:
 
 
 async def is_led(connection: psycopg.AsyncConnection, slot: str) -> bool:
-    """Whether a relay of this name holds the lock of its leader now."""
+    """Whether a relay of this name holds its leadership lock now."""
     values = {"key": lock_key(LEADERSHIP, slot)[1]}
     row = await (await connection.execute(f"SELECT {is_held(LEADERSHIP)}".encode(), values)).fetchone()
     return row is not None and bool(row[0])

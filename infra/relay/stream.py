@@ -1,4 +1,4 @@
-"""One replication connection: the slot, the copy-both stream, and the feedback that moves the slot on.
+"""One replication connection: the slot, the copy-both stream, and the feedback that advances the slot.
 
 psycopg has no replication API, but its libpq wrapper sends START_REPLICATION and reads the stream.
 Source: https://www.postgresql.org/docs/17/protocol-replication.html
@@ -30,28 +30,28 @@ _EPOCH_2000 = 946_684_800
 CONNECTION: dict[str, Any] = {
     "autocommit": True,
     "connect_timeout": 5,
-    # A server that vanished without a word is noticed in about ten seconds.
+    # A server that vanishes silently is noticed in about ten seconds.
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
-    # What the database or the role is set to is not for us: bytes other than UTF-8 would go to the topic, psycopg reads
-    # times in no other style, and what reads the whole outbox takes long.
+    # These override the database's and the role's settings: bytes other than UTF-8 would go to the topic, psycopg can
+    # read times in ISO style only, and reading the whole outbox takes long.
     "client_encoding": "utf8",
     "options": "-c DateStyle=ISO -c statement_timeout=0 -c idle_in_transaction_session_timeout=0"
     " -c idle_session_timeout=0"
-    # And a client of ours that vanished is noticed by the server, as fast: a vanished leader must not keep its lock.
+    # The server notices our vanished client as fast: a vanished leader must not keep its lock.
     " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3",
 }
 
 
 def with_settings(settings: str) -> dict[str, Any]:
-    """CONNECTION with further settings of the server's side."""
+    """CONNECTION with additional server settings (`-c name=value`)."""
     return CONNECTION | {"options": f"{CONNECTION['options']} {settings}"}
 
 
 async def lift_time_limit(connection: psycopg.AsyncConnection) -> None:
-    """Let its transactions take as long as they do, whatever the database is set to."""
+    """Let its transactions take as long as they need, whatever the database's own limit."""
     if connection.info.server_version >= TRANSACTION_TIMEOUT_SINCE:
         await connection.execute("SET transaction_timeout = 0")
 
@@ -74,7 +74,7 @@ class ReplicationStream:
         Raises:
             psycopg.OperationalError: it cannot be reached.
         """
-        # wal_sender_timeout: the slot of a relay that vanished without a word is free again soon.
+        # wal_sender_timeout: the slot of a relay that vanished silently is free again soon.
         options = with_settings("-c wal_sender_timeout=10s")
         connect = psycopg.AsyncConnection.connect
         connection = await connect(url, replication="database", application_name="relay", **options)
@@ -94,15 +94,15 @@ class ReplicationStream:
             await self._connection.close()
 
     async def system_identifier(self) -> str:
-        """Which database cluster this is."""
+        """The identifier of this database cluster."""
         return str((await self._ask("IDENTIFY_SYSTEM"))[0])
 
     async def create_slot(self, name: str) -> str:
-        """Create the slot, and name the snapshot of all that was committed before it.
+        """Create the slot; returns the name of an exported snapshot of everything committed before it.
 
-        The snapshot can be taken until the next call on this connection.
+        The snapshot can be imported until the next call on this connection.
         """
-        # A slot that standbys keep up to date survives a fail-over (docs/operations/relay.md).
+        # A slot that is synchronized to standbys survives a fail-over (docs/operations/relay.md).
         failover = ", FAILOVER" if self._pgconn.server_version >= FAILOVER_SLOTS_SINCE else ""
         options = f"(SNAPSHOT 'export'{failover})"
         return str((await self._ask(f'CREATE_REPLICATION_SLOT "{name}" LOGICAL pgoutput {options}'))[2])
@@ -119,7 +119,7 @@ class ReplicationStream:
             raise SlotBusy(str(error)) from error
 
     async def start(self, slot: str, publication: str, lsn: int) -> None:
-        """Begin to stream behind `lsn`, or from where the slot stands, if that is further on.
+        """Begin to stream after `lsn`, or from the slot's position if that is further on.
 
         Raises:
             SlotBusy: another relay streams from it.
@@ -134,7 +134,7 @@ class ReplicationStream:
 
     async def _ask(self, statement: str) -> tuple[Any, ...]:
         row = await (await self._connection.execute(statement.encode())).fetchone()
-        assert row is not None, "replication commands that are asked for a row give one"
+        assert row is not None, "the replication commands used here return a row"
         return row
 
     def watch(self, on_readable: Callable[[], None]) -> None:
@@ -144,9 +144,9 @@ class ReplicationStream:
             self._loop.add_reader(self._watched, on_readable)
 
     def unwatch(self) -> None:
-        """Let the bytes lie: the server waits for who does not read."""
+        """Stop watching; while nothing is read the server waits."""
         if self._watched is not None:
-            # By its number: a connection that is lost no longer tells it, and the next socket may get the same one.
+            # By number: a lost connection does not have it any more, and the next socket may get the same one.
             self._loop.remove_reader(self._watched)
             self._watched = None
 
@@ -168,18 +168,18 @@ class ReplicationStream:
             elif was_read:
                 return None
             else:
-                # libpq buffers some 16 KB: going back to the event loop for each would make small Kafka batches.
+                # libpq buffers about 16 KB: returning to the event loop after each would make small Kafka batches.
                 self._read_socket()
                 was_read = True
 
     def ended(self) -> PostgresAway:
-        """What is said of a stream whose end was read; libpq tells the end once only."""
+        """The error for a stream whose end was read; libpq reports the end only once."""
         return self._lost(self._pgconn.get_error_message())
 
     def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader":
-        """What takes the messages in C, if it was compiled, from where `receive` has come to.
+        """A reader in C that continues where `receive` stopped; only if it was compiled.
 
-        `begin` makes groups of transactions, and `taken` gets every transaction's id.
+        `begin` makes groups of transactions; every transaction's id is appended to `taken`.
         """
         return LogReader(self._pgconn.get_copy_data, self._read_socket, self._note_keepalive, begin, taken)
 
@@ -195,12 +195,12 @@ class ReplicationStream:
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> PostgresAway:
-        """libpq has closed the socket: before anybody waits for something else, whose socket may get its number."""
+        """The error for a lost connection; stops watching, as libpq closed the socket and its number can be reused."""
         self.unwatch()
         return PostgresAway(why)
 
     def confirm(self, lsn: int) -> None:
-        """Everything before `lsn` is safe elsewhere: the slot may forget it.
+        """Confirm that everything before `lsn` is safe elsewhere, so that the slot may release it.
 
         Raises:
             PostgresAway: the connection is gone.
@@ -214,7 +214,7 @@ class ReplicationStream:
         self.is_reply_wanted = False
 
     async def finish(self) -> None:
-        """End the stream in good order: on return the server has taken the last confirmation to heart."""
+        """End the stream in good order: on return the server has processed the last confirmation."""
         self.unwatch()
         self._pgconn.put_copy_end()
         readable = asyncio.Event()

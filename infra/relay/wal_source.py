@@ -1,6 +1,6 @@
-"""Events from the write-ahead log, by logical replication: the order of commits, with nothing to reconstruct.
+"""Events from the write-ahead log, by logical replication: already in commit order.
 
-A slot knows only what was committed after it was created, so what was committed before is read from the table first.
+A slot has only what was committed after its creation, so earlier events are read from the table first.
 """
 
 import asyncio
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 PORTION: Final = 1000
-"""What is taken of the log in one go, before the loop turns to Kafka: events, or in Python messages."""
+"""The most events read from the log before the loop turns to Kafka; in Python, the most messages."""
 IDLE_BYTES: Final = 1024 * 1024
-"""How far the slot may stay behind a log in which nothing is ours: writing the position down is itself log."""
+"""How far the slot may lag behind a log without events of ours: saving the position itself writes log."""
 
 PROOFS_MAX: Final = 1000
-"""Snapshots that wait until Kafka has acknowledged what they see."""
+"""The most snapshots that wait until Kafka has acknowledged every event visible in them."""
 
 FIND_SLOT: Final = """
     SELECT database, database IS DISTINCT FROM current_database(), plugin, wal_status,
            (confirmed_flush_lsn - '0/0'::pg_lsn)::bigint, active
       FROM pg_replication_slots WHERE slot_name = %s
 """
-# With a row filter, or without inserts, the log is as silent as without the table. The second column changes with
-# whatever is done to the publication: what was committed while the table was left out is not in the log.
+# A row filter, or a publication without inserts, leaves events out just as a missing table does. The second column
+# changes with every change of the publication: what was committed while the table was left out is not in the log.
 PUBLICATION: Final = """
     SELECT EXISTS (
         SELECT FROM pg_publication_tables AS t
@@ -87,27 +87,27 @@ class WalSource:
         self._stream: ReplicationStream
         self._prefix = Prefix()
         self._rows = RowReader(outbox=0)
-        """Of no table, until it is open."""
+        """Matches no table until `open`."""
         self._reader: LogReader | None = None
-        """What reads the stream in C, if that is to be done."""
+        """Reads the stream in C, if that is configured and compiled."""
         self._group = Group(end_lsn=0)
-        """What counts the events that come, unless it has ended."""
+        """Counts the events that arrive, until it has an end."""
         self._committed_at_us = 0
-        """When the transaction that was begun last was committed."""
+        """Commit time of the transaction that began last in the log."""
         self._saved = 0
         self._written: deque[tuple[int, int]] = deque()
-        """Positions that the slot is not told yet, each behind where the log has it that they were written down."""
+        """Positions saved and not yet confirmed to the slot, as (log position after the save, saved position)."""
         self._confirmed = 0
         self._published = NOTHING
         self._proofs: deque[tuple[int, Snapshot]] = deque()
         self._has_news = True
-        """Something is to be proven: at first what was published by who was killed, or has handed the slot back."""
+        """There is something to prove; at first what a killed relay, or one that handed the slot back, published."""
         self._gulps = Gulps()
         self._next_gulp: asyncio.TimerHandle | None = None
         self._taken: list[int] = []
-        """Transactions that no proof sees yet: the log has a commit before snapshots do."""
+        """Transactions that no proof sees yet: a commit is in the log before snapshots see it."""
         self._publication: str | None = None
-        """As it was when what is in the log began to count."""
+        """Its version when this relay began to rely on the log."""
 
     async def open(self, sink: CatchUpSink) -> None:
         self._stream = await ReplicationStream.connect(self._config.postgres_url)
@@ -115,7 +115,7 @@ class WalSource:
         system = await self._stream.system_identifier()
         self._rows = RowReader(await self._outbox())
         await self._begin(sink, system)
-        # From what was written down: the slot is told later, and would repeat what is acknowledged since.
+        # From the saved position: the slot is confirmed later, and would repeat what was acknowledged since.
         await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
         if self._config.uses_native:
@@ -143,7 +143,12 @@ class WalSource:
                 assert_never(unknown)
 
     async def _find_log(self) -> LogState:
-        """Where it is ours, and nobody else reads it."""
+        """The state of slot and publication.
+
+        Raises:
+            SlotOfAnother: the slot is of another database or plugin.
+            SlotBusy: another client reads from it or is creating it.
+        """
         publication = await self._find_publication()
         row = await (await self._leader.execute(FIND_SLOT, [self._config.slot])).fetchone()
         if row is None:
@@ -152,16 +157,16 @@ class WalSource:
         if is_elsewhere or plugin != "pgoutput":
             raise SlotOfAnother(self._config.slot, f"database {database!r}, plugin {plugin!r}")
         if is_active or position is None:
-            raise SlotBusy(f"somebody else reads from slot {self._config.slot}, or is making it")
+            raise SlotBusy(f"another client reads from slot {self._config.slot}, or is creating it")
         return LogState(slot_state, position, publication)
 
     async def _catch_up(self, sink: CatchUpSink, system: str, reason: str, published: Snapshot) -> None:
-        """Make the slot anew and publish every row beyond `published` that was committed before it.
+        """Recreate the slot and publish every row committed before it that `published` does not cover.
 
-        Only when all of it is acknowledged this is written down; ended before, it begins again.
+        The checkpoint is saved only when everything is acknowledged; a catch-up that ends earlier starts over.
         """
         slot = self._config.slot
-        log.warning("slot made anew: publishing from the table", slot=slot, reason=reason, beyond=str(published))
+        log.warning("slot recreated: publishing from the table", slot=slot, reason=reason, beyond=str(published))
         if await (await self._leader.execute(FIND_SLOT, [slot])).fetchone() is not None:
             await self._stream.drop_slot(slot)
         snapshot = await self._stream.create_slot(slot)
@@ -183,7 +188,7 @@ class WalSource:
     # --- the stream -------------------------------------------------------------------------------------------------
 
     async def read(self, intake: Intake) -> bool:
-        if self._gulps.rest_seconds:
+        if self._gulps.pause_seconds:
             return False
         if self._reader is not None and intake.open_records is not None:
             count, is_all = self._read_natively(self._reader, intake, intake.open_records)
@@ -193,7 +198,7 @@ class WalSource:
         return not is_all
 
     def _read_natively(self, reader: "LogReader", intake: Intake, records: list[Records | None]) -> tuple[int, bool]:
-        """Read and encode in C what can be; how many events, and whether that was all."""
+        """Read and encode in C what it supports; the number of events, and whether nothing is left to read."""
         room = intake.room
         reader.group, reader.committed_at_us = self._group, self._committed_at_us
         count, size, is_all, message = reader.read(
@@ -215,7 +220,7 @@ class WalSource:
             self._publish([event], intake)
 
     def _publish(self, events: list[OutboxEvent], intake: Intake) -> list[OutboxEvent]:
-        """Give a transaction's events on, together; a new list for the next ones."""
+        """Hand a transaction's events over together; returns an empty list for the next ones."""
         if not events:
             return events
         self._leave_ended_group()
@@ -223,7 +228,7 @@ class WalSource:
         return []
 
     def _leave_ended_group(self) -> None:
-        """One with an end, of an earlier transaction, may be forgotten any time."""
+        """Begin another group if this one has an end, of an earlier transaction: `Prefix` may drop it any time."""
         if self._group.end_lsn is not None:
             self._group = self._prefix.begin(self._committed_at_us)
 
@@ -268,7 +273,7 @@ class WalSource:
                 log.warning("unexpected message in the log stream", kind=chr(kind))
 
     def watch(self, on_ready: Callable[[], None]) -> None:
-        rest = self._gulps.rest_seconds
+        rest = self._gulps.pause_seconds
         if not rest:
             self._stream.watch(on_ready)
         elif self._next_gulp is None:
@@ -288,13 +293,13 @@ class WalSource:
     # --- how far --------------------------------------------------------------------------------------------------
 
     async def save(self) -> None:
-        """First to the table, then to the slot: so a slot that is further on was moved by somebody else.
+        """Save the position to the table, then confirm it to the slot: a slot further on was moved by another client.
 
-        The slot is told when the stream has come past what the table was told: where a stream waits for standbys
-        (synchronized_standby_slots), that is on them, too, and holds of their copies of table and slot.
+        The slot is confirmed once the stream has passed the commit of the save. Where a stream waits for standbys
+        (synchronized_standby_slots), they then have the save too, so the same holds for their copies of table and slot.
 
         Raises:
-            GapFound: the log has not brought us all that was committed since the last time.
+            GapFound: the log may lack events committed since the last save.
         """
         await self._check_publication()
         lsn = self._prefix.advance(self._stream.wal_end)
@@ -306,7 +311,7 @@ class WalSource:
         self._stream.confirm(self._confirmed)
 
     async def _check_publication(self) -> None:
-        """Nothing in the log says that events are left out of it."""
+        """Ask the catalog: the log itself does not show that events are left out of it."""
         reason = (await self._find_publication()).doubt_since(self._publication)
         if reason is not None:
             await refuse_gap(self._leader, self._config.slot, reason, self._published)
@@ -320,7 +325,7 @@ class WalSource:
         if self._has_news and len(self._proofs) < PROOFS_MAX:
             position, snapshot = await ended_by_now(self._leader)
             self._proofs.append((position, snapshot))
-            # Long before, if it waits for a synchronous standby.
+            # The log can be far ahead of snapshots while a commit waits for a synchronous standby.
             self._taken[:] = snapshot.unseen(self._taken)
         self._has_news = bool(self._taken) or not self._prefix.is_empty
         while self._proofs and self._proofs[0][0] <= lsn:
@@ -342,7 +347,7 @@ class WalSource:
         return self._prefix.oldest_commit_us
 
     async def finish(self) -> None:
-        # At once: who reads the slot next, Debezium perhaps, is to repeat nothing.
+        # At once, so that the slot's next reader, perhaps Debezium, repeats nothing.
         self._stream.confirm(self._saved)
         await self._stream.finish()
 

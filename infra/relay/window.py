@@ -1,8 +1,8 @@
-"""What one snapshot of the outbox sees and another did not, in the order of `position`: its first rows, and the rest.
+"""A window: the rows that one snapshot of the outbox sees and an earlier one did not, in the order of `position`.
 
-The rest is sorted by its keys alone, and its rows are fetched by their place, in one transaction: what its snapshot
-sees is neither moved nor removed meanwhile. Sorted with their payloads, half a million rows went through files for half
-a second before the first one came.
+`read_first` reads a window's first rows. `WindowReader` sorts the keys alone and fetches the rows by ctid, in one
+transaction: rows that its snapshot sees are neither moved nor removed meanwhile. Sorting half a million rows with their
+payloads spilled to files, for half a second before the first row came.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ KEYS_AT_ONCE: Final = 20_000
 
 
 class Portion(NamedTuple):
-    """Events that follow one another in a window, the last one's position, and when the first was written (µs)."""
+    """Consecutive events of a window, the last one's position, and when the first was written (µs since 1970)."""
 
     events: list[OutboxEvent]
     position: int
@@ -30,21 +30,21 @@ class Portion(NamedTuple):
 
 
 _Key = tuple[int, bytes, int, int, int]
-"""A row's partition, its place there, the bytes of its payload, its position, and when it was written."""
+"""A row's partition (its OID), its ctid there, its payload's size in bytes, its position, and when it was written."""
 
 _EVENT: Final = ", ".join((*OUTBOX_COLUMNS, "position"))
 _WRITTEN: Final = "(date_part('epoch', created_at) * 1000000)::bigint AS written"
 
 
 class _Walk(NamedTuple):
-    """A stretch of the index, and what is passed by on the way."""
+    """A range of the index, and the condition that the rows must meet besides."""
 
     of: str
     past: str = "true"
 
 
-# What a window is made of, with the values of `Snapshot.until`. Near: one walk from the oldest transaction that ended
-# late. Far: those that ended late, each by its id, and the others, which are all from `first` on.
+# The walks that make up a window, with the values of `Snapshot.until`. Near: one walk, from the oldest transaction that
+# ended late. Far: the late ones each by its id, and all others, which begin at `first`.
 _NEAR: Final = (
     _Walk(
         "xact >= %(oldest)s AND xact < %(end)s",
@@ -56,11 +56,11 @@ _FAR: Final = (
     _Walk("xact = ANY(%(late)s::bigint[])"),
 )
 NEAR_MAX: Final = 1_000
-"""Transactions between `oldest` and `first` that are rather passed by than every partition's index descended twice."""
+"""Up to so many transactions between `oldest` and `first`, skipping them is cheaper than walking each index twice."""
 
 
 def _window(columns: str, walks: Iterable[_Walk]) -> str:
-    # OFFSET 0: what a walk passes by is then looked at in one place, and not set up in each partition's scan.
+    # OFFSET 0: rows to skip are then filtered in one place, and the filter is not set up in each partition's scan.
     return " UNION ALL ".join(
         f"SELECT {columns}, {_WRITTEN} FROM (SELECT tableoid, ctid, * FROM outbox WHERE {walk.of} OFFSET 0) AS o"  # noqa: S608 - as below
         f" WHERE {walk.past} AND position > %(position)s"
@@ -96,7 +96,7 @@ PARTITION: Final = "SELECT %s::oid::regclass::text"
 
 
 async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) -> tuple[Portion | None, bool]:
-    """The first portion of a window, `Snapshot.until`, if there is one, and whether there may be more."""
+    """The first portion of a window, if it has any, and whether there may be more; `values` are of `Snapshot.until`."""
     rows = await (await reader.execute(READ[_is_far(values)].encode(), values, binary=True)).fetchall()
     if not rows:
         return None, False
@@ -104,10 +104,10 @@ async def read_first(reader: psycopg.AsyncConnection, values: dict[str, Any]) ->
     return portion, len(rows) >= PORTION or rows[-1][2] >= PORTION_BYTES
 
 
-class Rest:
-    """A window behind a position, in portions; one transaction of the reader, until it is closed.
+class WindowReader:
+    """Reads a window after a position, in portions; the reader's transaction stays open until `close`.
 
-    A portion has at most PORTION events, and ends with the one that fills PORTION_BYTES of payloads.
+    A portion has at most PORTION events, and ends with the event that reaches PORTION_BYTES of payloads.
     """
 
     def __init__(self, reader: psycopg.AsyncConnection) -> None:
@@ -118,26 +118,26 @@ class Rest:
         self._ahead: asyncio.Task[Portion | None] | None = None
 
     async def open(self, values: dict[str, Any]) -> None:
-        """Begin; it is sorted when the first portion is read."""
+        """Begin the transaction; the keys are sorted when the first portion is read."""
         await self._reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         await self._cursor.execute(KEYS[_is_far(values)].encode(), values)
 
     async def read(self) -> Portion | None:
-        """The next portion, None at the end; Postgres looks for the one after it while this one is published."""
+        """The next portion, None at the end; Postgres already fetches the one after it while this one is published."""
         portion = await (self._ahead or self._fetch())
         self._ahead = asyncio.create_task(self._fetch()) if portion is not None else None
-        await asyncio.sleep(0)  # So that it asks before these are encoded.
+        await asyncio.sleep(0)  # Lets that task send its query before these events are encoded.
         return portion
 
     async def close(self) -> None:
-        """End the transaction; what nobody took is found again behind the position of what was taken."""
+        """End the transaction; a later window after the last position read finds the remaining rows again."""
         if self._ahead is not None:
             await self._ahead
         await self._cursor.close()
         await self._reader.execute("COMMIT")
 
     async def abandon(self) -> None:
-        """Stop reading, and end the reader's connection, which may be lost."""
+        """Stop reading, and close the reader's connection, which may be lost already."""
         if self._ahead is not None:
             self._ahead.cancel()
             await asyncio.gather(self._ahead, return_exceptions=True)
@@ -150,7 +150,7 @@ class Rest:
             return None
         partitions = set(map(itemgetter(0), keys))
         found = {each: iter(await self._read(each, keys)) for each in partitions}
-        # Almost always of one day; of several they are put together in the order of their keys.
+        # Almost always one partition (a day); rows of several are merged in the order of their keys.
         events = found[keys[0][0]] if len(partitions) == 1 else (next(found[key[0]]) for key in keys)
         return Portion(list(events), position=keys[-1][3], written_us=keys[0][4])
 
@@ -162,14 +162,14 @@ class Rest:
         return keys
 
     async def _read(self, partition: int, keys: Iterable[_Key]) -> list[OutboxEvent]:
-        """The rows of these keys that are in the partition."""
+        """The rows of those of these keys that are in the partition."""
         places = b'","'.join([key[1] for key in keys if key[0] == partition]).decode()
         async with self._reader.cursor(binary=True, row_factory=_event_row) as cursor:
             await cursor.execute(await self._fetch_from(partition), [f'{{"{places}"}}'])
             return await cursor.fetchall()
 
     async def _fetch_from(self, partition: int) -> bytes:
-        """The query, whose parameter is an array of places. The name is one of SQL already."""
+        """The query for this partition; its parameter is an array of ctids. `regclass` has quoted the name already."""
         if partition not in self._fetches:
             row = await (await self._reader.execute(PARTITION, [partition], binary=True)).fetchone()
             assert row is not None, "the query always gives a row"
@@ -178,7 +178,7 @@ class Rest:
 
 
 def how_many_fill(size: int, sizes: Iterable[int]) -> int:
-    """How many come to `size` together, with the one that reaches it; or all."""
+    """How many of `sizes` it takes to reach `size`, including the one that reaches it; all of them if they never do."""
     sums = list(accumulate(sizes))
     return min(bisect_left(sums, size) + 1, len(sums))
 

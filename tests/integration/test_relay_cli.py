@@ -28,7 +28,7 @@ from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_datab
 from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.replay import HEADER, Replay, Selection
+from infra.relay.replay import HEADER, EventReplay, Selection
 from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
@@ -499,13 +499,13 @@ async def test_a_replay_whose_last_event_was_dropped_from_the_outbox_still_tells
     async with running(config):
         await commit(config.postgres_url, rows)
         await proven(config, *rows)
-    replay = Replay(config, Selection(payment="pay_a"), topic=config.topic, rate=100)
+    replay = EventReplay(config, Selection(payment="pay_a"), topic=config.topic, rate=100)
     stop = asyncio.Event()
     await replay.run(lambda _: stop.set(), stop)
     assert replay.done == 10
     dropped = "DELETE FROM outbox WHERE payment_seq <= 10 RETURNING 1"
     await fetch_value(config.postgres_url, dropped)
-    assert (await replay.rest())[0] == 5
+    assert (await replay.remaining())[0] == 5
 
 
 def replayed(records: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.progress import Repair
 from infra.relay.repairs import count_unproven, find_repair, request_repair
-from infra.relay.replay import Replay, Selection
+from infra.relay.replay import EventReplay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
@@ -458,7 +458,7 @@ async def test_what_is_published_beside_a_long_transaction_is_proven(config: Rel
     async with await published_beside_a_long_transaction(config, rows_of("pay_a", 5)):
         (told,) = (await read_status(config.postgres_url)).relays
         assert told.lag_seconds == 0
-        assert await Replay(config, Selection(), topic=config.topic, rate=1).count() == 5
+        assert await EventReplay(config, Selection(), topic=config.topic, rate=1).count() == 5
         assert await StandingStill(config).unproven() == 0
 
 
@@ -734,7 +734,7 @@ async def test_on_another_server_nothing_counts_as_published(config: RelayConfig
     await before_the_gap(config, rows_of("pay_a", 5))
     await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
     assert await StandingStill(config).unproven() == 5
-    assert await Replay(config, Selection(), topic=config.topic, rate=1).count() == 0
+    assert await EventReplay(config, Selection(), topic=config.topic, rate=1).count() == 0
     (told,) = (await read_status(config.postgres_url)).relays
     assert told.lag_seconds > 0
 

@@ -204,7 +204,7 @@ async def rest_of(url: str, position: int = 0) -> list[window.Portion]:
     async with await poll_source.connect_reader(url) as reader:
         row = await (await reader.execute(poll_source.LOOK)).fetchone()
         assert row is not None
-        rest = window.Rest(reader)
+        rest = window.WindowReader(reader)
         await rest.open(NOTHING.until(Snapshot.read(row[0]), position))
         portions = []
         while (portion := await rest.read()) is not None:
@@ -270,7 +270,7 @@ async def test_a_connection_that_is_lost_while_a_window_is_read_is_given_up_with
 ) -> None:
     await commit(postgres_url, rows_of("pay_a", window.PORTION * 3))
     reader = await poll_source.connect_reader(postgres_url)
-    rest = window.Rest(reader)
+    rest = window.WindowReader(reader)
     await rest.open(NOTHING.until(Snapshot(2**40, 2**40, frozenset()), 0))
     assert await rest.read() is not None
     assert rest._ahead is not None

@@ -25,7 +25,7 @@ from infra.relay.poll_source import PollSource
 from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
 from infra.relay.repairs import request_repair
-from infra.relay.replay import Replay, Selection
+from infra.relay.replay import EventReplay, Selection
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
 from tests.conftest import PARTITIONS
@@ -285,7 +285,7 @@ async def test_a_replay_leaves_out_what_is_in_quarantine(config: RelayConfig, de
         await commit(config.postgres_url, poisoned)
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
         await commit(config.postgres_url, rows_of("pay_0002", 1))
-        replay = Replay(config, Selection(payment="pay_0001"), topic=config.topic, rate=100)
+        replay = EventReplay(config, Selection(payment="pay_0001"), topic=config.topic, rate=100)
         async with asyncio.timeout(10):
             while await replay.count() != 1:
                 await asyncio.sleep(0.1)

@@ -6,7 +6,7 @@ from infra.relay.publisher import Publisher
 
 
 async def flush(publisher: Publisher) -> None:
-    """Also of the lanes whose producers are made anew."""
+    """Also of the partitions whose producers are replaced."""
     await publisher.flush()
     while publisher._renewals:
         await asyncio.gather(*publisher._renewals)

@@ -20,7 +20,7 @@ MANY = 625
 
 
 class Clock:
-    """Stands still unless told."""
+    """Stands still unless it is moved on."""
 
     def __init__(self) -> None:
         self.now = 1024.0
@@ -49,49 +49,49 @@ def test_while_little_comes_nothing_is_left_lying(clock: Clock) -> None:
     for _ in range(500):
         clock.now += 0.001
         pace.note(19, is_all=True)
-        assert not pace.rest_seconds
+        assert not pace.pause_seconds
 
 
 def test_a_first_event_after_a_long_silence_is_read_at_once(clock: Clock) -> None:
     pace = Gulps()
     clock.now += 3600
     pace.note(1000, is_all=True)
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
 
 
 def test_while_much_comes_it_is_left_lying_for_twenty_milliseconds(clock: Clock) -> None:
     pace = busy(clock)
-    assert pace.rest_seconds == pytest.approx(0.02)
+    assert pace.pause_seconds == pytest.approx(0.02)
     clock.now += 0.004
-    assert pace.rest_seconds == pytest.approx(0.016)
+    assert pace.pause_seconds == pytest.approx(0.016)
     clock.now += 0.016_001
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
 
 
 def test_one_event_less_is_not_much(clock: Clock) -> None:
     pace = Gulps()
     clock.now += WHILE
     pace.note(MANY - 1, is_all=True)
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
 
 
 def test_a_burst_is_measured_over_a_gulp_at_least(clock: Clock) -> None:
     pace = Gulps()
     clock.now += 0.019
     pace.note(1000, is_all=True)
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
     clock.now += 0.002
     pace.note(0, is_all=True)
-    assert pace.rest_seconds == pytest.approx(0.02)
+    assert pace.pause_seconds == pytest.approx(0.02)
 
 
 def test_nothing_is_left_lying_before_all_that_has_come_is_read(clock: Clock) -> None:
     pace = Gulps()
     clock.now += WHILE
     pace.note(MANY, is_all=False)
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
     pace.note(0, is_all=True)
-    assert pace.rest_seconds == pytest.approx(0.02)
+    assert pace.pause_seconds == pytest.approx(0.02)
 
 
 def test_after_a_gulp_it_is_measured_anew(clock: Clock) -> None:
@@ -99,13 +99,13 @@ def test_after_a_gulp_it_is_measured_anew(clock: Clock) -> None:
     for events in (100 * MANY, MANY - 1):
         clock.now += WHILE
         pace.note(events, is_all=True)
-        told = pace.rest_seconds
-    assert not told
+        pause = pace.pause_seconds
+    assert not pause
 
 
 def test_behind_a_unix_socket_nothing_is_left_lying(clock: Clock) -> None:
     pace = busy(clock, is_taken=False)
-    assert not pace.rest_seconds
+    assert not pace.pause_seconds
 
 
 class Stream:
@@ -183,4 +183,4 @@ class TestSource:
         self.source._gulps.note(MANY, is_all=False)
         clock.now += WHILE
         await self.source.read(intake)
-        assert self.source._gulps.rest_seconds == pytest.approx(0.02)
+        assert self.source._gulps.pause_seconds == pytest.approx(0.02)

@@ -446,7 +446,7 @@ class Story:
             log.add(content)
         bench = Bench(log, self.pieces, is_native=is_native, room=self.room)
         with pytest.MonkeyPatch.context() as patch:
-            # After a refusal a lane takes another producer: the same one, here.
+            # After a refusal a partition takes another producer: the same one, here.
             patch.setattr(publisher_module, "start_producer", bench.start_producer)
             for name, number in self.script:
                 await STEPS[name](bench, number)

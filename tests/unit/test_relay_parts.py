@@ -1,4 +1,4 @@
-"""The relay's parts without servers: health, headers, partitions, lanes."""
+"""The relay's parts without servers: health, headers, partitions, partition queues."""
 
 import asyncio
 import socket
@@ -214,7 +214,7 @@ class TestPublisher:
     async def test_a_producer_that_cannot_be_made_ends_the_session_whatever_the_reason(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Or the lane would try again and again, and nobody be told."""
+        """Otherwise the partition would retry for ever, and nothing would report it."""
 
         async def start_producer(*_: Any) -> FakeProducer:
             raise ValueError("no such mechanism")
