@@ -11,7 +11,7 @@ from domain.operations import Outcome, Unknown, Unreachable
 
 FAILURES_MAX: Final = 10
 """Unknown outcomes in a row, with no word of the provider's between them."""
-REST_SECONDS: Final = 5.0
+TRIAL_INTERVAL_SECONDS: Final = 5.0
 LAPSE_SECONDS: Final = 1200.0
 """Whatever still waits to be sent is tried again sooner than that, by default: what needs review every 15 minutes."""
 
@@ -38,7 +38,7 @@ class Breaker:
         if self._opened_at is None:
             return True
         self._wanted_at = self._clock()
-        if self._clock() - self._opened_at < REST_SECONDS:
+        if self._clock() - self._opened_at < TRIAL_INTERVAL_SECONDS:
             return False
         self._opened_at = self._clock()
         return True

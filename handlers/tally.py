@@ -15,7 +15,7 @@ from handlers import metrics
 log = structlog.get_logger(__name__)
 
 
-class Tally:
+class BatchCounts:
     """Kept while a batch is decided. One that is not saved is thrown away with its batch, so that it counts nothing."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ SELECT: Final = """
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class LetterDecision:
     """`retried` or `dropped`, when, and why it was dropped.
 
     It is about what was parked at `parked_at`, by the clock of the topic's messages. A letter of the same place that
@@ -54,14 +54,14 @@ class LetterDecisions:
         finally:
             await connection.close()
 
-    async def all(self) -> dict[tuple[int, int], Decision]:
+    async def all(self) -> dict[tuple[int, int], LetterDecision]:
         """By partition and offset; what is not here is open."""
         rows = await self._connection.fetch(SELECT, self._topic)
-        return {(partition, offset): Decision(*decision) for partition, offset, *decision in rows}
+        return {(partition, offset): LetterDecision(*decision) for partition, offset, *decision in rows}
 
     @asynccontextmanager
     async def claim(
-        self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: Decision | None, why: str = ""
+        self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: LetterDecision | None, why: str = ""
     ) -> AsyncIterator[bool]:
         """Decide about a letter unless somebody has since `seen` was read; the block is told which, and acts on it.
 
