@@ -136,15 +136,15 @@ def test_an_amount_becomes_minor_units_exactly(amount: str, currency: str, minor
         ("1.5", "JPY", "JPY has no decimals"),
         ("0", "USD", "more than zero"),
         ("-3", "USD", "more than zero"),
-        ("NaN", "USD", "no amount"),
-        ("1e3", "USD", "no amount"),
-        ("1_0", "USD", "no amount"),
-        ("\u0665", "USD", "no amount"),
-        (" 1", "USD", "no amount"),
-        ("1.2.3", "USD", "no amount"),
-        (".", "USD", "no amount"),
+        ("NaN", "USD", "not an amount"),
+        ("1e3", "USD", "not an amount"),
+        ("1_0", "USD", "not an amount"),
+        ("\u0665", "USD", "not an amount"),
+        (" 1", "USD", "not an amount"),
+        ("1.2.3", "USD", "not an amount"),
+        (".", "USD", "not an amount"),
         ("12.500000000000000000000000000000001", "USD", "USD has 2 decimals"),
-        ("twelve", "USD", "no amount"),
+        ("twelve", "USD", "not an amount"),
         ("1", "XXX", "not one of the currencies"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_topic_that_is_not_there_is_told_at_once_and_nothing_was_sent(
     started = time.monotonic()
     done = run("send", *new_charge("--no-wait"), data_dir=tmp_path, PAYMENTS_KAFKA_BOOTSTRAP=kafka_bootstrap, **there)
     assert done.returncode == 1
-    told = "payments: KafkaError: no topic none was found within 5 s: `payments migrate` makes it; nothing was sent"
+    told = "payments: KafkaError: no topic none was found within 5 s: `payments migrate` creates it; nothing was sent"
     assert done.stderr.startswith(told)
     assert time.monotonic() - started < 20
 
@@ -722,12 +722,12 @@ def test_payments_are_listed_by_filters(up: Up) -> None:
 @pytest.mark.parametrize(
     ("filters", "advice"),
     [
-        ({"status": "paid"}, "there are: created"),
+        ({"status": "paid"}, "use one of: created"),
         ({"amount_min": "3"}, "need --currency"),
         ({"amount_min": "3.001", "currency": "USD"}, "2 decimals"),
         ({"since": "yesterday"}, "2h"),
-        ({"order": "a", "status": "captured"}, "stand alone"),
-        ({"order": "a", "customer": "b"}, "stand alone"),
+        ({"order": "a", "status": "captured"}, "cannot be combined"),
+        ({"order": "a", "customer": "b"}, "cannot be combined"),
     ],
 )
 def test_a_filter_that_cannot_be_read_says_what_to_write(filters: dict[str, Any], advice: str) -> None:
