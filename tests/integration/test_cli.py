@@ -383,7 +383,7 @@ def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(
         port = str(taken.getsockname()[1])
         ended = run("up", data_dir=tmp_path, PAYMENTS_HTTP_PORT=port)
     assert ended.returncode == 1
-    assert f"Port {port} of 127.0.0.1: somebody listens there already" in ended.stdout
+    assert f"Port {port} of 127.0.0.1: another process already listens there" in ended.stdout
     assert "PAYMENTS_HTTP_PORT" in ended.stdout
 
 
