@@ -1,7 +1,7 @@
 """A client of the service: commands out, results in, as an order service would do it.
 
-Promises: it stands at the end of the results before it sends anything, so it misses none of its own; a result is known
-by the id of the command, which is derived from the command's content and so the same for each delivery of it.
+Promises: it seeks to the end of the results before it sends anything, so it misses none of its own. It recognizes a
+result by the command's id, which is derived from the command's content and so is the same for each delivery.
 """
 
 import asyncio
@@ -30,19 +30,19 @@ REFUSALS: Final = frozenset(("payment.declined.v1", "payment.command_rejected.v1
 AMOUNT: Final = re.compile(r"-?(?=\.?[0-9])[0-9]{0,18}\.?[0-9]{0,50}")
 POLL_MS: Final = 200
 TOPIC_SECONDS: Final = 5.0
-"""Until a topic that was made just now is known to every broker."""
+"""How long to wait until every broker knows a topic that was just created."""
 AMENDED_SECONDS: Final = 1.0
-"""What took a result back follows its repetition at once: both were written in one transaction."""
+"""An event that took a result back follows the replayed result at once: one transaction wrote both."""
 
 WireEvent = dict[str, Any]
 
 
 class AmountUnusable(ValueError):
-    """This is no amount of that currency; the message says why."""
+    """The text is not an amount in that currency; the message says why."""
 
 
 class NoResultYet(Exception):
-    """The wait was over before the result came; `last` is the newest event about the command, if any."""
+    """No result arrived in time; `last` is the newest event about the command, if any."""
 
     def __init__(self, last: WireEvent | None) -> None:
         self.last = last
@@ -77,9 +77,9 @@ def minor_units(amount: str, currency: str) -> int:
     if decimals is None:
         raise AmountUnusable(f"{currency} is not one of the currencies known here: {', '.join(sorted(MINOR_UNITS))}")
     if AMOUNT.fullmatch(amount) is None:
-        raise AmountUnusable(f"{amount!r} is no amount; write it like 12.50")
+        raise AmountUnusable(f"{amount!r} is not an amount; write it like 12.50")
     if amount.startswith("-") or not amount.strip("0."):
-        raise AmountUnusable(f"{amount} is no amount: it must be more than zero")
+        raise AmountUnusable(f"{amount} is not an amount: it must be more than zero")
     whole, _, fraction = amount.partition(".")
     fraction = fraction.rstrip("0")
     if len(fraction) > decimals:
@@ -100,14 +100,14 @@ def outgoing(kind: OperationKind, payment_id: UUID, idempotency_key: str, fields
 
 
 class Tail:
-    """Reads what is written to a topic from `start` on, partition by partition in order."""
+    """Reads the records that are written to a topic after `start`, each partition in order."""
 
     def __init__(self, kafka: KafkaAccess, topic: str) -> None:
         self._topic = topic
         self._consumer = AIOKafkaConsumer(**kafka.client_arguments(), enable_auto_commit=False, fetch_max_wait_ms=50)
 
     async def start(self, producer: AIOKafkaProducer) -> None:
-        """Stand at the end of every partition; the producer knows how many there are."""
+        """Seek to the end of every partition; the producer supplies the list of partitions."""
         await self._consumer.start()
         partitions = [TopicPartition(self._topic, number) for number in await producer.partitions_for(self._topic)]
         self._consumer.assign(partitions)
@@ -119,13 +119,13 @@ class Tail:
         await self._consumer.stop()
 
     async def read(self) -> list[Any]:
-        """The next records, none where none came for a moment."""
+        """The next records; empty if none arrived within a moment."""
         batches = await self._consumer.getmany(timeout_ms=POLL_MS)
         return [record for records in batches.values() for record in records]
 
 
 class PaymentsClient:
-    """An async context manager: sends commands and hears every event published since it was entered."""
+    """An async context manager: sends commands and receives every event published after it was entered."""
 
     def __init__(self, settings: Settings) -> None:
         self._commands = settings.commands_topic
@@ -150,29 +150,29 @@ class PaymentsClient:
         await self.dead_letters.stop()
 
     async def _find_topics(self) -> None:
-        """A producer would wait long for a topic that is not there, and then blame Kafka."""
+        """Fail early if a topic is missing: a producer would wait long for it, and then blame Kafka."""
         for topic in self._topics:
             try:
                 async with asyncio.timeout(TOPIC_SECONDS):
                     await self._producer.partitions_for(topic)
             except TimeoutError as error:
-                told = f"no topic {topic} was found within {TOPIC_SECONDS:g} s: `payments migrate` makes it"
-                raise KafkaError(f"{told}; nothing was sent") from error
+                problem = f"no topic {topic} was found within {TOPIC_SECONDS:g} s: `payments migrate` creates it"
+                raise KafkaError(f"{problem}; nothing was sent") from error
 
     async def send(self, value: bytes, payment_id: UUID) -> None:
-        """Have Kafka acknowledge one message."""
+        """Send one message, and wait until Kafka has acknowledged it."""
         await self._producer.send_and_wait(self._commands, value, key=str(payment_id).encode())
 
     async def post(self, value: bytes, payment_id: UUID) -> None:
-        """Hand over one message to be sent with others; in order per payment."""
+        """Queue one message to be sent with others; in order per payment."""
         await self._producer.send(self._commands, value, key=str(payment_id).encode())
 
     async def flush(self) -> None:
-        """Have Kafka acknowledge all that was posted."""
+        """Wait until Kafka has acknowledged everything that was posted."""
         await self._producer.flush()
 
     async def heard(self) -> AsyncIterator[Heard]:
-        """Every event from now on, in order per payment; ends never."""
+        """Every event from now on, in order per payment; never ends."""
         while True:
             records = await self._events.read()
             now = time.monotonic()
@@ -180,10 +180,10 @@ class PaymentsClient:
                 yield Heard(json.loads(record.value), now)
 
     async def result_of(self, command: OutgoingCommand, *, timeout_seconds: float) -> AsyncIterator[Heard]:
-        """The events about one command, up to and with its final one and what took that back since.
+        """The events about one command, up to and including its final one and any that took it back since.
 
         Raises:
-            NoResultYet: it did not come in time. The command may still succeed.
+            NoResultYet: no final event came in time. The command may still succeed.
         """
         last, has_ended = None, False
         deadline = time.monotonic() + timeout_seconds
@@ -211,7 +211,7 @@ def is_final(event: WireEvent) -> bool:
 
 
 def is_result(event: WireEvent) -> bool:
-    """Whether this event says what became of its command: it ends it, or takes back the one that did."""
+    """Whether this event ends its command, or takes back an event that did."""
     return event["type"] in FINAL_TYPES | AMENDING_TYPES
 
 
@@ -220,10 +220,10 @@ def _decimals(count: int) -> str:
 
 
 def read_amount(amount: str | None, amount_minor: int | None, currency: str | None) -> int | None:
-    """The amount that a person gave in one of two ways; None where in neither.
+    """The amount in minor units, from whichever of the two options was given; None if neither was.
 
     Raises:
-        AmountUnusable: given twice, or in a way that cannot be read.
+        AmountUnusable: both options were given, or the amount cannot be read.
     """
     if amount is None:
         return amount_minor

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: where the servers are, and errors that say what to do."""
+"""Shared by all commands of the command line: finding the servers, and errors that say what to do."""
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
@@ -27,15 +27,16 @@ DataDir = Annotated[
     ),
 ]
 UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
-"""Postgres' codes for a table, column, type or function that is not there."""
+"""Postgres error codes for a table, column, type or function that does not exist."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def find_settings(data_dir: Path | None, *needs: str, or_defaults: bool = False) -> "Settings":
-    """Settings by the environment, completed by a running `payments up` or `payments demo --stay`.
+    """Settings from the environment, completed by a running `payments up` or `payments demo --stay`.
 
-    Where there is neither what it needs nor anything running, the defaults do, or it is a message, and the end.
+    If variables of `needs` are missing and nothing is running, the defaults apply with `or_defaults`; without it, this
+    prints a message and exits.
     """
     import os
 
@@ -52,7 +53,7 @@ def find_settings(data_dir: Path | None, *needs: str, or_defaults: bool = False)
 
 
 def read_settings() -> "Settings":
-    """Settings by the environment; what cannot be read or cannot work together is a message, and the end."""
+    """Settings from the environment; prints a message and exits if they are invalid or contradict each other."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -67,7 +68,7 @@ def read_settings() -> "Settings":
 
 
 def read_service_settings(*, for_calls: bool) -> "Settings":
-    """Settings of a process that uses the gateways: they are known, and have what their webhooks, or calls, need."""
+    """Settings of a process that uses gateways, checked: each is known, and has what its webhooks, or calls, need."""
     from app import wiring
 
     settings = read_settings()
@@ -76,26 +77,26 @@ def read_service_settings(*, for_calls: bool) -> "Settings":
     return settings
 
 
-def _not_json(told: str) -> str:
-    """What to write for a list or a map that is no JSON; never what is written there, which may be a secret."""
+def _not_json(message: str) -> str:
+    """What to write for a list or map that is not valid JSON; without the value itself, which may be a secret."""
     from app.settings import Settings
 
-    found = re.search(r'field "(\w+)"', told)
+    found = re.search(r'field "(\w+)"', message)
     if found is None:
-        return told
+        return message
     name = found[1]
     default = Settings.model_fields[name].default
     example = '{"a": …, "b": …}' if isinstance(default, dict) else '["a", "b"]'
     if name == "gateways":
         example = '["stripe", "paypal"]'
-    return f"PAYMENTS_{name.upper()} is no JSON; write it like PAYMENTS_{name.upper()}='{example}'"
+    return f"PAYMENTS_{name.upper()} is not valid JSON; write it like PAYMENTS_{name.upper()}='{example}'"
 
 
 def _complaints(error: "ValidationError") -> Iterator[str]:
     for each in error.errors(include_input=False, include_url=False):
         name = "__".join(str(part).upper() for part in each["loc"])
-        told = each["msg"].removeprefix("Value error, ")
-        yield f"  PAYMENTS_{name}: {told}" if name else f"  {told}"
+        message = each["msg"].removeprefix("Value error, ")
+        yield f"  PAYMENTS_{name}: {message}" if name else f"  {message}"
 
 
 def default_data_dir() -> Path:
@@ -104,14 +105,14 @@ def default_data_dir() -> Path:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """A server that is away, or an option that cannot be read, is a message and not a stack trace."""
+    """Turn an unreachable server, or an unreadable option, into a message instead of a stack trace."""
     try:
         yield
     except BrokenPipeError:
-        raise  # Nobody reads the output any more: Typer ends in silence, with 1.
+        raise  # Nobody reads the output any more: Typer exits silently with 1.
     except ValueError as error:
         fail(str(error))
-    except Exception as error:  # Whose errors these are is looked up only now: the libraries take a while to load.
+    except Exception as error:  # Classified only now: the libraries that define these errors are slow to import.
         advice = advice_on(error)
         if advice is not None:
             fail(f"{error_text(error)}\n{advice}")
@@ -121,17 +122,17 @@ def readable_errors() -> Iterator[None]:
 
 
 def error_text(error: Exception) -> str:
-    """An error in a line: what it is, and what it says."""
+    """An error in one line: its type and its message."""
     if isinstance(error, OSError) and not _is_of_a_server(error):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    name, told = type(error).__name__, str(error)  # aiokafka's tell their names themselves.
-    if not told:
-        told = "no answer in time" if isinstance(error, TimeoutError) else "no more is known"
-    return told if told.startswith(name) else f"{name}: {told}"
+    name, message = type(error).__name__, str(error)  # The messages of aiokafka's errors begin with their names.
+    if not message:
+        message = "no answer in time" if isinstance(error, TimeoutError) else "no more is known"
+    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def advice_on(error: Exception) -> str | None:
-    """What to do about an error of a server; None for what is none."""
+    """What to do about a server's error; None for any other error."""
     import asyncpg
     import psycopg
     from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
@@ -158,7 +159,7 @@ def advice_on(error: Exception) -> str | None:
 
 
 def _advice_on_kafka(error: Exception) -> str:
-    """What to do about an error of Kafka's."""
+    """What to do about an error from Kafka."""
     from aiokafka.errors import (
         ClusterAuthorizationFailedError,
         GroupAuthorizationFailedError,
@@ -168,17 +169,17 @@ def _advice_on_kafka(error: Exception) -> str:
 
     refusals = (ClusterAuthorizationFailedError, GroupAuthorizationFailedError, TopicAuthorizationFailedError)
     if isinstance(error, refusals):
-        return "Kafka knows us, and does not let us: docs/operations/kafka.md has the rights that are needed."
+        return "Kafka knows this user, but denies access: docs/operations/kafka.md lists the rights that are needed."
     advice = "Is Kafka running, and PAYMENTS_KAFKA_BOOTSTRAP right?"
     if not isinstance(error, KafkaConnectionError):
         return advice
-    # Who comes without TLS, or with the wrong password, is hung up on, and the client tells no more.
+    # A broker closes a connection without TLS or with a wrong password, and the client reports no more than that.
     secured = "If it wants TLS or a password, are PAYMENTS_KAFKA_SECURITY_PROTOCOL and the settings beside it right?"
     return f"{advice} {secured}"
 
 
 def _is_of_a_server(error: Exception) -> bool:
-    """Whether it comes of a connection, and not of a file."""
+    """Whether the error comes from a connection, not from a file."""
     import socket
     import ssl
 
@@ -186,12 +187,12 @@ def _is_of_a_server(error: Exception) -> bool:
         return True
     if not isinstance(error, OSError) or error.filename is not None:
         return False
-    # Asyncio tells of several addresses at once without a number; a Unix socket that is not there has no name here.
+    # asyncio reports a failure of several addresses without an errno; a missing Unix socket has no filename here.
     return error.errno in (None, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENOENT, errno.EACCES)
 
 
 def _lacks_schema(error: BaseException | None) -> bool:
-    """Whether Postgres answered that there is no such table, column, type or function."""
+    """Whether Postgres answered that a table, column, type or function does not exist."""
     while error is not None:
         code = getattr(error, "sqlstate", None) or getattr(getattr(error, "orig", None), "sqlstate", None)
         if code in UNDEFINED:
@@ -201,24 +202,24 @@ def _lacks_schema(error: BaseException | None) -> bool:
 
 
 def no_nan(number: float) -> float:
-    """An option's number; nan, which is less than no bound, is wrong usage."""
+    """An option's number. NaN is refused as wrong usage: no bound would catch it."""
     if math.isnan(number):
-        raise typer.BadParameter("nan is no number.")
+        raise typer.BadParameter("must be a number, not nan.")
     return number
 
 
 def read_payment_id(text: str) -> "UUID":
-    """A payment's UUID; what is none is a message, and the end."""
+    """A payment's UUID; prints a message and exits if the text is not one."""
     from uuid import UUID
 
     try:
         return UUID(text)
     except ValueError:
-        fail(f"{text!r} is no payment id: a UUID such as 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69 is needed")
+        fail(f"{text!r} is not a payment id: write a UUID like 5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69")
 
 
 def confirm(question: str) -> None:
-    """Go on only if a person says yes; where nobody answers, it is a message that names --yes, and the end.
+    """Go on only if a person says yes. Where nobody can answer, prints a message that names --yes, and exits.
 
     Raises:
         typer.Abort: the answer was no.
@@ -228,13 +229,13 @@ def confirm(question: str) -> None:
     except typer.Abort:
         if sys.stdin.isatty():
             raise
-        fail("nobody answers here: give --yes, and nothing is asked")
+        fail("nobody can answer here: use --yes to skip the question")
     if not is_wanted:
         raise typer.Abort
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:
-    """Say it on standard error, and end."""
+    """Print the message on standard error and exit."""
     from app.console import safe_lines
 
     typer.secho(safe_lines(f"payments: {message}"), err=True, fg="red" if sys.stderr.isatty() else None)

@@ -2,7 +2,8 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -109,7 +110,7 @@ def _require_choice(letters: list[str] | None, *, everything: bool, reason: str 
         fail("name letters, or say --all or --reason")
 
 
-def _desk(data_dir: Any) -> "DeadLetterDesk":
+def _desk(data_dir: Path | None) -> "DeadLetterDesk":
     from app.dlq_desk import DeadLetterDesk
 
     return DeadLetterDesk(find_settings(data_dir, "PAYMENTS_POSTGRES_URL", "PAYMENTS_KAFKA_BOOTSTRAP"))

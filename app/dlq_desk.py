@@ -1,4 +1,4 @@
-"""The work behind `payments dlq`: list, show, retry and drop letters, each decision kept in Postgres."""
+"""The work behind `payments dlq`: list, show, retry and drop letters. Postgres keeps each decision."""
 
 import asyncio
 import json
@@ -18,23 +18,23 @@ from handlers.messages.card_numbers import REMOVED, holds_card_number
 from handlers.messages.events import write_time
 from handlers.messages.refusals import DeadLetterReason
 from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
-from infra.postgres.letters import Decision, LetterDecisions
+from infra.postgres.letters import LetterDecision, LetterDecisions
 
 SHOWN_BYTES = 60
 
 
 class Seen(NamedTuple):
-    """A letter when it was chosen: when it was parked, and what had been decided about it."""
+    """A letter as it was when chosen: when it was parked, and the decision about it until then."""
 
     parked_at: datetime
-    decision: Decision | None
+    decision: LetterDecision | None
 
 
 Chosen = dict[LetterId, Seen]
 
 
 class ReasonUnknown(ValueError):
-    """No letter is parked for that; the message says for what they are."""
+    """There is no such reason; the message lists those that exist."""
 
 
 class DeadLetterDesk:
@@ -50,7 +50,7 @@ class DeadLetterDesk:
         """Print letters, oldest first.
 
         Raises:
-            ReasonUnknown: no letter has such a reason.
+            ReasonUnknown: there is no such reason.
         """
         found = asyncio.run(self._rows(with_decided=with_decided, reason=_known(reason), limit=limit + 1))
         rows = found[:limit]
@@ -71,7 +71,7 @@ class DeadLetterDesk:
         print_wide(self._out, table_of(names, (map(str, each) for each in cells), whole={"letter", "key"}))
 
     def show(self, name: str) -> int:
-        """Print one letter whole; card numbers are masked in the text and left out of the bytes."""
+        """Print one letter completely. If its text holds a card number, text and bytes are left out."""
         letter = asyncio.run(self._log.letter(LetterId.parse(name)))
         value = letter.value or b""
         text = _safe_text(value)
@@ -88,11 +88,11 @@ class DeadLetterDesk:
         return 0
 
     def choose(self, names: list[str], *, reason: str | None) -> Chosen:
-        """The letters of these names; without names all that are open, perhaps of one reason.
+        """The letters with these names; without names, all open letters, with `reason` only those of that reason.
 
         Raises:
-            LetterUnknown: one of them is not there.
-            ReasonUnknown: no letter has such a reason.
+            LetterUnknown: one of them does not exist.
+            ReasonUnknown: there is no such reason.
         """
         return asyncio.run(self._choose(names, _known(reason)))
 
@@ -113,7 +113,7 @@ class DeadLetterDesk:
                 yield letter
 
     def undecided(self, chosen: Chosen) -> Chosen:
-        """Those of them about which nobody has decided; of each other one it is told what was."""
+        """The letters that nobody has decided about; prints the decision about each of the others."""
         for letter, (_, decision) in chosen.items():
             if decision is not None:
                 why = f": {safe_text(decision.why)}" if decision.why else ""
@@ -121,12 +121,12 @@ class DeadLetterDesk:
         return {letter: seen for letter, seen in chosen.items() if seen.decision is None}
 
     def retry(self, names: list[str], *, reason: str | None, dry_run: bool, again: bool) -> int:
-        """Publish letters again, what was decided about only if `again`; 1 if one of them could not be."""
+        """Publish letters again, decided ones only with `again`. Returns 1 if a letter was refused or left alone."""
         chosen = self.choose(names, reason=reason)
         wanted = chosen if again else self.undecided(chosen)
         left_alone = len(chosen) - len(wanted)
         if left_alone:
-            self._out.print(f"{left_alone} left alone; --again publishes it all the same")
+            self._out.print(f"{left_alone} left alone; --again publishes them all the same")
         if dry_run:
             self._out.print(f"{len(wanted)} letters would be published again: {', '.join(map(str, wanted))}")
             return 0
@@ -135,7 +135,7 @@ class DeadLetterDesk:
         return max(asyncio.run(self._retry_all(wanted, is_named=bool(names))), int(left_alone > 0))
 
     async def _retry_all(self, chosen: Chosen, *, is_named: bool) -> int:
-        """One after the other, as they lie: a payment's letters keep their order."""
+        """Publish one after the other, in the order of the topic: a payment's letters keep their order."""
         outcomes: Counter[str] = Counter()
         try:
             async with self._decisions() as decisions, self._log.publisher() as producer:
@@ -157,7 +157,7 @@ class DeadLetterDesk:
 
     def _tell_of_others(self, count: int) -> None:
         if count:
-            self._out.print(f"{count} left alone: somebody else decided about them meanwhile")
+            self._out.print(f"{count} left alone: somebody else has decided about them meanwhile")
 
     async def _read(self, chosen: Chosen, *, is_named: bool) -> AsyncGenerator[Letter, None]:
         """The chosen letters, one in memory at a time; many are found fastest by reading the whole topic once."""
@@ -171,9 +171,9 @@ class DeadLetterDesk:
                     yield letter
 
     async def _retry(
-        self, letter: Letter, seen: Decision | None, decisions: LetterDecisions, producer: AIOKafkaProducer
+        self, letter: Letter, seen: LetterDecision | None, decisions: LetterDecisions, producer: AIOKafkaProducer
     ) -> str:
-        """Published before it is noted: a crash in between repeats a command, and loses none."""
+        """Publish, then record the decision: a crash in between repeats a command but loses none."""
         place = (letter.id.partition, letter.id.offset)
         try:
             async with decisions.claim(place, "retried", parked_at=letter.parked_at, seen=seen) as is_ours:
@@ -186,7 +186,7 @@ class DeadLetterDesk:
         return "published"
 
     def drop(self, chosen: Chosen, *, why: str) -> int:
-        """Note that nothing will be done about them."""
+        """Record that nothing will be done about these letters."""
         dropped = asyncio.run(self._drop(chosen, why))
         self._out.print(f"{dropped} of {len(chosen)} dropped")
         self._tell_of_others(len(chosen) - dropped)
@@ -223,7 +223,7 @@ class DeadLetterDesk:
         return rows
 
 
-def _about(letter: Letter, decided: Mapping[tuple[int, int], Decision]) -> Decision | None:
+def _about(letter: Letter, decided: Mapping[tuple[int, int], LetterDecision]) -> LetterDecision | None:
     decision = decided.get((letter.id.partition, letter.id.offset))
     return decision if decision and letter.parked_at <= decision.parked_at else None
 
@@ -243,14 +243,14 @@ def _facts(letter: Letter, state: str) -> dict[str, Any]:
 
 def _known(reason: str | None) -> str | None:
     if reason is not None and reason not in set(DeadLetterReason):
-        raise ReasonUnknown(f"{reason!r} is no reason; there are: {', '.join(DeadLetterReason)}")
+        raise ReasonUnknown(f"{reason!r} is not a reason; use one of: {', '.join(DeadLetterReason)}")
     return reason
 
 
 def _safe_text(value: bytes, length: int | None = None) -> str:
-    """Readable whatever the bytes are: no control character reaches a terminal, no card number a log.
+    """Readable text for any bytes: no control character reaches a terminal, no card number a log.
 
-    It is the whole value that is searched for card numbers: cut first, one might lose its last digit and pass.
+    The whole value is searched for card numbers before it is cut: a number that lost its last digit would pass.
     """
     text = value.decode(errors="backslashreplace")
     if holds_card_number(text):

@@ -2,7 +2,8 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -166,7 +167,7 @@ def drop_quarantine(
         raise typer.Exit(_desk(data_dir).drop(names, why=why))
 
 
-def _desk(data_dir: Any, *also_needs: str) -> "RelayDesk":
+def _desk(data_dir: Path | None, *also_needs: str) -> "RelayDesk":
     from app.relay_desk import RelayDesk
 
     return RelayDesk(find_settings(data_dir, "PAYMENTS_POSTGRES_URL", *also_needs))

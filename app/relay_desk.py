@@ -1,4 +1,4 @@
-"""What the commands of `payments relay` do and print; the relay itself acts on what they write into its tables."""
+"""The work behind `payments relay`. Commands write requests into the relay's tables; the relay carries them out."""
 
 import asyncio
 import json
@@ -50,11 +50,11 @@ REQUESTS: Final[dict[str, str]] = {
     "adopt": "`payments relay adopt`",
 }
 SAY_EVERY_SECONDS = 5.0
-"""How often a wait says how far it is, where nobody would see a line change."""
+"""How often a wait prints its progress if the output is not a terminal."""
 
 
 class RelayDesk:
-    """One database's relays, seen by an operator. Each method prints, and returns the exit code."""
+    """One database's relays, for an operator. Each public method prints, and returns the exit code."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -78,7 +78,7 @@ class RelayDesk:
         for relay in overview.relays:
             self._out.print(_relay_table(relay))
         for name in overview.starting:
-            self._out.print(f"relay {name}: its first start publishes what is in the outbox, and is not done yet")
+            self._out.print(f"relay {name}: its first start is publishing what is in the outbox, and has not finished")
         if not overview.relays and not overview.starting:
             self._out.print("No relay has ever run on this database.")
         for stranger in overview.strangers:
@@ -106,7 +106,7 @@ class RelayDesk:
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
         if gap is not None and is_about_destination(gap) and not everything:
             self._out.print(
-                f"Not done: {gap}. A mistake? Then what waits would go to the wrong place: {advice_on(gap)}."
+                f"Not done: {gap}. If that is a mistake, waiting events would go to the wrong place: {advice_on(gap)}."
             )
             return 1
         repair: Repair = "everything" if everything else "unproven"
@@ -114,7 +114,7 @@ class RelayDesk:
             return self._decide(repair, timeout_seconds)
         finally:
             if self._ask(lambda connection: find_repair(connection, self._slot))[1] == repair:
-                self._out.print(f"{REQUESTS[repair]} stays asked for: a relay does it as soon as one can.")
+                self._out.print(f"{REQUESTS[repair]} stays requested: a relay does it as soon as one can.")
 
     def _list_unproven(self, limit: int) -> None:
         found = self._ask(partial(list_unproven, slot=self._slot, limit=limit + 1))
@@ -134,10 +134,10 @@ class RelayDesk:
                 self._out.print("The request to adopt is withdrawn: ask again when a relay runs.")
 
     def _require_relay(self) -> str:
-        """What it reads. Of a name that was mistyped everything would be unproven, and nothing to be replayed."""
+        """The relay's source. Fails if it never ran: for a mistyped name every event would count as unproven."""
         source = self._ask(lambda connection: find_source(connection, self._slot))
         if source is None:
-            fail(f"{self._named}, has never run here, or its first start is not done: `payments relay status` tells")
+            fail(f"{self._named}, has never run here, or its first start has not finished: see `payments relay status`")
         return source
 
     def _decide(self, repair: Repair, timeout_seconds: float) -> int:
@@ -147,13 +147,13 @@ class RelayDesk:
             gap, asked, _ = await find_repair(connection, self._slot)
             if asked is not None:
                 self._out.print(
-                    f"Not done: {REQUESTS[asked]} was asked for before, and is done first by a relay that runs"
-                    f"{_with_setting_of(gap)}: ask again after it"
+                    f"Not done: {REQUESTS[asked]} was requested before, and a running relay does that first"
+                    f"{_with_setting_of(gap)}: ask again afterwards"
                 )
                 return 1
             self._out.print(
-                f"Nothing to do: relay {self._slot!r} is active, or tries to be: `payments relay status` tells. (To"
-                " publish events once more beside it: `payments relay replay`.)"
+                f"Nothing to do: relay {self._slot!r} is active, or is trying to be: see `payments relay status`. (To"
+                " publish events again while it runs: `payments relay replay`.)"
             )
             return 1
 
@@ -162,7 +162,7 @@ class RelayDesk:
     async def _wait_for_repair(self, connection: psycopg.AsyncConnection, asked: Repair, timeout_seconds: float) -> int:
         started = time.monotonic()
         said_at = started
-        with self._out.status("asked the relay; waiting for it …") as shown:
+        with self._out.status("requested; waiting for the relay …") as shown:
             while (now := time.monotonic()) < started + timeout_seconds:
                 text = f"{now - started:.0f} s: {await self._repairing(connection, asked)}"
                 shown.update(text)
@@ -177,23 +177,23 @@ class RelayDesk:
                     self._out.print(f"done{await self._outcome(connection, asked, events)}; the relay goes on")
                     return 0
                 await asyncio.sleep(0.2)
-        self._out.print("asked, and not done yet: is a relay running?")
+        self._out.print("requested, but not done yet: is a relay running?")
         return 1
 
     async def _outcome(self, connection: psycopg.AsyncConnection, asked: Repair, events: int) -> str:
-        """A poll is only set back: it publishes as it goes on."""
+        """What a repair published. A polling relay is only set back, and publishes later as it goes on."""
         if asked != "adopt" and await find_source(connection, self._slot) == "poll":
-            return ": what is to be repeated is published from here on"
+            return ": the events to be repeated are published from here on"
         return f": {events} events published" if events else ""
 
     async def _repairing(self, connection: psycopg.AsyncConnection, asked: Repair) -> str:
         if (blocker := await find_blocker(connection, self._slot)) is not None:
             who, since = blocker
-            return f"the new slot waits for the end of a transaction that runs since {time_text(since)}, of {who}"
+            return f"the new slot waits for the end of a transaction of {who} that has run since {time_text(since)}"
         if await is_led(connection, self._slot):
             is_slot_made = asked != "adopt" and await find_source(connection, self._slot) == "wal"
-            return f"a relay is at it{': it makes the slot anew and publishes' if is_slot_made else ''}"
-        return "no relay is at it yet; one that stands before a gap looks every 2 s"
+            return f"a relay is working on it{': it creates the slot again and publishes' if is_slot_made else ''}"
+        return "no relay is working on it yet; a relay that stopped at a gap checks every 2 s"
 
     # --- quarantine ---------------------------------------------------------------------------------------------------
 
@@ -230,59 +230,59 @@ class RelayDesk:
         return 1 if left else code
 
     def _tell_of_dropped(self, names: set[str]) -> set[str]:
-        """Which of these events and payments, or an event of theirs, was dropped before; it is told of each."""
+        """Those of these events and payments that were dropped before, each printed with its reason."""
         found = self._at_quarantine(lambda desk: desk.dropped(names))
         for event, payment, why in found:
             self._out.print(f"{event} of {safe_text(payment)} was dropped before: {safe_text(why)}")
         return names & {name for event, payment, _ in found for name in (event, payment)}
 
     def _wait_for_quarantine(self, events: set[str], timeout_seconds: float) -> int:
-        """Until the relay has tried each of `events`; what else is in quarantine does not matter here."""
-        deadline, asked = time.monotonic() + timeout_seconds, f"asked for {len(events)} events"
+        """Wait until the relay has tried each of `events`; other events in quarantine do not matter here."""
+        deadline, asked = time.monotonic() + timeout_seconds, f"requested {len(events)} events"
         with self._out.status(f"{asked}; waiting for the relay …"):
             while time.monotonic() < deadline:
                 states = self._at_quarantine(lambda desk: desk.states(events))
                 if "retry" not in states:
                     dropped = states.count("dropped")
-                    told = [f"{len(events) - len(states)} published" if states else "all published"]
-                    told += [f"{len(states) - dropped} in quarantine again"] if len(states) > dropped else []
-                    told += [f"{dropped} dropped by somebody meanwhile"] if dropped else []
-                    self._out.print(f"{asked}: {', '.join(told)}")
+                    results = [f"{len(events) - len(states)} published" if states else "all published"]
+                    results += [f"{len(states) - dropped} in quarantine again"] if len(states) > dropped else []
+                    results += [f"{dropped} dropped by somebody meanwhile"] if dropped else []
+                    self._out.print(f"{asked}: {', '.join(results)}")
                     self._tell_of_refusals(events)
                     return 1 if states else 0
                 time.sleep(0.3)
         published = len(events) - len(self._at_quarantine(lambda desk: desk.states(events)))
-        self._out.print(f"{asked}, and not all are done: {published} published; {self._who_is_at_it()}")
+        self._out.print(f"{asked}, but not all are done: {published} published; {self._who_works_on_it()}")
         return 1
 
     def _tell_of_refusals(self, events: set[str]) -> None:
-        """Why they came back, and what can be done."""
+        """Print why events came back, and what can be done."""
         reasons = self._at_quarantine(lambda desk: desk.reasons(events))
         for reason in reasons:
             self._out.print(f"refused: {safe_text(reason)}")
         if reasons:
             is_size = all("TooLarge" in reason for reason in reasons)
-            mend = "raise the topic's max.message.bytes" if is_size else "mend that, if it can be mended"
+            fix = "raise the topic's max.message.bytes" if is_size else "fix the cause, if possible"
             give_up = "give up what was refused: `payments relay quarantine drop EVENT_ID --why …`"
-            self._out.print(f"To do: {mend}, and retry; or {give_up}")
+            self._out.print(f"To do: {fix}, and retry; or {give_up}")
 
-    def _who_is_at_it(self) -> str:
+    def _who_works_on_it(self) -> str:
         if self._ask(lambda connection: is_led(connection, self._slot)):
-            return "a relay is at it, `quarantine list` shows what is left"
-        return "no relay is active, one goes on with it when it is"
+            return "a relay is working on it, `quarantine list` shows what is left"
+        return "no relay is active; the next one goes on with it"
 
     def drop(self, names: list[str], *, why: str) -> int:
         unknown = set(names) - self._tell_of_dropped(set(names))
         dropped, tried = self._at_quarantine(lambda desk: desk.drop(names, why=why))
         if tried:
             self._out.print(
-                f"{tried} of {len(names)} not dropped: the relay is trying to publish just that. List again."
+                f"{tried} of {len(names)} not dropped: the relay is trying to publish them right now. List again."
             )
         elif not dropped and unknown:
-            self._out.print(f"{self._nothing} `drop` takes events' ids: nothing is dropped.")
+            self._out.print(f"{self._nothing} `drop` takes event ids: nothing was dropped.")
         if dropped:
             self._out.print(
-                f"{dropped} of {len(names)} dropped; a relay that runs publishes now what waited behind them:"
+                f"{dropped} of {len(names)} dropped; a running relay now publishes the events that waited behind them:"
                 " `quarantine list` shows what is left"
             )
         return 0 if dropped == len(set(names)) else 1
@@ -290,12 +290,7 @@ class RelayDesk:
     # --- replay -------------------------------------------------------------------------------------------------------
 
     def replay(self, wanted: dict[str, str | None], *, topic: str | None, rate: int, dry_run: bool) -> int:
-        selection = Selection(
-            payment=wanted["payment"],
-            type=wanted["type"],
-            since=moment(wanted["since"]),
-            until=moment(wanted["until"]),
-        )
+        selection = _selection(wanted)
         target = topic or self._settings.events_topic
         self._refuse_own_input(target)
         self._require_relay()
@@ -309,26 +304,35 @@ class RelayDesk:
         if not count:
             self._out.print(f"Nothing to publish again: {self._named}, has published no retained event like that.")
             return 1
-        with Progress(console=self._out) as progress:
-            task = progress.add_task(f"to {target}, at most {rate}/s", total=count)
-            replaying = _replay(replay, lambda published: progress.update(task, completed=published))
-            left, since, failure = asyncio.run(replaying)
-        done = f"{replay.done} of {replay.done + left}" if left else f"{replay.done}"
-        self._out.print(f"{done} events published again to {target}")
-        if since is not None:
-            again = f"--since {since.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-            told = f"To go on: the same command with {again} for its own, if any. A few events may come once more."
-            self._out.print(told, soft_wrap=True)
+        left, since, failure = self._publish_again(replay, f"to {target}, at most {rate}/s", total=count)
+        self._report_replay(replay.done, left, since, target)
         if failure is not None:
             raise failure
         return 1 if left else 0
 
+    def _publish_again(
+        self, replay: EventReplay, title: str, *, total: int
+    ) -> tuple[int, datetime | None, KafkaError | None]:
+        with Progress(console=self._out) as progress:
+            task = progress.add_task(title, total=total)
+            return asyncio.run(_replay(replay, lambda published: progress.update(task, completed=published)))
+
+    def _report_replay(self, published: int, left: int, since: datetime | None, target: str) -> None:
+        done = f"{published} of {published + left}" if left else f"{published}"
+        self._out.print(f"{done} events published again to {target}")
+        if since is not None:
+            again = f"--since {since.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+            advice = (
+                f"To go on: the same command with {again} instead of its own, if any. A few events may be repeated."
+            )
+            self._out.print(advice, soft_wrap=True)
+
     def _refuse_own_input(self, topic: str) -> None:
         if topic in (self._settings.commands_topic, self._settings.dead_letter_topic):
-            fail(f"--to {topic}: that topic is for commands, and events are none; name one that only subscribers read")
+            fail(f"--to {topic}: that topic is for commands, not for events; name a topic that only subscribers read")
 
     def _check_topic(self, topic: str) -> None:
-        """A producer would wait long for a topic that is not there, and then blame Kafka."""
+        """Fail early if the topic is missing: a producer would wait long for it, and then blame Kafka."""
         kafka = self._settings.kafka
         if not asyncio.run(has_topic(kafka, topic)):
             fail(
@@ -354,10 +358,19 @@ class RelayDesk:
         return self._ask(lambda connection: ask(QuarantineDesk(connection, self._slot)))
 
 
+def _selection(wanted: dict[str, str | None]) -> Selection:
+    return Selection(
+        payment=wanted["payment"],
+        type=wanted["type"],
+        since=moment(wanted["since"]),
+        until=moment(wanted["until"]),
+    )
+
+
 async def _replay(
     replay: EventReplay, on_progress: Callable[[int], None]
 ) -> tuple[int, datetime | None, KafkaError | None]:
-    """Where it ended before its end: how many events are left, since when those were written, and Kafka's reason."""
+    """If it stopped early: how many events are left, the earliest time that they were written, and Kafka's error."""
     stop, failure = stop_on_signals(first=_tell_that_it_ends), None
     try:
         await replay.run(on_progress, stop)
@@ -369,14 +382,14 @@ async def _replay(
 
 def _tell_that_it_ends() -> None:
     new_console(to_stderr=True).print(
-        "Ending: what is under way is waited for. Once more ends at once.", soft_wrap=True
+        "Ending after what is under way is done. Another signal ends at once.", soft_wrap=True
     )
 
 
 def _with_setting_of(gap: str | None) -> str:
     if gap is None or not is_about_destination(gap):
         return ""
-    return f" with {setting_behind(gap)} as it was, or `payments relay repair --everything` for another one"
+    return f" with the earlier {setting_behind(gap)}, or use `payments relay repair --everything` for the new one"
 
 
 def _relay_table(relay: RelayStatus) -> Table:
@@ -387,12 +400,15 @@ def _relay_table(relay: RelayStatus) -> Table:
         "source": relay.source,
         "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
         "slot": f"{relay.slot_state}" + (f", keeps {in_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
-        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {time_text(relay.saved_at)}, when it was last written down)",
+        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {time_text(relay.saved_at)}, when it was last saved)",
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
-    if relay.repair in ("unproven", "everything"):  # To adopt is asked for as long as somebody waits, who sees it.
-        rows["asked for"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
+    if relay.repair in (
+        "unproven",
+        "everything",
+    ):  # A request to adopt exists only while an operator waits for it, and sees it.
+        rows["requested"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
     for name, text in rows.items():
         table.add_row(name, text)
     return table

@@ -30,7 +30,7 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         self._console.print(Text.assemble("  ", ("!", "yellow"), f" {safe_lines(text)}"), soft_wrap=True)
 
-    def rest(self) -> None:
+    def stop_spinner(self) -> None:
         """End the spinner: nothing is being waited for."""
         if self._status is not None:
             self._status.stop()
@@ -38,7 +38,7 @@ class ConsoleReporter:
 
     def child_failed(self, failure: ChildFailed) -> None:
         """Say which process did not come up, and show the end of its log."""
-        self.rest()
+        self.stop_spinner()
         self._console.print(Text(f"\n✗ {safe_lines(str(failure))}", "bold red"))
         self._console.print(Text(f"the end of {failure.log_path}:", "dim"), soft_wrap=True)
         self._console.print(safe_lines(failure.log_tail or "(empty)"))

@@ -1,4 +1,4 @@
-"""`payments show` and `payments list`: what the store knows of payments, as a person or a program reads it."""
+"""`payments show` and `payments list`: payments as the store has them, printed as text or JSON."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ AMOUNTS: Final = ("authorized", "captured", "released", "refunded", "disputed")
 
 
 class FilterUnusable(ValueError):
-    """What was asked for cannot be looked up; the message says why."""
+    """A filter cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Wanted:
 
 
 def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
-    """Print one payment; the exit code, 1 where it is not known."""
+    """Print one payment. Returns the exit code: 1 if the payment is not known."""
 
     async def read(repository: PaymentRepository) -> tuple[PaymentRecord | None, tuple[Operation, ...], Any]:
         record = await repository.find_by_payment_id(payment_id)
@@ -61,7 +61,9 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
 
     record, operations, events = asyncio.run(_with_repository(settings, read))
     if record is None:
-        new_console(to_stderr=True).print(f"No payment {payment_id} here. (Its command may not have been read yet.)")
+        new_console(to_stderr=True).print(
+            f"No payment {payment_id} was found. (Its command may not have been read yet.)"
+        )
         return 1
     if as_json:
         facts = _facts(record) | {"operations": list(map(_operation_facts, operations))}
@@ -72,10 +74,10 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
 
 
 def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
-    """Print a page of payments, newest first; the exit code.
+    """Print a page of payments, newest first. Returns the exit code.
 
     Raises:
-        FilterUnusable, AmountUnusable, ValueError: an option cannot be read, or cannot go with another one.
+        FilterUnusable, AmountUnusable, ValueError: an option cannot be read, or cannot be combined with another.
     """
     find = _finder(wanted)
     page = asyncio.run(_with_repository(settings, find))
@@ -99,7 +101,7 @@ def _finder(wanted: Wanted) -> Callable[[PaymentRepository], Awaitable[Page]]:
     if wanted.customer is None and wanted.order is None:
         return lambda repository: repository.find_by_filters(filters, limit=wanted.limit, cursor=wanted.cursor)
     if filters != PaymentFilters() or None not in (wanted.customer, wanted.order):
-        raise FilterUnusable("--customer and --order stand alone: they cannot go with each other or another filter")
+        raise FilterUnusable("--customer and --order cannot be combined with each other or with another filter")
     if wanted.customer is not None:
         customer = wanted.customer
         return lambda repository: repository.find_by_customer_id(customer, limit=wanted.limit, cursor=wanted.cursor)
@@ -111,7 +113,7 @@ def _status(text: str | None) -> PaymentStatus | None:
     try:
         return PaymentStatus(text) if text is not None else None
     except ValueError as error:
-        raise FilterUnusable(f"{text!r} is no status; there are: {', '.join(PaymentStatus)}") from error
+        raise FilterUnusable(f"{text!r} is not a status; use one of: {', '.join(PaymentStatus)}") from error
 
 
 def _bound(amount: str | None, currency: str | None) -> int | None:
@@ -131,8 +133,10 @@ def moment(text: str | None) -> datetime | None:
             return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
         found = datetime.fromisoformat(text)
         return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    except (ValueError, OverflowError) as error:  # Before the year 1 is no time, either.
-        raise FilterUnusable(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)") from error
+    except (ValueError, OverflowError) as error:  # An age may reach back before the year 1.
+        raise FilterUnusable(
+            f"{text!r} is not a date or age; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)"
+        ) from error
 
 
 async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
@@ -202,7 +206,7 @@ def _nothing_moved(payment: Payment) -> str:
 
 
 def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
-    """Where the payer goes and until when, while they are awaited: as the newest event says that asked for it."""
+    """Where the payer must go and until when, while we wait for them; from the newest event that asked for it."""
     if payment.status is not PaymentStatus.REQUIRES_ACTION:
         return {}
     asked = [json.loads(event.payload)["action"] for event in events if event.type == ASKED]

@@ -1,7 +1,7 @@
 """Everything on this machine: the servers, the provider simulator and the service, each a process of its own.
 
-Promises: `start` returns when everything answers its health page; what crashes is started again; `stop` ends things in
-the order in which nobody misses anybody: worker, relay, HTTP, simulator, servers.
+Promises: `start` returns when every part answers its health page; a process that crashes is started again; `stop` ends
+each part before the parts that it depends on: worker, relay, HTTP, simulator, servers.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from infra.sandbox import momo, vnpay
 RESTART_DELAY_FIRST_SECONDS: Final = 0.5
 RESTART_DELAY_MAX_SECONDS: Final = 30.0
 STEADY_SECONDS: Final = 30.0
-"""A process that lived this long did not fail at starting: its next restart is quick again."""
+"""A process that ran this long did not fail at its start: its next restart is quick again."""
 SERVER_WATCH_SECONDS: Final = 1.0
 PREFERRED_HTTP_PORT: Final = 8080
 SIMULATOR_KEY: Final = "sk_test_simulator"
@@ -41,35 +41,35 @@ RETURNS: Final = (
     "PAYMENTS_VNPAY_RETURN_URL",
     "PAYMENTS_MOMO_REDIRECT_URL",
 )
-"""Where payers come back to: here there is no shop."""
+"""The pages that payers return to; here there is no shop."""
 CREDENTIALS: Final = (
     "PAYMENTS_STRIPE_API_KEY",
     "PAYMENTS_PAYPAL_CLIENT_SECRET",
     "PAYMENTS_VNPAY_HASH_SECRET",
     "PAYMENTS_MOMO_SECRET_KEY",
 )
-"""What only a real installation has, or a simulator's own."""
+"""Set only in a real installation, or to the simulators' own values."""
 SERVICE: Final = ("worker", "relay", "http")
 
 
 class Reporter(Protocol):
-    """Who is told how it goes."""
+    """Receives the progress of starting and stopping."""
 
     def step(self, text: str) -> None:
-        """Something takes a while from now on."""
+        """A step begins that takes a while."""
 
     def done(self, what: str, detail: str) -> None:
-        """It is there."""
+        """A part is ready."""
 
     def note(self, text: str) -> None:
         """Something that a person should know."""
 
 
 class Installation:
-    """One set of everything, with its data in `data_dir` and the URLs of the environment in place of our servers.
+    """One complete set of servers and processes, with data in `data_dir`. URLs in the environment replace our servers.
 
-    `stack_file` was entered by the caller: only its owner may run an installation over the folder. `defaults` are
-    settings for what the environment leaves open. This process takes on the same environment as its children.
+    The caller has entered `stack_file`: only its owner may run an installation in the folder. `defaults` are settings
+    that the environment does not set. This process takes on the same environment as its children.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Installation:
         }
 
     async def start(self) -> None:
-        """Start everything, as much as possible side by side. What was started must be stopped even after an error.
+        """Start everything, as much as possible in parallel. Call `stop` even after an error.
 
         Raises:
-            LocalServerError, ChildFailed: of the first part that could not start.
+            LocalServerError, ChildFailed: a part could not start.
         """
         os.environ.update(self._environment)
         processes.preload()
@@ -124,7 +124,7 @@ class Installation:
         self._keepers += [asyncio.create_task(self._keep_server(server)) for server in self._servers.servers]
 
     async def stop(self) -> None:
-        """End everything that was started, in good order; the data stays."""
+        """Stop everything that was started, in order; the data stays."""
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -133,7 +133,7 @@ class Installation:
                 await self._stop_child(self.children[name])
         await self._client.aclose()
         if self._servers_starting is not None:
-            # A start that was interrupted goes on in its thread: only afterwards can everything be stopped.
+            # An interrupted start goes on in its thread: the servers can be stopped only after it.
             await asyncio.gather(self._servers_starting, return_exceptions=True)
             self._reporter.step("stopping the servers …")
             await asyncio.to_thread(self._servers.stop)
@@ -146,7 +146,7 @@ class Installation:
         await asyncio.to_thread(shutil.rmtree, self.data_dir / "logs", ignore_errors=True)
 
     def kill_all(self) -> None:
-        """For the impatient: our processes end at once. The servers still stop in good order."""
+        """End our processes at once, without waiting. The servers still stop in order."""
         for child in self.children.values():
             child.kill()
 
@@ -198,7 +198,7 @@ class Installation:
         if child.pid is not None:
             self._reporter.step(f"stopping {child.name} …")
             if not await child.stop():
-                self._reporter.note(f"{child.name} did not stop in good order ({child.ending()}): see {child.log_path}")
+                self._reporter.note(f"{child.name} did not stop cleanly ({child.ending()}): see {child.log_path}")
 
     def _write_stack_file(self) -> None:
         pids = {name: child.pid for name, child in self.children.items() if child.pid is not None}
@@ -207,7 +207,7 @@ class Installation:
     # --- keeping it running -----------------------------------------------------------------------------------------
 
     async def _keep(self, child: Child) -> None:
-        """Start the child again whenever it ends, with a growing pause while it fails again and again."""
+        """Start the child again whenever it ends, with a growing pause while it keeps failing."""
         failures = 0
         while True:
             await child.wait()
@@ -261,16 +261,18 @@ async def run_until_stopped(installation: Installation, on_ready: Callable[[], N
 
 
 def addresses(*, simulates: bool) -> dict[str, str]:
-    """Ports for our processes, those of the environment where it names them, and how they find each other.
+    """Ports for our processes, from the environment if set there, and the settings by which they find each other.
 
     Raises:
-        LocalServerError: somebody listens on one that the environment names; he would answer for our process.
+        LocalServerError: another process listens on a port that the environment names; it would answer for ours.
     """
     for variable in map(_port_variable, SERVICE):
         port = os.environ.get(variable)
         if port and not is_free(int(port)):
             raise LocalServerError(
-                f"Port {port} of {HOST}", "somebody listens there already", f"free it, or set {variable} to another"
+                f"Port {port} of {HOST}",
+                "another process already listens there",
+                f"free it, or set {variable} to another",
             )
     ports = {_port_variable(name): os.environ.get(_port_variable(name)) or str(free_port()) for name in SERVICE}
     if _port_variable("http") not in os.environ and is_free(PREFERRED_HTTP_PORT):
@@ -285,20 +287,20 @@ def addresses(*, simulates: bool) -> dict[str, str]:
 
 
 def _refuse_real(simulators: Mapping[str, str]) -> None:
-    """In the environment of a real installation, its orders would be called paid by a simulator."""
+    """Refuse to run with a real installation's credentials: the simulator would report its orders as paid."""
     given = [name for name in CREDENTIALS if os.environ.get(name) not in (None, "", simulators[name])]
     if given:
         raise LocalServerError(
             "The simulated providers",
-            f"{', '.join(given)} would be replaced by theirs, and what is ordered here be called paid by them",
+            f"{', '.join(given)} would be replaced by theirs, and they would report orders here as paid",
             f"unset it, or set {STRIPE_BASE} to call the real providers",
         )
 
 
 def simulated(simulator: str, http: str) -> dict[str, str]:
-    """The settings for every gateway, at the simulators' address and with what opens them.
+    """The settings for every gateway: the simulators' addresses and credentials.
 
-    `simulator` and `http` are base URLs: of the simulators, and of the process that receives webhooks.
+    `simulator` and `http` are the base URLs of the simulators and of the process that receives webhooks.
     """
     return {
         STRIPE_BASE: simulator,

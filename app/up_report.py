@@ -60,7 +60,7 @@ def start_errors(console: Console, reporter: ConsoleReporter) -> Iterator[None]:
     except LocalServerError as error:
         console.print(trouble(str(error)), soft_wrap=True)
     finally:
-        reporter.rest()
+        reporter.stop_spinner()
     raise typer.Exit(1)
 
 
@@ -68,7 +68,7 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
     started = time.monotonic()
 
     def on_ready() -> None:
-        reporter.rest()
+        reporter.stop_spinner()
         after = f" after {time.monotonic() - started:.1f} s. Ctrl-C stops everything.\n"
         console.print(Text.assemble(("Ready", "bold green"), after))
         show_addresses(console, installation.urls, installation.data_dir)

@@ -235,7 +235,7 @@ class Worker:
         await broker.start()
         # At once, so that it is there before the first read.
         self._reader = SkippingReader.install(
-            subscriber.consumer, self._consumer.park_undecodable, self._consumer.tell_deleted
+            subscriber.consumer, self._consumer.park_undecodable, self._consumer.report_deleted
         )
         self._tasks.append(asyncio.create_task(self._watch_reading(self._reader)))
 

@@ -20,7 +20,7 @@ from domain.ports import Changes, Clock, OutboxRow
 from domain.rules import Rules
 from handlers.messages.commands import command_from_content
 from handlers.messages.events import event_type, write_event, write_replay, write_time
-from handlers.tally import Tally
+from handlers.tally import BatchCounts
 
 
 def place_of(given: Input) -> tuple[UUID, int] | None:
@@ -97,7 +97,7 @@ class Batch:
         self._outbox: list[OutboxRow] = []
         self._events: list[Event] = []
         self._notices: list[int] = []
-        self._tally = Tally()
+        self._counts = BatchCounts()
 
     def apply(self, given: Input) -> None:
         """Decide one input on the state that the inputs before it left behind."""
@@ -108,7 +108,7 @@ class Batch:
         elif isinstance(given, Notified):
             given = self._with_known(self._with_named(given, payment), payment)
         decision = decide(payment, given, now=self._now, rules=self._rules)
-        self._tally.note(given, decision, payment)
+        self._counts.note(given, decision, payment)
         if decision.is_postponed:
             return
         if isinstance(given, Notified) and given.notice_id is not None:
@@ -127,7 +127,7 @@ class Batch:
         stored = self._stored.get(delivery.command.idempotency_key or "")
         if stored is None:
             return delivery
-        self._tally.duplicates += 1
+        self._counts.duplicates += 1
         if stored.is_open and payment is not None:
             # The payment's own copy is the one that later decisions see.
             own = (each for each in payment.operations if each.number == stored.number)
@@ -226,7 +226,7 @@ class Batch:
 
     def report(self) -> None:
         """Count what was saved, and never fail."""
-        self._tally.report(
+        self._counts.report(
             notices=self._notices, events=self._events, operations=self._operations.values(), decided_at=self._now
         )
 

@@ -1,7 +1,7 @@
-"""The edge where commands come in: a FastStream batch subscriber; Postgres owns a batch before Kafka may forget it.
+"""The edge where commands come in: a FastStream batch subscriber. Offsets are committed only once Postgres has a batch.
 
-Messages are read one by one, so an unreadable one goes to the dead-letter topic and its neighbours go on. One failure
-policy: Postgres away means rewind and back off; anything else was already pinned down to single messages.
+Messages are parsed one by one, so an unreadable one goes to the dead-letter topic and its neighbours go on. One failure
+policy: if Postgres is away, rewind and back off; any other failure was already isolated to single messages.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ Record = Any
 BATCH_MAX = 500
 IDLE_POLL_MS = 5
 CYCLE_SECONDS = 0.004
-"""Least time from one batch to the next: at a steady load, tiny batches cost the most."""
+"""Least time from one batch to the next: under a steady load, tiny batches are the most expensive."""
 COMMIT_INTERVAL_SECONDS = 0.05
 POSITION_SECONDS = 1.0
 READS_ON_SECONDS: Final = 0.02
-"""For so long commands are read before others have their turn: Kafka's heartbeats, answers, questions about health."""
+"""Longest time spent parsing before yielding to the event loop for heartbeats, answers and health checks."""
 RETRIES_BEFORE_PARKING = 5
-"""Some five seconds in all: long enough for a hiccup, and no partition stands still for a poison message."""
+"""About five seconds in all: enough for a brief failure, and short enough that a poison message stops no partition."""
 
 
 class CommandConsumer:
-    """Accepts batches of commands through the write path and passes what they start to the dispatcher."""
+    """Accepts batches of commands through the write path and passes the resulting requests to the dispatcher."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class CommandConsumer:
     def subscribe(self, broker: KafkaBroker, *, topic: str, group_id: str) -> Any:
         """Register the batch subscriber, and return it. The AsyncAPI document shows single messages instead.
 
-        Whoever runs it finds the offset to begin at where the group has none (`infra/kafka/skipping.py`).
+        The caller finds the offset to begin at if the group has none (`infra/kafka/skipping.py`).
         """
         subscriber = broker.subscriber(
             topic,
@@ -80,7 +80,7 @@ class CommandConsumer:
             max_records=BATCH_MAX,
             batch_timeout_ms=IDLE_POLL_MS,
             group_id=group_id,
-            auto_offset_reset="none",  # Commands that Kafka deleted unread are told of: see `tell_deleted`.
+            auto_offset_reset="none",  # Deleted unread commands are reported: `report_deleted`.
             isolation_level="read_committed",  # An order that was rolled back is not to be charged.
             ack_policy=AckPolicy.MANUAL,
             parser=_whole,
@@ -102,15 +102,15 @@ class CommandConsumer:
                 await self._on_batch(message)
 
     async def park_undecodable(self, topic: str, partition: int, offset: int, trouble: str) -> None:
-        """Park the place of a record that the Kafka client could not decode; nothing of it is known."""
+        """Park the place of a record that the Kafka client could not decode; its content is not known."""
         letter = DeadLetter(
             value=None, key=None, headers=(), topic=topic, partition=partition, offset=offset,
             reason=DeadLetterReason.RECORD_UNDECODABLE, detail=trouble,
         )  # fmt: skip
         await self._park([letter])
 
-    def tell_deleted(self, topic: str, partition: int, expected: int, beginning: int) -> None:
-        """Say that the log begins at another offset than this group was to read next, and is read on from there."""
+    def report_deleted(self, topic: str, partition: int, expected: int, beginning: int) -> None:
+        """Report that the log begins at another offset than this group's next one. Reading goes on from there."""
         place = {"topic": topic, "partition": partition, "from_offset": expected, "to_offset": beginning}
         if beginning > expected:
             metrics.COMMANDS_LOST.inc(beginning - expected)
@@ -137,7 +137,7 @@ class CommandConsumer:
             await self._postpone(message, cause)
             return
         except Exception:
-            # A defect. FastStream would go on with the next batch, whose offsets would say that this one is done, too.
+            # A defect. FastStream would go on with the next batch, whose offsets would mark this one as done, too.
             log.exception("batch postponed", records=len(records))
             await self._postpone(message, "defect")
             return
@@ -183,7 +183,7 @@ class CommandConsumer:
         await self._park(letters)
 
     async def _try_again(self, deliveries: list[Delivery], applied: Applied) -> Applied:
-        """What failed alone gets some seconds to heal; its neighbours are done, its payment's later commands wait."""
+        """Retry isolated failures for some seconds. Other payments are done; later commands of the same one wait."""
         backoff = Backoff(first_seconds=0.3, max_seconds=3)
         for _ in range(self._retries_before_parking):
             await asyncio.sleep(backoff.next_seconds())
@@ -195,9 +195,9 @@ class CommandConsumer:
         return await self._give_up(applied)
 
     async def _give_up(self, applied: Applied) -> Applied:
-        """What failed is left behind, so that what waited for it is decided on what there is.
+        """Leave failed commands behind, and apply those that waited for them to the state as it is.
 
-        That may fail as well, with others waiting behind it: each round leaves fewer, and the last leaves none.
+        These may fail as well, with others waiting behind them: each round leaves fewer, and the last none.
         """
         while applied.not_tried:
             rest = await self._write_path.apply(applied.not_tried)
@@ -217,15 +217,15 @@ class CommandConsumer:
 
 
 async def _rewind(message: KafkaMessage) -> None:
-    """Have it read again. Where one of its partitions has moved, all were put back to what is committed."""
+    """Have the batch read again. If one of its partitions has moved, all were already reset to what is committed."""
     with contextlib.suppress(IllegalStateError):
         await message.nack()
 
 
 async def _whole(records: tuple[Record, ...], parse: Callable[[tuple[Record, ...]], Awaitable[Any]]) -> Any:
-    """Parse a batch without its headers: FastStream reads each as UTF-8, and drops the whole batch if one is not.
+    """Parse a batch without its headers: FastStream decodes each as UTF-8, and drops the whole batch if one is not.
 
-    It would not even be an error: the offsets of the next batch would say that this one is done, too.
+    That would go unnoticed: the offsets of the next batch would mark this one as done, too.
     """
     message = await parse((replace(records[0], headers=()), replace(records[-1], headers=())))
     message.raw_message = records
@@ -233,15 +233,15 @@ async def _whole(records: tuple[Record, ...], parse: Callable[[tuple[Record, ...
 
 
 async def _itself(message: Any) -> Any:
-    """Hand the handler the whole message, undecoded: by default one body that is no JSON would fail the whole batch.
+    """Pass the handler the whole message, undecoded: by default one body that is not JSON would fail the whole batch.
 
-    Asked for by its type instead, it would come out of a dependency that FastStream resolves on another thread.
+    Requested by its type instead, it would come from a dependency that FastStream resolves on another thread.
     """
     return message
 
 
 async def _read(records: Sequence[Record]) -> tuple[list[tuple[Delivery, Record]], list[DeadLetter]]:
-    """The commands in these records; heartbeats and other payments have their turn while many are read."""
+    """The commands in these records; yields to the event loop while many are parsed."""
     deliveries: list[tuple[Delivery, Record]] = []
     letters: list[DeadLetter] = []
     since = time.monotonic()
@@ -272,22 +272,24 @@ def _letter(record: Record, reason: str, detail: str) -> DeadLetter:
 
 
 class Offsets:
-    """Commits, in the background, the offsets of batches that Postgres owns. Late or lost commits only repeat work."""
+    """Commits, in the background, offsets of batches that are in Postgres. A late or lost commit only repeats work."""
 
     def __init__(self) -> None:
         self._consumer: Any = None
         self._next: dict[TopicPartition, int] = {}
 
     async def accepted(self, consumer: Any, records: Sequence[Record]) -> None:
-        """Everything up to these records, the last that were read, is in Postgres.
+        """Note that everything up to these records, the last that were read, is in Postgres.
 
-        What is no record counts as read, too: if Kafka deletes no more than the end of a transaction, nothing is lost.
+        Transaction markers, which are not records, count as read: if Kafka deletes only them, nothing is lost.
         """
         self._consumer = consumer
         for partition, read_to in {
             TopicPartition(each.topic, each.partition): each.offset + 1 for each in records
         }.items():
-            with contextlib.suppress(IllegalStateError):  # It has moved, and whoever has it reads these again.
+            with contextlib.suppress(
+                IllegalStateError
+            ):  # The partition has moved, and its new owner reads these again.
                 self._next[partition] = max(read_to, await _position(consumer, partition))
 
     async def run(self) -> None:
@@ -297,9 +299,9 @@ class Offsets:
             await self.commit()
 
     async def commit(self) -> None:
-        """Commit what was accepted since the last time. A refusal means that others will see the batch again."""
+        """Commit what was accepted since the last time. If that is refused, other workers read the batch again."""
         accepted, self._next = self._next, {}
-        # One that has moved would have all of them refused.
+        # A partition that has moved would have the whole commit refused.
         due = {each: offset for each, offset in accepted.items() if each in self._consumer.assignment()}
         if not due:
             return
@@ -313,7 +315,7 @@ class Offsets:
 
 
 class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
-    """Commits before partitions leave, so that the next owner starts where we stopped."""
+    """Commits before partitions are revoked, so that the next owner starts where this worker stopped."""
 
     def __init__(self, offsets: Offsets, backlog: Backlog) -> None:
         self._offsets = offsets
@@ -327,7 +329,7 @@ class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka s
 
 
 async def _position(consumer: Any, partition: TopicPartition) -> int:
-    """What is read next; 0 where that is not known just now, since the partition has only just come back."""
+    """The next offset to read; 0 if it is not known yet because the partition has only just been assigned again."""
     try:
         async with asyncio.timeout(POSITION_SECONDS):
             return int(await consumer.position(partition))

@@ -1,7 +1,7 @@
-"""How fast a gateway is asked about what is stuck: never above a rate, and not at all while its provider wants to rest.
+"""How fast a gateway is asked about stuck operations: within a rate, and not at all while its provider rests.
 
-This is for questions and repeated attempts only. A payer's new operation is sent at once: it is what the provider's own
-limit should be left for, and where it is refused at the door, that is proof that nothing moved.
+This limits questions and repeated attempts only. A payer's new operation is sent at once: the provider's own limit is
+best left for those, and if the provider refuses one because of its limit, that proves that nothing moved.
 """
 
 import asyncio
@@ -11,16 +11,16 @@ from typing import Final
 from domain.ports import Gateway, Resting
 
 CATCH_UP_SECONDS: Final = 0.05
-"""What was missed in this time, our event loop being busy, may follow at once."""
+"""Turns that were missed within this time, because our event loop was busy, may be taken at once."""
 PATIENCE_SECONDS: Final = 2.0
-"""A shorter rest is waited for, so that a low limit is made use of; a longer one would hold up the others."""
+"""A rest up to this long is waited for, so that a low limit is fully used; a longer one would delay other work."""
 KEPT_BACK: Final = 0.1
-"""Of the rate: half for what follows at once, half for what the network brings closer together on its way, so that
-the provider never has more than `per_second` in a second."""
+"""Share of the rate kept in reserve: half for turns that are caught up, half for requests that the network moves closer
+together, so that the provider never receives more than `per_second` in a second."""
 
 
 class Pace:
-    """Turns of one gateway, in this process. Unlimited unless `per_second` is given."""
+    """Hands out turns to call one gateway, in this process. Unlimited unless `per_second` is given."""
 
     def __init__(self, clock: Callable[[], float], gateway: Gateway, per_second: float | None = None) -> None:
         self.per_second = per_second
@@ -32,17 +32,17 @@ class Pace:
 
     @property
     def rests(self) -> bool:
-        """Whether the provider said that it has had too much, and its time is not over."""
+        """Whether the provider asked for fewer requests, and the time for that is not over."""
         return self._rests_seconds() > 0
 
     @property
     def rests_long(self) -> bool:
-        """Whether it rests for longer than anybody who is on his turn should wait."""
+        """Whether the provider rests for longer than a caller should wait for its turn."""
         return self._rests_seconds() > PATIENCE_SECONDS
 
     @property
     def rests_briefly(self) -> bool:
-        """Whether it rests, and not for long."""
+        """Whether the provider rests, but not for long."""
         return self.rests and not self.rests_long
 
     def wait_seconds(self) -> float:
@@ -50,12 +50,12 @@ class Pace:
         return max(self._next_at - self._clock(), self._rests_seconds())
 
     def take(self) -> None:
-        """Use a turn, whose time has come."""
+        """Use a turn; `wait_seconds` must have reached 0."""
         self._next_at = max(self._next_at, self._clock() - self._late_max) + self._gap
 
     async def turn(self) -> bool:
-        """Wait for a turn, and use it; False, without one, where the provider rests for long."""
-        while (seconds := self.wait_seconds()) > 0:  # others take turns, the provider rests again
+        """Wait for a turn and use it. Returns False, without a turn, if the provider rests for long."""
+        while (seconds := self.wait_seconds()) > 0:  # others may take turns, the provider may rest again
             if self.rests_long:
                 return False
             await asyncio.sleep(seconds)

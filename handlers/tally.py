@@ -1,4 +1,4 @@
-"""What a batch is counted and logged as, once it is saved: duplicates, what was healed, what contradicts the books."""
+"""Metrics and logs of a saved batch: duplicates, operations that were healed, contradictions with the books."""
 
 from collections.abc import Iterable, Sequence, Set
 from datetime import datetime
@@ -15,8 +15,8 @@ from handlers import metrics
 log = structlog.get_logger(__name__)
 
 
-class Tally:
-    """Kept while a batch is decided. One that is not saved is thrown away with its batch, so that it counts nothing."""
+class BatchCounts:
+    """Collected while a batch is decided. Counts of a batch that is not saved are discarded with it."""
 
     def __init__(self) -> None:
         self.duplicates = 0
@@ -27,7 +27,7 @@ class Tally:
         self._healed: list[tuple[Operation, str]] = []
 
     def note(self, given: Input, decision: Decision, before: Payment | None) -> None:
-        """One decision, and the payment as it was before it."""
+        """Note one decision; `before` is the payment as it was before it."""
         if decision.is_postponed:
             self._note_postponed(given)
             return
@@ -41,10 +41,10 @@ class Tally:
     def _note_postponed(self, given: Input) -> None:
         self._postponed += 1
         if isinstance(given, Notified) and given.notice_id is None and given.operation is not None:
-            self._contradicted.append(given.operation)  # It does not wait in the inbox, so a person is to look.
+            self._contradicted.append(given.operation)  # It does not wait in the inbox, so a person must look.
 
     def _note_reconciled(self, given: Input, decision: Decision, before: Payment | None) -> None:
-        """What was stuck and ended by this, and what the provider tells otherwise than it is booked."""
+        """Note stuck operations that this decision ended, and answers that contradict what is booked."""
         was_stuck = isinstance(given, Answer) and given.was_stuck
         if was_stuck or (before is not None and before.has_indeterminate):
             ended = [each for each in decision.operations if not each.is_open and _was(UNDER_WAY, before, each)]
@@ -59,7 +59,7 @@ class Tally:
     def report(
         self, *, notices: Sequence[int], events: Iterable[Event], operations: Iterable[Operation], decided_at: datetime
     ) -> None:
-        """Count what was saved, and never fail: after the commit an error would make it look refused."""
+        """Count what was saved. Never raises: after the commit, an error would make the batch look refused."""
         try:
             metrics.NOTICES_APPLIED.inc(len(notices))
             self._count()

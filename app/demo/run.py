@@ -20,7 +20,7 @@ from app.demo.books import Books, compare
 from app.demo.orders import Sending, stream
 from app.demo.outsiders import Outsiders
 from app.demo.screen import Screen
-from app.demo.tally import Check, Tally
+from app.demo.tally import Check, DemoTally
 from app.reporter import ConsoleReporter
 from app.settings import Settings
 from app.signals import stop_on_signals
@@ -93,7 +93,7 @@ class Demo:
         self._reporter = reporter
         self._screen = screen
         self._sendings = sendings
-        self._tally = Tally(sendings)
+        self._tally = DemoTally(sendings)
         self._answered = asyncio.Event()
         self._letters: set[tuple[bytes, bytes]] = set()
 
@@ -121,14 +121,14 @@ class Demo:
             return code
         finally:
             await self._installation.stop()
-            self._reporter.rest()
+            self._reporter.stop_spinner()
 
     async def _perform(self) -> int:
         self._screen.heading("Starting")
         await self._installation.erase()
         await self._installation.start()
         self._reporter.has_started = True
-        self._reporter.rest()
+        self._reporter.stop_spinner()
         await self._set_latency()
         self._screen.heading("Orders come in")
         since = await database_time(self._installation.urls["postgres"])
@@ -280,7 +280,7 @@ def _check_books(books: Books) -> Iterator[Check]:
     yield Check("our ledger and the providers' books agree", not unequal, found)
 
 
-def check_told(tally: Tally, books: Books) -> Check:
+def check_told(tally: DemoTally, books: Books) -> Check:
     """A subscriber who adds up what the results say must come to the same sums as the ledger."""
     booked: Counter[tuple[str, str]] = Counter()
     for each in books.currencies:

@@ -16,7 +16,7 @@ from rich.text import Text
 from app.console import safe_text
 from app.demo.books import Books
 from app.demo.orders import STORIES, TROUBLED
-from app.demo.tally import Check, Tally, percentile
+from app.demo.tally import Check, DemoTally, percentile
 from domain.money import Money
 
 REFRESH_SECONDS: Final = 0.1
@@ -33,7 +33,7 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._started = time.monotonic()
-        self._tally: Tally | None = None
+        self._tally: DemoTally | None = None
         self._total = 0
 
     def tell(self, text: str) -> None:
@@ -48,7 +48,7 @@ class Screen:
     def heading(self, text: str) -> None:
         self.console.print(Text(f"\n{text}", "bold"))
 
-    async def follow(self, tally: Tally, total: int) -> None:
+    async def follow(self, tally: DemoTally, total: int) -> None:
         """Show how far it is, until cancelled."""
         self._tally, self._total = tally, total
         if self.console.is_terminal:
@@ -73,16 +73,16 @@ class Screen:
     def _of(self, sent: int) -> str:
         return f"{sent:,} of {self._total:,} messages"
 
-    def _answered(self, tally: Tally) -> str:
+    def _answered(self, tally: DemoTally) -> str:
         return f"{tally.answered:,} of {tally.deliveries:,} deliveries"
 
-    def _numbers(self, tally: Tally) -> str:
+    def _numbers(self, tally: DemoTally) -> str:
         parts = [f"sent {self._of(tally.sent)}", f"answered {tally.answered:,}", f"in flight {tally.in_flight}"]
         return f"[dim]{', '.join(parts)}[/]"
 
     # --- at the end -------------------------------------------------------------------------------------------------
 
-    def show_commands(self, tally: Tally) -> None:
+    def show_commands(self, tally: DemoTally) -> None:
         """Commands by type and result."""
         table = _table("command", "sent", "succeeded", "declined", "rejected")
         for kind in (kind for kind in KINDS if kind in tally.by_kind()):
@@ -93,7 +93,7 @@ class Screen:
             )
         self.console.print(table)
 
-    def show_troubles(self, tally: Tally, unreadable: int, parked: int) -> None:
+    def show_troubles(self, tally: DemoTally, unreadable: int, parked: int) -> None:
         """What went wrong on purpose, and what came of it."""
         table = _table("what went wrong on purpose", "commands", "what came of it")
         table.columns[2].justify = "left"
@@ -105,7 +105,7 @@ class Screen:
             table.add_row("unreadable message", f"{unreadable:,}", f"{parked:,} kept in the dead-letter topic")
         self.console.print(table)
 
-    def show_latency(self, tally: Tally) -> None:
+    def show_latency(self, tally: DemoTally) -> None:
         """From sending a command to hearing its result."""
         table = _table("from command to result", "commands", "p50", "p95", "p99", "slowest")
         for name, undisturbed in (("undisturbed", True), ("all, with faults and crash", False)):
@@ -151,7 +151,7 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _counts(tally: Tally) -> str:
+def _counts(tally: DemoTally) -> str:
     words = (f"[{COLOURS.get(word, 'green')}]{count:,}[/] {_plain(word)}" for word, count in tally.results.items())
     return "  ".join(words)
 

@@ -48,7 +48,7 @@ class Check:
     found: str
 
 
-class Tally:
+class DemoTally:
     """One run's commands and results."""
 
     def __init__(self, sendings: Iterable[Sending]) -> None:

@@ -1,7 +1,7 @@
 """The commands on the wire, version 1, as pydantic models: what an order service may send, field by field.
 
-Promises: strict types (a text is no number, true is no integer), unknown fields are ignored, and a model dumped as it
-stands is canonical: alphabetical fields, sorted metadata, times in UTC. Parser and AsyncAPI document share them.
+Promises: types are strict (a string is not a number, true is not an integer), unknown fields are ignored, and a dumped
+model is canonical: alphabetical fields, sorted metadata, times in UTC. The parser and the AsyncAPI document share them.
 """
 
 from collections.abc import Mapping
@@ -16,25 +16,25 @@ from pydantic_core import CoreSchema, core_schema
 from domain.commands import NO_METADATA, Command, OperationKind
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 
-_NO_CARD: Final = "A text that is or holds a card number (by its form and check digit) is refused."
+_NO_CARD: Final = "A string that is or contains a card number (by its form and check digit) is refused."
 
 UUID_PATTERN: Final = "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
 class _CanonicalUuid:
-    """A UUID written as 8-4-4-4-12 hexadecimal digits: of the forms that Rust parses, the only one of 36 characters."""
+    """A UUID written as 8-4-4-4-12 hexadecimal digits: the only form of 36 characters among those that Rust parses."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(min_length=36, max_length=36, strict=True)
         return core_schema.chain_schema([text, core_schema.uuid_schema(strict=False)])
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        # Told to senders only: reading with the pattern, too, would cost every command some time, and refuse no more.
+        # The pattern is for senders only: checking it while reading would slow every command, and refuse nothing more.
         return handler(schema) | {"format": "uuid", "pattern": UUID_PATTERN}
 
 
 class _Rfc3339:
-    """A point in time with its offset, as RFC 3339 writes it; finer than microseconds is cut off."""
+    """A point in time with its offset, in RFC 3339; digits beyond microseconds are cut off."""
 
     PATTERN: Final = (
         r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})$"
@@ -61,12 +61,12 @@ def _in_utc(moment: datetime) -> datetime:
 
 
 def _sorted_or_none(metadata: dict[str, str]) -> dict[str, str] | None:
-    """Empty metadata says the same as none, so it must read the same."""
+    """Empty metadata means the same as none, so both must be read as the same content."""
     return dict(sorted(metadata.items())) or None
 
 
 def _true_or_none(value: bool) -> bool | None:
-    """False says what leaving it out says."""
+    """False means the same as leaving the field out."""
     return value or None
 
 
@@ -86,14 +86,14 @@ Amount = Annotated[
 ]
 AmountOrRest = Annotated[
     Annotated[int, Field(gt=0, le=AMOUNT_MAX_MINOR)] | None,
-    Field(description=f"{_MINOR_UNITS}: 1250 is USD 12.50. Left out: all that remains.", examples=[1250]),
+    Field(description=f"{_MINOR_UNITS}: 1250 is USD 12.50. If left out: all that remains.", examples=[1250]),
 ]
 Currency = Annotated[
     str,
     _KnownCurrency(),
     Field(
         description=f"ISO 4217, upper case. Minor units have 0 decimals in {_of_decimals(0)}; 3 in {_of_decimals(3)}; "
-        "2 in all others. A provider's own scale is the service's to convert, but what it cannot take is "
+        "2 in all others. The service converts to the provider's own scale; an amount that it cannot express is "
         "`gateway_refused`: at Stripe a last decimal other than 0 in BHD, JOD, KWD, OMR or TND; at PayPal a fraction "
         "in HUF or TWD.",
         examples=["USD"],
@@ -101,12 +101,12 @@ Currency = Annotated[
 ]
 OptionalCurrency = Annotated[
     Annotated[str, _KnownCurrency()] | None,
-    Field(description="Checked against the payment's currency where it is given.", examples=["USD"]),
+    Field(description="If given, it must be the payment's currency.", examples=["USD"]),
 ]
 CustomerId = Annotated[
     Annotated[str, Field(min_length=1, max_length=255)] | None,
     Field(
-        description="Whose payment it is, in your words; a Stripe customer (`cus_…`) is named to Stripe, too. "
+        description="Your own id of the customer; that of a Stripe customer (`cus_…`) is passed on to Stripe. "
         f"{_NO_CARD}",
         examples=["customer-77"],
     ),
@@ -114,17 +114,17 @@ CustomerId = Annotated[
 ExpiresAt = Annotated[
     Annotated[datetime, _Rfc3339(), AfterValidator(_in_utc)] | None,
     Field(
-        description="RFC 3339 with an offset. Past this time the command is not begun, but refused when its turn "
-        "comes. One that may have reached the provider before is repeated there, under the same key, until its outcome "
-        "is known; so it can be executed later than this. You get its result: refund it if it is too late for you.",
+        description="RFC 3339 with an offset. A command that has not begun by then is refused when its turn comes. "
+        "One that may have reached the provider before is repeated there, under the same key, until its outcome is "
+        "known, so it can be executed later than this. You get its result: refund it if that is too late for you.",
         examples=["2030-01-01T12:00:00Z"],
     ),
 ]
 GatewayName = Annotated[
     Annotated[str, Field(min_length=1, max_length=64)] | None,
     Field(
-        description="Which gateway to use, of those that are set up: `momo`, `paypal`, `stripe`, `vnpay` (`instant`, "
-        "for measurements, moves no money). Left out: the service's default.",
+        description="Which of the configured gateways to use: `momo`, `paypal`, `stripe`, `vnpay` (`instant`, for "
+        "measurements, moves no money). If left out: the service's default.",
         examples=["stripe"],
     ),
 ]
@@ -133,8 +133,8 @@ IdempotencyKey = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description="Names this request, among those of all payments, for ever: the same key and content again moves "
-        f"nothing and repeats the result. Compared code point by code point, not trimmed. {_NO_CARD}",
+        description="Identifies this request among those of all payments, forever: sending the same key and content "
+        f"again moves nothing and repeats the result. Compared code point by code point, not trimmed. {_NO_CARD}",
         examples=["order-1001-charge"],
     ),
 ]
@@ -149,9 +149,9 @@ Metadata = Annotated[
     ]
     | None,
     Field(
-        description="At most 50 texts of at most 500 characters, with keys of at most 40. Only Stripe is given "
-        "them, with an authorization, charge or refund: at most 46; the others, and those whose key holds [ or ] or is "
-        "one of our own (`payment_id`, `operation_number`, `order_id`, `last_capture`), are left out there. "
+        description="At most 50 strings of at most 500 characters, with keys of at most 40. Only Stripe receives them, "
+        "with an authorization, charge or refund: at most 46 of them. The rest is left out there, and so is any whose "
+        "key contains [ or ] or is one of our own (`payment_id`, `operation_number`, `order_id`, `last_capture`). "
         f"{_NO_CARD}",
         examples=[{"channel": "web"}],
     ),
@@ -159,8 +159,8 @@ Metadata = Annotated[
 OffSession = Annotated[
     Annotated[bool, AfterValidator(_true_or_none)] | None,
     Field(
-        description="The payer is not there to consent: charge a saved method, and decline where they would have to "
-        "act. Only with gateways that can.",
+        description="The payer is not present to consent: charge a saved method, and decline if the payer would have "
+        "to act. Only for gateways that support it.",
         examples=[True],
     ),
 ]
@@ -169,7 +169,7 @@ OrderId = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description=f"The order that is paid for, in your words. {_NO_CARD}",
+        description=f"Your own id of the order that is paid for. {_NO_CARD}",
         examples=["order-1001"],
     ),
 ]
@@ -177,7 +177,7 @@ PaymentId = Annotated[
     UUID,
     _CanonicalUuid(),
     Field(
-        description="Chosen by the sender, one for each payment; the Kafka key, too. Events have it in lower case.",
+        description="Chosen by the sender, one for each payment; also the Kafka key. Events have it in lower case.",
         examples=["0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"],
     ),
 ]
@@ -186,16 +186,16 @@ PaymentMethod = Annotated[
     Field(
         min_length=1,
         max_length=255,
-        description="How to pay, by the provider's token. Stripe: a PaymentMethod, `pm_…`. PayPal: `vault:<id>` for a "
-        "stored wallet, any other text for one whose payer is asked. VNPay and MoMo: any text; it is not read. A card "
-        "number is refused.",
+        description="How to pay: the provider's token. Stripe: a PaymentMethod, `pm_…`. PayPal: `vault:<id>` for a "
+        "stored wallet; with any other string the payer is asked to approve. VNPay and MoMo: any string; it is not "
+        "used. A card number is refused.",
         examples=["pm_card_visa"],
     ),
 ]
 
 
 class _WireCommand(BaseModel):
-    """Fields stand in alphabetical order, `type` last: dumped as they stand they are the canonical content."""
+    """Fields are declared in alphabetical order, `type` last: dumped in this order they are the canonical content."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -277,7 +277,7 @@ class AuthorizePayment(NewPayment):
 
 
 class CapturePayment(PartOfPayment):
-    """Collect what was authorized, or a part of it. Ends in
+    """Collect the authorized amount, or a part of it. Ends in
     `payment.captured.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
     """
 
@@ -286,9 +286,9 @@ class CapturePayment(PartOfPayment):
 
 
 class VoidPayment(_WireCommand):
-    """Release what was authorized and not captured, or end what waits for its payer, where the provider can. A charge
-    that its payer pays all the same stays captured: the void is then rejected, and the charge must be refunded. It is
-    always of all: with an amount it is refused. Ends in
+    """Release the authorized amount that was not captured, or cancel what waits for its payer, if the provider can. A
+    charge that the payer pays all the same stays captured: the void is then rejected, and the charge must be refunded.
+    A void always releases everything: with an amount it is refused. Ends in
     `payment.voided.v1`, `payment.declined.v1` or `payment.command_rejected.v1`.
     """
 

@@ -1,9 +1,9 @@
 """The events on the wire, version 1: what subscribers read, and how a domain event becomes text.
 
-Promises: every event of a type has the same fields in the same order, `type` first and null where there is nothing to
-say; only a replay has `original_event_id`, `owed_minor` is in every late success and where it is not 0, and only
-what a person decided has `evidence`. The models declare it and read it for clients; `write_event` builds the text
-without them, several times faster, and a test holds the two together.
+Promises: every event of a type has the same fields in the same order, `type` first, and null where a field has no
+value. Three fields are optional: only a replay has `original_event_id`; `owed_minor` is in every late success, and
+elsewhere only if it is not 0; only an event that a person decided has `evidence`. The models declare the events and
+read them for clients. `write_event` builds the text without the models, several times faster; a test compares the two.
 """
 
 import re
@@ -27,16 +27,16 @@ from handlers.messages.refusals import DeadLetterReason
 
 _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
 _OWED: Final = (
-    "to be returned to the payer in any case. Send no refund for it, which would return what the other attempt has "
-    "taken: an operator returns it in the provider's pages."
+    "to be returned to the payer in any case. Do not send a refund for it, which would return the other attempt's "
+    "money: an operator returns it in the provider's dashboard."
 )
 _Owed = Annotated[
-    _Minor | None, Field(description=f"Only where an earlier attempt was paid late, too: what this one took, {_OWED}")
+    _Minor | None, Field(description=f"Only if an earlier attempt was paid late, too: what this one took, {_OWED}")
 ]
 
 _Evidence = Annotated[
     str | None,
-    Field(description="Only where a person decided, since the provider gives no evidence: how they know."),
+    Field(description="Only if a person decided because the provider gives no evidence: how they know."),
 ]
 
 _HoldEnd = Annotated[
@@ -53,7 +53,7 @@ class _Wire(BaseModel):
 
 
 class PaymentState(_Wire):
-    """The payment right after the event. The amounts are the truth, `status` sums them up."""
+    """The payment right after the event. The amounts are authoritative; `status` is derived from them."""
 
     status: PaymentStatus
     currency: str | None
@@ -66,8 +66,8 @@ class PaymentState(_Wire):
     owed_minor: Annotated[
         _Minor | None,
         Field(
-            description="Only where it is not zero: of what is captured, taken by another attempt than the one that "
-            "captures, voids and refunds act on, and not returned yet."
+            description="Only if not zero: the part of the captured amount that another attempt took than the one "
+            "that captures, voids and refunds act on, and has not been returned yet."
         ),
     ] = None
     gateway: str | None
@@ -87,47 +87,47 @@ class Action(_Wire):
         ),
     ]
     url: str | None
-    expires_at: Annotated[AwareDatetime | None, Field(description="When it will be too late; null where unknown.")] = (
+    expires_at: Annotated[AwareDatetime | None, Field(description="The deadline for the payer; null if unknown.")] = (
         None
     )
 
 
 class _WireEvent(_Wire):
     type: str
-    event_id: Annotated[UUID, Field(description="Unique for each event, replays included: drop what you have seen.")]
+    event_id: Annotated[UUID, Field(description="Unique for each event, replays included: use it to drop duplicates.")]
     occurred_at: Annotated[AwareDatetime, Field(description="RFC 3339 in UTC, with microseconds.")]
     payment_id: UUID
     payment_seq: Annotated[
         int,
-        Field(ge=1, description="1, 2, 3 … for each payment: shows gaps and order. A replay repeats its original's."),
+        Field(ge=1, description="1, 2, 3 … for each payment: shows order and gaps. A replay repeats its original's."),
     ]
     command_id: Annotated[
         UUID | None,
         Field(
-            description="Opaque; the same for each delivery of a command. Distinguishes commands of one key: the one "
-            "that stands from a conflicting one. Null where no command caused it."
+            description="Opaque; the same for each delivery of a command. Distinguishes commands of one key: the "
+            "accepted one from a conflicting one. Null if no command caused the event."
         ),
     ]
-    command_type: Annotated[str | None, Field(description="Null where no command caused it, such as a dispute.")]
-    idempotency_key: Annotated[str | None, Field(description="The command's; null where that was missing or unusable.")]
+    command_type: Annotated[str | None, Field(description="Null if no command caused it, such as a dispute.")]
+    idempotency_key: Annotated[str | None, Field(description="The command's; null if it was missing or unusable.")]
     operation_number: Annotated[
-        int | None, Field(description="Counts a payment's operations from 1; null where a refusal left none behind.")
+        int | None, Field(description="Counts a payment's operations from 1; null if a refusal created none.")
     ]
     amount_minor: Annotated[
         int | None,
         Field(
-            description="What the operation moved or asked to move, in minor units; null where a refused command named "
-            "no amount that could be read. Never sum these: the amounts of `payment` are the sums. (A `voided` that "
-            "only canceled what waited for its payer has that one's amount, and released none.)"
+            description="What the operation moved or asked to move, in minor units; null if a refused command had no "
+            "readable amount. Do not add these up: the amounts in `payment` are the sums. (A `voided` event that only "
+            "canceled an attempt that waited for its payer has that attempt's amount, but released nothing.)"
         ),
     ]
     currency: Annotated[
         str | None,
-        Field(description="ISO 4217. Of a refused command its own where it named one; otherwise the payment's."),
+        Field(description="ISO 4217. For a refused command its own currency, if it had one; otherwise the payment's."),
     ]
     provider_reference: Annotated[str | None, Field(description="The provider's id of the operation.")]
     replayed: Annotated[
-        bool, Field(description="True: this repeats an earlier result for one more delivery of its command.")
+        bool, Field(description="True if this repeats an earlier result for another delivery of its command.")
     ]
     payment: PaymentState
     original_event_id: Annotated[UUID | None, Field(description="Only in a replay: the event that it repeats.")] = None
@@ -165,9 +165,9 @@ class PaymentRefunded(_WireEvent):
 
 
 class PaymentDeclined(_WireEvent):
-    """The payer's side, or the provider, said no, and no money moved. Final.
+    """The payer, their bank or the provider refused, and no money moved. Final.
 
-    `canceled`: a void, the payer or the provider ended the attempt; where a void did, its `voided` follows.
+    `canceled`: a void, the payer or the provider ended the attempt; after a void, its `voided` event follows.
     """
 
     type: Literal["payment.declined.v1"]
@@ -183,28 +183,28 @@ class PaymentRequiresAction(_WireEvent):
 
 
 class PaymentPending(_WireEvent):
-    """There is no result yet. Not final: the result follows, or `needs_review` before it. Money may have moved."""
+    """There is no result yet. Not final: the result follows, perhaps after `needs_review`. Money may have moved."""
 
     type: Literal["payment.pending.v1"]
     cause: PendingCause
 
 
 class PaymentNeedsReview(_WireEvent):
-    """The outcome stayed unknown, or the provider contradicts what was asked; a person should look. Not final: the
-    provider is still asked, without an end. By default it comes an hour after the dispatch where there is no answer,
-    and seven days after it where the provider says that it is pending or waits for the payer.
+    """The outcome is still unknown, or the provider's answer contradicts the request; a person should look. Not final:
+    the service keeps asking the provider, without a limit. By default this comes one hour after dispatch if there is no
+    answer, and seven days after dispatch if the provider says that the operation is pending or waits for the payer.
     """
 
     type: Literal["payment.needs_review.v1"]
 
 
 class PaymentCommandRejected(_WireEvent):
-    """The command was refused and moved no money. Final, but for `idempotency_conflict`: that is no result of the first
-    command of this key, which stands, and has its own."""
+    """The command was refused and moved no money. Final, except for `idempotency_conflict`: that is not the result of
+    the first command with this key, which remains valid and has its own result."""
 
     type: Literal["payment.command_rejected.v1"]
     reason: RejectionReason
-    message: Annotated[str, Field(description="For people: what is wrong and what to do. Do not switch over it.")]
+    message: Annotated[str, Field(description="For people: what is wrong and what to do. The wording may change.")]
     fields: Annotated[list[str], Field(description="The command's fields that caused it.")]
     evidence: _Evidence = None
 
@@ -216,55 +216,55 @@ class PaymentExpired(_WireEvent):
 
 
 class PaymentLateSuccess(_WireEvent):
-    """The provider did execute what was called declined, rejected or expired: the money has moved, and counts.
+    """The provider executed an operation that had been reported as declined, rejected or expired. The money has moved,
+    and is counted.
 
-    Where `owed_minor` is 0, accept it, or return it with a refund or void.
+    If `owed_minor` is 0, accept the money, or return it with a refund or void.
     """
 
     type: Literal["payment.late_success.v1"]
     told_before: Annotated[
         str,
         Field(
-            description="The end reported before: `declined`, `expired`, or `not_executed`, published as "
+            description="The result reported before: `declined`, `expired`, or `not_executed`, which was published as "
             "`command_rejected`.",
             json_schema_extra={"enum": ["declined", "not_executed", "expired"]},
         ),
     ]
-    owed_minor: Annotated[
-        _Minor, Field(description=f"0, but where the payment was paid by another attempt, too: {_OWED}")
-    ]
+    owed_minor: Annotated[_Minor, Field(description=f"0, unless another attempt was paid, too: {_OWED}")]
     expires_at: _HoldEnd = None
 
 
 class PaymentAuthorizationExpired(_WireEvent):
-    """The provider released what was left of the hold: nothing more can be captured."""
+    """The provider released the rest of the hold: nothing more can be captured."""
 
     type: Literal["payment.authorization_expired.v1"]
 
 
 class PaymentRefundFailed(_WireEvent):
-    """A refund that had been reported as done came back: the payer has not got the money and is still owed it.
+    """A refund that had been reported as done came back: the payer did not receive the money and is still owed it.
 
-    It may be one that somebody made in the provider's pages; then there is no command, and perhaps no earlier report.
+    Somebody may have made the refund in the provider's dashboard; then there is no command, and perhaps
+    no earlier report.
     """
 
     type: Literal["payment.refund_failed.v1"]
 
 
 class PaymentRefundedExternally(_WireEvent):
-    """Somebody returned money in the provider's pages, without a command. `payment.refunded_minor` counts it."""
+    """Somebody returned money in the provider's dashboard, without a command. `payment.refunded_minor` counts it."""
 
     type: Literal["payment.refunded_externally.v1"]
 
 
 class PaymentCapturedExternally(_WireEvent):
-    """Somebody captured a hold in the provider's pages, without a command. `payment.captured_minor` counts it."""
+    """Somebody captured a hold in the provider's dashboard, without a command. `payment.captured_minor` counts it."""
 
     type: Literal["payment.captured_externally.v1"]
 
 
 class DisputeState(_Wire):
-    """A dispute of the payer with their bank, by the provider's id."""
+    """A dispute that the payer opened with their bank; `dispute_id` is the provider's."""
 
     dispute_id: str
     stage: DisputeStage
@@ -272,14 +272,14 @@ class DisputeState(_Wire):
 
 
 class PaymentDisputeOpened(_WireEvent):
-    """The payer's bank took the money back until the dispute is closed; it cannot be refunded meanwhile."""
+    """The payer's bank took the money back until the dispute is closed; meanwhile it cannot be refunded."""
 
     type: Literal["payment.dispute_opened.v1"]
     dispute: DisputeState
 
 
 class PaymentDisputeClosed(_WireEvent):
-    """`won`: the money is ours again. `lost`: it is gone for good."""
+    """`won`: the money was returned to us. `lost`: it is gone for good."""
 
     type: Literal["payment.dispute_closed.v1"]
     dispute: DisputeState
@@ -334,7 +334,7 @@ _HEAD: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class WrittenReplay:
-    """A replay's text, with what its row in the outbox repeats."""
+    """A replay's text, with the fields that its row in the outbox repeats."""
 
     type: str
     text: str
@@ -343,11 +343,11 @@ class WrittenReplay:
 
 
 def event_type(kind: EventKind) -> str:
-    """`payment.captured.v1` of CAPTURED."""
+    """The wire type of an event: `payment.captured.v1` for CAPTURED."""
     return f"payment.{kind}.v1"
 
 
-@lru_cache(maxsize=64)  # All events of a batch have the time of its decision.
+@lru_cache(maxsize=64)  # All events of a batch share the time of its decision.
 def write_time(moment: datetime) -> str:
     """RFC 3339 in UTC with six decimals: `2026-01-31T12:00:00.000000Z`."""
     in_utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
@@ -356,7 +356,7 @@ def write_time(moment: datetime) -> str:
 
 def write_event(event: Event, event_id: UUID) -> str:
     """The event as JSON text, the exact body of its message."""
-    # Enumerations are turned into plain texts here: the JSON writer needs ten times as long for them.
+    # Enumerations are converted to str here: the JSON writer takes ten times as long for them.
     snapshot = event.snapshot
     body: dict[str, Any] = {
         "type": event_type(event.kind),
@@ -381,12 +381,12 @@ def write_event(event: Event, event_id: UUID) -> str:
 
 
 def write_replay(result: str, event_id: UUID) -> WrittenReplay:
-    """The same result once more: its own id, `replayed`, and the original's id.
+    """The same result again, with an id of its own, `replayed` true, and the original's id.
 
-    `result` is what `write_event` returned, character for character.
+    `result` must be exactly the text that `write_event` returned.
     """
     head = _HEAD.match(result)
-    assert head is not None, "a stored result is the text that write_event wrote, and stands in a text column unchanged"
+    assert head is not None, "a stored result is exactly the text that write_event wrote, kept in a text column"
     original_id = head["event_id"]
     text = (
         result[: head.start("event_id")]
@@ -398,10 +398,10 @@ def write_replay(result: str, event_id: UUID) -> WrittenReplay:
 
 
 def read_event(value: bytes) -> WireEvent | None:
-    """The event in a message, for clients; None where its type is unknown here, as a later version's may be.
+    """The event in a message, for clients; None if its type is unknown here, for example from a later version.
 
     Raises:
-        MessageUnreadable: it is no JSON object, or does not fit the model of its type.
+        MessageUnreadable: the value is not a JSON object, or does not fit the model of its type.
     """
     try:
         body = from_json(value)
@@ -417,7 +417,7 @@ def read_event(value: bytes) -> WireEvent | None:
 
 
 def _command_id(fingerprint: bytes) -> str:
-    """`domain.commands.command_id` as text, without the detour over a UUID object."""
+    """The text of `domain.commands.command_id`, without building a UUID object."""
     digits = fingerprint[:16].hex()
     variant = "89ab"[fingerprint[8] >> 4 & 3]
     return f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
@@ -446,8 +446,8 @@ def _particulars(event: Event) -> dict[str, Any]:
         case EventKind.DISPUTE_OPENED | EventKind.DISPUTE_CLOSED:
             assert event.dispute is not None, "an event about a dispute says which"
             dispute = event.dispute
-            told = {"dispute_id": dispute.dispute_id, "stage": str(dispute.stage), "reason": dispute.reason}
-            return {"dispute": told}
+            state = {"dispute_id": dispute.dispute_id, "stage": str(dispute.stage), "reason": dispute.reason}
+            return {"dispute": state}
         case _:
             return {}
 

@@ -1,7 +1,7 @@
 """A second look at a command that the fast reader refused or doubted: what is wrong with it, field by field.
 
 Promises: nothing it returns holds a card number, a NUL or half a surrogate pair; it names fields and remedies, never
-values. Slow (tens of microseconds), and only for the few.
+values. It is slow (tens of microseconds), and used only for those few commands.
 """
 
 import json
@@ -25,13 +25,13 @@ from handlers.messages.command_models import COMMAND_MODELS, UUID_PATTERN, PartO
 
 CHARACTERS_MAX: Final = 512
 ENTRIES_MAX: Final = 64
-"""Kept of a text, and of an object, in a refused command: more than any field may have, so that what was cut does not
-fit either. To search all that a message may hold for card numbers would keep every payment waiting for seconds."""
+"""How much of a text, and of an object, is kept of a refused command: more than any field allows, so a value that was
+cut does not fit either. To search everything in a message for card numbers could delay every payment for seconds."""
 CUT: Final = "[nested too deeply]"
 
 
 class DeadLetterReason(StrEnum):
-    """Why a message is parked, where it cannot even be refused. Closed; it is the header `dlq_reason`."""
+    """Why a message is parked instead of refused. A closed list; the value is the header `dlq_reason`."""
 
     EMPTY = "empty"
     TOO_LARGE = "too_large"
@@ -41,14 +41,14 @@ class DeadLetterReason(StrEnum):
     UNKNOWN_TYPE = "unknown_type"
     NO_PAYMENT_ID = "no_payment_id"
     RECORD_UNDECODABLE = "record_undecodable"
-    """The Kafka client could not decode the record: only its place is known."""
+    """The Kafka client could not decode the record: only its topic, partition and offset are known."""
     CANNOT_BE_PROCESSED = "cannot_be_processed"
-    """It can be read, and failed alone."""
+    """The command can be read, but processing it failed, even by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a field is refused, and the rest of the sentence "`field` …", which says what to do."""
+    """Why a field is refused; `remedy` completes the sentence "`field` …" and says what to do."""
 
     reason: RejectionReason
     remedy: str
@@ -60,13 +60,13 @@ Problems = dict[str, Problem]
 
 @dataclass(frozen=True, slots=True)
 class DoubtfulCommand:
-    """The known fields of a command as canonical JSON that is safe to store, and what is wrong with them so far."""
+    """The known fields of a command as canonical JSON that is safe to store, and the problems found so far."""
 
     type: str
     payment_id: UUID
     idempotency_key: str | None
     currency: Any
-    """As it was given."""
+    """The value exactly as received."""
     text: str
     problems: Problems
 
@@ -82,31 +82,32 @@ _REMEDIES: Final[Mapping[str, Problem]] = {
     ),
     "expires_at": Problem(
         RejectionReason.INVALID_COMMAND,
-        "must be a text in RFC 3339 with an offset, such as 2030-01-01T12:00:00Z",
+        "must be a string in RFC 3339 with an offset, such as 2030-01-01T12:00:00Z",
     ),
-    "gateway": Problem(RejectionReason.INVALID_COMMAND, "must be a text of 1 to 64 characters"),
+    "gateway": Problem(RejectionReason.INVALID_COMMAND, "must be a string of 1 to 64 characters"),
     "off_session": Problem(RejectionReason.INVALID_COMMAND, "must be true or false"),
     "metadata": Problem(
         RejectionReason.INVALID_COMMAND,
-        "must be an object of at most 50 texts of at most 500 characters, with keys of 1 to 40 characters",
+        "must be an object with at most 50 strings of at most 500 characters, and keys of 1 to 40 characters",
     ),
 }
-_TEXT: Final = Problem(RejectionReason.INVALID_COMMAND, "must be a text of 1 to 255 characters")
+_TEXT: Final = Problem(RejectionReason.INVALID_COMMAND, "must be a string of 1 to 255 characters")
 _MISSING: Final = Problem(RejectionReason.INVALID_COMMAND, "is required")
 _REPEATED: Final = Problem(RejectionReason.INVALID_COMMAND, "is given twice: send it once")
 _CARD: Final = Problem(
-    RejectionReason.INVALID_COMMAND, "looks like it holds a card number: send the provider's token, never a card number"
+    RejectionReason.INVALID_COMMAND, "seems to contain a card number: send the provider's token, never a card number"
 )
 _UNPRINTABLE: Final = Problem(
-    RejectionReason.INVALID_COMMAND, "holds a NUL character or half a surrogate pair: leave it out"
+    RejectionReason.INVALID_COMMAND, "contains a NUL character or half a surrogate pair: remove it"
 )
 _MISNAMED: Final = Problem(
     RejectionReason.INVALID_AMOUNT,
-    "is not given, but something like it is: send it under this name, or no amount at all for all that remains",
+    "is missing, but a similarly named field is present: rename it to amount_minor, or send no amount to move "
+    "everything that remains",
 )
 _VOID_OF_A_PART: Final = Problem(
     RejectionReason.INVALID_AMOUNT,
-    "is not for a void, which releases all that is held: leave it out",
+    "is not allowed in a void, which releases everything that is held: leave it out",
 )
 _AMOUNT_NAME: Final = re.compile(
     "[^a-z]*((refund|capture|total|partial)[^a-z]*)?amount([^a-z]*(minor|cents|value|units?))?[^a-z]*", re.IGNORECASE
@@ -123,7 +124,7 @@ class _Object(dict[str, Any]):
 
 
 def look_again(value: bytes) -> DoubtfulCommand:
-    """Read a command with patience.
+    """Read a command slowly and thoroughly.
 
     Raises:
         MessageUnreadable: no known type or no usable payment id; its reason is a `DeadLetterReason`.
@@ -145,18 +146,18 @@ def look_again(value: bytes) -> DoubtfulCommand:
 
 
 def has_repetitions(value: bytes) -> bool:
-    """Whether any name is given more than once, in the outermost object of this valid JSON or in its metadata."""
+    """Whether any name occurs more than once in the outermost object of this valid JSON, or in its metadata."""
     return bool(_repeated(_parse(value)))
 
 
 def misfits(error: ValidationError) -> Problems:
-    """The fields that do not fit their model."""
+    """The problem of each field that does not fit its model."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     return dict(_misfit(str(detail["loc"][1]), detail["type"]) for detail in details)
 
 
 def rejection(problems: Problems) -> Rejection:
-    """One refusal for all problems; its reason is the amount's or the currency's only where nothing else is wrong."""
+    """One refusal for all problems; its reason is the amount's or the currency's only if nothing else is wrong."""
     reasons = {problem.reason for problem in problems.values()}
     order = (RejectionReason.INVALID_COMMAND, RejectionReason.INVALID_AMOUNT, RejectionReason.UNKNOWN_CURRENCY)
     sentences = [f"`{name}` {problem.remedy}." for name, problem in sorted(problems.items())]
@@ -186,7 +187,7 @@ def _object(pairs: list[tuple[str, Any]]) -> _Object:
 
 
 def _bounded_int(digits: str) -> int | float:
-    """An integer that any later step can print; one beyond all bounds becomes infinite, which no field accepts."""
+    """An integer that every later step can print; a longer one becomes infinite, which no field accepts."""
     return int(digits) if len(digits) <= 40 else math.inf
 
 
@@ -210,7 +211,7 @@ def _payment_id_of(fields: _Object) -> UUID:
 
 
 def _repeated(fields: _Object) -> frozenset[str]:
-    """Names given more than once, with `metadata` for any within it."""
+    """Names that occur more than once; `metadata` stands for any name within it."""
     metadata = fields.get("metadata")
     inside = isinstance(metadata, _Object) and metadata.repeated
     return fields.repeated | {"metadata"} if inside else fields.repeated
@@ -230,7 +231,7 @@ def _problems_of_values(known: Mapping[str, Any]) -> Problems:
 
 
 def _problem_of_amount(model: type[WireCommand], fields: _Object) -> Problems:
-    """An amount under another name is no unknown field like others: without it, all that there is would be moved."""
+    """An amount under another name cannot be ignored like other unknown fields: everything would be moved instead."""
     if model is VoidPayment:
         problem = _VOID_OF_A_PART
     elif issubclass(model, PartOfPayment) and fields.get("amount_minor") is None:
@@ -271,10 +272,10 @@ def _as_text(value: object) -> str:
 
 
 def _cut(value: object, *, is_whole: bool) -> object:
-    """As much of a field's value as is kept; of what it holds, if it is no part of another, no objects and no lists."""
+    """As much of a field's value as is kept; objects and lists nested in it are replaced by `CUT`."""
     match value:
         case dict() | list() if not is_whole:
-            return [CUT]  # A text would fit.
+            return [CUT]  # A list fits nowhere; a text would.
         case dict():
             entries = islice(value.items(), ENTRIES_MAX)
             return {name[:CHARACTERS_MAX]: _cut(inner, is_whole=False) for name, inner in entries}
@@ -287,7 +288,7 @@ def _cut(value: object, *, is_whole: bool) -> object:
 
 
 def _storable_text(known: Mapping[str, Any], problems: Problems) -> str:
-    """Canonical JSON of what may be kept, and of what is not kept enough to differ from the text of a good command."""
+    """Canonical JSON of what may be kept, marked so that it always differs from the text of an acceptable command."""
     kept = {name: _storable(name, value) for name, value in known.items()}
     if repeated := [name for name, problem in problems.items() if problem is _REPEATED]:
         kept["repeated_fields"] = repeated
@@ -307,7 +308,7 @@ def _storable(name: str, value: object) -> object:
         case int() if name == "amount_minor" and value <= AMOUNT_MAX_MINOR:
             return value
         case float() if not math.isfinite(value):
-            return [str(value)]  # JSON has no number for it, and as a text it would fit: a list fits nowhere.
+            return [str(value)]  # JSON has no such number, and a text might fit the field: a list fits none.
         case _ if name != "payment_id" and _is_card(name, _as_text(value)):
             return REMOVED
         case str():

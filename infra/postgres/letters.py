@@ -24,7 +24,7 @@ SELECT: Final = """
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class LetterDecision:
     """`retried` or `dropped`, when it was decided, and why the letter was dropped.
 
     It is about the letter parked at `parked_at`, by the clock of the topic's messages. A letter with the same partition
@@ -54,14 +54,14 @@ class LetterDecisions:
         finally:
             await connection.close()
 
-    async def all(self) -> dict[tuple[int, int], Decision]:
+    async def all(self) -> dict[tuple[int, int], LetterDecision]:
         """All decisions by partition and offset; a letter without one is open."""
         rows = await self._connection.fetch(SELECT, self._topic)
-        return {(partition, offset): Decision(*decision) for partition, offset, *decision in rows}
+        return {(partition, offset): LetterDecision(*decision) for partition, offset, *decision in rows}
 
     @asynccontextmanager
     async def claim(
-        self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: Decision | None, why: str = ""
+        self, place: tuple[int, int], decision: str, *, parked_at: datetime, seen: LetterDecision | None, why: str = ""
     ) -> AsyncIterator[bool]:
         """Decide about a letter, unless another operator has decided since `seen` was read.
 

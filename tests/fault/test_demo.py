@@ -15,7 +15,7 @@ from app.client import Heard
 from app.demo.books import Books, Comparison, Sums
 from app.demo.orders import STORIES, Planned, stream
 from app.demo.run import check_told
-from app.demo.tally import Tally
+from app.demo.tally import DemoTally
 from app.stack_file import StackFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,14 +152,14 @@ def test_amounts_that_do_not_add_up_to_the_ledger_are_found(lie: dict[str, objec
     assert check_told(tally, books).held is held
 
 
-def broken(tally: Tally) -> set[str]:
+def broken(tally: DemoTally) -> set[str]:
     return {check.promise for check in tally.checks() if not check.held}
 
 
-def answered() -> tuple[Tally, list[dict[str, object]]]:
+def answered() -> tuple[DemoTally, list[dict[str, object]]]:
     """A tally of three charges that were sent once each, and their results."""
     sendings = [each for each in stream(300, 5) if each.planned is not None and each.planned.story == "charged"][:3]
-    tally = Tally(sendings)
+    tally = DemoTally(sendings)
     for sending in sendings:
         tally.note_sent(sending, 0.0)
     return tally, [captured(each.planned) for each in sendings if each.planned is not None]

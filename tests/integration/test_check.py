@@ -296,4 +296,4 @@ async def test_a_person_sees_what_differs_and_a_program_reads_it(
     assert [(each["payment_id"], each["captured_minor"]) for each in told] == [(str(payment), 9_999)]
     done = run("check", "--since", "yesterday", data_dir=tmp_path, **there)
     assert done.returncode == 1
-    assert "is no time; write" in done.stderr
+    assert "is not a date or age; write" in done.stderr

@@ -231,7 +231,7 @@ async def test_a_misspelt_reason_is_told_with_those_that_there_are(
     for command in ("list", "retry", "drop --why x --yes"):
         told = await in_thread(payments_dlq, settings, *command.split(), "--reason", "not_jsn", monkeypatch=monkeypatch)
         assert told.exit_code == 1
-        assert "'not_jsn' is no reason; there are: empty, " in told.output
+        assert "'not_jsn' is not a reason; use one of: empty, " in told.output
 
 
 async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ async def test_letters_are_listed_shown_and_dropped(settings: Settings, monkeypa
     shown = json.loads((await in_thread(payments_dlq, settings, "show", name, monkeypatch=monkeypatch)).output)
     assert bytes.fromhex(shown["hex"]) == UNREADABLE
     asked = await in_thread(payments_dlq, settings, "drop", name, "--why", "rubbish", monkeypatch=monkeypatch)
-    assert (asked.exit_code, "nobody answers here: give --yes" in asked.output) == (1, True)
+    assert (asked.exit_code, "nobody can answer here: use --yes" in asked.output) == (1, True)
     done = await in_thread(payments_dlq, settings, "drop", name, "--why", "rubbish", "--yes", monkeypatch=monkeypatch)
     assert done.exit_code == 0, done.output
     left = await in_thread(payments_dlq, settings, "list", "--json", monkeypatch=monkeypatch)

@@ -835,7 +835,7 @@ async def test_what_will_be_booked_is_told_and_asked_about_first(postgres_url: s
         assert done.returncode == 1
         told = f"{payment}  refund 2 at instant: USD 40.00 will be booked, and USD 100.00 was asked for."
         assert done.stderr.startswith(told)
-        assert ("nobody answers here: give --yes" in done.stderr) is (answer == "")
+        assert ("nobody can answer here: use --yes" in done.stderr) is (answer == "")
         assert await events_of(postgres_url, payment) == before
     done = await asyncio.to_thread(ruling, postgres_url, redis_url, payment, *given, answer="y\n")
     assert done.returncode == 0

@@ -192,7 +192,7 @@ async def test_a_repair_that_lasts_says_how_long_and_who_is_at_it(
     desk = relay_desk.RelayDesk(Settings(postgres_url=config.postgres_url, relay_slot=config.slot))
     waited = await asyncio.to_thread(desk.repair, everything=False, dry_run=False, limit=20, timeout_seconds=2.0)
     assert waited == 1
-    assert "1 s: no relay is at it yet" in capsys.readouterr().out
+    assert "1 s: no relay is working on it yet" in capsys.readouterr().out
 
 
 @wal_only
@@ -227,12 +227,12 @@ async def test_a_poll_that_is_repaired_publishes_afterwards_and_is_told_of_no_st
     await fetch_value(config.postgres_url, long_ago)
     async with StandingStill(config):
         told = json.loads((await payments_relay(config, "status", "--json")).stdout)
-        assert [each for each in told["troubles"] if each.endswith("s: is Kafka there?")]
+        assert [each for each in told["troubles"] if each.endswith("s: check that Kafka can be reached")]
         adopted = await payments_relay(config, "adopt")
         assert (adopted.returncode, "not done, the relay stands still" in adopted.stdout) == (1, True)
         done = await payments_relay(config, "repair")
         assert done.returncode == 0
-        assert "done: what is to be repeated is published from here on; the relay goes on" in done.stdout
+        assert "done: the events to be repeated are published from here on; the relay goes on" in done.stdout
         await read_until(config.kafka.bootstrap, config.topic, lambda found: len(found) == 2 * len(rows))
 
 
@@ -250,8 +250,8 @@ async def test_what_a_relay_is_at_is_told_by_what_was_asked_of_it(
         adopting = capsys.readouterr().out
         await asyncio.to_thread(desk.repair, everything=False, dry_run=False, limit=20, timeout_seconds=0.5)
         repairing = capsys.readouterr().out
-    assert re.search(r"s: a relay is at it$", adopting, re.MULTILINE)
-    assert ("a relay is at it: it makes the slot anew" in repairing) == (config.source == "wal")
+    assert re.search(r"s: a relay is working on it$", adopting, re.MULTILINE)
+    assert ("a relay is working on it: it creates the slot again" in repairing) == (config.source == "wal")
 
 
 async def test_quarantine_is_listed_shown_retried_and_dropped(config: RelayConfig) -> None:
@@ -307,7 +307,7 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 3 FROM relay_quarantine"))
         await set_topic_limit(config, 2_500_000)
         retried = await payments_relay(config, "quarantine", "retry", "pay_0001", "pay_mistyped")
-        assert "asked for 2 events: all published" in retried.stdout, retried.stdout
+        assert "requested 2 events: all published" in retried.stdout, retried.stdout
         assert (retried.returncode, "pay_mistyped" in retried.stdout, "pay_0001" in retried.stdout) == (1, True, False)
         await published(config, *poisoned)
         assert await fetch_value(config.postgres_url, "SELECT count(*) FROM relay_quarantine") == 1
@@ -750,7 +750,7 @@ async def test_a_repair_that_is_waited_for_no_more_stays_asked_for_and_is_told(
         repairing.send_signal(end)
     told, _ = await repairing.communicate()
     assert repairing.returncode == (130 if end else 1)
-    assert "`payments relay repair` stays asked for" in told.decode()
+    assert "`payments relay repair` stays requested" in told.decode()
     assert "`payments relay repair`, and not done yet" in (await payments_relay(config, "status")).stdout
     async with running(config):
         assert not await fetch_value(config.postgres_url, is_asked, config.slot)
@@ -761,10 +761,10 @@ async def test_one_request_does_not_take_back_another_and_says_so(config: RelayC
     async with running(config):
         pass
     asked = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")
-    assert (asked.returncode, "asked, and not done yet" in asked.stdout) == (1, True)
+    assert (asked.returncode, "requested, but not done yet" in asked.stdout) == (1, True)
     other = await payments_relay(config, "repair", "--timeout", "0.2")
     assert other.returncode == 1
-    assert "Not done: `payments relay repair --everything` was asked for before" in other.stdout
+    assert "Not done: `payments relay repair --everything` was requested before" in other.stdout
 
 
 @wal_only

@@ -16,7 +16,7 @@ from domain.money import Money
 from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Succeeded, Unknown, Unreachable
 from domain.ports import HeldLease
 from handlers import metrics
-from handlers.breaker import FAILURES_MAX, LAPSE_SECONDS, REST_SECONDS, Breaker
+from handlers.breaker import FAILURES_MAX, LAPSE_SECONDS, TRIAL_INTERVAL_SECONDS, Breaker
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
 from handlers.pace import Pace
@@ -310,7 +310,7 @@ async def test_a_provider_that_leaves_everything_unknown_is_left_alone_and_still
     assert gateway.asked == 1
 
     is_back = True
-    monkeypatch.setattr("handlers.breaker.REST_SECONDS", 0)
+    monkeypatch.setattr("handlers.breaker.TRIAL_INTERVAL_SECONDS", 0)
     bench.answers.clear()
     assert [type(each) for each in await bench.outcomes(request(), request())] == [Succeeded, Succeeded]
     assert REGISTRY.get_sample_value("payments_gateway_circuit_open", {"gateway": "books"}) == 0
@@ -334,7 +334,7 @@ async def test_a_call_that_did_not_reach_the_provider_tells_nothing_of_how_it_an
         breaker.note(Unknown())
         breaker.note(Unreachable())
     assert changes == [True]
-    now += REST_SECONDS
+    now += TRIAL_INTERVAL_SECONDS
     assert breaker.may_send()
     breaker.note(Unreachable())
     assert changes == [True], "a trial that was refused a connection is no sign that it answers again"
@@ -367,7 +367,7 @@ async def test_a_circuit_is_not_told_as_open_for_ever_where_nothing_is_left_to_t
     assert not breaker.is_open
     assert [breaker.may_send(), breaker.may_send()] == [True, False], "one at a time until one is answered"
     assert breaker.is_open
-    now += REST_SECONDS
+    now += TRIAL_INTERVAL_SECONDS
     assert breaker.may_send()
     breaker.note(Succeeded("ref"))
     assert breaker.may_send()

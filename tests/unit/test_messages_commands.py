@@ -193,9 +193,9 @@ def test_another_field_that_does_not_fit_is_refused_and_named(field: str, value:
 def test_a_refusal_says_what_the_field_must_be(field: str, value: object) -> None:
     told = {
         "off_session": "true or false",
-        "gateway": "a text of 1 to 64 characters",
-        "order_id": "a text of 1 to 255 characters",
-        "expires_at": "a text in RFC 3339",
+        "gateway": "a string of 1 to 64 characters",
+        "order_id": "a string of 1 to 255 characters",
+        "expires_at": "a string in RFC 3339",
         "metadata": "an object",
     }
     assert refused_with(**{field: value}).rejection.message.startswith(f"`{field}` must be {told[field]}")

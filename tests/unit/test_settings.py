@@ -14,7 +14,7 @@ from app.wiring import GATEWAYS
 
 @pytest.mark.parametrize("name", ["Payments-Relay", "", "a" * 64, "relay\n", "rélay"])
 def test_what_cannot_name_a_slot_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="is no name for a slot: lower-case letters"):
+    with pytest.raises(ValidationError, match="is not a valid slot name: write lower-case letters"):
         Settings(relay_slot=name)
 
 
@@ -70,7 +70,7 @@ def test_a_password_that_is_not_escaped_is_told_how_to_be_and_not_repeated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], password: str
 ) -> None:
     told = refusal(monkeypatch, capsys, postgres_url=f"postgresql://user:{password}@host:5432/payments")
-    assert "PAYMENTS_POSTGRES_URL: is no database's URL" in told
+    assert "PAYMENTS_POSTGRES_URL: is not a valid postgresql:// URL" in told
     assert "(/ is %2F, @ is %40, # is %23)" in told
     assert not any(part in told for part in ("s3c", "123", "ret"))
 
@@ -94,7 +94,7 @@ def test_what_can_be_read_as_a_databases_url_is_taken(url: str) -> None:
 
 @pytest.mark.parametrize("brokers", ["", "host:", "host:port", "host:70000", "http://host:9092", "a:9092,,b:9092"])
 def test_what_cannot_name_brokers_is_refused(brokers: str) -> None:
-    with pytest.raises(ValidationError, match="is no broker; write them like host:9092"):
+    with pytest.raises(ValidationError, match="is not a valid broker address; write brokers like host:9092"):
         Settings(kafka_bootstrap=brokers)
 
 
@@ -179,41 +179,45 @@ REFUSED: list[tuple[str, str, str]] = [
     ("gateway_questions_per_second", '{"a": 5, "b": 5}', "PAYMENTS_GATEWAY_QUESTIONS_PER_SECOND names 'a', 'b'; write"),
     ("amount_limits", '{"strpe": {}}', "PAYMENTS_AMOUNT_LIMITS names 'strpe'; write one of instant, momo, paypal"),
     ("amount_limits", '{"stripe": {"usd": {}}}', "PAYMENTS_AMOUNT_LIMITS names 'usd', which is not known here"),
-    ("amount_limits", '{"stripe": {"USD": {"maximum": 5}}}', "LIMITS__STRIPE__USD: 'maximum' is no limit"),
+    ("amount_limits", '{"stripe": {"USD": {"maximum": 5}}}', "LIMITS__STRIPE__USD: 'maximum' is not a valid limit"),
     ("amount_limits", '{"stripe": {"USD": {"maximum_minor": 0}}}', "minimum_minor is 1 and maximum_minor is 0; write"),
-    ("amount_limits", '{"stripe": {"USD": {"minimum_minor": -1}}}', "write two amounts, from 0, the greater one last"),
+    ("amount_limits", '{"stripe": {"USD": {"minimum_minor": -1}}}', "write two amounts of at least 0, the minimum"),
     ("currencies", '["USD", "XXX"]', "PAYMENTS_CURRENCIES names 'XXX', which is not known here; write ISO 4217 codes"),
     ("currencies", "[]", "PAYMENTS_CURRENCIES: List should have at least 1 item"),
     ("gateways", "[]", "PAYMENTS_DEFAULT_GATEWAY is 'stripe'; write one of PAYMENTS_GATEWAYS, which are []"),
     ("events_topic", "payments.commands", "PAYMENTS_COMMANDS_TOPIC and PAYMENTS_EVENTS_TOPIC are both 'payments.com"),
     ("dead_letter_topic", "payments.commands", "PAYMENTS_COMMANDS_TOPIC and PAYMENTS_DEAD_LETTER_TOPIC are both"),
     ("dead_letter_topic", "payments.events", "write a topic of its own for each"),
-    ("events_topic", "", "PAYMENTS_EVENTS_TOPIC: '' is no topic's name; write letters, digits"),
-    ("commands_topic", "pay ments", "PAYMENTS_COMMANDS_TOPIC: 'pay ments' is no topic's name"),
+    ("events_topic", "", "PAYMENTS_EVENTS_TOPIC: '' is not a valid topic name; write letters, digits"),
+    ("commands_topic", "pay ments", "PAYMENTS_COMMANDS_TOPIC: 'pay ments' is not a valid topic name"),
     ("consumer_group", "", "PAYMENTS_CONSUMER_GROUP: String should have at least 1 character"),
-    ("redis_url", "127.0.0.1:6379", "PAYMENTS_REDIS_URL: is no Valkey's URL; write it like redis://"),
+    ("redis_url", "127.0.0.1:6379", "PAYMENTS_REDIS_URL: is not a valid Valkey URL; write it like redis://"),
     (
         "stripe_api_base",
         "api.stripe.com",
-        "PAYMENTS_STRIPE_API_BASE: is no address; write it like https://host",
+        "PAYMENTS_STRIPE_API_BASE: is not a valid http(s) address; write it like https://host",
     ),
-    ("paypal_api_base", "api-m.paypal.com", "PAYMENTS_PAYPAL_API_BASE: is no address; write it like"),
-    ("vnpay_pay_url", "https:/pay", "PAYMENTS_VNPAY_PAY_URL: is no address; write it like"),
-    ("vnpay_api_url", "", "PAYMENTS_VNPAY_API_URL: is no address; write it like"),
-    ("momo_api_base", "ftp://momo.vn", "PAYMENTS_MOMO_API_BASE: is no address; write it like"),
+    ("paypal_api_base", "api-m.paypal.com", "PAYMENTS_PAYPAL_API_BASE: is not a valid http(s) address; write it"),
+    ("vnpay_pay_url", "https:/pay", "PAYMENTS_VNPAY_PAY_URL: is not a valid http(s) address; write it"),
+    ("vnpay_api_url", "", "PAYMENTS_VNPAY_API_URL: is not a valid http(s) address; write it"),
+    ("momo_api_base", "ftp://momo.vn", "PAYMENTS_MOMO_API_BASE: is not a valid http(s) address; write it"),
     (
         "stripe_api_base",
         "http://evil.com\\@127.0.0.1/",
-        "is no address; write it like https://host or http://host:8090",
+        "is not a valid http(s) address; write it like https://host or http://host:8090",
     ),
     ("paypal_api_base", "http://evil.com\\.127.0.0.1/", "http://host:8090, without \\ and @"),
-    ("momo_api_base", "https://momo.vn@evil.com", "PAYMENTS_MOMO_API_BASE: is no address; write it like"),
+    (
+        "momo_api_base",
+        "https://momo.vn@evil.com",
+        "PAYMENTS_MOMO_API_BASE: is not a valid http(s) address; write it",
+    ),
     ("stripe_api_base", "http://api.stripe.com", "PAYMENTS_STRIPE_API_BASE is plain http to another machine"),
     ("paypal_api_base", "http://sandbox:8090", "set PAYMENTS_GATEWAYS_ALLOW_PLAIN_HTTP=true"),
     ("vnpay_pay_url", "http://sandbox.vnpayment.vn/pay", "PAYMENTS_VNPAY_PAY_URL is plain http"),
     ("vnpay_api_url", "http://sandbox.vnpayment.vn/api", "PAYMENTS_VNPAY_API_URL is plain http"),
     ("momo_api_base", "http://test-payment.momo.vn", "PAYMENTS_MOMO_API_BASE is plain http"),
-    ("metrics_peers", '{"worker": "worker:8081"}', "PAYMENTS_METRICS_PEERS__WORKER: is no address"),
+    ("metrics_peers", '{"worker": "worker:8081"}', "PAYMENTS_METRICS_PEERS__WORKER: is not a valid http(s) address"),
 ]
 
 
