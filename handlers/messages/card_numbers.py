@@ -1,8 +1,8 @@
 """Keeping card numbers out: this service takes tokens, and a number that slips in must not be stored or logged.
 
-Finding one is a matter of form (ISO/IEC 7812: a brand's prefix and length, Luhn's check digit), so that most order
-numbers and timestamps made of digits pass: none of 13 digits is a card's, for the brands that had some issue them no
-more. A payment method is never digits, so there the check digit alone is enough.
+A number is known by its form (ISO/IEC 7812: a brand's prefix and length, Luhn's check digit), so that most order
+numbers and timestamps pass. Numbers of 13 digits are not taken for cards: the brands that had such cards issue them no
+longer. A payment method never consists of digits, so there the check digit alone is enough.
 """
 
 import re
@@ -21,7 +21,7 @@ _BRAND: Final = re.compile(
 )
 _PIECE: Final = re.compile(r"(?<![0-9A-Za-z])\d{14,19}(?![0-9A-Za-z])")
 _RUN: Final = re.compile(r"(?<![0-9A-Za-z])\d{1,6}(?:[ -]\d{1,6})+(?![0-9A-Za-z])")
-"""Short groups of digits; a UUID's are too long."""
+"""Short groups of digits; those of a UUID are too long."""
 _SEPARATOR: Final = re.compile("[ -]")
 _SEPARATORS: Final = str.maketrans("", "", " -")
 _SHAPE: Final = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord("x") for byte in range(256))
@@ -30,15 +30,15 @@ _THIRTEEN_DIGITS: Final = b"0" * 13
 
 
 def may_hold_card_number(text: bytes) -> bool:
-    """Whether thirteen digits follow each other in this UTF-8 text, spaces and dashes aside. A False is certain.
+    """Whether 13 digits follow each other in this UTF-8 text, ignoring spaces and dashes. False is certain.
 
-    Thirteen, since that many are refused as a payment method.
+    Thirteen, because a payment method of that many digits is refused.
     """
     return _THIRTEEN_DIGITS in text.translate(_SHAPE, b" -")
 
 
 def holds_card_number(text: str) -> bool:
-    """Whether this text is a card number, or has one in it that stands by itself. Some microseconds a digit at most."""
+    """Whether this text is a card number, or contains a separate one. At most some microseconds per digit."""
     if not may_hold_card_number(text.encode(errors="replace")):
         return False
     whole = text.translate(_SEPARATORS)
@@ -50,7 +50,7 @@ def holds_card_number(text: str) -> bool:
 
 
 def is_card_number_of_any_brand(text: str) -> bool:
-    """Whether this text is nothing but 13 to 19 digits with a right check digit: the rule for a payment method."""
+    """Whether this text is only 13 to 19 digits with a valid check digit: the rule for a payment method."""
     digits = text.translate(_SEPARATORS)
     return 13 <= len(digits) <= 19 and digits.isdecimal() and _passes_luhn(digits)
 
@@ -60,13 +60,13 @@ def _is_card_number(digits: str) -> bool:
 
 
 def _has_card_number(groups: list[str]) -> bool:
-    """Whether some of these groups, one after the other, are one. Each place is looked at with sums made once."""
+    """Whether consecutive groups form a card number. Luhn's sums are computed once and used for every place."""
     digits, ends = "".join(groups), list(accumulate(map(len, groups)))
     sums = _luhn_sums(digits)
     for first, begin in enumerate([0, *ends[:-1]]):
         if digits[begin] in _FIRST_DIGITS:
             at = bisect_left(ends, begin + 14, first)
-            for end in ends[at : at + 6]:  # Of 14 to 19 digits, and each group has one at least.
+            for end in ends[at : at + 6]:  # 14 to 19 digits, at least one in each group.
                 of_end = sums[end % 2]
                 if (of_end[end] - of_end[begin]) % 10 == 0 and _BRAND.fullmatch(digits, begin, end):
                     return True
