@@ -1,9 +1,9 @@
 """Asks providers about holds that should have ended, which no open operation waits for.
 
-Workers share the holds: each claim postpones a hold's next question, longer every time, so that a hold that its provider
-still keeps is asked about rarely, but always within the cut-off. Everything else that can be stuck (an expired lease,
-doubt, an operation that is pending or waits for the payer) is an open operation, which the sweep asks about. Time alone
-changes nothing here either: only the provider's answer is applied.
+Workers share the holds: each claim postpones a hold's next question, longer every time, so that a hold that the
+provider still keeps is asked about rarely, but always within the cut-off. Everything else that can be stuck (an expired
+lease, doubt, an operation that is pending or waits for the payer) is an open operation, which the sweep asks about.
+Time alone changes nothing here either: only the provider's answer is applied.
 """
 
 import asyncio
