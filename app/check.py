@@ -28,10 +28,10 @@ NAMES = (
 
 
 def check_payments(settings: Settings, since: str | None, *, as_json: bool) -> int:
-    """Print what differs; the exit code, 1 if anything does.
+    """Print the differences. Returns the exit code: 1 if there are any.
 
     Raises:
-        FilterUnusable: `since` is no time.
+        FilterUnusable: `since` is not a date or age.
     """
     found = asyncio.run(_find(settings.postgres_url, moment(since), is_silent=as_json))
     if as_json:
@@ -70,5 +70,5 @@ def _cells(each: LedgerDifference) -> list[str]:
         each.captured_minor - each.refunded_minor - each.disputed_minor,
         each.booked_clearing_minor,
     )
-    told = [str(Money(amount, each.currency)) if each.currency else str(amount) for amount in amounts]
-    return [str(each.payment_id), *told, str(each.foreign_minor or "")]
+    texts = [str(Money(amount, each.currency)) if each.currency else str(amount) for amount in amounts]
+    return [str(each.payment_id), *texts, str(each.foreign_minor or "")]

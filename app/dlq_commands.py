@@ -1,4 +1,4 @@
-"""`payments dlq`: the messages that could not be processed, and what an operator does about them."""
+"""`payments dlq`: look at messages that could not be processed, and retry or drop them."""
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
@@ -16,8 +16,8 @@ dlq = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Commands that could not be processed.\n\n"
-    "Each lies on the dead-letter topic with its bytes, key and headers as they came, and the reason. `retry` "
-    "publishes it again as it came: commands are idempotent, so doing it twice moves no money twice.",
+    "Each is kept on the dead-letter topic with its original bytes, key and headers, and the reason. `retry` "
+    "publishes it again unchanged: commands are idempotent, so retrying twice moves no money twice.",
 )
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[LETTER]...", help="PARTITION:OFFSET as `list` shows it.")]
@@ -33,10 +33,10 @@ def list_letters(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """What is parked, and why.
+    """List parked messages, and why they were parked.
 
-    Letters stay until somebody deletes them from the topic, as `payments migrate` makes it; of one that limits how long
-    it keeps them it warns.
+    Letters stay until somebody deletes them, if `payments migrate` created the topic; it warns about a topic that keeps
+    them only for a limited time.
     """
     with readable_errors():
         raise typer.Exit(
@@ -46,7 +46,7 @@ def list_letters(
 
 @dlq.command("show")
 def show_letter(letter: Annotated[str, typer.Argument(metavar="LETTER")], data_dir: DataDir = None) -> None:
-    """One letter with every byte, as JSON."""
+    """Show one letter with every byte, as JSON."""
     with readable_errors():
         raise typer.Exit(_desk(data_dir).show(letter))
 
@@ -57,20 +57,20 @@ def retry_letters(
     everything: Everything = False,
     reason: Reason = None,
     again: Annotated[
-        bool, typer.Option("--again", help="With letters' names: also what was retried or dropped before.")
+        bool, typer.Option("--again", help="With named letters: also those retried or dropped before.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show which.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Publish letters to the topic that they came from, as they came.
+    """Publish letters unchanged to the topic that they came from.
 
-    What was retried or dropped before is left alone, and told.
+    Letters that were retried or dropped before are left alone, and listed.
 
     Example: payments dlq retry --all --reason cannot_be_processed
     """
     _require_choice(letters, everything=everything, reason=reason)
     if again and not letters:
-        fail("--again goes with letters' names")
+        fail("--again needs named letters")
     with readable_errors():
         raise typer.Exit(_desk(data_dir).retry(letters or [], reason=reason, dry_run=dry_run, again=again))
 
@@ -86,11 +86,11 @@ def drop_letters(
 ) -> None:
     """Decide that nothing will be done. The letters stay on the topic.
 
-    What was retried or dropped before is left as it is, and told.
+    Letters that were retried or dropped before are left as they are, and listed.
     """
     _require_choice(letters, everything=everything, reason=reason)
     if not why.strip():
-        fail("--why says why nothing will be done: whoever looks at the letter later reads it")
+        fail("--why must say why nothing will be done: it is kept with the decision")
     with readable_errors():
         desk = _desk(data_dir)
         chosen = desk.choose(letters or [], reason=reason)
@@ -105,9 +105,9 @@ def drop_letters(
 
 def _require_choice(letters: list[str] | None, *, everything: bool, reason: str | None) -> None:
     if letters and (everything or reason is not None):
-        fail("name letters, or say --all or --reason, not both")
+        fail("name letters, or use --all or --reason, not both")
     if not letters and not everything and reason is None:
-        fail("name letters, or say --all or --reason")
+        fail("name letters, or use --all or --reason")
 
 
 def _desk(data_dir: Path | None) -> "DeadLetterDesk":

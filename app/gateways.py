@@ -23,10 +23,10 @@ LISTS = {
 
 
 def list_gateways(settings: Settings, *, as_json: bool) -> int:
-    """Print the matrix of all gateways that this release has; the exit code.
+    """Print the matrix of all gateways of this release. Returns the exit code.
 
     Raises:
-        ValueError: a configured name is none of them.
+        ValueError: a configured gateway does not exist.
     """
     wiring.check_names(settings)
     known = known_capabilities(settings)
@@ -55,14 +55,14 @@ def known_capabilities(settings: Settings) -> dict[str, Capabilities]:
 
 
 def rows(known: dict[str, Capabilities]) -> list[list[str]]:
-    """The matrix: a line for each ability, a cell for each gateway."""
+    """The matrix: one row per ability, one cell per gateway."""
     texts = {name: described(each) for name, each in known.items()}
     labels = list(next(iter(texts.values())))
     return [[label, *(_cell(text[label]) for text in texts.values())] for label in labels]
 
 
 def described(given: Capabilities) -> dict[str, Any]:
-    """One gateway's abilities by their label."""
+    """One gateway's abilities, by label."""
     kinds: dict[str, Any] = {str(kind): kind in given.operations for kind in OperationKind}
     return kinds | {
         "capture in part": given.partial_capture,
@@ -88,11 +88,11 @@ def _currencies(given: Capabilities) -> str:
 
 
 def _limits(given: Capabilities) -> str:
-    told = (
+    texts = (
         f"{Money(each.minimum_minor, currency)} to {Money(each.maximum_minor, currency)}"
         for currency, each in sorted(given.limits.items())
     )
-    return "; ".join(told) if len(given.limits) <= 1 else f"by currency ({len(given.limits)})"
+    return "; ".join(texts) if len(given.limits) <= 1 else f"by currency ({len(given.limits)})"
 
 
 def _retention(given: timedelta) -> str:

@@ -1,8 +1,8 @@
-"""`payments reconcile`: what the providers say of everything that is open, now.
+"""`payments reconcile`: ask the providers now about everything that is open.
 
 That is: operations that nobody is working on, and holds past their end. A dry run only asks. Otherwise this process
-does once what workers do all along: it takes over what is not being worked on, asks or repeats under the same key, and
-saves the answers through the write path.
+does once what workers do all the time: it takes over open operations, asks or repeats under the same key, and saves the
+answers through the write path.
 """
 
 import asyncio
@@ -24,35 +24,35 @@ from handlers.reconcile import UNKNOWN_HERE, Asker, ask_about_holds
 from infra.postgres.store import PostgresStore
 
 ASKED_MAX: Final = 1_000
-"""Operations of one dry run: the soonest due; workers ask about all of them anyway."""
+"""Most operations in one dry run, those due soonest; workers ask about all of them anyway."""
 
 
 class Report(NamedTuple):
-    """What was found, and in words what was left out."""
+    """What was found, and a line of text for everything that was left out."""
 
     found: list[Found]
     left_out: list[str]
 
 
 def reconcile(settings: Settings, payment_id: UUID | None, *, dry_run: bool, as_json: bool) -> int:
-    """Ask about what is open, print it, and unless it is a dry run apply it; the exit code, 0 if all was answered."""
-    told = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
+    """Ask about what is open, print the answers, and apply them unless `dry_run`. Returns 0 if all was answered."""
+    report = asyncio.run(_ask(settings, payment_id) if dry_run else _apply(settings, payment_id))
     if as_json:
-        print_json(list(map(_facts, told.found)))
-    elif told.found or not told.left_out:
-        _print(told.found, dry_run=dry_run)
-    for line in told.left_out:
+        print_json(list(map(_facts, report.found)))
+    elif report.found or not report.left_out:
+        _print(report.found, dry_run=dry_run)
+    for line in report.left_out:
         new_console(to_stderr=True).print(line, soft_wrap=True)
-    return int(bool(told.left_out) or not all(_answered(told.found)))
+    return int(bool(report.left_out) or not all(_answered(report.found)))
 
 
 def _answered(found: list[Found]) -> Collection[bool]:
-    """Of each operation and hold, whether it was answered when it was last asked about."""
+    """For each operation and hold, whether its last question was answered."""
     return {(each.payment_id, each.number): each.is_answered for each in found}.values()
 
 
 def _facts(found: Found) -> dict[str, Any]:
-    """For programs; the operation's names are those of `payments show --json`."""
+    """For programs, with the field names of `payments show --json`."""
     return {
         "payment_id": str(found.payment_id),
         "number": found.number,
@@ -75,27 +75,27 @@ def _print(found: list[Found], *, dry_run: bool) -> None:
     for each in found:
         state = "a hold past its end" if each.state == PAST_ITS_END else each.state
         age = f" for {_age(each.since)}" if each.since else ""
-        told = f"{each.payment_id}  {each.kind} {each.number} at {each.gateway}, {each.amount}, {state}{age}"
-        for line in (told, f"    the provider says: {each.answer}"):
+        place = f"{each.payment_id}  {each.kind} {each.number} at {each.gateway}, {each.amount}, {state}{age}"
+        for line in (place, f"    the provider says: {each.answer}"):
             console.print(safe_text(line), soft_wrap=True)
     console.print(f"\n{_summary(_answered(found), dry_run=dry_run)}", soft_wrap=True)
 
 
 def _summary(answered: Collection[bool], *, dry_run: bool) -> str:
-    told = f"{sum(answered):,} of {len(answered):,} answered"
+    summary = f"{sum(answered):,} of {len(answered):,} answered"
     if dry_run:
-        return f"{told}. Nothing was changed."
-    told += ", and that is applied." if any(answered) else ": nothing is applied."
+        return f"{summary}. Nothing was changed."
+    summary += ", and that is applied." if any(answered) else ": nothing is applied."
     if not all(answered):
-        told += " The rest stays open: workers ask about it again."
-    return f"{told} `payments show PAYMENT_ID` tells what became of one."
+        summary += " The rest stays open: workers ask about it again."
+    return f"{summary} `payments show PAYMENT_ID` shows what became of one."
 
 
 # --- a dry run --------------------------------------------------------------------------------------------------------
 
 
 async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
-    """What is said of open operations and of holds past their end."""
+    """The answers about open operations and holds past their end."""
     async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         there_are = await store.count_under_way(payment_id)
         open_operations = await store.find_under_way(payment_id, limit=ASKED_MAX)
@@ -115,7 +115,7 @@ async def _ask(settings: Settings, payment_id: UUID | None) -> Report:
 
 
 async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
-    """What was said and applied; what a provider that rests, or a signal to end, left is due still."""
+    """Ask and apply. What a resting provider or a signal left over is still due, and in the report."""
     stop = stop_on_signals(first=_tell_that_it_ends)
     async with wiring.connected(settings, connections=CONNECTIONS) as (gateways, _, store):
         found: list[Found] = []
@@ -131,14 +131,14 @@ async def _apply(settings: Settings, payment_id: UUID | None) -> Report:
 
 
 def _tell_that_it_ends() -> None:
-    told = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Once more ends at once."
-    new_console(to_stderr=True).print(told, soft_wrap=True)
+    notice = f"Ending: calls under way are waited for, {DRAIN_SECONDS:g} s at most. Another signal ends at once."
+    new_console(to_stderr=True).print(notice, soft_wrap=True)
 
 
 async def _sweep(worker: OneShotWorker, stop: asyncio.Event, payment_id: UUID | None) -> None:
-    """Have all that is due, of one payment or of all, asked about once, unless told to stop.
+    """Ask once about everything that is due, of one payment or of all, unless told to stop.
 
-    A claim is never cut short: it would leave leases.
+    A claim is never interrupted: it would leave leases behind.
     """
     asked_before = -1
     while len(worker.asked) > asked_before and not stop.is_set():
@@ -148,7 +148,7 @@ async def _sweep(worker: OneShotWorker, stop: asyncio.Event, payment_id: UUID | 
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
-    """Have it done, or leave it once told to stop."""
+    """Wait for `work`, or cancel it once `stop` is set."""
     doing, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([doing, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +172,7 @@ def _in_words(left: Mapping[str, int], here: Container[str], *, ended_early: boo
 
 
 async def _left(store: PostgresStore, worker: OneShotWorker, payment_id: UUID | None) -> dict[str, int]:
-    """What is due and was not asked about, by gateway."""
+    """How many due operations and holds were not asked about, by gateway."""
     left = Counter(await store.count_due_but(worker.asked, payment_id))
     left.update(worker.asked[each].gateway for each in worker.unsent if payment_id in (None, each[0]))
     return left

@@ -1,4 +1,4 @@
-"""`payments relay`: run one, ask how they are, and what an operator does when something is wrong."""
+"""`payments relay`: run a relay, show the state of all, and repair what is wrong."""
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
@@ -16,16 +16,16 @@ relay = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,
     help="Publish committed events.\n\n"
-    "Without a command it runs: of several, one is active and the others stand by. PAYMENTS_RELAY_SOURCE says from "
-    "where: `wal` (logical replication), or `poll` where that cannot be had.\n\n"
-    "The commands look after relays that run elsewhere.",
+    "Without a command this runs a relay: of several, one is active and the others stand by. PAYMENTS_RELAY_SOURCE "
+    "sets its source: `wal` (logical replication), or `poll` where that is not available.\n\n"
+    "The commands manage relays that run elsewhere.",
 )
 quarantine = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Events that Kafka refused for good.\n\n"
     "An event too large for its topic, for example. Later events of its payment wait behind it, other payments go on. "
-    "Mend the cause and `retry`, or give the event up with `drop`.",
+    "Fix the cause and `retry`, or give the event up with `drop`.",
 )
 relay.add_typer(quarantine, name="quarantine")
 
@@ -44,7 +44,7 @@ def run(context: typer.Context) -> None:
 
 @relay.command()
 def status(as_json: AsJson = False, data_dir: DataDir = None) -> None:
-    """How the relays are: source, slot, lag, quarantine, standbys.
+    """Show the relays: source, slot, lag, quarantine, standbys.
 
     Exits with 1 if something needs a person: a gap, a quarantine, no active relay, log held for nobody.
     """
@@ -57,16 +57,16 @@ def repair(
     everything: Annotated[
         bool, typer.Option("--everything", help="Publish every retained event, not only those without proof.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be published, and list it.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="How many of those that have no proof are listed.")] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show and list what would be published.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many events without proof are listed.")] = 20,
     timeout: Annotated[float, typer.Option(help="How many seconds to wait for the relay.")] = 300.0,
     data_dir: DataDir = None,
 ) -> None:
     """Close a gap: publish what has no proof of publication.
 
     For a relay that stopped because its slot is gone, was moved, or is on another server, or because the publication
-    was changed. The slot is recreated, and a poll goes back to where proof ends; events may repeat, none is left out. A
-    running relay does it; if none runs, the next one does at its start.
+    was changed. The slot is recreated; a polling relay goes back to where proof ends. Events may be repeated, none is
+    left out. A running relay does it; if none runs, the next one does at its start.
     """
     with readable_errors():
         desk = _desk(data_dir)
@@ -75,11 +75,11 @@ def repair(
 
 @relay.command()
 def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
-    """Go on past a gap that left nothing out: nothing is published again.
+    """Go on past a gap in which no event was missed: nothing is published again.
 
-    For the way back from Debezium on the same slot: up to where the slot stands, Debezium has published. For another
-    PAYMENTS_EVENTS_TOPIC or Kafka cluster, if it is meant, and the only reason, and the events before are not needed
-    there. And after pg_upgrade, if all was published before.
+    For the way back from Debezium on the same slot: Debezium has published everything up to the slot's position. For
+    another PAYMENTS_EVENTS_TOPIC or Kafka cluster, if that is intended and the only reason, and the earlier events are
+    not needed there. And after pg_upgrade, if everything was published before.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).adopt(timeout_seconds=timeout))
@@ -93,19 +93,19 @@ def replay(
     type_: Annotated[str | None, typer.Option("--type", help="Like payment.captured.v1.")] = None,
     to: Annotated[str | None, typer.Option(help="Another topic.", show_default="PAYMENTS_EVENTS_TOPIC")] = None,
     rate: Annotated[int, typer.Option(min=1, help="Events a second at most.")] = 500,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show how many.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Publish retained events once more.
+    """Publish retained events again.
 
-    Each message has the header `replayed_at`. Events whose first delivery is still to come are left out, and those that
-    were dropped from quarantine. The topic has to be there: if not, the exit code is 2; it is 1 if there is no such
-    event, or if it was told to end before all were published: then it says how to go on.
+    Each message has the header `replayed_at`. Events that were not delivered yet are left out, and so are events that
+    were dropped from quarantine. The topic must exist: if not, the exit code is 2. It is 1 if no event matches, or if
+    the command was stopped before all were published; then it prints how to go on.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """
     if payment is None and since is None and until is None and type_ is None:
-        fail("say which events: --payment, --since, --until or --type; they can be combined")
+        fail("choose events with --payment, --since, --until or --type; they can be combined")
     with readable_errors():
         desk = _desk(data_dir, "PAYMENTS_KAFKA_BOOTSTRAP")
         wanted = {"payment": payment, "type": type_, "since": since, "until": until}
@@ -119,7 +119,7 @@ def list_quarantine(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """What is in quarantine, in order of arrival."""
+    """List the events in quarantine, in order of arrival."""
     with readable_errors():
         raise typer.Exit(_desk(data_dir).list_quarantine(with_dropped=with_dropped, limit=limit, as_json=as_json))
 
@@ -128,7 +128,7 @@ def list_quarantine(
 def show_quarantine(
     name: Annotated[str, typer.Argument(metavar="EVENT_ID|PAYMENT_ID")], data_dir: DataDir = None
 ) -> None:
-    """One event, or all of one payment, with every byte, as JSON."""
+    """Show one event, or all of one payment, with every byte, as JSON."""
     with readable_errors():
         raise typer.Exit(_desk(data_dir).show_quarantine(name))
 
@@ -142,7 +142,7 @@ def retry_quarantine(
 ) -> None:
     """Publish the events of these payments, in order. What Kafka refuses again comes back."""
     if bool(names) == everything:
-        fail("name events or payments, or say --all")
+        fail("name events or payments, or use --all")
     with readable_errors():
         raise typer.Exit(_desk(data_dir).retry(names or [], everything=everything, timeout_seconds=timeout))
 
@@ -154,13 +154,13 @@ def drop_quarantine(
     yes: Yes = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Give events up for ever: subscribers will never see them. What waited behind them is published.
+    """Give events up forever: subscribers will never see them. Events that waited behind them are published.
 
     The events stay in the table, with the reason, and `replay` leaves them out. They stay in the outbox, too: `repair
     --everything`, which publishes all that is retained, tries them again.
     """
     if not why.strip():
-        fail("--why says why subscribers will never see it: whoever looks at the event later reads it")
+        fail("--why must say why subscribers will never see the event: it is kept with the event")
     if not yes:
         confirm(f"Subscribers will never see {len(names)} event(s). Go on?")
     with readable_errors():

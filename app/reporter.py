@@ -1,4 +1,4 @@
-"""How `up` and `demo` tell a person what they do: a spinner where there is a terminal, plain lines where not."""
+"""How `up` and `demo` report progress: a spinner on a terminal, plain lines elsewhere."""
 
 from rich.console import Console
 from rich.status import Status
@@ -9,7 +9,7 @@ from app.console import safe_lines, safe_text
 
 
 class ConsoleReporter:
-    """Fits `app.up.Reporter`. The console is one of `app.console`: what is told here is not all ours."""
+    """Fits `app.up.Reporter`. Use a console of `app.console`: some of the texts are not ours."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -31,13 +31,13 @@ class ConsoleReporter:
         self._console.print(Text.assemble("  ", ("!", "yellow"), f" {safe_lines(text)}"), soft_wrap=True)
 
     def stop_spinner(self) -> None:
-        """End the spinner: nothing is being waited for."""
+        """Stop the spinner: nothing is being waited for."""
         if self._status is not None:
             self._status.stop()
             self._status = None
 
     def child_failed(self, failure: ChildFailed) -> None:
-        """Say which process did not come up, and show the end of its log."""
+        """Print which process did not start, and the end of its log."""
         self.stop_spinner()
         self._console.print(Text(f"\n✗ {safe_lines(str(failure))}", "bold red"))
         self._console.print(Text(f"the end of {failure.log_path}:", "dim"), soft_wrap=True)

@@ -1,6 +1,6 @@
-"""`payments reconcile --as`: a person ends an operation that needs review, where its provider never gives evidence.
+"""`payments reconcile --as`: a person ends an operation that needs review and whose provider never gives evidence.
 
-Through the write path, like a provider's word. The evidence stands in the event and in the operation's stored result.
+It goes through the write path, like a provider's answer. The event and the stored result contain the evidence.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 SUCCEEDED: Final = "succeeded"
 NOT_EXECUTED: Final = "not-executed"
 EVIDENCE_MAX: Final = 500
-"""Characters: where to look, not what is found there."""
+"""Characters: room to say where to look, not what is found there."""
 
 
 class RulingRefused(ValueError):
@@ -41,7 +41,7 @@ class RulingRefused(ValueError):
 
 
 class Finding(NamedTuple):
-    """What a person says of an operation. `verdict` is `succeeded` or `not-executed`."""
+    """What a person found out about an operation. `verdict` is `succeeded` or `not-executed`."""
 
     payment_id: UUID
     number: int
@@ -49,16 +49,16 @@ class Finding(NamedTuple):
     evidence: str
     reference: str | None = None
     amount: str | None = None
-    """What it moved, where that is not what was asked for: like 12.50, in the payment's currency."""
+    """What the operation moved, if not the requested amount: like 12.50, in the payment's currency."""
 
 
 def rule(settings: Settings, finding: Finding, *, yes: bool, as_json: bool) -> int:
-    """End the operation as was found, print its final event, and return the exit code.
+    """End the operation as found, print its final event, and return the exit code.
 
-    What will be booked is told on stderr, and asked about unless `yes`.
+    Prints on stderr what will be booked, and asks for confirmation unless `yes`.
 
     Raises:
-        RulingRefused: it does not need review, or what is said of it cannot be.
+        RulingRefused: the operation does not need review, or the finding is impossible.
         AmountUnusable: the amount cannot be read.
         typer.Abort: the answer was no; nothing was changed.
     """
@@ -69,8 +69,8 @@ def rule(settings: Settings, finding: Finding, *, yes: bool, as_json: bool) -> i
     if as_json:
         print_json(json.loads(result))
     else:
-        told = f"operation {finding.number} is {finding.verdict}: {json.loads(result)['type']} is on its way."
-        new_console().print(f"{finding.payment_id}  {told}", soft_wrap=True)
+        done = f"operation {finding.number} is {finding.verdict}: {json.loads(result)['type']} is on its way."
+        new_console().print(f"{finding.payment_id}  {done}", soft_wrap=True)
     return 0
 
 
@@ -90,14 +90,14 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
         new_console(to_stderr=True).print(_in_words(payment, operation, outcome), soft_wrap=True)
         if not yes:
             confirm("Go on?")
-        if isinstance(outcome, NotExecuted):  # Now, for people take their time.
+        if isinstance(outcome, NotExecuted):  # Only now, because people take their time to answer.
             await _look_again(Asker(gateways, wiring.create_paces(settings, gateways)), payment, operation)
         async with one_shot_worker(settings, store, gateways, lambda found: None) as worker:
             given = Ruling(finding.payment_id, finding.number, outcome, finding.evidence)
             applied = await worker.write_path.apply([given])
             for refused in applied.refused:
                 raise RulingRefused(f"nothing was changed: {refused.error}")
-            # What waited for this operation goes on at once.
+            # Operations that waited for this one go on at once.
             worker.submit(applied.requests)
             await worker.wait_until_idle()
         _, operation = await _load(store, finding)
@@ -116,19 +116,19 @@ async def _rule(settings: Settings, finding: Finding, *, yes: bool) -> str:
 
 
 async def _look_again(asker: Asker, payment: Payment, operation: Operation) -> None:
-    """What needs review is sent again now and then, so what was found may be older than the attempt that executed it.
+    """Ask the provider once more: operations in review are sent again at times, perhaps after the person looked.
 
     Raises:
-        RulingRefused: the provider shows it.
+        RulingRefused: the provider shows the operation as executed.
     """
     answer = await asker.ask(payment, operation)
-    told = answer.outcome
-    if isinstance(told, Succeeded):
+    outcome = answer.outcome
+    if isinstance(outcome, Succeeded):
         raise RulingRefused(
-            f"the provider shows it by now: {describe(told)}. "
+            f"the provider shows it by now: {describe(outcome)}. "
             f"`payments reconcile --now --payment {payment.payment_id}` applies that"
         )
-    word = describe(told) if told else answer.why_not
+    word = describe(outcome) if outcome else answer.why_not
     new_console(to_stderr=True).print(safe_text(f"The provider, asked once more: {word}."), soft_wrap=True)
 
 
@@ -143,15 +143,15 @@ async def _load(store: PostgresStore, finding: Finding) -> tuple[Payment, Operat
 
 
 def _in_words(payment: Payment, operation: Operation, outcome: Succeeded | NotExecuted) -> str:
-    """What will be booked, and what was asked for where that is another amount."""
+    """What will be booked, and the requested amount if that differs."""
     asked = _asked(payment, operation)
-    told = f"{payment.payment_id}  {operation.kind} {operation.number} at {operation.gateway}"
+    place = f"{payment.payment_id}  {operation.kind} {operation.number} at {operation.gateway}"
     if isinstance(outcome, NotExecuted):
-        return f"{told}: nothing will be booked of the {asked} that was asked for."
+        return f"{place}: nothing will be booked of the {asked} that was asked for."
     if operation.kind is OperationKind.VOID:
-        return f"{told}: what it was sent to release or cancel counts as that, and no money is booked."
+        return f"{place}: what it was sent to release or cancel counts as that, and no money is booked."
     moved = asked if outcome.amount_minor is None else Money(outcome.amount_minor, asked.currency)
-    return f"{told}: {moved} will be booked" + ("." if moved == asked else f", and {asked} was asked for.")
+    return f"{place}: {moved} will be booked" + ("." if moved == asked else f", and {asked} was asked for.")
 
 
 def _asked(payment: Payment, operation: Operation) -> Money:
@@ -193,7 +193,7 @@ def _moved_minor(payment: Payment, operation: Operation, amount: str | None) -> 
         raise RulingRefused("--amount is not for a void: it releases all that is held")
     asked = _asked(payment, operation)
     moved = Money(minor_units(amount, asked.currency), asked.currency)
-    # Captures and refunds may be of more, by somebody in the provider's pages: their bound is what there is room for.
+    # Somebody may have captured or refunded more in the provider's dashboard; the payment's amounts limit those.
     if operation.kind in OPENING and moved.minor > asked.minor:
         raise RulingRefused(
             f"--amount says {moved}, and {asked} was asked for: no provider takes more from a payer than was asked for"
@@ -205,15 +205,15 @@ def _result(operation: Operation, evidence: str) -> str:
     """The final event that the ruling led to.
 
     Raises:
-        RulingRefused: it led to none.
+        RulingRefused: it led to no final event.
     """
     final = (operation.result or "null").split("\n")[0]
     if (json.loads(final) or {}).get("evidence") == evidence:
         return final
     if operation.state is OperationState.NEEDS_REVIEW:
         raise RulingRefused(
-            "nothing was changed: the payment's amounts leave no room for it (payments show tells them), so that "
-            "something else is wrong, too"
+            "nothing was changed: the payment's amounts leave no room for it (see payments show), so something "
+            "else is wrong, too"
         )
     raise RulingRefused(f"nothing was changed by this: meanwhile the provider's word came, and it is {operation.state}")
 

@@ -1,4 +1,4 @@
-"""`payments up`, as a person sees it."""
+"""What `payments up` prints."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ TO_TRY: Final = "payments send charge --amount 12.50 --currency USD"
 
 
 def up_here(data_dir: Path) -> int:
-    """Run everything until told to stop; the exit code."""
+    """Run everything until told to stop. Returns the exit code."""
     console = new_console()
     reporter = ConsoleReporter(console)
     where = f"(data and logs in {safe_text(str(data_dir))})"
@@ -37,7 +37,7 @@ def up_here(data_dir: Path) -> int:
     except typer.Exit:
         raise
     except Exception as error:
-        # A server of the environment's, for which we do not care, or the data folder.
+        # From a server named in the environment, which we do not manage, or from the data folder.
         advice = advice_on(error)
         if advice is None and not isinstance(error, OSError):
             raise
@@ -49,7 +49,7 @@ def up_here(data_dir: Path) -> int:
 
 @contextmanager
 def start_errors(console: Console, reporter: ConsoleReporter) -> Iterator[None]:
-    """In this block, a part that could not start, or somebody who runs here already, is told, and ends the command."""
+    """In this block, print why a part could not start, or that everything runs here already, and exit with 1."""
     try:
         yield
         return
@@ -77,12 +77,12 @@ async def _up(installation: Installation, console: Console, reporter: ConsoleRep
 
 
 def without_password(url: str) -> str:
-    """A database's URL, to be shown."""
+    """A database's URL with its password masked."""
     return PASSWORD.sub(lambda found: f"{found[1] or found[2]}***", url)
 
 
 def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> None:
-    """Where to look, and what to try."""
+    """Print the addresses of all parts, and a command to try."""
     http = urls["http"]
     lines = {
         "messages (AsyncAPI)": f"{http}/asyncapi",
@@ -90,31 +90,31 @@ def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> No
         "provider's books": f"{urls['simulator']}/_sandbox" if "simulator" in urls else "the real provider's",
         "Kafka": urls["kafka"],
         "Postgres": without_password(urls["postgres"]),
-        "try": f"{TO_TRY}{told_folder(data_dir)}",
+        "try": f"{TO_TRY}{folder_option(data_dir)}",
     }
     for name, value in lines.items():
         console.print(f"  {name:<22}{value}", soft_wrap=True)
 
 
-def told_folder(data_dir: Path) -> str:
+def folder_option(data_dir: Path) -> str:
     """The option by which a command in another terminal finds what runs in this data folder."""
     if data_dir.resolve() in (default_data_dir(), default_data_dir() / "demo"):
         return ""
     return f" --data-dir {shell_word(str(data_dir.resolve()))}"
 
 
-def trouble(told: str) -> Text:
-    """What has gone wrong, marked as that."""
-    return Text.assemble(("✗", "bold red"), f" {safe_lines(told)}")
+def trouble(message: str) -> Text:
+    """A message about something that went wrong, marked in red."""
+    return Text.assemble(("✗", "bold red"), f" {safe_lines(message)}")
 
 
 def already_running(error: AlreadyRunning) -> Text:
-    """What to tell somebody who starts a second one."""
+    """The message for a person who starts a second installation in the same folder."""
     if error.stack is None:
         return trouble(f"Another `payments` is just starting or stopping in {error.data_dir}. Wait for it.")
     where = error.stack.urls.get("http", "")
     return trouble(
         f"Everything is running already (process {error.stack.pid}): {where}/asyncapi\n"
-        f"  Use it: {TO_TRY}{told_folder(error.data_dir)}\n"
+        f"  Use it: {TO_TRY}{folder_option(error.data_dir)}\n"
         f"  Stop it: Ctrl-C in its terminal, or kill {error.stack.pid}"
     )

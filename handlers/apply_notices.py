@@ -1,6 +1,6 @@
 """Applies the webhooks of the inbox through the write path, as soon as they are stored; several workers share them.
 
-What cannot be applied stays in the inbox and comes back after its lease: a webhook is never lost, and never counts
+A webhook that cannot be applied stays in the inbox and comes back after its lease: none is ever lost, and none counts
 twice.
 """
 
@@ -23,11 +23,11 @@ log = structlog.get_logger(__name__)
 CLAIMED_MAX: Final = 200
 LEASE: Final = timedelta(seconds=30)
 INTERVAL_SECONDS: Final = 1.0
-"""How often it looks without having been told that there is something."""
+"""How often it looks into the inbox without having been notified."""
 
 
 class NoticeApplier:
-    """Takes notices from the inbox. `arrived` is set by whoever hears that there are some."""
+    """Takes notices from the inbox. The listener for new notices sets `arrived`."""
 
     def __init__(self, *, inbox: Inbox, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None]) -> None:
         self.arrived = asyncio.Event()
@@ -37,7 +37,7 @@ class NoticeApplier:
         self._applying = asyncio.Lock()
 
     async def run(self) -> None:
-        """Apply what there is, until cancelled; an unavailable Postgres is tried again at the next turn."""
+        """Apply notices until cancelled; while Postgres is unavailable, retry at each turn."""
         while True:
             self.arrived.clear()
             try:
@@ -52,12 +52,12 @@ class NoticeApplier:
                 continue
 
     async def apply_once(self) -> int:
-        """Claim one portion and apply it; how many there were."""
+        """Claim one portion and apply it. Returns how many notices there were."""
         async with self._applying:
             return await self._apply()
 
     async def close(self) -> None:
-        """Apply nothing more; what applied ones have begun has been passed on when this returns."""
+        """Apply nothing more. When this returns, the requests of applied notices have been passed on."""
         await self._applying.acquire()
 
     async def _apply(self) -> int:
@@ -85,7 +85,7 @@ class NoticeApplier:
 
 
 def _notified(stored: StoredNotice) -> Notified | None:
-    """None for one that this release cannot read: it stays in the inbox, and stops none of its neighbours."""
+    """The input, or None if this release cannot read the notice: it stays in the inbox, and the others go on."""
     try:
         notice = read_notice(
             stored.content,

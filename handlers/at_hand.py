@@ -1,7 +1,7 @@
 """Payments whose state this process knows without asking Postgres, so that most batches are one statement.
 
-Only a guess: what is decided on it is saved under the condition that it was right (docs/decisions/0007), and decided
-again on locked rows otherwise.
+It is only a guess: a decision based on it is saved on the condition that the guess was right (docs/decisions/0007), and
+otherwise decided again on locked rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,17 +13,17 @@ from domain.payment import Payment
 from domain.requests import OPENING
 
 CAPACITY: Final = 50_000
-"""Payments kept; more than the backlog's capacity, so that only what leaked is ever dropped."""
+"""Payments kept; more than the backlog's capacity, so that only leaked entries are ever dropped."""
 
 
 class AtHand:
-    """The payments with one operation, which this process sent to its gateway, as they were committed."""
+    """Payments with a single operation that this process sent to its gateway, as they were committed."""
 
     def __init__(self) -> None:
         self._payments: dict[UUID, Payment] = {}
 
     def note(self, payment_ids: Iterable[UUID], committed: Iterable[Payment]) -> None:
-        """A batch was committed: `payment_ids` may have changed, the `committed` ones to what they are now."""
+        """Note a committed batch: `payment_ids` may have changed; `committed` holds their new states."""
         for payment_id in payment_ids:
             self._payments.pop(payment_id, None)
         if len(self._payments) > CAPACITY:
@@ -33,9 +33,10 @@ class AtHand:
                 self._payments[payment.payment_id] = payment
 
     def assume(self, inputs: Sequence[Input]) -> dict[UUID, Payment] | None:
-        """The payments that exist among those of `inputs`, or None if that is not known of each.
+        """The payments of `inputs` that exist, or None unless that is known for each of them.
 
-        Who opens a payment means a new one. An answer to what this process sent finds the payment as it was then.
+        A command that opens a payment is assumed to mean a new one. An answer to a request of this process finds the
+        payment as it was then.
         """
         assumed: dict[UUID, Payment | None] = {}
         for given in inputs:
@@ -63,6 +64,6 @@ class AtHand:
 
 
 def _is_of(answer: Answer, payment: Payment) -> bool:
-    """Whether it is the attempt that is known here; after another one was made, the store knows more."""
+    """Whether the answer is to the attempt that is known here; after another attempt the store knows more."""
     operation = payment.operations[0]
     return (operation.number, operation.lease_token) == (answer.operation_number, answer.lease_token)

@@ -1,4 +1,4 @@
-"""Bounds what this worker has accepted and not finished: above the bound its partitions pause, Kafka keeps the rest."""
+"""Bounds the work that this worker has accepted: above the bound its partitions pause, and Kafka keeps the rest."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ CHECK_SECONDS = 0.02
 
 
 class Backlog:
-    """Counts operations in hand. `capacity` pauses the consumer, half of it resumes."""
+    """Counts unfinished operations. The consumer pauses at `capacity`, and resumes at half of it."""
 
     def __init__(self, *, capacity: int, waiting: Callable[[], int]) -> None:
         self._capacity = capacity
@@ -30,11 +30,11 @@ class Backlog:
             metrics.PAUSED.set(1)
 
     def forget_pause(self) -> None:
-        """After a rebalance nothing is paused; the next batch pauses again if there is still no room."""
+        """Resume after a rebalance; the next batch pauses again if there is still no room."""
         self._resume()
 
     async def run(self) -> None:
-        """Resume when half of the backlog is done; until cancelled."""
+        """Resume the consumer when half of the backlog is done; runs until cancelled."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             metrics.BACKLOG.set(self._waiting())

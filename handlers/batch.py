@@ -1,6 +1,6 @@
-"""The decisions of one batch of inputs, gathered into one set of changes; and what must be known to decide them.
+"""The decisions of one batch of inputs, gathered into one set of changes, and what must be known to make them.
 
-Pure but for the ids and the time that it is given: the write path (write_path.py) reads, saves and tries again.
+Pure, except for the id generator and clock passed in: the write path (write_path.py) reads, saves and retries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +24,16 @@ from handlers.tally import BatchCounts
 
 
 def place_of(given: Input) -> tuple[UUID, int] | None:
-    """Which operation a notice names."""
+    """The operation that a notice names; None for any other input."""
     if not isinstance(given, Notified) or given.notice.operation_number is None:
         return None
     return given.payment_id, given.notice.operation_number
 
 
 def kin_of(given: Input, named: Mapping[tuple[UUID, int], Operation]) -> tuple[UUID, OperationKind] | None:
-    """The payment and kind whose operations must be read to tell whether a notice is new; None if none.
+    """The payment and kind whose operations must be read to decide whether a notice is new; None if none.
 
-    For the end of a hold: its voids, one of which may have caused it.
+    For the end of a hold these are its voids, one of which may have caused it.
     """
     if not isinstance(given, Notified):
         return None
@@ -52,7 +52,7 @@ WAITING: Final = (OperationState.RECEIVED, OperationState.REQUIRES_ACTION)
 
 
 def read_waiting(payment: Payment) -> None:
-    """Put the commands of waiting operations at hand, for their turn may come."""
+    """Load the commands of waiting operations, because their turn may come in this batch."""
     for operation in payment.operations:
         if operation.state in WAITING:
             operation.command = command_from_content(operation.content, operation.traceparent)
@@ -62,8 +62,8 @@ NOTHING: Final[Mapping[Any, Any]] = {}
 
 
 class Known(NamedTuple):
-    """What is known about the payments of a batch: `stored` by idempotency key, `named` by notices, `of_kind` for those
-    that name none."""
+    """What is known about a batch's payments: operations `stored` under its idempotency keys, `named` by its notices,
+    and `of_kind` for notices that name none."""
 
     payments: dict[UUID, Payment]
     stored: Mapping[str, Operation] = NOTHING
@@ -129,14 +129,14 @@ class Batch:
             return delivery
         self._counts.duplicates += 1
         if stored.is_open and payment is not None:
-            # The payment's own copy is the one that later decisions see.
+            # Later decisions see the payment's own copy.
             own = (each for each in payment.operations if each.number == stored.number)
             if stored.payment_id == payment.payment_id:
                 stored = next(own, stored)
         return Delivery(delivery.command, stored)
 
     def _with_named(self, given: Notified, payment: Payment | None) -> Notified:
-        """The notice with the operation that it names as the inputs before it left it."""
+        """The notice with the operation that it names, in the state that earlier inputs left it."""
         place = place_of(given)
         if place is None or payment is None:
             return given
@@ -144,7 +144,7 @@ class Batch:
         return given._replace(operation=own or self._operations.get(place) or self._named.get(place))
 
     def _with_known(self, given: Notified, payment: Payment | None) -> Notified:
-        """The notice with all that it may be about where it names nothing, as the inputs before it left that."""
+        """A notice that names no operation, with all that it may be about, in the state that earlier inputs left."""
         kin = kin_of(given, self._named)
         if kin is None or payment is None:
             return given
@@ -154,12 +154,12 @@ class Batch:
         return given._replace(known=tuple(latest.values()))
 
     def _gather(self, payment_id: UUID, decision: Decision, before: Payment | None) -> None:
-        told = [(event, self._publish(event)) for event in decision.events]
-        if decision.payment is not before and (decision.operations or told):
+        published = [(event, self._publish(event)) for event in decision.events]
+        if decision.payment is not before and (decision.operations or published):
             self._payments[payment_id] = decision.payment
             self._touched[payment_id] = None
         for operation in decision.operations:
-            operation.result = _result_of(operation, told)
+            operation.result = _result_of(operation, published)
             self._keep(operation)
         self.requests += decision.requests
         self._transfers += decision.transfers
@@ -170,7 +170,7 @@ class Batch:
             self._stored[operation.idempotency_key] = operation
 
     def _publish(self, event: Event | Replay) -> str:
-        """Put the event into the outbox, and what it is owed to; its text."""
+        """Put the event, and the replays that are due with it, into the outbox. Returns the event's text."""
         if isinstance(event, Replay):
             for text in event.result.split("\n"):
                 self._replay(event.payment_id, text, event.traceparent)
@@ -214,7 +214,7 @@ class Batch:
         )
 
     def committed(self) -> list[Payment]:
-        """The payments as they are stored now; to be called once, when the batch is committed."""
+        """The payments as they are now stored. Call once, after the batch was committed."""
         touched = [self._payments[payment_id] for payment_id in self._touched]
         for payment in touched:
             payment.version += 1
@@ -225,16 +225,16 @@ class Batch:
         return loaded is None or operation.number > loaded.last_operation
 
     def report(self) -> None:
-        """Count what was saved, and never fail."""
+        """Count what was saved. Never raises."""
         self._counts.report(
             notices=self._notices, events=self._events, operations=self._operations.values(), decided_at=self._now
         )
 
 
-def _result_of(operation: Operation, told: Sequence[tuple[Event | Replay, str]]) -> str | None:
-    """What is kept with the operation, to be published again, once this has been told."""
+def _result_of(operation: Operation, published: Sequence[tuple[Event | Replay, str]]) -> str | None:
+    """The result to keep with the operation, for later replays, after these events."""
     result = operation.result
-    for event, text in told:
+    for event, text in published:
         if isinstance(event, Event) and event.operation_number == operation.number:
             if event.is_result:
                 result = text

@@ -1,6 +1,6 @@
 """Sends committed operations to their gateways, concurrently up to a limit each; every call ends in an `Answer`.
 
-No transaction is open here. An exception never loses an operation: what is not proof is `Unknown`.
+No transaction is open here. An exception never loses an operation: any result that proves nothing is `Unknown`.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ log = structlog.get_logger(__name__)
 Call = Callable[[GatewayRequest], Awaitable[Outcome]]
 
 WITH_THE_PROVIDER = frozenset({OperationState.PENDING, OperationState.REQUIRES_ACTION})
-"""The provider has these and told us so: sending them again is pointless."""
+"""The provider has confirmed that it has these: sending them again is pointless."""
 LOOK_SECONDS: Final = 0.01
-"""How often a process that ends looks whether more has come."""
+"""How often a process that is ending checks for more work."""
 PROVIDER_RESTS: Final = "not sent: its provider wants to rest"
 EXPIRED: Final = "the command expired before it could be sent to its gateway"
 PROCESS_ENDS: Final = "not sent: this process ends"
 LEASE_RAN_OUT: Final = "not sent: the lease ran out while it waited to be sent"
 GIVEN_BACK: Final = frozenset(map(Unreachable, (PROVIDER_RESTS, PROCESS_ENDS, LEASE_RAN_OUT)))
-"""Answers about what was taken over and never sent by us."""
+"""Answers about operations that this process took over but never sent."""
 
 
 class Dispatcher:
@@ -66,7 +66,7 @@ class Dispatcher:
 
     @property
     def rooms(self) -> dict[str, int]:
-        """How much more of what is stuck each gateway can be asked about soon."""
+        """How many more stuck operations each gateway can be asked about soon."""
         return {name: lane.room for name, lane in self._lanes.items()}
 
     def submit(self, requests: Sequence[GatewayRequest]) -> None:
@@ -74,7 +74,7 @@ class Dispatcher:
         self._add(requests, Lane.add)
 
     def resubmit(self, requests: Sequence[GatewayRequest]) -> None:
-        """Ask the gateways about these, which are stuck, or repeat them: at each one's pace."""
+        """Ask the gateways about these stuck operations, or repeat them, at each gateway's pace."""
         self._add(requests, Lane.add_stuck)
 
     def _add(self, requests: Sequence[GatewayRequest], add: Callable[[Lane, GatewayRequest], None]) -> None:
@@ -91,7 +91,7 @@ class Dispatcher:
                 add(lane, request)
 
     def _refuse(self, request: GatewayRequest) -> None:
-        """An operation of a gateway that was configured once: nothing is sent, the others go on."""
+        """Answer for a gateway that is no longer configured: nothing is sent, the others go on."""
         log.error("gateway is not configured", gateway=request.gateway, key=request.provider_key)
         self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
@@ -99,14 +99,14 @@ class Dispatcher:
         """Wait until every started call is answered and no more may come, or the time is up; a sweep takes over the
         rest.
 
-        What was not sent is given back, so that no lease expires on it and nobody takes it for started: what is stuck
-        at once, payers' operations when the time is up, and whatever arrives later.
+        Requests that were not sent are given back, so that no lease expires on them and nobody assumes that they were
+        started: stuck ones at once, payers' operations when the time is up, and any that arrive later.
         """
         lanes, why = self._lanes.values(), Unreachable(PROCESS_ENDS)
         self._give_back(lanes, why)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
-                # An answer that is saved may begin its payment's next operation.
+                # Saving an answer may begin its payment's next operation.
                 while (tasks := [task for lane in lanes for task in lane.tasks]) or may_more_come():
                     await (asyncio.wait(tasks) if tasks else asyncio.sleep(LOOK_SECONDS))
         self._has_ended = True
@@ -114,7 +114,7 @@ class Dispatcher:
             self._answer(request, why)
 
     def give_back_resting(self) -> None:
-        """Give back what is stuck and was not sent, of providers that rest for long: for whoever does not wait."""
+        """Give back unsent stuck operations of providers that rest for long, for callers that do not wait that long."""
         self._give_back([lane for lane in self._lanes.values() if lane.rests_long], Unreachable(PROVIDER_RESTS))
 
     def _give_back(self, lanes: Iterable[Lane], why: Unreachable) -> None:
@@ -131,8 +131,8 @@ class Dispatcher:
 
     async def _outcome_in(self, lane: Lane, request: GatewayRequest) -> Outcome:
         if not self._leases.is_held(request):
-            # This process slept, or Postgres was away. Whoever took it over may have had it ended since, a person even,
-            # and a refund that has no key at its provider would be made beside its successor.
+            # This process slept, or Postgres was away. Another worker, or a person, may have ended the operation since;
+            # a refund without a key at its provider would then be made in addition to its successor.
             return Unreachable(LEASE_RAN_OUT)
         question = self._question(lane.gateway, request)
         if question is not None:
@@ -155,7 +155,7 @@ class Dispatcher:
         assert not self._store.in_transaction(), "a gateway is never called inside a transaction"
         started = time.perf_counter()
         try:
-            # A gateway has its own, shorter timeouts; one that hangs all the same must not hold its place for ever.
+            # Gateways have their own, shorter timeouts; one that hangs all the same must not hold its place forever.
             async with asyncio.timeout(self._leases.lease.total_seconds()):
                 return await call(request)
         except (GatewayUnreachable, OutcomeUnknown) as error:
@@ -169,22 +169,22 @@ class Dispatcher:
             metrics.TIMEOUTS.labels(request.gateway).inc()
             return Unknown("no answer within the lease")
         except Exception:
-            # A defect of an adapter: whether money moved is unknown, and must stay so.
+            # A defect in an adapter: whether money moved is unknown, and must stay so.
             log.exception("gateway call failed unexpectedly", gateway=request.gateway, key=request.provider_key)
             return Unknown("the gateway adapter failed")
         finally:
             metrics.call_seconds(request.gateway).observe(time.perf_counter() - started)
 
     def _question(self, gateway: Gateway, request: GatewayRequest) -> Call | None:
-        """How to ask about it, if it must not be sent (again)."""
+        """The call that asks about an operation that must not be sent (again); None if it may be sent."""
         if request.state in WITH_THE_PROVIDER:
             return gateway.resume
-        # What a person is to look at, and the provider has named, is not sent again: a stored answer would be old news.
+        # An operation in review that the provider has named is not sent again: its stored answer would be old news.
         is_known = request.state is OperationState.NEEDS_REVIEW and request.reference is not None
         return gateway.status if is_known or self._is_key_forgotten(gateway, request) else None
 
     def _has_expired(self, request: GatewayRequest) -> bool:
-        """Whether its time is over and nothing of it was begun. If somebody took it over, this answer is stale."""
+        """Whether the command expired before it was begun. If another worker took it over, this answer is stale."""
         expires_at = request.expires_at
         is_begun = request.state is not OperationState.DISPATCHED
         return expires_at is not None and not is_begun and expires_at <= self._clock()
@@ -192,7 +192,7 @@ class Dispatcher:
     def _is_key_forgotten(self, gateway: Gateway, request: GatewayRequest) -> bool:
         """Whether the provider may have dropped the key: repeating the call could then move money again.
 
-        This goes for a first attempt, too: a worker that slept for so long does not know what others did meanwhile.
+        This applies to a first attempt, too: a worker that slept that long does not know what others did meanwhile.
         """
         retention = gateway.capabilities.idempotency_retention
         if not retention:
@@ -204,7 +204,7 @@ class Dispatcher:
 def _read(error: GatewayUnreachable | OutcomeUnknown, request: GatewayRequest) -> Outcome:
     if error.stands_for(TimeoutError):
         metrics.TIMEOUTS.labels(request.gateway).inc()
-    if error.stands_for(GatewayContractBroken):  # Also where it was in answer to a question before anything was sent.
+    if error.stands_for(GatewayContractBroken):  # Also if it answered a question before anything was sent.
         log.error("gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error))
     return Unreachable(error.message) if isinstance(error, GatewayUnreachable) else Unknown(error.message)
 
@@ -226,6 +226,6 @@ def _call_of(gateway: Gateway, kind: OperationKind) -> Call:
 
 
 def is_cancelled() -> bool:
-    """Whether somebody cancelled this very task; otherwise a library leaked a cancellation of its own."""
+    """Whether this task itself was cancelled; otherwise a library leaked a cancellation of its own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

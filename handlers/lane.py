@@ -1,4 +1,4 @@
-"""The calls of one gateway: how many at a time, who is next, and when it is left alone."""
+"""The calls of one gateway: how many at a time, which is next, and when the gateway is left alone."""
 
 import asyncio
 import math
@@ -18,22 +18,22 @@ from handlers.pace import Pace
 log = structlog.get_logger(__name__)
 
 ROOM_SECONDS: Final = 2.0
-"""What is stuck is claimed for so long ahead: longer than a sweep's interval, so that the pace has no gaps."""
+"""Stuck operations are claimed this far ahead: longer than a sweep's interval, so that the pace has no gaps."""
 SILENCE_SECONDS: Final = 60.0
-"""How often the log tells that a provider gave no word, at most."""
+"""Least time between two warnings that a provider gave no answer."""
 
 
 class Given(NamedTuple):
-    """A request, and whether it is of what is stuck: nobody waits for it, so its pace is kept."""
+    """A request, and whether its operation is stuck: nobody waits for it, so it keeps to the pace."""
 
     request: GatewayRequest
     is_stuck: bool
 
 
 class Lane:
-    """At most `limit` calls at a time, of payers' operations and of what is stuck by turns.
+    """At most `limit` calls at a time, alternating between payers' operations and stuck ones.
 
-    Each in order of arrival; what is stuck also waits for its pace.
+    Each kind is called in order of arrival; stuck operations also wait for the pace.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Lane:
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.gateway = gateway
-        self.breaker = Breaker(time.monotonic, self._tell)
+        self.breaker = Breaker(time.monotonic, self._log_change)
         self._limit = limit
         self._pace = pace
         self._run = run
@@ -49,7 +49,7 @@ class Lane:
         self._stuck: deque[GatewayRequest] = deque()
         self._by_turns = deque([self._take_new, self._take_stuck])
         self._timer: asyncio.TimerHandle | None = None
-        self._silence_told_at = -math.inf
+        self._silence_logged_at = -math.inf
         metrics.IN_FLIGHT.labels(gateway.name).set_function(lambda: len(self.tasks))
         metrics.IN_FLIGHT_LIMIT.labels(gateway.name).set(limit)
         if isinstance(gateway, Pooled):
@@ -64,51 +64,51 @@ class Lane:
 
     @property
     def rests_long(self) -> bool:
-        """Whether its provider wants to rest for longer than a command waits."""
+        """Whether the provider rests for longer than a command waits."""
         return self._pace.rests_long
 
     @property
     def room(self) -> int:
-        """How much more of what is stuck it can take soon; the rest is left for other workers."""
+        """How many more stuck operations this lane can take soon; the rest is left for other workers."""
         if self._pace.rests:
             return 0
         soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
         return max(0, math.ceil(soon) - len(self._stuck))
 
     def note_call(self, outcome: Outcome) -> None:
-        """What came of a call that moves money."""
+        """Note the outcome of a call that moves money."""
         self.breaker.note(outcome)
         if isinstance(outcome, Unreachable | Unknown):
-            self._tell_silence(outcome)
+            self._log_silence(outcome)
 
     def note_answer(self, outcome: Outcome) -> None:
-        """What came of a question: that the provider has no trace of something is an answer."""
+        """Note the outcome of a question. That the provider has no trace of an operation is an answer, too."""
         if isinstance(outcome, Unreachable):
-            self._tell_silence(outcome)
+            self._log_silence(outcome)
 
-    def _tell_silence(self, outcome: Unreachable | Unknown) -> None:
-        """The first, and then one a minute, for its reason: how many there are, the metrics tell."""
-        if time.monotonic() - self._silence_told_at >= SILENCE_SECONDS:
-            self._silence_told_at = time.monotonic()
+    def _log_silence(self, outcome: Unreachable | Unknown) -> None:
+        """Log the first, and then at most one a minute, for its reason; metrics count them all."""
+        if time.monotonic() - self._silence_logged_at >= SILENCE_SECONDS:
+            self._silence_logged_at = time.monotonic()
             log.warning("a call got no word from the provider", gateway=self.gateway.name, answer=describe(outcome))
 
     def add(self, request: GatewayRequest) -> None:
-        """Call for what a payer waits for."""
+        """Call for an operation that a payer waits for."""
         self._new.append(request)
         self._start()
 
     def add_stuck(self, request: GatewayRequest) -> None:
-        """Call for what is stuck, at its pace."""
+        """Call for a stuck operation, at the pace."""
         self._stuck.append(request)
         self._start()
 
     def give_back(self) -> list[GatewayRequest]:
-        """What is stuck and was not sent."""
+        """Take back the stuck requests that were not sent."""
         left, self._stuck = list(self._stuck), deque()
         return left
 
     def give_back_new(self) -> list[GatewayRequest]:
-        """What payers wait for and was not sent."""
+        """Take back the requests that payers wait for and that were not sent."""
         left, self._new = list(self._new), deque()
         return left
 
@@ -117,12 +117,12 @@ class Lane:
             self.tasks.add(asyncio.create_task(self._work()))
 
     async def _work(self) -> None:
-        """Call for one request after the other until none is left; a task serves many."""
+        """Call for one request after another until none is left; one task serves many."""
         try:
             while (given := self._next()) is not None:
                 await self._run(self, given)
         finally:
-            # Now, and not in a callback: what is added before that would find the lane full, and nobody to take it.
+            # Here, not in a callback: a request added before that would find the lane full, and no task to take it.
             self.tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
 
     def _next(self) -> Given | None:
@@ -147,5 +147,5 @@ class Lane:
         self._timer = None
         self._start()
 
-    def _tell(self, is_open: bool) -> None:
+    def _log_change(self, is_open: bool) -> None:
         log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)

@@ -1,4 +1,4 @@
-"""Keeps the leases of the operations that this worker holds: a long queue or a slow provider is no crash."""
+"""Renews the leases of the operations that this worker holds, so a long queue or slow provider is not a crash."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 RENEWED_MAX = 500
 _RUNNING: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""As in infra/postgres/clock.py: a clock that runs on while the machine sleeps."""
+"""A clock that keeps running while the machine sleeps, as in infra/postgres/clock.py."""
 
 
 class Leases:
@@ -29,23 +29,23 @@ class Leases:
         self._held: dict[HeldLease, float] = {}
 
     def hold(self, requests: Iterable[GatewayRequest]) -> None:
-        """These were just leased to this worker; in Postgres that was up to a slow statement earlier."""
+        """Note operations just leased to this worker; in Postgres that was up to one slow statement earlier."""
         now = _seconds()
         for request in requests:
             self._held[_lease_of(request)] = now
 
     def is_held(self, request: GatewayRequest) -> bool:
-        """Whether its lease runs still. After that others may have taken it over, and had it ended."""
+        """Whether the lease still runs. After that, others may have taken the operation over and ended it."""
         since = self._held.get(_lease_of(request))
         return since is not None and _seconds() - since < self.lease.total_seconds()
 
     def release(self, answers: Iterable[Answer]) -> None:
-        """The answers are saved, or given up: nothing is held any more."""
+        """Stop holding the operations of these answers, which are saved or given up."""
         for answer in answers:
             self._held.pop(HeldLease(answer.payment_id, answer.operation_number, answer.lease_token), None)
 
     async def run(self) -> None:
-        """Renew what has run for a third of its time, until cancelled."""
+        """Renew leases that have run for a third of their time, until cancelled."""
         while True:
             await asyncio.sleep(self.lease.total_seconds() / 6)
             try:
@@ -54,7 +54,7 @@ class Leases:
                 log.warning("leases not renewed", held=len(self._held), error=str(error))
 
     async def renew(self) -> None:
-        """Renew old leases. One that was taken over meanwhile stays lost: its answer is stale, unless money moved."""
+        """Renew old leases. A lease that was taken over stays lost: its answer is stale, unless money moved."""
         now = _seconds()
         oldest = now - self.lease.total_seconds() / 3
         due = {held: since for held, since in self._held.items() if since < oldest}

@@ -1,4 +1,4 @@
-"""What the use cases count. Labels come from closed sets; one place names every metric of theirs."""
+"""The metrics of the use cases, all named here. Labels come from closed sets."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -117,7 +117,7 @@ CLAIMED = Counter("payments_operations_claimed_total", "Operations taken over by
 
 
 def expect(gateways: Iterable[str]) -> None:
-    """Begin at 0 what pages when it is counted once: a series that first appears at 1 has not increased."""
+    """Start series at 0 whose first increase must alert: a series that first appears at 1 has not increased."""
     for name in gateways:
         TIMEOUTS.labels(name)
         DISAGREEING.labels(name)
@@ -125,7 +125,7 @@ def expect(gateways: Iterable[str]) -> None:
 
 
 def watch_connections(gateway: str, connections: Callable[[], Connections]) -> None:
-    """Tell of these at every look at the metrics."""
+    """Report a gateway's connections whenever the metrics are read."""
     CONNECTIONS.labels(gateway, "in_use").set_function(lambda: connections().in_use)
     CONNECTIONS.labels(gateway, "idle").set_function(lambda: connections().idle)
     CONNECTIONS_LIMIT.labels(gateway).set_function(lambda: connections().limit)
@@ -133,29 +133,29 @@ def watch_connections(gateway: str, connections: Callable[[], Connections]) -> N
 
 @cache
 def results(command: OperationKind | None, result: EventKind) -> Counter:
-    """The counter of these labels, found once: a look-up at every event would cost more than the counting."""
+    """The counter with these labels, cached: a look-up for every event would cost more than the counting."""
     return RESULTS.labels(command.value if command else "none", result.value)
 
 
 @cache
 def calls(gateway: str, operation: OperationKind, outcome: str) -> Counter:
-    """The counter of these labels, found once."""
+    """The counter with these labels, cached."""
     return CALLS.labels(gateway, operation.value, outcome)
 
 
 @cache
 def checked(gateway: str, subject: str, answer: str) -> Counter:
-    """The counter of these labels, found once."""
+    """The counter with these labels, cached."""
     return RECONCILED.labels(gateway, subject, answer)
 
 
 @cache
 def result_seconds(command: OperationKind) -> Histogram:
-    """The histogram of this kind of command, found once."""
+    """The histogram of this kind of command, cached."""
     return RESULT_SECONDS.labels(command.value)
 
 
 @cache
 def call_seconds(gateway: str) -> Histogram:
-    """The histogram of this gateway, found once."""
+    """The histogram of this gateway, cached."""
     return CALL_SECONDS.labels(gateway)

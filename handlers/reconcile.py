@@ -1,9 +1,9 @@
-"""Asks providers about holds that should have ended, which no operation of ours waits for.
+"""Asks providers about holds that should have ended, which no open operation waits for.
 
-Workers share them: a claim puts a hold's next question off, ever longer, so that one that its provider still keeps is
-asked about seldom, though never later than the cut-off. Everything else that is stuck (a lease that ran out, doubt,
-what is pending or waits for the payer) is an open operation and the sweep's to ask about. Time alone changes nothing
-here either: the provider's word is applied, or nothing is.
+Workers share the holds: each claim postpones a hold's next question, longer every time, so that a hold that the
+provider still keeps is asked about rarely, but always within the cut-off. Everything else that can be stuck (an expired
+lease, doubt, an operation that is pending or waits for the payer) is an open operation, which the sweep asks about.
+Time alone changes nothing here either: only the provider's answer is applied.
 """
 
 import asyncio
@@ -33,22 +33,22 @@ log = structlog.get_logger(__name__)
 
 PAGE: Final = 200
 LATEST: Final = 1.25
-"""Of the interval between two rounds, which is spread by a quarter."""
+"""Longest time between two rounds, as a multiple of the interval: the jitter is a quarter."""
 WATCH_SECONDS: Final = 15.0
 AT_ONCE: Final = 8
-"""Questions at a time to each gateway: this is the least urgent of all that is asked of a provider."""
+"""Concurrent questions to each gateway: these are the least urgent requests that a provider receives."""
 UNKNOWN_HERE: Final = "this gateway is not configured here"
 RESTS: Final = "not asked: its provider wants to rest"
 SILENT: Final = "not asked: its provider leaves questions unanswered"
 SILENT_AFTER: Final = AT_ONCE
-"""Questions in a row without an answer, after which a gateway is asked no more in a round: all that are asked at once
-may have waited for as long as it lets them, and no others should."""
+"""After this many questions in a row without an answer, a gateway is not asked again in a round: all concurrent ones
+may have waited for their whole timeout, and no more should."""
 
 
 class HoldAnswer(NamedTuple):
-    """A hold past its end, and its provider's word on it; None where there is none to be counted, and why not.
+    """A hold past its end with its provider's answer, or None and the reason why there is no usable answer.
 
-    (A dry run has them of open operations, too.)
+    (A dry run uses this for open operations, too.)
     """
 
     payment: Payment
@@ -58,10 +58,10 @@ class HoldAnswer(NamedTuple):
 
 
 class Asker:
-    """Asks the providers what became of something, holds most of all: few at a time, each gateway at its pace.
+    """Asks the providers what became of operations, mostly holds: a few at a time, each gateway at its pace.
 
-    One that rests for long, or gives no answers, is not asked any more, nor waited for: pages are claimed one after
-    the other, and its holds stand in them with the others'.
+    A gateway that rests for long, or gives no answers, is neither asked again nor waited for: pages are claimed one
+    after another, and contain its holds together with those of others.
     """
 
     def __init__(self, gateways: Mapping[str, Gateway], paces: Mapping[str, Pace]) -> None:
@@ -71,15 +71,15 @@ class Asker:
         self._unanswered: Counter[str] = Counter()
 
     def begin_round(self) -> None:
-        """Ask again whoever gave no answers in the last one."""
+        """Ask gateways again that gave no answers in the last round."""
         self._unanswered.clear()
 
     async def ask_all(self, holds: Iterable[LapsedHold]) -> list[HoldAnswer]:
-        """What they say of each."""
+        """The answer about each hold."""
         return list(await asyncio.gather(*(self.ask(each.payment, each.operation) for each in holds)))
 
     async def ask(self, payment: Payment, operation: Operation) -> HoldAnswer:
-        """What its provider says of one; raises nothing of what goes wrong with it."""
+        """The provider's answer about one operation. Never raises because of a failed question."""
         gateway = self._gateways.get(operation.gateway or "")
         if gateway is None:
             return HoldAnswer(payment, operation, None, UNKNOWN_HERE)
@@ -97,14 +97,14 @@ class Asker:
     def _note(self, name: str, outcome: Outcome | None) -> None:
         if outcome is not None:
             self._unanswered[name] = 0
-        elif not self._paces[name].rests:  # a refusal with a time to wait is an answer, which the pace heeds
+        elif not self._paces[name].rests:  # a refusal with a time to wait is an answer; the pace respects it
             self._unanswered[name] += 1
 
 
 async def ask_about_holds(
     store: PaymentStore, asker: Asker, payment_id: UUID | None = None
 ) -> AsyncIterator[list[HoldAnswer]]:
-    """What the providers say of every hold past its end, of one payment or of all, page by page. Changes nothing."""
+    """The answers about every hold past its end, of one payment or of all, page by page. Changes nothing."""
     after: Place | None = None
     while page := await store.find_lapsed_holds(payment_id, after=after, limit=PAGE):
         yield await asker.ask_all(page)
@@ -128,12 +128,12 @@ class Reconciler:
         self._asker = asker
         self._write_path = write_path
         self._interval = interval
-        # What becomes due right after a round is found by the next one.
+        # A hold that becomes due right after a round is found by the next one.
         self._delay_max = max(interval, cut_off - interval * LATEST)
         self._on_answer = on_answer
 
     async def run(self) -> None:
-        """Look until cancelled; an unavailable Postgres is tried again at the next turn."""
+        """Ask until cancelled; while Postgres is unavailable, retry at each turn."""
         while True:
             await asyncio.sleep(self._interval.total_seconds() * random.uniform(0.75, 1.25))  # noqa: S311 - spreads
             try:
@@ -142,7 +142,7 @@ class Reconciler:
                 log.warning("reconciliation postponed", error=str(error))
 
     async def watch(self) -> None:
-        """Keep the metrics of what is in doubt and what is stuck, until cancelled."""
+        """Update the metrics of operations in doubt and stuck ones, until cancelled."""
         while True:
             try:
                 doubted = await self._store.in_doubt()
@@ -155,11 +155,13 @@ class Reconciler:
                     metrics.STUCK_OLDEST.labels(subject).set(stuck.oldest_seconds)
                     metrics.STUCK_OVERDUE.labels(subject).set(stuck.overdue_seconds)
             except PaymentsError as error:
-                log.warning("not counted what is stuck or in doubt: the metrics are those of before", error=str(error))
+                log.warning(
+                    "what is stuck or in doubt was not counted; the metrics keep their last values", error=str(error)
+                )
             await asyncio.sleep(WATCH_SECONDS)
 
     async def reconcile_holds(self, payment_id: UUID | None = None) -> int:
-        """Ask about the holds that are due, of one payment or of all, and apply what is said; how many there were."""
+        """Ask about due holds, of one payment or of all, and apply the answers. Returns how many holds there were."""
         found = 0
         self._asker.begin_round()
         while holds := await self._claim(payment_id):
@@ -170,7 +172,7 @@ class Reconciler:
         return found
 
     async def _reconcile(self, holds: Iterable[LapsedHold]) -> None:
-        """Holds of one gateway: what another has to say is applied without waiting for this one."""
+        """Ask about holds of one gateway; answers of other gateways are applied without waiting for it."""
         answers = await self._asker.ask_all(holds)
         words = [_notified(each) for each in answers]
         applied = await self._write_path.apply([word for word in words if word is not None])
@@ -181,7 +183,7 @@ class Reconciler:
             self._on_answer(answer if error is None else _report(answer, error))
 
     async def reconcile_holds_now(self, payment_id: UUID | None = None) -> int:
-        """As `reconcile_holds`, of every hold past its end, however lately it was asked about."""
+        """Like `reconcile_holds`, for every hold past its end, however recently it was asked about."""
         await self._store.make_holds_due(payment_id)
         return await self.reconcile_holds(payment_id)
 
@@ -199,7 +201,7 @@ def _by_gateway(holds: Iterable[LapsedHold]) -> Iterable[list[LapsedHold]]:
 
 
 async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> HoldAnswer:
-    """None of what goes wrong with one hold stops its neighbours."""
+    """The provider's answer about one hold. A failure is part of the result, and stops no other hold."""
     try:
         request = gateway_request(payment, operation, command_from_content(operation.content, operation.traceparent))
         return HoldAnswer(payment, operation, await gateway.status(request))
@@ -216,7 +218,7 @@ async def _word_of(gateway: Gateway, payment: Payment, operation: Operation) -> 
 
 
 def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
-    """The word is not saved. The hold stays, and is asked about at its next turn."""
+    """Report an answer that was not saved. The hold stays, and is asked about at its next turn."""
     assert answer.outcome is not None, "only a word is given to be saved"
     metrics.REFUSED_ANSWERS.inc()
     log.error(
@@ -230,12 +232,12 @@ def _report(answer: HoldAnswer, error: str) -> HoldAnswer:
 
 
 def in_vain(outcome: Outcome, error: str) -> str:
-    """A provider's word that Postgres refuses, for people."""
+    """Describe, for people, an answer that could not be saved."""
     return f"{describe(outcome)}, which could not be saved: {error}"
 
 
 def _notified(answer: HoldAnswer) -> Notified | None:
-    """The word as an input of the write path, if there is one."""
+    """The answer as an input of the write path, if there is one."""
     if answer.outcome is None:
         return None
     payment_id, operation = answer.payment.payment_id, answer.operation

@@ -1,4 +1,4 @@
-"""Trying again what failed for a reason that passes: with waits that grow, and spread so that a herd falls apart."""
+"""Retries after transient failures, with growing waits and jitter, so that processes do not retry in step."""
 
 import random
 from collections.abc import Awaitable, Callable
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def until_store_answers(work: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs) -> T:
-    """What `work` returns, however often Postgres is away before that."""
+    """Call `work` until Postgres is available, and return its result."""
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(StoreUnavailable), wait=wait_random_exponential(multiplier=0.1, max=5)
     )
@@ -21,7 +21,7 @@ async def until_store_answers(work: Callable[P, Awaitable[T]], *args: P.args, **
 
 
 class Backoff:
-    """Waits that double while the same trouble lasts, from `first_seconds` to `max_seconds`, less up to a half."""
+    """Waits that double while a failure lasts, from `first_seconds` to `max_seconds`, each less up to a half."""
 
     def __init__(self, *, first_seconds: float, max_seconds: float) -> None:
         self._first_seconds = first_seconds

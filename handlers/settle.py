@@ -1,8 +1,7 @@
 """Gathers gateway answers for a moment and saves them together; while Postgres is away they wait in memory.
 
-Losing that memory loses no money: the lease of each operation runs out, and the sweep asks the provider again with the
-same key, or where there are no keys asks about it. What it kept is saved though a sweep has taken over meanwhile, if it
-says that money moved.
+Losing that memory loses no money: each operation's lease runs out, and the sweep sends it again with the same key, or
+asks about it if the provider has no keys. An answer that money moved is saved even if a sweep has taken over meanwhile.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ GATHER_SECONDS = 0.002
 
 
 class Settler:
-    """Saves answers through the write path, in order of arrival, and passes on what they make possible."""
+    """Saves answers through the write path, in order of arrival, and submits the requests that result from them."""
 
     def __init__(
         self, *, write_path: WritePath, submit: Callable[[list[GatewayRequest]], None], leases: Leases
@@ -34,7 +33,7 @@ class Settler:
         self._submit = submit
         self._leases = leases
         self.on_refused: Callable[[Answer, str], None] = lambda answer, error: None
-        """Told of each answer that Postgres refuses, and why: it is not saved, and its operation stays open."""
+        """Called with each answer that cannot be saved, and why. Its operation stays open."""
         self._pending: list[Answer] = []
         self._arrived = asyncio.Event()
         self._saving = 0
@@ -45,7 +44,7 @@ class Settler:
         return len(self._pending) + self._saving
 
     def add(self, answer: Answer) -> None:
-        """Take over an answer. Does not block."""
+        """Queue an answer. Does not block."""
         self._pending.append(answer)
         self._arrived.set()
 
@@ -58,10 +57,10 @@ class Settler:
             await self.settle_some()
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Save what has arrived, with `run` no longer running.
+        """Save everything that has arrived, after `run` has ended.
 
         Raises:
-            TimeoutError: Postgres stayed away; the operations are taken over after their leases.
+            TimeoutError: Postgres stayed away; the operations are taken over once their leases run out.
         """
         async with asyncio.timeout(timeout_seconds):
             while self._pending:
@@ -100,7 +99,7 @@ class Settler:
             raise
 
     def _report(self, given: Input, error: str, defect: Exception | None = None) -> None:
-        """The answer is not saved. Its operation stays open: after the lease the provider is asked again."""
+        """Report an unsaved answer. Its operation stays open: after the lease the provider is asked again."""
         metrics.REFUSED_ANSWERS.inc()
         assert isinstance(given, Answer), "nothing else was given"
         log.error(

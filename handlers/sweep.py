@@ -1,6 +1,6 @@
-"""Takes over operations that are due: leases that ran out after a crash, retries, and polls of what is pending.
+"""Takes over operations that are due: leases that ran out after a crash, retries, and polls of pending operations.
 
-Time alone ends nothing here. A due operation is asked about again, and what the provider says decides.
+Time alone ends nothing here. A due operation is asked about again, and the provider's answer decides.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Sweep:
             await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1.25))  # noqa: S311 - spreads load
 
     async def sweep_once(self, payment_id: UUID | None = None) -> int:
-        """Claim one portion of each gateway's, of one payment or of all, and pass it on; how many there were."""
+        """Claim one portion of each gateway's, of one payment or of all, and pass it on. Returns their number."""
         async with self._claiming:
             limit = min(CLAIMED_MAX, self._room())
             if limit <= 0:
@@ -69,12 +69,12 @@ class Sweep:
             return len(claimed)
 
     async def close(self) -> None:
-        """Claim nothing more; what was claimed has been passed on when this returns."""
+        """Claim nothing more. When this returns, everything claimed has been passed on."""
         await self._claiming.acquire()
 
 
 def _request(payment: Payment, operation: Operation) -> GatewayRequest | None:
-    """None for one that this release cannot read: it stays due, and stops none of its neighbours."""
+    """The request, or None if this release cannot read the operation: it stays due, and the others go on."""
     try:
         command = command_from_content(operation.content, operation.traceparent)
         return gateway_request(payment, operation, command)

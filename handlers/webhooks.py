@@ -1,6 +1,6 @@
-"""Webhooks: verified, stored, and only then answered as the provider demands; applied later, by the workers.
+"""Webhooks: verified, stored, and only then answered as the provider demands; the workers apply them later.
 
-Those that arrive together are stored together: one statement a moment, however many there are.
+Webhooks that arrive together are stored together, in one statement.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class _Waiting(NamedTuple):
 
 
 class Webhooks:
-    """Receives the webhooks of every gateway that sends any. `run` must be running beside it."""
+    """Receives the webhooks of every gateway that sends any. `run` must be running at the same time."""
 
     def __init__(self, *, readers: Mapping[str, WebhookReader], accept: Accept) -> None:
         self._readers = readers
@@ -45,11 +45,11 @@ class Webhooks:
 
     @property
     def gateways(self) -> frozenset[str]:
-        """Who may send webhooks here."""
+        """The gateways whose webhooks are received here."""
         return frozenset(self._readers)
 
     async def receive(self, gateway: str, request: WebhookRequest) -> WebhookAnswer:
-        """Store what is genuine, and say what its sender must hear. Nothing else changes here."""
+        """Store a genuine webhook, and return the answer for its sender. Nothing else changes here."""
         reader = self._readers[gateway]
         verdict = await self._verdict(reader, request)
         metrics.WEBHOOKS.labels(gateway, verdict.value).inc()
@@ -60,13 +60,13 @@ class Webhooks:
             return Verdict.TOO_LARGE
         try:
             notice = await reader.read(request)
-            # What was verified, by the promise of `WebhookReader.read`.
+            # `WebhookReader.read` promises that this is what it verified.
             return await self._store(notice, request.body or request.query.encode())
         except WebhookRefused as refused:
             log.warning("webhook refused", gateway=reader.gateway, verdict=refused.verdict, detail=refused.detail)
             return refused.verdict
         except (ValueError, RecursionError) as error:
-            # Text that no parser or encoder takes. Its content is not logged: it is anybody's.
+            # Text that no parser or encoder accepts. Its content is not logged: anybody may have sent it.
             log.warning(
                 "webhook refused", gateway=reader.gateway, verdict=Verdict.MALFORMED, error=type(error).__name__
             )
@@ -84,7 +84,7 @@ class Webhooks:
         return await waiting.verdict
 
     async def run(self) -> None:
-        """Store what arrives, until cancelled. Who waits then, or comes later, is told at once to send again."""
+        """Store what arrives, until cancelled. Senders that wait then, or come later, are told to send again."""
         batch: list[_Waiting] = []
         try:
             while True:
@@ -105,7 +105,7 @@ class Webhooks:
             await self._part(batch, error)
             return
         except Exception as error:
-            # Whatever it is, the senders hear of it, and send again: nothing was answered as stored.
+            # Whatever the error is, the senders are told to send again: nothing was answered as stored.
             _fail(batch, StoreUnavailable(str(error)))
             return
         for each, known in zip(batch, accepted, strict=True):
@@ -113,7 +113,7 @@ class Webhooks:
                 each.verdict.set_result(_judge(each.notice, known))
 
     async def _part(self, batch: list[_Waiting], error: InputRefusedByStore) -> None:
-        """Find the one that no database takes by halves, as the write path does: its neighbours are stored."""
+        """Find the webhook that cannot be stored by bisection, as the write path does: its neighbours are stored."""
         if len(batch) == 1:
             _fail(
                 batch,
@@ -158,7 +158,7 @@ def _judge(notice: Notice, known: Accepted) -> Verdict:
 
 
 def _differs(notice: Notice, known: Accepted) -> bool:
-    """Whether it tells of a success in another amount or currency than ours."""
+    """Whether the notice reports a success in another amount or currency than ours."""
     outcome = notice.outcome
     if not isinstance(outcome, Succeeded) or known.amount_minor is None:
         return False

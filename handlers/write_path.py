@@ -1,4 +1,4 @@
-"""The one write path: every input, from wherever it comes, is deduplicated, decided and saved here, a batch at a time.
+"""The one write path: every input, whatever its source, is deduplicated, decided and saved here, a batch at a time.
 
 Before the commit nothing happened; after it the state, the events and the intent to call the gateway are on disk
 together. Gateway requests are returned to be sent after the commit, never inside it.
@@ -26,29 +26,29 @@ from handlers.batch import Batch, Known, kin_of, place_of, read_waiting
 log = structlog.get_logger(__name__)
 
 ATTEMPTS_MAX = 20
-"""Lost races in a row before a batch is handed back as if Postgres were away: it will be delivered again."""
+"""Lost races in a row before a batch is given back as if Postgres were away: it will be delivered again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An input that could not be applied, alone among its neighbours, and the error that it caused."""
+    """An input that could not be applied, isolated from its neighbours, and the error that it caused."""
 
     given: Input
     error: Exception
 
     @property
     def may_heal(self) -> bool:
-        """Whether trying again may help: what a constraint refuses once it refuses for ever."""
+        """Whether trying again may help: a constraint that refused an input will refuse it always."""
         return not isinstance(self.error, InputRefusedByStore)
 
     @property
     def defect(self) -> Exception | None:
-        """The error where it is none of the input's, and its traceback says whose it is."""
+        """The error if the input did not cause it; its traceback shows what did."""
         return self.error if self.may_heal else None
 
 
 class SavedInPart(StoreUnavailable):
-    """Postgres went away while a batch was taken apart. What was saved has begun: its `requests` are to be sent."""
+    """Postgres went away while a batch was being split. Part of it is saved, and its `requests` must be sent."""
 
     def __init__(self, requests: Sequence[GatewayRequest], error: StoreUnavailable) -> None:
         super().__init__(str(error))
@@ -58,9 +58,9 @@ class SavedInPart(StoreUnavailable):
 
 @dataclass(slots=True)
 class Applied:
-    """What a batch led to: requests for the gateways, the inputs that stood alone in failing, and those not tried.
+    """The result of a batch: requests for the gateways, the inputs that failed in isolation, and those not tried.
 
-    Not tried is what comes after one that failed, on the same payment, if that one may yet succeed: order is kept.
+    Inputs that follow a failed one of the same payment are not tried if that one may yet succeed: order is kept.
     """
 
     requests: list[GatewayRequest] = field(default_factory=list)
@@ -69,11 +69,11 @@ class Applied:
 
     @property
     def may_heal(self) -> bool:
-        """Whether trying again may help with any of it."""
+        """Whether trying again may help any of the inputs."""
         return bool(self.not_tried) or any(each.may_heal for each in self.refused)
 
     def then(self, later: "Applied") -> "Applied":
-        """Both, one after the other."""
+        """Both results, in order."""
         return Applied(self.requests + later.requests, self.refused + later.refused, self.not_tried + later.not_tried)
 
 
@@ -95,7 +95,7 @@ class WritePath:
 
         Raises:
             StoreUnavailable: nothing is known to be saved; apply the same inputs again later.
-            SavedInPart: as well, but some are saved; it has their requests, to be sent now.
+            SavedInPart: the same, but some inputs are saved; send its requests now.
         """
         if not inputs:
             return Applied()
@@ -118,7 +118,7 @@ class WritePath:
         return first.then(second)
 
     async def apply_again(self, inputs: Sequence[Input], earlier: Applied) -> Applied:
-        """Try once more what may heal, in the order of `inputs`; what cannot heal stays refused.
+        """Retry the inputs that may yet succeed, in the order of `inputs`; the others stay refused.
 
         Raises:
             StoreUnavailable: as `apply`.
@@ -138,7 +138,7 @@ class WritePath:
             except ConcurrentUpdate:
                 assumed = None
                 metrics.CONCURRENT_UPDATES.inc()
-                # The hint was wrong or another worker was first: look at every key, and let the others finish.
+                # The hint was wrong or another worker was first: look up every key, and let the others finish.
                 suspects = known
                 await asyncio.sleep(random.uniform(0, 0.005 * (attempt + 1)))  # noqa: S311 - spreads load, no secret
             else:
@@ -148,9 +148,9 @@ class WritePath:
         raise StoreUnavailable(f"lost {ATTEMPTS_MAX} races in a row")
 
     async def _apply_late(self, batch: Batch) -> list[GatewayRequest]:
-        """Apply a success that came after its operation's end as a webhook would be: it may never be reported again.
+        """Apply a success that arrived after its operation's end like a webhook: it may never be reported again.
 
-        Changes nothing if the operation ended with it.
+        Changes nothing if the operation had ended with that success.
         """
         words = [_as_notice(each) for each in batch.late_successes]
         try:
@@ -164,7 +164,7 @@ class WritePath:
         return applied.requests
 
     async def _suspects(self, keys: list[str]) -> Sequence[str]:
-        """The keys that Postgres must be asked about beforehand; the others are caught by its unique key."""
+        """The keys that must be looked up in Postgres first; its unique key catches any other."""
         return [] if not keys or await self._recent.are_new(keys) else keys
 
     async def _apply_once(
@@ -186,7 +186,7 @@ class WritePath:
         return batch
 
     async def _load(self, transaction: WriteTransaction, inputs: Sequence[Input], suspects: Sequence[str]) -> Known:
-        # Locked first, read afterwards: what is read about a payment is then true until the commit.
+        # Lock first, read afterwards: what is read about a payment then stays true until the commit.
         payments = await transaction.lock_payments({each.payment_id for each in inputs})
         stored = await transaction.find_operations(suspects)
         for payment in payments.values():

@@ -26,7 +26,7 @@ from app.settings import Settings
 from app.signals import stop_on_signals
 from app.stack_file import StackFile
 from app.up import ALL_GATEWAYS, Installation
-from app.up_report import show_addresses, start_errors, told_folder
+from app.up_report import folder_option, show_addresses, start_errors
 from infra.postgres.ledger import database_time
 
 CRASH_AT: Final = 0.45
@@ -268,7 +268,7 @@ class Demo:
         self._screen.heading("Everything keeps running; Ctrl-C stops it")
         data_dir = self._installation.data_dir
         show_addresses(self._screen.console, self._installation.urls, data_dir)
-        self._screen.say(f"  {'look at a payment':<22}payments show {payment}{escape(told_folder(data_dir))}")
+        self._screen.say(f"  {'look at a payment':<22}payments show {payment}{escape(folder_option(data_dir))}")
 
 
 def _check_books(books: Books) -> Iterator[Check]:

@@ -17,6 +17,7 @@ from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
 from pydantic import BaseModel
 
+from domain.accept import QUEUE_MAX
 from domain.commands import RejectionReason
 from domain.money import MINOR_UNITS
 from handlers.messages.command_models import COMMAND_MODELS, ChargePayment
@@ -53,8 +54,9 @@ Payment **commands** come in on one Kafka topic, **events** go out on another; e
   (`cannot_be_processed`); it is answered once an operator retries it.
 - The commands of a payment run one at a time. A command that arrives while another is under way, which may wait for
   its payer for a day, waits for its turn, and no event is published for it until then; nor for a second delivery of the
-  first. (Of such deliveries the first thousand are answered.) Three kinds do not wait: a command with an invalid field
-  and a conflict are refused at once, and, if the gateway can cancel, a void of what waits for its payer goes first.
+  first. (Of all such deliveries for a payment the first thousand are answered.) Three kinds do not wait: a command with
+  an invalid field and a conflict are refused at once, and, if the gateway can cancel, a void of what waits for its
+  payer goes first. At most {QUEUE_MAX} commands of a payment wait: a further one is rejected (`invalid_state`).
 - So do not pay for an order with another `payment_id` while the first payment is open, or both may be paid: send a
   `void`, and wait for its result.
 - A charge or authorization is accepted only while `payment.status` is `created`, `failed` or `expired`, with a new key

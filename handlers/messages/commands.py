@@ -1,8 +1,8 @@
 """Reading commands: from the bytes of a Kafka message to a domain command.
 
-Promises: any bytes end in a command, in an unacceptable command (a typed refusal that its sender will hear of), or in
-`MessageUnreadable` (nobody can be told: the dead-letter topic). A good command is read in one pass in Rust; only a
-doubtful one is looked at again in Python, by `refusals`.
+Promises: any bytes result in a command, in an unacceptable command (a typed refusal, published to its sender), or in
+`MessageUnreadable` (nobody can be answered: dead-letter topic). A good command is read in one pass in Rust; `refusals`
+looks at a doubtful one again in Python.
 """
 
 import re
@@ -27,18 +27,18 @@ from handlers.messages.refusals import (
 )
 
 COMMAND_BYTES_MAX: Final = 524_288
-"""Longer values are not read. Every known field at its limit, and each character escaped, takes two thirds of it."""
+"""Longer values are not read. All known fields at their limits, every character escaped, need two thirds of this."""
 
 _READER: Final[TypeAdapter[WireCommand]] = TypeAdapter(Annotated[WireCommand, Field(discriminator="type")])
 _validate: Final[Callable[[bytes | str], WireCommand]] = _READER.validator.validate_json
 _NUL: Final = b"\\u0000"
-"""A NUL in a JSON text; also what a backslash before "u0000" looks like, which the second look tells apart."""
+"""A NUL in JSON. An escaped backslash before "u0000" looks the same; the second look distinguishes them."""
 _AMOUNT: Final = re.compile(rb"amount", re.IGNORECASE)
 _TRACEPARENT: Final = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def command_type(kind: OperationKind) -> str:
-    """`payment.capture.v1` of CAPTURE."""
+    """The wire type of a command: `payment.capture.v1` for CAPTURE."""
     return f"payment.{kind}.v1"
 
 
@@ -65,7 +65,7 @@ def read_command(value: bytes | None, traceparent: str | None) -> AnyCommand:
 
 
 def command_from_content(content: str, traceparent: str | None = None) -> Command:
-    """The command again from its stored canonical content, for one that waited or is recovered.
+    """The command read from its stored canonical content, after it waited or is recovered.
 
     Raises:
         pydantic.ValidationError: `read_command` never wrote this as the content of a command.
@@ -74,7 +74,7 @@ def command_from_content(content: str, traceparent: str | None = None) -> Comman
 
 
 def read_traceparent(headers: Iterable[tuple[str, bytes | None]]) -> str | None:
-    """The message's W3C trace context, None where there is none that is valid.
+    """The message's W3C trace context, or None if there is no valid one.
 
     Source: https://www.w3.org/TR/trace-context/, version 00.
     """
@@ -110,11 +110,11 @@ def _unacceptable(doubtful: DoubtfulCommand, problems: Problems, traceparent: st
 
 
 def _is_doubtful(value: bytes, content: bytes, message: WireCommand) -> bool:
-    """Whether a message that fits its model may still repeat a field, give its amount under another name, or hold what
-    is refused: a card number, or a character.
+    """Whether a message that fits its model may still repeat a field, give its amount under another name, or contain
+    something that is refused: a card number or a NUL.
 
-    A message without escapes has one colon after each name and those within its texts. As many as in its content mean
-    that nothing was dropped, so nothing was said twice.
+    A message without escapes has one colon after each name, plus those within its strings. If its content has as many,
+    no field was dropped, so none was repeated.
     """
     if (value.count(b":") != content.count(b":") or b"\\" in value) and (has_repetitions(value) or _NUL in content):
         return True
@@ -124,7 +124,7 @@ def _is_doubtful(value: bytes, content: bytes, message: WireCommand) -> bool:
 
 
 def _moves_all(message: WireCommand) -> bool:
-    """Whether it moves all that there is, unless an amount is meant that is given under another name."""
+    """Whether the command moves everything that remains, unless its amount is given under another name."""
     return isinstance(message, VoidPayment) or (isinstance(message, PartOfPayment) and message.amount_minor is None)
 
 

@@ -1,6 +1,6 @@
-"""A notice as it is kept in the inbox: JSON that a later release still reads.
+"""A notice as it is kept in the inbox: JSON that later releases can still read.
 
-Only what `decide` needs of it; the provider's own text is kept beside it, byte for byte.
+It holds only what `decide` needs; the provider's own text is stored beside it, byte for byte.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ _EXTERNAL: Final = TypeAdapter(External)
 
 
 def write_notice(notice: Notice) -> str:
-    """What the notice says, without the names that the inbox has columns for."""
+    """The notice's content, without the fields that are columns of the inbox."""
     outcome = notice.outcome
-    assert outcome is None or type(outcome).__name__ in _OUTCOMES, "a webhook tells what a provider can know"
+    assert outcome is None or type(outcome).__name__ in _OUTCOMES, "a webhook reports only what a provider can know"
     body: dict[str, Any] = {
         "outcome": None if outcome is None else {"is": type(outcome).__name__, **asdict(outcome)},
         "currency": notice.currency,
@@ -41,7 +41,7 @@ def read_notice(content: str, *, gateway: str, event_id: str, type_: str, operat
     """The notice that `write_notice` wrote.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is not a notice.
     """
     body = from_json(content)
     outcome, dispute, external = body["outcome"], body["dispute"], body.get("external")

@@ -476,8 +476,8 @@ async def test_hundreds_are_published_again_in_the_order_of_each_key(
         (("show", "0:999999"), "there is no letter 0:999999"),
         (("retry",), "--all or --reason"),
         (("retry", "0:1", "--all"), "--all or --reason, not both"),
-        (("retry", "--all", "--again"), "goes with letters' names"),
-        (("drop", "--all", "--why", " ", "--yes"), "--why says why"),
+        (("retry", "--all", "--again"), "needs named letters"),
+        (("drop", "--all", "--why", " ", "--yes"), "--why must say why"),
     ],
 )
 async def test_wrong_use_says_what_to_do(

@@ -326,7 +326,7 @@ async def test_what_was_dropped_before_is_told_with_its_reason(config: RelayConf
         await commit(config.postgres_url, poisoned)
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
         blank = await payments_relay(config, "quarantine", "drop", event, "--why", " ", "--yes")
-        assert (blank.returncode, "--why says why" in blank.stderr, blank.stdout) == (1, True, "")
+        assert (blank.returncode, "--why must say why" in blank.stderr, blank.stdout) == (1, True, "")
         await payments_relay(config, "quarantine", "drop", event, "--why", "agreed", "--yes")
         await published(config, poisoned[2])
         for command in (["drop", event, "--why", "once more", "--yes"], ["retry", event], ["retry", "pay_0001"]):
