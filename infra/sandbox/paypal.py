@@ -324,7 +324,7 @@ class PayPalSimulator:
             return _error(refusal)
 
     def _respond(self, request: Request, kind: str, made: PayPalObject, status: int) -> Response:
-        """The object, whole or only id, status and links, as `Prefer` asks. An order that waits for its payer is a 200."""
+        """The object, whole or only id, status and links, as `Prefer` asks; 200 if its payer must act."""
         shown = self.books.shown(kind, made, _base(request))
         if request.headers.get("prefer") != "return=representation":
             if request.url.path.endswith("/void"):
@@ -512,7 +512,7 @@ class PayPalSimulator:
         return JSONResponse(self.books.shown("orders", order, _base(request)))
 
     def _outside(self, change: Callable[[Request], tuple[str, PayPalObject]]) -> Callable[[Request], Any]:
-        """An endpoint that changes the books from outside the API, as a payer or a person in PayPal's pages would."""
+        """An endpoint that changes the books from outside the API, as a person in PayPal's pages would."""
 
         async def endpoint(request: Request) -> Response:
             try:
@@ -525,7 +525,7 @@ class PayPalSimulator:
         return endpoint
 
     def _of_amount(self, request: Request, kind: str) -> PayPalObject:
-        """The amount of a person's request: `?amount=`, such as 5.00, in the currency of the object; without one, none."""
+        """The amount of a person's request: `?amount=`, such as 5.00, in the object's currency; may be absent."""
         value = request.query_params.get("amount")
         whole = self.books.find(kind, request.path_params["id"])["amount"]
         return {} if value is None else {"amount": {**whole, "value": value}}

@@ -337,7 +337,7 @@ class PayPalBooks:
         return reversal
 
     def unlist(self, reference: str) -> PayPalObject:
-        """Stop listing a refund in its order: PayPal's documentation mentions only in passing that orders list refunds."""
+        """Stop listing a refund in its order: that orders list refunds is documented only in passing."""
         return self.keep("refunds", {**self.find("refunds", reference), "_is_unlisted": True})
 
     def _refundable(self, capture: PayPalObject) -> Decimal:
@@ -447,7 +447,7 @@ class PayPalBooks:
         return {**{name: to_minor(v, currency) for name, v in amounts.items()}, "executed": executed, "orders": 1}
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Per currency in lower case, in minor units of ISO 4217: amounts captured, refunded, lost and held, and counts.
+        """Per currency in lower case, in minor units of ISO 4217: amounts captured, refunded, held and lost; counts.
 
         `payment_intents` counts the orders, so that the totals of all simulators have the same names.
         """
