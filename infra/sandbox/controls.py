@@ -17,7 +17,7 @@ from infra.sandbox.faults import Action, Fault, Faults
 from infra.sandbox.webhooks import WebhookSender
 
 GARBLED: Final = (Action.GARBAGE, Action.ERROR_AFTER)
-"""For a provider without an error answer of its own after an execution, a proxy's page stands for both."""
+"""For a provider that has no error answer of its own after an execution: both are a proxy's page."""
 T = TypeVar("T")
 
 NOT_A_RULE: Final = (TypeError, ValueError, AttributeError)

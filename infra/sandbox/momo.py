@@ -1,4 +1,4 @@
-"""A MoMo that runs here: create, pay page, IPN, query, confirm and refund, with books of its own and faults on demand.
+"""A local MoMo simulator: create, pay page, IPN, query, confirm and refund, with its own books and faults on demand.
 
 It verifies requests and signs messages by the rules that MoMo publishes, with no code shared with our gateway. Besides
 MoMo's paths it answers under `/_sandbox/momo`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,

@@ -1,4 +1,4 @@
-"""A VNPay that runs here: the payment page, IPNs, querydr and refunds, with books of its own and faults on demand.
+"""A local VNPay simulator: the payment page, IPNs, querydr and refunds, with its own books and faults on demand.
 
 It verifies requests and signs messages by the rules that VNPay publishes, with no code shared with our gateway. Besides
 VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
