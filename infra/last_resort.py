@@ -1,4 +1,4 @@
-"""A process that was told to stop ends, whatever hangs: a server that is frozen neither answers nor hangs up."""
+"""End a stopping process even if something hangs: a frozen server neither answers nor closes the connection."""
 
 import os
 import threading
@@ -8,16 +8,16 @@ import structlog
 log = structlog.get_logger(__name__)
 
 STATUS = 70
-"""The exit status then (EX_SOFTWARE): not ended in good order."""
+"""The exit status then (EX_SOFTWARE): the process did not shut down cleanly."""
 
 
 def end_within(seconds: float) -> None:
-    """End this process in `seconds`, if it has not ended by itself; what was not confirmed the next one does again."""
+    """End this process after `seconds`, unless it ends by itself; the next one repeats what was not confirmed."""
     timer = threading.Timer(seconds, _end, [seconds])
     timer.daemon = True
     timer.start()
 
 
 def _end(seconds: float) -> None:
-    log.error("not ended in good order: something hangs", seconds=seconds)
+    log.error("not shut down cleanly: something hangs", seconds=seconds)
     os._exit(STATUS)

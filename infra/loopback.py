@@ -1,4 +1,4 @@
-"""This machine, as an address names it: what is sent there nobody else reads on the way."""
+"""Host names of the loopback interface: traffic to them never leaves this machine."""
 
 from typing import Final
 

@@ -303,8 +303,8 @@ def _malformed_unless_read() -> Iterator[None]:
 
 REFUND_EVENTS: Final = ("PAYMENT.CAPTURE.REFUNDED", "PAYMENT.REFUND.")
 REVERSAL: Final = "PAYMENT.CAPTURE.REVERSED"
-"""PayPal returned money to the payer. In PayPal's sample the resource is a refund with a link to its capture, without marks.
-Whether it can be the capture itself is unconfirmed, and makes no difference here."""
+"""PayPal returned money to the payer. In PayPal's sample the resource is a refund with a link to its capture, without
+marks. Whether it can be the capture itself is unconfirmed, and makes no difference here."""
 MARKED: Final = ("custom_id", "invoice_id")
 CAPTURE_EVENTS: Final = frozenset(f"PAYMENT.CAPTURE.{what}" for what in ("COMPLETED", "PENDING", "DECLINED", "DENIED"))
 """The events whose resource is the capture itself."""
@@ -403,7 +403,7 @@ def _unplaced_refund(event: Json) -> str | None:
 
 
 def _nameless_refund(event: Json) -> str | None:
-    """The id of a refund without an order, capture or mark of ours. PayPal's answer to a query has the link."""
+    """The id of a refund without an order, capture or mark of ours. Querying it gives the link."""
     refund = event["resource"]
     if not str(event["event_type"]).startswith((*REFUND_EVENTS, REVERSAL)) or _order_of(refund) is not None:
         return None

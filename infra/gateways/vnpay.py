@@ -373,7 +373,7 @@ class VNPayGateway:
         return _expires_at(reference, self._config)
 
     def _unpaid(self, request: GatewayRequest, reference: str, now: datetime, grace: timedelta = GRACE) -> Outcome:
-        """VNPay shows no payment. The URL works until it expires; one begun before may complete within `grace`."""
+        """VNPay shows no payment. The URL works until it expires; a payment begun by then may end within `grace`."""
         if now < self._ends(reference) + grace:
             return RequiresAction(reference, "redirect", self._pay_url(request, reference), self._ends(reference))
         return Expired(reference, "91")

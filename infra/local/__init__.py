@@ -1,7 +1,7 @@
-"""Real servers without Docker: Postgres, Kafka and Valkey as child processes, from Python packages alone.
+"""Real servers without Docker: Postgres, Kafka and Valkey as child processes, installed as Python packages.
 
-They serve the demo, the tests and the benchmarks; production brings its own. Needs the `local` extra. Nothing
-here reads the environment: the caller hands in what it found there.
+They are for the demo, the tests and the benchmarks; production has its own. Needs the `local` extra. Nothing here reads
+settings from the environment: the caller passes them in.
 """
 
 from infra.local.kafka import EmbeddedKafka

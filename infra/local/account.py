@@ -1,4 +1,4 @@
-"""The account that Postgres runs under: ours, or an unprivileged one when we are root, which Postgres refuses."""
+"""The account that Postgres runs as: ours, or an unprivileged one if we are root, which Postgres refuses."""
 
 import os
 import pwd
@@ -11,7 +11,7 @@ UNPRIVILEGED_ACCOUNTS = ("nobody", "postgres", "daemon")
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A user of this machine; `switch` tells whether a process has to change to it."""
+    """A user of this machine; `switch` says whether a process must change to it."""
 
     name: str
     uid: int
@@ -19,12 +19,12 @@ class Account:
     switch: bool
 
     def can_enter(self, folder: Path) -> bool:
-        """Whether this account can list `folder`, which asks every parent folder to let it through."""
+        """Whether this account can list `folder`, which also needs access to every parent folder."""
         command = ["/bin/sh", "-c", 'test -r "$1" && test -x "$1"', "sh", str(folder)]
         return self.run(command).returncode == 0
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        """Run a short command as this account, without raising on a bad exit status; stderr joins stdout."""
+        """Run a short command as this account; stderr joins stdout. Does not raise on a nonzero exit status."""
         return subprocess.run(  # noqa: S603 - our own programs
             command,
             cwd="/",
@@ -42,13 +42,13 @@ class Account:
         return path.stat().st_uid == self.uid
 
     def take_over(self, folder: Path) -> None:
-        """Make this account the owner of `folder` and all below; only root can."""
+        """Make this account the owner of `folder` and everything below it; works only as root."""
         for path in (folder, *folder.rglob("*")):
             os.chown(path, self.uid, self.gid, follow_symlinks=False)
 
 
 def server_account() -> Account | None:
-    """Who the server runs as; None when we are root and this machine knows no unprivileged account."""
+    """The account that the server runs as; None if we are root and this machine has no unprivileged account."""
     uid = os.geteuid()
     if uid != 0:
         return Account(str(uid), uid, os.getegid(), switch=False)

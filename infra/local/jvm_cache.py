@@ -1,7 +1,7 @@
-"""Quick JVM starts: what one run of Kafka loaded is kept as an ahead-of-time cache for all later runs.
+"""Fast JVM starts: an ahead-of-time cache of the classes that one run of Kafka loaded, for all later runs.
 
-It more than halves Kafka's start. The JVM writes the cache when a recording run ends in good order, which takes some
-ten seconds of that one stop. A cache that does not fit the JVM or the jars any more is ignored by the JVM itself.
+It more than halves Kafka's start time. The JVM writes the cache when a recording run shuts down cleanly, which makes
+that one stop some ten seconds longer. The JVM ignores a cache that no longer fits the JVM or the jars.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class JvmCache:
         return self._recording is not None
 
     def options(self) -> list[str]:
-        """JVM options that use the cache, or record it when it is missing and nobody else is recording."""
+        """JVM options that use the cache, or record it if it is missing and no other process is recording."""
         if self._path.exists():
             return [f"-XX:AOTCache={self._path}", "-Xlog:aot=off", "-Xlog:cds=off"]
         if self._begin_recording():
@@ -36,7 +36,7 @@ class JvmCache:
     def _begin_recording(self) -> bool:
         if self._recording is not None:
             return True
-        with contextlib.suppress(OSError):  # Another process is recording, or the folder is not ours to write.
+        with contextlib.suppress(OSError):  # another process is recording, or we cannot write to the folder
             lock = self._path.with_suffix(".lock").open("w")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +48,7 @@ class JvmCache:
         return self.recording
 
     def end_recording(self, *, keep: bool) -> None:
-        """After the recording JVM's end: put what it wrote in place, or leave the recording to the next run."""
+        """After the recording JVM ended: put its cache in place, or leave the recording to a later run."""
         if self._recording is not None:
             if keep and self._partial.exists():
                 self._partial.rename(self._path)

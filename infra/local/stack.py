@@ -1,4 +1,4 @@
-"""All three servers at once, each embedded unless the caller has one already."""
+"""All three servers at once, each embedded unless the caller provides one."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,14 @@ REDIS_VARIABLE = "PAYMENTS_REDIS_URL"
 
 @dataclass(frozen=True, slots=True)
 class StackUrls:
-    """Where the three servers are."""
+    """The addresses of the three servers."""
 
     postgres_url: str
     kafka_bootstrap: str
     redis_url: str
 
     def as_environment(self) -> dict[str, str]:
-        """The variables by which the service's processes find the servers."""
+        """The environment variables from which the service's processes know the servers."""
         return {
             POSTGRES_VARIABLE: self.postgres_url,
             KAFKA_VARIABLE: self.kafka_bootstrap,
@@ -35,9 +35,9 @@ class StackUrls:
 
 
 class LocalStack:
-    """Postgres, Kafka and Valkey on free loopback ports; a part that is given is used and never touched.
+    """Postgres, Kafka and Valkey on free loopback ports; a server that is given is used instead, but never managed.
 
-    An embedded part can be reached as `postgres`, `kafka`, `valkey`; those are None for a given one.
+    Embedded servers are in `postgres`, `kafka` and `valkey`, which are None for a given server.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LocalStack:
     def from_environment(
         cls, environment: Mapping[str, str], data_dir: Path = DEFAULT_DATA_DIR, *, on_progress: Progress = silent
     ) -> Self:
-        """A stack whose parts are replaced by those that `environment` names; an empty value names none."""
+        """A stack that uses the servers named in `environment`; an empty value names none."""
         return cls(
             data_dir,
             postgres_url=environment.get(POSTGRES_VARIABLE),
@@ -69,12 +69,12 @@ class LocalStack:
 
     @property
     def servers(self) -> list[EmbeddedServer]:
-        """The embedded parts, slowest to start first."""
+        """The embedded servers, slowest to start first."""
         return [server for server in (self.kafka, self.postgres, self.valkey) if server is not None]
 
     @property
     def urls(self) -> StackUrls:
-        """Where the parts are; asked for after `start`."""
+        """The addresses of the servers; valid after `start`."""
         postgres_url, kafka_bootstrap, redis_url = self._given
         return StackUrls(
             postgres_url=self.postgres.url if self.postgres else postgres_url or "",
@@ -83,10 +83,10 @@ class LocalStack:
         )
 
     def start(self) -> StackUrls:
-        """Start the embedded parts side by side; returns when all serve. If one cannot, none is left running.
+        """Start the embedded servers in parallel; returns once all serve. If one cannot start, none is left running.
 
         Raises:
-            LocalServerError: of the first part that could not start.
+            LocalServerError: of the first server that could not start.
         """
         try:
             self._for_all(lambda server: server.start())
@@ -96,11 +96,11 @@ class LocalStack:
         return self.urls
 
     def stop(self) -> None:
-        """Stop the embedded parts in good order; their data stays."""
+        """Shut the embedded servers down cleanly; their data is kept."""
         self._for_all(lambda server: server.stop())
 
     def erase(self) -> None:
-        """Stop the embedded parts and delete their data."""
+        """Stop the embedded servers and delete their data."""
         self._for_all(lambda server: server.erase())
 
     def __enter__(self) -> Self:

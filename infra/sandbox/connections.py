@@ -1,6 +1,6 @@
 """Answers that break the connection, for simulators behind uvicorn.
 
-ASGI knows no way to close a connection without an answer, so the protocol class keeps the transport of each connection.
+ASGI cannot close a connection without an answer, so the protocol class keeps the transport of each connection.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ _open: dict[tuple[Any, Any], asyncio.Transport] = {}
 
 
 class KnownConnection(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol, whose transport an answer can find."""
+    """uvicorn's HTTP/1.1 protocol; it registers its transport, so that an answer can find it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -28,7 +28,7 @@ class KnownConnection(H11Protocol):
 
 
 class NoAnswer(Response):
-    """Closes the connection at once without a byte; with `is_hanging` leaves it open until the client gives up."""
+    """Close the connection without sending a byte; with `is_hanging`, leave it open until the client gives up."""
 
     def __init__(self, *, is_hanging: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class NoAnswer(Response):
 
 
 class HalfAnswer(Response):
-    """Announces the whole body, sends half of it, and closes."""
+    """Announce the whole body, send half of it, and close the connection."""
 
     def __init__(self, response: Response) -> None:
         super().__init__(response.body, response.status_code, media_type="application/json")
@@ -57,7 +57,7 @@ class HalfAnswer(Response):
 
 
 class LaterAnswer(Response):
-    """The same answer, once `until` is over."""
+    """The same answer, sent once `until` has finished."""
 
     def __init__(self, response: Response, until: Awaitable[None]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What every simulator is told below `/_sandbox`: fault rules, how to send webhooks, a latency, a reset.
+"""The controls of every simulator below `/_sandbox`: fault rules, webhook manners, a latency, a reset.
 
-And what a fault makes of a question and of an answer.
+Also how a fault changes a request and its answer.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from infra.sandbox.faults import Action, Fault, Faults
 from infra.sandbox.webhooks import WebhookSender
 
 GARBLED: Final = (Action.GARBAGE, Action.ERROR_AFTER)
-"""Where the provider has no error of its own to tell after an execution, a proxy's page stands for both."""
+"""For a provider that has no error answer of its own after an execution: both are a proxy's page."""
 T = TypeVar("T")
 
 NOT_A_RULE: Final = (TypeError, ValueError, AttributeError)
 
 
 class Simulator(Protocol):
-    """As far as it is controlled here."""
+    """The part of a simulator that is controlled here."""
 
     faults: Faults
     latency_seconds: float
@@ -33,17 +33,17 @@ class Simulator(Protocol):
     def sender(self) -> WebhookSender: ...
 
     def snapshot(self) -> Any:
-        """What reads answer from, as it is now: a copy."""
+        """A copy of the present books, for reads to answer from later."""
 
     def reset(self) -> None:
-        """Forget everything but the latency, and where webhooks go and how."""
+        """Forget everything but the latency, and where and how webhooks are sent."""
 
 
 def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> list[Route]:
     """`faults` (POST adds a rule, DELETE clears them), `manners`, `latency` and `reset` below the path `own`.
 
-    `manners` are those of the webhooks: POST sets them, and what is not given is as it should be; GET shows them, and
-    how many were sent and accepted and are under way.
+    `manners` say how webhooks are sent. POST sets them; a value that is not given is reset to correct behaviour. GET
+    shows them, and how many webhooks were sent, were accepted and are under way.
     """
 
     async def add_fault(request: Request) -> Response:
@@ -95,20 +95,20 @@ def control_routes(own: str, simulator_of: Callable[[Request], Simulator]) -> li
 
 
 def asking_to_rest(fault: Fault | None, refusal: Response) -> Response:
-    """A refusal at the door, saying for how long, where the rule does."""
+    """The refusal, with a `Retry-After` if the rule gives one."""
     if fault is not None and fault.retry_after_seconds is not None:
         refusal.headers["Retry-After"] = str(fault.retry_after_seconds)
     return refusal
 
 
 async def hold_up(fault: Fault | None) -> None:
-    """Have a request wait before anything is done about it, where the fault is that."""
+    """Delay a request before it is executed, if that is the fault."""
     if fault is not None and fault.action is Action.SLOW:
         await asyncio.sleep(fault.seconds)
 
 
 def known_to_reads(fault: Fault | None, books: T) -> T:
-    """What a read answers from: the books as they are, or as they were."""
+    """The books that a read answers from: the present ones, or for `LAG` those of the time of the rule."""
     if fault is None or fault.action is not Action.LAG:
         return books
     before: T = fault.before
@@ -122,7 +122,7 @@ def spoiled(
     *,
     garbled: Collection[Action] = (Action.GARBAGE,),
 ) -> Response:
-    """What arrives of the answer to a request that was executed; a proxy's page instead for the actions `garbled`."""
+    """The answer to an executed request, as the fault lets it arrive; for the actions `garbled`, a proxy's page."""
     match fault.action if fault else None:
         case Action.CUT_AFTER:
             return NoAnswer()

@@ -1,4 +1,4 @@
-"""Faults that a simulator injects: by rule, or by a payment method's name, so that a demo needs no rules."""
+"""Faults that a simulator injects: by rule, or by the name of a payment method, so that a demo needs no rules."""
 
 import random
 import time
@@ -9,19 +9,19 @@ from typing import Any, Final
 
 
 class Action(StrEnum):
-    """What goes wrong. `before` means that nothing is executed, `after` that everything is."""
+    """What goes wrong. `before` means that the request is not executed, `after` that it is."""
 
     DECLINE = "decline"
-    """The payer's side says no, `code` is why. Of what the payer is asked for on a page: `confirm`."""
+    """The payer or the issuer declines, with reason `code`. On the payer's page, `operation` is `confirm`."""
     CONFLICT = "409"
     RATE_LIMIT = "429"
     UNAVAILABLE = "503"
-    """Before execution, and not remembered under the key: a proxy in front of the provider."""
+    """Before execution, and not remembered under the key: the answer of a proxy in front of the provider."""
     ERROR_BEFORE = "500_before"
-    """Remembered under the key, like every result of an execution that began."""
+    """Remembered under the key, like every result once execution has begun."""
     ERROR_AFTER = "500_after"
     SLOW = "slow"
-    """Executed `seconds` later than it came, and answered then."""
+    """Executed and answered `seconds` after it arrived."""
     CUT_BEFORE = "cut_before"
     CUT_AFTER = "cut_after"
     TRUNCATED = "truncated"
@@ -30,14 +30,14 @@ class Action(StrEnum):
     HANG = "hang"
     """Executed, and never answered."""
     WEBHOOK_FIRST = "webhook_first"
-    """Executed, and answered a moment after a webhook of it was accepted; without one, after `seconds`."""
+    """Executed, and answered a moment after a webhook was accepted; without one, after `seconds`."""
     LAG = "lag"
-    """A read, which answers what was true when the rule was given; the rule ends `seconds` after that."""
+    """A read is answered with the state at the time of the rule; the rule ends `seconds` after that time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as rules see it. `operation` is create, confirm, capture, cancel, refund or read."""
+    """The properties of a request that rules match: `operation` is create, confirm, capture, cancel, refund or read."""
 
     operation: str
     path: str
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(slots=True)
 class Fault:
-    """A rule: what it matches (None matches all), how often it strikes, and what it does."""
+    """A rule: which requests it matches (None matches all), how often it applies, and what it does."""
 
     action: Action
     operation: str | None = None
@@ -61,17 +61,17 @@ class Fault:
     seconds: float = 2.0
     code: str = "generic_decline"
     retry_after_seconds: int | None = None
-    """With a 429 or 503: after how long the provider says that it may be asked again; None says nothing.
+    """The `Retry-After` of a 429 or 503; None sends none.
 
-    PayPal's page on rate limits reads it where it is there; Stripe promises none.
+    PayPal's page on rate limits says to heed it if it is present; Stripe does not promise it.
     """
     given_at: float = field(default_factory=time.monotonic, init=False)
     before: Any = field(default=None, init=False)
-    """The books when the rule was given, for a read that lags."""
+    """The books at the time of the rule, for a read that lags."""
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "Fault":
-        """Raises ValueError or TypeError for what is no rule."""
+        """Raises ValueError or TypeError if it is not a valid rule."""
         return cls(**{**given, "action": Action(str(given.get("action")))})
 
     def matches(self, call: Call) -> bool:
@@ -91,8 +91,8 @@ class Fault:
         return call.operation == "read" and time.monotonic() - self.given_at <= self.seconds
 
     def strikes(self) -> bool:
-        """Whether it does this time; then it counts as used."""
-        if self.times == 0 or (self.rate < 1 and random.random() >= self.rate):  # noqa: S311 - a fault, no secret
+        """Whether the rule applies this time; if so, counts the use."""
+        if self.times == 0 or (self.rate < 1 and random.random() >= self.rate):  # noqa: S311 - a fault, not a secret
             return False
         if self.times is not None:
             self.times -= 1
@@ -106,23 +106,23 @@ FIRST_ATTEMPT: Final = {
     "pm_sandbox_500": Fault(Action.ERROR_AFTER),
     "pm_sandbox_429": Fault(Action.RATE_LIMIT),
 }
-"""Payment methods whose authorization or charge fails in this way at the first attempt of each key."""
+"""Payment methods whose authorization or charge fails this way at the first attempt of each key."""
 
 
 @dataclass(slots=True)
 class Faults:
-    """The rules in force, in the order given: the first that matches strikes."""
+    """The active rules, in the order given: the first that matches applies."""
 
     rules: list[Fault] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
-    """Keys of first attempts that were struck because of their payment method."""
+    """Keys whose first attempt has failed because of its payment method."""
 
     def pick(self, call: Call) -> Fault | None:
-        """The fault for this call, if any; it counts as used."""
+        """The fault for this call, if any; counts the use."""
         return self._rule(call) or self._by_payment_method(call)
 
     def decline(self, call: Call) -> Fault | None:
-        """The same where nothing else can go wrong: a payer decides on a page, and no request of ours is under way."""
+        """The same, but only a decline, for a payer who decides on a page: no request of the merchant can fail then."""
         return self._rule(call, frozenset({Action.DECLINE}))
 
     def _rule(self, call: Call, actions: Collection[Action] = frozenset(Action)) -> Fault | None:

@@ -1,4 +1,4 @@
-"""A simulator's memory across restarts: one JSON line per change, the last line of an id wins."""
+"""A simulator's memory across restarts: one JSON line per change; the last line of an id counts."""
 
 import json
 from collections.abc import Iterator
@@ -7,23 +7,23 @@ from typing import IO, Any
 
 
 def beside(path: Path, name: str) -> Path:
-    """The path with this name before its suffix."""
+    """The path with `name` inserted before its suffix."""
     return path.with_suffix(f".{name}{path.suffix}")
 
 
 class Journal:
-    """Appends to a file, or to nothing where `path` is None. A line is in the system's hands when `append` returns."""
+    """Appends to a file; does nothing if `path` is None. `append` returns once the operating system has the line."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: IO[str] | None = None
 
     def beside(self, name: str) -> "Journal":
-        """Another one, in a file of that name beside this one's."""
+        """Another journal, in a file with `name` in its own name, beside this one's."""
         return Journal(self._path and beside(self._path, name))
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """What was written before, in order; a line cut short by a crash ends it."""
+        """The lines written before, in order; stops at a line that a crash cut short."""
         if self._path is None or not self._path.exists():
             return
         with self._path.open(encoding="utf-8") as lines:
@@ -33,7 +33,7 @@ class Journal:
                 yield json.loads(line)
 
     def rewrite(self, lines: Iterator[dict[str, Any]]) -> None:
-        """Replace all that was written by `lines` and continue after them."""
+        """Replace the whole journal by `lines`; later lines are appended to them."""
         if self._path is None:
             return
         self.close()

@@ -1,9 +1,9 @@
-"""A MoMo that runs here: create, pay page, IPN, query, confirm and refund, with books of its own and faults on demand.
+"""A local MoMo simulator: create, pay page, IPN, query, confirm and refund, with its own books and faults on demand.
 
-It verifies what it is sent and signs what it says with the very rules that MoMo publishes, in code of its own. Beside
+It verifies requests and signs messages by the rules that MoMo publishes, with no code shared with our gateway. Besides
 MoMo's paths it answers under `/_sandbox/momo`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
 `payments/…`.
-Sources: as infra/gateways/momo.py.
+Sources: as in infra/gateways/momo.py.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ WAITING, PAID, HELD, CANCELED, EXPIRED, REFUND_FAILED = 1000, 0, 9000, 1003, 100
 MINIMUM, MAXIMUM = 1_000, 50_000_000
 PARTNER: Final = "MOMOSANDBOX"
 ACCESS: Final = "sandbox-access"
-SECRET: Final = "sandbox-secret"  # noqa: S105 - opens nothing but this simulator
+SECRET: Final = "sandbox-secret"  # noqa: S105 - valid for this simulator only
 
 Order = dict[str, Any]
 
 
 class MoMoSimulator:
-    """One partner and its orders. IPNs go where each order says."""
+    """One partner and its orders. IPNs go to the address in each order."""
 
     name = "momo"
 
@@ -67,7 +67,7 @@ class MoMoSimulator:
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Take up what an earlier run wrote, and compact it."""
+        """Load what an earlier run wrote, and compact the journal."""
         for line in self._journal.read():
             if "order" in line:
                 self._orders[line["order"]["orderId"]] = line["order"]
@@ -95,7 +95,7 @@ class MoMoSimulator:
         return copy.deepcopy(self._orders)
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """In dong: captured, refunded, held, and how many payments."""
+        """In dong: amounts captured, refunded and held; and the number of payments."""
         sums: Counter[str] = Counter(captured=0, refunded=0, authorized_open=0, disputed=0, count_refunds=0)
         for order in self._orders.values():
             held, captured, refunded = _effect(order)
@@ -103,7 +103,7 @@ class MoMoSimulator:
         return {"vnd": dict(sums)} if self._orders else {}
 
     def effect(self, payment_id: str) -> tuple[int, int, int]:
-        """What is held, captured and refunded for our payment id, over all of its attempts."""
+        """The amounts held, captured and refunded for our payment id, over all its attempts."""
         own = [_effect(order) for order_id, order in self._orders.items() if order_id.startswith(payment_id)]
         return sum(e[0] for e in own), sum(e[1] for e in own), sum(e[2] for e in own)
 
@@ -118,7 +118,7 @@ class MoMoSimulator:
     # --- the partner's API ------------------------------------------------------------------------------------------
 
     async def _call(self, request: Request) -> Response:
-        """Every POST: faults, signature, idempotency by requestId, execution."""
+        """Handle any POST: faults, signature, idempotency by requestId, execution."""
         if self.latency_seconds:
             await asyncio.sleep(self.latency_seconds)
         verb = request.url.path.rsplit("/", 1)[1]
@@ -192,8 +192,8 @@ class MoMoSimulator:
         order = orders.get(body["orderId"])
         if order is None:
             return _answer(body, 42, "order not found")
-        told = {"amount": order["amount"], "transId": order["transId"], "refundTrans": order["refunds"]}
-        return _answer(body, order["code"], "", **told)
+        shown = {"amount": order["amount"], "transId": order["transId"], "refundTrans": order["refunds"]}
+        return _answer(body, order["code"], "", **shown)
 
     def _confirm(self, body: dict[str, Any]) -> Response:
         order = self._orders.get(body["orderId"])
@@ -202,7 +202,7 @@ class MoMoSimulator:
         if order["code"] != HELD:
             return _answer(body, 43 if order["code"] == WAITING else 1017, "not authorised")
         if int(body["amount"]) != order["amount"]:
-            return _answer(body, 22, "not the amount authorised")
+            return _answer(body, 22, "differs from the authorised amount")
         order["code"] = PAID if body["requestType"] == "capture" else CANCELED
         self._keep(order)
         return _answer(body, 0, "", amount=order["amount"], transId=order["transId"], requestType=body["requestType"])
@@ -232,7 +232,7 @@ class MoMoSimulator:
     # --- the payer --------------------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
-        """Where a payer's browser comes, and on POST with `success` (and `code`) pays or does not."""
+        """The page for the payer's browser. A POST with `success` (and `code`) pays or declines."""
         order = self._orders.get(request.query_params.get("t", ""))
         if order is None:
             return HTMLResponse("no such order", 404)
@@ -250,7 +250,7 @@ class MoMoSimulator:
         return HTMLResponse(f"<!doctype html><title>MoMo sandbox</title><h1>{name}</h1>{buttons}")
 
     def _decide(self, order: Order, code: int) -> Response:
-        """The payer pays (0), or somebody says no. Once decided, it stays so."""
+        """The payer pays (0), or the payer or issuer declines. A decision is final."""
         if order["code"] == WAITING:
             declined = self.faults.decline(Call("confirm", "/v2/gateway/pay", payment_id=order["orderId"][:36]))
             code = _declined_as(declined) if declined is not None and code == PAID else code
@@ -258,16 +258,16 @@ class MoMoSimulator:
             order["code"] = (PAID if order["captures"] else HELD) if is_paid else code
             order["transId"] = self._next_number()
             self._keep(order)
-            self._tell(order)
+            self._send_ipn(order)
         return JSONResponse(order)
 
     def _way_back(self, order: Order) -> str:
-        """Where the payer's browser goes then, with what the IPN says, too."""
+        """The address that the payer's browser returns to, with the fields of the IPN."""
         return f"{order['redirectUrl']}?{urlencode(self._signed(order))}"
 
-    def _tell(self, order: Order) -> None:
+    def _send_ipn(self, order: Order) -> None:
         body = json.dumps(self._signed(order), ensure_ascii=False).encode()
-        if order["ipnUrl"].startswith("http://"):  # a real merchant's is https, and none of a simulator's business
+        if order["ipnUrl"].startswith("http://"):  # never send to a real merchant, whose address is https
             self.sender.send(Outgoing(order["ipnUrl"], body, {"content-type": "application/json"}))
 
     def _signed(self, order: Order) -> dict[str, Any]:
@@ -290,7 +290,7 @@ class MoMoSimulator:
     # --- its own pages ----------------------------------------------------------------------------------------------
 
     def routes(self) -> list[Route]:
-        """MoMo's own paths, and the simulator's."""
+        """MoMo's paths, and the simulator's own."""
         own, api = "/_sandbox/momo", "/v2/gateway/api"
         return [
             *(Route(f"{api}/{verb}", self._call, methods=["POST"]) for verb in SIGNED),
@@ -344,17 +344,17 @@ def _answer(body: Mapping[str, Any], code: int, message: str, *, status: int = 2
 
 
 def _in_progress(body: Mapping[str, Any]) -> Response:
-    """What MoMo says to a requestId whose first request is still running."""
+    """MoMo's answer to a requestId whose first request is still running."""
     return _answer(body, 7000, "in progress", status=422)
 
 
 def _declined_as(fault: Fault) -> int:
-    """MoMo's code of the rule; where it has none, that the issuer refused."""
+    """MoMo's code in the rule; if it has none, that the issuer declined."""
     return int(fault.code) if fault.code.isdigit() else 1002
 
 
 def _effect(order: Order) -> tuple[int, int, int]:
-    """What is held, captured and refunded, in dong."""
+    """The amounts held, captured and refunded, in dong."""
     amount = int(order["amount"])
     return (
         amount if order["code"] == HELD else 0,

@@ -1,18 +1,18 @@
-"""A PayPal that runs here: the real paths, fields, errors and idempotency, books of its own, webhooks, and faults.
+"""A local PayPal simulator: the real paths, fields, errors and idempotency, its own books, webhooks, and faults.
 
-It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
-any client id opens it unless it begins with `bad`, so it belongs on a loopback address. Not modelled: cards, fees,
+It keeps its state across requests and, with a state file, across restarts. It is for tests, demos and benchmarks: it
+accepts any client id that does not begin with `bad`, so it belongs on a loopback address. Not modelled: cards, fees,
 reauthorization, the vault's own API, several purchase units.
 
-A `PayPal-Request-Id` stands for one execution whatever path and body come with it, as the documentation leaves it open;
-the same id again is answered with the present state of what it made. For fault rules the execution of an approved order
-is `confirm`, a release `cancel`, and a request for an access token `token`; `payment_method` is the wallet's name.
+A `PayPal-Request-Id` stands for one execution, whatever its path and body (the documentation leaves that open). A
+repeated id is answered with the present state of the object that it created. In fault rules, `confirm` is the execution
+of an approved order, `cancel` a release, `token` a request for an access token; `payment_method` is the wallet's name.
 
-Beside PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
+Besides PayPal's paths it answers under `/_sandbox/paypal`: `books`, `payments/{our payment id}`, `checkoutnow` (the
 payer's page), `orders/{id}/approve|deny|expire`, `authorizations/{id}/expire`, `captures/{id}/dispute|reverse`,
 `disputes/{id}/won|lost`, `{authorizations|captures|refunds}/{id}/settle`, `refunds/{id}/unlist`, `tokens`, `faults`,
-`manners`, `latency`, `webhooks`, `reset`; and what a person may do at PayPal's pages, of `?amount=` or of all that is
-left: `authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
+`manners`, `latency`, `webhooks`, `reset`; and what a person can do in PayPal's pages, for `?amount=` or the rest:
+`authorizations/{id}/capture|void` (a capture with `?final=true` releases the rest), `captures/{id}/refund`.
 """
 
 import asyncio
@@ -55,23 +55,23 @@ from infra.sandbox.paypal_signing import CERTIFICATES, Signer
 from infra.sandbox.webhooks import Outgoing, WebhookSender
 
 Execution = Callable[[Request, PayPalObject], tuple[str, PayPalObject]]
-"""Changes the books, and returns what is to be shown, with its kind."""
+"""Changes the books; returns the kind and the object to show."""
 
 OWN: Final = "/_sandbox/paypal"
 TOKEN_SECONDS: Final = 31_668
 SEARCH_RANGE: Final = timedelta(days=31)
 SEARCH_PAGE: Final = 500
 SEARCH_ITEMS: Final = 10_000
-"""What Transaction Search tells of at once: the longest time, the largest page, and the most items of all pages."""
+"""Limits of one search: the longest time, the largest page, and the most items over all pages."""
 WEBHOOK_ID: Final = "1JE4291016473214C"
 TRANSMISSION: Final = "transmission_id"
 CERTIFICATE_BASE: Final = "certificate_base"
-"""What an unsigned webhook has for its signature: an id that stays over all attempts, and where certificates are."""
+"""Inputs of the signature, kept with the unsigned webhook: an id for all attempts, and the certificates' address."""
 
 
 @dataclass(slots=True)
 class Done:
-    """What a request id stands for: an object, or an error; neither while its request is running."""
+    """The result of a request id: an object or an error; neither while its first request is running."""
 
     kind: str | None = None
     reference: str | None = None
@@ -110,7 +110,7 @@ class PayPalSimulator:
         self.sender.journal = self._journal.beside("webhooks")
 
     def load(self) -> None:
-        """Take up what an earlier run wrote, and compact it. Tokens are forgotten."""
+        """Load what an earlier run wrote, and compact the journal. Tokens are not kept."""
         for line in self._journal.read():
             for stored in line.get("objects", ()):
                 kind = stored.pop("_kind")
@@ -139,7 +139,7 @@ class PayPalSimulator:
         self._journal.close()
 
     def routes(self) -> list[Route]:
-        """PayPal's paths and this simulator's own."""
+        """PayPal's paths, and the simulator's own."""
         return [*self._paypal_routes(), *self._own_routes()]
 
     def _paypal_routes(self) -> list[Route]:
@@ -213,7 +213,7 @@ class PayPalSimulator:
         ]
 
     def books_now(self) -> PayPalBooks:
-        """The present books: a reset begins new ones."""
+        """The present books; a reset replaces them."""
         return self.books
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -225,7 +225,7 @@ class PayPalSimulator:
                 yield {"key": key, "done": _json_of(done)}
 
     def _save(self, key: str | None, request: Request) -> None:
-        """Write what the request changed, with what its id now stands for, and send the webhooks that it causes."""
+        """Write what the request changed and the result of its id, and send the webhooks that it causes."""
         line: dict[str, Any] = {"objects": list(self.books.touched.values())}
         self.books.touched.clear()
         if key is not None and key in self._done:
@@ -256,7 +256,7 @@ class PayPalSimulator:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme != "Bearer" or self.tokens.get(token, 0) < time.monotonic():
             raise Refusal(401, "AUTHENTICATION_FAILURE")
-        self._merchant_url = _base(request)  # certificates are named by the address that the merchant trusts
+        self._merchant_url = _base(request)  # webhooks name certificates by the address that the merchant trusts
 
     async def _forget_tokens(self, request: Request) -> Response:
         self.tokens.clear()
@@ -286,7 +286,7 @@ class PayPalSimulator:
     async def _once(
         self, request: Request, fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]
     ) -> Response:
-        """Execute, or answer with what the same request id did before."""
+        """Execute the request, or answer with the result that its id already has."""
         key = request.headers.get("paypal-request-id")
         known = self._done.get(key) if key is not None else None
         if known is not None:
@@ -316,7 +316,7 @@ class PayPalSimulator:
             return _error(Refusal(409, "RESOURCE_CONFLICT", "PREVIOUS_REQUEST_IN_PROGRESS"))
         if known.error is not None:
             return JSONResponse(known.error, known.status)
-        assert known.kind is not None, "what is not running and no error made an object"
+        assert known.kind is not None, "a finished request without an error has created an object"
         assert known.reference is not None, "as above"
         try:
             return self._respond(request, known.kind, self.books.find(known.kind, known.reference), 200)
@@ -324,7 +324,7 @@ class PayPalSimulator:
             return _error(refusal)
 
     def _respond(self, request: Request, kind: str, made: PayPalObject, status: int) -> Response:
-        """As `Prefer` asks: everything, or only id, status and links. An order that waits for its payer is a 200."""
+        """The object, whole or only id, status and links, as `Prefer` asks; 200 if its payer must act."""
         shown = self.books.shown(kind, made, _base(request))
         if request.headers.get("prefer") != "return=representation":
             if request.url.path.endswith("/void"):
@@ -343,7 +343,7 @@ class PayPalSimulator:
         return "orders", self.books.execute(request.path_params["id"], step)
 
     def _call(self, request: Request, operation: str, given: PayPalObject) -> Call:
-        """The request as fault rules see it; `payment_method` is the wallet's name."""
+        """The request as fault rules match it; `payment_method` is the wallet's name."""
         order = self._order_of(request, given)
         wallet = ((order.get("payment_source") or {}).get("paypal") or {}).get("vault_id")
         unit = (order.get("purchase_units") or [{}])[0]
@@ -375,14 +375,14 @@ class PayPalSimulator:
                 found = books.find(kind, request.path_params["id"])
             except Refusal as refusal:
                 return response or _error(refusal)
-            return response or spoiled(fault, JSONResponse(books.told(kind, found, _base(request))), self.sender)
+            return response or spoiled(fault, JSONResponse(books.shown_alone(kind, found, _base(request))), self.sender)
 
         return Route(path, endpoint, methods=["GET"])
 
     # --- Transaction Search -----------------------------------------------------------------------------------------
 
     async def _search(self, request: Request) -> Response:
-        """What moved money in a time, by pages; here without delay."""
+        """A page of the transactions in a time; here without delay."""
         await asyncio.sleep(self.latency_seconds)
         fault = self.faults.pick(Call("search", request.url.path))
         broken = _before(fault)
@@ -447,7 +447,7 @@ class PayPalSimulator:
         return Response(self._signer.pem(), media_type="application/x-pem-file")
 
     async def _verify(self, request: Request) -> Response:
-        """PayPal's online verification. The event is taken in the form that `json.dumps` gives it without spaces."""
+        """PayPal's online verification. It takes the event as `json.dumps` writes it without spaces."""
         try:
             self._authenticate(request)
             given = _body_of(await request.body())
@@ -477,11 +477,11 @@ class PayPalSimulator:
         return JSONResponse(answer)
 
     async def _show_payment(self, request: Request) -> Response:
-        """What a payment of ours amounts to here, in minor units of ISO 4217."""
+        """The totals of one of our payments, in minor units of ISO 4217."""
         return JSONResponse(self.books.effects(request.path_params["id"]))
 
     async def _payer_page(self, request: Request) -> Response:
-        """Where a demo's payer approves or denies."""
+        """The page where a demo's payer approves or denies."""
         reference = request.query_params.get("token", "")
         order = self.books.tables["orders"].get(reference)
         if order is None:
@@ -495,7 +495,7 @@ class PayPalSimulator:
         return HTMLResponse(f"<!doctype html><title>PayPal sandbox</title><h1>{price}</h1>{buttons}")
 
     async def _payer_answers(self, answer: str, request: Request) -> Response:
-        """`?wallet=` names what the payer pays with."""
+        """The payer approves or denies; `?wallet=` names the wallet that pays."""
         reference = request.path_params["id"]
         try:
             if answer == "approve":
@@ -512,7 +512,7 @@ class PayPalSimulator:
         return JSONResponse(self.books.shown("orders", order, _base(request)))
 
     def _outside(self, change: Callable[[Request], tuple[str, PayPalObject]]) -> Callable[[Request], Any]:
-        """An endpoint that changes the books as the outside world would."""
+        """An endpoint that changes the books from outside the API, as a person in PayPal's pages would."""
 
         async def endpoint(request: Request) -> Response:
             try:
@@ -525,13 +525,13 @@ class PayPalSimulator:
         return endpoint
 
     def _of_amount(self, request: Request, kind: str) -> PayPalObject:
-        """What a person asks for at PayPal's pages: `?amount=`, such as 5.00, in the currency of what it is of."""
+        """The amount of a person's request: `?amount=`, such as 5.00, in the object's currency; may be absent."""
         value = request.query_params.get("amount")
         whole = self.books.find(kind, request.path_params["id"])["amount"]
         return {} if value is None else {"amount": {**whole, "value": value}}
 
     def _settle(self, request: Request) -> tuple[str, PayPalObject]:
-        """`?status=` of a pending authorization, capture or refund."""
+        """Give a pending authorization, capture or refund its `?status=`."""
         kind, status = request.path_params["kind"], request.query_params.get("status", "COMPLETED")
         if kind not in ("authorizations", "captures", "refunds"):
             raise missing()
@@ -540,7 +540,7 @@ class PayPalSimulator:
         return kind, self.books.settle(kind, request.path_params["id"], status)
 
     async def _set_webhooks(self, request: Request) -> Response:
-        """`url` (null: none are sent), `webhook_id`, and `manners` of the sender."""
+        """Set `url` (null: send none), `webhook_id`, and the sender's `manners`."""
         given = await request.json()
         try:
             self.sender.behave(given.get("manners", {}))
@@ -552,13 +552,13 @@ class PayPalSimulator:
 
 
 DECLINED_AS: Final = {"capture": "TRANSACTION_REFUSED", "refund": "REFUND_NOT_ALLOWED"}
-"""The issue where a rule names none; INSTRUMENT_DECLINED for anything else."""
+"""The issue if a rule names none; INSTRUMENT_DECLINED for other operations."""
 
 
 def _executed(
     operation: str, fault: Fault | None, execute: Callable[[], tuple[str, PayPalObject]]
 ) -> tuple[str, PayPalObject]:
-    """What was made. Every refusal, asked for by a fault or not, is raised."""
+    """The created object and its kind. Every refusal, injected by a fault or not, is raised."""
     if fault is not None and fault.action is Action.ERROR_BEFORE:
         raise Refusal(500, "INTERNAL_SERVER_ERROR", is_remembered=True)
     if fault is not None and fault.action is Action.DECLINE:
@@ -583,13 +583,13 @@ def _before(fault: Fault | None) -> Response | None:
 
 
 def _unread(fault: Fault | None) -> Response | None:
-    """Where PayPal fails over a question, before or after: there is nothing to be executed."""
+    """A 500 for a read. It executes nothing, so before or after execution is the same."""
     is_broken = fault is not None and fault.action in (Action.ERROR_BEFORE, Action.ERROR_AFTER)
     return _internal_error() if is_broken else None
 
 
 def _off_by(resource: PayPalObject, minor: int) -> PayPalObject:
-    """The resource with another amount, where it has one."""
+    """The resource with its amount, if it has one, off by `minor`."""
     amount = resource.get("amount")
     if not minor or not amount:
         return resource

@@ -1,18 +1,18 @@
 """The books of the PayPal simulator: orders, authorizations, captures, refunds, disputes, and what conserves money.
 
-Objects are kept in the JSON form that PayPal answers with, amounts as its decimal strings. No amount is captured beyond
-the hold or refunded beyond a capture, whatever is asked for. Sources:
+Objects are stored in the JSON form of PayPal's answers, amounts as its decimal strings. No request can capture more
+than the hold or refund more than a capture. Sources:
 https://developer.paypal.com/docs/api/orders/v2/, https://developer.paypal.com/docs/api/payments/v2/.
 
-What a payer's wallet does is told by its name, as a `vault_id` or when an order is approved:
+The name of a payer's wallet, given as `vault_id` or when an order is approved, decides what happens:
 
 `declined-<ISSUE>`   422 with that issue, such as `declined-INSTRUMENT_DECLINED`
 `refused`            a 201 whose payment is DECLINED or DENIED
 `pending`            the payment is PENDING until it is settled
-`pending-refund`     as good as any, but its refunds are PENDING until they are settled
-`asks`               a vaulted one that needs the payer's consent all the same
-`unknown`            no vault id that may be used (any more)
-anything else        pays; the names in `faults.FIRST_ATTEMPT` fail once in their way before
+`pending-refund`     pays, but its refunds are PENDING until they are settled
+`asks`               vaulted, but needs the payer's consent nevertheless
+`unknown`            a vault id that cannot be used (any more)
+anything else        pays; those in `faults.FIRST_ATTEMPT` first fail once, each in its way
 """
 
 from collections import Counter, defaultdict
@@ -53,11 +53,11 @@ MESSAGES: Final = {
     "INTERNAL_SERVER_ERROR": "An internal server error occurred.",
     "SERVICE_UNAVAILABLE": "Service Unavailable.",
 }
-"""PayPal's sentence for each kind of error."""
+"""PayPal's message for each kind of error."""
 
 
 class Refusal(Exception):
-    """An error answer in PayPal's form. `is_remembered` is True for what is the result of an execution."""
+    """An error answer in PayPal's form. `is_remembered` is True if it is the result of an execution."""
 
     def __init__(self, status: int, name: str, issue: str | None = None, *, is_remembered: bool = False) -> None:
         super().__init__(issue or name)
@@ -73,12 +73,12 @@ class Refusal(Exception):
 
 
 def unprocessable(issue: str) -> Refusal:
-    """Semantically wrong, or not in this state."""
+    """The request is semantically wrong, or not possible in this state."""
     return Refusal(422, "UNPROCESSABLE_ENTITY", issue)
 
 
 def invalid(issue: str) -> Refusal:
-    """Not a request that PayPal understands."""
+    """The request is malformed."""
     return Refusal(400, "INVALID_REQUEST", issue)
 
 
@@ -87,7 +87,7 @@ def missing() -> Refusal:
 
 
 class Event(NamedTuple):
-    """Something that PayPal tells by webhook."""
+    """A change that PayPal reports by webhook."""
 
     type: str
     resource_type: str
@@ -95,7 +95,7 @@ class Event(NamedTuple):
 
 
 class PayPalBooks:
-    """Everything that this PayPal knows. `touched` collects changed objects, `events` what is to be told."""
+    """All objects of the simulator. `touched` collects changed objects, `events` the events to send."""
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[str, PayPalObject]] = {kind: {} for kind in KINDS}
@@ -106,7 +106,7 @@ class PayPalBooks:
         self._invoices: set[str] = set()
 
     def keep(self, kind: str, stored: PayPalObject) -> PayPalObject:
-        """Record a new or changed object; `_` begins what PayPal would not show."""
+        """Record a new or changed object. Names that begin with `_` are our own; they are not shown."""
         if stored["id"] not in self.tables[kind]:
             self._index(kind, stored)
         self.tables[kind][stored["id"]] = stored
@@ -122,7 +122,7 @@ class PayPalBooks:
             self._invoices.add(stored["invoice_id"])
 
     def find(self, kind: str, reference: str) -> PayPalObject:
-        """Raises Refusal for what does not exist."""
+        """The object. Raises Refusal if it does not exist."""
         stored = self.tables[kind].get(reference)
         if stored is None or stored.get("_is_gone"):
             raise missing()
@@ -133,7 +133,7 @@ class PayPalBooks:
         return [self.tables[kind][each] for each in self._parts_of[order_id, kind]]
 
     def shown(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
-        """As PayPal shows it, with its links under the address that was asked."""
+        """The object as PayPal shows it, with its links under `base_url`."""
         shown = {name: value for name, value in stored.items() if not name.startswith("_") and value is not None}
         if kind == "orders":
             shown["purchase_units"] = [self._unit(stored, base_url)]
@@ -142,10 +142,10 @@ class PayPalBooks:
             shown["links"] = _part_links(kind, stored, base_url)
         return shown
 
-    def told(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
-        """As it is told by webhook, and when it is asked for: with what it belongs to.
+    def shown_alone(self, kind: str, stored: PayPalObject, base_url: str) -> PayPalObject:
+        """The object as a webhook or its own GET shows it: with the ids of its order and hold.
 
-        Of a refund only its link `up` says that: PayPal's schema `refund` has no `supplementary_data`.
+        A refund has only its link `up` for that: PayPal's schema `refund` has no `supplementary_data`.
         """
         shown = self.shown(kind, stored, base_url)
         if kind in ("authorizations", "captures"):
@@ -166,7 +166,7 @@ class PayPalBooks:
     # --- orders -----------------------------------------------------------------------------------------------------
 
     def create(self, given: PayPalObject) -> PayPalObject:
-        """A new order; with a vaulted wallet it is executed at once."""
+        """Create an order; with a vaulted wallet it is executed at once."""
         order = _new_order(given)
         wallet = order["payment_source"]["paypal"].get("vault_id")
         order["_wallet"] = wallet
@@ -180,16 +180,16 @@ class PayPalBooks:
         return self._execute(order)
 
     def approve(self, reference: str, wallet: str | None) -> PayPalObject:
-        """What the payer does on PayPal's page, paying with this wallet."""
+        """The payer approves on PayPal's page, paying with this wallet."""
         order = self.find("orders", reference)
         if order["status"] != "PAYER_ACTION_REQUIRED":
             raise unprocessable("ORDER_ALREADY_APPROVED")
         order.update(status="APPROVED", _wallet=wallet)
-        self._tell("CHECKOUT.ORDER.APPROVED", "checkout-order", "orders", order)
+        self._note_event("CHECKOUT.ORDER.APPROVED", "checkout-order", "orders", order)
         return self.keep("orders", order)
 
     def deny(self, reference: str) -> PayPalObject:
-        """The payer refuses. Here that ends the order; at PayPal it stays until its time is over."""
+        """The payer refuses. Here that ends the order; at PayPal the order stays until it expires."""
         order = self.find("orders", reference)
         if order["status"] not in ("PAYER_ACTION_REQUIRED", "APPROVED"):
             raise unprocessable("ORDER_COMPLETED_OR_VOIDED")
@@ -197,7 +197,7 @@ class PayPalBooks:
         return self.keep("orders", order)
 
     def expire(self, reference: str) -> PayPalObject:
-        """The payer's time is over: PayPal no longer knows an order that has no payment."""
+        """The payer's time is over: PayPal no longer shows an order without payments."""
         order = self.find("orders", reference)
         if order["status"] not in ("PAYER_ACTION_REQUIRED", "APPROVED"):
             raise unprocessable("ORDER_COMPLETED_OR_VOIDED")
@@ -205,7 +205,7 @@ class PayPalBooks:
         return self.keep("orders", order)
 
     def execute(self, reference: str, step: str) -> PayPalObject:
-        """`/authorize` or `/capture` of an order that the payer approved."""
+        """Do `/authorize` or `/capture` of an order that the payer approved."""
         order = self.find("orders", reference)
         if step != order["intent"].lower():
             raise unprocessable("ACTION_DOES_NOT_MATCH_INTENT")
@@ -251,13 +251,13 @@ class PayPalBooks:
         if status in ("DECLINED", "DENIED"):
             part["processor_response"] = {"response_code": "5120"}
         self.keep(kind, part)
-        self._tell_of(kind, part)
+        self._note_event_of(kind, part)
         return part
 
     # --- authorizations and captures --------------------------------------------------------------------------------
 
     def capture(self, reference: str, given: PayPalObject) -> PayPalObject:
-        """Take a part of a hold, or all that is left of it where no amount is given."""
+        """Capture a part of a hold, or the rest if no amount is given."""
         hold = self.find("authorizations", reference)
         if hold["status"] not in ("CREATED", "PARTIALLY_CAPTURED"):
             raise unprocessable(_why_not_open(hold["status"]))
@@ -282,7 +282,7 @@ class PayPalBooks:
             raise unprocessable("PREVIOUSLY_VOIDED" if hold["status"] == "VOIDED" else "PREVIOUSLY_CAPTURED")
         hold["status"] = "VOIDED"
         self.keep("authorizations", hold)
-        self._tell_of("authorizations", hold)
+        self._note_event_of("authorizations", hold)
         return hold
 
     def settle(self, kind: str, reference: str, status: str) -> PayPalObject:
@@ -294,7 +294,7 @@ class PayPalBooks:
         self.keep(kind, part)
         if kind == "refunds":
             self._note_refunded(self.tables["captures"][part["_capture"]])
-        self._tell_of(kind, part)
+        self._note_event_of(kind, part)
         return part
 
     def _captured(self, hold: PayPalObject) -> Decimal:
@@ -304,7 +304,7 @@ class PayPalBooks:
     # --- refunds and disputes ---------------------------------------------------------------------------------------
 
     def refund(self, reference: str, given: PayPalObject) -> PayPalObject:
-        """Return a part of a capture, or all that is left of it where no amount is given."""
+        """Refund a part of a capture, or the rest if no amount is given."""
         capture = self.find("captures", reference)
         left = self._refundable(capture)
         if left <= 0:
@@ -317,8 +317,8 @@ class PayPalBooks:
         self._check_invoice(given.get("invoice_id"))
         order = self.tables["orders"][capture["_order"]]
         status = "PENDING" if order["_wallet"] == "pending-refund" else "COMPLETED"
-        # Unconfirmed where one at PayPal's pages takes over its capture's marks: here in Transaction Search alone, for
-        # a webhook with none is hardest to place.
+        # It is unconfirmed where a refund in PayPal's pages inherits its capture's marks. Here only Transaction Search
+        # shows them, because a webhook without marks is the hardest to assign.
         marks = {name: given.get(name) for name in ("custom_id", "invoice_id")}
         searched = {f"_{name}": capture.get(name) for name in marks}
         refund = self._new_part("refunds", order, amount, status, _capture=capture["id"], **marks, **searched)
@@ -326,7 +326,7 @@ class PayPalBooks:
         return refund
 
     def reverse(self, reference: str, given: PayPalObject) -> PayPalObject:
-        """PayPal gives a part of a capture, or all of it, back to its payer: a refund that no order lists."""
+        """PayPal returns a part of a capture, or all of it, to its payer: a refund that no order lists."""
         capture = self.find("captures", reference)
         amount = _amount(given["amount"]) if "amount" in given else capture["amount"]
         order = self.tables["orders"][capture["_order"]]
@@ -337,7 +337,7 @@ class PayPalBooks:
         return reversal
 
     def unlist(self, reference: str) -> PayPalObject:
-        """As if orders did not list their refunds, which PayPal's documentation only says in passing."""
+        """Stop listing a refund in its order: that orders list refunds is documented only in passing."""
         return self.keep("refunds", {**self.find("refunds", reference), "_is_unlisted": True})
 
     def _refundable(self, capture: PayPalObject) -> Decimal:
@@ -360,7 +360,7 @@ class PayPalBooks:
         return _sum(each for each in refunds if each["_capture"] == capture["id"] and each["status"] not in DEAD)
 
     def dispute(self, capture_id: str) -> PayPalObject:
-        """The payer wants back what is left of a capture."""
+        """The payer disputes what is left of a capture."""
         capture = self.find("captures", capture_id)
         amount = _as_amount(self._refundable(capture), capture["amount"])
         disputed = {"seller_transaction_id": capture_id, "custom": capture["custom_id"]}
@@ -376,7 +376,7 @@ class PayPalBooks:
         }
         dispute["dispute_id"] = dispute["id"]
         self.keep("disputes", dispute)
-        self._tell("CUSTOMER.DISPUTE.CREATED", "dispute", "disputes", dispute)
+        self._note_event("CUSTOMER.DISPUTE.CREATED", "dispute", "disputes", dispute)
         return dispute
 
     def resolve(self, reference: str, *, is_won: bool) -> PayPalObject:
@@ -384,7 +384,7 @@ class PayPalBooks:
         code = "RESOLVED_SELLER_FAVOUR" if is_won else "RESOLVED_BUYER_FAVOUR"
         dispute.update(status="RESOLVED", dispute_outcome={"outcome_code": code}, _is_lost=not is_won)
         self.keep("disputes", dispute)
-        self._tell("CUSTOMER.DISPUTE.RESOLVED", "dispute", "disputes", dispute)
+        self._note_event("CUSTOMER.DISPUTE.RESOLVED", "dispute", "disputes", dispute)
         return dispute
 
     def _disputes_of(self, capture: PayPalObject) -> list[PayPalObject]:
@@ -397,10 +397,10 @@ class PayPalBooks:
         if invoice_id in self._invoices:
             raise unprocessable("DUPLICATE_INVOICE_ID")
 
-    # --- what was executed ------------------------------------------------------------------------------------------
+    # --- Transaction Search -----------------------------------------------------------------------------------------
 
     def transactions(self, since: datetime, until: datetime) -> list[PayPalObject]:
-        """What moved money in this time, both ends included, as Transaction Search tells it; oldest first."""
+        """The captures and refunds in this time, both ends included, as Transaction Search shows them; oldest first."""
         found = [
             _transaction(kind, each)
             for kind in ("captures", "refunds")
@@ -411,19 +411,19 @@ class PayPalBooks:
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def _tell_of(self, kind: str, part: PayPalObject) -> None:
+    def _note_event_of(self, kind: str, part: PayPalObject) -> None:
         name = "PAYMENT.CAPTURE.REVERSED" if part.get("_is_reversal") else _EVENTS.get((kind, part["status"]))
         if name is not None:
-            self._tell(name, kind[:-1], kind, part)
+            self._note_event(name, kind[:-1], kind, part)
 
-    def _tell(self, name: str, resource_type: str, kind: str, stored: PayPalObject) -> None:
-        """As the object is now: the webhook may be sent later."""
-        self.events.append(Event(name, resource_type, self.told(kind, stored, "")))
+    def _note_event(self, name: str, resource_type: str, kind: str, stored: PayPalObject) -> None:
+        """Record an event with the object as it is now: the webhook may be sent later."""
+        self.events.append(Event(name, resource_type, self.shown_alone(kind, stored, "")))
 
     # --- sums, in our minor units -----------------------------------------------------------------------------------
 
     def effects(self, payment_id: str) -> dict[str, int]:
-        """What all orders with this payment id in their `custom_id` amount to, in minor units of ISO 4217.
+        """The totals of all orders with this payment id in their `custom_id`, in minor units of ISO 4217.
 
         `executed` counts the holds and direct captures that succeeded: more than one is a double charge.
         """
@@ -447,9 +447,9 @@ class PayPalBooks:
         return {**{name: to_minor(v, currency) for name, v in amounts.items()}, "executed": executed, "orders": 1}
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Per currency in lower case, in minor units of ISO 4217: captured, refunded, held, and how many of each.
+        """Per currency in lower case, in minor units of ISO 4217: amounts captured, refunded, held and lost; counts.
 
-        `payment_intents` counts the orders, so that the sums of all simulators have the same names.
+        `payment_intents` counts the orders, so that the totals of all simulators have the same names.
         """
         sums: dict[str, Counter[str]] = defaultdict(Counter)
         for order in self.tables["orders"].values():
@@ -479,7 +479,7 @@ _EVENTS: Final = {
 
 
 TRANSACTION_STATUSES: Final = {"COMPLETED": "S", "PARTIALLY_REFUNDED": "S", "REFUNDED": "V"}
-"""As Transaction Search calls what has moved; anything else is pending there."""
+"""Statuses in Transaction Search of what has moved money; any other is pending there."""
 
 
 def new_id(length: int) -> str:
@@ -517,7 +517,7 @@ def _as_amount(value: Decimal, like: PayPalObject) -> PayPalObject:
 
 
 def _amount(given: Any) -> PayPalObject:
-    """A valid amount, as it was given."""
+    """The amount as given, if it is valid."""
     if not isinstance(given, dict) or not isinstance(given.get("value"), str):
         raise invalid("MISSING_REQUIRED_PARAMETER")
     currency = given.get("currency_code")
@@ -586,10 +586,10 @@ def _part_links(kind: str, part: PayPalObject, base_url: str) -> list[PayPalObje
 
 
 def _transaction(kind: str, part: PayPalObject) -> PayPalObject:
-    """A capture or refund in the form of the account's books: money that goes out is negative."""
+    """A capture or refund as Transaction Search lists it: outgoing money is negative."""
     amount, is_refund = part["amount"], kind == "refunds"
     related = part.get("_capture") or part.get("_hold")
-    told = {
+    listed = {
         "transaction_id": part["id"],
         "paypal_reference_id": related or part["_order"],
         "paypal_reference_id_type": "TXN" if related else "ODR",
@@ -602,7 +602,7 @@ def _transaction(kind: str, part: PayPalObject) -> PayPalObject:
     }
     invoice_id, custom_id = (part.get(name) or part.get(f"_{name}") for name in ("invoice_id", "custom_id"))
     marks = {"invoice_id": invoice_id, "custom_field": custom_id}
-    return told | {name: mark for name, mark in marks.items() if mark is not None}
+    return listed | {name: mark for name, mark in marks.items() if mark is not None}
 
 
 def _now(later: timedelta = timedelta(0)) -> str:

@@ -1,4 +1,4 @@
-"""How the PayPal simulator signs its webhooks: a key of its own and a certificate for it, made when first needed.
+"""Signs the PayPal simulator's webhooks, with its own key and a certificate for it, created when first needed.
 
 Source: https://developer.paypal.com/api/rest/webhooks/rest/#verification-of-webhook-notification.
 """
@@ -20,7 +20,7 @@ CERTIFICATES = "/v1/notifications/certs/"
 
 @dataclass(slots=True)
 class Signer:
-    """Signs as one certificate, whose id changes with every start of the simulator."""
+    """Signs with one certificate, whose id changes with every start of the simulator."""
 
     cert_id: str = field(default_factory=lambda: f"CERT-{uuid4().hex[:24]}")
     _key: rsa.RSAPrivateKey | None = None
@@ -41,7 +41,7 @@ class Signer:
         }
 
     def is_signed(self, *, transmission_id: str, sent_at: str, webhook_id: str, body: bytes, signature: str) -> bool:
-        """What PayPal's own verification answers."""
+        """Whether PayPal's own verification accepts the signature."""
         message = _message(transmission_id, sent_at, webhook_id, body)
         try:
             key = self._private().public_key()
@@ -51,7 +51,7 @@ class Signer:
         return True
 
     def pem(self) -> bytes:
-        """The certificate, as it is served."""
+        """The certificate, as PEM."""
         self._private()
         return self._pem
 

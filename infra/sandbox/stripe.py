@@ -1,9 +1,9 @@
-"""A Stripe that runs here: the real paths, forms, fields, errors and idempotency, books of its own, faults on demand.
+"""A local Stripe simulator: the real paths, forms, fields, errors and idempotency, its own books, faults on demand.
 
-It keeps what it is told across requests and, with a state file, across restarts. It serves tests, demos and benchmarks:
-any key that begins with `sk_` opens it, so it belongs on a loopback address. Not modelled: customers, fees.
+It keeps its state across requests and, with a state file, across restarts. It is for tests, demos and benchmarks: it
+accepts any key that begins with `sk_`, so it belongs on a loopback address. Not modelled: customers, fees.
 
-Beside `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `manners`, `latency`,
+Besides `/v1` it answers under `/_sandbox`: `books`, `payment_intents`, `disputes`, `faults`, `manners`, `latency`,
 `webhooks`, `reset`.
 """
 
@@ -41,7 +41,7 @@ SHOULD_RETRY: Final = {409: "true", 503: "true", 500: "false"}
 
 @dataclass(slots=True)
 class Stored:
-    """What an idempotency key stands for; `body` is None while its first request is running."""
+    """The stored answer of an idempotency key; `body` is None while its first request is running."""
 
     fingerprint: str
     status: int = 0
@@ -51,7 +51,7 @@ class Stored:
 
 @dataclass(slots=True)
 class SandboxState:
-    """All that a simulator remembers. `latency_seconds` is added to every request."""
+    """The simulator's state. `latency_seconds` is added to every request."""
 
     state_file: Path | None = None
     latency_seconds: float = 0.0
@@ -74,7 +74,7 @@ class SandboxState:
         return copy.deepcopy(self.books)
 
     def load(self) -> None:
-        """Take up what an earlier run wrote, and compact it."""
+        """Load what an earlier run wrote, and compact the journal."""
         for line in self.journal.read():
             for stored in line.get("objects", ()):
                 self.books.keep(stored)
@@ -86,10 +86,10 @@ class SandboxState:
         self.sender.load()
 
     def save(self, key: str | None) -> None:
-        """Write what the request under `key` changed, and its answer if it is remembered."""
+        """Write what the request with `key` changed, and its answer if that is stored; send the events."""
         line: dict[str, Any] = {"objects": list(self.books.touched.values())}
         for changed in self.books.touched.values():
-            self.events.tell(changed, key)
+            self.events.send(changed, key)
         self.books.touched.clear()
         if key is not None:
             line |= _line_of(key, self.answers[key])
@@ -112,7 +112,7 @@ class SandboxState:
 
 
 def _line_of(key: str, answer: Stored) -> dict[str, Any]:
-    assert answer.body is not None, "only finished requests are written down"
+    assert answer.body is not None, "only finished requests are written"
     return {
         "key": key,
         "fingerprint": answer.fingerprint,
@@ -151,7 +151,7 @@ def _mutation(operation: str, execute: Execution) -> Callable[[Request], Any]:
 async def _once(
     state: SandboxState, request: Request, text: str, fault: Fault | None, executed: Callable[[], bytes]
 ) -> Response:
-    """Execute, or answer as before if the key was used before."""
+    """Execute the request, or repeat the stored answer if its key was used before."""
     key, fingerprint = request.headers.get("idempotency-key"), f"{request.url.path}?{text}"
     known = state.answers.get(key) if key is not None else None
     if known is not None:
@@ -173,7 +173,7 @@ async def _once(
 def _executed(
     state: SandboxState, request: Request, params: Params, *, fault: Fault | None, execute: Execution
 ) -> bytes:
-    """The body of a success. Every refusal, asked for by a fault or not, is raised."""
+    """The body of a success. Every refusal, injected by a fault or not, is raised."""
     match fault.action if fault else None:
         case Action.ERROR_BEFORE:
             raise _internal_error()
@@ -210,7 +210,7 @@ def _replay(state: SandboxState, known: Stored, fingerprint: str) -> Response:
 
 
 def _call(books: Books, request: Request, operation: str, params: Params) -> Call:
-    """The request as fault rules see it; of a later operation, the payment's own method and metadata count."""
+    """The request as fault rules match it; a later operation has the method and metadata of its PaymentIntent."""
     intent = books.payment_intents.get(str(request.path_params.get("intent", params.get("payment_intent"))))
     metadata = intent["metadata"] if intent else params.get("metadata")
     payment_method = params.get("payment_method") or (intent["payment_method"] if intent else None)
@@ -249,7 +249,7 @@ def _authenticate(request: Request) -> None:
 
 
 def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request], Any]:
-    """An endpoint for GET. Keys are ignored, faults are not."""
+    """An endpoint for GET. Faults apply; idempotency keys are ignored."""
 
     async def endpoint(request: Request) -> Response:
         state: SandboxState = request.app.state.sandbox
@@ -273,7 +273,7 @@ def _reading(read: Callable[[Books, Request, Params], Any]) -> Callable[[Request
 
 
 def _answered(fault: Fault | None, answer: Callable[[], bytes]) -> bytes:
-    """The answer to a question, unless Stripe fails over it, before or after: there is nothing to be executed."""
+    """The answer to a read. It executes nothing, so a 500 before or after execution is the same."""
     if fault is not None and fault.action in (Action.ERROR_BEFORE, Action.ERROR_AFTER):
         raise _internal_error()
     return answer()
@@ -299,7 +299,7 @@ def _list_refunds(books: Books, request: Request, params: Params) -> StripeObjec
 
 
 def _search(books: Books, request: Request, params: Params) -> StripeObject:
-    """Only `metadata['name']:'value'`, joined by AND, and at once: the real one lags by a minute."""
+    """Only `metadata['name']:'value'`, joined by AND. Without delay, where the real search lags by a minute."""
     wanted = dict(re.findall(r"""metadata\[["'](\w+)["']\]:["']([^"']*)["']""", params.get("query", "")))
     if not wanted:
         raise invalid("We were unable to parse your search query.", param="query")
@@ -378,7 +378,7 @@ async def _books(request: Request) -> Response:
 
 
 async def _find(request: Request) -> Response:
-    """PaymentIntents whose metadata has all of `?metadata[name]=value`."""
+    """The PaymentIntents whose metadata has every `?metadata[name]=value`."""
     books: Books = request.app.state.sandbox.books
     wanted = stripe_forms.parse(request.url.query).get("metadata", {})
     candidates = books.intents_of(wanted["payment_id"]) if "payment_id" in wanted else books.payment_intents.values()
@@ -386,7 +386,7 @@ async def _find(request: Request) -> Response:
 
 
 async def _set_webhooks(request: Request) -> Response:
-    """Where to send webhooks, `{"url": …, "secret": …}`, and how badly: `Manners`."""
+    """Set where webhooks are sent, `{"url": …, "secret": …}`, and their `Manners`."""
     events: Events = request.app.state.sandbox.events
     try:
         events.configure(await request.json())
@@ -401,7 +401,7 @@ async def _webhooks(request: Request) -> Response:
 
 
 def _own(change: Callable[[Books, Request], StripeObject]) -> Callable[[Request], Any]:
-    """An endpoint that changes the books as the outside world would."""
+    """An endpoint that changes the books from outside the API, as a bank or the dashboard would."""
 
     async def endpoint(request: Request) -> Response:
         state: SandboxState = request.app.state.sandbox
@@ -416,7 +416,7 @@ def _own(change: Callable[[Books, Request], StripeObject]) -> Callable[[Request]
 
 
 async def _authentication_page(request: Request) -> Response:
-    """Where a demo's payer passes or fails 3-D Secure."""
+    """The page where a demo's payer passes or fails 3-D Secure."""
     reference = html.escape(request.path_params["intent"])
     buttons = "".join(
         f'<form method="post" action="?success={value}&amp;redirect=true"><button>{label}</button></form>'
@@ -444,7 +444,7 @@ async def _authenticate_payer(request: Request) -> Response:
 
 
 def _created(books: Books, request: Request, params: Params) -> StripeObject:
-    """A new PaymentIntent, its 3-D Secure page under the address that this request came to."""
+    """A new PaymentIntent, with its 3-D Secure page under the address that the request was sent to."""
     return _with_address(books.create(params), request)
 
 
@@ -465,7 +465,7 @@ IN_THE_DASHBOARD: Final[Mapping[str, Callable[[Books, Request], StripeObject]]] 
     ),
     "cancel": lambda books, request: books.cancel(request.path_params["intent"], {}),
 }
-"""What a person may do there, of `?amount=` or of all that is left: without the marks of any API client."""
+"""What a person can do in the dashboard, for `?amount=` or the rest; it carries no marks of an API client."""
 
 ROUTES: Final = [
     Route("/v1/payment_intents", _mutation("create", _created), methods=["POST"]),

@@ -1,7 +1,7 @@
 """The books of the Stripe simulator: PaymentIntents, charges and refunds, and the rules that conserve money.
 
-Objects are kept in the JSON form that Stripe answers with. No amount is captured beyond the hold or refunded beyond the
-captures, whatever is asked for. Sources: https://docs.stripe.com/payments/paymentintents/lifecycle,
+Objects are stored in the JSON form of Stripe's answers. No request can capture more than the hold or refund more than
+was captured. Sources: https://docs.stripe.com/payments/paymentintents/lifecycle,
 https://docs.stripe.com/payments/multicapture, https://docs.stripe.com/refunds.
 """
 
@@ -43,7 +43,7 @@ GONE: Final = frozenset(("failed", "canceled"))
 
 
 class Books:
-    """Everything that this Stripe knows. `touched` collects changed objects for the journal."""
+    """All objects of the simulator. `touched` collects changed objects for the journal."""
 
     def __init__(self) -> None:
         self.payment_intents: dict[str, StripeObject] = {}
@@ -62,7 +62,7 @@ class Books:
         self.touched[stored["id"]] = stored
 
     def table(self, kind: str) -> dict[str, StripeObject]:
-        """All objects of a kind, as `object` names it, by their id."""
+        """All objects of one kind (the value of `object`), by id."""
         return {
             "payment_intent": self.payment_intents,
             "charge": self.charges,
@@ -108,7 +108,7 @@ class Books:
         return intent
 
     def authenticate(self, reference: str, *, is_successful: bool, declined_as: str | None = None) -> StripeObject:
-        """What the payer's bank reports after 3-D Secure. A decline is in the object, not raised."""
+        """Apply the result of 3-D Secure. A decline is recorded in the object, not raised."""
         intent = self.payment_intent(reference)
         if intent["status"] != "requires_action":
             raise _unexpected_state(intent, "authenticated")
@@ -140,7 +140,7 @@ class Books:
         return intent
 
     def decline(self, params: Params, decline_code: str) -> StripeObject:
-        """A creation that the issuer refuses, whatever the card."""
+        """Create a PaymentIntent that the issuer declines, whatever the card."""
         intent = _new_intent(params)
         self.keep(intent)
         return self._decline(intent, "card_declined", decline_code)
@@ -166,14 +166,14 @@ class Books:
         stripe_forms.allow(params, CAPTURE_PARAMS)
         intent = self.payment_intent(reference)
         marks = stripe_forms.metadata(params)
-        told = stripe_forms.boolean(params, "final_capture", default=True) if "final_capture" in params else None
+        is_final = stripe_forms.boolean(params, "final_capture", default=True) if "final_capture" in params else None
         amount = stripe_forms.integer(params, "amount_to_capture", minimum=0, default=intent["amount_capturable"])
         if intent["status"] != "requires_capture":
             raise _unexpected_state(intent, "captured")
         charge = self.charges[intent["latest_charge"]]
-        _check_capture(intent, charge, amount, told)
+        _check_capture(intent, charge, amount, is_final)
         left = intent["amount_capturable"] - amount
-        is_closed = told is not False or left == 0
+        is_closed = is_final is not False or left == 0
         intent["metadata"].update(marks)
         intent["amount_received"] += amount
         intent.update(
@@ -195,14 +195,14 @@ class Books:
         return self._release(intent, reason)
 
     def expire(self, reference: str) -> StripeObject:
-        """What happens to a hold at the end of its time: canceled, or closed when a part was captured."""
+        """Expire a hold: it is canceled, or closed if a part was captured."""
         intent = self.payment_intent(reference)
         if intent["status"] != "requires_capture":
             raise _unexpected_state(intent, "expired")
         return self._release(intent, "expired")
 
     def age(self, reference: str, seconds: int) -> StripeObject:
-        """As if it had been created so much earlier: its payer's time passes. Stripe itself does nothing about that."""
+        """Move its creation back by `seconds`, so that its payer's time passes. Stripe itself takes no action then."""
         intent = self.payment_intent(reference)
         intent["created"] -= seconds
         self.keep(intent)
@@ -224,7 +224,7 @@ class Books:
         return intent
 
     def intents_of(self, payment_id: str) -> list[StripeObject]:
-        """Those that carry this payment id in their metadata, oldest first."""
+        """The PaymentIntents with this payment id in their metadata, oldest first."""
         return list(self._intents_of.get(payment_id, {}).values())
 
     # --- charges and refunds --------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class Books:
         return refunds
 
     def settle_refund(self, reference: str, status: str) -> StripeObject:
-        """Give a refund its final status, now."""
+        """Give a refund its final status now."""
         refund = self.refunds.get(reference)
         if refund is None:
             raise missing("refund", reference, param="refund")
@@ -323,7 +323,7 @@ class Books:
     # --- disputes -------------------------------------------------------------------------------------------------
 
     def dispute(self, reference: str, amount: int | None) -> StripeObject:
-        """The payer's bank takes back `amount`, or all that is left."""
+        """The payer's bank takes back `amount`, or all that is not refunded."""
         intent = self.payment_intent(reference)
         dispute = {
             "id": f"dp_{token_hex(12)}",
@@ -341,7 +341,7 @@ class Books:
         return dispute
 
     def close_dispute(self, reference: str, status: str) -> StripeObject:
-        """`won` gives it back to the merchant, `lost` does not."""
+        """`won` returns the money to the merchant, `lost` does not."""
         dispute = self.disputes.get(reference)
         if dispute is None:
             raise missing("dispute", reference, param="dispute")
@@ -352,7 +352,7 @@ class Books:
     # --- sums -----------------------------------------------------------------------------------------------------
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Per currency, in Stripe's units: what was captured and refunded, what is held, and how many of each."""
+        """Per currency, in Stripe's units: amounts captured, refunded, held and disputed, and counts."""
         sums: dict[str, Counter[str]] = defaultdict(Counter)
         for intent in self.payment_intents.values():
             of = sums[intent["currency"]]
@@ -372,7 +372,7 @@ class Books:
         return {currency: {**empty, **counts} for currency, counts in sorted(sums.items())}
 
     def details(self, intents: Iterable[StripeObject]) -> list[dict[str, Any]]:
-        """Per PaymentIntent, oldest first."""
+        """The details of each PaymentIntent, in the order given."""
         return [self._detail(intent) for intent in intents]
 
     def _detail(self, intent: StripeObject) -> dict[str, Any]:
@@ -396,7 +396,7 @@ class Books:
 
 
 def newest(objects: Iterable[StripeObject], is_wanted: Callable[[StripeObject], bool]) -> Iterable[StripeObject]:
-    """Those wanted, newest first, as Stripe lists them."""
+    """The wanted objects, newest first, as Stripe lists them."""
     return (each for each in reversed(list(objects)) if is_wanted(each))
 
 

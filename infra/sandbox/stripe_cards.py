@@ -1,4 +1,4 @@
-"""Stripe's test payment methods and what happens to them. Source: https://docs.stripe.com/testing."""
+"""Stripe's test payment methods and their results. Source: https://docs.stripe.com/testing."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """`declined_as` is (code, decline code); `refund_ends_as` is what becomes of a refund after a while."""
+    """`declined_as` is (code, decline code); `refund_ends_as` is the status that a refund gets after a while."""
 
     declined_as: tuple[str, str | None] | None = None
     requires_action: bool = False
@@ -52,5 +52,5 @@ CARDS: Final[dict[str, Card]] = {
 
 
 def find(payment_method: str) -> Card | None:
-    """The card, None for an unknown one; the simulator's own `pm_sandbox_…` tokens succeed apart from their fault."""
+    """The card, or None if unknown. The simulator's own `pm_sandbox_…` tokens succeed, apart from their fault."""
     return Card() if payment_method.startswith("pm_sandbox_") else CARDS.get(payment_method)

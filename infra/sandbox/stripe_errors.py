@@ -1,11 +1,11 @@
-"""Refusals of the simulators, in the shape of Stripe's error body."""
+"""Error answers of the Stripe simulator, in the shape of Stripe's error body."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class StripeError(Exception):
-    """An answer that is an error. `is_stored` is False for what Stripe decides before its idempotency layer.
+    """An error answer. `is_stored` is False if Stripe decides it before its idempotency layer.
 
     Source: https://docs.stripe.com/api/errors, https://docs.stripe.com/api/idempotent_requests.
     """
@@ -30,11 +30,11 @@ class StripeError(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> StripeError:
-    """A parameter that Stripe refuses before execution."""
+    """An error for a parameter that Stripe refuses before execution."""
     return StripeError(400, message, is_stored=False, param=param, code=code)
 
 
 def missing(kind: str, reference: str, *, param: str, status: int = 404) -> StripeError:
-    """An object that does not exist: 404 in a path, 400 in a parameter."""
+    """An error for an object that does not exist: 404 if a path names it, 400 if a parameter does."""
     message = f"No such {kind}: '{reference}'"
     return StripeError(status, message, is_stored=False, param=param, code="resource_missing")

@@ -1,4 +1,4 @@
-"""The Stripe simulator's events: one for each change that Stripe tells of, signed anew at each attempt.
+"""The Stripe simulator's events: one for each change that Stripe reports, signed again at each attempt.
 
 Sources: https://docs.stripe.com/api/events/types, https://docs.stripe.com/webhooks#verify-manually.
 """
@@ -27,7 +27,7 @@ WATCHED: Final = ("status", "amount_received", "amount_capturable")
 
 
 class Events:
-    """Tells `url`, once there is one, what changed. What was told of an object before is not told again."""
+    """Sends the changes of objects to `url`, if it is set. The same state of an object is not sent twice in a row."""
 
     def __init__(self) -> None:
         self.url: str | None = None
@@ -36,24 +36,24 @@ class Events:
         self._known: dict[str, tuple[Any, ...]] = {}
 
     def configure(self, given: Mapping[str, Any]) -> None:
-        """Where to send, and the manners. Raises TypeError or ValueError for what is neither."""
+        """Set the address, the secret and the manners. Raises TypeError or ValueError if they are not valid."""
         manners = dict(given)
         self.url = manners.pop("url", self.url)
         self._secret = manners.pop("secret", self._secret)
         self.sender.behave(manners)
 
     def forget(self) -> None:
-        """As if nothing had been told."""
+        """Forget which states were sent."""
         self._known.clear()
 
     def note(self, stored: Mapping[str, Any]) -> str | None:
-        """Take this object as told; the type of its event, if this was news."""
+        """Record the object's state as sent; return the type of its event, or None if there is no event to send."""
         seen = tuple(stored.get(name) for name in WATCHED)
         before, self._known[stored["id"]] = self._known.get(stored["id"]), seen
         return None if before == seen else _type_of(stored, is_new=before is None)
 
-    def tell(self, changed: Mapping[str, Any], key: str | None) -> None:
-        """Send the event of this change, in the background."""
+    def send(self, changed: Mapping[str, Any], key: str | None) -> None:
+        """Send the event of a change, if it has one, in the background."""
         type_ = self.note(changed)
         if type_ is None or self.url is None:
             return
@@ -68,7 +68,7 @@ class Events:
     def _body(self, type_: str, changed: Mapping[str, Any], key: str | None) -> str:
         amounts = [name for name in ("amount", "amount_received", "amount_capturable") if changed.get(name)]
         off_by = self.sender.manners.amount_off_by
-        told = {**changed, **{name: changed[name] + off_by for name in amounts}}
+        shown = {**changed, **{name: changed[name] + off_by for name in amounts}}
         event = {
             "id": f"evt_{token_hex(12)}",
             "object": "event",
@@ -78,7 +78,7 @@ class Events:
             "pending_webhooks": 1,
             "request": {"id": None, "idempotency_key": key},
             "type": type_,
-            "data": {"object": told},
+            "data": {"object": shown},
         }
         return json.dumps(event, separators=(",", ":"))
 

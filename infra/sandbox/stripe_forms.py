@@ -15,7 +15,7 @@ def parse(encoded: str) -> Params:
     """Nested maps of strings. A list keeps its indices as keys; read it with `values`.
 
     Raises:
-        StripeError: a name that is a value in one place and a map in another.
+        StripeError: a name is a value in one place and a map in another.
     """
     params: Params = {}
     for name, value in parse_qsl(encoded, keep_blank_values=True):
@@ -36,13 +36,13 @@ def _path(name: str) -> tuple[str, ...]:
 
 
 def allow(params: Params, names: Iterable[str]) -> None:
-    """Refuse what the endpoint does not know, as Stripe does."""
+    """Refuse parameters that the endpoint does not have, as Stripe does."""
     for name in params.keys() - set(names):
         raise invalid(f"Received unknown parameter: {name}", param=name, code="parameter_unknown")
 
 
 def integer(params: Params, name: str, *, minimum: int = 1, default: int | None = None) -> int:
-    """An integer parameter; without a default it is required."""
+    """An integer parameter; required unless it has a default."""
     text = params.get(name)
     if text is None:
         if default is None:

@@ -1,9 +1,9 @@
-"""A VNPay that runs here: the payment page, IPNs, querydr and refunds, with books of its own and faults on demand.
+"""A local VNPay simulator: the payment page, IPNs, querydr and refunds, with its own books and faults on demand.
 
-It verifies what it is sent and signs what it says with the very rules that VNPay publishes, in code of its own. Beside
+It verifies requests and signs messages by the rules that VNPay publishes, with no code shared with our gateway. Besides
 VNPay's paths it answers under `/_sandbox/vnpay`: `books`, `configure`, `faults`, `manners`, `latency`, `reset`,
 `payments/…`.
-Sources: as infra/gateways/vnpay.py.
+Sources: as in infra/gateways/vnpay.py.
 """
 
 import asyncio
@@ -37,10 +37,10 @@ PAID: Final = "00"
 OPEN: Final = "01"
 FAILED: Final = "02"
 SUSPECTED: Final = "07"
-"""As a status and as a code: the payer was debited, and somebody at the merchant's has to look at it."""
+"""As a status and as a code: the payer was debited, and somebody at the merchant must look at it."""
 
 TMN_CODE: Final = "SANDBOX1"
-SECRET: Final = "sandbox-secret"  # noqa: S105 - opens nothing but this simulator
+SECRET: Final = "sandbox-secret"  # noqa: S105 - valid for this simulator only
 
 QUERY_FIELDS: Final = [
     "RequestId",
@@ -89,7 +89,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class VNPaySimulator:
-    """One terminal, `tmn_code`, and its payments by TxnRef. IPNs go to `ipn_url`, once there is one."""
+    """One terminal, `tmn_code`, and its payments by TxnRef. IPNs go to `ipn_url`, if it is set."""
 
     name = "vnpay"
 
@@ -110,7 +110,7 @@ class VNPaySimulator:
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Take up what an earlier run wrote, and compact it."""
+        """Load what an earlier run wrote, and compact the journal."""
         for line in self._journal.read():
             self._payments[line["ref"]] = line
             self._numbers = max([self._numbers, *(int(each["number"]) for each in [line, *line["refunds"]])])
@@ -132,7 +132,7 @@ class VNPaySimulator:
         return copy.deepcopy(self._payments)
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """In dong: captured, refunded, and how many payments."""
+        """In dong: amounts captured and refunded; and the number of payments."""
         sums: Counter[str] = Counter(captured=0, refunded=0, authorized_open=0, disputed=0, count_refunds=0)
         for payment in self._payments.values():
             held, captured, refunded = _effect(payment)
@@ -140,7 +140,7 @@ class VNPaySimulator:
         return {"vnd": dict(sums)} if self._payments else {}
 
     def effect(self, payment_id: str) -> tuple[int, int, int]:
-        """What is held, captured and refunded for our payment id, over all of its attempts."""
+        """The amounts held, captured and refunded for our payment id, over all its attempts."""
         own = [_effect(each) for ref, each in self._payments.items() if ref.startswith(payment_id.replace("-", ""))]
         return (0, sum(each[1] for each in own), sum(each[2] for each in own))
 
@@ -168,7 +168,7 @@ class VNPaySimulator:
     # --- the payment page -------------------------------------------------------------------------------------------
 
     async def _page(self, request: Request) -> Response:
-        """Where a payer's browser comes, and on POST with `success` (and `code`) pays or does not."""
+        """The page for the payer's browser. A POST with `success` (and `code`) pays or declines."""
         fields = {name: value for name, value in parse_qsl(request.url.query) if name.startswith("vnp_")}
         signature = fields.pop("vnp_SecureHash", "")
         data = "&".join(f"{name}={quote_plus(value)}" for name, value in sorted(fields.items()))
@@ -201,7 +201,7 @@ class VNPaySimulator:
         return payment
 
     def _decide(self, payment: Payment, code: str) -> Response:
-        """The payer pays (`00`), or the bank or the payer says no. Once decided, it stays so."""
+        """The payer pays (`00`), or the payer or bank declines. A decision is final."""
         if payment["ends"] is not None and _now() > payment["ends"] and payment["status"] == OPEN:
             code = "11"
         if payment["status"] == OPEN:
@@ -212,10 +212,10 @@ class VNPaySimulator:
             payment |= {"status": status, "code": code, "paid_at": _now()}
             payment["number"] = self._next_number() if is_paid else "0"
             self._keep(payment)
-            self._tell(payment)
+            self._send_ipn(payment)
         return JSONResponse(payment)
 
-    def _tell(self, payment: Payment) -> None:
+    def _send_ipn(self, payment: Payment) -> None:
         if self.ipn_url is None:
             return
         fields = {
@@ -275,9 +275,9 @@ class VNPaySimulator:
         return before is not None and now - before < self.question_interval_seconds
 
     def _query(self, body: Mapping[str, Any], payment: Payment) -> Response:
-        """The latest that happened to the payment: itself, or its last refund."""
-        told = payment["refunds"][-1] if payment["refunds"] else payment | {"type": "01"}
-        return self._respond(body, _told(told))
+        """The latest transaction of the payment: its last refund, or the payment itself."""
+        latest = payment["refunds"][-1] if payment["refunds"] else payment | {"type": "01"}
+        return self._respond(body, _shown(latest))
 
     def _refund(self, body: Mapping[str, Any], payment: Payment, fault: Fault | None) -> Response:
         amount, type_ = int(body["vnp_Amount"]), str(body["vnp_TransactionType"])
@@ -286,10 +286,10 @@ class VNPaySimulator:
         if amount <= 0 or amount > _left(payment) or (type_ == "02" and amount != payment["amount"]):
             return self._respond(body, {"ResponseCode": "93", "Message": "Invalid amount"})
         is_declined = fault is not None and fault.action is Action.DECLINE
-        return self._respond(body, _told(self._take_on(payment, amount, type_, is_declined=is_declined)))
+        return self._respond(body, _shown(self._take_on(payment, amount, type_, is_declined=is_declined)))
 
     def _take_on(self, payment: Payment, amount: int, type_: str, *, is_declined: bool = False) -> dict[str, Any]:
-        """A refund, in VNPay's books from now on."""
+        """Enter a refund in VNPay's books."""
         refund = {
             "amount": amount,
             "number": self._next_number(),
@@ -302,18 +302,18 @@ class VNPaySimulator:
         return refund
 
     refunds_wait = False
-    """Whether refunds are in process (05) until they are settled by hand."""
+    """Whether refunds stay in process (05) until they are settled by hand."""
 
-    def _respond(self, body: Mapping[str, Any], told: dict[str, str]) -> Response:
+    def _respond(self, body: Mapping[str, Any], fields: dict[str, str]) -> Response:
         answer = {
             "ResponseId": hashlib.sha256(self._next_number().encode()).hexdigest()[:32],
             "Command": str(body.get("vnp_Command", "")),
             "TmnCode": str(body.get("vnp_TmnCode", "")),
             "TxnRef": str(body.get("vnp_TxnRef", "")),
             "OrderInfo": str(body.get("vnp_OrderInfo", "")),
-        } | told
+        } | fields
         data = "|".join(answer.get(name, "") for name in ANSWER_FIELDS)
-        # Absent promotions are signed as empty texts, so that the answer to a query ends in two bars.
+        # Absent promotion fields are signed as empty texts, so the text of a query's answer ends in two bars.
         data += "||" if body.get("vnp_Command") == "querydr" else ""
         signed = {f"vnp_{name}": value for name, value in answer.items()} | {"vnp_SecureHash": self._sign(data)}
         return JSONResponse(signed)
@@ -321,7 +321,7 @@ class VNPaySimulator:
     # --- its own pages ----------------------------------------------------------------------------------------------
 
     def routes(self) -> list[Route]:
-        """VNPay's own paths, and the simulator's."""
+        """VNPay's paths, and the simulator's own."""
         own = "/_sandbox/vnpay"
         return [
             Route("/paymentv2/vpcpay.html", self._page, methods=["GET", "POST"]),
@@ -343,15 +343,15 @@ class VNPaySimulator:
     async def _decide_by_hand(self, request: Request) -> Response:
         payment = self._payments.get(request.path_params["ref"])
         if payment is None:
-            return JSONResponse({"error": "nobody has opened the payment page"}, 404)
+            return JSONResponse({"error": "no payer has opened the payment page"}, 404)
         return self._decide(payment, request.query_params.get("code", "00"))
 
     async def _refund_by_hand(self, request: Request) -> Response:
-        """Somebody returns `amount` dong in VNPay's portal, or what is left. VNPay tells nobody of it."""
+        """Somebody refunds `amount` dong, or the rest, in VNPay's portal. VNPay sends no IPN for it."""
         payment = self._payments[request.path_params["ref"]]
         amount = int(request.query_params.get("amount", _left(payment) // 100)) * 100
         if payment["status"] != PAID or not 0 < amount <= _left(payment):
-            return JSONResponse({"error": "there is not so much left of it"}, 400)
+            return JSONResponse({"error": "the payment has less than that left"}, 400)
         return JSONResponse(self._take_on(payment, amount, "02" if amount == payment["amount"] else "03"))
 
     async def _settle_refund(self, request: Request) -> Response:
@@ -363,7 +363,7 @@ class VNPaySimulator:
     async def _configure(self, request: Request) -> Response:
         """`ipn_url`, `latency_ms`, `refunds_wait`, and the sender's manners.
 
-        And `question_interval_seconds`, within which a question asked again is answered with 94; 0 is none.
+        Also `question_interval_seconds`: a query repeated sooner is answered with 94; 0 turns that off.
         """
         given = dict(await request.json())
         self.ipn_url = given.pop("ipn_url", self.ipn_url)
@@ -375,7 +375,7 @@ class VNPaySimulator:
 
 
 def _effect(payment: Payment) -> tuple[int, int, int]:
-    """What is held, captured and refunded, in dong."""
+    """The amounts held, captured and refunded, in dong."""
     captured = payment["amount"] if payment["status"] == PAID else 0
     return 0, captured // 100, _refunded(payment) // 100
 
@@ -388,7 +388,7 @@ def _left(payment: Payment) -> int:
     return int(payment["amount"]) - _refunded(payment)
 
 
-def _told(given: Mapping[str, Any]) -> dict[str, str]:
+def _shown(given: Mapping[str, Any]) -> dict[str, str]:
     return {
         "ResponseCode": "00",
         "Message": "Success",
@@ -411,7 +411,7 @@ def _call(operation: str, path: str, ref: str) -> Call:
 
 
 def _declined_as(fault: Fault) -> str:
-    """VNPay's code of the rule; where it has none, that the payer's balance is too low."""
+    """VNPay's code in the rule; if it has none, that the payer's balance is too low."""
     return fault.code if fault.code.isdigit() else "51"
 
 

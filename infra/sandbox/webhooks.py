@@ -1,7 +1,7 @@
-"""Sends the simulators' webhooks: signed at each attempt, retried, and on request delayed, doubled, reordered or lost.
+"""Send the simulators' webhooks: signed at each attempt, retried, and on request delayed, doubled, reordered or lost.
 
-`Manners` say how badly it behaves. What is on its way when the simulator ends is sent after its restart, if it keeps a
-journal: what fails to come then is the service's loss, and not the simulator's.
+`Manners` set these faults. With a journal, a simulator sends after its restart what was not yet delivered, so a webhook
+that is missing then was lost by the service, not by the simulator.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ HEAD_START_SECONDS = 0.3
 
 
 class Outgoing(NamedTuple):
-    """One webhook; once signed, as it goes over the wire."""
+    """One webhook; `sign` turns it into the request that is sent."""
 
     url: str
     body: bytes = b""
@@ -34,15 +34,15 @@ class Outgoing(NamedTuple):
 
 @dataclass(slots=True)
 class Manners:
-    """Each share is a probability per webhook. `delay_seconds` is waited before the first attempt."""
+    """How webhooks are sent. Each share is a probability per webhook; `delay_seconds` precede the first attempt."""
 
     delay_seconds: float = 0.0
     lost: float = 0.0
     doubled: float = 0.0
     reordered: float = 0.0
-    """Held back until the next one was sent, or for a second."""
+    """Held back until the next webhook is sent, or for a second."""
     amount_off_by: int = 0
-    """Added to the amounts that are told, in minor units: a provider's mistake, or a message about something else."""
+    """Added to the amounts in webhooks, in minor units: a provider's mistake, or a message about something else."""
 
 
 def _is_2xx(answer: httpx.Response) -> bool:
@@ -55,9 +55,9 @@ def _unchanged(outgoing: Outgoing) -> Outgoing:
 
 @dataclass(slots=True)
 class WebhookSender:
-    """Sends what `send` is given in the background. `sent` and `accepted` count for the simulator's page.
+    """Delivers webhooks in the background. `sent` and `accepted` are counters for the simulator's page.
 
-    `sign` makes of a webhook what goes over the wire, anew for each attempt, until `is_accepted` by its receiver.
+    Each attempt sends what `sign` returns; `is_accepted` says whether the receiver's answer ends the retries.
     """
 
     sign: Callable[[Outgoing], Outgoing] = _unchanged
@@ -71,10 +71,10 @@ class WebhookSender:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _next: asyncio.Event = field(default_factory=asyncio.Event)
     _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CONNECTIONS))
-    """httpcore goes through all that wait for a connection whenever one is free: they wait out here."""
+    """Requests wait here for a connection: httpcore walks through all waiting requests whenever one is free."""
 
     def load(self) -> None:
-        """Send what an earlier run had not delivered yet."""
+        """Send the webhooks that an earlier run did not deliver."""
         left: dict[int, Outgoing] = {}
         for line in self.journal.read():
             if "outgoing" in line:
@@ -87,8 +87,8 @@ class WebhookSender:
             self._begin(number, outgoing)
 
     def send(self, outgoing: Outgoing) -> None:
-        """Deliver it, as well as the manners are."""
-        if random.random() < self.manners.lost:  # noqa: S311 - a fault to be injected, no secret
+        """Deliver a webhook in the background, as the manners say."""
+        if random.random() < self.manners.lost:  # noqa: S311 - an injected fault, not a secret
             return
         times = 2 if random.random() < self.manners.doubled else 1  # noqa: S311 - as above
         for _ in range(times):
@@ -115,7 +115,7 @@ class WebhookSender:
 
     async def _attempt(self, outgoing: Outgoing) -> bool:
         if self._http is None:
-            # Few connections: httpcore walks through all of them at every request.
+            # Few connections: httpcore checks all of them at every request.
             self._http = httpx.AsyncClient(
                 timeout=httpx.Timeout(TIMEOUT_SECONDS, pool=None),
                 limits=httpx.Limits(max_connections=CONNECTIONS),
@@ -137,11 +137,11 @@ class WebhookSender:
 
     @property
     def under_way(self) -> int:
-        """How many are yet to be delivered."""
+        """How many webhooks are not delivered yet."""
         return len(self._tasks)
 
     async def until_heard(self, accepted_before: int, seconds: float) -> None:
-        """Until one more was accepted than these, and whoever did had a moment to act on it; or the time is up."""
+        """Wait until more than `accepted_before` were accepted and could be acted on, but for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self.accepted <= accepted_before:
@@ -149,17 +149,17 @@ class WebhookSender:
                 await asyncio.sleep(HEAD_START_SECONDS)
 
     def behave(self, given: Mapping[str, Any]) -> None:
-        """New manners, from JSON. Raises TypeError or ValueError for what are none."""
+        """Set the manners, from JSON. Raises TypeError or ValueError if they are not valid."""
         shares = {name: float(value) for name, value in given.items() if name != "amount_off_by"}
         self.manners = Manners(amount_off_by=int(given.get("amount_off_by", 0)), **shares)
 
     async def give_up(self) -> None:
-        """Send nothing more of what is on its way."""
+        """Drop all webhooks that are not delivered yet."""
         await self._stop()
         self.journal.rewrite(iter(()))
 
     async def close(self) -> None:
-        """Leave what is on its way to the next start, and close the connections and the journal."""
+        """Leave undelivered webhooks to the next start, and close the connections and the journal."""
         await self._stop()
         self.journal.close()
         if self._http is not None:
@@ -172,8 +172,8 @@ class WebhookSender:
 
 
 def _line_of(number: int, outgoing: Outgoing) -> dict[str, Any]:
-    told = outgoing._asdict() | {"body": outgoing.body.decode(), "headers": dict(outgoing.headers)}
-    return {"number": number, "outgoing": told}
+    fields = outgoing._asdict() | {"body": outgoing.body.decode(), "headers": dict(outgoing.headers)}
+    return {"number": number, "outgoing": fields}
 
 
 def _outgoing_of(given: dict[str, Any]) -> Outgoing:
