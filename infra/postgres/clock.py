@@ -18,7 +18,7 @@ class PostgresClock:
         self._told, self._at = datetime.now(UTC), _seconds()
 
     def __call__(self) -> datetime:
-        """Timezone-aware UTC."""
+        """The current time, in timezone-aware UTC."""
         return self._told + timedelta(seconds=_seconds() - self._at)
 
     async def look(self, connection: Any) -> None:

@@ -20,7 +20,7 @@ CHANNEL: Final = "payments_inbox"
 # An operation matches only its own gateway: a message signed by one provider says nothing about another's. A payment
 # may have been tried at several gateways, so an event that names no operation matches if any operation of the payment
 # was at this gateway. An event without our mark is matched by the provider's id of the payment, the current one or
-# another attempt's. All processes store events in one order: two that received the same events could deadlock otherwise.
+# another attempt's. All processes store events in one order: two that received the same ones could deadlock otherwise.
 ACCEPT: Final = """
     WITH given AS (
         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
