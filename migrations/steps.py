@@ -50,7 +50,7 @@ def constrain(table: str, checks: dict[str, str]) -> None:
 
 
 def constrain_at_once(table: str, checks: dict[str, str]) -> None:
-    """The same in the transaction of the whole migration, for a downgrade: a row that fails the check undoes everything.
+    """The same in the transaction of the whole migration, for a downgrade: a row that fails the check undoes it all.
 
     The rows are read under the lock.
     """

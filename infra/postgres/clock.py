@@ -6,19 +6,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 _RUNNING: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""A clock that keeps running while the machine sleeps, where there is one (Linux), so that operations waiting to be sent
-have their true age after it wakes up."""
+"""A clock that runs on while the machine sleeps, where there is one (Linux), so that operations waiting to be sent have
+their true age after it wakes up."""
 
 
 class PostgresClock:
-    """The current time of Postgres's clock: the last reading plus the time elapsed since. Before the first `look` it is
-    this machine's time."""
+    """The time of Postgres's clock: the last reading plus the time elapsed since. Before the first `look` it is this
+    machine's time."""
 
     def __init__(self) -> None:
         self._told, self._at = datetime.now(UTC), _seconds()
 
     def __call__(self) -> datetime:
-        """Timezone-aware UTC."""
+        """The current time, in timezone-aware UTC."""
         return self._told + timedelta(seconds=_seconds() - self._at)
 
     async def look(self, connection: Any) -> None:

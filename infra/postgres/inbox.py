@@ -1,4 +1,4 @@
-"""The inbox: webhooks on disk before they are answered, each event once, until the write path has applied them."""
+"""The inbox: stores webhooks before they are answered, each event once, for the write path to apply."""
 
 import asyncio
 import contextlib
@@ -15,12 +15,12 @@ from infra.postgres.errors import translated
 
 RECONNECT_SECONDS: Final = 1.0
 CHANNEL: Final = "payments_inbox"
-"""Notified when something was stored, so that nobody has to look again and again."""
+"""Postgres notifies this channel when something was stored, so that nobody has to poll."""
 
-# An operation counts only for its own gateway: a message that one provider signed says nothing about another's. A
-# payment may have been tried at several, so what names no operation counts if one of the payment's was this gateway's.
-# What carries no mark of ours is found by the provider's payment: the one that is referred to, or another attempt's.
-# Events are stored in one order everywhere: two processes that got the same ones would wait for each other in a circle.
+# An operation matches only its own gateway: a message signed by one provider says nothing about another's. A payment
+# may have been tried at several gateways, so an event that names no operation matches if any operation of the payment
+# was at this gateway. An event without our mark is matched by the provider's id of the payment, the current one or
+# another attempt's. All processes store events in one order: two that received the same ones could deadlock otherwise.
 ACCEPT: Final = """
     WITH given AS (
         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::uuid[], $7::integer[],
@@ -72,7 +72,7 @@ CLAIM: Final = """
     RETURNING i.id, i.payment_id, i.gateway, i.event_id, i.type, i.operation_number, i.content
 """
 
-# Ids come in the order of arrival: the first portion in which something arrived too lately to be forgotten is the last.
+# Ids ascend in the order of arrival: the first portion with an event too recent to be forgotten is the last one.
 FORGET: Final = """
     WITH portion AS (SELECT id, received_at, applied_at FROM inbox WHERE id > $1 ORDER BY id LIMIT $2),
          gone AS (DELETE FROM inbox USING portion
@@ -84,18 +84,18 @@ PORTION: Final = 5_000
 
 
 class PostgresInbox:
-    """Fits `domain.ports.Inbox`. The write path marks what it applied (`Changes.notices`)."""
+    """Fits `domain.ports.Inbox`. The write path marks the notices that it has applied (`Changes.notices`)."""
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
 
     async def accept(self, received: Sequence[Received]) -> list[Accepted]:
-        """Store each event once, if its payment exists here and is of its gateway; on disk when this returns."""
+        """Store each event once, if its payment exists here and was at its gateway; on return they are on disk."""
         rows = await self._fetch(ACCEPT, *_columns(received))
         return [_accepted(row) for row in rows]
 
     async def claim(self, *, limit: int, lease: timedelta) -> list[StoredNotice]:
-        """Take over notices that are due, oldest first; unless they are applied, they are due again after `lease`."""
+        """Claim notices that are due, oldest first; unless they are applied, they are due again after `lease`."""
         rows = await self._fetch(CLAIM, limit, lease)
         return sorted(StoredNotice(*row.values()) for row in rows)
 
@@ -106,14 +106,14 @@ class PostgresInbox:
 
 
 async def forget_applied(postgres_url: str, *, older_than: timedelta) -> int:
-    """Delete webhooks that were applied so long ago; how many. One that was never applied is kept for ever.
+    """Delete webhooks applied longer ago than this; returns how many. One that was never applied is kept for ever.
 
-    The provider should have given up sending it again by then; if it has not, it is applied again and changes nothing.
+    The provider should have stopped resending them by then; if not, one is applied again and changes nothing.
 
     Raises:
         StoreUnavailable: Postgres is away.
-        ConcurrentUpdate: somebody holds such a row for longer than the database lets one wait, or has deleted it.
-        InputRefusedByStore: something that was made to refer to it forbids its going.
+        ConcurrentUpdate: another session locks such a row for longer than the database's lock time-out, or deleted it.
+        InputRefusedByStore: a constraint added later, such as a foreign key, forbids the deletion.
     """
     with translated():
         connection = await asyncpg.connect(postgres_url, timeout=10, command_timeout=60)
@@ -128,7 +128,7 @@ async def forget_applied(postgres_url: str, *, older_than: timedelta) -> int:
 
 
 async def listen(postgres_url: str, on_arrival: Callable[[], None]) -> None:
-    """Call `on_arrival` whenever something was stored, until cancelled. While Postgres is away nobody is told."""
+    """Call `on_arrival` whenever an event was stored, until cancelled. While Postgres is away there are no calls."""
     while True:
         with contextlib.suppress(StoreUnavailable):
             await _listen_once(postgres_url, on_arrival)

@@ -1,5 +1,5 @@
-"""Whether payments' amounts are what the ledger adds up to. Both are written in one transaction: only a defect, or a
-hand in the tables, makes them differ."""
+"""Checks that payments' amounts equal the sums of the ledger. Both are written in one transaction: only a defect, or a
+manual change of the tables, makes them differ."""
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -10,13 +10,13 @@ from uuid import UUID
 import asyncpg
 
 PORTION: Final = 10_000
-"""Payments, or events, that are looked at in one statement, some 0.3 s."""
+"""Payments or events that one statement checks, in about 0.3 s."""
 FIRST_ID: Final = UUID(int=0)
 _LAST_ID: Final = UUID(int=2**128 - 1)
 
-# One statement is one snapshot: nobody's commit falls between a payment and its transfers. FULL: there may be transfers
-# of a payment that is not there. Summed by account before anything is compared: what a later transfer took back is
-# booked no more.
+# One statement is one snapshot: no commit falls between reading a payment and its transfers. FULL JOIN: there may be
+# transfers without a payment. Amounts are summed by account before the comparison, so that a transfer which a later one
+# reversed does not count.
 _DIFFERENCES: Final = """
     WITH net AS (
         SELECT payment_id, account, currency, sum(amount_minor) AS minor
@@ -46,7 +46,7 @@ _DIFFERENCES: Final = """
 """
 _OF_RANGE: Final = _DIFFERENCES.format(which="payment_id BETWEEN $1 AND $2")
 _OF_THESE: Final = _DIFFERENCES.format(which="payment_id = ANY($1::uuid[])")
-# Where a portion ends: transfers, of which a payment has a few, may be of payments that are not there.
+# Where a portion ends: by transfers as well, of which a payment has a few, as they may have no payment.
 _PORTION: Final = """
     SELECT least(
         (SELECT payment_id FROM payments WHERE payment_id >= $1 ORDER BY payment_id OFFSET $2 - 1 LIMIT 1),
@@ -54,8 +54,8 @@ _PORTION: Final = """
 """
 _COUNT: Final = "SELECT count(*) FROM payments WHERE payment_id BETWEEN $1 AND $2"
 _END: Final = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-# Whatever changes a payment publishes it. Backwards by the transactions' ids, which have an index, as `created_at` has
-# none: a statement reads a portion and no more, and holds the outbox for as long as that takes. All of a transaction.
+# Every change of a payment publishes an event. Backwards by transaction id, which has an index, while `created_at` has
+# none: a statement reads one portion and locks the outbox only as long as that takes. TIES: whole transactions.
 _CHANGED: Final = """
     SELECT array_agg(DISTINCT aggregateid::uuid) FILTER (WHERE created_at >= $3), min(xact)
       FROM (SELECT aggregateid, created_at, xact FROM outbox
@@ -64,10 +64,10 @@ _CHANGED: Final = """
 
 
 class LedgerDifference(NamedTuple):
-    """A payment whose amounts are not what its transfers add up to, in minor units of `currency`.
+    """A payment whose amounts differ from the sums of its transfers, in minor units of `currency`.
 
-    `booked_clearing_minor` is what its provider owes us by them, `foreign_minor` was booked in another currency. Of
-    transfers without a payment `currency` is None, and all is foreign.
+    `booked_clearing_minor` is what its provider owes us by the transfers; `foreign_minor` was booked in another
+    currency. For transfers without a payment `currency` is None, and everything counts as foreign.
     """
 
     payment_id: UUID
@@ -83,16 +83,16 @@ class LedgerDifference(NamedTuple):
 
 
 class CheckedPortion(NamedTuple):
-    """So many payments were looked at, and these differ."""
+    """How many payments were checked, and which of them differ."""
 
     payments: int
     differences: list[LedgerDifference]
     next_id: UUID | None = None
-    """Where `check_all` goes on; None at its end."""
+    """The id at which `check_all` continues; None at its end."""
 
 
 async def database_time(url: str) -> datetime:
-    """The database's clock, by which the ledger and the outbox are dated.
+    """The database's clock, which dates the rows of the ledger and the outbox.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
@@ -103,7 +103,7 @@ async def database_time(url: str) -> datetime:
 
 
 async def check_all(url: str, begin: UUID = FIRST_ID) -> AsyncIterator[CheckedPortion]:
-    """Look at every payment and every transfer there is from `begin` on, in the order of ids, a portion at a time.
+    """Check every payment and every transfer from `begin` on, in the order of payment ids, a portion at a time.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
@@ -119,10 +119,10 @@ async def check_all(url: str, begin: UUID = FIRST_ID) -> AsyncIterator[CheckedPo
 
 
 async def check_changed(url: str, since: datetime, *, beside: Collection[UUID] = ()) -> AsyncIterator[CheckedPortion]:
-    """Look at the payments `beside`, and at those that something was published of since then, the last ones first.
+    """Check the payments `beside`, and those with events published since then, the latest first.
 
-    A portion at a time; a payment with events of several portions is looked at in each. What a transaction published
-    that ran for minutes may be passed by, as what was published on another server may: `check_all` finds that.
+    A portion at a time; a payment with events in several portions is checked in each. Events of a transaction that ran
+    for minutes, and events published on another server, may be missed: `check_all` finds those payments.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
@@ -146,7 +146,7 @@ async def _check(connection: "asyncpg.Connection[Any]", ids: Sequence[UUID]) -> 
 
 @asynccontextmanager
 async def _connected(url: str) -> "AsyncIterator[asyncpg.Connection[Any]]":
-    # A portion is found by an index, whatever Postgres thinks of the number of rows.
+    # Portions must be found by an index, however Postgres estimates the number of rows.
     settings = {"enable_seqscan": "off"}
     connection = await asyncpg.connect(url, timeout=10, command_timeout=60, server_settings=settings)
     try:

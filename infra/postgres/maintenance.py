@@ -1,14 +1,14 @@
-"""The outbox's partitions, one a UTC day: made ahead of time, filled from the default one, dropped after retention.
+"""The outbox's partitions, one per UTC day: created ahead, filled from the default partition, dropped after retention.
 
-On a busy table: a partition of a coming day is attached without a lock that inserts would notice. One of today or of
-the past, and a dropped one, lock inserts out for some milliseconds. A lock that waits makes every payment behind it
-wait as well, so it is given up after `LOCK_TIMEOUT` and asked for again after a pause, over some 20 seconds: a
-transaction that is stopped in its middle is ended by the server before that (infra/postgres/pool.py).
+On a busy table: attaching a partition for a future day takes no lock that blocks inserts. Attaching one for today or
+the past, and dropping one, block inserts for some milliseconds. A lock that waits makes every payment behind it wait
+as well, so each attempt gives up after `LOCK_TIMEOUT` and is repeated after a pause, for about 20 seconds: before that
+the server ends a transaction that is suspended midway (infra/postgres/pool.py).
 
-What payments write to comes first, and what cannot be done holds up nothing else: a day of the past that will not move
-keeps neither the coming days from their partitions nor the rest from its retention.
+Partitions that payments write to come first, and a failed step does not hold up the others: a past day that cannot be
+moved prevents neither the future days' partitions nor the retention of the rest.
 
-DETACH CONCURRENTLY is no way to drop: Postgres refuses it on a table that has a default partition.
+DETACH CONCURRENTLY cannot be used before dropping: Postgres refuses it on a table that has a default partition.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from infra.postgres.errors import AWAY, safe_message
 
 COMMAND_TIMEOUT_SECONDS: Final = 300.0
 PORTION_PAGES: Final = 1_000
-"""Of the default partition, 8 MB: as much is moved by one statement, however long all of a day's rows take."""
+"""8 MB of the default partition: one statement moves as much, however long moving all of a day's rows takes."""
 LOCK_TIMEOUT: Final = "200ms"
 PAUSES_SECONDS: Final = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0)
 PASS_SECONDS: Final = 10.0
-"""How long a publisher may take to come past what was committed when its partition is about to go."""
-# Any number that only this uses: processes that maintain at once take turns.
+"""How long a publisher may take to pass the last commit of a partition that is about to be dropped."""
+# Any number that only this module uses: processes that maintain at the same time take turns.
 MAINTENANCE_LOCK: Final = 7_205_759_404
 
 PARTITIONS: Final = """
@@ -41,7 +41,7 @@ TODAY: Final = "SELECT (now() AT TIME ZONE 'UTC')::date"
 DEFAULT_PAGES: Final = "SELECT pg_relation_size('outbox_default') / current_setting('block_size')::int"
 DEFAULT_DAYS: Final = "SELECT DISTINCT (created_at AT TIME ZONE 'UTC')::date FROM outbox_default"
 LAST: Final = "SELECT coalesce(max(xact), 0) FROM outbox WHERE created_at < $1"
-# While nothing happens a slot stands still; what its relay has proven counts then.
+# An idle slot does not advance; then its relay's proof of publication counts.
 SLOTS: Final = """
     SELECT s.slot_name, s.active,
            coalesce(s.confirmed_flush_lsn >= $1, false)
@@ -52,8 +52,8 @@ SLOTS: Final = """
      WHERE s.slot_type = 'logical' AND s.plugin = 'pgoutput' AND s.database = current_database() ORDER BY s.slot_name
 """
 
-# A poll has no slot, and a relay without its slot publishes from the table what has no proof yet. What a checkpoint of
-# another server calls published are that server's transactions: here it proves nothing, however far it is.
+# A poll has no slot, and a relay that has lost its slot publishes from the table whatever has no proof yet. A
+# checkpoint of another server refers to that server's transactions: it proves nothing here, however far it is.
 BEHIND: Final = """
     SELECT r.slot_name,
            r.published_below <= $1
@@ -71,8 +71,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """What one round did. `kept_because` says why partitions past retention were not dropped, `failed` what else was to
-    be done and could not be."""
+    """The result of one round. `kept_because` says why partitions past retention were not dropped, `failed` which other
+    steps failed."""
 
     made: tuple[date, ...]
     moved_rows: int
@@ -82,17 +82,17 @@ class MaintenanceReport:
 
 
 async def maintain(url: str, *, days_ahead: int, retention_days: int) -> MaintenanceReport:
-    """Make the partitions of today and the next `days_ahead` days; drop those over `retention_days` old.
+    """Create the partitions of today and the next `days_ahead` days; drop those over `retention_days` old.
 
-    Rows that landed in the default partition move to the partition of their day. Does nothing when all is done;
-    several processes may do it at once. What Postgres refuses, since the table stays too busy, say, is in the report.
+    Rows in the default partition move to the partition of their day. Does nothing when everything is done; several
+    processes may run it at once. Steps that Postgres refuses, for example on too busy a table, are in the report.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
     """
     connection = await asyncpg.connect(url, timeout=10, command_timeout=COMMAND_TIMEOUT_SECONDS)
     try:
-        await connection.execute(f"SELECT pg_advisory_lock({MAINTENANCE_LOCK:d})")  # released as the session ends
+        await connection.execute(f"SELECT pg_advisory_lock({MAINTENANCE_LOCK:d})")  # released when the session ends
         await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         today = await connection.fetchval(TODAY)
         return await _Round(connection).all(
@@ -103,7 +103,7 @@ async def maintain(url: str, *, days_ahead: int, retention_days: int) -> Mainten
 
 
 class _Round:
-    """One round's steps, and what became of them."""
+    """One round's steps and their results."""
 
     def __init__(self, connection: "asyncpg.Connection[Any]") -> None:
         self._connection = connection
@@ -125,7 +125,7 @@ class _Round:
                 self._moved[day] = moved
 
     async def _attempt(self, what: str, step: Callable[[], Awaitable[T]]) -> T | None:
-        """What `step` returns, None where Postgres refuses it."""
+        """The result of `step`; None if Postgres refuses it, which is noted in the report."""
         try:
             return await step()
         except AWAY as error:
@@ -136,10 +136,10 @@ class _Round:
 
 
 async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
-    """Make the partition of `day` with the rows that the default one has of it; the number of rows.
+    """Create the partition of `day` with that day's rows of the default partition; returns their number.
 
-    The rows go in before it is attached: then it is no part of the publication yet, and none is published again. Most
-    of them go while inserts continue; the attachment scans what is left of the default partition.
+    The rows move before it is attached: it is not part of the publication yet, so none is published again. Most move
+    while inserts continue; attaching scans what is left of the default partition.
     """
     name, (start, end) = _name(day), _bounds(day)
     async with connection.transaction():
@@ -148,23 +148,23 @@ async def _attach(connection: "asyncpg.Connection[Any]", day: date) -> int:
         )
         moved = await _move(connection, day)
         if moved or day <= await connection.fetchval(TODAY) + timedelta(days=1):
-            # Inserts must wait at the door: one that had chosen the default partition and waited there would fail,
-            # since by then that partition refuses the day. Readers are not locked out until the attachment.
+            # Inserts must wait at the parent table: one that had already chosen the default partition and waited there
+            # would fail, as that partition then refuses the day. Readers are not blocked until the attachment.
             await connection.execute("LOCK TABLE ONLY outbox IN SHARE ROW EXCLUSIVE MODE")
             moved += await _move(connection, day)
         if moved:
-            # Who plans a query while the default partition is locked has looked up the partitions already, and looks
-            # into them by a snapshot of later: it would find the moved rows in neither. So it waits before that.
+            # A query planned while the default partition is locked has looked up the partitions already, and reads them
+            # with a later snapshot: it would find the moved rows in neither. So it must wait before that.
             await connection.execute("LOCK TABLE ONLY outbox IN ACCESS EXCLUSIVE MODE")
         await connection.execute(f"ALTER TABLE outbox ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')")
     return moved
 
 
 async def _move(connection: "asyncpg.Connection[Any]", day: date) -> int:
-    """In portions, so that none takes as long as the client waits; all in the transaction that attaches it."""
+    """Move the day's rows in portions, each shorter than the client's time-out; all in the attaching transaction."""
     moved = 0
     for first in range(0, await connection.fetchval(DEFAULT_PAGES), PORTION_PAGES):
-        done = await connection.execute(  # the name is made of a date
+        done = await connection.execute(  # the name is built from a date
             "WITH moved AS (DELETE FROM outbox_default WHERE ctid >= $1 AND ctid < $2"  # noqa: S608
             " AND created_at >= $3 AND created_at < $4 RETURNING *)"
             f" INSERT INTO {_name(day)} SELECT * FROM moved",
@@ -190,12 +190,12 @@ async def _drop(connection: "asyncpg.Connection[Any]", oldest: date) -> tuple[tu
 
 
 async def _drop_day(connection: "asyncpg.Connection[Any]", day: date, last: int) -> bool:
-    """Drop the partition, if it has no row of a transaction after `last`: a long one may have written since the look.
+    """Drop the partition unless it has a row of a transaction after `last`: a long one may have written meanwhile.
 
-    One up to `last` has not: it had ended when the publishers that go by ids had come past it.
+    A transaction up to `last` cannot have: it had ended when the publishers that go by transaction ids passed it.
     """
     async with connection.transaction():
-        await connection.execute("LOCK TABLE ONLY outbox IN ACCESS EXCLUSIVE MODE")  # As readers do: it comes first.
+        await connection.execute("LOCK TABLE ONLY outbox IN ACCESS EXCLUSIVE MODE")  # First, as in readers' lock order.
         await connection.execute(f"LOCK TABLE {_name(day)} IN ACCESS EXCLUSIVE MODE")
         newest = await connection.fetchval(f"SELECT coalesce(max(xact), 0) FROM {_name(day)}")  # noqa: S608 - a date
         if newest > last:
@@ -205,10 +205,10 @@ async def _drop_day(connection: "asyncpg.Connection[Any]", day: date, last: int)
 
 
 async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> int:
-    """A position of the log that is behind everything committed to the partitions of `days`.
+    """A position of the log after everything committed to the partitions of `days`.
 
-    The lock waits for those who are writing to them (nobody, after midnight) and for nobody else. What is committed is
-    flushed: a position further on might be reached by no publisher while nothing happens.
+    The lock waits only for their writers (there are none after midnight). Everything committed is flushed; a position
+    further on might not be reached by any publisher while nothing happens.
     """
     async with connection.transaction():
         await connection.execute(f"LOCK TABLE {', '.join(map(_name, days))} IN SHARE MODE")
@@ -216,10 +216,10 @@ async def _end_of(connection: "asyncpg.Connection[Any]", days: list[date]) -> in
 
 
 async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last: int) -> tuple[str, ...]:
-    """Why rows before `end`, of transactions up to `last`, may be unpublished yet; empty when every publisher has
+    """Why rows before `end`, of transactions up to `last`, may not be published yet; empty when every publisher has
     confirmed them.
 
-    An idle slot says nothing: whoever makes one anew has to publish the table first, and streams only afterwards.
+    An inactive slot proves nothing: a relay that recreates its slot publishes the table first and streams afterwards.
     """
     deadline = asyncio.get_running_loop().time() + PASS_SECONDS
     while True:
@@ -252,7 +252,7 @@ async def _days(connection: "asyncpg.Connection[Any]") -> list[date]:
 
 
 async def _patiently(step: Callable[[], Awaitable[T]]) -> T:
-    """Do `step`, again after a pause while others hold the lock."""
+    """Do `step`, and repeat it after a pause while others hold the lock."""
     for pause in PAUSES_SECONDS:
         try:
             return await step()

@@ -29,7 +29,7 @@ def upgrade(url: str, revision: str = "head") -> str:
 
 
 def downgrade(url: str, revision: str) -> str:
-    """Downgrade the database to `revision` ("base": empty); returns its revision afterwards. Loses dropped tables' data."""
+    """Downgrade the database to `revision` ("base": empty); returns its new revision. Dropped tables' data is lost."""
     return _run(url, lambda config: command.downgrade(config, revision))
 
 

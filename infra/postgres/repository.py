@@ -1,7 +1,7 @@
-"""Payments as people look for them: one at a time, by what is known of them, or page by page.
+"""Finds payments for people and tools: one by any of its ids, or many page by page.
 
-The write path (infra/postgres/store.py) decides and books; this reads, and repairs single rows. Every finder walks an
-index, with at most 200 payments in memory; tests/integration/test_repository.py reads the plans.
+The write path (infra/postgres/store.py) decides and books; this module reads, and repairs single rows. Every finder
+uses an index and keeps at most 200 payments in memory; tests/integration/test_repository.py checks the plans.
 """
 
 import base64
@@ -38,11 +38,11 @@ _UNAVAILABLE: Final = (*UNAVAILABLE, sa.exc.TimeoutError)
 
 
 class PaymentExists(ConcurrentUpdate):
-    """Somebody else stored this payment first: read it, and decide again."""
+    """Another writer stored this payment first: read it and decide again."""
 
 
 class GatewayPaymentTaken(InputRefusedByStore):
-    """Another payment has this id at the gateway; trying again changes nothing."""
+    """Another payment has this id at the gateway; a retry will not help."""
 
 
 class StatusUnknown(InputRefusedByStore):
@@ -62,15 +62,15 @@ class RefundedBeyondCaptured(InputRefusedByStore):
 
 
 class ReturnedBeyondOwed(InputRefusedByStore):
-    """More was returned of other attempts' money than they took, or than was refunded."""
+    """More of other attempts' money was returned than they took, or than was refunded."""
 
 
 class GatewayMissing(InputRefusedByStore):
-    """A gateway's id of the payment, and not which gateway's."""
+    """The payment has a gateway's id but no gateway."""
 
 
 class CurrencyMissing(InputRefusedByStore):
-    """Money was authorized in no currency."""
+    """Money was authorized without a currency."""
 
 
 ERROR_OF_CONSTRAINT: Final[dict[str, type[PaymentsError]]] = {
@@ -84,7 +84,7 @@ ERROR_OF_CONSTRAINT: Final[dict[str, type[PaymentsError]]] = {
     "payments_amounts_have_currency": CurrencyMissing,
     "payments_gateway_payment_has_gateway": GatewayMissing,
 }
-"""What each constraint of `payments` means to a caller; a test holds it complete."""
+"""The error for each constraint of `payments`; a test checks that none is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class PaymentRecord:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some of the payments that match, newest first; `next_cursor` leads to the rest, None when there is none."""
+    """Some of the matching payments, newest first; `next_cursor` leads to the others, None if there are none."""
 
     items: tuple[PaymentRecord, ...]
     next_cursor: str | None = None
@@ -107,7 +107,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class PaymentFilters:
-    """What payments must match; None matches all. Bounds of amounts are inclusive, `created_until` is not."""
+    """Conditions on payments; None matches all. The bounds of amounts are inclusive, `created_until` is exclusive."""
 
     status: PaymentStatus | None = None
     gateway: str | None = None
@@ -121,12 +121,12 @@ class PaymentFilters:
 def create_engine(url: str, *, size: int = 5) -> AsyncEngine:
     """An engine on asyncpg for a `postgresql://` URL. It connects when it is first used.
 
-    Each query is planned for its values: which index is good depends on how common a status is.
+    Each query is planned for its own values: which index is best depends on how common a status is.
     """
 
     async def connect() -> "asyncpg.Connection[asyncpg.Record]":
-        # By asyncpg itself, which reads all that a URL may hold: SQLAlchemy would give it what follows a `?` by names
-        # that it does not have.
+        # asyncpg itself parses the URL: SQLAlchemy would pass the parameters after a `?` on as arguments that asyncpg
+        # does not have.
         return await asyncpg.connect(
             url, timeout=10, command_timeout=30, server_settings={"plan_cache_mode": "force_custom_plan"}
         )
@@ -144,13 +144,13 @@ def create_engine(url: str, *, size: int = 5) -> AsyncEngine:
 class PaymentRepository:
     """The payments in Postgres.
 
-    Every method raises StoreUnavailable when Postgres is away. The writing ones raise ConcurrentUpdate when somebody
-    else was first, and InputRefusedByStore when a constraint says no: the subclass in ERROR_OF_CONSTRAINT.
+    Every method raises StoreUnavailable when Postgres is away. The writing methods raise ConcurrentUpdate when another
+    writer was first, and InputRefusedByStore when a constraint fails: the subclass in ERROR_OF_CONSTRAINT.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        # One snapshot for a payment and its operations: they are read by two statements.
+        # Two statements read a payment and its operations; they must share a snapshot.
         self._reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
     # --- writing -----------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ class PaymentRepository:
         """Store a new payment as version 1.
 
         Raises:
-            PaymentExists: it is stored already.
+            PaymentExists: it is already stored.
             GatewayPaymentTaken: another payment has this id at its gateway.
-            ValueError: it has operations, which only the write path stores.
+            ValueError: the payment has operations, which only the write path stores.
         """
         if payment.operations:
             raise ValueError("operations are stored by the write path, together with what they book")
@@ -171,16 +171,16 @@ class PaymentRepository:
             return _record(result.one(), ())
 
     async def update(self, payment: Payment) -> PaymentRecord:
-        """Store what `payment` says, as the version after `payment.version`; its operations stay as they are.
+        """Store `payment` as the version after `payment.version`; its operations are not changed.
 
         Raises:
-            ConcurrentUpdate: the stored version is another, or there is no such payment.
+            ConcurrentUpdate: the stored version differs, or there is no such payment.
             GatewayPaymentTaken: another payment has this id at its gateway.
         """
         return await self._change(payment.payment_id, payment.version, _values(payment))
 
     async def update_status(self, payment_id: UUID, status: PaymentStatus, *, version: int) -> PaymentRecord:
-        """Set the status alone, for repairs: the write path derives it from the amounts and will do so again.
+        """Set only the status, for repairs: the write path derives it from the amounts, and will do so again.
 
         Raises:
             ConcurrentUpdate: the stored version is not `version`, or there is no such payment.
@@ -203,25 +203,25 @@ class PaymentRepository:
     # --- one payment -------------------------------------------------------------------------------------------
 
     async def find_by_id(self, record_id: int) -> PaymentRecord | None:
-        """The payment with this number of the store."""
+        """The payment with this `PaymentRecord.id`."""
         return await self._one(sa.select(payments).where(payments.c.id == record_id))
 
     async def find_by_payment_id(self, payment_id: UUID) -> PaymentRecord | None:
-        """The payment that messages call by this id."""
+        """The payment with this id in messages."""
         return await self._one(sa.select(payments).where(payments.c.payment_id == payment_id))
 
     async def find_by_gateway_payment_id(self, gateway: str, gateway_payment_id: str) -> PaymentRecord | None:
-        """The payment that `gateway`'s provider calls by this id."""
+        """The payment with this id at `gateway`'s provider."""
         same = (payments.c.gateway_payment_id == gateway_payment_id, payments.c.gateway == gateway)
         return await self._one(sa.select(payments).where(*same))
 
     async def find_by_idempotency_key(self, idempotency_key: str) -> PaymentRecord | None:
-        """The payment one of whose operations was accepted under this key."""
+        """The payment that has an operation accepted under this key."""
         owner = sa.select(operations.c.payment_id).where(operations.c.idempotency_key == idempotency_key)
         return await self._one(sa.select(payments).where(payments.c.payment_id == owner.scalar_subquery()))
 
     async def operations_of(self, payment_id: UUID) -> tuple[Operation, ...]:
-        """All operations of a payment, open and final, in the order accepted."""
+        """All operations of a payment, open and final, in the order they were accepted."""
         wanted = sa.select(*_OPERATION_COLUMNS).where(operations.c.payment_id == payment_id)
         rows = await self._all(wanted.order_by(operations.c.number))
         return tuple(_operation(row) for row in rows)
@@ -240,7 +240,7 @@ class PaymentRepository:
     async def find_by_order_id(
         self, order_id: str, *, limit: int = DEFAULT_PAGE_SIZE, cursor: str | None = None
     ) -> Page:
-        """The payments for an order."""
+        """The payments of an order."""
         return await self._page([payments.c.order_id == order_id], limit, cursor)
 
     async def find_by_customer_id(
@@ -260,12 +260,12 @@ class PaymentRepository:
     ) -> Page:
         """The payments that match all of `filters`.
 
-        Status and time of creation have indexes; the other filters are applied on the way.
+        Status and creation time have indexes; the other filters are applied to the rows read.
         """
         return await self._page(_conditions(filters), limit, cursor)
 
     async def count_by_filters(self, filters: PaymentFilters) -> int:
-        """How many payments match; reads as many as the filters for status and time of creation leave."""
+        """How many payments match; reads as many as the filters by status and creation time leave."""
         rows = await self._all(sa.select(sa.func.count()).select_from(payments).where(*_conditions(filters)))
         return int(rows[0][0])
 
@@ -274,7 +274,7 @@ class PaymentRepository:
         p = payments.c
         wanted = (
             sa.select(payments)
-            # Literal: a bound value would not match the partial index.
+            # A literal, because a bound value would not match the partial index.
             .where(sa.literal_column("payments.status IN ('authorized', 'partially_captured')"))
             .where(
                 p.authorized_minor > p.captured_minor + p.released_minor + p.reserved_capture_minor + p.owed_held_minor
@@ -287,14 +287,14 @@ class PaymentRepository:
     async def find_stuck_payments(
         self, older_than: timedelta, *, limit: int = DEFAULT_PAGE_SIZE
     ) -> tuple[PaymentRecord, ...]:
-        """Payments that wait for something that should have happened `older_than` ago or earlier, longest first.
+        """Payments that wait for something that should have happened `older_than` ago or earlier, longest wait first.
 
-        Either nobody took up an operation that was due then, or one that the gateway was given then is still under
-        way; one that needs review counts however young it is. Reads the index of all operations under way.
+        Either an operation that was due then has not been taken up, or one sent to the gateway then is still in
+        progress; an operation that needs review counts at any age. Reads the index of all operations in progress.
         """
         size = _page_size(limit)
         o, horizon = operations.c, sa.func.now() - sa.literal(older_than, sa.Interval)
-        # Whatever is under way is due sometime, so that the index of what is due has it.
+        # Every operation in progress has a due time, so the index of due operations contains it.
         kinds: tuple[tuple[sa.Column[datetime], sa.ColumnElement[bool]], ...] = (
             (o.due_at, o.due_at <= horizon),
             (o.dispatched_at, sa.and_(o.due_at.is_not(None), o.dispatched_at <= horizon)),
@@ -343,12 +343,12 @@ class PaymentRepository:
                 yield connection
 
 
-# Literal: a bound value would not tell the planner that the partial index has it.
+# A literal, because with a bound value the planner would not know that the partial index applies.
 _NEEDS_REVIEW: Final = sa.literal_column(f"operations.state = '{OperationState.NEEDS_REVIEW.value}'", sa.Boolean)
 
 
 def _longest(since: sa.Column[datetime], condition: sa.ColumnElement[bool], size: int) -> sa.Select[Any]:
-    """The payments of the `size` operations that meet `condition` and have done so longest."""
+    """The payments of the `size` operations that have met `condition` longest."""
     wanted = sa.select(operations.c.payment_id, since.label("since")).where(condition)
     return wanted.order_by(since).limit(size).subquery().select()
 
@@ -419,18 +419,18 @@ def _position(cursor: str) -> int:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Vendor errors become ours."""
+    """Translate the driver's errors into ours."""
     try:
         yield
     except sa.exc.DBAPIError as error:
-        # The dialect wraps asyncpg's own error, which is the one that tells them apart.
+        # The dialect wraps asyncpg's own error, whose type distinguishes the cases.
         raise _ours(error.orig.__cause__ if error.orig is not None else None, error) from error
-    except (*_UNAVAILABLE, asyncpg.PostgresError) as error:  # while connecting, nothing wraps them
+    except (*_UNAVAILABLE, asyncpg.PostgresError) as error:  # errors while connecting are not wrapped
         raise _ours(error, error) from error
 
 
 def _ours(cause: BaseException | None, error: Exception) -> Exception:
-    """Our error for `cause`, most specific first; `error` itself for a mistake of ours, such as a wrong column."""
+    """Our error for `cause`, most specific first; `error` itself for a bug of ours, such as a wrong column."""
     message = safe_message(cause or error)
     named = ERROR_OF_CONSTRAINT.get(getattr(cause, "constraint_name", None) or "")
     if named is not None:

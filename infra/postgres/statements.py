@@ -1,7 +1,7 @@
-"""The SQL of the write path, and of who looks after what is due: each statement by name, with its reasons.
+"""The SQL of the write path and of the workers that look after due operations: named statements, with their reasons.
 
-Reads and writes are set-based. Rows travel as one array of a composite type, which asyncpg encodes in a third of the
-time that one array a column takes.
+Reads and writes are set-based. Rows are passed as one array of a composite type, which asyncpg encodes in a third of
+the time of one array per column.
 """
 
 from dataclasses import fields
@@ -11,7 +11,7 @@ from domain.operations import Operation
 from domain.payment import Payment
 
 PAYMENT_FIELDS: Final = (*(each.name for each in fields(Payment) if each.name != "operations"), "open_operations")
-"""A payment's columns, in the order of its fields: the last only counts what the last field holds."""
+"""A payment's columns, in the order of its fields; the last column is the number of operations in the last field."""
 
 OPERATION_FIELDS: Final = tuple(each.name for each in fields(Operation) if each.name != "command")
 """An operation's columns, in the order of its fields and of the type `operation_row`."""
@@ -20,7 +20,7 @@ PAYMENT_COLUMNS: Final = ", ".join(PAYMENT_FIELDS)
 OPERATION_COLUMNS: Final = ", ".join(OPERATION_FIELDS)
 OPERATION_COLUMNS_OF_O: Final = ", ".join(f"o.{name}" for name in OPERATION_FIELDS)
 
-# NO KEY: nothing refers to payments by foreign key, and the weaker lock is the one that an UPDATE takes anyway.
+# NO KEY: no foreign key refers to payments, and an UPDATE takes just this weaker lock.
 LOCK_PAYMENTS = f"""
     SELECT {PAYMENT_COLUMNS} FROM payments WHERE payment_id = ANY($1::uuid[])
      ORDER BY payment_id FOR NO KEY UPDATE
@@ -41,7 +41,7 @@ OPERATIONS_OF_KIND = f"""
 """
 FIND_OPERATIONS = f"SELECT {OPERATION_COLUMNS} FROM operations WHERE idempotency_key = ANY($1::text[])"
 
-# A row that exists already is another worker's: the count tells, and the batch is decided again.
+# A row that exists already is another worker's: the count shows it, and the batch is decided again.
 INSERT_PAYMENTS = f"""
     INSERT INTO payments ({PAYMENT_COLUMNS}) SELECT {PAYMENT_COLUMNS} FROM unnest($2::payment_row[])
     ON CONFLICT (payment_id) DO NOTHING
@@ -61,7 +61,7 @@ UPDATE_PAYMENTS = """
       FROM unnest($3::payment_row[]) AS x
      WHERE p.payment_id = x.payment_id AND p.version = x.version
 """
-# Due times are written relative to the database's clock ($1 is the time of the decision): leases know one clock.
+# Due times are written relative to the database's clock ($1 is the time of the decision): leases use one clock.
 INSERT_OPERATIONS = f"""
     INSERT INTO operations ({OPERATION_COLUMNS}, settled_at)
     SELECT {OPERATION_COLUMNS.replace("due_at", "now() + (due_at - $1::timestamptz)", 1)},
@@ -69,8 +69,8 @@ INSERT_OPERATIONS = f"""
       FROM unnest($4::operation_row[])
     ON CONFLICT DO NOTHING
 """
-# The token in the WHERE clause is the fence: a worker whose lease was taken over matches no row. An operation that
-# waits was never leased; its payment's version guards it.
+# The token in the WHERE clause is the fence: a worker whose lease was taken over matches no row. An operation in state
+# 'received' was never leased; its payment's version guards it.
 UPDATE_OPERATIONS = """
     UPDATE operations AS o
        SET state = x.state, amount_minor = x.amount_minor, gateway = x.gateway, reference = x.reference,
@@ -91,8 +91,8 @@ INSERT_OUTBOX = """
     SELECT * FROM unnest($7::outbox_row[])
 """
 APPLY_NOTICES = "UPDATE inbox SET due_at = NULL, applied_at = now() WHERE id = ANY($8::bigint[])"
-# One round trip for all of it and, outside a transaction, one by itself. The parts touch different tables, so that they
-# share a snapshot does not matter. If a part wrote fewer rows than it was given, all of it is undone.
+# One round trip for everything, and outside a transaction the statement is its own. The parts write different tables,
+# so sharing a snapshot does not matter. If a part writes fewer rows than it was given, everything is undone.
 SAVE = f"""
     WITH new_payments AS ({INSERT_PAYMENTS} RETURNING 1),
          changed_payments AS ({UPDATE_PAYMENTS} RETURNING 1),
@@ -106,17 +106,18 @@ SAVE = f"""
               (SELECT count(*) FROM new_operations), (SELECT count(*) FROM changed_operations)],
         ARRAY[cardinality($2), cardinality($3), cardinality($4), cardinality($5)])
 """
-# SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have
-# called the gateway. Gateway by gateway, found by steps from one name to the next: one that is full ($3 and $4 say how
-# much each has room for), with however much is due there, keeps none of the others' from being found. Half of the room
-# is for what was refused at the door, its newest first, whose payer is the likeliest to be still there; the oldest of
-# all have the rest, so that nothing waits for ever (where there is room for one only, they have it by chance). One that
-# is found as both is updated once. What is of none of the caller's gateways ($3) is for workers that have it: while a
-# release adds one, some have it and some not yet, and these could only end what those would send.
+# SKIP LOCKED: several workers sweep at once and share the work. An expired lease means that its holder may have called
+# the gateway. The query goes gateway by gateway, in index steps from one name to the next: so a full gateway ($3 and $4
+# give each one's room), however much is due there, does not hide the operations of others. Half of the room is for
+# operations refused at the door (surely not executed), newest first, because their payers are the likeliest to be still
+# there; the rest is for the oldest of all, so that nothing waits for ever (room for one goes to either by chance). An
+# operation found as both is updated once. Operations of gateways that the caller does not have (not in $3) are left to
+# workers that have them: while a release adds a gateway, some workers do not have it yet, and those could only end what
+# the others would send.
 REFUSED = "state = 'dispatched' AND NOT is_leased"
 OF_THIS = "($5::uuid IS NULL OR payment_id = $5)"
 FORSAKEN_AFTER = "interval '6 hours'"
-"""Due for so long, it is taken over by whoever does not have its gateway: nobody has it any more."""
+"""An operation due for this long is claimed even by workers without its gateway: presumably no worker has it."""
 DUE = f"""
     named AS (
         (SELECT gateway FROM operations WHERE due_at IS NOT NULL ORDER BY gateway LIMIT 1)
@@ -159,7 +160,7 @@ RENEW_LEASES = """
      WHERE o.payment_id = x.payment_id AND o.number = x.number AND o.lease_token = x.lease_token AND o.is_leased
     RETURNING o.payment_id, o.number, o.lease_token
 """
-# What nobody is working on: it waits for its next attempt, or its worker has not answered within the lease.
+# Operations that nobody is working on: they wait for the next attempt, or their worker's lease has expired.
 NOT_AT_WORK = "due_at IS NOT NULL AND (NOT is_leased OR due_at <= now())"
 OF_ONE = "($1::uuid IS NULL OR payment_id = $1)"
 FIND_UNDER_WAY = f"""
@@ -174,7 +175,7 @@ COUNT_DUE_BUT = f"""
        AND (payment_id, number) NOT IN (SELECT * FROM unnest($2::uuid[], $3::integer[]))
      GROUP BY gateway
 """
-# Locked in the order in which batches are saved: in that of the index two would wait for each other in a circle.
+# Locked in the order in which batches are saved: in the order of the index, the two could deadlock.
 MAKE_DUE = f"""
     WITH waiting AS MATERIALIZED (
         SELECT payment_id, number FROM operations WHERE due_at > now() AND NOT is_leased AND {OF_ONE}
@@ -185,14 +186,14 @@ MAKE_DUE = f"""
 """
 HOLDING = "authorized_minor > captured_minor + released_minor"
 HOLD_DUE = "greatest(hold_due_at, authorization_expires_at)"
-"""Both as the index has them, or it is not used."""
+"""This and HOLDING must match the index's expressions, or it is not used."""
 HOLD_COLUMNS = f"""
     {", ".join(f"p.{name}" for name in PAYMENT_FIELDS)},
     {", ".join(f"o.{name} AS o_{name}" for name in OPERATION_FIELDS)}, {HOLD_DUE}
 """
 HELD_BY = "operations AS o ON o.payment_id = p.payment_id AND o.kind = 'authorize' AND o.state = 'succeeded'"
-# The claim itself puts the next question off, so that several workers share the holds, and one that ends in the middle
-# of it leaves them to be asked about at their next time. Spread downwards, since $4 is the latest that may be.
+# The claim itself postpones the next query, so that several workers share the holds, and if a worker stops midway its
+# holds are asked about at their next due time. Jitter only shortens the delay, since $4 is the longest allowed.
 HOLDS_DUE = f"""
     due AS MATERIALIZED (
         SELECT id FROM payments
@@ -212,7 +213,7 @@ CLAIM_HOLDS = f"""
     )
     SELECT {HOLD_COLUMNS} FROM claimed AS p JOIN {HELD_BY}
 """
-# Past their end, whenever they are to be asked about next; that is put off by a day at most (`domain.rules`), which
+# Holds past their end, whenever their next query is due. That is postponed by a day at most (`domain.rules`), which
 # bounds how much of the index is read.
 LAPSED = (
     f"{HOLDING} AND authorization_expires_at <= now() AND {HOLD_DUE} <= now() + interval '1 day'"

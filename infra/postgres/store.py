@@ -1,4 +1,4 @@
-"""The one write path's transaction: no other module writes for it (repository.py changes single rows).
+"""The transaction of the write path; no other module writes for it (repository.py changes single rows).
 
 Its statements (statements.py) are sent on asyncpg directly: this is the hot path.
 """
@@ -50,7 +50,7 @@ _in_transaction: ContextVar[bool] = ContextVar("in_transaction", default=False)
 
 
 class PostgresStore:
-    """Payments in Postgres; fits `domain.ports.PaymentStore`, which describes each method that is not described here.
+    """Payments in Postgres; fits `domain.ports.PaymentStore`, which documents the methods without a docstring here.
 
     Every method raises StoreUnavailable when Postgres is away.
     """
@@ -60,7 +60,7 @@ class PostgresStore:
         self.now = clock or PostgresClock()
 
     async def look_at_clock(self) -> None:
-        """Have `now` tell Postgres's time from here on; before, it is this machine's."""
+        """Make `now` return Postgres's time from here on; before that it is this machine's."""
         async with self._connection() as connection:
             await self.now.look(connection)
 
@@ -92,26 +92,26 @@ class PostgresStore:
         self, *, limit: int, lease: timedelta, rooms: Mapping[str, int], payment_id: UUID | None = None
     ) -> list[tuple[Payment, Operation]]:
         async with self._connection() as connection:
-            await self.now.look(connection)  # How old what is taken over is, decides whether it may be sent again.
+            await self.now.look(connection)  # The age of a claimed operation decides whether it may be sent again.
             rows = await connection.fetch(CLAIM_DUE, limit, lease, list(rooms), list(rooms.values()), payment_id)
             return await _with_payments(connection, [_operation(row) for row in rows])
 
     async def find_under_way(self, payment_id: UUID | None, *, limit: int) -> list[tuple[Payment, Operation]]:
-        """Operations that nobody is working on, soonest due first: of one payment, or of all. Claims nothing.
+        """Operations that nobody is working on, soonest due first, of one payment or of all. Claims nothing.
 
-        They wait for their next attempt, or their worker's lease ran out without an answer.
+        They wait for their next attempt, or their worker's lease expired without an answer.
         """
         async with self._connection() as connection:
             operations = [_operation(row) for row in await connection.fetch(FIND_UNDER_WAY, payment_id, limit)]
             return await _with_payments(connection, operations)
 
     async def count_under_way(self, payment_id: UUID | None) -> int:
-        """How many operations nobody is working on."""
+        """How many operations nobody is working on, of one payment or of all."""
         async with self._connection() as connection:
             return int(await connection.fetchval(COUNT_UNDER_WAY, payment_id))
 
     async def count_due_but(self, asked: Iterable[tuple[UUID, int]], payment_id: UUID | None) -> dict[str, int]:
-        """How many operations are due, by gateway, besides these: of one payment, or of all."""
+        """How many operations besides `asked` are due, by gateway, of one payment or of all."""
         places = list(asked)
         known, numbers = [each[0] for each in places], [each[1] for each in places]
         async with self._connection() as connection:
@@ -155,7 +155,7 @@ class PostgresStore:
 
     async def renew(self, held: Sequence[HeldLease], *, lease: timedelta) -> list[HeldLease]:
         async with self._connection() as connection:
-            # In the order in which answers are saved, which may be those of the same operations.
+            # Sorted as answers are saved, which may be those of the same operations: the two cannot deadlock.
             rows = await connection.fetch(RENEW_LEASES, *zip(*sorted(held), strict=True), lease)
         return [HeldLease(*row) for row in rows]
 
@@ -173,7 +173,7 @@ async def _with_payments(connection: Connection, operations: list[Operation]) ->
 
 
 class PostgresTransaction:
-    """One open write transaction; fits `domain.ports.WriteTransaction`, which describes each method."""
+    """One open write transaction; fits `domain.ports.WriteTransaction`, which documents each method."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -223,7 +223,7 @@ class PostgresTransaction:
 
 
 async def _save(connection: Connection, changes: Changes) -> None:
-    """Write it all or nothing, rows in a fixed order so that two batches never wait for each other in a circle."""
+    """Write everything or nothing, rows in a fixed order so that two batches never deadlock."""
     await connection.fetchval(
         SAVE,
         changes.decided_at,
@@ -261,7 +261,7 @@ _STATE: Final = OPERATION_FIELDS.index("state")
 
 
 def _payment_row(payment: Payment) -> tuple[Any, ...]:
-    """In the order of the type `payment_row`, to which what came later was appended."""
+    """The values in the order of the type `payment_row`, to which later columns were appended."""
     owed = payment.owed_held_minor, payment.owed_captured_minor, payment.owed_returned_minor
     return (*_payment_fields(payment), len(payment.operations), payment.disputes, *owed)
 

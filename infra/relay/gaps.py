@@ -61,9 +61,9 @@ def _advice_on_destination(gap: str) -> str:
     everything = "`payments relay repair --everything` publishes all that is retained there"
     others = gap_of(each for each in gap.split(_AND) if not is_about_destination(each))
     if others is not None:
-        only = "A change that is meant can be adopted when it is the only reason"
+        only = "An intended change can be adopted once it is the only reason"
         return f"{back}, and start the relay again; {advice_on(others)}. {only}; or {everything}"
     if _ANOTHER_CLUSTER in gap:
-        adopt = "`payments relay adopt` only if the events before are there, too, or nobody needs them"
+        adopt = "`payments relay adopt` only if the earlier events are there as well, or nobody needs them"
         return f"if that is a mistake, {back}; if Kafka's data are lost, {everything}; {adopt}"
-    return f"{back}; if the change is meant, `payments relay adopt`, or {everything}"
+    return f"{back}; if the change is intended, `payments relay adopt`, or {everything}"

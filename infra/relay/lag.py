@@ -24,8 +24,8 @@ NEWEST: Final = sql.SQL("""
              WHERE slot_name = {slot}),
            (SELECT xact FROM outbox WHERE xact IS NOT NULL ORDER BY xact DESC LIMIT 1)
 """)
-# How long the first event without proof has waited; a checkpoint of another server proves nothing here. It gives
-# up where a long transaction has left many events to search.
+# How long the first event without proof has waited; a checkpoint of another server proves nothing here. The
+# query gives up where a long transaction has left many events to search.
 WAITING: Final = sql.SQL("""
     SET LOCAL statement_timeout = '1s';
     SELECT extract(epoch FROM now() - o.created_at)::float

@@ -11,7 +11,7 @@ from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
 
 HEADERS: Final = ("id", "ce_id", "ce_type", "ce_source", "ce_time", "ce_specversion", "payment_seq", "traceparent")
-"""In the order that Debezium's outbox event router gives them (docs/decisions/0002-relay.md)."""
+"""In the order in which Debezium's outbox event router emits them (docs/decisions/0002-relay.md)."""
 HEAD_SIZE: Final = 61
 """Bytes of a batch before its records."""
 

@@ -180,7 +180,7 @@ async def refuse_gap(
 
 
 async def trust_checkpoint(leader: psycopg.AsyncConnection, config: RelayConfig) -> None:
-    """Record that nothing has changed since the checkpoint was saved; clears any gap."""
+    """Record that nothing has changed since the checkpoint was saved; clears any gap and request to adopt."""
     values = {"slot": config.slot, "topic": config.topic, "cluster": config.kafka_cluster}
     await leader.execute(TRUST, values)
 

@@ -130,8 +130,8 @@ class EventReplay:
     async def _chunks(self) -> AsyncGenerator[list[tuple[int, OutboxEvent]], None]:
         """The events, each with its position."""
         size = max(1, min(CHUNK, self._rate // 10))
-        # Postgres materializes the rows and the transaction ends: open for as long as a throttled replay takes, it would
-        # prevent VACUUM of every table, and the creation and removal of the outbox's partitions.
+        # Postgres materializes the rows and the transaction ends. If it stayed open for all of a throttled replay, no
+        # table could be vacuumed, and no partition of the outbox created or dropped.
         async with (
             await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection,
             connection.cursor("replay", withhold=True) as cursor,

@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class _Retry:
-    """A payment's events, counted until Kafka has taken or refused each."""
+    """A payment's events, counted until Kafka has acknowledged or refused each."""
 
     events: list[OutboxEvent] = field(default_factory=list)
     group: Group = field(default_factory=Group)

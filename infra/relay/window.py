@@ -86,7 +86,7 @@ def _keys(walks: Iterable[_Walk]) -> str:
     """  # noqa: S608 - names from our own constants
 
 
-# Near and far.
+# For near and far windows, in the order of `_is_far`.
 READ: Final = (_read(_NEAR), _read(_FAR))
 KEYS: Final = (_keys(_NEAR), _keys(_FAR))
 FETCH: Final = f"""
