@@ -17,6 +17,7 @@ from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.postgres import maintenance
 from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
+from infra.relay.lag import Lag
 from infra.relay.scan import PORTION_BYTES
 from infra.relay.snapshot import NOTHING, Snapshot
 from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
@@ -373,11 +374,27 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
     monkeypatch.setattr(session, "WATCH_SECONDS", 0.01)
     async with running(replace(config, source="wal")):
         await commit(config.postgres_url, rows_of("pay_a", 1))
+    looks, switches = 0, 0
+    look, switch = Lag.look_for_unread, poll_source.set_notify
+
+    async def counted_look(lag: Lag) -> None:
+        nonlocal looks
+        await look(lag)
+        looks += 1
+
+    async def counted_switch(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
+        nonlocal switches
+        is_done = await switch(leader, is_on=is_on)
+        switches += not is_done
+        return is_done
+
+    monkeypatch.setattr(Lag, "look_for_unread", counted_look)
+    monkeypatch.setattr(poll_source, "set_notify", counted_switch)
     ended = metrics.RECONNECTS.labels("postgres")._value.get()
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as long:
         await insert(long, rows_of("pay_b", 1))
         async with running(config):
-            await asyncio.sleep(1)
+            await until(lambda: looks >= 10 and switches >= 5)
             assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 

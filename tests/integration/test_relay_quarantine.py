@@ -40,7 +40,7 @@ from tests.integration.test_relay import (
     without_leader,
 )
 from tests.integration.test_relay_gap import is_all_proven
-from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, ids, insert, rows_of, until
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of, until
 from tests.support.relay_source import also_plain
 
 __all__ = ["config", "source"]
@@ -63,6 +63,18 @@ def poisoned_payment() -> list[Row]:
 
 async def entries(desk: QuarantineDesk) -> list[tuple[str, int, str]]:
     return [(payment, seq, state) for _, payment, seq, _, state, *_ in await desk.entries(with_dropped=True, limit=99)]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[float]:
+    """When this method has returned, from now on."""
+    method, ends = getattr(owner, name), list[float]()
+
+    async def call(*arguments: Any) -> None:
+        await method(*arguments)
+        ends.append(time.monotonic())
+
+    monkeypatch.setattr(owner, name, call)
+    return ends
 
 
 async def holds(desk: QuarantineDesk, *expected: tuple[str, int, str]) -> None:
@@ -256,7 +268,7 @@ async def test_what_a_relay_is_trying_is_not_dropped(config: RelayConfig, desk: 
         await desk._connection.execute("UPDATE relay_quarantine SET state = 'refused'")
         await leader.execute(MARK_DUE, [config.slot, ["pay_0001"]])
         dropping = asyncio.create_task(desk.drop([poisoned], why="agreed"))
-        await asyncio.sleep(0.1)
+        await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
         await leader.commit()
         assert await dropping == (0, 1), "begun just before"
         await leader.execute("SELECT pg_advisory_unlock_all()")  # Its backend may end later than this block.
@@ -272,7 +284,9 @@ async def test_what_is_delivered_again_keeps_its_state_and_its_reason(
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         await request_repair(connection, config.slot, "everything")
     async with running(config):
-        await asyncio.sleep(1)
+        # The first event lines up behind the others now: so all three were delivered again.
+        await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"), ("pay_0001", 1, "waiting"))
+        await until(lambda: is_all_proven(config))
         assert (await entries(desk))[:2] == [("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting")]
         (event,) = await desk.show(str((await desk.entries(with_dropped=True, limit=1))[0][0]))
         assert "MessageSizeTooLarge" in event["reason"]
@@ -319,7 +333,7 @@ async def retrying(config: RelayConfig, kafka_pid: int) -> AsyncIterator[tuple[a
     with frozen(kafka_pid):
         async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
             await QuarantineDesk(connection, config.slot).retry([], everything=True)
-        await asyncio.sleep(0.5)
+        await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 2)
         yield stop, task
     await task
 
@@ -447,13 +461,7 @@ async def test_a_retry_into_a_partition_without_a_leader_holds_up_no_other(
 async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
     slow: RelayConfig, own_kafka: EmbeddedKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saves, save = list[float](), WalSource.save
-
-    async def counted(source: WalSource) -> None:
-        saves.append(time.monotonic())
-        await save(source)
-
-    monkeypatch.setattr(WalSource, "save", counted)
+    saves = counted(monkeypatch, WalSource, "save")
     async with retrying(replace(slow, stop_seconds=0.5), own_kafka.pid) as (stop, task):
         await commit(slow.postgres_url, rows_of("pay_0002", 1))
         saves.clear()
@@ -484,8 +492,13 @@ async def test_a_payments_tenth_event_leaves_quarantine_after_its_ninth(
         await commit(config.postgres_url, rows)
         await holds(desk, ("pay_0001", 2, "refused"), *(("pay_0001", seq, "waiting") for seq in range(3, 13)))
         await set_topic_limit(config, 5_000_000)
-        await asyncio.sleep(1)  # The broker learns of it.
-        await desk.retry(["pay_0001"])
+
+        async def are_all_retried() -> bool:
+            """Until the broker has learned of its new limit, it refuses the second event once more."""
+            await desk.retry(["pay_0001"])
+            return not await entries(desk)
+
+        await until(are_all_retried)
         assert_first_deliveries_in_order(await published(config, *rows), rows)
 
 
@@ -516,18 +529,23 @@ async def test_what_is_put_there_stays_whatever_else_the_leader_asks(
 ) -> None:
     """They share a connection: had they shared a transaction, a failed look would have undone it without a word."""
     monkeypatch.setattr(session, "WATCH_SECONDS", 0)
+    saved = counted(monkeypatch, WalSource, "save")
+    put, looks = counted(monkeypatch, Quarantine, "put"), counted(monkeypatch, Lag, "look_for_unread")
+    waiting = "SELECT count(*) > 0 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted"
     async with (
         await psycopg.AsyncConnection.connect(config.postgres_url) as writer,
         await psycopg.AsyncConnection.connect(config.postgres_url) as locker,
         running(replace(config, feedback_seconds=3)),
     ):
-        await asyncio.sleep(1)  # Behind the first time that progress is written down.
+        await until(lambda: saved)  # The next time that progress is written down is three seconds later.
         await insert(writer, poisoned_payment())
         locking = asyncio.create_task(locker.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE"))
-        await asyncio.sleep(0.1)
+        await until(lambda: fetch_value(config.postgres_url, waiting))
         await writer.commit()
         await locking
-        await asyncio.sleep(2)
+        await until(lambda: put)
+        looks.clear()
+        await until(lambda: len(looks) >= 3)
         await locker.rollback()
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
 

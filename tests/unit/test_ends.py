@@ -157,11 +157,10 @@ async def test_a_call_that_begins_while_a_worker_ends_is_waited_for() -> None:
 
 
 async def test_what_would_begin_once_the_time_is_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.105)
-    worker = FollowedUp(takes_seconds=0.1)
-    worker.path.apply.side_effect = None
-    worker.path.apply.return_value = Applied()
+    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.05)
+    worker = FollowedUp(takes_seconds=60)
     await worker.shut_down()
+    assert worker.saved == [], "its call outlasts the time"
     worker.dispatcher.submit([request()])
     (given,) = worker.settler._pending
     assert given.outcome == Unreachable(PROCESS_ENDS)
