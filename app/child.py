@@ -1,4 +1,4 @@
-"""One process of the service as a child of `payments up`: its log, its health, its end."""
+"""One process of the service as a child of `payments up`: its log, its health, its exit."""
 
 import asyncio
 import os
@@ -19,12 +19,12 @@ TAIL_LINES: Final = 12
 PROBE_INTERVAL_SECONDS: Final = 0.05
 READY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 75.0
-"""As long as a worker may take, 25 s for calls and as much to save them: killed earlier, it leaves calls to be
+"""As long as a worker may take, 25 s for calls and as much to save them: killed earlier, it would leave calls to be
 recovered."""
 
 
 class ChildFailed(Exception):
-    """A process did not come up; the message says which, why, and how its log ends."""
+    """A process did not start; the message says which and why, `log_tail` is the end of its log."""
 
     def __init__(self, name: str, reason: str, log_path: Path, log_tail: str) -> None:
         self.name, self.reason, self.log_path, self.log_tail = name, reason, log_path, log_tail
@@ -60,7 +60,7 @@ class Child:
             if log.tell() > LOG_BYTES_MAX:
                 log.truncate(0)
             self._log_start = log.seek(0, os.SEEK_END)
-            # A session of its own: Ctrl-C is for us, who then stop everything in good order.
+            # A session of its own: Ctrl-C then reaches only this process, which stops everything in order.
             self._process = await asyncio.create_subprocess_exec(
                 *guard,
                 *(sys.executable, "-m", "app.cli", *self._arguments),
@@ -74,10 +74,10 @@ class Child:
         self.is_ready = False
 
     async def wait_until_ready(self, client: httpx.AsyncClient) -> float:
-        """Wait for its health page to say yes; the seconds since its start.
+        """Wait until its health page says that it is ready. Returns the seconds since its start.
 
         Raises:
-            ChildFailed: it ended, or still says no after `READY_SECONDS`.
+            ChildFailed: it ended, or is still not ready after `READY_SECONDS`.
         """
         answer = "no answer"
         while self.age_seconds < READY_SECONDS:
@@ -100,7 +100,7 @@ class Child:
         await self._process.wait()
 
     async def stop(self) -> bool:
-        """SIGTERM, and SIGKILL when that is not obeyed; whether that was obeyed in time."""
+        """Send SIGTERM, and SIGKILL if it does not end in time. Returns whether it ended by itself."""
         if self._process is None or self.pid is None:
             return True
         self._process.terminate()

@@ -1,4 +1,4 @@
-"""The command line, `payments`: run the processes, run everything at once, send a payment, look at one, see the demo.
+"""The command line, `payments`: run processes or everything at once, send a payment, show one, run the demo.
 
 Exit codes: 0 done, 1 trouble (the message says what to do), 2 declined or rejected, 3 no result in time.
 """
@@ -48,7 +48,7 @@ app.add_typer(dlq, name="dlq")
 
 @app.callback()
 def _begin() -> None:
-    # A command says itself what is amiss, and what to do; a process has the libraries told in its log.
+    # Commands print their own errors and advice; only the long-running processes log what libraries report.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
@@ -59,11 +59,11 @@ def _begin() -> None:
 def up(data_dir: DataDir = None) -> None:
     """Start everything on this machine, until Ctrl-C.
 
-    Kafka, Postgres, Valkey, provider simulators, worker, relay and HTTP, each a process of its own.
+    Kafka, Postgres, Valkey, provider simulators, worker, relay and HTTP, each in its own process.
 
     A URL in the environment (PAYMENTS_POSTGRES_URL, PAYMENTS_KAFKA_BOOTSTRAP, PAYMENTS_REDIS_URL) replaces that part;
-    with PAYMENTS_STRIPE_API_BASE no provider is simulated. While it runs, stack.json in the data folder says where
-    everything is.
+    with PAYMENTS_STRIPE_API_BASE no provider is simulated. While it runs, stack.json in the data folder has all
+    addresses.
     """
     from app.up_report import up_here
 
@@ -81,14 +81,14 @@ def demo(
         typer.Option(
             envvar="PAYMENTS_DATA_DIR",
             file_okay=False,
-            help="For this demo's data, emptied first.",
+            help="Folder for the demo's data; emptied first.",
             show_default=".local",
         ),
     ] = None,
 ) -> None:
     """See it work: orders, faults, a crash, equal books.
 
-    Real orders through real servers; at the end our books against the provider simulator's own.
+    Sends real orders through real servers, then compares our books with the provider simulator's own.
 
     Exits with 0 only if every command has its one result and the books agree to the last cent.
     """
@@ -107,7 +107,7 @@ def show(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """One payment: state, amounts, operations, events."""
+    """Show one payment: state, amounts, operations, events."""
     from app.show import show_payment
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
@@ -126,14 +126,14 @@ def list_(
         str | None, typer.Option(help="Created since 2026-01-31 (in UTC), 2026-01-31T12:00:00Z, 2h (ago).")
     ] = None,
     until: Annotated[str | None, typer.Option(help="Created before, written in the same way.")] = None,
-    customer: Annotated[str | None, typer.Option(help="Of this customer; stands alone.")] = None,
-    order: Annotated[str | None, typer.Option(help="For this order; stands alone.")] = None,
+    customer: Annotated[str | None, typer.Option(help="Of this customer; no other filter.")] = None,
+    order: Annotated[str | None, typer.Option(help="For this order; no other filter.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
-    cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Payments, newest first.
+    """List payments, newest first.
 
     Example: payments list --status captured --currency USD --min 100 --since 2h
     """
@@ -165,10 +165,10 @@ def check(
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Whether payments' amounts are what the ledger adds up to.
+    """Check that payments' amounts match the ledger.
 
-    Exits with 1 if any differs. `payments http` looks every hour at what has changed, and once a day at everything; its
-    metric is payments_ledger_differences. --since goes back as far as events are retained."""
+    Exits with 1 if any differs. `payments http` checks changes every hour, and everything once a day; its metric is
+    payments_ledger_differences. --since goes back as far as events are retained."""
     from app.check import check_payments
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
@@ -196,7 +196,7 @@ def gateways(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 def worker() -> None:
     """Read commands, call gateways, save outcomes.
 
-    Any number of it may run."""
+    Any number of workers may run."""
     from app.processes import run_worker
 
     run_worker(read_service_settings(for_calls=True))
@@ -211,7 +211,7 @@ def http(
 ) -> None:
     """Webhooks, health, metrics, the AsyncAPI page.
 
-    The metrics are those of all processes. It also does the hourly maintenance."""
+    Serves the metrics of all processes, and does the hourly maintenance."""
     from app.processes import run_http
 
     settings = read_service_settings(for_calls=False)
@@ -230,10 +230,10 @@ def sandbox(
         str | None, typer.Option(help="Send webhooks here, say http://127.0.0.1:8080/webhooks.", show_default="none")
     ] = None,
 ) -> None:
-    """Stripe, PayPal, VNPay and MoMo, simulated, behind one address.
+    """Simulate Stripe, PayPal, VNPay and MoMo at one address.
 
-    Prints the settings that have the service use them, to be put into the environment of all its processes. Webhooks
-    are signed as the simulators' own settings say, so --webhooks-to needs PAYMENTS_STRIPE_WEBHOOK_SECRETS (the first
+    Prints the settings that make the service use it, for the environment of all its processes. Webhooks are signed
+    according to the simulator's own settings, so --webhooks-to needs PAYMENTS_STRIPE_WEBHOOK_SECRETS (the first
     signs) and PAYMENTS_PAYPAL_WEBHOOK_ID, the same as the service's."""
     from app.processes import run_sandbox
     from app.sandbox import check_sandbox, introduce
@@ -253,10 +253,10 @@ def migrate(
 ) -> None:
     """Prepare the schema, the topics, the partitions.
 
-    Does nothing where they are what this version needs. With --to, only the schema: topics and partitions are made as
-    the newest one needs them.
+    Does nothing if they are already as this version needs them. With --to, only the schema: topics and partitions are
+    created for the newest one.
 
-    Example, back to the first revision, with all that later ones made dropped: payments migrate --down --to 0001
+    Example, back to the first revision, dropping all that later ones created: payments migrate --down --to 0001
     """
     import asyncio
 
@@ -264,10 +264,12 @@ def migrate(
     from infra.postgres import migrate as schema
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL", or_defaults=True)
-    if not to:  # A variable that is not set, perhaps.
+    if not to:  # Perhaps from a variable that is not set.
         fail("--to is empty: write a revision, or leave it out")
     if down and to == "head":
-        fail("--down needs --to REVISION: where to go back to (base is an empty database, with all payments lost)")
+        fail(
+            "--down needs --to REVISION, the revision to go back to (base is an empty database: all payments are lost)"
+        )
     with readable_errors():
         if to != "head":
             now = (schema.downgrade if down else schema.upgrade)(settings.postgres_url, to)
@@ -279,7 +281,7 @@ def migrate(
 
 @app.command()
 def maintain(data_dir: DataDir = None) -> None:
-    """One round of maintenance: partitions, old webhooks.
+    """Run maintenance once: partitions, old webhooks.
 
     `payments http` does it hourly."""
     import asyncio
@@ -300,7 +302,7 @@ def maintain(data_dir: DataDir = None) -> None:
 def asyncapi() -> None:
     """Print the AsyncAPI document.
 
-    Every message that the service reads and writes, with examples."""
+    It has every message that the service reads and writes, with examples."""
     from handlers.messages.asyncapi import build_document
 
     with readable_errors():
@@ -309,7 +311,7 @@ def asyncapi() -> None:
 
 def main() -> None:
     """The entry point."""
-    # What is imported lives for as long as we do: a look through it for garbage is a tenth of every command's start.
+    # Imported modules live until the end: collecting garbage among them takes a tenth of every command's start.
     gc.set_threshold(300_000, 50, 100)
     # Typer exits with 2 on wrong usage, which here means that a payment was refused. Its UsageError is reached through
     # a subclass: Typer 0.29 vendors click as typer._click, so there is no public name.

@@ -1,4 +1,4 @@
-"""What people see. Texts of other people stay what they are: no markup, no emoji codes, no commands to a terminal."""
+"""Output for people. Foreign texts are printed literally: no markup, no emoji codes, no terminal commands."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from rich.console import Console
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more: an error, which ends what runs in good order, and not an exit in the midst of it."""
+        """Raise an error, so that running work ends in order, instead of exiting in the middle of it."""
         try:
             super().on_broken_pipe()
         except SystemExit:
@@ -19,7 +19,7 @@ class _Console(Console):
 
 
 def new_console(*, to_stderr: bool = False) -> Console:
-    """A console that prints what it is given; what is to be styled is a `rich.text.Text`."""
+    """A console that prints strings literally; use `rich.text.Text` for styles."""
     return _Console(stderr=to_stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -29,7 +29,7 @@ def print_json(value: Any) -> None:
 
 
 def tell_of_more(limit: int) -> None:
-    """That a list was cut; beside it, so that a program reads the list alone."""
+    """Say on stderr that a list was cut, so that a program reads only the list on stdout."""
     new_console(to_stderr=True).print(f"… and more: --limit shows more than {limit}")
 
 
@@ -39,20 +39,20 @@ def time_text(moment: datetime) -> str:
 
 
 def safe_text(text: str) -> str:
-    """The text on one line, as it may reach a terminal: what cannot be printed stands there escaped."""
+    """The text on one line, safe for a terminal: unprintable characters are escaped."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def safe_lines(text: str) -> str:
-    """As `safe_text`, of a text whose lines are ours."""
+    """Like `safe_text`, but keeps line breaks: for texts whose lines are ours."""
     return "\n".join(map(safe_text, text.expandtabs().split("\n")))
 
 
 def shell_word(text: str) -> str:
-    """The text as one word of a command to be copied, which a shell reads back as it was."""
+    """The text quoted as one word of a shell command that a person can copy."""
     if text.isprintable():
         return shlex.quote(text)
-    # Bash, zsh and ksh read these escapes, byte by byte and whatever the locale is.
+    # Bash, zsh and ksh read these escapes byte by byte, whatever the locale.
     return "$'" + "".join(map(_shell_escape, text)) + "'"
 
 

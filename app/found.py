@@ -1,4 +1,4 @@
-"""What `payments reconcile` finds open, with the provider's word on it."""
+"""The open operations and holds that `payments reconcile` finds, with the provider's answers."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -11,12 +11,12 @@ from domain.operations import GatewayRequest, Outcome, Unknown, Unreachable, des
 from handlers.reconcile import HoldAnswer
 
 PAST_ITS_END: Final = "hold_past_its_end"
-"""What a hold is found in, where an operation is found in its state."""
+"""Takes the place of an operation's state for a hold past its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One open operation or hold past its end, and the provider's word on it."""
+    """One open operation or hold past its end, and the provider's answer."""
 
     payment_id: UUID
     kind: OperationKind
@@ -25,10 +25,10 @@ class Found:
     state: str
     amount: Money
     since: datetime | None
-    """When it was first sent, or when the hold's time was over; None of what was never sent."""
+    """When the operation was first sent, or when the hold ended; None if it was never sent."""
     outcome: Outcome | None
     why_not: str = ""
-    """Why there is no outcome, where there is none."""
+    """Why there is no outcome, if there is none."""
 
     @property
     def answer(self) -> str:
@@ -36,12 +36,12 @@ class Found:
 
     @property
     def is_answered(self) -> bool:
-        """Whether the answer is the provider's word."""
+        """Whether the provider gave an answer that counts."""
         return not isinstance(self.outcome, Unknown | Unreachable | None)
 
 
 def found_by_request(request: GatewayRequest, outcome: Outcome | None, why_not: str = "") -> Found:
-    """An operation, and what came of asking about it."""
+    """An operation with the result of asking about it."""
     return Found(
         request.payment_id,
         request.kind,
@@ -56,7 +56,7 @@ def found_by_request(request: GatewayRequest, outcome: Outcome | None, why_not: 
 
 
 def found_by_answer(answer: HoldAnswer) -> Found:
-    """The same, of what may not be readable as a request."""
+    """The same, for an operation that may not be readable as a request."""
     payment, operation, outcome, why_not = answer
     return Found(
         payment.payment_id,
@@ -72,5 +72,5 @@ def found_by_answer(answer: HoldAnswer) -> Found:
 
 
 def hold_past_its_end(answer: HoldAnswer) -> Found:
-    """A hold, and what came of asking about it."""
+    """A hold with the result of asking about it."""
     return replace(found_by_answer(answer), state=PAST_ITS_END, since=answer.payment.authorization_expires_at)

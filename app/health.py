@@ -1,9 +1,8 @@
-"""Whether a process can do its work, and the HTTP by which each process tells it, beside its own metrics.
+"""Whether a process can do its work, and the HTTP endpoints that report it, beside the process's own metrics.
 
-Promises: liveness depends on nothing but the event loop; readiness names the part that is not ready; the parts are
-asked at once, and none may keep the answer waiting; the metric `payments_ready` tells the same of each part, whether
-anybody asks or not. Every process imports this, and starts the quicker the less it needs: start-up is part of every
-recovery.
+Promises: liveness depends only on the event loop; readiness names the parts that are not ready; all parts are checked
+at the same time, and none can delay the answer; the metric `payments_ready` shows the same for each part, even if
+nobody asks. Every process imports this module, so it imports little: start-up time is part of every recovery.
 """
 
 import asyncio
@@ -19,10 +18,10 @@ from starlette.routing import Route
 
 CHECK_TIMEOUT_SECONDS: Final = 2.0
 WATCH_SECONDS: Final = 10.0
-READY: Final = Gauge("payments_ready", "1 where this part of the process is ready, as /health/ready tells it", ["part"])
+READY: Final = Gauge("payments_ready", "1 if this part of the process is ready, as /health/ready shows it", ["part"])
 
 Check = Callable[[], Awaitable[str | None]]
-"""None where the part is ready, otherwise why it is not, in words that may be shown."""
+"""Returns None if the part is ready, otherwise why it is not, in a text that may be shown."""
 Checks = Mapping[str, Check]
 
 
@@ -38,7 +37,7 @@ def create_process_app(*, checks: Checks) -> Starlette:
 
 
 def health_routes(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> list[Route]:
-    """Liveness, and readiness with every part that keeps the process from it."""
+    """Liveness, and readiness with the state of every part."""
 
     async def ready(_: Request) -> Response:
         found = await troubles(checks, timeout_seconds=timeout_seconds)
@@ -50,7 +49,7 @@ def health_routes(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SECO
 
 @asynccontextmanager
 async def watching_readiness(checks: Checks) -> AsyncIterator[None]:
-    """Keep `payments_ready` within the block: asked every `WATCH_SECONDS`, at once at first."""
+    """Keep `payments_ready` up to date within the block: now, and every `WATCH_SECONDS`."""
     watching = asyncio.create_task(_watch_readiness(checks))
     try:
         yield
@@ -75,7 +74,7 @@ async def _own_metrics(_: Request) -> Response:
 
 
 async def troubles(checks: Checks, *, timeout_seconds: float = CHECK_TIMEOUT_SECONDS) -> dict[str, str]:
-    """The parts that are not ready, and why; empty where all are. Takes `timeout_seconds` at most."""
+    """The parts that are not ready, and why; empty if all are. Takes at most `timeout_seconds`."""
     found = await asyncio.gather(*(_trouble(check, timeout_seconds) for check in checks.values()))
     return {name: trouble for name, trouble in zip(checks, found, strict=True) if trouble}
 
@@ -92,7 +91,7 @@ async def _trouble(check: Check, timeout_seconds: float) -> str | None:
         if not asking.cancelled():
             raise
         return "check failed: it was cancelled by a library"
-    except Exception as error:  # A check that breaks says that its part is not ready, whatever the error.
+    except Exception as error:  # A check that fails means that its part is not ready, whatever the error.
         # Only the kind of error is shown: its message may hold a password from a URL.
         return f"check failed: {type(error).__name__}"
     finally:
@@ -101,6 +100,6 @@ async def _trouble(check: Check, timeout_seconds: float) -> str | None:
 
 
 def _ended(asking: "asyncio.Future[str | None]") -> None:
-    """An error that comes after its time is nobody's any more."""
+    """Retrieve an error that came after the timeout, so that asyncio does not log it."""
     if not asking.cancelled():
         asking.exception()

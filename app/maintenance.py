@@ -36,11 +36,11 @@ LEDGER_CHECKED: Final = Gauge(
     "payments_ledger_checked_timestamp_seconds", "Up to when all changes of payments were compared with the ledger"
 )
 WHOLE_AGAIN: Final = timedelta(days=1)
-"""What changed without an event is found within this time."""
-TOLD_MAX: Final = 100
-"""Differences of one portion that the log names, when they are new."""
+"""A change without an event is found within this time."""
+LOGGED_MAX: Final = 100
+"""At most this many new differences of one portion are logged one by one."""
 CHECKED_AGAIN: Final = timedelta(minutes=10)
-"""What began before a look may have been committed after it."""
+"""Overlap of two checks: a transaction that began before a check may commit after it."""
 NEVER: Final = datetime.fromtimestamp(0, UTC)
 
 log = structlog.get_logger(__name__)
@@ -145,10 +145,10 @@ class Maintenance:
 
     def _note(self, differences: Sequence[LedgerDifference]) -> set[UUID]:
         news = [each for each in differences if each.payment_id not in self._differing]
-        for each in news[:TOLD_MAX]:
+        for each in news[:LOGGED_MAX]:
             log.error("payment differs from the ledger", **each._asdict() | {"payment_id": str(each.payment_id)})
-        if len(news) > TOLD_MAX:
-            log.error("more payments differ from the ledger", payments=len(news) - TOLD_MAX)
+        if len(news) > LOGGED_MAX:
+            log.error("more payments differ from the ledger", payments=len(news) - LOGGED_MAX)
         found = {each.payment_id for each in differences}
         self._differing |= found
         self._publish()

@@ -1,4 +1,4 @@
-"""A worker without Kafka, for a command that has something done at the providers once, and ends."""
+"""A worker without Kafka, for a command that works at the providers once and then ends."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -21,13 +21,13 @@ from infra.postgres.store import PostgresStore
 
 AT_ONCE: Final = 8
 CONNECTIONS: Final = 2
-"""To Postgres."""
+"""Connections to Postgres."""
 DRAIN_SECONDS: Final = 25.0
-"""Told to end, how long calls under way may take, as in a worker."""
+"""How long calls under way may take once told to end, as in a worker."""
 
 
 class OneShotWorker:
-    """What a worker is made of; every answer is noted, too."""
+    """The parts of a worker; every answer is also passed to `note`."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class OneShotWorker:
         self.asked: dict[tuple[UUID, int], GatewayRequest] = {}
         """The operations that were taken over, by payment and number."""
         self.unsent: set[tuple[UUID, int]] = set()
-        """Those of them that were given back."""
+        """The operations that were given back without being sent."""
         self._note = note
         rules = wiring.create_rules(settings, gateways)
         limits = {name: min(AT_ONCE, settings.concurrency_of(name)) for name in gateways}
@@ -75,20 +75,20 @@ class OneShotWorker:
             self._note(found_by_request(request, None, in_vain(answer.outcome, error)))
 
     async def wait_until_idle(self) -> None:
-        """Until nothing is in hand. What a provider that rests for long keeps from being sent is given back."""
-        # Either hands work to the other, and signals none. A short rest is waited for: then there is room again.
+        """Wait until nothing is in hand. Requests that a provider's long rest holds back are given back."""
+        # Each passes work to the other without a signal. A short rest is waited for: then there is room again.
         while self._dispatcher.waiting + self._settler.waiting or any(x.rests_briefly for x in self._paces.values()):
             self._dispatcher.give_back_resting()
             await asyncio.sleep(0.05)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Have the parts at work in the block, and end as a worker does."""
+        """Run the parts during the block, and shut down as a worker does."""
         loops = [asyncio.create_task(self._settler.run()), asyncio.create_task(self._leases.run())]
         try:
             yield
         finally:
-            # What was not sent is given back, what was is waited for and saved.
+            # Unsent requests are given back; answers to sent ones are waited for and saved.
             await self._dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: self._settler.waiting > 0)
             for loop in loops:
                 loop.cancel()
@@ -100,7 +100,7 @@ class OneShotWorker:
 async def one_shot_worker(
     settings: Settings, store: PostgresStore, gateways: dict[str, Gateway], note: Callable[[Found], None]
 ) -> AsyncIterator[OneShotWorker]:
-    """One that works in the block."""
+    """A `OneShotWorker` that runs during the block."""
     redis = wiring.connect_redis(settings)
     try:
         worker = OneShotWorker(settings, store, gateways, redis, note)

@@ -1,4 +1,4 @@
-"""`payments reconcile`: ask about what is open, compare a day's books, or end an operation as a person found."""
+"""`payments reconcile`: ask about what is open, compare a day's books, or end an operation by a person's finding."""
 
 # ruff: noqa: PLC0415 - as in cli.py: `payments --help` answers at once
 
@@ -17,39 +17,42 @@ if TYPE_CHECKING:
 
 def reconcile(
     now: Annotated[bool, typer.Option("--now", help="Ask about everything that is open, at once.")] = False,
-    payment: Annotated[str | None, typer.Option(help="With --now: only of this payment. With --as: whose.")] = None,
+    payment: Annotated[str | None, typer.Option(help="With --now: only this payment. With --as: the payment.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --now: only ask; change nothing.")] = False,
     day: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Compare the books of this UTC day instead.")
     ] = None,
-    gateway: Annotated[str | None, typer.Option(help="With --day: whose.", show_default="the default")] = None,
+    gateway: Annotated[str | None, typer.Option(help="With --day: which gateway.", show_default="the default")] = None,
     operation: Annotated[int | None, typer.Option(help="With --as: the operation's number.")] = None,
     verdict: Annotated[
         str | None, typer.Option("--as", help="succeeded or not-executed: end an operation that needs review.")
     ] = None,
-    evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is kept, and published.")] = None,
-    reference: Annotated[str | None, typer.Option(help="With --as succeeded: the provider's id of it.")] = None,
+    evidence: Annotated[str | None, typer.Option(help="With --as: how you know; it is stored, and published.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="With --as succeeded: the provider's id of the operation.")
+    ] = None,
     amount: Annotated[
         str | None,
         typer.Option(
-            help="With --as succeeded: what it moved, like 12.50 in the payment's currency, if not what was asked for."
+            help="With --as succeeded: the amount moved, like 12.50 in the payment's currency, if not as requested."
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --as: do not ask.")] = False,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Query the providers about all that is open.
+    """Ask the providers about everything that is open.
 
-    Workers do this all along, each operation when it is due. --now does it at once for all that nobody is working on:
-    in doubt, pending, waiting for the payer, or a hold past its end. Only a provider's word ends anything. Exits with 1
-    if anything got no answer or was not asked about.
+    Workers do this all the time, for each operation when it is due. --now does it at once for everything that nobody
+    is working on: operations in doubt, pending or waiting for the payer, and holds past their end. Only a provider's
+    answer ends anything. Exits with 1 if anything got no answer or was not asked about.
 
     --day compares the provider's own list with our books, both ways, and exits with 1 if they differ. Which providers
     offer a list: payments gateways.
 
-    --as ends one operation that needs review as a person found out, where the provider will never tell: with --payment,
-    --operation and --evidence. Nothing else can be ended so. It says what will be booked, and asks before it does that.
+    --as ends one operation that needs review by what a person found out, if the provider will never give evidence; it
+    needs --payment, --operation and --evidence. Nothing else can be ended this way. It prints what will be booked, and
+    asks before it does so.
 
     Example: payments reconcile --now --dry-run
     """
@@ -74,10 +77,10 @@ def reconcile(
 
 
 def _check_options(*, now: bool, day: bool, ruling: bool, of_now: bool, of_day: bool, of_ruling: bool) -> None:
-    """See that one of the three was chosen, and that no option was given that goes with another."""
+    """Check that exactly one of the three was chosen, with only the options that belong to it."""
     if now + day + ruling != 1:
         fail(
-            "say --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
+            "use --now, to ask about what is open, or --day 2026-01-31, to compare a day's books, or --as, to decide "
             "an operation that needs review"
         )
     if of_ruling and not ruling:
@@ -92,7 +95,7 @@ def _begin(data_dir: Path | None) -> "Settings":
     from infra.observability.logs import configure_logs
 
     settings = find_settings(data_dir, "PAYMENTS_POSTGRES_URL")
-    configure_logs("reconcile", as_json=settings.log_json)  # beside the result, not in it
+    configure_logs("reconcile", as_json=settings.log_json)  # on stderr, so that stdout has only the result
     return settings
 
 
@@ -128,7 +131,7 @@ def _rule(
     if payment_id is None or operation is None or evidence is None or dry_run:
         fail("--as needs --payment, --operation and --evidence, and has no --dry-run")
     if as_json and not yes:
-        fail("--as with --json asks nothing, for a program reads it: say --yes as well")
+        fail("--as with --json cannot ask for confirmation: add --yes")
     with readable_errors():
         finding = Finding(payment_id, operation, verdict, evidence, reference, amount)
         return rule(settings, finding, yes=yes, as_json=as_json)

@@ -30,7 +30,7 @@ def troubles_of(overview: Overview) -> list[str]:
         if not stranger.is_active and (stranger.retained_bytes or 0) > HELD_FOR_NOBODY:
             kept = in_bytes(stranger.retained_bytes)
             troubles.append(
-                f"slot {stranger.slot} keeps {kept} of log and nobody reads it: if its reader is gone for good,"
+                f"slot {stranger.slot} keeps {kept} of log and nobody reads it: if its reader is off for good,"
                 f" SELECT pg_drop_replication_slot('{stranger.slot}')"
             )
     return troubles

@@ -1,4 +1,4 @@
-"""`payments send`, as a person sees it: what was sent, what came back, and the exit code that sums it up."""
+"""What `payments send` prints: what was sent, what came back; and the exit code for the result."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from domain.money import Money
 
 DONE, REFUSED, NO_RESULT = 0, 2, 3
 CONNECT_SECONDS: Final = 10.0
-"""What Kafka has for its first answer; nothing is sent before."""
+"""How long Kafka may take for its first answer; nothing is sent before it."""
 REQUIRES_ACTION: Final = "payment.requires_action.v1"
 
 
@@ -30,10 +30,10 @@ def send_and_report(
     timeout_seconds: float,
     as_json: bool,
 ) -> int:
-    """Send the command, say what becomes of it, and return the exit code.
+    """Send the command, print its events, and return the exit code.
 
-    `is_named` says that payment id and key are the caller's own. A program that had them made is told them on standard
-    error before anything is sent: without them, if it is interrupted, it could only pay again.
+    `is_named`: the caller chose payment id and key. If they were generated for a program, they are printed on standard
+    error before anything is sent: without them, an interrupted program could only pay again.
     """
     console, aside = new_console(), new_console(to_stderr=True)
     if not (as_json and is_named):
@@ -67,7 +67,9 @@ async def _exchange(
         except MessageSizeTooLargeError:
             raise
         except KafkaError as error:
-            raise KafkaError(f"{error!r}: Kafka may have the command or not. {_how_to_ask_again(command)}") from error
+            raise KafkaError(
+                f"{error!r}: Kafka may or may not have the command. {_how_to_ask_again(command)}"
+            ) from error
         if timeout_seconds is None:
             return _sent(console, command, as_json)
         async for heard in client.result_of(command, timeout_seconds=timeout_seconds):
@@ -88,7 +90,7 @@ def _sent(console: Console, command: OutgoingCommand, as_json: bool) -> int:
 
 
 def _sent_facts(command: OutgoingCommand) -> dict[str, str]:
-    """What it takes to ask again."""
+    """The ids that are needed to ask again."""
     return {"payment_id": str(command.payment_id), "idempotency_key": command.idempotency_key}
 
 
@@ -124,7 +126,7 @@ def _why(event: WireEvent) -> str:
 
 
 def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> Text:
-    """All is well: it is the payer's turn."""
+    """The message for a command that waits for its payer."""
     action = event["action"]
     until = f" until {action['expires_at']}" if action["expires_at"] else ""
     return Text.assemble(
@@ -138,7 +140,7 @@ def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> Text:
 
 
 def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float) -> Text:
-    state = f"its last event is {late.last['type']}" if late.last else "nothing was heard of it"
+    state = f"its last event is {late.last['type']}" if late.last else "no event about it has come"
     return Text.assemble(
         (f"No result after {timeout_seconds:g} s: {state}.", "yellow"),
         " The command is not lost and may still succeed.\n"

@@ -1,5 +1,5 @@
-"""The composition root: which class stands behind each Protocol. A new gateway is one registration in `GATEWAYS`, and
-its name in `app.settings.GATEWAYS_KNOWN`.
+"""The composition root: which class implements each Protocol. A new gateway is one registration in `GATEWAYS`, and its
+name in `app.settings.GATEWAYS_KNOWN`.
 """
 
 import time
@@ -43,18 +43,18 @@ from infra.redis.recent_keys import ValkeyRecentKeys
 
 
 class Registration(NamedTuple):
-    """One gateway: how it is made of the settings, and which of them it cannot do without."""
+    """One gateway: how to create it from the settings, and which of them it requires."""
 
     create: Callable[[Settings, Clock], Gateway]
-    """The clock is the one that tells when calls were made."""
+    """Takes the clock by which call times are recorded."""
     webhooks: Callable[[Settings], WebhookReader] | None = None
-    """How its webhooks are read; None of one that sends none."""
+    """Creates the reader of its webhooks; None if it sends none."""
     keys: Sequence[str] = ()
-    """What only its calls are made with: without, each payment would wait for a provider that refuses us."""
+    """Settings that only calls need: without them, each payment would wait for a provider that refuses us."""
     credentials: Sequence[str] = ()
-    """What its messages are verified by, or asked about with, too."""
+    """Settings that verifying its messages, or asking about them, needs as well."""
     addresses: Sequence[str] = ()
-    """Ours, which a provider sends payers and messages to: nobody but the installation knows them."""
+    """Our own addresses, to which the provider sends payers and messages: they have no usable default."""
 
 
 GATEWAYS: Final[Mapping[str, Registration]] = {
@@ -91,7 +91,7 @@ new_id = uuid7
 
 
 def now() -> datetime:
-    """This machine's clock, timezone-aware UTC; times of payments are told by the store's."""
+    """This machine's clock, timezone-aware UTC; payments use the store's clock."""
     return datetime.now(UTC)
 
 
@@ -145,7 +145,7 @@ def momo_config(settings: Settings) -> MoMoConfig:
 
 
 def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway]:
-    """The gateways that this installation uses, by name; `clock` is the one that tells when calls were made.
+    """The gateways that this installation uses, by name; `clock` records when calls were made.
 
     Raises:
         ValueError: as `check_gateways`, for calls.
@@ -155,7 +155,7 @@ def create_gateways(settings: Settings, clock: Clock = now) -> dict[str, Gateway
 
 
 class Connected(NamedTuple):
-    """The gateways of this installation, and the store, whose clock tells both when calls were made."""
+    """The gateways of this installation, and the store, whose clock both use for call times."""
 
     gateways: dict[str, Gateway]
     pool: "asyncpg.Pool[asyncpg.Record]"
@@ -164,7 +164,7 @@ class Connected(NamedTuple):
 
 @asynccontextmanager
 async def connected(settings: Settings, *, connections: int) -> AsyncIterator[Connected]:
-    """Connected, over at most so many `connections` to Postgres, until the end of the block.
+    """Connected, with at most `connections` connections to Postgres, until the end of the block.
 
     Raises:
         ValueError: as `check_gateways`.
@@ -189,12 +189,12 @@ def create_write_path(store: PaymentStore, rules: Rules, redis: Redis) -> WriteP
 
 
 def connect_redis(settings: Settings) -> Redis:
-    """Valkey only hints (`infra/redis/recent_keys.py`): it may not keep anybody waiting."""
+    """A client with short timeouts: Valkey only gives hints (`infra/redis/recent_keys.py`), so nothing waits for it."""
     return Redis.from_url(settings.redis_url, socket_timeout=0.2, socket_connect_timeout=0.2)
 
 
 def create_paces(settings: Settings, gateways: Mapping[str, Gateway]) -> dict[str, Pace]:
-    """How fast each gateway is asked about what is stuck."""
+    """The pace at which each gateway is asked about stuck operations."""
     return {
         name: Pace(time.monotonic, gateway, settings.questions_per_second_of(name))
         for name, gateway in gateways.items()
@@ -202,7 +202,7 @@ def create_paces(settings: Settings, gateways: Mapping[str, Gateway]) -> dict[st
 
 
 class Calling(NamedTuple):
-    """What calls gateways and saves their answers; `settler.run` and `leases.run` are to be running beside it."""
+    """The parts that call gateways and save answers; `settler.run` and `leases.run` must be running."""
 
     dispatcher: Dispatcher
     settler: Settler
@@ -234,7 +234,7 @@ def create_sweep(
     submit: Callable[[list[GatewayRequest]], None],
     room: Callable[[], int],
 ) -> Sweep:
-    """What takes over operations that are due, as many as the dispatcher has room for at each gateway."""
+    """The sweep: takes over due operations, as many as the dispatcher has room for at each gateway."""
     return Sweep(
         store=store,
         submit=submit,
@@ -253,7 +253,7 @@ def create_reconciler(
     *,
     on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
 ) -> Reconciler:
-    """What asks about holds past their end."""
+    """The reconciler: asks about holds past their end."""
     return Reconciler(
         store=store,
         asker=asker,
@@ -265,7 +265,7 @@ def create_reconciler(
 
 
 def check_names(settings: Settings) -> None:
-    """See that every configured gateway exists.
+    """Check that every configured gateway exists.
 
     Raises:
         ValueError: one does not.
@@ -276,16 +276,18 @@ def check_names(settings: Settings) -> None:
 
 
 def check_gateways(settings: Settings, *, for_calls: bool) -> None:
-    """See that the configured gateways exist, and have what their webhooks, or their calls as well, cannot do without.
+    """Check that the configured gateways exist, and that what their webhooks (or calls as well) need is set.
 
     Raises:
-        ValueError: one does not exist, or its credentials or our own addresses are not set; or one that moves no money
-            is beside others.
+        ValueError: one does not exist, its credentials or our own addresses are not set; or one that moves no money is
+            used beside others.
     """
     check_names(settings)
     used = [GATEWAYS[name] for name in settings.gateways]
     if InstantGateway.name in settings.gateways and any(each.keys or each.credentials for each in used):
-        raise ValueError("PAYMENTS_GATEWAYS: instant calls every payment paid, so it is not used beside real ones")
+        raise ValueError(
+            "PAYMENTS_GATEWAYS: instant reports every payment as paid, so it cannot be used beside real gateways"
+        )
     names = [name for each in used for name in (*(each.keys if for_calls else ()), *each.credentials)]
     names += [name for each in used for name in each.addresses]
     unset = [f"PAYMENTS_{name.upper()}" for name in names if not _is_set(_plain(getattr(settings, name)))]
@@ -302,10 +304,10 @@ def _plain(value: str | SecretStr) -> str:
 
 
 def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
-    """How to read the webhooks of the gateways in use, by name; some send none, or cannot be verified as configured.
+    """The webhook readers of the gateways in use, by name. Some send none, or cannot be verified as configured.
 
     Raises:
-        ValueError: as `check_gateways`. (Under an empty secret anybody could sign.)
+        ValueError: as `check_gateways`. (With an empty secret anybody could sign.)
     """
     check_gateways(settings, for_calls=False)
     names = set(settings.gateways)
@@ -315,7 +317,7 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
 
 
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:
-    """What `decide` may accept here."""
+    """What `decide` may accept in this installation."""
     return Rules(
         currencies=frozenset(settings.currencies),
         gateways={name: gateway.capabilities for name, gateway in gateways.items()},

@@ -1,4 +1,4 @@
-"""The worker process: reads commands, calls gateways, saves outcomes. Any number of it may run at once."""
+"""The worker process: reads commands, calls gateways, saves outcomes. Any number of workers may run."""
 
 import asyncio
 import contextlib
@@ -41,24 +41,24 @@ log = structlog.get_logger(__name__)
 STARTING: Final = "starting"
 NO_TOPIC: Final = "no topic {} was there when Kafka was asked last; run `payments migrate`"
 STARTS_WITHIN: Final = 1.0
-"""Seconds that a start may still take when it is told to stop; one that waits for others in its group takes longer."""
+"""Seconds that a start may still take once told to stop; a start that waits for its consumer group takes longer."""
 LEAVES_WITHIN: Final = 5.0
-"""Seconds that Kafka may take to let a worker go: answers are saved whether it does or not."""
+"""Seconds that leaving Kafka may take; answers are saved either way."""
 
 LOOKS_FOR_TOPIC_EVERY: Final = 2.0
 WATCH_READING_SECONDS: Final = 5.0
 READING_SECONDS = 30.0
-"""A worker that has not asked for commands for so long is stuck; a batch takes a second, a pause after trouble five."""
+"""A worker that has not asked for commands for this long is stuck; a batch takes a second, a back-off five."""
 TOPICS_SECONDS = 30.0
-"""How often Kafka is asked what partitions there are: so long a topic that is made anew is not read. By default it is
-five minutes; the question is one small request of each connection's."""
+"""How often Kafka is asked for partitions: a topic that was created again is not read for up to this long. The default
+is five minutes; the question is one small request per connection."""
 DRAIN_SECONDS = 25.0
-"""On SIGTERM, how long running gateway calls may take to end, and then their answers to be saved. What is left is taken
-over after its lease."""
+"""On SIGTERM, how long running gateway calls may take to end, and then saving their answers. Operations that are left
+are taken over after their leases."""
 
 
 class Worker:
-    """Everything that one worker process runs, built from settings."""
+    """Everything that one worker process runs, built from the settings."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -67,13 +67,13 @@ class Worker:
         self._broker: KafkaBroker | None = None
         self._reader: SkippingReader | None = None
         self._reads_not_yet = STARTING
-        """Why no commands are read, where there is no reader yet."""
+        """Why no commands are read while there is no reader yet."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then finish what is under way and leave.
+        """Work until `stop` is set, then finish what is under way and return.
 
         Raises:
-            StoreUnavailable, KafkaError: a server that is needed to start is away.
+            StoreUnavailable, KafkaError: a server that the start needs is away.
         """
         async with AsyncExitStack() as stack:
             if not await self._start_unless_stopped(stack, stop):
@@ -89,7 +89,7 @@ class Worker:
         log.info("worker stopped")
 
     def checks(self) -> "Checks":
-        """What the worker's own health page asks."""
+        """The checks of the worker's own health page."""
         return {
             "worker": self._check_loops,
             "postgres": self._check_postgres,
@@ -122,18 +122,18 @@ class Worker:
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
 
     async def _start_unless_stopped(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
-        """Start; not so if told to stop meanwhile: a server that does not answer is not waited for then."""
+        """Start, and return True; False if told to stop meanwhile, when no silent server is waited for."""
         starting, stopping = asyncio.create_task(self._start(stack)), asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        # What is cut short leaves connections behind, so it is let come to its end if that is near.
+        # An interrupted start leaves connections behind, so a start that is nearly done may finish.
         await asyncio.wait([starting], timeout=STARTS_WITHIN)
         is_done = starting.done()
         if is_done and starting.exception() is None:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        if self._tasks:  # It works already, though it reads no commands yet: what it has begun is saved.
+        if self._tasks:  # It already works, though it reads no commands yet: save what it has begun.
             await self._shut_down()
         if is_done:
             starting.result()
@@ -187,7 +187,7 @@ class Worker:
         gateways: Mapping[str, Gateway],
         paces: Mapping[str, Pace],
     ) -> Leases:
-        """What calls gateways, and what hands it operations that are due."""
+        """Create the parts that call gateways, and the sweep that gives them due operations."""
         settings, limits = self._settings, {name: self._settings.concurrency_of(name) for name in gateways}
         calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
         self._dispatcher, self._settler, leases = calling
@@ -198,10 +198,10 @@ class Worker:
         return leases
 
     async def _create_consumer(self, stack: AsyncExitStack, write_path: WritePath) -> CommandConsumer:
-        """Beside the producer that it parks with, which is connected here."""
+        """Create the consumer, and connect the producer that it parks messages with."""
         settings = self._settings
         producer = dead_letter_producer(settings.kafka)
-        stack.push_async_callback(producer.stop)  # Also of one that did not start.
+        stack.push_async_callback(producer.stop)  # Also needed for a producer that did not start.
         await producer.start()
         return CommandConsumer(
             write_path=write_path,
@@ -217,13 +217,13 @@ class Worker:
             kafka.bootstrap,
             security=kafka.broker_security(),
             metadata_max_age_ms=int(TOPICS_SECONDS * 1000),
-            graceful_timeout=LEAVES_WITHIN / 2,  # Who stops it has waited for the batch in hand.
-            allow_auto_create_topics=False,  # With one partition and one copy: `payments migrate` makes better ones.
+            graceful_timeout=LEAVES_WITHIN / 2,  # The caller has already waited for the current batch.
+            allow_auto_create_topics=False,  # They would have one partition; `payments migrate` makes more.
             logger=logging.getLogger("faststream"),
         )
 
     async def _wait_for_topic(self) -> None:
-        """A consumer of a topic that is not there does not start: it asks for some 40 s, and gives up."""
+        """Wait until the topic exists: a consumer of a missing topic asks for some 40 s, and gives up."""
         kafka, topic = self._settings.kafka, self._settings.commands_topic
         while not await has_topic(kafka, topic):
             self._reads_not_yet = NO_TOPIC.format(topic)
@@ -233,17 +233,17 @@ class Worker:
 
     async def _begin_to_read(self, broker: KafkaBroker, subscriber: Any) -> None:
         await broker.start()
-        # At once, so that it is there before the first read.
+        # At once, so that it is installed before the first read.
         self._reader = SkippingReader.install(
             subscriber.consumer, self._consumer.park_undecodable, self._consumer.report_deleted
         )
         self._tasks.append(asyncio.create_task(self._watch_reading(self._reader)))
 
     async def _watch_reading(self, reader: SkippingReader) -> None:
-        """Keep the metrics of how far commands are read, until cancelled."""
+        """Update the metrics of how far commands are read, until cancelled."""
         while True:
             places = await reader.places()
-            metrics.LAG.clear()  # Of what was ours and is another worker's now, that one tells.
+            metrics.LAG.clear()  # Another worker now reports partitions that were ours.
             metrics.POSITION.clear()
             for partition, place in places.items():
                 metrics.LAG.labels(str(partition)).set(place.lag)
@@ -257,9 +257,9 @@ class Worker:
         return self._dispatcher.waiting + self._settler.waiting
 
     async def _shut_down(self) -> None:
-        """Take nothing new, let running calls end, save their outcomes, say how far we came."""
+        """Take nothing new, let running calls end, save their outcomes, commit offsets."""
         settler, leases, *others = self._tasks
-        # What they have claimed or saved is the dispatcher's then, and is sent or given back: no lease is left behind.
+        # All that they claimed or saved is then with the dispatcher, which sends it or gives it back: no lease is left.
         await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._applier.close(), self._consumer.close()))
         for task in others:
             task.cancel()
@@ -267,12 +267,12 @@ class Worker:
         await self._dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: self._settler.waiting > 0)
         settler.cancel()
         leases.cancel()
-        # A save that was cut short gives its answers back; only then are they there to be drained.
+        # An interrupted save gives its answers back; only then can they be drained.
         await asyncio.gather(settler, leases, return_exceptions=True)
         try:
             await self._settler.drain(DRAIN_SECONDS)
         except TimeoutError:
-            # As with a call that has not ended, there is nothing to be done about it: it is no error of the end.
+            # As with a call that has not ended, nothing can be done about it: it is not an error of the shutdown.
             log.warning("answers left unsaved; their leases run out", answers=self._settler.waiting)
 
     async def _leave_kafka(self) -> None:
@@ -281,7 +281,7 @@ class Worker:
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> None:
-    """Wait for it no longer than this: what stops goes on stopping."""
+    """Wait for `work` at most this long, and then go on stopping."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await work

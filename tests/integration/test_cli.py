@@ -261,7 +261,7 @@ def test_a_database_without_a_schema_says_to_migrate(
     ("given", "advice"),
     [
         (["--as", "succeeded"], "--as needs --payment, --operation and --evidence"),
-        (["--as", "succeeded", "--now"], "say --now"),
+        (["--as", "succeeded", "--now"], "use --now"),
         (
             [
                 "--as",

@@ -200,7 +200,7 @@ async def test_repair_says_what_it_would_do_and_does_it(config: RelayConfig) -> 
     rows = rows_of("pay_a", 5)
     async with running(config):
         refused = await payments_relay(config, "repair")
-        assert (refused.returncode, "is active, or tries to be" in refused.stdout) == (1, True), "nothing to mend"
+        assert (refused.returncode, "is active, or is trying to be" in refused.stdout) == (1, True), "nothing to mend"
     await fetch_value(config.postgres_url, DROP, config.slot)
     await commit(config.postgres_url, rows)
     async with StandingStill(config):
@@ -485,7 +485,7 @@ async def test_a_replay_that_is_told_to_end_says_how_far_it_is_and_how_to_go_on(
     told = (await replaying.communicate())[0].decode()
     assert replaying.returncode == 1
     assert re.search(rf"^[1-9][0-9]* of {len(rows)} events published again", told, re.MULTILINE), told
-    (since,) = re.findall(r"--since (\S+) for its own", told)
+    (since,) = re.findall(r"--since (\S+) instead of its own", told)
     went_on = await payments_relay(config, "replay", "--since", since)
     assert went_on.returncode == 0
     await read_until(config.kafka.bootstrap, config.topic, lambda found: len(set(ids(replayed(found)))) == len(rows))
