@@ -266,7 +266,7 @@ async def test_a_topic_that_ends_before_what_was_read_of_it_is_told_and_read_aga
     assert counted("payments_commands_lost_total") == before
 
 
-async def test_where_only_the_end_of_a_transaction_is_deleted_nothing_is_lost(settings: Settings) -> None:
+async def test_deleting_only_a_transaction_marker_counts_no_lost_commands(settings: Settings) -> None:
     before, payment = counted("payments_commands_lost_total"), uuid4()
     async with AIOKafkaProducer(
         bootstrap_servers=settings.kafka_bootstrap, transactional_id=f"orders-{payment}"
@@ -513,7 +513,7 @@ async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings)
     assert dict(letter.headers)["dlq_reason"] == b"empty"
 
 
-async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when_it_ends(settings: Settings) -> None:
+async def test_calls_begun_before_a_worker_joins_its_group_are_saved_when_it_ends(settings: Settings) -> None:
     """It sweeps at once, and may have to wait for the others of its group before it may read commands."""
     async with running_worker(settings.postgres_url, SilentInstant()) as worker:
         await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
@@ -532,7 +532,7 @@ async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when
     assert await captured(settings) == 1
 
 
-async def test_what_a_worker_has_just_claimed_when_it_ends_is_given_back(
+async def test_operations_just_claimed_when_a_worker_ends_are_given_back(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lease would run out, and what was never sent would be in doubt."""
@@ -574,7 +574,7 @@ async def test_a_worker_that_ends_while_postgres_is_away_leaves_its_group(
         assert [group[1:3] for group in described.groups] == [(settings.consumer_group, "Empty")]
 
 
-async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start(settings: Settings) -> None:
+async def test_counters_that_page_at_one_exist_at_zero_from_a_workers_start(settings: Settings) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     for counter in (metrics.DISAGREEING, metrics.NOTICES_DISAGREEING):
         counter.clear()

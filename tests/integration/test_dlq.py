@@ -159,7 +159,7 @@ async def test_letters_are_kept_and_a_topic_from_before_that_loses_them_is_told(
 # --- before parking ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_heals_is_not_parked_and_its_payments_later_commands_wait_for_it(
+async def test_a_command_that_heals_is_not_parked_and_its_payments_later_commands_wait_for_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, others = new_payment_id(), [new_payment_id() for _ in range(20)]
@@ -180,7 +180,7 @@ async def test_what_heals_is_not_parked_and_its_payments_later_commands_wait_for
     assert await letters(settings) == []
 
 
-async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
+async def test_a_command_that_does_not_heal_is_parked_and_a_retry_charges_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned, other = new_payment_id(), new_payment_id()
@@ -390,7 +390,7 @@ async def test_a_letter_that_another_operator_has_decided_about_is_not_published
         assert set((await consumer.end_offsets(places)).values()) == {0}
 
 
-async def test_what_was_decided_before_is_told_and_left_as_it_was(
+async def test_an_earlier_dead_letter_decision_is_reported_and_kept(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, other = [await put(settings, b"v", headers=facts(settings)) for _ in range(2)]

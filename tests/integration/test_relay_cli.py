@@ -236,7 +236,7 @@ async def test_a_poll_that_is_repaired_publishes_afterwards_and_is_told_of_no_st
         await read_until(config.kafka.bootstrap, config.topic, lambda found: len(found) == 2 * len(rows))
 
 
-async def test_what_a_relay_is_at_is_told_by_what_was_asked_of_it(
+async def test_the_reported_work_of_a_relay_matches_the_request(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running(config):
@@ -704,7 +704,7 @@ async def test_a_relay_that_never_was_is_not_repaired_adopted_or_replayed(
 
 
 @wal_only
-async def test_what_is_to_be_tried_already_is_found_by_another_retry(config: RelayConfig) -> None:
+async def test_a_repeated_retry_request_finds_the_events_already_requested(config: RelayConfig) -> None:
     async with running(config):
         await commit(config.postgres_url, poisoned_payment())
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
@@ -757,7 +757,7 @@ async def test_a_repair_that_is_waited_for_no_more_stays_asked_for_and_is_told(
         assert "not done yet" not in (await payments_relay(config, "status")).stdout
 
 
-async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:
+async def test_a_smaller_repair_request_does_not_replace_a_larger_one_and_says_so(config: RelayConfig) -> None:
     async with running(config):
         pass
     asked = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")

@@ -283,7 +283,7 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
     )
 
 
-async def test_what_waits_grows_old_before_a_gap(config: RelayConfig, topics: Topics) -> None:
+async def test_the_lag_grows_while_a_relay_stands_before_a_gap(config: RelayConfig, topics: Topics) -> None:
     """The metric tells what `status` does."""
     waiting = metrics.LAG_SECONDS._value
     await before_the_gap(config, rows_of("pay_a", 3))
@@ -361,7 +361,7 @@ async def test_what_was_adopted_counts_as_published_and_what_was_under_way_does_
 
 
 @wal_only
-async def test_who_was_killed_before_he_had_proven_what_he_published_leaves_that_to_the_next(
+async def test_events_published_but_unproven_at_a_kill_are_left_to_the_next_relay(
     config: RelayConfig,
 ) -> None:
     """Or what is all on the topic would be told as waiting until something else happens."""
@@ -453,7 +453,7 @@ async def published_beside_a_long_transaction(config: RelayConfig, rows: list[Ro
     return long
 
 
-async def test_what_is_published_beside_a_long_transaction_is_proven(config: RelayConfig) -> None:
+async def test_events_published_beside_a_long_transaction_are_proven(config: RelayConfig) -> None:
     """No lag is told, a replay finds it, and a repair would leave it out."""
     async with await published_beside_a_long_transaction(config, rows_of("pay_a", 5)):
         (told,) = (await read_status(config.postgres_url)).relays
@@ -780,7 +780,7 @@ async def set_synchronous_standby(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("unproven", "adopt"), ("everything", "unproven")], ids=str)
-async def test_what_was_asked_for_is_not_taken_back_by_another_request(
+async def test_a_pending_repair_request_is_not_replaced_by_another(
     config: RelayConfig, first: Repair, second: Repair
 ) -> None:
     """Half of a repair may be done: who adopted then would skip the other half."""
@@ -856,7 +856,7 @@ async def test_a_publication_of_a_schema_that_left_it_out_for_a_while_is_noticed
         assert_first_deliveries_in_order(await published(config, *before, *missed), before + missed)
 
 
-async def test_who_cannot_write_down_how_far_he_is_publishes_nothing_again_and_again(config: RelayConfig) -> None:
+async def test_a_relay_that_cannot_save_progress_does_not_republish(config: RelayConfig) -> None:
     rows, more = rows_of("pay_a", 3), rows_of("pay_a", 50, first=4)
     await before_the_gap(config, rows)
     await commit(config.postgres_url, more)

@@ -120,7 +120,7 @@ async def test_an_open_transaction_holds_up_nobody(config: RelayConfig) -> None:
         await published(config, *newer)
 
 
-async def test_what_is_published_is_proven_once_what_ran_beside_it_has_ended(config: RelayConfig) -> None:
+async def test_published_events_are_proven_once_concurrent_transactions_have_ended(config: RelayConfig) -> None:
     """An old transaction keeps the proof back; with nothing new to publish it comes all the same."""
     rows = rows_of("pay_a", 5)
     proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"

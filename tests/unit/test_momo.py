@@ -456,7 +456,7 @@ async def test_what_an_answer_says_at_the_first_attempt(code: int, outcome: type
 
 
 @pytest.mark.parametrize("code", [10, 43, 98])
-async def test_what_momo_did_not_take_on_is_proof_for_this_attempt(code: int) -> None:
+async def test_momo_codes_of_a_request_not_accepted_raise_gateway_unreachable(code: int) -> None:
     with pytest.raises(GatewayUnreachable):
         await gateway(result(code)).charge(a(OperationKind.CHARGE))
 

@@ -64,7 +64,7 @@ def test_no_second_has_more_turns_than_allowed_however_late_one_comes(per_second
 
 
 @pytest.mark.parametrize("per_second", [20, 300, 2000])
-def test_one_that_comes_in_time_has_nearly_all_of_them(per_second: int) -> None:
+def test_a_caller_that_asks_every_2_ms_gets_nearly_all_turns(per_second: int) -> None:
     assert len(turns(per_second, [number * 0.002 for number in range(5_000)])) >= 10 * per_second * 0.86
 
 

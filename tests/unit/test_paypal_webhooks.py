@@ -503,7 +503,7 @@ UNMARKED: Json = {"custom_id": None, "invoice_id": None}
         ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE), "capture", Succeeded("P1", 1000)),
     ],
 )
-def test_what_somebody_did_at_paypals_pages_has_no_mark_of_its_own(
+def test_a_movement_made_in_paypals_portal_is_read_as_external(
     name: str, given: Json, kind: str, outcome: Outcome
 ) -> None:
     notice = read_event(event(name, given | {"create_time": "2026-11-22T20:00:00Z"}))
@@ -568,7 +568,7 @@ def test_a_refund_is_asked_about_itself_only_where_it_names_nothing(given: Json,
     assert _nameless_refund(event("PAYMENT.CAPTURE.COMPLETED", resource("X", OperationKind.REFUND, **given))) is None
 
 
-def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_never_whose_refund_it_is() -> None:
+def test_a_refunds_capture_tells_its_order_and_payment_but_not_its_operation() -> None:
     refund = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE) | {"custom_id": "theirs"}
     for capture in (resource("COMPLETED", OperationKind.REFUND), resource("COMPLETED", OperationKind.CAPTURE)):
         notice = read_event(event("PAYMENT.CAPTURE.REFUNDED", _refund_of(capture | {"id": "C1"}, refund)))
@@ -597,7 +597,7 @@ def test_a_reversal_is_paypals_doing_whatever_it_is_told_as_and_whoevers_marks_i
     assert notice.currency == "USD"
 
 
-def test_what_a_reversal_is_of_is_asked_for_as_of_a_refund() -> None:
+def test_the_capture_of_a_reversal_is_looked_up_as_for_a_refund() -> None:
     """As PayPal's sample of it is: no marks, and two links."""
     sample = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE)
     assert _unplaced_refund(event("PAYMENT.CAPTURE.REVERSED", sample)) == "C1"

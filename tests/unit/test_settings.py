@@ -18,7 +18,7 @@ def test_what_cannot_name_a_slot_is_refused(name: str) -> None:
         Settings(relay_slot=name)
 
 
-def test_what_is_stuck_is_looked_at_every_five_minutes_and_an_hour_behind_at_most() -> None:
+def test_stuck_operations_are_reconciled_every_five_minutes_with_a_cut_off_of_one_hour() -> None:
     settings = Settings()
     assert settings.reconcile_interval_seconds == 300
     assert settings.retry.cut_off.total_seconds() == 3600
@@ -151,7 +151,7 @@ def test_no_number_is_less_than_nothing_nor_beyond_all_bounds_and_few_are_nothin
 
 
 @pytest.mark.parametrize("name", sorted(NONE_IS_ENOUGH))
-def test_what_may_be_nothing_is_taken(name: str) -> None:
+def test_a_setting_that_may_be_zero_accepts_zero(name: str) -> None:
     assert getattr(Settings(**{name: 0}), name) == 0  # type: ignore[arg-type]
 
 
@@ -218,7 +218,7 @@ REFUSED: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "told"), REFUSED, ids=lambda value: value)
-def test_what_would_do_harm_later_is_refused_at_the_start_with_what_to_write(
+def test_a_harmful_setting_is_refused_at_the_start_with_what_to_write(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, told: str
 ) -> None:
     assert told in refusal(monkeypatch, capsys, **{name: value})

@@ -231,7 +231,7 @@ async def test_another_amount_is_another_message() -> None:
     assert len(ids) == 2
 
 
-async def test_what_was_signed_with_percent_encoded_spaces_is_accepted_too() -> None:
+async def test_a_signature_over_percent_encoded_spaces_is_accepted() -> None:
     fields = dict(parse_qsl(told()))
     fields.pop("vnp_SecureHash")
     data = vnpay.form(fields).replace("+", "%20")
@@ -385,7 +385,7 @@ async def test_nothing_expires_before_both_clocks_say_so(minutes: int, clock: in
     assert isinstance(await unpaid.status(asked), outcome)
 
 
-async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it_as_an_ipn_tells_it() -> None:
+async def test_a_failed_payment_is_declined_within_the_urls_time_and_expired_after_it() -> None:
     failed = gateway(answered(TransactionStatus="02"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=14))
     assert isinstance(await failed.status(asked), Declined)
@@ -395,7 +395,7 @@ async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it
     assert isinstance(by_ipn.outcome, Expired)
 
 
-async def test_what_the_payer_began_has_a_day_to_end() -> None:
+async def test_a_payment_that_the_payer_began_expires_after_a_day() -> None:
     begun = gateway(answered(TransactionStatus="01"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24))
     assert isinstance(await begun.status(asked), RequiresAction)
@@ -428,7 +428,7 @@ async def test_our_own_mistake_is_told_loudly_and_is_no_word_about_the_payment(c
 
 
 @pytest.mark.parametrize("code", ["00", "91", "94", "08", "99"])
-async def test_what_is_no_mistake_of_ours_is_not_told_as_one(code: str) -> None:
+async def test_an_answer_that_is_not_our_mistake_logs_nothing(code: str) -> None:
     with capture_logs() as logs, suppress(OutcomeUnknown):
         await gateway(answered(ResponseCode=code)).status(charge())
     assert logs == []
@@ -484,7 +484,7 @@ async def test_a_refund_that_was_answered_with_too_many_requests_may_have_been_t
         ({"ResponseCode": "95"}, NotExecuted),
     ],
 )
-async def test_what_becomes_of_a_refund(told: dict[str, str], outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_refund_by_vnpays_answer(told: dict[str, str], outcome: type[Outcome]) -> None:
     sent: list[dict[str, Any]] = []
 
     def answer(body: dict[str, Any]) -> httpx.Response:
