@@ -30,11 +30,11 @@ from tests.support.outbox import (
     ids,
     insert,
     rows_of,
-    until,
 )
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import PLAIN, reading
 from tests.support.topic import arriving, read_until
+from tests.support.waiting import until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 TAKEOVER_SECONDS = 2.0

@@ -17,7 +17,7 @@ from app.maintenance import LAST_SUCCESS, LEDGER_DIFFERENCES, Maintenance
 from app.settings import Settings
 from infra.postgres import ledger
 from infra.postgres.ledger import CheckedPortion, LedgerDifference, check_all, check_changed, database_time
-from tests.integration.test_cli import run
+from tests.support.cli import run
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import delivery, new_payment_id, running_worker
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +30,9 @@ from app.show import FilterUnusable, Wanted, list_payments, moment
 from app.wiring import GATEWAYS
 from infra.local.server import free_port
 from tests.conftest import Topics
+from tests.support.cli import PAYMENTS, ROOT, environment, run
+from tests.support.waiting import wait_until
 
-PAYMENTS = [sys.executable, "-m", "app.cli"]
-ROOT = Path(__file__).resolve().parents[2]
 INSTANT = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
 
 
@@ -58,23 +58,6 @@ class Up:
         return done.returncode, json.loads(done.stdout)
 
 
-def environment(data_dir: Path, **settings: str) -> dict[str, str]:
-    # A width at which no line of what is looked for is broken.
-    return os.environ | {"PAYMENTS_DATA_DIR": str(data_dir), "COLUMNS": "200"} | settings
-
-
-def run(*arguments: str, data_dir: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PAYMENTS, *arguments],
-        cwd=ROOT,
-        env=environment(data_dir, **settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @contextlib.contextmanager
 def started(data_dir: Path, **settings: str) -> Iterator[Up]:
     """`payments up` from when it says that it is ready; killed with all that it started if a test left it running."""
@@ -98,13 +81,6 @@ def up(data_dir: Path) -> Iterator[Up]:
     folder.mkdir()
     with started(folder) as running:
         yield running
-
-
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.05)
 
 
 def new_charge(*more: str) -> list[str]:

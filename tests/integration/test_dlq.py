@@ -29,11 +29,10 @@ from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.postgres.letters import LetterDecisions
 from tests.conftest import PARTITIONS
-from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
 from tests.support.topic import read_until, send
-
-__all__ = ["settings"]
+from tests.support.waiting import until
+from tests.support.workers import UNREADABLE, committed, running, until_captured
 
 PARKED_AT = datetime(2026, 3, 1, tzinfo=UTC)
 ODD_HEADERS = [("trace", b"\xff\xfe"), ("x", b"")]

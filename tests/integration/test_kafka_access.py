@@ -38,10 +38,10 @@ from domain.commands import OperationKind
 from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedKafka
 from infra.local.server import HOST, free_port
-from tests.integration.test_consumer import UNREADABLE
-from tests.integration.test_consumer import running as running_worker
-from tests.integration.test_relay import running as running_relay
 from tests.support.outbox import fetch_value
+from tests.support.relays import running as running_relay
+from tests.support.workers import UNREADABLE
+from tests.support.workers import running as running_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD, ADMINS_PASSWORD = "s3cret-of-payments", "s3cret-of-admin"

@@ -30,10 +30,10 @@ from domain.rules import RetryPolicy
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from tests.contract.paypal import PAYS, PayPalSandbox
-from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import SECRET, SHOP, applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import QUICK_RETRY, InProcessWorker, delivery, new_payment_id, rules, running_worker, value
+from tests.support.waiting import until
 
 WEBHOOK_ID = "1PORTAL"
 

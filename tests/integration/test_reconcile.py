@@ -47,10 +47,10 @@ from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker
 from infra.postgres import statements
 from infra.postgres.pool import PINNED_PLANS, create_pool
 from infra.postgres.store import PostgresStore
-from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
 from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+from tests.support.waiting import until
 
 
 class Instant(BookkeepingGateway):

@@ -32,9 +32,6 @@ from infra.relay.replay import HEADER, Replay, Selection
 from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
-from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
-from tests.integration.test_relay_gap import ADVANCE, CREATE, DROP, StandingStill
-from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -45,11 +42,20 @@ from tests.support.outbox import (
     open_transaction,
     rows_of,
     set_database,
-    until,
+)
+from tests.support.relays import (
+    ADVANCE,
+    CREATE,
+    DROP,
+    StandingStill,
+    poisoned_payment,
+    published,
+    running,
+    set_topic_limit,
+    wal_only,
 )
 from tests.support.topic import read_until
-
-__all__ = ["config", "source"]
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 

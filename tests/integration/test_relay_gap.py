@@ -18,12 +18,11 @@ from infra.relay import relay as relay_module
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.progress import Repair
-from infra.relay.repairs import count_unproven, find_repair, request_repair
+from infra.relay.repairs import find_repair, request_repair
 from infra.relay.replay import Replay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
-from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -35,45 +34,11 @@ from tests.support.outbox import (
     open_transaction,
     rows_of,
     set_database,
-    until,
 )
 from tests.support.relay_source import PLAIN
+from tests.support.relays import ADVANCE, CREATE, DROP, StandingStill, is_all_proven, published, running, wal_only
 from tests.support.topic import read_until
-
-__all__ = ["config", "source"]
-
-DROP = "SELECT pg_drop_replication_slot(%s)"
-CREATE = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
-ADVANCE = "SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())"
-
-
-class StandingStill:
-    """A relay that is expected to stand still before a gap."""
-
-    def __init__(self, config: RelayConfig) -> None:
-        self.config = replace(config, gap_seconds=0.1)
-        self.relay = Relay(self.config)
-        self._stop = asyncio.Event()
-
-    async def __aenter__(self) -> "StandingStill":
-        self._task = asyncio.create_task(self.relay.run(self._stop))
-        await until(lambda: self._task.done() or self.relay.health.detail.startswith("gap"))
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._stop.set()
-        await asyncio.wait_for(self._task, 30)
-
-    async def decide(self, repair: Repair) -> int:
-        """As `payments relay repair` does; how many events it published."""
-        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
-            assert await request_repair(connection, self.config.slot, repair)
-            await until(lambda: self.relay.health.detail == "active")
-            return (await find_repair(connection, self.config.slot))[2]
-
-    async def unproven(self) -> int:
-        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
-            return (await count_unproven(connection, self.config.slot))[0]
+from tests.support.waiting import until
 
 
 async def before_the_gap(config: RelayConfig, rows: list[Row]) -> None:
@@ -720,13 +685,6 @@ async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactio
         await commit(config.postgres_url, ours)
         assert_first_deliveries_in_order(await published(config, *theirs, *ours), theirs + ours)
         await until(lambda: is_all_proven(config))
-
-
-async def is_all_proven(config: RelayConfig) -> bool:
-    return (await StandingStill(config).unproven(), (await read_status(config.postgres_url)).relays[0].lag_seconds) == (
-        0,
-        0,
-    )
 
 
 async def test_on_another_server_nothing_counts_as_published(config: RelayConfig) -> None:

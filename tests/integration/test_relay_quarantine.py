@@ -29,36 +29,26 @@ from infra.relay.replay import Replay, Selection
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
 from tests.conftest import PARTITIONS
-from tests.integration.test_relay import (
-    config,
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
+from tests.support.relay_source import also_plain
+from tests.support.relays import (
+    HUGE,
     frozen,
+    is_all_proven,
+    poisoned_payment,
     published,
     running,
     set_topic_limit,
-    source,
     wal_only,
     without_leader,
 )
-from tests.integration.test_relay_gap import is_all_proven
-from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of, until
-from tests.support.relay_source import also_plain
-
-__all__ = ["config", "source"]
-
-HUGE = f'"{"x" * 2_000_000}"'
+from tests.support.waiting import until
 
 
 @pytest.fixture
 async def desk(config: RelayConfig) -> AsyncIterator[QuarantineDesk]:
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         yield QuarantineDesk(connection, config.slot)
-
-
-def poisoned_payment() -> list[Row]:
-    """Three events; the second is too large for the topic."""
-    rows = rows_of("pay_0001", 3)
-    rows[1] = rows[1]._replace(payload=HUGE)
-    return rows
 
 
 async def entries(desk: QuarantineDesk) -> list[tuple[str, int, str]]:

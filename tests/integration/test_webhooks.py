@@ -33,10 +33,10 @@ from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.pool import create_pool
 from infra.postgres.store import PostgresStore
 from infra.sandbox.momo import IPN
-from tests.integration.test_consumer import until
 from tests.integration.test_http import served
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+from tests.support.waiting import until
 
 SECRET = "whsec_test"
 SHOP = "https://shop.invalid/return"

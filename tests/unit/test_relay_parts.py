@@ -28,8 +28,8 @@ from infra.relay.session import Session
 from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
-from tests.support.outbox import until
 from tests.support.publishing import flush
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 EVENT = OutboxEvent(
