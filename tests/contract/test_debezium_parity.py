@@ -26,16 +26,7 @@ from infra.local.server import LocalServerError, silent
 from infra.relay import RelayConfig
 from infra.relay.repairs import request_repair
 from tests.conftest import PARTITIONS, Topics
-from tests.support.outbox import (
-    Row,
-    assert_first_deliveries_in_order,
-    commit,
-    complete,
-    fetch_value,
-    ids,
-    rows_of,
-    until,
-)
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, complete, fetch_value, ids, rows_of
 from tests.support.parity import (
     Message,
     create_slot,
@@ -48,6 +39,7 @@ from tests.support.parity import (
     varied_transactions,
 )
 from tests.support.topic import read_until
+from tests.support.waiting import until
 
 GOLDENS_PATH = Path(__file__).parent / "goldens" / "debezium" / "messages.json"
 GOLDENS: list[dict[str, Any]] = json.loads(GOLDENS_PATH.read_text())

@@ -31,10 +31,10 @@ from domain.settle import SUCCESS_EVENTS
 from handlers import metrics
 from infra.postgres.pool import create_pool
 from tests.contract.providers import PROVIDERS, Provider
-from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import applying
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker
 from tests.support.site import Site, running_site
+from tests.support.waiting import until
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 MOVING = (CHARGE, CAPTURE, REFUND)
@@ -286,7 +286,7 @@ async def test_however_webhooks_come_all_ends_well_once_and_the_books_agree(
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-async def test_what_its_payer_abandoned_expires_once_and_can_be_tried_again_however_webhooks_come(
+async def test_an_abandoned_payment_expires_once_and_can_be_tried_again_however_webhooks_come(
     site: Site, provider: Provider, postgres_url: str, manner: str
 ) -> None:
     if not provider.tells_of_abandoned:

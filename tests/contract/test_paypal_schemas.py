@@ -128,7 +128,7 @@ def said(path: str, body: Any, answer: Any = None, status: int = 201, **headers:
     return violations(Exchange(request, None if answer is None else httpx.Response(status, json=answer)))
 
 
-def test_what_is_as_documented_is_not_complained_about() -> None:
+def test_documented_messages_raise_no_complaint() -> None:
     assert said("/v2/checkout/orders", ORDER) == []
     assert said("/v2/payments/captures/C1/refund", {}, REFUND) == []
     assert said("/v2/payments/captures/C1/refund", {}, REFUSAL, 422) == []

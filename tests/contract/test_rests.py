@@ -17,8 +17,8 @@ from domain.operations import RequiresAction, Succeeded, Unknown
 from domain.ports import Resting
 from tests.contract.gateway_requests import a_request, in_doubt
 from tests.contract.providers import PROVIDERS
-from tests.integration.test_consumer import until
 from tests.support.sandbox import running_sandbox
+from tests.support.waiting import until
 
 SAY_SO = ("stripe", "paypal")
 

@@ -22,9 +22,9 @@ from domain.operations import GatewayRequest, OperationState, Succeeded
 from infra.local.server import free_port
 from tests.contract.providers import PROVIDERS, Provider
 from tests.contract.test_every_gateway import Till
-from tests.integration.test_consumer import until
 from tests.support.sandbox import start_sandbox
 from tests.support.site import Site
+from tests.support.waiting import until
 
 AUTHORIZE, CHARGE, CAPTURE, _VOID, REFUND = OperationKind
 STORIES = ((CHARGE, REFUND), (AUTHORIZE, CAPTURE))

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from app.demo.orders import STORIES, Planned, stream
 from app.demo.run import check_told
 from app.demo.tally import DemoTally
 from app.stack_file import StackFile
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = 40
@@ -37,13 +37,6 @@ def demo(data_dir: Path) -> Iterator["subprocess.Popen[str]"]:
     finally:
         process.terminate()
         process.wait(60)
-
-
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.05)
 
 
 def test_the_demo_keeps_every_promise(tmp_data_dir: Path) -> None:

@@ -33,9 +33,10 @@ from tests.fault.test_relay_faults import (
     slot_position,
     subscriber,
 )
-from tests.support.outbox import fetch_value, until, write_next
+from tests.support.outbox import fetch_value, write_next
 from tests.support.relay_source import reading
 from tests.support.standby import PHYSICAL_SLOT, Standby
+from tests.support.waiting import until
 
 __all__ = ["subscriber"]
 

@@ -26,9 +26,9 @@ from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
 from infra.relay.scan import SCAN
 from tests.conftest import PARTITIONS, Topics
-from tests.support.outbox import until
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import also_plain, reading
+from tests.support.waiting import until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 LATENCY_OF_TAKEOVER_SECONDS = 5.0

@@ -30,11 +30,11 @@ from tests.support.outbox import (
     ids,
     insert,
     rows_of,
-    until,
 )
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import PLAIN, reading
 from tests.support.topic import arriving, read_until
+from tests.support.waiting import until
 
 PAYMENTS = [f"pay_{number}" for number in range(20)]
 TAKEOVER_SECONDS = 2.0
@@ -154,7 +154,7 @@ async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
 
 
 @pytest.mark.parametrize("config", ["wal", PLAIN], indirect=True)
-async def test_what_was_written_down_is_not_repeated_though_the_slot_was_not_told(
+async def test_events_before_the_saved_progress_are_not_repeated_though_the_slot_is_behind(
     config: RelayConfig, start_relay: StartRelay
 ) -> None:
     """A relay that never lives long enough to tell it would begin at the same place again and again."""

@@ -22,10 +22,10 @@ from infra.relay.errors import PostgresAway
 from infra.relay.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.fault.test_relay_kills import assert_all_arrived, load, more
-from tests.support.outbox import until
 from tests.support.proxy import ProxiedKafka, Proxy
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import also_plain, reading
+from tests.support.waiting import until
 
 CUTS = 8
 STALL_SECONDS = 5

@@ -20,8 +20,9 @@ from infra.relay import RelayConfig
 from infra.relay.errors import TopicMissing
 from infra.relay.publisher import Publisher
 from tests.conftest import PARTITIONS
-from tests.integration.test_relay import published, running
-from tests.support.outbox import assert_first_deliveries_in_order, commit, rows_of, until
+from tests.support.outbox import assert_first_deliveries_in_order, commit, rows_of
+from tests.support.relays import published, running
+from tests.support.waiting import until
 
 MISSING = "payments.mistyped"
 

@@ -17,7 +17,7 @@ from app.maintenance import LAST_SUCCESS, LEDGER_DIFFERENCES, Maintenance
 from app.settings import Settings
 from infra.postgres import ledger
 from infra.postgres.ledger import CheckedPortion, LedgerDifference, check_all, check_changed, database_time
-from tests.integration.test_cli import run
+from tests.support.cli import run
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import delivery, new_payment_id, running_worker
 
@@ -124,7 +124,7 @@ async def test_portion_by_portion_everything_is_looked_at(
     assert {each.payment_id for each in found} == set(payments)
 
 
-async def test_what_changed_is_read_by_an_index_a_portion_at_a_time(
+async def test_changed_payments_are_read_by_an_index_in_portions(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
     """Read through for it, the outbox of a busy day would be held for longer than a statement may take."""
@@ -145,7 +145,7 @@ async def look(maintenance: Maintenance) -> None:
     await maintenance.check_everything()
 
 
-async def test_what_changed_is_looked_at_all_along_and_what_differs_until_it_is_mended(
+async def test_changed_payments_are_checked_repeatedly_and_differing_ones_until_they_agree(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
     payments = await pay(postgres_url, 2)
@@ -204,7 +204,7 @@ async def test_a_look_that_breaks_off_keeps_what_it_found_and_says_up_to_when_al
     assert REGISTRY.get_sample_value("payments_ledger_checked_timestamp_seconds") == checked
 
 
-async def test_what_changed_is_looked_at_though_a_look_at_everything_breaks_off_and_that_goes_on_where_it_was(
+async def test_changed_payments_are_checked_though_a_full_check_breaks_off_and_later_resumes(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payments = sorted(await pay(postgres_url, 3))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +30,9 @@ from app.show import FilterUnusable, Wanted, list_payments, moment
 from app.wiring import GATEWAYS
 from infra.local.server import free_port
 from tests.conftest import Topics
+from tests.support.cli import PAYMENTS, ROOT, environment, run
+from tests.support.waiting import wait_until
 
-PAYMENTS = [sys.executable, "-m", "app.cli"]
-ROOT = Path(__file__).resolve().parents[2]
 INSTANT = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
 
 
@@ -58,23 +58,6 @@ class Up:
         return done.returncode, json.loads(done.stdout)
 
 
-def environment(data_dir: Path, **settings: str) -> dict[str, str]:
-    # A width at which no line of what is looked for is broken.
-    return os.environ | {"PAYMENTS_DATA_DIR": str(data_dir), "COLUMNS": "200"} | settings
-
-
-def run(*arguments: str, data_dir: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PAYMENTS, *arguments],
-        cwd=ROOT,
-        env=environment(data_dir, **settings),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @contextlib.contextmanager
 def started(data_dir: Path, **settings: str) -> Iterator[Up]:
     """`payments up` from when it says that it is ready; killed with all that it started if a test left it running."""
@@ -98,13 +81,6 @@ def up(data_dir: Path) -> Iterator[Up]:
     folder.mkdir()
     with started(folder) as running:
         yield running
-
-
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.05)
 
 
 def new_charge(*more: str) -> list[str]:
@@ -417,7 +393,7 @@ def test_a_kafka_that_does_not_answer_is_not_waited_for_and_nothing_was_sent(
     assert time.monotonic() - started < 10
 
 
-def test_where_kafka_is_away_only_what_to_do_is_said_about_dead_letters(tmp_path: Path, postgres_url: str) -> None:
+def test_dlq_list_without_kafka_reports_the_error_and_what_to_check(tmp_path: Path, postgres_url: str) -> None:
     away = {"PAYMENTS_KAFKA_BOOTSTRAP": "127.0.0.1:1", "PAYMENTS_POSTGRES_URL": postgres_url}
     done = run("dlq", "list", data_dir=tmp_path, **away)
     assert done.returncode == 1
@@ -547,7 +523,7 @@ def test_the_simulators_help_names_all_four(tmp_path: Path) -> None:
     assert all(name in told for name in ("Stripe", "PayPal", "VNPay", "MoMo"))
 
 
-def test_where_the_servers_are_is_for_nobody_elses_eyes(up: Up) -> None:
+def test_the_file_with_the_servers_addresses_is_readable_by_its_owner_only(up: Up) -> None:
     assert (up.data_dir / "stack.json").stat().st_mode & 0o077 == 0
 
 
@@ -656,7 +632,7 @@ def test_the_advice_to_ask_again_holds_the_key_as_it_was_given(up: Up) -> None:
     assert words[words.index("--idempotency-key") + 1] == key
 
 
-def test_what_others_wrote_is_shown_as_they_wrote_it(up: Up) -> None:
+def test_text_of_others_is_shown_without_markup_or_control_codes(up: Up) -> None:
     order, customer = f"[/x]:ticket:{uuid.uuid4()}", f"[red]\x1b[2J{uuid.uuid4()}"
     _, event = up.send(*new_charge("--order-id", order, "--customer-id", customer))
     for told in (up.run("list", "--customer", customer), up.run("show", event["payment_id"])):
@@ -783,7 +759,7 @@ def test_a_second_up_refuses_and_says_where_the_first_is(up: Up) -> None:
     assert up.process.poll() is None
 
 
-def test_what_up_says_to_try_can_be_tried_in_another_terminal(up: Up) -> None:
+def test_the_commands_that_up_suggests_work_in_another_terminal(up: Up) -> None:
     told = (up.data_dir / "up.out").read_text() + up.run("up").stdout
     hints = re.findall("(?:try|Use it:) +payments (send charge .*)", told)
     assert len(hints) == 2

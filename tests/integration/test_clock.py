@@ -9,9 +9,8 @@ from structlog.testing import capture_logs
 
 from app.clock import OFFSET_SECONDS, note_offset
 from app.settings import Settings
-from tests.integration.test_consumer import running, settings, until
-
-__all__ = ["settings"]
+from tests.support.waiting import until
+from tests.support.workers import running
 
 
 def told() -> float:

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -23,49 +23,17 @@ from structlog.testing import capture_logs
 from app import wiring
 from app.health import troubles
 from app.settings import Settings
-from app.worker import Worker
 from domain.errors import StoreUnavailable
 from handlers import metrics
 from infra.local import EmbeddedValkey
 from infra.local.server import free_port
 from infra.postgres import clock, store
-from tests.conftest import PARTITIONS, Topics
+from tests.conftest import PARTITIONS
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import body, delivery, events_of, new_payment_id, running_worker, value
 from tests.support.topic import read_until, send
-
-UNREADABLE = b" \xff{ not json \n"
-
-
-@pytest.fixture
-def settings(postgres_url: str, kafka_bootstrap: str, redis_url: str, topics: Topics) -> Settings:
-    return Settings(
-        postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
-        redis_url=redis_url,
-        commands_topic=topics.commands,
-        events_topic=topics.events,
-        dead_letter_topic=topics.dlq,
-        consumer_group=topics.commands,
-        gateways=["instant"],
-        default_gateway="instant",
-        lease_seconds=2,
-        retry_first_delay_seconds=0.2,
-        sweep_interval_seconds=0.2,
-    )
-
-
-@asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Worker]:
-    """A worker; leaving the block stops it cleanly and raises what went wrong in it."""
-    stop, worker = asyncio.Event(), Worker(settings)
-    task = asyncio.create_task(worker.run(stop))
-    try:
-        yield worker
-    finally:
-        stop.set()
-        async with asyncio.timeout(40):
-            await task
+from tests.support.waiting import until
+from tests.support.workers import UNREADABLE, captured, charges, committed, running, until_captured
 
 
 class SilentInstant(BookkeepingGateway):
@@ -99,38 +67,6 @@ def worker_process(settings: Settings, **others: Any) -> Iterator[subprocess.Pop
     yield process
     process.kill()
     process.wait()
-
-
-async def until(condition: Callable[[], Awaitable[bool]], *, timeout_seconds: float = 60) -> None:
-    async with asyncio.timeout(timeout_seconds):
-        while not await condition():
-            await asyncio.sleep(0.02)
-
-
-async def until_captured(settings: Settings, count: int) -> None:
-    async def is_done() -> bool:
-        return bool(await captured(settings) >= count)
-
-    await until(is_done)
-
-
-async def captured(settings: Settings) -> int:
-    return int(await value(settings.postgres_url, "SELECT count(*) FROM payments WHERE status = 'captured'"))
-
-
-async def committed(settings: Settings) -> int:
-    """The sum of the group's committed offsets: how many commands Kafka may forget for it."""
-    async with AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka_bootstrap, group_id=settings.consumer_group, enable_auto_commit=False
-    ) as reader:
-        offsets = [
-            await reader.committed(TopicPartition(settings.commands_topic, number)) for number in range(PARTITIONS)
-        ]
-    return sum(each or 0 for each in offsets)
-
-
-def charges(payments: list[UUID]) -> list[tuple[bytes | None, bytes | None]]:
-    return [(str(each).encode(), body("charge", each, f"charge-{each}")) for each in payments]
 
 
 def counted(name: str, **labels: str) -> float:
@@ -266,7 +202,7 @@ async def test_a_topic_that_ends_before_what_was_read_of_it_is_told_and_read_aga
     assert counted("payments_commands_lost_total") == before
 
 
-async def test_where_only_the_end_of_a_transaction_is_deleted_nothing_is_lost(settings: Settings) -> None:
+async def test_deleting_only_a_transaction_marker_counts_no_lost_commands(settings: Settings) -> None:
     before, payment = counted("payments_commands_lost_total"), uuid4()
     async with AIOKafkaProducer(
         bootstrap_servers=settings.kafka_bootstrap, transactional_id=f"orders-{payment}"
@@ -513,7 +449,7 @@ async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings)
     assert dict(letter.headers)["dlq_reason"] == b"empty"
 
 
-async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when_it_ends(settings: Settings) -> None:
+async def test_calls_begun_before_a_worker_joins_its_group_are_saved_when_it_ends(settings: Settings) -> None:
     """It sweeps at once, and may have to wait for the others of its group before it may read commands."""
     async with running_worker(settings.postgres_url, SilentInstant()) as worker:
         await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
@@ -532,7 +468,7 @@ async def test_what_a_worker_has_begun_before_its_group_lets_it_in_is_saved_when
     assert await captured(settings) == 1
 
 
-async def test_what_a_worker_has_just_claimed_when_it_ends_is_given_back(
+async def test_operations_just_claimed_when_a_worker_ends_are_given_back(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lease would run out, and what was never sent would be in doubt."""
@@ -574,7 +510,7 @@ async def test_a_worker_that_ends_while_postgres_is_away_leaves_its_group(
         assert [group[1:3] for group in described.groups] == [(settings.consumer_group, "Empty")]
 
 
-async def test_what_pages_when_counted_once_is_there_before_from_a_workers_start(settings: Settings) -> None:
+async def test_counters_that_page_at_one_exist_at_zero_from_a_workers_start(settings: Settings) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     for counter in (metrics.DISAGREEING, metrics.NOTICES_DISAGREEING):
         counter.clear()

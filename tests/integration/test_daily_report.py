@@ -208,7 +208,7 @@ async def test_each_capture_and_refund_is_held_against_paypals_list(
     assert causes["USD 5.00"].startswith("a refund made in the provider's portal")
 
 
-async def test_what_was_heard_of_and_is_not_in_paypals_list_is_told(
+async def test_a_movement_known_to_us_but_not_listed_by_paypal_is_reported(
     postgres_url: str, sandbox_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = {"paypal_client_id": "x", "paypal_client_secret": "x", "paypal_api_base": sandbox_url}

@@ -29,11 +29,10 @@ from infra.kafka.dead_letters import KafkaDeadLetters, dead_letter_producer
 from infra.kafka.topics import ensure_topics, has_topic
 from infra.postgres.letters import LetterDecisions
 from tests.conftest import PARTITIONS
-from tests.integration.test_consumer import UNREADABLE, committed, running, settings, until, until_captured
 from tests.support.service import body, events_of, new_payment_id, value
 from tests.support.topic import read_until, send
-
-__all__ = ["settings"]
+from tests.support.waiting import until
+from tests.support.workers import UNREADABLE, committed, running, until_captured
 
 PARKED_AT = datetime(2026, 3, 1, tzinfo=UTC)
 ODD_HEADERS = [("trace", b"\xff\xfe"), ("x", b"")]
@@ -159,7 +158,7 @@ async def test_letters_are_kept_and_a_topic_from_before_that_loses_them_is_told(
 # --- before parking ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_heals_is_not_parked_and_its_payments_later_commands_wait_for_it(
+async def test_a_command_that_heals_is_not_parked_and_its_payments_later_commands_wait_for_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, others = new_payment_id(), [new_payment_id() for _ in range(20)]
@@ -180,7 +179,7 @@ async def test_what_heals_is_not_parked_and_its_payments_later_commands_wait_for
     assert await letters(settings) == []
 
 
-async def test_what_does_not_heal_is_parked_and_a_retry_charges_once(
+async def test_a_command_that_does_not_heal_is_parked_and_a_retry_charges_once(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned, other = new_payment_id(), new_payment_id()
@@ -390,7 +389,7 @@ async def test_a_letter_that_another_operator_has_decided_about_is_not_published
         assert set((await consumer.end_offsets(places)).values()) == {0}
 
 
-async def test_what_was_decided_before_is_told_and_left_as_it_was(
+async def test_an_earlier_dead_letter_decision_is_reported_and_kept(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, other = [await put(settings, b"v", headers=facts(settings)) for _ in range(2)]
@@ -435,7 +434,7 @@ async def test_a_letter_in_the_place_of_one_on_a_topic_that_is_gone_is_open(
         await make_anew(settings.kafka_bootstrap, settings.dead_letter_topic)
 
 
-async def test_what_the_release_before_decided_counts_for_what_was_parked_until_then(
+async def test_dead_letter_decisions_of_the_previous_release_still_count(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition, offset = (await put(settings, b"v", headers=facts(settings))).split(":")

@@ -339,7 +339,7 @@ class BusyUntil(BookkeepingGateway):
         return await super()._execute(request)
 
 
-async def test_what_was_refused_at_the_door_is_not_executed_past_its_own_time(postgres_url: str) -> None:
+async def test_a_charge_that_the_provider_never_accepted_is_not_executed_after_its_expiry(postgres_url: str) -> None:
     expires_at = datetime.now(UTC) + timedelta(seconds=1)
     payment_id, gateway = new_payment_id(), BusyUntil(expires_at)
     async with running_worker(postgres_url, gateway, sweeping=True) as worker:

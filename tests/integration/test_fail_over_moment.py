@@ -9,7 +9,7 @@ import pytest
 from app import clock, slots
 from app.maintenance import Maintenance
 from app.settings import Settings
-from tests.integration.test_cli import run
+from tests.support.cli import run
 
 
 def nobody_writes(postgres_url: str) -> str:

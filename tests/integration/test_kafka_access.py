@@ -38,10 +38,10 @@ from domain.commands import OperationKind
 from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedKafka
 from infra.local.server import HOST, free_port
-from tests.integration.test_consumer import UNREADABLE
-from tests.integration.test_consumer import running as running_worker
-from tests.integration.test_relay import running as running_relay
 from tests.support.outbox import fetch_value
+from tests.support.relays import running as running_relay
+from tests.support.workers import UNREADABLE
+from tests.support.workers import running as running_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD, ADMINS_PASSWORD = "s3cret-of-payments", "s3cret-of-admin"
@@ -255,7 +255,9 @@ COMMANDS: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("way", WAYS[:1], ids="-".join)
 @pytest.mark.parametrize("wrong", [{"kafka_sasl_password": "wrong"}, {}], ids=["wrong password", "in the clear"])
-async def test_who_is_not_let_in_is_told_what_to_look_at(told: dict[str, str], wrong: dict[str, str]) -> None:
+async def test_a_refused_kafka_login_is_reported_with_the_settings_to_check(
+    told: dict[str, str], wrong: dict[str, str]
+) -> None:
     kept = {name: value for name, value in told.items() if wrong or not name.startswith("kafka_s")}
     kept |= {name: str(free_port()) for name in ("worker_port", "relay_port")}
     for command in COMMANDS:
@@ -263,7 +265,7 @@ async def test_who_is_not_let_in_is_told_what_to_look_at(told: dict[str, str], w
 
 
 @pytest.mark.parametrize("way", WAYS[:1], ids="-".join)
-async def test_who_lacks_a_right_is_told_where_the_rights_are(told: dict[str, str]) -> None:
+async def test_a_missing_kafka_right_is_reported_with_the_page_that_lists_the_rights(told: dict[str, str]) -> None:
     done = await payments(told | {"events_topic": "not.ours"}, "migrate")
     assert done.returncode == 1
     assert "docs/operations/kafka.md has the rights" in done.stderr

@@ -255,7 +255,7 @@ async def first_record(bootstrap: str, topic: str) -> bytes | None:
         return value
 
 
-def test_who_asks_for_many_free_ports_is_given_different_ones() -> None:
+def test_many_free_ports_are_all_different() -> None:
     ports = [free_port() for _ in range(500)]
 
     assert len(set(ports)) == len(ports)

@@ -199,7 +199,7 @@ async def test_a_webhook_that_somebody_holds_ends_a_round_and_not_the_process(
     assert told | {"log_level": "warning"} in logs
 
 
-async def test_what_maintenance_leaves_undone_is_not_told_as_a_server_that_is_away(
+async def test_unfinished_maintenance_is_not_reported_as_an_unreachable_server(
     postgres_url: str,
     kafka_bootstrap: str,
     topics: Topics,
@@ -447,7 +447,7 @@ async def test_a_poll_alone_is_a_publisher(aged: Aged) -> None:
 
 
 @pytest.mark.parametrize("gap", [None, "this is another Postgres server than before"])
-async def test_what_a_relay_has_published_on_another_server_lets_nothing_be_dropped(
+async def test_progress_saved_on_another_server_lets_no_partition_be_dropped(
     aged: Aged, gap: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dump restored elsewhere: the mark goes by that server's transactions, which were further on."""
@@ -566,7 +566,7 @@ async def test_while_nothing_happens_what_is_proven_to_be_published_may_go(
     assert report.dropped == ((old,) if is_proven else ())
 
 
-async def test_what_a_long_transaction_writes_after_the_look_is_not_dropped(
+async def test_a_partition_written_to_after_the_check_is_not_dropped(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = today() - timedelta(days=20)

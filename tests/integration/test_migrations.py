@@ -90,7 +90,7 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
     }
 
 
-async def test_what_was_returned_of_other_attempts_is_no_hindrance_to_going_back(
+async def test_refunds_of_other_attempts_do_not_prevent_a_downgrade(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
     """Both payments were paid twice, and of one the second hundred was given back."""
@@ -283,7 +283,7 @@ async def until_accepted(worker: InProcessWorker, given: Delivery) -> None:
 
 
 @pytest.mark.parametrize("table", ["operations", "inbox"])
-async def test_what_has_settled_is_vacuumed_before_claims_walk_past_millions_of_it(
+async def test_autovacuum_of_settled_rows_is_set_to_an_absolute_threshold(
     connection: asyncpg.Connection, table: str
 ) -> None:
     options = await connection.fetchval("SELECT reloptions FROM pg_class WHERE oid = $1::text::regclass", table)

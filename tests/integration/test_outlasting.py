@@ -22,11 +22,12 @@ from infra.postgres import pool as pool_module
 from infra.postgres.pool import close_pool, create_pool
 from infra.postgres.store import PostgresStore
 from tests.conftest import Topics
-from tests.integration.test_consumer import charges, committed, running, until, until_captured
-from tests.integration.test_relay import frozen
 from tests.support.provider import BookkeepingGateway
+from tests.support.relays import frozen
 from tests.support.service import NoHint, delivery, events_of, new_payment_id, rules, running_worker, value
 from tests.support.topic import read_until, send
+from tests.support.waiting import until
+from tests.support.workers import charges, committed, running, until_captured
 
 
 @pytest.fixture

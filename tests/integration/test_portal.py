@@ -30,10 +30,10 @@ from domain.rules import RetryPolicy
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from tests.contract.paypal import PAYS, PayPalSandbox
-from tests.integration.test_consumer import until
 from tests.integration.test_webhooks import SECRET, SHOP, applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import QUICK_RETRY, InProcessWorker, delivery, new_payment_id, rules, running_worker, value
+from tests.support.waiting import until
 
 WEBHOOK_ID = "1PORTAL"
 
@@ -311,7 +311,7 @@ async def test_a_refund_in_the_dashboard_that_came_back_is_taken_back(
     assert await value(postgres_url, "SELECT state FROM operations WHERE idempotency_key IS NULL") == "declined"
 
 
-async def test_what_paypal_reverses_is_for_a_person_unless_a_dispute_accounts_for_it(
+async def test_a_paypal_reversal_needs_a_person_unless_a_dispute_accounts_for_it(
     postgres_url: str, sandbox: tuple[str, httpx.Client], capsys: pytest.CaptureFixture[str]
 ) -> None:
     portal = PayPalsPages(*sandbox)
@@ -339,7 +339,7 @@ async def test_what_paypal_reverses_is_for_a_person_unless_a_dispute_accounts_fo
     assert await value(postgres_url, "SELECT sum(refunded_minor)::bigint FROM payments") == 0
 
 
-async def test_where_two_orders_were_paid_a_refund_at_paypals_pages_is_of_the_one_that_its_capture_is_of(
+async def test_a_refund_in_paypals_portal_belongs_to_the_order_of_its_capture(
     postgres_url: str, sandbox: tuple[str, httpx.Client]
 ) -> None:
     portal = PayPalsPages(*sandbox)

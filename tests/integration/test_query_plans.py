@@ -103,7 +103,7 @@ async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
     assert "Sort" not in plan, plan
 
 
-async def test_what_is_due_of_a_gateway_is_read_past_no_other_gateways(pinned: asyncpg.Connection) -> None:
+async def test_due_operations_are_read_by_an_index_on_their_gateway(pinned: asyncpg.Connection) -> None:
     plan = await generic_plan(pinned, STATEMENTS["CLAIM_DUE"])
     assert re.search(r"Index Cond: \(\(gateway = [\w.]+\) AND \(due_at IS NOT NULL\) AND \(due_at <= .+\)\)", plan), (
         plan

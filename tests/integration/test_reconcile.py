@@ -47,10 +47,10 @@ from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker
 from infra.postgres import statements
 from infra.postgres.pool import PINNED_PLANS, create_pool
 from infra.postgres.store import PostgresStore
-from tests.integration.test_consumer import until
 from tests.support.provider import BookkeepingGateway
 from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+from tests.support.waiting import until
 
 
 class Instant(BookkeepingGateway):
@@ -323,9 +323,7 @@ async def test_a_new_hold_is_asked_about_from_its_own_end_whatever_was_asked_abo
 @pytest.mark.parametrize(
     "also", [{"captured_minor": 5_000}, {"captured_minor": 5_000, "refunded_minor": 4_000}], ids=str
 )
-async def test_what_is_left_of_a_hold_is_asked_about_under_every_status(
-    postgres_url: str, also: dict[str, int]
-) -> None:
+async def test_the_rest_of_a_hold_is_reconciled_under_every_status(postgres_url: str, also: dict[str, int]) -> None:
     gateway = StillHeld()
     status = "partially_refunded" if "refunded_minor" in also else "partially_captured"
     async with running_worker(postgres_url, gateway) as worker:
@@ -363,7 +361,7 @@ def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_what_is_stuck_is_counted_as_checked_healed_and_disagreeing(postgres_url: str) -> None:
+async def test_stuck_operations_are_counted_as_checked_healed_and_disagreeing(postgres_url: str) -> None:
     gateway = BookkeepingGateway()
     gateway.outcome = lambda request: Pending(request.provider_key)
     payments = [new_payment_id() for _ in range(3)]
@@ -550,7 +548,7 @@ async def test_a_gateway_without_room_keeps_no_other_from_being_looked_after(pos
     pool.terminate()
 
 
-async def test_what_is_of_a_gateway_that_is_not_here_is_left_to_whoever_has_it_until_nobody_seems_to(
+async def test_operations_of_a_gateway_not_configured_here_are_left_to_other_workers_for_hours(
     postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     payment_id, gateway = new_payment_id(), BookkeepingGateway()
@@ -568,7 +566,7 @@ async def test_what_is_of_a_gateway_that_is_not_here_is_left_to_whoever_has_it_u
     assert (await events_of(postgres_url, payment_id))[-1]["reason"] == "gateway_unavailable"
 
 
-async def test_what_is_left_at_a_gateway_that_is_not_here_is_told(
+async def test_reconcile_reports_what_is_left_at_a_gateway_not_configured_here(
     postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await under_way(postgres_url, BookkeepingGateway(), lambda request: Pending(request.provider_key), 3)
@@ -749,7 +747,7 @@ async def test_a_ruling_that_cannot_be_is_refused_and_changes_nothing(
     assert await events_of(postgres_url, payment) == before
 
 
-async def test_what_moved_another_amount_is_booked_with_that(postgres_url: str, redis_url: str) -> None:
+async def test_a_ruling_with_another_amount_books_that_amount(postgres_url: str, redis_url: str) -> None:
     payment = await in_review(postgres_url)
     finding = Finding(payment, 2, "succeeded", "the portal", amount="40")
     assert await asyncio.to_thread(rule, here(postgres_url, redis_url), finding) == 0
@@ -826,7 +824,7 @@ async def test_a_charge_is_never_booked_with_more_than_was_asked_for(postgres_ur
     assert await value(postgres_url, "SELECT captured_minor FROM payments") == 9_999
 
 
-async def test_what_will_be_booked_is_told_and_asked_about_first(postgres_url: str, redis_url: str) -> None:
+async def test_a_ruling_shows_what_it_will_book_and_asks_first(postgres_url: str, redis_url: str) -> None:
     payment = await in_review(postgres_url)
     before = await events_of(postgres_url, payment)
     given = ["--operation", "2", "--as", "succeeded", "--evidence", "the portal", "--amount", "40"]
@@ -894,7 +892,7 @@ async def under_way(
     await value(postgres_url, "UPDATE operations SET due_at = now() + interval '1 hour'")
 
 
-async def test_what_a_provider_that_rests_keeps_from_being_asked_is_left_to_workers_at_once_and_told(
+async def test_reconcile_leaves_operations_of_a_resting_provider_to_workers_and_reports_them(
     postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = Limiting()
@@ -966,7 +964,7 @@ async def test_told_to_end_it_saves_what_is_under_way_and_gives_back_the_rest(
     assert f"{left} left at instant: told to end" in told.decode()
 
 
-async def test_what_was_refused_at_the_door_is_claimed_before_whatever_else_has_been_due_for_longer(
+async def test_operations_that_never_reached_the_provider_are_claimed_beside_longer_due_ones(
     postgres_url: str,
 ) -> None:
     gateway = BookkeepingGateway()

@@ -11,14 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import aiokafka.client
-import psutil
 import psycopg
 import pytest
-from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.cluster import ClusterMetadata
-from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from infra.kafka.access import KafkaAccess
 from infra.kafka.topics import ensure_topics, has_topic
@@ -35,16 +30,15 @@ from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
     commit,
-    complete,
     fetch_value,
     ids,
     insert,
     rows_of,
     set_database,
-    until,
 )
-from tests.support.relay_source import also_plain, reading
-from tests.support.topic import read_until
+from tests.support.relay_source import also_plain
+from tests.support.relays import frozen, published, running, slot, wal_only, without_leader
+from tests.support.waiting import until
 
 GOLDEN = [
     # key, its partition among eight, type, payload as stored, the value's bytes on the topic
@@ -78,43 +72,6 @@ GOLDEN = [
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-wal_only = pytest.mark.parametrize("source", ["wal"], indirect=True)
-
-
-@pytest.fixture(params=["wal", "poll"])
-def source(request: pytest.FixtureRequest) -> Any:
-    """Every test holds for both, but for those about the slot."""
-    return request.param
-
-
-@pytest.fixture
-def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> Iterator[RelayConfig]:
-    """A relay of this test's own; its slot ends with the test."""
-    yield RelayConfig(
-        postgres_url=postgres_url,
-        kafka=KafkaAccess(kafka_bootstrap),
-        topic=topics.events,
-        slot=f"test_{uuid4().hex[:12]}",
-        **reading(source),
-        feedback_seconds=0.1,
-        standby_seconds=0.1,
-    )
-    drop_database(postgres_url)
-
-
-@contextlib.asynccontextmanager
-async def running(config: RelayConfig, until_it_says: str = "active") -> AsyncIterator[Relay]:
-    """A relay that streams, or says what else it does; stopped in good order at the end."""
-    relay, stop = Relay(config), asyncio.Event()
-    task = asyncio.create_task(relay.run(stop))
-    try:
-        await until(lambda: task.done() or until_it_says in relay.health.detail)
-        yield relay
-    finally:
-        stop.set()
-        await asyncio.wait_for(task, 30)
-
-
 @contextlib.asynccontextmanager
 async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
     """A relay that leads, and looks for its brokers where there are none."""
@@ -126,17 +83,6 @@ async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
     finally:
         stop.set()
         await asyncio.wait_for(task, 30)
-
-
-async def published(config: RelayConfig, *rows: Row) -> list[Any]:
-    """What is on the topic once these rows are."""
-    return await read_until(config.kafka.bootstrap, config.topic, complete(rows))
-
-
-async def slot(config: RelayConfig, column: str) -> Any:
-    return await fetch_value(
-        config.postgres_url, f"SELECT {column} FROM pg_replication_slots WHERE slot_name = %s", config.slot
-    )
 
 
 async def is_confirmed(config: RelayConfig, lsn: str) -> bool:
@@ -236,7 +182,7 @@ async def test_events_of_a_payment_keep_the_order_of_their_commits(config: Relay
         assert ids(record for record in records if record.key == key.encode()) == [row.id for row in own]
 
 
-async def test_what_was_rolled_back_is_not_published(config: RelayConfig) -> None:
+async def test_events_rolled_back_are_not_published(config: RelayConfig) -> None:
     committed, rolled_back, released = rows_of("pay_a", 1), rows_of("pay_a", 1), rows_of("pay_a", 2, first=2)
     async with running(config):
         async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
@@ -381,17 +327,6 @@ async def test_a_stop_does_not_wait_for_a_slot_that_waits_for_a_transaction(conf
 # --- Kafka slow, away or unwilling ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    """A process that is there and does nothing."""
-    process = psutil.Process(pid)
-    process.suspend()
-    try:
-        yield
-    finally:
-        process.resume()
-
-
 async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_connection(
     postgres_url: str, own_kafka: EmbeddedKafka
 ) -> None:
@@ -501,24 +436,6 @@ def silent_brokers() -> Iterator[list[str]]:
         yield [f"{HOST}:{server.getsockname()[1]}" for server in (one, another)]
 
 
-@contextlib.contextmanager
-def without_leader(topic: str, partition: int) -> Iterator[None]:
-    """Where the brokers that a producer knows have no leader of this partition."""
-    drain, asked = MessageAccumulator.drain_by_nodes, ClusterMetadata.leader_for_partition
-
-    def answer(cluster: ClusterMetadata, of: TopicPartition) -> int | None:
-        return -1 if of == (topic, partition) else asked(cluster, of)
-
-    def drain_without(accumulator: MessageAccumulator, *arguments: Any, **options: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ClusterMetadata, "leader_for_partition", answer)
-            return drain(accumulator, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MessageAccumulator, "drain_by_nodes", drain_without)
-        yield
-
-
 @also_plain
 async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
     highest = 0
@@ -535,14 +452,6 @@ async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
             await until(is_done, timeout_seconds=0.5)
         await published(config, *rows)
     assert highest <= 3
-
-
-async def set_topic_limit(config: RelayConfig, limit: int) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
-    await admin.start()
-    resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
-    await admin.alter_configs([resource])
-    await admin.close()
 
 
 async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_event_where_it_belongs(
@@ -620,7 +529,7 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
     assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 
-async def test_what_waits_grows_old_while_kafka_is_away(config: RelayConfig) -> None:
+async def test_the_lag_grows_while_kafka_is_away(config: RelayConfig) -> None:
     """Every session ends before it has read anything."""
     rows, waiting = rows_of("pay_a", 3), metrics.LAG_SECONDS._value
     async with running(config):

@@ -32,9 +32,6 @@ from infra.relay.replay import HEADER, EventReplay, Selection
 from infra.relay.status import read_status
 from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
-from tests.integration.test_relay import config, published, running, set_topic_limit, source, wal_only
-from tests.integration.test_relay_gap import ADVANCE, CREATE, DROP, StandingStill
-from tests.integration.test_relay_quarantine import poisoned_payment
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -45,11 +42,20 @@ from tests.support.outbox import (
     open_transaction,
     rows_of,
     set_database,
-    until,
+)
+from tests.support.relays import (
+    ADVANCE,
+    CREATE,
+    DROP,
+    StandingStill,
+    poisoned_payment,
+    published,
+    running,
+    set_topic_limit,
+    wal_only,
 )
 from tests.support.topic import read_until
-
-__all__ = ["config", "source"]
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -236,7 +242,7 @@ async def test_a_poll_that_is_repaired_publishes_afterwards_and_is_told_of_no_st
         await read_until(config.kafka.bootstrap, config.topic, lambda found: len(found) == 2 * len(rows))
 
 
-async def test_what_a_relay_is_at_is_told_by_what_was_asked_of_it(
+async def test_the_reported_work_of_a_relay_matches_the_request(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running(config):
@@ -319,7 +325,7 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
 
 
 @wal_only
-async def test_what_was_dropped_before_is_told_with_its_reason(config: RelayConfig) -> None:
+async def test_an_event_dropped_before_is_reported_with_its_reason(config: RelayConfig) -> None:
     poisoned = poisoned_payment()
     event = str(poisoned[1].id)
     async with running(config):
@@ -512,7 +518,7 @@ def replayed(records: list[Any]) -> list[Any]:
     return [record for record in records if HEADER in dict(record.headers)]
 
 
-async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:
+async def test_events_not_published_yet_are_not_replayed(config: RelayConfig) -> None:
     rows, later = rows_of("pay_a", 3), rows_of("pay_a", 4, first=4)
     async with running(config):
         await commit(config.postgres_url, rows)
@@ -704,7 +710,7 @@ async def test_a_relay_that_never_was_is_not_repaired_adopted_or_replayed(
 
 
 @wal_only
-async def test_what_is_to_be_tried_already_is_found_by_another_retry(config: RelayConfig) -> None:
+async def test_a_repeated_retry_request_finds_the_events_already_requested(config: RelayConfig) -> None:
     async with running(config):
         await commit(config.postgres_url, poisoned_payment())
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) = 2 FROM relay_quarantine"))
@@ -757,7 +763,7 @@ async def test_a_repair_that_is_waited_for_no_more_stays_asked_for_and_is_told(
         assert "not done yet" not in (await payments_relay(config, "status")).stdout
 
 
-async def test_one_request_does_not_take_back_another_and_says_so(config: RelayConfig) -> None:
+async def test_a_smaller_repair_request_does_not_replace_a_larger_one_and_says_so(config: RelayConfig) -> None:
     async with running(config):
         pass
     asked = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")

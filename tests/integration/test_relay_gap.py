@@ -18,12 +18,11 @@ from infra.relay import relay as relay_module
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.progress import Repair
-from infra.relay.repairs import count_unproven, find_repair, request_repair
+from infra.relay.repairs import find_repair, request_repair
 from infra.relay.replay import EventReplay, Selection
 from infra.relay.snapshot import Snapshot
 from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
-from tests.integration.test_relay import config, published, running, source, wal_only
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -35,45 +34,11 @@ from tests.support.outbox import (
     open_transaction,
     rows_of,
     set_database,
-    until,
 )
 from tests.support.relay_source import PLAIN
+from tests.support.relays import ADVANCE, CREATE, DROP, StandingStill, is_all_proven, published, running, wal_only
 from tests.support.topic import read_until
-
-__all__ = ["config", "source"]
-
-DROP = "SELECT pg_drop_replication_slot(%s)"
-CREATE = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
-ADVANCE = "SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())"
-
-
-class StandingStill:
-    """A relay that is expected to stand still before a gap."""
-
-    def __init__(self, config: RelayConfig) -> None:
-        self.config = replace(config, gap_seconds=0.1)
-        self.relay = Relay(self.config)
-        self._stop = asyncio.Event()
-
-    async def __aenter__(self) -> "StandingStill":
-        self._task = asyncio.create_task(self.relay.run(self._stop))
-        await until(lambda: self._task.done() or self.relay.health.detail.startswith("gap"))
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._stop.set()
-        await asyncio.wait_for(self._task, 30)
-
-    async def decide(self, repair: Repair) -> int:
-        """As `payments relay repair` does; how many events it published."""
-        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
-            assert await request_repair(connection, self.config.slot, repair)
-            await until(lambda: self.relay.health.detail == "active")
-            return (await find_repair(connection, self.config.slot))[2]
-
-    async def unproven(self) -> int:
-        async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
-            return (await count_unproven(connection, self.config.slot))[0]
+from tests.support.waiting import until
 
 
 async def before_the_gap(config: RelayConfig, rows: list[Row]) -> None:
@@ -150,7 +115,7 @@ async def test_a_damaged_slot_is_noticed_and_a_repair_publishes_what_was_missed(
         ("SET (publish = 'update')", "SET (publish = 'insert')"),
     ],
 )
-async def test_what_the_publication_left_out_is_noticed_and_a_repair_publishes_it(
+async def test_events_left_out_of_the_publication_are_noticed_and_published_by_a_repair(
     config: RelayConfig, damage: str, mending: str
 ) -> None:
     """The log does not say so, and being whole again brings nothing back."""
@@ -283,7 +248,7 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
     )
 
 
-async def test_what_waits_grows_old_before_a_gap(config: RelayConfig, topics: Topics) -> None:
+async def test_the_lag_grows_while_a_relay_stands_before_a_gap(config: RelayConfig, topics: Topics) -> None:
     """The metric tells what `status` does."""
     waiting = metrics.LAG_SECONDS._value
     await before_the_gap(config, rows_of("pay_a", 3))
@@ -311,7 +276,9 @@ async def test_adopting_on_another_server_proves_nothing_about_its_transactions(
 
 @wal_only
 @pytest.mark.parametrize("is_whole_again", [True, False])
-async def test_what_the_publication_left_out_is_not_adopted(config: RelayConfig, *, is_whole_again: bool) -> None:
+async def test_events_left_out_of_the_publication_cannot_be_adopted(
+    config: RelayConfig, *, is_whole_again: bool
+) -> None:
     """Whoever has read the slot meanwhile has not had it either."""
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
@@ -343,7 +310,7 @@ async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed
 
 
 @wal_only
-async def test_what_was_adopted_counts_as_published_and_what_was_under_way_does_not(config: RelayConfig) -> None:
+async def test_adopted_events_count_as_published_and_concurrent_ones_do_not(config: RelayConfig) -> None:
     """Nothing comes after it that could prove it; and what ends later, the other publisher has not had."""
     before, theirs, late = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4), rows_of("pay_b", 2)
     await before_the_gap(config, before)
@@ -361,7 +328,7 @@ async def test_what_was_adopted_counts_as_published_and_what_was_under_way_does_
 
 
 @wal_only
-async def test_who_was_killed_before_he_had_proven_what_he_published_leaves_that_to_the_next(
+async def test_events_published_but_unproven_at_a_kill_are_left_to_the_next_relay(
     config: RelayConfig,
 ) -> None:
     """Or what is all on the topic would be told as waiting until something else happens."""
@@ -453,7 +420,7 @@ async def published_beside_a_long_transaction(config: RelayConfig, rows: list[Ro
     return long
 
 
-async def test_what_is_published_beside_a_long_transaction_is_proven(config: RelayConfig) -> None:
+async def test_events_published_beside_a_long_transaction_are_proven(config: RelayConfig) -> None:
     """No lag is told, a replay finds it, and a repair would leave it out."""
     async with await published_beside_a_long_transaction(config, rows_of("pay_a", 5)):
         (told,) = (await read_status(config.postgres_url)).relays
@@ -722,13 +689,6 @@ async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactio
         await until(lambda: is_all_proven(config))
 
 
-async def is_all_proven(config: RelayConfig) -> bool:
-    return (await StandingStill(config).unproven(), (await read_status(config.postgres_url)).relays[0].lag_seconds) == (
-        0,
-        0,
-    )
-
-
 async def test_on_another_server_nothing_counts_as_published(config: RelayConfig) -> None:
     """A replay leaves out what has had no first delivery here, and a dry run counts what a repair will publish."""
     await before_the_gap(config, rows_of("pay_a", 5))
@@ -780,7 +740,7 @@ async def set_synchronous_standby(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("unproven", "adopt"), ("everything", "unproven")], ids=str)
-async def test_what_was_asked_for_is_not_taken_back_by_another_request(
+async def test_a_pending_repair_request_is_not_replaced_by_another(
     config: RelayConfig, first: Repair, second: Repair
 ) -> None:
     """Half of a repair may be done: who adopted then would skip the other half."""
@@ -856,7 +816,7 @@ async def test_a_publication_of_a_schema_that_left_it_out_for_a_while_is_noticed
         assert_first_deliveries_in_order(await published(config, *before, *missed), before + missed)
 
 
-async def test_who_cannot_write_down_how_far_he_is_publishes_nothing_again_and_again(config: RelayConfig) -> None:
+async def test_a_relay_that_cannot_save_progress_does_not_republish(config: RelayConfig) -> None:
     rows, more = rows_of("pay_a", 3), rows_of("pay_a", 50, first=4)
     await before_the_gap(config, rows)
     await commit(config.postgres_url, more)

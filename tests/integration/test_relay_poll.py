@@ -18,9 +18,9 @@ from infra.local.postgres import drop_database
 from infra.postgres import maintenance
 from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
 from infra.relay.lag import Lag
+from infra.relay.progress import set_notify
 from infra.relay.scan import PORTION_BYTES
 from infra.relay.snapshot import NOTHING, Snapshot
-from tests.integration.test_relay import config, frozen, published, running, slot, wal_only
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -30,11 +30,10 @@ from tests.support.outbox import (
     insert,
     open_transaction,
     rows_of,
-    until,
     write_next,
 )
-
-__all__ = ["config"]
+from tests.support.relays import frozen, published, running, slot, wal_only
+from tests.support.waiting import until
 
 NOTIFIES = "SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify'"
 
@@ -120,7 +119,7 @@ async def test_an_open_transaction_holds_up_nobody(config: RelayConfig) -> None:
         await published(config, *newer)
 
 
-async def test_what_is_published_is_proven_once_what_ran_beside_it_has_ended(config: RelayConfig) -> None:
+async def test_published_events_are_proven_once_concurrent_transactions_have_ended(config: RelayConfig) -> None:
     """An old transaction keeps the proof back; with nothing new to publish it comes all the same."""
     rows = rows_of("pay_a", 5)
     proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"
@@ -375,7 +374,7 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
     async with running(replace(config, source="wal")):
         await commit(config.postgres_url, rows_of("pay_a", 1))
     looks, switches = 0, 0
-    look, switch = Lag.look_for_unread, poll_source.set_notify
+    look, switch = Lag.look_for_unread, set_notify
 
     async def counted_look(lag: Lag) -> None:
         nonlocal looks
@@ -389,7 +388,7 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
         return is_done
 
     monkeypatch.setattr(Lag, "look_for_unread", counted_look)
-    monkeypatch.setattr(poll_source, "set_notify", counted_switch)
+    monkeypatch.setattr("infra.relay.poll_source.set_notify", counted_switch)
     ended = metrics.RECONNECTS.labels("postgres")._value.get()
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as long:
         await insert(long, rows_of("pay_b", 1))

@@ -29,36 +29,26 @@ from infra.relay.replay import EventReplay, Selection
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
 from tests.conftest import PARTITIONS
-from tests.integration.test_relay import (
-    config,
+from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
+from tests.support.relay_source import also_plain
+from tests.support.relays import (
+    HUGE,
     frozen,
+    is_all_proven,
+    poisoned_payment,
     published,
     running,
     set_topic_limit,
-    source,
     wal_only,
     without_leader,
 )
-from tests.integration.test_relay_gap import is_all_proven
-from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of, until
-from tests.support.relay_source import also_plain
-
-__all__ = ["config", "source"]
-
-HUGE = f'"{"x" * 2_000_000}"'
+from tests.support.waiting import until
 
 
 @pytest.fixture
 async def desk(config: RelayConfig) -> AsyncIterator[QuarantineDesk]:
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         yield QuarantineDesk(connection, config.slot)
-
-
-def poisoned_payment() -> list[Row]:
-    """Three events; the second is too large for the topic."""
-    rows = rows_of("pay_0001", 3)
-    rows[1] = rows[1]._replace(payload=HUGE)
-    return rows
 
 
 async def entries(desk: QuarantineDesk) -> list[tuple[str, int, str]]:
@@ -144,7 +134,7 @@ async def test_after_a_retry_the_payment_goes_on_in_order(config: RelayConfig, d
 
 
 @also_plain
-async def test_what_is_in_quarantine_outlives_the_relay(config: RelayConfig, desk: QuarantineDesk) -> None:
+async def test_quarantine_outlives_the_relay(config: RelayConfig, desk: QuarantineDesk) -> None:
     poisoned, later = poisoned_payment(), rows_of("pay_0001", 5, first=4)
     async with running(config):
         await commit(config.postgres_url, poisoned)
@@ -227,7 +217,7 @@ async def test_after_a_drop_with_nothing_behind_it_the_payment_goes_on(
         await holds(desk, ("pay_0001", 2, "dropped"))
 
 
-async def test_what_is_dropped_just_before_it_is_tried_is_not_published(
+async def test_an_event_dropped_just_before_its_retry_is_not_published(
     config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, refused, given_up = rows_of("pay_0001", 3)
@@ -255,7 +245,7 @@ async def test_what_is_dropped_just_before_it_is_tried_is_not_published(
         assert given_up.id not in ids(await published(config, first, *others))
 
 
-async def test_what_a_relay_is_trying_is_not_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
+async def test_an_event_that_a_relay_is_retrying_cannot_be_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
     """It may be on the topic already."""
     async with running(config):
         await commit(config.postgres_url, poisoned_payment())
@@ -275,7 +265,7 @@ async def test_what_a_relay_is_trying_is_not_dropped(config: RelayConfig, desk: 
     assert await desk.drop([poisoned], why="agreed") == (1, 0)
 
 
-async def test_what_is_delivered_again_keeps_its_state_and_its_reason(
+async def test_a_redelivered_event_keeps_its_quarantine_state_and_reason(
     config: RelayConfig, desk: QuarantineDesk
 ) -> None:
     async with running(config):
@@ -473,7 +463,7 @@ async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
     assert await quarantined(slow) == 2
 
 
-async def test_what_kafka_takes_of_a_retry_while_its_relay_stops_leaves_quarantine(
+async def test_retried_events_that_kafka_accepts_during_a_stop_leave_quarantine(
     slow: RelayConfig, own_kafka: EmbeddedKafka
 ) -> None:
     """The next relay would publish it once more."""
@@ -524,7 +514,7 @@ async def test_once_all_of_a_payment_is_dropped_the_fast_path_is_taken_again(
 
 
 @wal_only
-async def test_what_is_put_there_stays_whatever_else_the_leader_asks(
+async def test_a_quarantined_event_survives_a_failed_query_on_the_same_connection(
     config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They share a connection: had they shared a transaction, a failed look would have undone it without a word."""

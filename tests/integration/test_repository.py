@@ -297,12 +297,12 @@ async def test_stuck_payments_are_the_late_and_the_doubted(full: PaymentReposito
     assert len(await full.find_stuck_payments(timedelta(0), limit=7)) == 7
 
 
-async def test_one_that_needs_review_is_stuck_however_young(full: PaymentRepository) -> None:
+async def test_a_payment_that_needs_review_is_stuck_however_young(full: PaymentRepository) -> None:
     found = await full.find_stuck_payments(timedelta(days=30), limit=200)
     assert [each.payment.payment_id for each in found] == [payment_id(n * 1000 + 98) for n in range(95, -1, -5)]
 
 
-async def test_one_that_is_asked_about_again_and_again_is_stuck(empty: PaymentRepository, postgres_url: str) -> None:
+async def test_a_payment_polled_for_long_is_stuck(empty: PaymentRepository, postgres_url: str) -> None:
     """Its next attempt always lies ahead; what counts is when the gateway was given it."""
     polled, fresh, done = [(await empty.create(Payment(uuid.uuid4()))).payment.payment_id for _ in range(3)]
     connection = await asyncpg.connect(postgres_url)

@@ -3,8 +3,8 @@
 from uuid import uuid4
 
 from app.slots import RETAINED_BYTES, note_slots
-from tests.integration.test_relay_gap import CREATE, DROP
 from tests.support.outbox import fetch_value
+from tests.support.relays import CREATE, DROP
 
 
 def retained() -> dict[str, float]:

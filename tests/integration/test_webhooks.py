@@ -33,10 +33,10 @@ from infra.postgres.inbox import PostgresInbox, forget_applied, listen
 from infra.postgres.pool import create_pool
 from infra.postgres.store import PostgresStore
 from infra.sandbox.momo import IPN
-from tests.integration.test_consumer import until
 from tests.integration.test_http import served
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+from tests.support.waiting import until
 
 SECRET = "whsec_test"
 SHOP = "https://shop.invalid/return"
@@ -155,7 +155,7 @@ async def test_it_is_on_disk_before_it_is_answered_and_applied_when_a_worker_com
     assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
 
 
-async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes_nothing(postgres_url: str) -> None:
+async def test_forged_malformed_huge_or_unknown_webhooks_are_refused_and_change_nothing(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
     gateway.outcome = waits
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
@@ -176,7 +176,7 @@ async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes
     "strange",
     [{"id": "evt_\x00"}, {"id": "evt_\ud800"}, {"type": "\ud800"}, {"metadata": {"operation_number": "9" * 10}}],
 )
-async def test_one_that_no_database_takes_stands_alone_and_its_neighbours_are_stored(
+async def test_a_webhook_that_postgres_cannot_store_is_refused_alone_and_its_batch_is_stored(
     postgres_url: str, strange: dict[str, Any]
 ) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
@@ -210,7 +210,7 @@ async def test_a_body_that_does_not_come_whole_is_given_up_and_its_connection_cl
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-async def test_who_hangs_up_in_the_middle_is_not_taken_for_a_forger(postgres_url: str) -> None:
+async def test_a_client_that_hangs_up_mid_request_is_not_logged_as_a_forger(postgres_url: str) -> None:
     given = Settings(postgres_url=postgres_url, stripe_webhook_secrets=[SECRET], stripe_return_url=SHOP)
     service = WebhookService(given)
     async with served(Starlette(routes=service.routes())) as url:
@@ -224,7 +224,7 @@ async def test_who_hangs_up_in_the_middle_is_not_taken_for_a_forger(postgres_url
     assert not logs
 
 
-async def test_who_waits_for_an_answer_when_the_process_ends_is_told_to_send_again() -> None:
+async def test_webhooks_that_wait_when_the_process_ends_are_answered_503() -> None:
     reached = asyncio.Event()
 
     async def accept(received: Sequence[Received]) -> list[Accepted]:
@@ -261,7 +261,7 @@ async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres
     assert await kinds(postgres_url, payment_id) == ["requires_action"]
 
 
-async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one_was_tried_since(
+async def test_a_webhook_of_an_earlier_attempts_gateway_counts_after_another_was_tried(
     postgres_url: str,
 ) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
@@ -277,7 +277,7 @@ async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one
     assert await value(postgres_url, "SELECT gateway FROM payments") == "stripe"
 
 
-async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_was_tried_at(
+async def test_a_webhook_without_an_operation_is_accepted_from_any_gateway_the_payment_was_tried_at(
     postgres_url: str,
 ) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
@@ -339,7 +339,7 @@ async def test_another_amount_or_currency_is_for_a_person_and_what_is_unknown_is
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 3
 
 
-async def test_what_contradicts_a_payment_that_is_captured_changes_nothing_and_is_counted(postgres_url: str) -> None:
+async def test_a_webhook_that_contradicts_a_captured_payment_changes_nothing_and_is_counted(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
         await worker.accept(delivery("charge", payment_id, "charge"))
@@ -435,7 +435,7 @@ async def test_webhooks_are_forgotten_whatever_stands_before_them_and_was_never_
     ],
     ids=["deep", "signature", "text"],
 )
-async def test_what_no_parser_or_encoder_takes_is_malformed_and_nobodys_error(body: bytes) -> None:
+async def test_a_webhook_that_cannot_be_parsed_or_encoded_is_answered_400(body: bytes) -> None:
     own = {"momo_partner_code": "x", "momo_access_key": "x", "momo_secret_key": "x"}
     own |= {"momo_redirect_url": SHOP, "momo_ipn_url": SHOP}
     settings = Settings(gateways=["momo"], default_gateway="momo", **own)  # type: ignore[arg-type]
@@ -534,7 +534,7 @@ async def test_a_refund_that_was_found_not_made_and_then_told_twice_differently_
     assert metrics.NOTICES_DISAGREEING.labels("stripe")._value.get() == before + 1
 
 
-async def test_one_refund_told_many_times_in_one_batch_and_later_is_counted_once(postgres_url: str) -> None:
+async def test_a_refund_reported_many_times_is_counted_once(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
         await worker.accept(delivery("charge", payment_id, "charge"))

@@ -85,7 +85,7 @@ async def test_a_wrong_hint_changes_no_result(postgres_url: str, are_new: bool) 
     assert len(await events_of(postgres_url, other)) == 3
 
 
-async def test_one_key_for_two_payments_at_the_same_time_lets_one_win_and_tells_the_other(postgres_url: str) -> None:
+async def test_one_key_used_by_two_payments_at_once_executes_one_and_rejects_the_other(postgres_url: str) -> None:
     gateway = BookkeepingGateway()
     pairs = [(new_payment_id(), new_payment_id()) for _ in range(20)]
     async with (
@@ -118,7 +118,7 @@ async def test_a_gateway_called_inside_a_transaction_stops_before_any_money_move
     assert gateway.calls == {}
 
 
-async def test_what_is_saved_is_not_refused_when_counting_it_fails(
+async def test_a_saved_command_is_not_refused_when_its_metric_fails(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -241,9 +241,7 @@ async def test_a_batch_with_one_wrong_guess_is_undone_as_a_whole_and_decided_aga
 
 
 @pytest.mark.parametrize(("given", "found"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
-async def test_what_was_committed_outlives_a_crash_whatever_the_database_is_set_to(
-    postgres_url: str, given: str, found: str
-) -> None:
+async def test_connections_never_use_synchronous_commit_off(postgres_url: str, given: str, found: str) -> None:
     await set_database(postgres_url, f"synchronous_commit = {given}")
     async with await create_pool(postgres_url, size=1) as pool:
         assert await pool.fetchval("SHOW synchronous_commit") == found

@@ -1,8 +1,7 @@
 """Outbox rows for the relay's tests, and what must hold for the records that they become."""
 
-import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -80,18 +79,6 @@ async def fetch_value(url: str, query: str, *parameters: object) -> Any:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         row = await (await connection.execute(query.encode(), parameters)).fetchone()
         return None if row is None else row[0]
-
-
-async def until(condition: Callable[[], Awaitable[Any]] | Callable[[], Any], *, timeout_seconds: float = 30) -> Any:
-    """Wait for a condition to give something true, and return that."""
-    async with asyncio.timeout(timeout_seconds):
-        while True:
-            result = condition()
-            if isinstance(result, Awaitable):
-                result = await result
-            if result:
-                return result
-            await asyncio.sleep(0.01)
 
 
 def ids(records: Iterable[Any]) -> list[UUID]:

@@ -12,8 +12,9 @@ from uuid import UUID
 
 from infra.local.connect import EmbeddedConnect
 from infra.relay import Relay, RelayConfig
-from tests.support.outbox import Row, complete, fetch_value, until
+from tests.support.outbox import Row, complete, fetch_value
 from tests.support.topic import read_until
+from tests.support.waiting import until
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PAYLOADS = (

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from infra.relay import RelayConfig
-from tests.support.outbox import fetch_value, until
+from tests.support.outbox import fetch_value
+from tests.support.waiting import until
 
 
 @dataclass

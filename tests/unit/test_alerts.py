@@ -41,7 +41,7 @@ def test_an_alert_is_about_metrics_that_exist(alert: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_what_an_alert_selects_by_is_a_label_of_its_metric(alert: dict[str, Any]) -> None:
+def test_every_label_an_alert_selects_by_exists_on_its_metric(alert: dict[str, Any]) -> None:
     """By another it would select nothing, and never be true."""
     known: dict[str, Any] = REGISTRY._names_to_collectors
     for name, selectors in re.findall(r"(payments_\w+)\{([^}]*)\}", alert["expr"]):
@@ -57,7 +57,7 @@ def test_an_alert_leads_to_what_to_do(alert: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_who_looks_for_an_alert_by_its_name_finds_what_to_do(alert: dict[str, Any]) -> None:
+def test_the_runbook_section_of_an_alert_names_the_alert(alert: dict[str, Any]) -> None:
     path, _, part = alert["annotations"]["runbook"].partition("#")
     sections = re.split(r"^#+ ", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
     section = next(each for each in sections if anchor(each.partition("\n")[0]) == part)
@@ -75,7 +75,7 @@ def begun_at_zero() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_what_a_series_begins_with_is_counted(alert: dict[str, Any]) -> None:
+def test_an_increase_rule_sees_the_first_count_of_a_series(alert: dict[str, Any]) -> None:
     """A series that begins at 12 has not increased: it begins at 0, or the rule looks for new ones, too.
 
     Not by `offset` alone: one offset after a gap in scraping it would take every series for a new one.
@@ -100,7 +100,7 @@ def test_somebody_is_called_when_nothing_can_be_saved_and_it_does_not_heal() -> 
     assert any("payments_batches_postponed_total" in expr for expr in paging)
 
 
-def test_what_keeps_a_process_from_its_work_calls_somebody_though_nothing_comes_in() -> None:
+def test_a_process_that_is_not_ready_pages_even_without_traffic() -> None:
     """Of a Postgres or Kafka that is frozen, without traffic nothing else tells."""
     paging = [alert["expr"] for alert in ALERTS if alert["labels"]["severity"] == "page"]
     assert any("payments_ready" in expr for expr in paging)

@@ -36,14 +36,14 @@ def note(at_hand: AtHand, *payments: Payment) -> None:
     at_hand.note([each.payment_id for each in payments], payments)
 
 
-def test_who_opens_a_payment_means_a_new_one(at_hand: AtHand) -> None:
+def test_an_opening_command_is_assumed_to_create_a_new_payment(at_hand: AtHand) -> None:
     payment_id = new_payment_id()
     batch = [delivery("authorize", payment_id, "a"), delivery("capture", payment_id, "c")]
     assert at_hand.assume(batch) == {}
 
 
 @pytest.mark.parametrize("kind", ["capture", "void", "refund"])
-def test_who_continues_a_payment_has_to_look(at_hand: AtHand, kind: str) -> None:
+def test_a_command_on_an_existing_payment_needs_a_read(at_hand: AtHand, kind: str) -> None:
     opened = delivery("charge", new_payment_id(), "charge")
     assert at_hand.assume([opened, delivery(kind, new_payment_id(), "key")]) is None
 
@@ -87,7 +87,7 @@ def test_a_payment_in_doubt_is_not_at_hand_since_sweeps_of_others_look_after_it(
     assert at_hand.assume([answer(payment)]) is None
 
 
-def test_what_leaked_is_dropped_in_the_end(at_hand: AtHand) -> None:
+def test_payments_left_at_hand_are_dropped_once_there_are_too_many(at_hand: AtHand) -> None:
     one = sent()
     for _ in range(CAPACITY + 2):
         other = one.copy()

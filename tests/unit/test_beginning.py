@@ -61,12 +61,12 @@ def test_a_first_start_publishes_all_that_is_there(config: RelayConfig) -> None:
     ],
     ids=str,
 )
-def test_who_reads_the_log_goes_on_only_where_the_log_is_as_it_was_left(found: LogState, doubt: str | None) -> None:
+def test_a_log_reader_resumes_only_where_the_log_is_as_it_was_left(found: LogState, doubt: str | None) -> None:
     assert decide_beginning(LEFT, HERE, WAL, found) == (Refuse(doubt, PROVEN) if doubt else GO_ON)
 
 
 @pytest.mark.parametrize("told", [NOT_IN_PUBLICATION, PUBLICATION_CHANGED])
-def test_what_was_told_of_the_publication_stays_true_until_a_repair(told: str) -> None:
+def test_a_publication_gap_remains_until_a_repair(told: str) -> None:
     checkpoint = replace(LEFT, gap=told)
     assert decide_beginning(checkpoint, HERE, WAL, FOUND) == Refuse(told, PROVEN)
     assert decide_beginning(replace(checkpoint, repair="adopt"), HERE, WAL, FOUND) == Refuse(told, PROVEN)
@@ -92,7 +92,7 @@ def test_another_source_begins_behind_what_the_one_before_has_proven() -> None:
     ],
     ids=["the slot was moved", "another topic", "an upgraded server"],
 )
-def test_one_reason_can_be_adopted(checkpoint: Checkpoint, found: LogState) -> None:
+def test_a_single_gap_reason_can_be_adopted(checkpoint: Checkpoint, found: LogState) -> None:
     assert isinstance(decide_beginning(checkpoint, HERE, WAL, found), Refuse)
     assert isinstance(decide_beginning(replace(checkpoint, repair="adopt"), HERE, WAL, found), Adopt)
 

@@ -167,7 +167,7 @@ def test_a_command_that_does_not_fit_its_payment_is_refused_and_names_the_field(
 
 
 @pytest.mark.parametrize("amount", [None, 1])
-def test_where_nothing_is_left_a_refusal_says_so_and_not_how_much_nothing_is(amount: int | None) -> None:
+def test_a_refusal_with_nothing_left_says_so_without_an_amount(amount: int | None) -> None:
     for state, kind, reason in ((refunded, "refund", TOO_MUCH), (captured, "capture", STATE)):
         story = told(state)
         story.send(kind, "tested", **({} if amount is None else {"amount_minor": amount}))
@@ -235,7 +235,7 @@ UNSUPPORTED: dict[str, tuple[Capabilities, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_the_gateway_does_not_declare_is_refused_up_front(name: str) -> None:
+def test_an_operation_that_the_gateway_does_not_declare_is_refused_up_front(name: str) -> None:
     capabilities, kind, fields, field = UNSUPPORTED[name]
     story = Story(rules(gateways={"books": capabilities}))
     if kind != "charge":
@@ -331,7 +331,7 @@ def test_commands_that_arrive_back_to_back_run_one_at_a_time_in_the_order_accept
     assert story.amounts() == (10_000, 7_000, 0, 2_000)
 
 
-def test_what_waited_in_vain_is_refused_and_the_next_one_begins_in_the_same_decision() -> None:
+def test_a_queued_command_that_became_invalid_is_rejected_and_the_next_begins_in_the_same_decision() -> None:
     story = told()
     story.send("charge", "a")
     story.send("capture", "b")
@@ -435,7 +435,7 @@ def test_time_alone_ends_nothing_that_may_have_been_executed(outcome: Outcome) -
 
 
 @pytest.mark.parametrize("outcome", [Unknown(), Pending("ref"), Unreachable()], ids=lambda each: type(each).__name__)
-def test_what_is_stuck_is_looked_at_again_within_the_cut_off_whatever_its_state(outcome: Outcome) -> None:
+def test_a_stuck_operation_is_due_again_within_the_cut_off_whatever_its_state(outcome: Outcome) -> None:
     patient, day = replace(RETRY, review_poll_interval=timedelta(days=1), cut_off=timedelta(hours=1)), timedelta(days=1)
     story = Story(rules(replace(patient, delay_max=day, poll_interval=day, give_up_after=30 * day)))
     story.send("charge")
@@ -494,9 +494,7 @@ def test_a_provider_that_moved_another_amount_than_asked_is_reviewed_and_nothing
     [(Pending("ref"), ["pending"]), (RequiresAction("ref", "redirect"), ["requires_action"])],
     ids=["pending", "requires_action"],
 )
-def test_what_the_provider_keeps_open_is_told_once_and_survives_lost_answers(
-    outcome: Outcome, events: list[str]
-) -> None:
+def test_an_open_outcome_is_published_once_and_survives_lost_answers(outcome: Outcome, events: list[str]) -> None:
     story = told(processing)
     for lost in (outcome, outcome, Unknown(), Unreachable(), outcome):
         story.answer(lost)
@@ -508,7 +506,7 @@ def test_what_the_provider_keeps_open_is_told_once_and_survives_lost_answers(
 
 
 @pytest.mark.parametrize("outcome", [Pending("ref"), RequiresAction("ref", "redirect")], ids=["pending", "waiting"])
-def test_what_the_provider_keeps_open_and_then_does_not_know_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
+def test_an_open_operation_that_the_provider_no_longer_knows_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
     story = told(processing)
     story.answer(outcome)
     story.claim()
@@ -547,7 +545,7 @@ def test_an_answer_with_an_old_token_changes_nothing_and_the_new_holder_s_counts
     ],
     ids=lambda outcome: type(outcome).__name__,
 )
-def test_what_a_late_one_says_but_success_may_be_old_news_and_changes_nothing(outcome: Outcome) -> None:
+def test_a_late_answer_other_than_success_changes_nothing(outcome: Outcome) -> None:
     """Whoever took over may have had it executed since."""
     story = told(processing)
     old = story.requests[-1].lease_token
@@ -794,7 +792,7 @@ def test_a_command_may_end_in_just_the_events_that_its_kind_is_said_to_end_in(ki
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OperationKind if kind not in OPENING])
-def test_what_needs_no_payer_does_not_expire_and_is_asked_about_until_its_provider_says_what_it_means(
+def test_an_operation_without_a_payer_does_not_expire_and_is_reviewed_instead(
     kind: OperationKind,
 ) -> None:
     story = told(BEFORE[kind])
@@ -807,7 +805,7 @@ def test_what_needs_no_payer_does_not_expire_and_is_asked_about_until_its_provid
 
 
 @pytest.mark.parametrize("outcome", [Pending("ref_1"), RequiresAction("ref_1", "redirect")], ids=["pending", "waiting"])
-def test_what_the_provider_keeps_open_for_ever_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
+def test_an_operation_that_stays_open_is_reviewed_past_its_deadline(outcome: Outcome) -> None:
     story = told(processing)
     story.answer(outcome)
     story.now = START + RETRY.review_pending_after
@@ -820,7 +818,7 @@ def test_what_the_provider_keeps_open_for_ever_is_reviewed_past_its_deadline(out
     assert story.kinds[1:] == ["needs_review"]
 
 
-def test_what_needs_review_needs_it_still_after_a_lost_answer() -> None:
+def test_an_operation_in_review_stays_there_after_a_lost_answer() -> None:
     story = Story(rules(replace(RETRY, review_after=timedelta(hours=1))))
     story.send("charge")
     story.answer(Succeeded("ref_1", 9_999))
@@ -830,7 +828,7 @@ def test_what_needs_review_needs_it_still_after_a_lost_answer() -> None:
     assert (story.state(1), story.kinds) == ("needs_review", ["needs_review"])
 
 
-def test_what_needs_review_is_asked_about_at_its_own_interval() -> None:
+def test_an_operation_in_review_is_queried_at_its_own_interval() -> None:
     story = told(processing)
     story.answer(Succeeded("ref_1", 9_999))
     assert story.operations[1].due_at == story.now + RETRY.review_poll_interval
@@ -845,7 +843,7 @@ def test_the_limits_are_those_of_the_gateway_that_the_command_names() -> None:
     assert story.last.rejection.reason == "amount_above_maximum"
 
 
-def test_what_was_cancelled_is_told_as_cancelled() -> None:
+def test_a_voided_waiting_payment_is_declined_as_canceled() -> None:
     story = told(processing)
     story.answer(RequiresAction("ref_1", "redirect"))
     story.send("void")

@@ -58,7 +58,7 @@ def test_a_webhook_before_the_answer_decides_and_the_answer_is_stale(outcome: Ou
 
 
 @pytest.mark.parametrize("outcome", [ACTION, Pending("ref_1")], ids=lambda each: type(each).__name__)
-def test_what_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: Outcome) -> None:
+def test_a_notice_that_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: Outcome) -> None:
     told = story()
     told.send("charge")
     told.hear(outcome)
@@ -197,7 +197,7 @@ def test_a_hold_that_the_payer_consented_to_while_it_was_canceled_is_released_in
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
-def test_what_waits_for_its_payer_is_asked_about_every_few_minutes_so_that_its_end_is_heard_soon() -> None:
+def test_an_operation_waiting_for_its_payer_is_queried_every_five_minutes() -> None:
     told = Story(rules(RetryPolicy(delay_max=timedelta(hours=1))))
     told.send("charge")
     told.answer(ACTION)
@@ -289,7 +289,7 @@ def test_a_capture_that_waits_behind_it_is_refused_once_it_is_cancelled() -> Non
     assert told.kinds == ["requires_action", "declined", "voided", "command_rejected"]
 
 
-def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer_consented_to() -> None:
+def test_a_void_of_an_uncancellable_authorization_waits_and_then_releases_the_hold() -> None:
     gateways = {"books": replace(CAPABILITIES, cancel_waiting=False)}
     told = Story(rules(gateways=gateways))
     told.send("authorize")
@@ -305,7 +305,7 @@ def test_where_it_cannot_be_cancelled_the_void_waits_and_releases_what_the_payer
 @pytest.mark.parametrize(
     ("gateway", "reason"), [({}, "invalid_state"), ({"operations": WITHOUT_VOID}, "unsupported_by_gateway")]
 )
-def test_where_it_cannot_be_cancelled_a_charge_that_is_paid_stays_captured(gateway: Any, reason: str) -> None:
+def test_an_uncancellable_charge_that_is_paid_stays_captured(gateway: Any, reason: str) -> None:
     told = Story(rules(gateways={"books": replace(CAPABILITIES, cancel_waiting=False, **gateway)}))
     told.send("charge")
     told.answer(ACTION)
@@ -345,7 +345,7 @@ def tried_twice(kind: str = "charge", **first: Any) -> Story:
     return told
 
 
-def test_what_was_paid_first_is_what_captures_and_refunds_are_of() -> None:
+def test_captures_and_refunds_are_of_the_attempt_that_was_paid_first() -> None:
     told = tried_twice()
     told.claim()
     told.answer(SECOND)
@@ -387,7 +387,7 @@ def test_a_void_ends_with_what_it_was_to_cancel_where_another_attempt_is_paid(en
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
-def test_what_waited_behind_a_void_of_nothing_goes_on_though_its_end_came_with_another_attempts_money() -> None:
+def test_commands_queued_behind_an_empty_void_continue_after_a_late_payment() -> None:
     told = declined_then_waiting("charge")
     told.send("void")
     told.send("refund", "late")
@@ -450,7 +450,7 @@ def test_a_void_releases_what_it_cancels_though_that_was_declined_and_then_paid(
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
-def test_what_a_declined_void_was_to_cancel_is_looked_after_again() -> None:
+def test_an_operation_whose_void_was_declined_is_claimed_again() -> None:
     told = story()
     told.send("authorize")
     told.answer(ACTION)
@@ -842,7 +842,7 @@ def test_a_refund_that_came_back_is_booked_on_the_accounts_that_it_was_booked_on
     assert (last.debit, last.credit, last.amount_minor) == ("gateway_clearing", "customer_refunds", 10_000)
 
 
-def test_what_goes_on_once_the_payer_consented_is_leased_from_then_on() -> None:
+def test_an_operation_resumed_after_the_payers_consent_gets_a_new_lease() -> None:
     told = story()
     told.send("charge")
     told.answer(ACTION)

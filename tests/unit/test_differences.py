@@ -34,12 +34,12 @@ def told(found: list[Difference]) -> list[tuple[str, str, str]]:
     return [(each.what, each.ours, each.theirs) for each in found]
 
 
-def test_what_agrees_is_no_difference() -> None:
+def test_equal_books_have_no_differences() -> None:
     refund = {"is_refund": True}
     assert compared([booked(1), booked(2, **refund)], [moved(1), moved(2, **refund)]) == []
 
 
-def test_what_only_we_have_and_what_only_they_have() -> None:
+def test_a_movement_missing_on_either_side_is_a_difference() -> None:
     found = compared([booked(1)], [moved(2)])
     assert told(found) == [("not in our books", "", "USD 10.00"), ("not at the provider", "captured USD 10.00", "")]
 
@@ -49,7 +49,7 @@ def test_an_amount_or_currency_that_is_another() -> None:
     assert told(compared([booked()], [moved(currency="EUR")])) == [("captured", "USD 10.00", "EUR 10.00")]
 
 
-def test_one_operation_that_moved_money_twice() -> None:
+def test_an_operation_that_moved_money_twice_is_a_difference() -> None:
     twice = [moved(), moved(reference="T9", moved_at=NOON + timedelta(minutes=1))]
     [found] = compared([booked()], twice)
     assert (found.what, found.provider_reference, found.payment_id) == ("captured twice", "T9", str(PAYMENT_ID))
@@ -88,17 +88,17 @@ def test_a_mark_of_another_kind_of_operation_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("at", [START - timedelta(seconds=1), END, END + timedelta(minutes=4)])
-def test_what_they_moved_at_the_edges_is_matched_and_otherwise_another_days_business(at: datetime) -> None:
+def test_a_movement_at_the_edge_of_the_day_is_matched_and_never_reported_as_missing(at: datetime) -> None:
     assert compared([booked()], [moved(moved_at=at)]) == []
     assert compared([], [moved(7, moved_at=at)]) == []
 
 
-def test_what_we_settled_on_another_day_is_known_all_the_same() -> None:
+def test_a_movement_matches_an_operation_settled_on_another_day() -> None:
     late = booked(settled_at=END + timedelta(hours=5))
     assert compared([], [moved()], known=[late]) == []
 
 
-def test_what_was_settled_just_now_may_not_be_listed_yet() -> None:
+def test_a_just_settled_operation_is_reported_as_perhaps_not_listed_yet() -> None:
     [fresh] = compared([booked(settled_at=datetime.now(UTC))], [])
     [old] = compared([booked()], [])
     assert "not listed yet" in fresh.likely_cause

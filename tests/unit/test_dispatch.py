@@ -111,7 +111,7 @@ def raising(error: BaseException) -> Callable[[GatewayRequest], Awaitable[Outcom
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-async def test_what_comes_as_the_last_call_of_a_full_lane_ends_is_sent(limit: int) -> None:
+async def test_a_request_submitted_as_a_full_lane_becomes_free_is_sent(limit: int) -> None:
     """In the same turn of the loop: nobody else would take it up while this worker holds its lease."""
     done = asyncio.Event()
 
@@ -144,7 +144,7 @@ async def test_what_comes_as_the_last_call_of_a_full_lane_ends_is_sent(limit: in
         (OperationState.INDETERMINATE, NOW, True),
     ],
 )
-async def test_what_was_never_sent_is_not_sent_past_its_time_and_what_may_have_been_is_found_out(
+async def test_an_expired_operation_is_sent_only_if_it_may_have_been_sent_before(
     state: OperationState, expires_at: datetime, *, is_sent: bool
 ) -> None:
     gateway = BookkeepingGateway()
@@ -215,7 +215,7 @@ async def test_an_answer_that_cannot_be_read_is_told_also_where_nothing_was_sent
     assert [each["event"] for each in logs if each["log_level"] == "error"] == ["gateway answer not understood"]
 
 
-async def test_what_waited_for_longer_than_its_lease_is_left_to_whoever_has_taken_it_over() -> None:
+async def test_a_request_that_waited_past_its_lease_is_not_sent() -> None:
     """It may have been ended since, and asked for anew: a refund at VNPay, which knows no keys, would be made twice."""
 
     async def behave(_: GatewayRequest) -> Outcome:
@@ -267,13 +267,13 @@ async def test_a_gateway_is_never_called_inside_a_transaction() -> None:
 
 
 @pytest.mark.parametrize("state", [OperationState.PENDING, OperationState.REQUIRES_ACTION])
-async def test_what_the_provider_is_known_to_have_is_asked_about_and_not_sent_again(state: OperationState) -> None:
+async def test_an_operation_known_to_the_provider_is_queried_and_not_sent_again(state: OperationState) -> None:
     gateway = ScriptedGateway(raising(AssertionError("sent again")))
     await Bench(gateway).outcomes(request(state=state, attempts=3))
     assert (gateway.asked, sum(gateway.calls.values())) == (1, 0)
 
 
-async def test_what_a_person_is_to_look_at_is_only_asked_about_once_the_provider_has_named_it() -> None:
+async def test_an_operation_in_review_with_a_provider_reference_is_only_queried() -> None:
     reviewed = request(state=OperationState.NEEDS_REVIEW, attempts=3)
     gateway = ScriptedGateway(raising(AssertionError("sent again")))
     await Bench(gateway).outcomes(reviewed._replace(reference="ref"))

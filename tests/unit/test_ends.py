@@ -67,7 +67,7 @@ class HalfSaving(WritePath):
 BATCH = [answer(), answer(), answer(), POISON]
 
 
-async def test_what_was_saved_before_postgres_went_away_is_told() -> None:
+async def test_a_partly_saved_batch_raises_with_the_requests_already_saved() -> None:
     path = HalfSaving()
     with pytest.raises(SavedInPart) as part:
         await path.apply(BATCH)
@@ -156,7 +156,7 @@ async def test_a_call_that_begins_while_a_worker_ends_is_waited_for() -> None:
     assert worker.dispatcher.waiting == 0
 
 
-async def test_what_would_begin_once_the_time_is_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_submitted_after_the_drain_time_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.05)
     worker = FollowedUp(takes_seconds=60)
     await worker.shut_down()
@@ -237,7 +237,7 @@ async def test_a_partition_that_has_moved_keeps_no_other_from_being_committed() 
 
 
 @pytest.mark.parametrize(("position", "read_to"), [(9, 9), (2, 5), (None, 5)], ids=["the end of a transaction", "", ""])
-async def test_what_was_accepted_is_read_to_its_last_record_at_least(position: int | None, read_to: int) -> None:
+async def test_the_next_offset_is_at_least_behind_the_last_accepted_record(position: int | None, read_to: int) -> None:
     """A partition that has only just come back has its old position, or none yet, for which nobody may wait."""
 
     async def wait_for_ever(_: object) -> int:

@@ -32,11 +32,11 @@ async def concluded(translation: Translation, found: Outcome | GatewayError) -> 
     return await conclude(translation, CHARGE, status=status, refused=REFUSED, facts="so they say")
 
 
-async def test_what_the_provider_has_goes_before_what_the_refusal_says() -> None:
+async def test_the_providers_record_outweighs_the_refusal() -> None:
     assert await concluded(Look(PROOF), Succeeded("ref")) == Succeeded("ref")
 
 
-async def test_what_the_provider_has_no_trace_of_is_what_the_refusal_says() -> None:
+async def test_without_a_trace_at_the_provider_the_refusal_decides() -> None:
     assert await concluded(Look(PROOF), Unknown("no trace")) == PROOF
     with pytest.raises(OutcomeUnknown) as unknown:
         await concluded(Look(OutcomeUnknown("paypal", "a repeated attempt")), Unknown("no trace"))

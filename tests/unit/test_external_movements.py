@@ -76,7 +76,7 @@ def test_two_refunds_of_the_same_amount_are_two() -> None:
     assert told.amounts() == (10_000, 10_000, 0, 8_000)
 
 
-def test_what_was_returned_cannot_be_returned_again_by_a_command() -> None:
+def test_an_externally_refunded_amount_cannot_be_refunded_again() -> None:
     told = paid()
     told.hear_external(RETURNED, 4_000)
     told.send("refund", "too much", amount_minor=6_001)
@@ -98,7 +98,7 @@ def test_a_refund_that_came_back_is_taken_back_and_any_order_of_the_news_ends_th
 
 
 @pytest.mark.parametrize("amount", [10_001, 0, -1])
-def test_what_does_not_fit_changes_nothing_and_is_for_a_person(amount: int) -> None:
+def test_an_external_refund_of_an_impossible_amount_changes_nothing(amount: int) -> None:
     told = paid()
     assert told.hear_external(RETURNED, amount).disagrees
     assert told.kinds == ["captured"]
@@ -114,7 +114,7 @@ def test_another_currency_gateway_or_attempt_changes_nothing_and_is_for_a_person
     assert told.kinds == ["captured", "refunded_externally"]
 
 
-def test_what_another_attempt_took_is_owed_no_more_once_it_was_returned() -> None:
+def test_a_refund_of_another_attempts_payment_reduces_what_is_owed() -> None:
     """As docs/operations/reconciliation.md has it: in the provider's pages."""
     told = paid_twice()
     told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1")
@@ -126,7 +126,7 @@ def test_what_another_attempt_took_is_owed_no_more_once_it_was_returned() -> Non
     assert sums(told) == (4_000, 6_000, 10_000)
 
 
-def test_what_was_returned_of_another_attempt_is_nothing_that_the_own_one_captured() -> None:
+def test_a_refund_of_another_attempt_is_no_part_of_the_current_ones_capture() -> None:
     """The request of our capture is the same at every attempt, and a hold stays a hold."""
     told = story()
     told.send("charge", "first")
@@ -143,14 +143,14 @@ def test_what_was_returned_of_another_attempt_is_nothing_that_the_own_one_captur
     assert told.last.snapshot.status == "partially_refunded"
 
 
-def test_where_two_attempts_are_paid_it_must_say_of_which_it_is() -> None:
+def test_an_external_refund_of_a_twice_paid_payment_must_name_its_attempt() -> None:
     told = paid_twice()
     assert told.hear_external(RETURNED, 4_000, gateway_payment_id=None).disagrees
     assert not told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_2").disagrees
     assert sums(told) == (10_000, 4_000, 6_000)
 
 
-def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
+def test_an_amount_lost_in_a_dispute_is_not_refunded_again() -> None:
     told = paid()
     told.hear(dispute=Dispute("dp_1", DisputeStage.LOST, 7_000, "USD", "fraudulent"), operation_number=None)
     assert told.hear_external(RETURNED, 4_000).disagrees
@@ -220,7 +220,7 @@ def test_a_reversal_is_no_refund_of_ours_that_is_under_way() -> None:
 
 
 @pytest.mark.parametrize("first", [None, Unknown("timeout")], ids=["in flight", "in doubt"])
-def test_what_may_be_our_own_is_put_off_until_its_answer_and_never_counted_twice(first: Outcome | None) -> None:
+def test_an_external_refund_that_may_be_ours_waits_for_our_answer_and_counts_once(first: Outcome | None) -> None:
     told = paid()
     told.send("refund", amount_minor=4_000)
     if first is not None:
@@ -247,7 +247,7 @@ def test_our_own_that_the_provider_called_pending_is_ended_by_it() -> None:
     assert told.amounts() == (10_000, 10_000, 0, 4_000)
 
 
-def test_one_that_a_person_called_done_without_the_providers_id_may_be_this_one() -> None:
+def test_an_external_refund_may_be_one_that_a_person_ruled_done_without_its_id() -> None:
     told = paid()
     told.send("refund", amount_minor=4_000)
     told.wait(minutes=11)
@@ -273,7 +273,7 @@ def test_a_refund_beside_our_own_that_is_pending_counts_at_once_if_there_is_room
 
 
 @pytest.mark.parametrize("is_ours_done", [True, False])
-def test_where_there_is_no_room_for_both_ours_has_its_outcome_first(*, is_ours_done: bool) -> None:
+def test_an_external_refund_without_room_beside_ours_waits_for_our_outcome(*, is_ours_done: bool) -> None:
     told = paid()
     told.send("refund", amount_minor=4_000)
     told.answer(Pending(OWN))
@@ -425,7 +425,7 @@ def closed(told: Story, minor: int, number: int = 3, **facts: Any) -> Decision:
     return told.hear(Succeeded("ref_1"), number, **given)
 
 
-def test_what_somebody_captured_beside_our_parts_counts_once() -> None:
+def test_an_external_capture_beside_our_partial_ones_counts_once() -> None:
     told = in_parts()
     for _ in range(2):
         assert not closed(told, 10_000).disagrees
@@ -434,7 +434,7 @@ def test_what_somebody_captured_beside_our_parts_counts_once() -> None:
     assert told.amounts() == (10_000, 10_000, 0, 0)
 
 
-def test_what_somebody_captured_last_releases_the_rest() -> None:
+def test_a_last_external_capture_releases_the_rest() -> None:
     told = in_parts()
     closed(told, 9_000)
     assert told.amounts() == (10_000, 9_000, 1_000, 0)
@@ -472,7 +472,7 @@ def test_beside_our_own_that_is_under_way_it_waits_for_that_ones_outcome(kind: s
     assert told.amounts() == (10_000, 10_000, 0, 0)
 
 
-def test_what_our_void_has_released_cannot_have_been_captured() -> None:
+def test_an_external_capture_of_a_voided_rest_disagrees() -> None:
     told = in_parts()
     told.does("void")
     assert closed(told, 10_000).disagrees
@@ -495,7 +495,7 @@ def test_more_than_the_hold_has_room_for_is_no_word_to_be_believed_about_our_own
     assert told.kinds == ["authorized", "needs_review"]
 
 
-def test_where_the_word_about_our_own_is_not_believed_the_rest_is_not_either() -> None:
+def test_a_notice_that_contradicts_our_capture_books_no_external_capture_either() -> None:
     told = held()
     told.send("capture", amount_minor=2_000)
     assert told.hear(Succeeded("ref_1", 10_000), 2, gateway_payment_id="ref_1", captured_minor=10_000).disagrees
@@ -517,7 +517,7 @@ def test_of_what_is_told_of_our_first_part_only_as_much_as_we_asked_for_is_ours(
     assert told.amounts() == (10_000, 10_000, 0, 0)
 
 
-def test_where_our_void_closed_what_others_had_captured_a_part_of_it_is_for_a_person() -> None:
+def test_an_external_capture_beside_a_refused_void_needs_a_person() -> None:
     told = held(multi_capture=True)
     told.send("void")
     told.answer(NotExecuted("refused"))

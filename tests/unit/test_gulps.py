@@ -68,7 +68,7 @@ def test_while_much_comes_it_is_left_lying_for_twenty_milliseconds(clock: Clock)
     assert not pace.pause_seconds
 
 
-def test_one_event_less_is_not_much(clock: Clock) -> None:
+def test_one_event_fewer_than_many_causes_no_rest(clock: Clock) -> None:
     pace = Gulps()
     clock.now += WHILE
     pace.note(MANY - 1, is_all=True)
@@ -177,7 +177,7 @@ class TestSource:
         self.source.watch(self.woken.set)
         await asyncio.wait_for(self.woken.wait(), 5)
 
-    async def test_what_is_read_sets_the_pace(self, clock: Clock) -> None:
+    async def test_reading_many_events_sets_the_rest(self, clock: Clock) -> None:
         intake: Any = Intake()
         self.source._gulps = Gulps()
         self.source._gulps.note(MANY, is_all=False)

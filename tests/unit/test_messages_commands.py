@@ -261,7 +261,7 @@ def test_of_a_refused_command_no_more_is_kept_or_searched_than_of_a_good_one(nam
     assert len(command.content) < 50_000
 
 
-def test_what_is_nested_in_metadata_fits_no_better_for_being_cut() -> None:
+def test_nested_metadata_is_refused() -> None:
     assert refused_with(metadata={"a": {"b": "c"}}).rejection.fields == ("metadata",)
 
 

@@ -96,7 +96,7 @@ def test_a_payment_that_owes_something_says_so_and_no_other_does() -> None:
     assert "owed_minor" not in written(CAPTURED)["payment"]
 
 
-def test_what_a_person_decided_carries_how_they_know_and_so_does_its_replay() -> None:
+def test_an_event_of_a_ruling_and_its_replay_carry_the_evidence() -> None:
     told = 'VNPay portal, "replayed":false'
     for name in ("authorized", "captured", "voided", "refunded", "command_rejected"):
         text = write_event(EVENT_EXAMPLES[f"payment.{name}.v1"]._replace(evidence=told), EVENT_ID)

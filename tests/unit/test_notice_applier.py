@@ -27,7 +27,7 @@ async def test_it_ends_when_it_is_cancelled_though_a_webhook_arrives_in_that_mom
     assert running.cancelled()
 
 
-async def test_who_closes_it_waits_for_what_it_applies_to_be_passed_on() -> None:
+async def test_closing_a_notice_applier_waits_until_its_requests_are_submitted() -> None:
     inbox, write_path = create_autospec(Inbox, instance=True), create_autospec(WritePath, instance=True)
     inbox.claim.return_value = []
 

@@ -64,7 +64,7 @@ def test_no_second_has_more_turns_than_allowed_however_late_one_comes(per_second
 
 
 @pytest.mark.parametrize("per_second", [20, 300, 2000])
-def test_one_that_comes_in_time_has_nearly_all_of_them(per_second: int) -> None:
+def test_a_caller_that_asks_every_2_ms_gets_nearly_all_turns(per_second: int) -> None:
     assert len(turns(per_second, [number * 0.002 for number in range(5_000)])) >= 10 * per_second * 0.86
 
 
@@ -99,7 +99,7 @@ async def test_while_a_provider_rests_only_payers_are_served_and_then_what_is_st
     assert bench.dispatcher.rooms == {"books": 50}
 
 
-async def test_what_is_stuck_keeps_its_pace_and_payers_do_not_wait_for_it() -> None:
+async def test_stuck_operations_are_paced_and_payers_do_not_wait_for_them() -> None:
     gateway, loop = RestingGateway(), asyncio.get_running_loop()
     bench, started = paced(gateway, 40, limit=1), loop.time()
     bench.dispatcher.resubmit([stuck() for _ in range(10)])

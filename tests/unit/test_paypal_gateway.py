@@ -138,7 +138,7 @@ def test_marks_are_read_as_they_were_written(request_: GatewayRequest) -> None:
 @pytest.mark.parametrize(
     "text", [None, 7, "", "order-42", f"{PAYMENT_ID}", f"{PAYMENT_ID}.0", f"{PAYMENT_ID}.1.theft", f"{PAYMENT_ID}.1."]
 )
-def test_what_is_no_mark_of_ours_is_none(text: object) -> None:
+def test_a_malformed_mark_is_read_as_none(text: object) -> None:
     assert read_mark(text) is None
 
 
@@ -157,7 +157,7 @@ def test_only_currencies_of_paypal_can_be_set() -> None:
         config(currencies=frozenset({"VND"}))
 
 
-async def test_what_paypal_can_do_is_declared() -> None:
+async def test_the_capabilities_of_paypal_are_declared() -> None:
     gateway = PayPalGateway(config(api_base=LIVE))
     capabilities = gateway.capabilities
     await gateway.close()
@@ -474,7 +474,7 @@ def test_a_payer_who_must_act_again_is_found_at_the_order(issue: str) -> None:
     ],
 )
 @pytest.mark.parametrize("doubt", [{}, IN_DOUBT])
-def test_what_was_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dict[str, Any]) -> None:
+def test_a_refund_that_paypal_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dict[str, Any]) -> None:
     assert isinstance(translate_refusal(error, REFUND._replace(**doubt)), GatewayUnreachable)
 
 
@@ -600,7 +600,7 @@ async def test_a_listed_movement_is_that_of_the_operation_whose_marks_it_carries
     ],
     ids=["pending", "denied", "sent by us", "refunded to us", "fee", "reversal", "chargeback", "hold"],
 )
-async def test_what_is_no_capture_or_refund_of_ours_or_moved_nothing_is_passed_over(fields: Json) -> None:
+async def test_listed_transactions_that_are_no_movement_of_ours_are_skipped(fields: Json) -> None:
     assert await movements(Search(listed(**fields), listed("T2"))) == await movements(Search(listed("T2")))
 
 
@@ -627,7 +627,7 @@ async def test_a_list_of_many_pages_is_read_to_its_end_and_each_movement_counts_
     assert [each["page"] for each in search.asked] == ["1", "2", "3"]
 
 
-async def test_what_is_too_much_for_one_answer_is_asked_for_in_parts() -> None:
+async def test_a_list_too_long_for_one_answer_is_requested_in_parts() -> None:
     times = [DAY + timedelta(minutes=number) for number in range(100)]
     found = [listed(f"T{n}", transaction_initiation_date=f"{at:%Y-%m-%dT%H:%M:%S}Z") for n, at in enumerate(times)]
     search = Search(*found, at_once=30)
@@ -635,7 +635,7 @@ async def test_what_is_too_much_for_one_answer_is_asked_for_in_parts() -> None:
     assert len(search.asked) > 4
 
 
-async def test_what_is_too_much_in_a_second_is_no_list() -> None:
+async def test_too_many_transactions_within_one_second_break_the_contract() -> None:
     with pytest.raises(GatewayContractBroken):
         await movements(Search(*(listed(f"T{number}") for number in range(3)), at_once=2))
 
@@ -694,7 +694,7 @@ async def test_all_who_wait_for_a_token_share_one_attempt_and_its_failure() -> N
     await paypal.api.close()
 
 
-async def test_who_is_cancelled_while_waiting_for_a_token_takes_it_from_nobody_else() -> None:
+async def test_a_request_cancelled_while_waiting_for_a_token_leaves_it_to_the_others() -> None:
     paypal = SlowTokens()
     first, second = (asyncio.create_task(paypal.api.get("/v2/anything")) for _ in range(2))
     await paypal.is_asked.wait()

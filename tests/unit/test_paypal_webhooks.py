@@ -312,7 +312,7 @@ async def test_a_certificate_is_fetched_once_also_for_parallel_messages(
         (200, CERTIFICATE + b" " * CERTIFICATE_BYTES_MAX),
     ],
 )
-async def test_where_paypal_has_no_certificate_it_is_not_asked_again_for_a_minute(
+async def test_a_missing_certificate_is_not_requested_again_for_a_minute(
     webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
@@ -345,7 +345,7 @@ async def test_of_addresses_without_a_certificate_only_the_latest_are_remembered
 
 
 @pytest.mark.parametrize("status", [500, 429])
-async def test_where_a_certificate_cannot_be_had_now_the_message_should_come_again(
+async def test_a_webhook_whose_certificate_is_unavailable_should_be_sent_again(
     webhooks: PayPalWebhooks, server: CertificateServer, status: int
 ) -> None:
     server.answer = (status, b"")
@@ -503,7 +503,7 @@ UNMARKED: Json = {"custom_id": None, "invoice_id": None}
         ("PAYMENT.CAPTURE.COMPLETED", resource("COMPLETED", OperationKind.AUTHORIZE), "capture", Succeeded("P1", 1000)),
     ],
 )
-def test_what_somebody_did_at_paypals_pages_has_no_mark_of_its_own(
+def test_a_movement_made_in_paypals_portal_is_read_as_external(
     name: str, given: Json, kind: str, outcome: Outcome
 ) -> None:
     notice = read_event(event(name, given | {"create_time": "2026-11-22T20:00:00Z"}))
@@ -568,7 +568,7 @@ def test_a_refund_is_asked_about_itself_only_where_it_names_nothing(given: Json,
     assert _nameless_refund(event("PAYMENT.CAPTURE.COMPLETED", resource("X", OperationKind.REFUND, **given))) is None
 
 
-def test_what_the_capture_tells_of_a_refund_is_the_order_and_our_payment_and_never_whose_refund_it_is() -> None:
+def test_a_refunds_capture_tells_its_order_and_payment_but_not_its_operation() -> None:
     refund = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE) | {"custom_id": "theirs"}
     for capture in (resource("COMPLETED", OperationKind.REFUND), resource("COMPLETED", OperationKind.CAPTURE)):
         notice = read_event(event("PAYMENT.CAPTURE.REFUNDED", _refund_of(capture | {"id": "C1"}, refund)))
@@ -597,7 +597,7 @@ def test_a_reversal_is_paypals_doing_whatever_it_is_told_as_and_whoevers_marks_i
     assert notice.currency == "USD"
 
 
-def test_what_a_reversal_is_of_is_asked_for_as_of_a_refund() -> None:
+def test_the_capture_of_a_reversal_is_looked_up_as_for_a_refund() -> None:
     """As PayPal's sample of it is: no marks, and two links."""
     sample = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE)
     assert _unplaced_refund(event("PAYMENT.CAPTURE.REVERSED", sample)) == "C1"

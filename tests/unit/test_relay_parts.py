@@ -28,8 +28,8 @@ from infra.relay.session import Session
 from infra.relay.snapshot import Snapshot
 from infra.relay.stream import ReplicationStream
 from infra.relay.wal_source import WalSource
-from tests.support.outbox import until
 from tests.support.publishing import flush
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 EVENT = OutboxEvent(
@@ -47,7 +47,7 @@ EVENT = OutboxEvent(
 
 class TestStatus:
     @pytest.mark.parametrize("state", [State.ACTIVE, State.STANDBY])
-    def test_who_does_not_go_round_is_not_ready(self, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_session_that_stalls_is_not_ready(self, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
         now = 1000.0
         monkeypatch.setattr("infra.relay.health.time.monotonic", lambda: now)
         status = Status(stalled_seconds=15)
@@ -155,7 +155,7 @@ class TestPublisher:
     def missing(self) -> list[int]:
         return [group.missing for group in self.groups]
 
-    async def test_one_batch_of_a_partition_is_on_its_way_and_only_it_is_acknowledged(self) -> None:
+    async def test_a_partition_has_one_batch_in_flight_and_only_that_is_acknowledged(self) -> None:
         await self.publish(b"1")
         await self.publish(b"2")
         await self.publish(b"3")
@@ -394,7 +394,7 @@ async def test_progress_is_written_down_soon_after_the_start_though_it_is_seldom
     ticking.cancel()
 
 
-async def test_what_a_snapshot_sees_is_proven_only_once_the_log_is_acknowledged_beyond_it(
+async def test_a_snapshot_is_proven_only_once_the_log_is_acknowledged_beyond_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def ended_by_now(_: object) -> tuple[int, Snapshot]:

@@ -46,7 +46,7 @@ def test_a_refund_that_was_found_missing_is_rejected_and_may_be_sent_again() -> 
     assert told.last.evidence is None
 
 
-def test_what_waited_for_it_goes_on_without_the_evidence() -> None:
+def test_a_refund_queued_behind_a_ruling_carries_no_evidence() -> None:
     told = refund_in_review()
     told.send("refund", "second")
     told.rule(NOT_DONE, 2)
@@ -106,7 +106,7 @@ def moved_another_amount(first: str, kind: str, moved: int) -> Story:
 
 
 @pytest.mark.parametrize(("first", "kind"), [("charge", "refund"), ("authorize", "capture")])
-def test_what_moved_another_amount_is_booked_as_a_person_found_it(first: str, kind: str) -> None:
+def test_another_amount_that_a_person_found_is_booked_as_ruled(first: str, kind: str) -> None:
     told = moved_another_amount(first, kind, 8_000)
     told.rule(Succeeded("ref_2", 8_000), 2)
     assert (told.last.amount_minor, told.transfers[-1].amount_minor) == (8_000, 8_000)

@@ -40,6 +40,6 @@ def test_on_a_page_only_declines_count() -> None:
 
 
 @pytest.mark.parametrize("given", [{"action": "none"}, {}, {"action": "lag", "before": {}}, {"action": "lag", "x": 1}])
-def test_what_is_no_rule_is_refused(given: dict[str, object]) -> None:
+def test_an_invalid_fault_rule_is_refused(given: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
         Fault.from_json(given)

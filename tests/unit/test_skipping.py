@@ -140,7 +140,7 @@ EVERYTHING = {0: [b"a1", b"a2", b"a3", b"a4", b"a5"], 1: [b"b1", b"b3"]}
 
 @pytest.mark.parametrize("failures", [0, 3], ids=["", "the dead-letter topic is away"])
 @pytest.mark.parametrize("questions", [0, 2], ids=["", "the coordinator is away"])
-async def test_what_cannot_be_decoded_is_parked_and_nothing_else_is_missing(failures: int, questions: int) -> None:
+async def test_an_undecodable_record_is_parked_and_no_other_is_missing(failures: int, questions: int) -> None:
     consumer = Consumer(logs())
     consumer.failing_questions = questions
     park, parked = parks(failures)
@@ -160,7 +160,7 @@ async def test_a_partition_that_cannot_be_read_holds_up_no_other_and_loses_nothi
 
 
 @pytest.mark.parametrize("is_careful", [False, True], ids=["", "read one by one"])
-async def test_what_was_deleted_before_it_was_read_is_told_and_costs_no_other(is_careful: bool) -> None:
+async def test_records_deleted_before_they_were_read_are_reported_and_cost_no_others(is_careful: bool) -> None:
     consumer = Consumer(logs() if is_careful else {SOUND: EVERYTHING[0], SICK: EVERYTHING[1]})
     told: list[Any] = []
     SkippingReader.install(consumer, parks()[0], lambda *place: told.append(place))
@@ -169,7 +169,7 @@ async def test_what_was_deleted_before_it_was_read_is_told_and_costs_no_other(is
     assert told == [("t", 0, 0, 2)]
 
 
-async def test_who_loses_the_bad_records_partition_reads_as_usual_again() -> None:
+async def test_a_reader_that_loses_the_bad_records_partition_reads_as_usual_again() -> None:
     consumer = Consumer(logs())
     park, parked = parks()
     reader = SkippingReader.install(consumer, park, unheard)
@@ -190,7 +190,7 @@ async def test_once_the_bad_record_is_gone_it_reads_as_usual_again() -> None:
     assert not reader.is_careful
 
 
-async def test_where_it_reads_is_told_and_what_kafka_refuses_to_tell_ends_nothing() -> None:
+async def test_read_positions_are_reported_and_a_partition_that_kafka_refuses_is_left_out() -> None:
     consumer: Any = Consumer({SOUND: [b"1", b"2"], SICK: [b"1"]})
     consumer.highwater = lambda partition: 2
     reader = SkippingReader.install(consumer, *parks()[:1], lambda *_: None)

@@ -174,7 +174,7 @@ async def test_the_last_capture_is_known_by_its_mark_and_without_one_it_is_someb
     assert notice.captured_minor == 1250
 
 
-async def test_what_the_first_capture_took_is_told_and_has_to_agree() -> None:
+async def test_a_notice_of_a_last_capture_reports_the_total_captured() -> None:
     marks = {"payment_id": str(PAYMENT_ID), "operation_number": "3", "last_capture": "4"}
     object_ = intent("succeeded", capture_method="manual", amount_received=1100, metadata=marks)
     notice = await heard("payment_intent.succeeded", object_)
@@ -182,7 +182,7 @@ async def test_what_the_first_capture_took_is_told_and_has_to_agree() -> None:
     assert notice.captured_minor == 1100
 
 
-async def test_what_was_captured_in_all_is_told_once_it_can_be_no_more() -> None:
+async def test_the_total_captured_is_not_reported_while_more_can_be_captured_or_of_a_charge() -> None:
     open_ = intent("requires_capture", capture_method="manual", amount_received=500, amount_capturable=750)
     assert (await heard("payment_intent.amount_capturable_updated", open_)).captured_minor is None
     charged = intent("succeeded", amount_received=1250)
@@ -243,7 +243,7 @@ async def test_an_unknown_type_says_nothing() -> None:
     assert (notice.event_id, notice.outcome, notice.dispute) == ("evt_1", None, None)
 
 
-async def test_what_another_account_tells_of_its_own_says_nothing() -> None:
+async def test_an_event_of_a_connected_account_is_ignored() -> None:
     """Whoever has an account that is connected to ours could make a payment with our marks on it."""
     event = {"id": "evt_1", "type": "payment_intent.succeeded", "account": "acct_2"}
     body = json.dumps(event | {"data": {"object": intent("succeeded", amount_received=1250)}})
@@ -252,7 +252,7 @@ async def test_what_another_account_tells_of_its_own_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("reason", ["automatic", "expired", "abandoned", "requested_by_customer", None])
-async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(reason: str | None) -> None:
+async def test_a_canceled_intent_is_read_alike_from_a_webhook_and_a_query(reason: str | None) -> None:
     object_ = intent("canceled", cancellation_reason=reason)
     asked = a_request(payment_id=PAYMENT_ID, reference="pi_1", state=OperationState.REQUIRES_ACTION)
     told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked, ACTION_WINDOW)

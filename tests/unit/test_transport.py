@@ -143,7 +143,7 @@ async def test_a_connection_is_in_use_until_its_call_ends_and_no_answer_in_time_
     await acme.close()
 
 
-async def test_who_waits_for_a_connection_in_vain_is_told_that_nothing_was_sent_for_lack_of_time(deaf_url: str) -> None:
+async def test_a_timed_out_wait_for_a_connection_means_that_nothing_was_sent(deaf_url: str) -> None:
     acme = http(1)
     first = asyncio.create_task(acme.request("GET", deaf_url))
     await asyncio.sleep(0)

@@ -191,7 +191,7 @@ async def test_an_altered_callback_is_forged(query: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["garbage", told() + "&vnp_Amount=1", told(vnp_Amount="x"), told(vnp_Amount="150")])
-async def test_what_cannot_be_read_is_malformed(query: str) -> None:
+async def test_an_unreadable_webhook_is_malformed(query: str) -> None:
     with pytest.raises(WebhookRefused) as refused:
         await VNPayWebhooks(config()).read(ipn(query))
     assert refused.value.verdict is Verdict.MALFORMED
@@ -231,7 +231,7 @@ async def test_another_amount_is_another_message() -> None:
     assert len(ids) == 2
 
 
-async def test_what_was_signed_with_percent_encoded_spaces_is_accepted_too() -> None:
+async def test_a_signature_over_percent_encoded_spaces_is_accepted() -> None:
     fields = dict(parse_qsl(told()))
     fields.pop("vnp_SecureHash")
     data = vnpay.form(fields).replace("+", "%20")
@@ -362,7 +362,7 @@ async def test_a_charge_is_a_signed_url_the_same_at_every_attempt() -> None:
         ({"TransactionType": "77"}, Pending),
     ],
 )
-async def test_what_a_query_says(told: dict[str, str], outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_vnpay_query_by_its_answer(told: dict[str, str], outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(answered(**told)).status(charge()), outcome)
 
 
@@ -385,7 +385,7 @@ async def test_nothing_expires_before_both_clocks_say_so(minutes: int, clock: in
     assert isinstance(await unpaid.status(asked), outcome)
 
 
-async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it_as_an_ipn_tells_it() -> None:
+async def test_a_failed_payment_is_declined_within_the_urls_time_and_expired_after_it() -> None:
     failed = gateway(answered(TransactionStatus="02"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=14))
     assert isinstance(await failed.status(asked), Declined)
@@ -395,7 +395,7 @@ async def test_what_failed_is_declined_within_the_urls_time_and_expired_after_it
     assert isinstance(by_ipn.outcome, Expired)
 
 
-async def test_what_the_payer_began_has_a_day_to_end() -> None:
+async def test_a_payment_that_the_payer_began_expires_after_a_day() -> None:
     begun = gateway(answered(TransactionStatus="01"))
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24))
     assert isinstance(await begun.status(asked), RequiresAction)
@@ -428,7 +428,7 @@ async def test_our_own_mistake_is_told_loudly_and_is_no_word_about_the_payment(c
 
 
 @pytest.mark.parametrize("code", ["00", "91", "94", "08", "99"])
-async def test_what_is_no_mistake_of_ours_is_not_told_as_one(code: str) -> None:
+async def test_an_answer_that_is_not_our_mistake_logs_nothing(code: str) -> None:
     with capture_logs() as logs, suppress(OutcomeUnknown):
         await gateway(answered(ResponseCode=code)).status(charge())
     assert logs == []
@@ -484,7 +484,7 @@ async def test_a_refund_that_was_answered_with_too_many_requests_may_have_been_t
         ({"ResponseCode": "95"}, NotExecuted),
     ],
 )
-async def test_what_becomes_of_a_refund(told: dict[str, str], outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_refund_by_vnpays_answer(told: dict[str, str], outcome: type[Outcome]) -> None:
     sent: list[dict[str, Any]] = []
 
     def answer(body: dict[str, Any]) -> httpx.Response:
@@ -561,7 +561,7 @@ async def test_a_refund_without_a_time_is_not_taken_for_a_lost_one(made: str) ->
     assert isinstance(await gateway(answered(TransactionType="02", PayDate=made)).status(lost), Unknown)
 
 
-async def test_where_vnpay_does_not_tell_its_time_ours_is_taken() -> None:
+async def test_without_a_date_from_vnpay_our_clock_is_used() -> None:
     def answer(body: dict[str, Any]) -> httpx.Response:
         told = answered(TransactionType="02")(body)
         return httpx.Response(200, content=told.content)

@@ -7,7 +7,7 @@ import httpx
 from infra.sandbox.webhooks import CONNECTIONS, Outgoing, WebhookSender
 
 
-async def test_what_waits_for_a_connection_waits_outside_of_the_client() -> None:
+async def test_webhooks_that_wait_for_a_connection_wait_outside_of_the_client() -> None:
     at_once, most = 0, 0
 
     async def receive(_: httpx.Request) -> httpx.Response:

@@ -1,0 +1,26 @@
+"""`payments` as a person runs it: a process of its own, from the root of the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PAYMENTS = [sys.executable, "-m", "app.cli"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(data_dir: Path, **settings: str) -> dict[str, str]:
+    # A width at which no line of what is looked for is broken.
+    return os.environ | {"PAYMENTS_DATA_DIR": str(data_dir), "COLUMNS": "200"} | settings
+
+
+def run(*arguments: str, data_dir: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PAYMENTS, *arguments],
+        cwd=ROOT,
+        env=environment(data_dir, **settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
