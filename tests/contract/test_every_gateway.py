@@ -318,7 +318,7 @@ async def test_an_answer_that_is_slow_is_waited_for(till: Till) -> None:
 
 
 @pytest.mark.parametrize("kind", OperationKind)
-async def test_what_is_declined_moves_nothing_at_any_attempt(till: Till, kind: OperationKind) -> None:
+async def test_a_declined_operation_moves_nothing_at_any_attempt(till: Till, kind: OperationKind) -> None:
     till.offers(kind)
     step = till.provider.declined_at.get(kind)
     if step is None:
@@ -397,7 +397,7 @@ async def test_a_payer_who_has_not_come_is_waited_for(till: Till, kind: Operatio
 
 
 @pytest.mark.parametrize("kind", OPENING)
-async def test_what_its_payer_has_abandoned_has_expired_at_every_look(till: Till, kind: OperationKind) -> None:
+async def test_an_abandoned_payment_is_expired_at_every_query(till: Till, kind: OperationKind) -> None:
     till.offers(kind)
     request = till.a(kind)._replace(first_dispatched_at=datetime.now(UTC) - till.provider.window)
     outcome = await till.send(request)
@@ -411,7 +411,7 @@ async def test_what_its_payer_has_abandoned_has_expired_at_every_look(till: Till
 
 
 @pytest.mark.parametrize("kind", OPENING)
-async def test_what_waits_for_the_payer_can_be_cancelled_for_good_where_that_is_declared(
+async def test_a_payment_waiting_for_its_payer_can_be_cancelled_where_that_is_declared(
     till: Till, kind: OperationKind
 ) -> None:
     till.offers(kind)

@@ -286,7 +286,7 @@ async def test_however_webhooks_come_all_ends_well_once_and_the_books_agree(
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-async def test_what_its_payer_abandoned_expires_once_and_can_be_tried_again_however_webhooks_come(
+async def test_an_abandoned_payment_expires_once_and_can_be_tried_again_however_webhooks_come(
     site: Site, provider: Provider, postgres_url: str, manner: str
 ) -> None:
     if not provider.tells_of_abandoned:

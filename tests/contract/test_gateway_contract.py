@@ -308,7 +308,7 @@ async def test_a_card_without_several_captures_is_captured_as_a_whole_but_not_in
 
 
 @pytest.mark.parametrize("fault", [None, *AFTER])
-async def test_what_is_left_after_a_partial_capture_can_be_released(
+async def test_the_rest_of_a_hold_can_be_released_after_a_partial_capture(
     gateway: Gateway, simulator: Simulator, fault: str | None
 ) -> None:
     hold = await opened(gateway)
@@ -449,7 +449,7 @@ def statuses(simulator: Simulator, request: GatewayRequest) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", OPENING)
-async def test_what_its_payer_abandoned_is_canceled_after_the_window_and_has_expired_at_every_look(
+async def test_an_abandoned_intent_is_canceled_after_the_window_and_expired_at_every_query(
     connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator, kind: OperationKind
 ) -> None:
     request = await waiting(gateway, kind)

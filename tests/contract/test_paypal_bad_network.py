@@ -99,7 +99,9 @@ async def driven(gateway: Gateway, paypal: PayPalSandbox, request: GatewayReques
 
 
 @pytest.mark.parametrize("seed", range(60))
-async def test_what_the_gateway_says_is_what_the_books_say(gateway: Gateway, paypal: PayPalSandbox, seed: int) -> None:
+async def test_outcomes_agree_with_paypals_books_on_a_bad_network(
+    gateway: Gateway, paypal: PayPalSandbox, seed: int
+) -> None:
     chance = random.Random(seed)
     payment_method = chance.choice([None, "vault:good", "vault:refused", "vault:declined-INSTRUMENT_DECLINED"])
     opening = a_request(chance.choice([OperationKind.AUTHORIZE, OperationKind.CHARGE]), payment_method=payment_method)

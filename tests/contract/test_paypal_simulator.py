@@ -531,7 +531,7 @@ async def test_a_final_partial_capture_releases_the_rest(gateway: Gateway, paypa
 
 
 @pytest.mark.parametrize("fault", [None, *AFTER])
-async def test_what_is_left_after_a_partial_capture_can_be_released(
+async def test_the_rest_of_a_hold_can_be_released_after_a_partial_capture(
     gateway: Gateway, paypal: PayPalSandbox, fault: str | None
 ) -> None:
     hold = await opened(gateway, payment_method=PAYS)
@@ -579,7 +579,7 @@ async def test_a_refund_goes_to_the_smallest_capture_that_can_bear_it(gateway: G
     assert [each["status"] for each in captures] == ["COMPLETED", "PARTIALLY_REFUNDED", "COMPLETED"]
 
 
-async def test_what_was_refunded_already_counts_when_a_capture_is_chosen(
+async def test_earlier_refunds_count_when_the_capture_to_refund_is_chosen(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
     hold = await captured_in_parts(gateway, 750, 500)

@@ -434,7 +434,7 @@ async def test_a_letter_in_the_place_of_one_on_a_topic_that_is_gone_is_open(
         await make_anew(settings.kafka_bootstrap, settings.dead_letter_topic)
 
 
-async def test_what_the_release_before_decided_counts_for_what_was_parked_until_then(
+async def test_dead_letter_decisions_of_the_previous_release_still_count(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition, offset = (await put(settings, b"v", headers=facts(settings))).split(":")

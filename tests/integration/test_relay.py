@@ -182,7 +182,7 @@ async def test_events_of_a_payment_keep_the_order_of_their_commits(config: Relay
         assert ids(record for record in records if record.key == key.encode()) == [row.id for row in own]
 
 
-async def test_what_was_rolled_back_is_not_published(config: RelayConfig) -> None:
+async def test_events_rolled_back_are_not_published(config: RelayConfig) -> None:
     committed, rolled_back, released = rows_of("pay_a", 1), rows_of("pay_a", 1), rows_of("pay_a", 2, first=2)
     async with running(config):
         async with await psycopg.AsyncConnection.connect(config.postgres_url) as connection:
@@ -529,7 +529,7 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
     assert metrics.RECONNECTS.labels("postgres")._value.get() == ended
 
 
-async def test_what_waits_grows_old_while_kafka_is_away(config: RelayConfig) -> None:
+async def test_the_lag_grows_while_kafka_is_away(config: RelayConfig) -> None:
     """Every session ends before it has read anything."""
     rows, waiting = rows_of("pay_a", 3), metrics.LAG_SECONDS._value
     async with running(config):

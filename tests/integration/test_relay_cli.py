@@ -325,7 +325,7 @@ async def test_a_retry_is_done_when_what_was_asked_for_is_published(config: Rela
 
 
 @wal_only
-async def test_what_was_dropped_before_is_told_with_its_reason(config: RelayConfig) -> None:
+async def test_an_event_dropped_before_is_reported_with_its_reason(config: RelayConfig) -> None:
     poisoned = poisoned_payment()
     event = str(poisoned[1].id)
     async with running(config):
@@ -518,7 +518,7 @@ def replayed(records: list[Any]) -> list[Any]:
     return [record for record in records if HEADER in dict(record.headers)]
 
 
-async def test_what_is_not_published_yet_is_not_replayed(config: RelayConfig) -> None:
+async def test_events_not_published_yet_are_not_replayed(config: RelayConfig) -> None:
     rows, later = rows_of("pay_a", 3), rows_of("pay_a", 4, first=4)
     async with running(config):
         await commit(config.postgres_url, rows)

@@ -115,7 +115,7 @@ async def test_a_damaged_slot_is_noticed_and_a_repair_publishes_what_was_missed(
         ("SET (publish = 'update')", "SET (publish = 'insert')"),
     ],
 )
-async def test_what_the_publication_left_out_is_noticed_and_a_repair_publishes_it(
+async def test_events_left_out_of_the_publication_are_noticed_and_published_by_a_repair(
     config: RelayConfig, damage: str, mending: str
 ) -> None:
     """The log does not say so, and being whole again brings nothing back."""
@@ -276,7 +276,9 @@ async def test_adopting_on_another_server_proves_nothing_about_its_transactions(
 
 @wal_only
 @pytest.mark.parametrize("is_whole_again", [True, False])
-async def test_what_the_publication_left_out_is_not_adopted(config: RelayConfig, *, is_whole_again: bool) -> None:
+async def test_events_left_out_of_the_publication_cannot_be_adopted(
+    config: RelayConfig, *, is_whole_again: bool
+) -> None:
     """Whoever has read the slot meanwhile has not had it either."""
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
@@ -308,7 +310,7 @@ async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed
 
 
 @wal_only
-async def test_what_was_adopted_counts_as_published_and_what_was_under_way_does_not(config: RelayConfig) -> None:
+async def test_adopted_events_count_as_published_and_concurrent_ones_do_not(config: RelayConfig) -> None:
     """Nothing comes after it that could prove it; and what ends later, the other publisher has not had."""
     before, theirs, late = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4), rows_of("pay_b", 2)
     await before_the_gap(config, before)

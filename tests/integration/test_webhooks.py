@@ -155,7 +155,7 @@ async def test_it_is_on_disk_before_it_is_answered_and_applied_when_a_worker_com
     assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
 
 
-async def test_what_is_forged_malformed_huge_or_of_nobody_is_refused_and_changes_nothing(postgres_url: str) -> None:
+async def test_forged_malformed_huge_or_unknown_webhooks_are_refused_and_change_nothing(postgres_url: str) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
     gateway.outcome = waits
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:
@@ -261,7 +261,7 @@ async def test_a_provider_can_tell_nothing_of_another_providers_payment(postgres
     assert await kinds(postgres_url, payment_id) == ["requires_action"]
 
 
-async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one_was_tried_since(
+async def test_a_webhook_of_an_earlier_attempts_gateway_counts_after_another_was_tried(
     postgres_url: str,
 ) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()
@@ -277,7 +277,7 @@ async def test_what_an_earlier_attempts_provider_tells_counts_though_another_one
     assert await value(postgres_url, "SELECT gateway FROM payments") == "stripe"
 
 
-async def test_what_names_no_operation_counts_for_the_gateways_that_the_payment_was_tried_at(
+async def test_a_webhook_without_an_operation_is_accepted_from_any_gateway_the_payment_was_tried_at(
     postgres_url: str,
 ) -> None:
     payment_id, gateway = new_payment_id(), StripeBooks()

@@ -118,7 +118,7 @@ async def test_a_gateway_called_inside_a_transaction_stops_before_any_money_move
     assert gateway.calls == {}
 
 
-async def test_what_is_saved_is_not_refused_when_counting_it_fails(
+async def test_a_saved_command_is_not_refused_when_its_metric_fails(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

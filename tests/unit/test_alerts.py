@@ -41,7 +41,7 @@ def test_an_alert_is_about_metrics_that_exist(alert: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_what_an_alert_selects_by_is_a_label_of_its_metric(alert: dict[str, Any]) -> None:
+def test_every_label_an_alert_selects_by_exists_on_its_metric(alert: dict[str, Any]) -> None:
     """By another it would select nothing, and never be true."""
     known: dict[str, Any] = REGISTRY._names_to_collectors
     for name, selectors in re.findall(r"(payments_\w+)\{([^}]*)\}", alert["expr"]):

@@ -40,7 +40,7 @@ def test_a_relay_is_not_killed_before_it_ends_by_itself() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES.keys() - {"migrate"}))
-def test_what_ends_is_started_again(name: str) -> None:
+def test_every_service_but_the_migration_is_restarted(name: str) -> None:
     assert SERVICES[name]["restart"] == "unless-stopped"
 
 

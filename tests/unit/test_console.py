@@ -13,7 +13,7 @@ from app.tables import print_wide, table_of
 FOREIGN = "refund-77[a] [/x] order:ticket:77"
 
 
-def test_what_looks_like_markup_or_an_emoji_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_looks_like_markup_or_an_emoji_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     new_console().print(FOREIGN)
     new_console(to_stderr=True).print(Text(FOREIGN, "bold"))
     told = capsys.readouterr()

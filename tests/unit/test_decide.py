@@ -235,7 +235,7 @@ UNSUPPORTED: dict[str, tuple[Capabilities, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_the_gateway_does_not_declare_is_refused_up_front(name: str) -> None:
+def test_an_operation_that_the_gateway_does_not_declare_is_refused_up_front(name: str) -> None:
     capabilities, kind, fields, field = UNSUPPORTED[name]
     story = Story(rules(gateways={"books": capabilities}))
     if kind != "charge":

@@ -58,7 +58,7 @@ def test_a_webhook_before_the_answer_decides_and_the_answer_is_stale(outcome: Ou
 
 
 @pytest.mark.parametrize("outcome", [ACTION, Pending("ref_1")], ids=lambda each: type(each).__name__)
-def test_what_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: Outcome) -> None:
+def test_a_notice_that_is_not_final_changes_nothing_while_the_answer_is_awaited(outcome: Outcome) -> None:
     told = story()
     told.send("charge")
     told.hear(outcome)
@@ -197,7 +197,7 @@ def test_a_hold_that_the_payer_consented_to_while_it_was_canceled_is_released_in
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
-def test_what_waits_for_its_payer_is_asked_about_every_few_minutes_so_that_its_end_is_heard_soon() -> None:
+def test_an_operation_waiting_for_its_payer_is_queried_every_five_minutes() -> None:
     told = Story(rules(RetryPolicy(delay_max=timedelta(hours=1))))
     told.send("charge")
     told.answer(ACTION)

@@ -150,7 +150,7 @@ def test_an_external_refund_of_a_twice_paid_payment_must_name_its_attempt() -> N
     assert sums(told) == (10_000, 4_000, 6_000)
 
 
-def test_what_a_dispute_took_is_not_returned_a_second_time() -> None:
+def test_an_amount_lost_in_a_dispute_is_not_refunded_again() -> None:
     told = paid()
     told.hear(dispute=Dispute("dp_1", DisputeStage.LOST, 7_000, "USD", "fraudulent"), operation_number=None)
     assert told.hear_external(RETURNED, 4_000).disagrees

@@ -253,7 +253,7 @@ async def test_an_altered_message_is_forged(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"{}", b'{"amount": 1}'])
-async def test_what_cannot_be_read_is_malformed(body: bytes) -> None:
+async def test_an_unreadable_webhook_is_malformed(body: bytes) -> None:
     with pytest.raises(WebhookRefused) as refused:
         await MoMoWebhooks(config()).read(ipn({})._replace(body=body))
     assert refused.value.verdict is Verdict.MALFORMED
@@ -274,7 +274,7 @@ async def test_what_cannot_be_read_is_malformed(body: bytes) -> None:
         (123456, Pending),
     ],
 )
-async def test_what_a_message_says_of_the_operation_in_its_order_id(code: int, outcome: type[Outcome]) -> None:
+async def test_a_momo_message_reports_the_operation_named_by_its_order_id(code: int, outcome: type[Outcome]) -> None:
     notice = await MoMoWebhooks(config()).read(ipn(told(resultCode=code)))
     assert (notice.payment_id, notice.operation_number, notice.currency) == (PAYMENT_ID, 1, "VND")
     assert isinstance(notice.outcome, outcome)
@@ -317,7 +317,7 @@ async def test_another_amount_is_another_message() -> None:
     assert len(ids) == 2
 
 
-def test_what_is_received_is_answered_with_no_content() -> None:
+def test_momo_is_answered_204_for_every_received_notice() -> None:
     answers = {each: MoMoWebhooks(config()).answer(each, ipn({})).status for each in Verdict}
     assert {each for each, status in answers.items() if status == 204} == {
         Verdict.STORED,
@@ -451,7 +451,7 @@ async def test_a_link_is_no_payment_and_the_same_request_has_the_same_body(kind:
         (7000, Pending),
     ],
 )
-async def test_what_an_answer_says_at_the_first_attempt(code: int, outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_first_momo_attempt_by_its_code(code: int, outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(result(code)).charge(a(OperationKind.CHARGE)), outcome)
 
 
@@ -462,7 +462,7 @@ async def test_momo_codes_of_a_request_not_accepted_raise_gateway_unreachable(co
 
 
 @pytest.mark.parametrize("code", [99, 1080, 12345, 40, 41])
-async def test_what_is_not_understood_is_unknown(code: int) -> None:
+async def test_an_unexpected_momo_code_leaves_the_outcome_unknown(code: int) -> None:
     with pytest.raises(OutcomeUnknown):
         await gateway(result(code)).charge(a(OperationKind.CHARGE))
 
@@ -538,7 +538,7 @@ async def test_a_duplicate_is_looked_for() -> None:
         (OperationKind.REFUND, 0, Unknown),
     ],
 )
-async def test_what_a_query_is_evidence_of(kind: OperationKind, code: int, outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_momo_query_by_its_code(kind: OperationKind, code: int, outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(lambda *_: {"resultCode": code}).status(a(kind)), outcome)
 
 

@@ -99,7 +99,7 @@ async def test_while_a_provider_rests_only_payers_are_served_and_then_what_is_st
     assert bench.dispatcher.rooms == {"books": 50}
 
 
-async def test_what_is_stuck_keeps_its_pace_and_payers_do_not_wait_for_it() -> None:
+async def test_stuck_operations_are_paced_and_payers_do_not_wait_for_them() -> None:
     gateway, loop = RestingGateway(), asyncio.get_running_loop()
     bench, started = paced(gateway, 40, limit=1), loop.time()
     bench.dispatcher.resubmit([stuck() for _ in range(10)])

@@ -157,7 +157,7 @@ def test_only_currencies_of_paypal_can_be_set() -> None:
         config(currencies=frozenset({"VND"}))
 
 
-async def test_what_paypal_can_do_is_declared() -> None:
+async def test_the_capabilities_of_paypal_are_declared() -> None:
     gateway = PayPalGateway(config(api_base=LIVE))
     capabilities = gateway.capabilities
     await gateway.close()
@@ -474,7 +474,7 @@ def test_a_payer_who_must_act_again_is_found_at_the_order(issue: str) -> None:
     ],
 )
 @pytest.mark.parametrize("doubt", [{}, IN_DOUBT])
-def test_what_was_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dict[str, Any]) -> None:
+def test_a_refund_that_paypal_turned_away_may_be_sent_again(error: PayPalRefused, doubt: dict[str, Any]) -> None:
     assert isinstance(translate_refusal(error, REFUND._replace(**doubt)), GatewayUnreachable)
 
 

@@ -312,7 +312,7 @@ async def test_a_certificate_is_fetched_once_also_for_parallel_messages(
         (200, CERTIFICATE + b" " * CERTIFICATE_BYTES_MAX),
     ],
 )
-async def test_where_paypal_has_no_certificate_it_is_not_asked_again_for_a_minute(
+async def test_a_missing_certificate_is_not_requested_again_for_a_minute(
     webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
@@ -345,7 +345,7 @@ async def test_of_addresses_without_a_certificate_only_the_latest_are_remembered
 
 
 @pytest.mark.parametrize("status", [500, 429])
-async def test_where_a_certificate_cannot_be_had_now_the_message_should_come_again(
+async def test_a_webhook_whose_certificate_is_unavailable_should_be_sent_again(
     webhooks: PayPalWebhooks, server: CertificateServer, status: int
 ) -> None:
     server.answer = (status, b"")

@@ -35,7 +35,7 @@ def test_no_state_of_the_server_is_taken_for_an_inputs_fault(kind: type[Exceptio
         raise kind("so says Postgres")
 
 
-def test_what_a_constraint_refuses_is_told_by_its_name_and_without_the_row() -> None:
+def test_a_constraint_violation_is_reported_without_the_row() -> None:
     with pytest.raises(InputRefusedByStore) as refused, translated():
         raise asyncpg.PostgresError.new(DETAILS)
     assert str(refused.value) == DETAILS["M"]

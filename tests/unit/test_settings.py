@@ -13,7 +13,7 @@ from app.wiring import GATEWAYS
 
 
 @pytest.mark.parametrize("name", ["Payments-Relay", "", "a" * 64, "relay\n", "rélay"])
-def test_what_cannot_name_a_slot_is_refused(name: str) -> None:
+def test_an_invalid_slot_name_is_refused(name: str) -> None:
     with pytest.raises(ValidationError, match="is no name for a slot: lower-case letters"):
         Settings(relay_slot=name)
 
@@ -38,7 +38,7 @@ def test_a_gateways_own_pace_goes_before_the_one_for_all() -> None:
     assert settings.questions_per_second_of("stripe") == settings.gateway_questions_per_second_default
 
 
-def test_what_can_name_a_slot_is_taken() -> None:
+def test_a_valid_slot_name_is_accepted() -> None:
     assert Settings(relay_slot="payments_relay_2").relay_slot == "payments_relay_2"
 
 
@@ -56,7 +56,7 @@ def test_a_payer_at_stripe_has_a_day_unless_told_otherwise_and_less_than_the_dea
 
 
 @pytest.mark.parametrize("url", ["", "payments", "postgres://u:s3cret@h/payments", "postgresql:/u:s3cret@h/payments"])
-def test_what_is_no_databases_url_is_refused_and_not_repeated(url: str) -> None:
+def test_an_invalid_database_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ValidationError, match=r"write it like postgresql://") as refusal:
         Settings(postgres_url=url)
     assert "s3cret" not in str(refusal.value.errors(include_input=False))
@@ -88,18 +88,18 @@ def test_a_password_that_is_not_escaped_is_told_how_to_be_and_not_repeated(
         "postgresql://host?user=me@azure&sslrootcert=/etc/ca.pem",
     ],
 )
-def test_what_can_be_read_as_a_databases_url_is_taken(url: str) -> None:
+def test_a_valid_database_url_is_accepted(url: str) -> None:
     assert Settings(postgres_url=url).postgres_url == url
 
 
 @pytest.mark.parametrize("brokers", ["", "host:", "host:port", "host:70000", "http://host:9092", "a:9092,,b:9092"])
-def test_what_cannot_name_brokers_is_refused(brokers: str) -> None:
+def test_an_invalid_list_of_brokers_is_refused(brokers: str) -> None:
     with pytest.raises(ValidationError, match="is no broker; write them like host:9092"):
         Settings(kafka_bootstrap=brokers)
 
 
 @pytest.mark.parametrize("brokers", ["host", "127.0.0.1:9092", "a:9092, b:9092", "[::1]:9092"])
-def test_what_names_brokers_is_taken(brokers: str) -> None:
+def test_a_valid_list_of_brokers_is_accepted(brokers: str) -> None:
     assert Settings(kafka_bootstrap=brokers).kafka_bootstrap == brokers
 
 
@@ -267,7 +267,7 @@ KAFKA: list[tuple[dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("told", "refused"), KAFKA)
-def test_what_kafka_asks_for_is_told_whole_and_nothing_that_it_does_not(
+def test_unusable_kafka_settings_are_refused_without_repeating_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], told: dict[str, str], refused: str
 ) -> None:
     said = refusal(monkeypatch, capsys, **told)
@@ -279,7 +279,7 @@ def test_the_gateways_that_settings_know_are_those_that_are_registered_in_the_or
     assert list(GATEWAYS_KNOWN) == sorted(GATEWAYS)
 
 
-def test_what_is_set_for_a_gateway_that_is_not_in_use_waits_until_it_is() -> None:
+def test_settings_of_an_unused_gateway_are_kept() -> None:
     limits = {"paypal": {"EUR": {"minimum_minor": 100, "maximum_minor": 100}}}
     settings = Settings(gateway_concurrency={"paypal": 5}, amount_limits=limits)
     assert (settings.concurrency_of("paypal"), settings.amount_limits["paypal"]["EUR"].maximum_minor) == (5, 100)

@@ -140,7 +140,7 @@ EVERYTHING = {0: [b"a1", b"a2", b"a3", b"a4", b"a5"], 1: [b"b1", b"b3"]}
 
 @pytest.mark.parametrize("failures", [0, 3], ids=["", "the dead-letter topic is away"])
 @pytest.mark.parametrize("questions", [0, 2], ids=["", "the coordinator is away"])
-async def test_what_cannot_be_decoded_is_parked_and_nothing_else_is_missing(failures: int, questions: int) -> None:
+async def test_an_undecodable_record_is_parked_and_no_other_is_missing(failures: int, questions: int) -> None:
     consumer = Consumer(logs())
     consumer.failing_questions = questions
     park, parked = parks(failures)

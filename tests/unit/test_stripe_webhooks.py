@@ -252,7 +252,7 @@ async def test_an_event_of_a_connected_account_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("reason", ["automatic", "expired", "abandoned", "requested_by_customer", None])
-async def test_what_was_canceled_ends_the_same_by_a_webhook_and_by_a_question(reason: str | None) -> None:
+async def test_a_canceled_intent_is_read_alike_from_a_webhook_and_a_query(reason: str | None) -> None:
     object_ = intent("canceled", cancellation_reason=reason)
     asked = a_request(payment_id=PAYMENT_ID, reference="pi_1", state=OperationState.REQUIRES_ACTION)
     told = read_opening(stripe.PaymentIntent.construct_from(object_, None), asked, ACTION_WINDOW)

@@ -191,7 +191,7 @@ async def test_an_altered_callback_is_forged(query: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["garbage", told() + "&vnp_Amount=1", told(vnp_Amount="x"), told(vnp_Amount="150")])
-async def test_what_cannot_be_read_is_malformed(query: str) -> None:
+async def test_an_unreadable_webhook_is_malformed(query: str) -> None:
     with pytest.raises(WebhookRefused) as refused:
         await VNPayWebhooks(config()).read(ipn(query))
     assert refused.value.verdict is Verdict.MALFORMED
@@ -362,7 +362,7 @@ async def test_a_charge_is_a_signed_url_the_same_at_every_attempt() -> None:
         ({"TransactionType": "77"}, Pending),
     ],
 )
-async def test_what_a_query_says(told: dict[str, str], outcome: type[Outcome]) -> None:
+async def test_the_outcome_of_a_vnpay_query_by_its_answer(told: dict[str, str], outcome: type[Outcome]) -> None:
     assert isinstance(await gateway(answered(**told)).status(charge()), outcome)
 
 
@@ -561,7 +561,7 @@ async def test_a_refund_without_a_time_is_not_taken_for_a_lost_one(made: str) ->
     assert isinstance(await gateway(answered(TransactionType="02", PayDate=made)).status(lost), Unknown)
 
 
-async def test_where_vnpay_does_not_tell_its_time_ours_is_taken() -> None:
+async def test_without_a_date_from_vnpay_our_clock_is_used() -> None:
     def answer(body: dict[str, Any]) -> httpx.Response:
         told = answered(TransactionType="02")(body)
         return httpx.Response(200, content=told.content)
