@@ -29,6 +29,9 @@ DataDir = Annotated[
 UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 """Postgres error codes for a table, column, type or function that does not exist."""
 
+DENIED: Final = "42501"
+"""Postgres' code for a missing privilege."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -125,6 +128,7 @@ def error_text(error: Exception) -> str:
     """An error in one line: its type and its message."""
     if isinstance(error, OSError) and not _is_of_a_server(error):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    error = getattr(error, "orig", None) or error  # SQLAlchemy's own text repeats the statement and its parameters.
     name, message = type(error).__name__, str(error)  # The messages of aiokafka's errors begin with their names.
     if not message:
         message = "no answer in time" if isinstance(error, TimeoutError) else "no more is known"
@@ -146,6 +150,8 @@ def advice_on(error: Exception) -> str | None:
         return "Schema and topics are there. `payments http` tries again every hour, `payments maintain` at once."
     if _lacks_schema(error):
         return "The database is not at this version's schema: run `payments migrate`."
+    if DENIED in _sqlstates(error):
+        return "Postgres knows this role, and does not let it: GRANT it what the message names."
     if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
         return "The topic takes no message of that size: raise its max.message.bytes."
     if isinstance(error, CommandError):
@@ -193,12 +199,16 @@ def _is_of_a_server(error: Exception) -> bool:
 
 def _lacks_schema(error: BaseException | None) -> bool:
     """Whether Postgres answered that a table, column, type or function does not exist."""
+    return not UNDEFINED.isdisjoint(_sqlstates(error))
+
+
+def _sqlstates(error: BaseException | None) -> set[str]:
+    """Postgres's codes of the error and its causes."""
+    codes = set()
     while error is not None:
-        code = getattr(error, "sqlstate", None) or getattr(getattr(error, "orig", None), "sqlstate", None)
-        if code in UNDEFINED:
-            return True
+        codes.add(getattr(error, "sqlstate", None) or getattr(getattr(error, "orig", None), "sqlstate", None))
         error = error.__cause__
-    return False
+    return {code for code in codes if code}
 
 
 def no_nan(number: float) -> float:

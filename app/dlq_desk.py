@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from bisect import insort
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -214,13 +215,13 @@ class DeadLetterDesk:
                     yield letter, decision.name if decision else "open"
 
     async def _rows(self, *, with_decided: bool, reason: str | None, limit: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
+        """The oldest letters: the topic's partitions are read beside each other, so all of them are looked at."""
+        oldest: list[tuple[Letter, str]] = []
         async with aclosing(self._find(with_decided=with_decided, reason=reason)) as found:
-            async for letter, state in found:
-                rows.append(_facts(letter, state))
-                if len(rows) >= limit:
-                    break
-        return rows
+            async for each in found:
+                insort(oldest, each, key=lambda each: (each[0].parked_at, each[0].id))
+                del oldest[limit:]
+        return [_facts(letter, state) for letter, state in oldest]
 
 
 def _about(letter: Letter, decided: Mapping[tuple[int, int], LetterDecision]) -> LetterDecision | None:

@@ -63,7 +63,8 @@ Payment **commands** come in on one Kafka topic, **events** go out on another; e
   and in the payment's currency. A `canceled` payment accepts none: to pay after all, use a new `payment_id`. (A void
   of what waits for its payer also leaves the payment `canceled`, although the attempt ends as `declined` with the
   reason `canceled` before `voided`.)
-- Events are delivered at least once and in order for each payment: `payment_seq` has no gaps.
+- Events are delivered at least once and in order for each payment: `payment_seq` has no gaps. Take a payment's state
+  only from the highest `payment_seq` that you have seen: a replay answers its command with an earlier state.
 - Amounts are integers in minor units beside an ISO 4217 currency. Strings contain neither U+0000 nor half a surrogate
   pair.
 - Unknown fields in commands are ignored, with one exception: an amount under another name (`amount`, `amountMinor`) is

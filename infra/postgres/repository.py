@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from uuid import UUID
 
 import asyncpg
@@ -424,13 +424,20 @@ def _translated() -> Iterator[None]:
         yield
     except sa.exc.DBAPIError as error:
         # The dialect wraps asyncpg's own error, whose type distinguishes the cases.
-        raise _ours(error.orig.__cause__ if error.orig is not None else None, error) from error
+        _raise_ours(error.orig.__cause__ if error.orig is not None else None, error)
     except (*_UNAVAILABLE, asyncpg.PostgresError) as error:  # errors while connecting are not wrapped
-        raise _ours(error, error) from error
+        _raise_ours(error, error)
 
 
-def _ours(cause: BaseException | None, error: Exception) -> Exception:
-    """Our error for `cause`, most specific first; `error` itself for a bug of ours, such as a wrong column."""
+def _raise_ours(cause: BaseException | None, error: Exception) -> NoReturn:
+    ours = _ours(cause, error)
+    if ours is None:
+        raise error
+    raise ours from error
+
+
+def _ours(cause: BaseException | None, error: Exception) -> PaymentsError | None:
+    """Our error for `cause`, most specific first; None where we have none, as for a wrong column."""
     message = safe_message(cause or error)
     named = ERROR_OF_CONSTRAINT.get(getattr(cause, "constraint_name", None) or "")
     if named is not None:
@@ -443,4 +450,4 @@ def _ours(cause: BaseException | None, error: Exception) -> Exception:
     for kind, vendors in kinds:
         if isinstance(cause, vendors):
             return kind(message)
-    return error
+    return None

@@ -113,12 +113,26 @@ async def count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
 
     Raises:
         TopicMissing: the brokers do not know the topic.
+        KafkaAway: no broker says how it is divided.
     """
     try:
         async with asyncio.timeout(TOPIC_SECONDS):
             return len(await producer.partitions_for(topic))
-    except (TimeoutError, UnknownTopicOrPartitionError) as error:
-        raise TopicMissing(f"there is no topic {topic}: create it, or set PAYMENTS_EVENTS_TOPIC to one") from error
+    except UnknownTopicOrPartitionError as error:
+        raise _missing(topic) from error
+    except TimeoutError as error:
+        # aiokafka asks a random broker, and one that cannot be reached takes longer than this.
+        is_known = await producer.client.force_metadata_update()
+        partitions = producer.client.cluster.partitions_for_topic(topic)
+        if partitions:
+            return len(partitions)
+        raise _missing(topic) if is_known else KafkaAway(f"no broker says how topic {topic} is divided") from error
+
+
+def _missing(topic: str) -> TopicMissing:
+    return TopicMissing(
+        f"there is no topic {topic}: create it (`payments migrate`), or set PAYMENTS_EVENTS_TOPIC to one"
+    )
 
 
 async def abandon(producer: AIOKafkaProducer) -> None:

@@ -309,13 +309,14 @@ class Publisher:
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 producer = await start_producer(self._config, self._cluster)
+                self._producers.add(producer)
+                await count_partitions(producer, self._config.topic)  # Otherwise its first send waits for that.
         except Exception as error:  # Whatever it is: `check` reports it, and the session ends.
             self._error = error
             self._on_progress()
             return
         spent, queue.producer = queue.producer, producer
         queue.is_producer_spent = queue.is_renewing = False
-        self._producers.add(producer)
         self._on_progress()
         if all(each.producer is not spent for each in self._queues):
             await abandon(spent)  # If this is cancelled, `close` does it.

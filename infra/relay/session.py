@@ -279,8 +279,10 @@ class Session:
             async with asyncio.timeout(self._config.stop_seconds):
                 while self._publisher.unacknowledged:
                     self._wake.clear()
-                    self._source.answer()
                     await self._flush()
+                    if self._is_save_due:  # Postgres hangs up on a reader from which it hears nothing.
+                        self._is_save_due = False
+                        await self._source.save()
                     if self._publisher.unacknowledged:
                         await self._wake.wait()
         async with asyncio.timeout(2):
