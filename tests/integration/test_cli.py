@@ -832,3 +832,15 @@ def test_settings_that_cannot_work_are_a_message_before_anything_starts(tmp_data
             in done.stderr
         )
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["show", "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69"]], ids=lambda each: each[0]
+)
+def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_check(
+    tmp_path: Path, postgres_url: str, command: list[str]
+) -> None:
+    missing = postgres_url.rsplit("/", 1)[0] + "/no_such_database"
+    done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=missing)
+    assert done.returncode == 1
+    assert "PAYMENTS_POSTGRES_URL right?" in done.stderr

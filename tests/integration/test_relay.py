@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import aiokafka.client
 import psycopg
 import pytest
+import structlog
 from aiokafka.admin import AIOKafkaAdminClient
 
 from infra.kafka.access import KafkaAccess
@@ -405,6 +406,25 @@ async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_
     assert_first_deliveries_in_order(records, rows)
     assert len(records) == len(rows) > len(others)
     assert metrics.RECONNECTS.labels("kafka")._value.get() == sessions
+
+
+@wal_only
+async def test_a_stop_that_waits_long_for_kafka_keeps_its_stream_and_saves_its_progress(config: RelayConfig) -> None:
+    """Postgres hangs up on a reader from which it has heard nothing for `wal_sender_timeout`, ten seconds."""
+    stop, stuck, sent = asyncio.Event(), rows_of("pay_0001", 1), rows_of("pay_0005", 3)
+    relay = Relay(replace(config, stop_seconds=11))
+    with structlog.testing.capture_logs() as logs, without_leader(config.topic, 1):
+        task = asyncio.create_task(relay.run(stop))
+        try:
+            await until(lambda: relay.health.detail == "active")
+            await commit(config.postgres_url, stuck)
+            await commit(config.postgres_url, sent)
+            await published(config, *sent)
+            stop.set()
+            await asyncio.wait_for(task, 30)
+        finally:
+            task.cancel()
+    assert [each["event"] for each in logs if each["event"].startswith("relay s")] == ["relay stopped"]
 
 
 @wal_only
