@@ -31,10 +31,10 @@ from domain.settle import SUCCESS_EVENTS
 from handlers import metrics
 from infra.postgres.pool import create_pool
 from tests.contract.providers import PROVIDERS, Provider
-from tests.integration.test_webhooks import applying
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker
 from tests.support.site import Site, running_site
 from tests.support.waiting import until
+from tests.support.webhooks import applying
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 MOVING = (CHARGE, CAPTURE, REFUND)

@@ -37,14 +37,7 @@ from infra.local.server import free_port
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
-from tests.contract.paypal import (
-    DECLINES,
-    OPERATIONS,
-    PAYS,
-    PayPalSandbox,
-    paypal_gateway,
-    running_paypal,
-)
+from tests.contract.paypal import DECLINES, OPERATIONS, PAYS, PayPalSandbox, paypal_gateway, running_paypal
 from tests.contract.paypal_schemas import OF_TOMORROW, Exchange, as_answer, violations
 
 pytestmark = pytest.mark.usefixtures("as_documented")

@@ -2,15 +2,12 @@
 
 import asyncio
 import re
-import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import httpx
 import pytest
-import uvicorn
 import yaml
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,6 +19,7 @@ from app.http import CONTENT_SECURITY_POLICY, STATIC_DIR, create_http_app
 from app.peers import Peers
 from app.process import REQUESTS_END_WITHIN
 from infra.local.server import free_port
+from tests.support.webhooks import served
 
 NO_CHECKS: Checks = {}
 NO_PEERS: Peers = {}
@@ -57,19 +55,6 @@ async def get(app: Starlette, path: str) -> httpx.Response:
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://payments")
     async with app.router.lifespan_context(app), client:
         return await client.get(path)
-
-
-@asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[str]:
-    """The app on a port of its own, by its base URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
 
 
 def up(text: str) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,15 +12,12 @@ from uuid import UUID
 
 import httpx
 import pytest
-import uvicorn
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
-from starlette.applications import Starlette
 
 from app.daily_report import report_day
 from app.settings import Settings
 from app.show import show_payment
-from app.webhooks import WebhookService
 from domain.decision import Notified
 from domain.notices import Notice
 from domain.operations import Declined, DeclineReason
@@ -30,10 +26,10 @@ from domain.rules import RetryPolicy
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.stripe import StripeConfig, StripeGateway
 from tests.contract.paypal import PAYS, PayPalSandbox
-from tests.integration.test_webhooks import SECRET, SHOP, applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import QUICK_RETRY, InProcessWorker, delivery, new_payment_id, rules, running_worker, value
 from tests.support.waiting import until
+from tests.support.webhooks import SECRET, SHOP, applied, applying, kinds, serving
 
 WEBHOOK_ID = "1PORTAL"
 
@@ -159,29 +155,6 @@ def portal(request: pytest.FixtureRequest, sandbox: tuple[str, httpx.Client]) ->
     made = request.param(*sandbox)
     assert isinstance(made, Portal)
     return made
-
-
-@asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[str]:
-    """Our webhooks on a port of their own."""
-    service = WebhookService(settings)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(Starlette(routes=service.routes()), log_level="warning"))
-        tasks = [asyncio.create_task(service.run()), asyncio.create_task(server.serve([listener]))]
-
-        async def is_ready() -> bool:
-            return server.started and await service.checks()["webhooks"]() is None
-
-        await until(is_ready)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await tasks[1]
-            tasks[0].cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

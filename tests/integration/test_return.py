@@ -6,11 +6,10 @@ from pydantic import SecretStr
 from app.settings import Settings
 from infra.gateways.momo import MoMoConfig, MoMoGateway
 from infra.sandbox.momo import ACCESS, PARTNER, SECRET
-from tests.integration.test_portal import serving
-from tests.integration.test_webhooks import applied, applying, kinds
 from tests.support.sandbox import running_sandbox
 from tests.support.service import delivery, events_of, new_payment_id, running_worker, value
 from tests.support.waiting import until
+from tests.support.webhooks import applied, applying, kinds, serving
 
 NOWHERE = "https://ipn.invalid/webhooks/momo"
 MONEY = {"amount_minor": 50_000, "currency": "VND", "payment_method": "wallet"}

@@ -26,20 +26,16 @@ from domain.notices import BODY_BYTES_MAX, Notice, WebhookRequest
 from domain.operations import Declined, DeclineReason, GatewayRequest, NotExecuted, Outcome, RequiresAction, Succeeded
 from domain.ports import Accepted, Received, Stuck
 from handlers import metrics
-from handlers.apply_notices import NoticeApplier
 from handlers.webhooks import Webhooks
 from infra.gateways.stripe_webhooks import StripeWebhooks
-from infra.postgres.inbox import PostgresInbox, forget_applied, listen
+from infra.postgres.inbox import PostgresInbox, forget_applied
 from infra.postgres.pool import create_pool
 from infra.postgres.store import PostgresStore
 from infra.sandbox.momo import IPN
-from tests.integration.test_http import served
 from tests.support.provider import BookkeepingGateway
-from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
+from tests.support.service import delivery, events_of, new_payment_id, running_worker, value
 from tests.support.waiting import until
-
-SECRET = "whsec_test"
-SHOP = "https://shop.invalid/return"
+from tests.support.webhooks import SECRET, SHOP, applied, applying, kinds, served
 
 
 class StripeBooks(BookkeepingGateway):
@@ -69,26 +65,6 @@ async def receiving(postgres_url: str) -> AsyncIterator[httpx.AsyncClient]:
     await asyncio.gather(running, return_exceptions=True)
 
 
-@asynccontextmanager
-async def applying(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[NoticeApplier]:
-    pool = await create_pool(postgres_url, size=2)
-    applier = NoticeApplier(inbox=PostgresInbox(pool), write_path=worker.write_path, submit=worker.dispatcher.submit)
-    tasks = [asyncio.create_task(applier.run()), asyncio.create_task(listen(postgres_url, applier.arrived.set))]
-    listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = current_database()"
-
-    async def is_listening() -> bool:
-        return bool(await value(postgres_url, listening))
-
-    await until(is_listening)  # a connection that is cut off while it is being made would be left to the collector
-    try:
-        yield applier
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        pool.terminate()
-
-
 def event(payment_id: UUID, event_id: str = "evt_1", *, number: int = 1, **fields: Any) -> dict[str, Any]:
     intent = {
         "id": f"pi_{payment_id}",
@@ -114,14 +90,6 @@ async def send(client: httpx.AsyncClient, event: dict[str, Any] | bytes, *, secr
     header = stripe.WebhookSignature.generate_signature_header(body, secret, timestamp=int(time.time()))
     answer = await client.post("/webhooks/stripe", content=body, headers={"stripe-signature": header})
     return answer.status_code
-
-
-async def kinds(postgres_url: str, payment_id: UUID) -> list[str]:
-    return [each["type"].split(".")[1] for each in await events_of(postgres_url, payment_id)]
-
-
-async def applied(postgres_url: str) -> bool:
-    return not await value(postgres_url, "SELECT count(*) FROM inbox WHERE applied_at IS NULL")
 
 
 async def test_a_payment_that_waits_for_its_payer_is_captured_by_the_webhook_once(postgres_url: str) -> None:

@@ -19,12 +19,7 @@ from infra.relay import Relay, RelayConfig
 from infra.relay.progress import Repair
 from infra.relay.repairs import count_unproven, find_repair, request_repair
 from infra.relay.status import read_status
-from tests.support.outbox import (
-    Row,
-    complete,
-    fetch_value,
-    rows_of,
-)
+from tests.support.outbox import Row, complete, fetch_value, rows_of
 from tests.support.topic import read_until
 from tests.support.waiting import until
 

@@ -28,7 +28,7 @@ from handlers.dispatch import PROCESS_ENDS, Dispatcher
 from handlers.leases import Leases
 from handlers.settle import Settler
 from handlers.write_path import Applied, SavedInPart, WritePath
-from tests.unit.test_dispatch import NOW, NoStore, ScriptedGateway, request
+from tests.support.dispatching import NOW, NoStore, ScriptedGateway, request
 
 POISON = Answer(uuid4(), 1, 1, Succeeded("poison"))
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from infra.gateways.instant import InstantGateway
-from tests.unit.test_dispatch import request
+from tests.support.dispatching import request
 
 
 async def test_it_tells_how_many_calls_were_under_way_and_how_many_began_in_one_second() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from domain.operations import GatewayRequest, OperationState, Outcome, Succeeded, Unreachable
 from handlers.pace import Pace
+from tests.support.dispatching import Bench, request
 from tests.support.provider import BookkeepingGateway
-from tests.unit.test_dispatch import Bench, request
 
 
 class RestingGateway(BookkeepingGateway):
