@@ -88,7 +88,7 @@ async def test_a_gateway_is_not_used_without_its_credentials_and_where_it_sends_
 
 def test_the_gateway_that_moves_no_money_is_not_used_beside_others() -> None:
     settings = Settings(gateways=["stripe", "instant"], default_gateway="stripe", **NEEDED["stripe"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="instant calls every payment paid"):
+    with pytest.raises(ValueError, match="instant reports every payment as paid"):
         create_gateways(settings)
 
 

@@ -247,6 +247,9 @@ class Producer:
         self.publisher: Publisher
         self.topic: dict[int, list[OutboxEvent]] = defaultdict(list)
 
+    async def partitions_for(self, _: str) -> set[int]:
+        return set(range(PARTITIONS))
+
     async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert all(each.partition != partition for each in self.sent), "one batch of a partition at a time"

@@ -118,6 +118,9 @@ class FakeProducer:
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
 
+    async def partitions_for(self, topic: str) -> set[int]:
+        return set(range(8))
+
     async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sent.append((partition, [event.payload for event, _ in batch.unpack()], answer))
