@@ -525,9 +525,9 @@ async def test_a_quarantined_event_survives_a_failed_query_on_the_same_connectio
     async with (
         await psycopg.AsyncConnection.connect(config.postgres_url) as writer,
         await psycopg.AsyncConnection.connect(config.postgres_url) as locker,
-        running(replace(config, feedback_seconds=3)),
+        running(replace(config, feedback_seconds=30)),
     ):
-        await until(lambda: len(saved) >= 2)  # At once and soon after; the next time is three seconds later.
+        await until(lambda: len(saved) >= 2)  # At once and soon after; a third one would wait for the lock.
         await insert(writer, poisoned_payment())
         locking = asyncio.create_task(locker.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE"))
         await until(lambda: fetch_value(config.postgres_url, waiting))
