@@ -1,7 +1,7 @@
 # Everything a newcomer runs. Each target first makes the virtual environment, if it is missing or out of date.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check bench parity crash-matrix up venv lock
+.PHONY: help demo test lint check bench parity crash-matrix asyncapi up venv lock
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,9 @@ parity: $(STAMP)  ## every message of our relay against the real Debezium's
 
 crash-matrix: $(STAMP)  ## a SIGKILL at each boundary of each operation at each provider (make test runs a sample)
 	$(BIN)/python -m tests.crash_matrix
+
+asyncapi: $(STAMP)  ## write asyncapi.yaml, the published contract, from the messages' models
+	$(BIN)/python -m handlers.messages.asyncapi > asyncapi.yaml
 
 up: $(STAMP)  ## everything on this machine, until Ctrl-C (in containers: docker compose up --build)
 	$(BIN)/payments up

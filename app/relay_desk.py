@@ -404,10 +404,8 @@ def _relay_table(relay: RelayStatus) -> Table:
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
-    if relay.repair in (
-        "unproven",
-        "everything",
-    ):  # A request to adopt exists only while an operator waits for it, and sees it.
+    # A request to adopt exists only while an operator waits for it, and sees it.
+    if relay.repair in ("unproven", "everything"):
         rows["requested"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
     for name, text in rows.items():
         table.add_row(name, text)

@@ -287,9 +287,8 @@ class Offsets:
         for partition, read_to in {
             TopicPartition(each.topic, each.partition): each.offset + 1 for each in records
         }.items():
-            with contextlib.suppress(
-                IllegalStateError
-            ):  # The partition has moved, and its new owner reads these again.
+            # Where a partition has moved, its new owner reads these again.
+            with contextlib.suppress(IllegalStateError):
                 self._next[partition] = max(read_to, await _position(consumer, partition))
 
     async def run(self) -> None:
