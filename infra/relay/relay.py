@@ -25,6 +25,9 @@ log = structlog.get_logger(__name__)
 
 LONG_SECONDS = 10.0
 """After a session that lasted this long, the next pause is short again."""
+COUNTS_AT_MOST = b"SET statement_timeout = '5s'"
+"""A count of a large outbox would keep the relay from a stop, and from the operator's decision, for that long."""
+NO_SCHEMA = "the database has no schema, or another release's: run `payments migrate`"
 
 
 class Relay:
@@ -64,13 +67,14 @@ class Relay:
         self._status.enter(State.STOPPED)
 
     async def _stand_still(self, gap: GapFound) -> None:
-        """Report a new gap. Events that may be missing are counted only once: counting reads the whole outbox."""
+        """Report a new gap. Counting the events that may be missing reads the outbox: once, and for a while at most."""
         if self._status.state is State.GAP and self._gap_reason == gap.reason:
             return
         self._gap_reason, text = gap.reason, str(gap)
         self._status.enter(State.GAP, text)
         with contextlib.suppress(psycopg.Error, OSError):
             async with await psycopg.AsyncConnection.connect(self._config.postgres_url, **CONNECTION) as connection:
+                await connection.execute(COUNTS_AT_MOST)
                 text = gap.told_with(*await count_beyond(connection, gap.published))
         self._status.enter(State.GAP, text)
         log.error("the relay stands still: events may be missing", slot=self._config.slot, error=text)
@@ -79,7 +83,8 @@ class Relay:
         server = "kafka" if isinstance(error, (KafkaAway, KafkaError)) else "postgres"
         wait = min(self._config.retry_seconds_max, 0.1 * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1)  # noqa: S311
         metrics.RECONNECTS.labels(server).inc()
-        self._status.enter(State.RECONNECTING, f"{server}: {type(error).__name__}")
+        why = NO_SCHEMA if isinstance(error, psycopg.errors.UndefinedTable) else type(error).__name__
+        self._status.enter(State.RECONNECTING, f"{server}: {why}")
         log.warning("relay session ended", server=server, error=str(error).strip(), retry_seconds=round(wait, 2))
         await self._pause(stop, wait)
 

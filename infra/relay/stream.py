@@ -173,8 +173,9 @@ class ReplicationStream:
                 was_read = True
 
     def ended(self) -> PostgresAway:
-        """The error for a stream whose end was read; libpq reports the end only once."""
-        return self._lost(self._pgconn.get_error_message())
+        """The error for a stream whose end was read. libpq reports the end only once, and why in a result."""
+        result = None if self._pgconn.is_busy() else self._pgconn.get_result()
+        return self._lost((result or self._pgconn).get_error_message())
 
     def log_reader(self, begin: Callable[[int], Group], taken: list[int]) -> "LogReader":
         """A reader in C that continues where `receive` stopped; only if it was compiled.

@@ -37,7 +37,7 @@ from tests.support.outbox import (
     rows_of,
     set_database,
 )
-from tests.support.relay_source import also_plain
+from tests.support.relay_source import PLAIN, also_plain
 from tests.support.relays import frozen, published, running, slot, wal_only, without_leader
 from tests.support.waiting import until
 
@@ -406,6 +406,28 @@ async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_
     assert_first_deliveries_in_order(records, rows)
     assert len(records) == len(rows) > len(others)
     assert metrics.RECONNECTS.labels("kafka")._value.get() == sessions
+
+
+@pytest.mark.parametrize("source", ["wal", PLAIN], indirect=True)
+async def test_a_stream_that_the_server_ends_is_reported_with_the_servers_reason(config: RelayConfig) -> None:
+    query = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s"
+    with structlog.testing.capture_logs() as logs:
+        async with running(config) as relay:
+            await fetch_value(config.postgres_url, query, config.slot)
+            await until(lambda: any(each["event"] == "relay session ended" for each in logs))
+            await until(lambda: relay.health.detail == "active")
+    (error,) = [each["error"] for each in logs if each["event"] == "relay session ended"]
+    assert "terminating connection due to administrator command" in error
+
+
+async def test_a_relay_on_an_empty_database_says_what_to_do(config: RelayConfig, empty_postgres_url: str) -> None:
+    stop, relay = asyncio.Event(), Relay(replace(config, postgres_url=empty_postgres_url))
+    task = asyncio.create_task(relay.run(stop))
+    try:
+        await until(lambda: "run `payments migrate`" in relay.health.detail)
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 20)
 
 
 @wal_only

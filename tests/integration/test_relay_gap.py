@@ -219,6 +219,21 @@ async def test_rows_of_another_servers_transactions_are_published_by_a_repair(co
 
 
 @wal_only
+async def test_a_count_that_takes_long_keeps_no_decision_waiting(
+    config: RelayConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def counting(connection: psycopg.AsyncConnection, _: Snapshot) -> tuple[int, None, None]:
+        await connection.execute("SELECT pg_sleep(300)")
+        return 2, None, None
+
+    monkeypatch.setattr(relay_module, "count_beyond", counting)
+    await before_the_gap(config, rows_of("pay_a", 5))
+    await write_unread(config, rows_of("pay_a", 2, first=6), DROP)
+    async with StandingStill(config) as standing:
+        assert await standing.decide("unproven") == 2
+
+
+@wal_only
 async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

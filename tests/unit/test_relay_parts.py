@@ -362,8 +362,11 @@ class _EndedConnection:
         self.is_told = True
         return -1, memoryview(b"")
 
-    def get_error_message(self) -> str:
-        return "why it ended"
+    def is_busy(self) -> int:
+        return 0
+
+    def get_result(self) -> Any:
+        return SimpleNamespace(get_error_message=lambda: "why it ended")
 
 
 @pytest.mark.parametrize("is_native", [True, False])
