@@ -6,7 +6,7 @@ import errno
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -31,6 +31,9 @@ UNDEFINED: Final = frozenset(("42P01", "42703", "42704", "42883"))
 
 DENIED: Final = "42501"
 """Postgres' code for a missing privilege."""
+
+LOOKS_LIKE: Final = 0.95
+"""Similarity of two names: one letter of about twenty differs."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -62,12 +65,24 @@ def read_settings() -> "Settings":
 
     from app.settings import Settings
 
+    _warn_of_misspelt(Settings.model_fields)
     try:
         return Settings()
     except SettingsError as error:
         fail(f"the settings in the environment cannot be used\n  {_not_json(str(error))}")
     except ValidationError as error:
         fail("the settings in the environment cannot be used\n" + "\n".join(_complaints(error)))
+
+
+def _warn_of_misspelt(fields: Iterable[str]) -> None:
+    """Name variables that look like a setting and are none. Others may be anybody's: Kubernetes sets PAYMENTS_PORT."""
+    import difflib
+    import os
+
+    known = {f"PAYMENTS_{name.upper()}" for name in fields}
+    for name in sorted(name for name in os.environ if name.startswith("PAYMENTS_") and name not in known):
+        if meant := difflib.get_close_matches(name, known, n=1, cutoff=LOOKS_LIKE):
+            typer.secho(f"payments: {name} is not a setting and is ignored; is {meant[0]} meant?", err=True)
 
 
 def read_service_settings(*, for_calls: bool) -> "Settings":

@@ -844,3 +844,12 @@ def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_
     done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=missing)
     assert done.returncode == 1
     assert "PAYMENTS_POSTGRES_URL right?" in done.stderr
+
+
+def test_a_misspelt_setting_is_named_and_what_others_set_is_not(tmp_path: Path, postgres_url: str) -> None:
+    others = {"PAYMENTS_PORT": "tcp://10.0.0.1:80", "PAYMENTS_LEASE_SECOND": "5"}
+    done = run("list", data_dir=tmp_path, PAYMENTS_POSTGRES_URL=postgres_url, **others)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "payments: PAYMENTS_LEASE_SECOND is not a setting and is ignored; is PAYMENTS_LEASE_SECONDS meant?"
+    ]
