@@ -119,6 +119,8 @@ class Worker:
     async def _check_kafka(self) -> str | None:
         if self._broker is None:
             return STARTING
+        if self._reader is None:  # It is not started yet; that the topic is missing is the broker's own answer.
+            return STARTING if self._reads_not_yet == STARTING else None
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
 
     async def _start_unless_stopped(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:

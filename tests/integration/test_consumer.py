@@ -562,6 +562,7 @@ async def test_a_worker_that_starts_before_its_topic_makes_none_of_its_own(
             return "payments migrate" in (await worker.checks()["commands"]() or "")
 
         await until(is_told)
+        assert await worker.checks()["kafka"]() is None, "the broker answers"
         assert early.commands_topic not in await admin.list_topics()
         await admin.create_topics([NewTopic(early.commands_topic, PARTITIONS, 1)])
         try:
