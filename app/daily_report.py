@@ -21,7 +21,7 @@ from domain.operations import UNDER_WAY
 from domain.ports import Gateway, Movements, Statements
 
 # Attempt by attempt, as several may have been paid: captures and refunds are of the one that the payment refers to, but
-# for refunds in the provider's pages, whose content is the attempt that they are of.
+# for refunds in the provider's dashboard, whose content is the attempt that they are of.
 ATTEMPTS: Final = """
     SELECT a.reference AS gateway_payment_id, a.payment_id, p.currency,
            CASE WHEN a.kind = 'charge' AND a.state = 'succeeded' THEN a.amount_minor ELSE 0 END

@@ -65,7 +65,7 @@ def _cause(open_state: str | None, what: str, mine: int, yours: int) -> str:
     if open_state is not None:
         return _still_open(open_state)
     if what == "refunded" and yours > mine:
-        return "a refund made in the provider's portal whose webhook did not come or fit, or not settled there yet"
+        return "a refund made in the provider's dashboard whose webhook did not come or fit, or not settled there yet"
     return "changed outside of this service"
 
 
@@ -157,7 +157,7 @@ def _why_unknown(movement: Movement) -> str:
         return "not made by this service"
     if movement.operation_number is None:
         what = "refund" if movement.is_refund else "payment"
-        return f"a {what} made in the provider's portal, whose webhook did not come or did not fit"
+        return f"a {what} made in the provider's dashboard, whose webhook did not come or did not fit"
     return "made by another installation with this account"
 
 

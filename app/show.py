@@ -223,7 +223,7 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
     rows = []
     for each in operations:
         amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
-        key = "(in the provider's pages)" if each.is_external else each.idempotency_key
+        key = "(in the provider's dashboard)" if each.is_external else each.idempotency_key
         rows.append((str(each.number), each.kind, amount, each.state, each.reference or "", key or ""))
     return table_of(names, rows, whole=set(names))
 

@@ -102,7 +102,7 @@ def _hear_success(draft: Draft, given: Notified, operation: Operation, notice: N
 
 
 def _is_known_otherwise(given: Notified, outcome: Succeeded) -> bool:
-    """Whether it was counted already, as a movement that somebody made in the provider's pages."""
+    """Whether it was counted already, as a movement that somebody made in the provider's dashboard."""
     named = given.operation.number if given.operation else None
     return any(each.reference == outcome.reference != "" and each.number != named for each in given.known)
 

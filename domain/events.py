@@ -93,7 +93,7 @@ class PaymentSnapshot(NamedTuple):
 
 class Event(NamedTuple):
     """One thing that happened to a payment, mostly because of one command. A dispute, or a movement that somebody made
-    in the provider's pages, names none.
+    in the provider's dashboard, names none.
 
     `payment_seq` is gap-free per payment, from 1. `amount_minor` is what this operation moved or asked to move, and
     `currency` that amount's: of a refused command its own where it named one, otherwise the payment's.

@@ -1,4 +1,4 @@
-"""Money that moved without us: somebody refunded or captured in the provider's pages, and a webhook reports it.
+"""Money that moved without us: somebody refunded or captured in the provider's dashboard, and a webhook reports it.
 
 Such a movement carries no mark of ours. It is identified by the provider's id alone and kept as an operation that no
 command asked for, so any number of deliveries, in any order, count once. The worst mistake here would be to count our

@@ -32,7 +32,7 @@ class Dispute(NamedTuple):
 
 
 class External(NamedTuple):
-    """A refund or capture that somebody made in the provider's pages. `moved_at` is when the provider began it.
+    """A refund or capture that somebody made in the provider's dashboard. `moved_at` is when the provider began it.
 
     `is_final` means of a capture that it leaves nothing to capture: the rest of the hold was let go.
     `is_reversal` means of a refund that the provider itself made it, and may report it as a dispute as well.

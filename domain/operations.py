@@ -159,7 +159,7 @@ def _is_shown(name: str, value: object) -> bool:
 class Operation:
     """An accepted command and what became of it, named by `(payment_id, number)`; `number` counts in order accepted.
 
-    A movement that somebody made in the provider's pages is an operation as well, so that its reference is known. No
+    A movement that somebody made in the provider's dashboard is an operation too, so that its reference is known. No
     command asked for it (`is_external`), so it has no key and no fingerprint, and its `content` is the provider's id of
     the payment it belongs to, or empty where the provider does not say.
 
@@ -215,7 +215,7 @@ class Operation:
 
     @property
     def is_external(self) -> bool:
-        """Whether somebody did it in the provider's pages, without a command."""
+        """Whether somebody did it in the provider's dashboard, without a command."""
         return not self.fingerprint
 
 

@@ -113,7 +113,7 @@ class Movement(NamedTuple):
     """Money that a provider took for us or returned, as it lists it, in our minor units.
 
     `reference` is the provider's id of the movement; `payment_id` and `operation_number` are our marks. A movement
-    without a number was not caused by an operation of ours, but by somebody in the provider's pages.
+    without a number was not caused by an operation of ours, but by somebody in the provider's dashboard.
     """
 
     reference: str

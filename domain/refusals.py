@@ -140,7 +140,7 @@ def _refusal_to_refund(command: Command, payment: Payment, rules: Rules) -> Reje
 
 def _besides(payment: Payment) -> str:
     owed = payment.owed_minor
-    return f"; {owed} were taken by another attempt, and are returned in the provider's pages" if owed else ""
+    return f"; {owed} were taken by another attempt, and are returned in the provider's dashboard" if owed else ""
 
 
 def _refusal_to_void(payment: Payment) -> Rejection | None:

@@ -205,7 +205,7 @@ async def test_each_capture_and_refund_is_held_against_paypals_list(
     ])  # fmt: skip
     causes = {each["theirs"]: each["likely_cause"] for each in found_now}
     assert causes["USD 10.00"] == "not made by this service"
-    assert causes["USD 5.00"].startswith("a refund made in the provider's portal")
+    assert causes["USD 5.00"].startswith("a refund made in the provider's dashboard")
 
 
 async def test_a_movement_known_to_us_but_not_listed_by_paypal_is_reported(

@@ -1,4 +1,4 @@
-"""What a person does in a provider's pages, over real HTTP: signed webhooks bring it into the books, each once."""
+"""What a person does in a provider's dashboard, over real HTTP: signed webhooks bring it into the books, each once."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ WEBHOOK_ID = "1PORTAL"
 
 
 class Portal(ABC):
-    """A provider's pages, and what our service needs to know of that provider."""
+    """A provider's dashboard, and what our service needs to know of that provider."""
 
     name: str
     payment_method: str

@@ -68,7 +68,7 @@ class Provider:
             self._know(request, Declined(DeclineReason.OTHER, reference=reference))
 
     def move_externally(self, payment_id: UUID, kind: OperationKind, percent: int) -> None:
-        """Somebody refunds or captures a part of what is left, in the provider's pages."""
+        """Somebody refunds or captures a part of what is left, in the provider's dashboard."""
         left = self.left(payment_id, kind)
         amount = left if not self.capabilities.partial_capture else max(1, left * percent // 100)
         reference = f"portal-{len(self.external)}"
@@ -178,7 +178,7 @@ class Provider:
         elif self._was_touched(request.payment_id) and request.amount.minor > self.left(
             request.payment_id, request.kind
         ):
-            return NotExecuted("somebody has taken or returned it in the provider's pages")
+            return NotExecuted("somebody has taken or returned it in the provider's dashboard")
         else:
             self._move(request)
         return self._success(request)

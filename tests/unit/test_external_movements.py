@@ -1,4 +1,4 @@
-"""What somebody does in the provider's pages counts once, in any order; our own is never counted a second time."""
+"""What somebody does in the provider's dashboard counts once, in any order; our own is never counted a second time."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -115,7 +115,7 @@ def test_another_currency_gateway_or_attempt_changes_nothing_and_is_for_a_person
 
 
 def test_a_refund_of_another_attempts_payment_reduces_what_is_owed() -> None:
-    """As docs/operations/reconciliation.md has it: in the provider's pages."""
+    """As docs/operations/reconciliation.md has it: in the provider's dashboard."""
     told = paid_twice()
     told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1")
     assert sums(told) == (6_000, 4_000, 10_000)
