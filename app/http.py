@@ -1,6 +1,6 @@
 """The HTTP process's routes: health, all processes' metrics, the AsyncAPI page, and those given (webhooks).
 
-Promises: the page of the document fetches nothing from other hosts. (Liveness and readiness: `health.py`.)
+Promise: the AsyncAPI page fetches nothing from other hosts. (Liveness and readiness: `health.py`.)
 """
 
 import json
@@ -43,7 +43,7 @@ def create_http_app(*, checks: Checks, peers: Peers, more_routes: Sequence[Route
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with watching_readiness(checks):  # The others tell of themselves, on the page of metrics as well.
+        async with watching_readiness(checks):  # The others report their own, which are on the metrics page as well.
             yield
         await client.aclose()
 

@@ -1,5 +1,5 @@
-"""Hourly maintenance by `payments http`: the outbox's partitions, made ahead of time and dropped after their retention;
-applied webhooks, forgotten after theirs; payments, compared with the ledger.
+"""Hourly maintenance by `payments http`: creates the outbox's partitions ahead of time and drops them after their
+retention, deletes applied webhooks after theirs, and compares payments with the ledger.
 
 The HTTP process does it because every installation runs one, whoever publishes its events (our relay or Debezium);
 any number may do it at once. Should none, rows land in the default partition and nothing is lost.
@@ -51,9 +51,9 @@ class LeftUndone(Exception):
 
 
 async def maintain_once(settings: Settings) -> MaintenanceReport:
-    """Make the partitions of the coming days; drop those past retention, and forget webhooks that are.
+    """Create the partitions of the coming days; drop partitions, and delete webhooks, that are past retention.
 
-    What is left undone, and why, is in the report and in the log.
+    The report and the log say what could not be done, and why.
 
     Raises:
         `infra.postgres.errors.AWAY`: as `infra.postgres.maintenance.maintain`.
@@ -77,19 +77,19 @@ async def maintain_once(settings: Settings) -> MaintenanceReport:
 
 
 class Maintenance:
-    """What the HTTP process does beside answering."""
+    """The HTTP process's background work."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._differing: set[UUID] = set()
         self._changes_at = self._whole_at = self._whole_began = NEVER
         self._whole_next: UUID | None = None
-        """Where a look at everything goes on that has broken off."""
+        """Where an interrupted check of everything continues."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Maintain at once and then every `maintenance_interval_seconds`; a failure waits for the next turn.
+        """Maintain at once and then every `maintenance_interval_seconds`; after a failure the next turn tries again.
 
-        The ledger has turns of its own: to look at all of it may take hours, and what changes is looked at meanwhile.
+        The ledger has turns of its own: checking all of it may take hours, during which changes are checked as well.
         """
         async with asyncio.TaskGroup() as turns:
             turns.create_task(self._repeat(stop, "outbox and inbox", lambda: maintain_once(self._settings)))
@@ -106,11 +106,11 @@ class Maintenance:
     async def _attempt(self, what: str, step: Callable[[], Awaitable[object]]) -> None:
         try:
             await step()
-        except (*AWAY, PaymentsError) as error:  # A row that somebody holds, or has taken first, among them.
+        except (*AWAY, PaymentsError) as error:  # Including a row that another process holds, or took first.
             log.warning("maintenance failed", step=what, error=type(error).__name__)
 
     async def check_changes(self) -> None:
-        """Look at what has changed since the last time, at first since a day ago, and at what differed then.
+        """Check what has changed since the last check (the first time: since a day ago), and what differed then.
 
         Raises:
             `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
@@ -126,7 +126,7 @@ class Maintenance:
         self._publish()
 
     async def check_everything(self) -> None:
-        """Look at everything there is, if that has not been done for a day; it goes on where it has broken off.
+        """Check every payment, if that was not done for a day; an interrupted check continues where it ended.
 
         Raises:
             `infra.postgres.errors.AWAY`: Postgres cannot be reached, or is gone.
@@ -160,7 +160,7 @@ class Maintenance:
         LEDGER_CHECKED.set((self._changes_at if is_whole else self._whole_at).timestamp())
 
     def checks(self) -> Checks:
-        """What the HTTP process needs from others: nothing for its pages, but a sick server should be seen."""
+        """The servers' health. The pages do not need them, but a server in trouble should be seen."""
         return {"postgres": self._check_postgres, "kafka": self._check_kafka}
 
     async def _check_postgres(self) -> str | None:

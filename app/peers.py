@@ -1,6 +1,6 @@
-"""What the HTTP process learns from the worker and the relay: whether they are ready, and their metrics.
+"""Readiness and metrics of the worker and the relay, as the HTTP process fetches them.
 
-The page of metrics has our own and theirs, each with a `process` label. Promises: a peer that is down, slow or
+The metrics page has our own metrics and theirs, each with a `process` label. Promises: a peer that is down, slow or
 unreadable costs at most `PEER_TIMEOUT_SECONDS` and shows as `payments_process_up{process="…"} 0`; the page itself never
 fails for it.
 """
@@ -21,7 +21,7 @@ from app.health import CHECK_TIMEOUT_SECONDS, Checks
 
 PEER_TIMEOUT_SECONDS: Final = 1.0
 PEER_READY_SECONDS: Final = CHECK_TIMEOUT_SECONDS + 1
-"""A little more than the other process takes to say what it waits for in vain."""
+"""A little more than the other process needs to report a check of its own that timed out."""
 OWN_PROCESS: Final = "http"
 
 Families = list[Metric]
@@ -30,13 +30,13 @@ Peers = Mapping[str, str]
 
 
 def peer_client() -> httpx.AsyncClient:
-    """One for all that is asked of peers: each new one reads the system's certificates anew. Who asks has a timeout."""
-    alone = httpx.Limits(max_keepalive_connections=0)  # A kept one may be closed by the peer just as it is used.
+    """One client for all requests to peers, since each new one reads the system's certificates. Callers set timeouts."""
+    alone = httpx.Limits(max_keepalive_connections=0)  # The peer may close a kept connection just as it is used.
     return httpx.AsyncClient(timeout=None, trust_env=False, limits=alone)  # noqa: S113 - as said
 
 
 def peer_checks(peers: Peers, client: httpx.AsyncClient) -> Checks:
-    """One check for each other process: it is asked whether it is ready."""
+    """One check for each other process, which asks it whether it is ready."""
     return {name: partial(_check_peer, client, _base(url)) for name, url in peers.items()}
 
 
@@ -68,7 +68,7 @@ class MetricsPage:
         return as_text([*merged([own, *labelled]), _up(by_process)])
 
     async def _of_peer(self, url: str) -> Families | None:
-        """The peer's metrics, None where it gave none that can be read."""
+        """The peer's metrics; None if it returned none that can be parsed."""
         try:
             async with asyncio.timeout(PEER_TIMEOUT_SECONDS):
                 answer = await self._client.get(f"{_base(url)}/metrics")
@@ -78,12 +78,12 @@ class MetricsPage:
 
 
 def labelled_families(families: Iterable[Metric], process: str) -> Families:
-    """Copies of the families whose samples say which process they are from."""
+    """Copies of the families whose samples carry the name of their process."""
     return [_labelled(family, process) for family in families]
 
 
 def merged(groups: Iterable[Families]) -> Families:
-    """One family for each name, as the text format demands, in alphabetical order."""
+    """Merge families of the same name, as the text format requires, in alphabetical order."""
     families: dict[str, Metric] = {}
     for family in (family for group in groups for family in group):
         families.setdefault(family.name, _empty(family)).samples.extend(family.samples)
@@ -115,7 +115,7 @@ def _up(by_process: Mapping[str, Families | None]) -> Metric:
 
 
 class _Fixed(Collector):
-    """Metrics that were collected already."""
+    """A collector of metrics that were collected before."""
 
     def __init__(self, families: Families) -> None:
         self._families = families

@@ -1,6 +1,6 @@
-"""How a process of this service lives: its event loop, its signals, its own health and metrics port, its exit code.
+"""The life of a process of this service: event loop, signals, its own health and metrics port, exit code.
 
-The work begins before the server of that port is even read: start-up is part of every recovery.
+The work begins before the HTTP server of that port is even imported: start-up is part of every recovery.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 REQUESTS_END_WITHIN: Final = 5
-"""Seconds. Once all else has ended, a request that has not is cut off: one that never comes whole would hold us up."""
+"""Seconds that a request may still take once all else has ended: one that never arrives completely would block us."""
 
 Main = Callable[[asyncio.Event], Awaitable[None]]
 """Runs until the event is set."""
@@ -31,8 +31,8 @@ CreateApp = Callable[[], "ASGIApp"]
 def run(main: Main, *, create_app: CreateApp, host: str, port: int, end_seconds: float | None = None) -> None:
     """Run `main` beside an HTTP server until SIGTERM or SIGINT; an error of either ends the process.
 
-    A port that it cannot have is told before anything begins, and of a server that is away what to do.
-    If it has not ended `end_seconds` after the signal, it ends all the same, with `last_resort.STATUS`.
+    A port that is taken is reported before anything begins; if a server is away, the message says what to do. A process
+    that has not ended `end_seconds` after the signal is ended with `last_resort.STATUS`.
     """
     listener = _listen(host, port)
     _put_off_garbage_collection()
@@ -47,19 +47,19 @@ def run(main: Main, *, create_app: CreateApp, host: str, port: int, end_seconds:
 
 
 def _is_server_away(error: Exception) -> bool:
-    """Whether a trace of our calls would tell nothing. (Whose errors these are is looked up only now.)"""
+    """Whether a server is the cause, so that a traceback would not help. Imports the error types only now."""
     import asyncpg  # noqa: PLC0415
     from aiokafka.errors import KafkaError  # noqa: PLC0415
 
     from domain.errors import StoreUnavailable  # noqa: PLC0415
 
     if isinstance(error, (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)):
-        return False  # A defect of ours: it is answering.
+        return False  # A defect of ours: the server is answering.
     return isinstance(error, (StoreUnavailable, asyncpg.PostgresError, asyncpg.InternalClientError, KafkaError))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Our own address. Uvicorn would find it taken only when the work beside it has begun, and end that in mid-air."""
+    """Bind our address first. Uvicorn would find it taken only once the work has begun, and would interrupt that."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -71,8 +71,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _put_off_garbage_collection() -> None:
-    """Many long-lived objects and no cycles among them: the default rhythm would cost a worker a third of its CPU."""
-    gc.freeze()  # What is there now stays, and is not looked through again.
+    """Collect rarely: objects live long and form no cycles; the defaults would cost a worker a third of its CPU."""
+    gc.freeze()  # Objects that exist now stay, and need not be scanned again.
     gc.set_threshold(100_000, 50, 100)
 
 
@@ -89,7 +89,9 @@ async def _live(main: Main, create_app: CreateApp, listener: socket.socket, end_
             await main(stop)
         finally:
             creating.add_done_callback(_end_server)
-            await asyncio.wait([serving])  # Ended by an error of `main`, it would log a trace of its own.
+            await asyncio.wait(
+                [serving]
+            )  # Cancelled because of an error of `main`, it would log a traceback of its own.
 
 
 async def _serve(creating: "asyncio.Future[Server]", listener: socket.socket) -> None:

@@ -53,7 +53,7 @@ def _create_process_app(checks: "Checks") -> "Starlette":
 
 
 def relay_config(settings: Settings) -> "RelayConfig":
-    """What a relay of this installation needs to know."""
+    """The relay's part of the settings."""
     from infra.relay import RelayConfig
 
     return RelayConfig(
@@ -83,7 +83,7 @@ def run_http(settings: Settings) -> None:
         receiving = asyncio.create_task(webhooks.run())
         maintaining = asyncio.create_task(maintenance.run(stop))
         watching = asyncio.create_task(watch_slots(settings.postgres_url))
-        stopping = asyncio.create_task(stop.wait())  # Maintenance may be waiting for another process's.
+        stopping = asyncio.create_task(stop.wait())  # Maintenance may be waiting for that of another process.
         tasks: tuple[asyncio.Task[object], ...] = (receiving, maintaining, watching, stopping)
         # The others end only with an error, which ends the process.
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -109,7 +109,7 @@ def run_sandbox(settings: Settings, host: str, port: int, *, state_file: Path | 
 
 
 async def prepare(settings: Settings) -> None:
-    """Bring schema, topics and partitions to where this version needs them; does nothing where they are.
+    """Bring schema, topics and partitions to what this version needs; changes nothing that is so already.
 
     Raises:
         SQLAlchemyError, KafkaError, StoreUnavailable: a server is away or refuses.
@@ -131,11 +131,11 @@ async def prepare(settings: Settings) -> None:
 
 
 def preload() -> None:
-    """Have, in the background, the libraries read that `prepare` will need: half a second less to wait for."""
+    """Import, in the background, the libraries that `prepare` will need: saves half a second."""
 
     def load() -> None:
 
         import infra.kafka.topics
-        import infra.postgres.migrate  # noqa: F401 - read for their effect
+        import infra.postgres.migrate  # noqa: F401 - imported for the side effect
 
     threading.Thread(target=load, name="preload", daemon=True).start()
