@@ -64,7 +64,7 @@ looked for beyond them before it is called missing."""
 
 
 class NoList(ValueError):
-    """The provider offers no list of what it did, so that there is nothing to compare with."""
+    """The provider offers no list of its movements, so there is nothing to compare with."""
 
     def __init__(self, gateway: str) -> None:
         super().__init__(
@@ -79,14 +79,14 @@ class ListUnreadable(ValueError):
 
 
 class Day(NamedTuple):
-    """From midnight until before the next one, in UTC."""
+    """From midnight until before the next midnight, in UTC."""
 
     start: datetime
     end: datetime
 
 
 def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: bool) -> int:
-    """Print the differences of a UTC day; the exit code, 1 if there are any, 2 if the day has not begun.
+    """Print the differences of a UTC day. Returns 1 if there are any, 2 if the day has not begun.
 
     Raises:
         NoList: the provider offers none. As JSON that is an answer like any other (`error`), with exit code 1.

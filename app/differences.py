@@ -13,11 +13,11 @@ from domain.money import Money
 from domain.ports import Movement, Statement
 
 LISTED_WITHIN: Final = timedelta(hours=3)
-"""After which a provider surely lists what it did (PayPal's Transaction Search, the slowest)."""
+"""After this time a provider lists every movement (PayPal's Transaction Search is the slowest)."""
 
 
 class Difference(NamedTuple):
-    """One thing on which the books differ. Amounts are ours and theirs; empty where one side does not know it."""
+    """One difference between the books. Amounts are ours and theirs; empty if one side does not know it."""
 
     provider_reference: str
     payment_id: str | None
@@ -124,7 +124,7 @@ def _by_name(booked: Iterable[Booked]) -> Known:
 
 
 def _booked(movement: Movement, known: Known) -> Booked | None:
-    """Our operation behind it, if there is one and it is of that kind."""
+    """Our operation that caused the movement, if there is one of that kind."""
     found = known.get(movement.reference)
     if movement.payment_id is not None and movement.operation_number is not None:
         found = known.get((movement.payment_id, movement.operation_number), found)

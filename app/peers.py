@@ -30,7 +30,7 @@ Peers = Mapping[str, str]
 
 
 def peer_client() -> httpx.AsyncClient:
-    """One client for all requests to peers, since each new one reads the system's certificates. Callers set timeouts."""
+    """One client for all requests to peers: each new one reads the system's certificates. Callers set timeouts."""
     alone = httpx.Limits(max_keepalive_connections=0)  # The peer may close a kept connection just as it is used.
     return httpx.AsyncClient(timeout=None, trust_env=False, limits=alone)  # noqa: S113 - as said
 

@@ -17,13 +17,13 @@ ANYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what a person may give as the addre
 
 
 class SandboxUnusable(ValueError):
-    """It cannot start like this; the message says what to change."""
+    """The simulators cannot start with these options; the message says what to change."""
 
 
 def check_sandbox(
     settings: Settings, host: str, port: int, *, state_file: Path | None, webhooks_to: str | None
 ) -> None:
-    """See that it can start, and make the state file's folder.
+    """Check that the simulators can start, and create the state file's folder.
 
     Raises:
         SandboxUnusable: the address is taken, the file cannot be one, or webhooks could not be signed.
@@ -69,7 +69,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def introduce(settings: Settings, host: str, port: int, *, webhooks_to: str | None) -> None:
-    """Print where it is, and the settings of a service that uses it."""
+    """Print the simulators' address, and the settings of a service that uses them."""
     simulator = f"http://{HOST if host in ANYWHERE else host}:{port}"
     typer.echo(f"Stripe, PayPal, VNPay and MoMo, simulated: {simulator}\nTheir books: {simulator}/_sandbox\n")
     typer.echo("# Settings that have the service use all four:")

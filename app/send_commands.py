@@ -58,7 +58,7 @@ def open_payment(
     as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
-    """A charge or an authorize: the first command of a payment."""
+    """Send a charge or an authorize, the first command of a payment."""
     fields = {
         "amount_minor": _required_amount(amount, amount_minor, currency),
         "currency": currency,
@@ -83,7 +83,7 @@ def move_part(
     as_json: AsMessage = False,
     data_dir: DataDir = None,
 ) -> None:
-    """A capture or a refund: of all that there is, or of a part of it."""
+    """Send a capture or a refund, of everything that remains or of a part."""
     fields = {"amount_minor": _amount(amount, amount_minor, currency), "currency": currency}
     _send(context, payment_id, idempotency_key, fields, wait=wait, timeout=timeout, as_json=as_json, data_dir=data_dir)
 
@@ -138,7 +138,7 @@ def _send(
     as_json: bool,
     data_dir: Path | None,
 ) -> None:
-    """Send the command that the context names, and end with what came of it."""
+    """Send the command that the context names, and exit by its result."""
     import uuid
 
     from app.client import outgoing
@@ -147,7 +147,7 @@ def _send(
     from domain.requests import OPENING
 
     settings = find_settings(data_dir, "PAYMENTS_KAFKA_BOOTSTRAP")
-    if idempotency_key == "":  # A variable that is not set, perhaps; every try would be another payment.
+    if idempotency_key == "":  # Perhaps an unset shell variable; every retry would be another payment.
         fail("--idempotency-key is empty: leave it out for a new key")
     payment = uuid.uuid4() if payment_id is None else read_payment_id(payment_id)
     kind = OperationKind(context.command.name or "")

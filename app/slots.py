@@ -18,7 +18,7 @@ RETAINED_BYTES: Final = Gauge("payments_slot_retained_bytes", "Log that a replic
 
 
 async def watch_slots(postgres_url: str) -> None:
-    """Keep the metric, until cancelled; while Postgres is away it tells what was true last."""
+    """Keep the metric up to date until cancelled; while Postgres is away it keeps its last values."""
     while True:
         with contextlib.suppress(*AWAY):
             await note_slots(postgres_url)
@@ -26,7 +26,7 @@ async def watch_slots(postgres_url: str) -> None:
 
 
 async def note_slots(postgres_url: str) -> None:
-    """Ask once.
+    """Query once.
 
     Raises:
         `infra.postgres.errors.AWAY`: Postgres is away.

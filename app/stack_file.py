@@ -1,4 +1,4 @@
-"""The note that a running `payments up` leaves for other programs: where everything is.
+"""The file in which a running `payments up` tells other programs where everything is.
 
 Promises: the note is there only while its writer keeps the lock beside it, so a note left by a crash misleads nobody.
 """
@@ -25,7 +25,7 @@ class AlreadyRunning(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RunningStack:
-    """Where the parts of a running installation are. `environment` is what makes our programs find them."""
+    """Where the parts of a running installation are. `environment` makes our programs find them."""
 
     pid: int
     environment: dict[str, str]
@@ -47,12 +47,12 @@ class StackFile:
         assert self._lock is not None, "only the owner of the lock writes"
         partial = self.path.with_suffix(".new")
         partial.unlink(missing_ok=True)
-        partial.touch(mode=0o600)  # The URLs of servers that somebody has may hold their passwords.
+        partial.touch(mode=0o600)  # The URLs may contain the servers' passwords.
         partial.write_text(json.dumps(asdict(stack), indent=2) + "\n", encoding="utf-8")
         partial.replace(self.path)
 
     def read(self) -> RunningStack | None:
-        """What is running now; None where nothing is, or is only starting."""
+        """The running installation; None if there is none, or if it is still starting."""
         if not self.is_locked():
             return None
         try:
@@ -61,7 +61,7 @@ class StackFile:
             return None
 
     def is_locked(self) -> bool:
-        """Whether somebody runs, starts or stops an installation here."""
+        """Whether an installation is running, starting or stopping here."""
         try:
             with self._lock_path.open("r") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -96,7 +96,7 @@ class StackFile:
 
 
 def adopt_environment(data_dirs: Iterable[Path]) -> RunningStack | None:
-    """Let our settings find a running installation's servers; what the environment names already, wins."""
+    """Let our settings find a running installation's servers; variables that are already set take precedence."""
     for data_dir in data_dirs:
         stack = StackFile(data_dir).read()
         if stack is not None:

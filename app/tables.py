@@ -12,7 +12,7 @@ from rich.text import Text
 from app.console import safe_text
 
 WIDTH_MIN: Final = 160
-"""Narrower, the ids would leave nothing to the rest."""
+"""In a narrower table the ids would leave no room for the other columns."""
 WIDTH_MAX: Final = 10_000
 """No row is longer: a key or an id has at most 255 characters."""
 
@@ -31,6 +31,6 @@ def table_of(names: Iterable[str], rows: Iterable[Iterable[str]], *, whole: Set[
 
 
 def print_wide(console: Console, table: Table) -> None:
-    """Print it as wide as it has to be: what is to stay whole is, whatever its length."""
+    """Print the table as wide as its unbreakable columns need, whatever the screen's width."""
     needed = Measurement.get(console, console.options.update(max_width=WIDTH_MAX), table).minimum
     Console(file=console.file, width=max(console.width, WIDTH_MIN, needed)).print(table)

@@ -28,7 +28,7 @@ from infra.postgres.pool import close_pool, create_pool
 log = structlog.get_logger(__name__)
 
 BODY_SECONDS: Final = 10.0
-"""A provider sends a body at once. What never comes whole would be held for ever: anybody can begin one."""
+"""A provider sends a body at once. Anybody can begin one that never arrives completely: it must not be held forever."""
 LATE: Final = WebhookAnswer(408)
 
 
@@ -55,7 +55,9 @@ class WebhookService:
             )
             try:
                 self._inbox = PostgresInbox(pool)
-                watching = asyncio.create_task(watch_clock(pool))  # How old a signature is, this machine's clock tells.
+                watching = asyncio.create_task(
+                    watch_clock(pool)
+                )  # A signature's age is measured by this machine's clock.
                 await storing
             finally:
                 watching.cancel()
@@ -82,7 +84,7 @@ class WebhookService:
 
 
 class _Endpoint:
-    """Plain ASGI: the framework's request and response objects cost as much again as all that is done with them."""
+    """Plain ASGI: the framework's request and response objects would double the cost of a webhook."""
 
     def __init__(self, receive: Callable[[str, WebhookRequest], Awaitable[WebhookAnswer]]) -> None:
         self._receive = receive

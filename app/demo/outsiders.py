@@ -1,4 +1,4 @@
-"""Everybody in the demo who is neither the order service nor us: payers, a payer's bank, and a forger."""
+"""The demo's outsiders, neither the order service nor us: payers, a payer's bank, and a forger."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ class Outsiders:
 
     @property
     def are_done(self) -> bool:
-        """Whether everything that they started has come to its end with us."""
+        """Whether the service has finished everything that they started."""
         return not self._tasks and self.disputes_closed >= self._expected_ends
 
     def hear(self, event: WireEvent) -> None:
@@ -60,7 +60,7 @@ class Outsiders:
         self.forged_answers.append(answer.status_code)
 
     async def close(self) -> None:
-        """Leave; what they were about to do is not done."""
+        """Leave, without doing what they were about to do."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

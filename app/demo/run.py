@@ -30,9 +30,9 @@ from app.up_report import folder_option, show_addresses, start_errors
 from infra.postgres.ledger import database_time
 
 CRASH_AT: Final = 0.45
-"""When the worker is killed: after this share of the messages."""
+"""The worker is killed after this share of the messages."""
 RESULTS_SECONDS_MAX: Final = 60.0
-"""How long after the last message a result may take."""
+"""Seconds that a result may take after the last message."""
 SURPLUS_SECONDS: Final = 1.0
 LETTERS_SECONDS_MAX: Final = 5.0
 PROVIDER_LATENCY_MS: Final = 60
@@ -159,7 +159,7 @@ class Demo:
                 self._screen.tell("all messages are sent")
                 await self._outsiders.forge()
                 await self._wait_for_answers()
-                # A moment longer, for what should not come: a second result, say.
+                # Wait a moment longer for what should not come, such as a second result.
                 await asyncio.sleep(SURPLUS_SECONDS)
             listening.cancel()
 
@@ -313,7 +313,7 @@ async def _unless(stop: asyncio.Event, work: Awaitable[int]) -> int:
 
 @contextlib.contextmanager
 def _running(work: Awaitable[None]) -> Iterator[None]:
-    """Have something go on beside the block, and end it with the block."""
+    """Run something beside the block, and end it with the block."""
     task = asyncio.ensure_future(work)
     try:
         yield

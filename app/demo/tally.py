@@ -1,4 +1,4 @@
-"""Keeps count of what was sent and what came back, and checks the promises on it. Knows no server and no screen."""
+"""Counts what was sent and what came back, and checks the promises against that. Knows no server and no screen."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -71,7 +71,7 @@ class DemoTally:
 
     @property
     def missing(self) -> list[Answer]:
-        """Commands that are owed an answer still."""
+        """Commands that are still owed an answer."""
         return [each for each in self.answers.values() if not each.is_complete]
 
     @property
@@ -93,7 +93,7 @@ class DemoTally:
         if not event["replayed"]:
             self.sequences[event["payment_id"]].append(event["payment_seq"])
             self._note_money(event)
-        # What comes by itself, such as a dispute, answers no command.
+        # Unsolicited events, such as a dispute, answer no command.
         answer = self.answers.get(UUID(event["command_id"])) if event["command_id"] else None
         if answer is not None and is_final(event):
             self._note_final(answer, event, heard.at)
