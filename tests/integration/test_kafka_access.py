@@ -268,7 +268,7 @@ async def test_a_refused_kafka_login_is_reported_with_the_settings_to_check(
 async def test_a_missing_kafka_right_is_reported_with_the_page_that_lists_the_rights(told: dict[str, str]) -> None:
     done = await payments(told | {"events_topic": "not.ours"}, "migrate")
     assert done.returncode == 1
-    assert "docs/operations/kafka.md has the rights" in done.stderr
+    assert "docs/operations/kafka.md lists the rights" in done.stderr
     assert "Traceback" not in done.stderr
 
 
