@@ -627,7 +627,9 @@ async def test_a_transaction_that_holds_the_log_of_a_slot_though_all_is_read_is_
             assert "an open transaction that has written something holds it" in told
             in_time = replace(status, slot_state="active, extended")
             assert not troubles(in_time), "soon it ends by itself"
-            assert troubles(replace(in_time, retained_bytes=2**31))[0].endswith(told[told.index("an open transaction") :])
+            assert troubles(replace(in_time, retained_bytes=2**31))[0].endswith(
+                told[told.index("an open transaction") :]
+            )
             assert not troubles(replace(in_time, retained_bytes=2**31, lag_bytes=2**31)), "it lags"
             (query,) = re.findall("SELECT pid, .* ORDER BY xact_start", told)
             assert await fetch_value(url, query) == long.info.backend_pid

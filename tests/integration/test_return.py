@@ -47,6 +47,6 @@ async def test_the_return_of_the_browser_tells_the_result_once_and_the_payer_rea
                 await until(lambda: applied(postgres_url))
             await gateway.close()
     assert [each.status_code for each in answers] == [200, 200]
-    assert "back to the shop" in answers[0].text
+    assert "return to the shop" in answers[0].text
     assert await kinds(postgres_url, payment_id) == ["requires_action", "captured"]
     assert await value(postgres_url, "SELECT count(*) FROM inbox") == 1
