@@ -80,7 +80,7 @@ def test_a_movement_without_our_number_is_known_by_its_own_id() -> None:
     refund = booked(2, is_refund=True, reference="T9")
     assert compared([refund], [moved(None, is_refund=True, reference="T9")]) == []
     [found] = compared([], [moved(None, is_refund=True, reference="T8")], known=[refund])
-    assert "portal" in found.likely_cause
+    assert "dashboard" in found.likely_cause
 
 
 def test_a_mark_of_another_kind_of_operation_is_not_believed() -> None:
