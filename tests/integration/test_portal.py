@@ -224,7 +224,7 @@ async def test_a_refund_is_in_the_books_beside_our_own_and_no_difference(
     assert await value(postgres_url, "SELECT reference FROM operations WHERE idempotency_key IS NULL") == refund
     shown = Settings(postgres_url=postgres_url)
     assert await asyncio.to_thread(show_payment, shown, payment_id, as_json=False) == 0
-    assert "pages)" in capsys.readouterr().out
+    assert "dashboard)" in capsys.readouterr().out
 
 
 async def test_a_capture_is_in_the_books_and_can_be_refunded(
