@@ -76,11 +76,12 @@ def read_settings() -> "Settings":
 
 def _warn_of_misspelt(fields: Iterable[str]) -> None:
     """Name variables that look like a setting and are none. Others may be anybody's: Kubernetes sets PAYMENTS_PORT."""
-    import difflib
     import os
 
     known = {f"PAYMENTS_{name.upper()}" for name in fields}
     for name in sorted(name for name in os.environ if name.startswith("PAYMENTS_") and name not in known):
+        import difflib  # mostly there is nothing to compare, and every process starts here
+
         if meant := difflib.get_close_matches(name, known, n=1, cutoff=LOOKS_LIKE):
             typer.secho(f"payments: {name} is not a setting and is ignored; is {meant[0]} meant?", err=True)
 

@@ -21,7 +21,6 @@ from handlers.write_path import WritePath
 from infra.postgres import pool as pool_module
 from infra.postgres.pool import close_pool, create_pool
 from infra.postgres.store import PostgresStore
-from tests.conftest import Topics
 from tests.support.provider import BookkeepingGateway
 from tests.support.relays import frozen
 from tests.support.service import NoHint, delivery, events_of, new_payment_id, rules, running_worker, value
@@ -31,20 +30,9 @@ from tests.support.workers import charges, committed, running, until_captured
 
 
 @pytest.fixture
-def settings(postgres_url: str, kafka_bootstrap: str, redis_url: str, topics: Topics) -> Settings:
-    return Settings(
-        postgres_url=postgres_url,
-        kafka_bootstrap=kafka_bootstrap,
-        redis_url=redis_url,
-        commands_topic=topics.commands,
-        events_topic=topics.events,
-        dead_letter_topic=topics.dlq,
-        consumer_group=topics.commands,
-        gateways=["instant"],
-        default_gateway="instant",
-        lease_seconds=2,
-        sweep_interval_seconds=0.1,
-    )
+def settings(settings: Settings) -> Settings:
+    first_delay = Settings.model_fields["retry_first_delay_seconds"].default
+    return settings.model_copy(update={"sweep_interval_seconds": 0.1, "retry_first_delay_seconds": first_delay})
 
 
 @pytest.fixture
