@@ -8,6 +8,12 @@ from typing import Final, NamedTuple
 
 import psycopg
 
+from infra.relay.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    refuse_gap,
+    trust_checkpoint,
+)
 from infra.relay.config import RelayConfig
 from infra.relay.gaps import (
     ANOTHER_SERVER,
@@ -18,14 +24,7 @@ from infra.relay.gaps import (
     SLOT_MISSING,
     gap_of,
 )
-from infra.relay.progress import (
-    Checkpoint,
-    find_checkpoint,
-    forget_future_transactions,
-    move_here,
-    refuse_gap,
-    trust_checkpoint,
-)
+from infra.relay.moves import forget_future_transactions, move_here
 from infra.relay.snapshot import NOTHING, Snapshot
 
 GONE: Final = {"missing": SLOT_MISSING, "lost": SLOT_LOST}

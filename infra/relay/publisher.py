@@ -27,7 +27,7 @@ from infra.relay.errors import KafkaAway
 from infra.relay.partitions import partition_of
 from infra.relay.pgoutput import OutboxEvent
 from infra.relay.prefix import Group
-from infra.relay.producer import OneCluster, abandon, count_partitions, start_producer
+from infra.relay.producer import OneCluster, abandon, start_producer
 from infra.relay.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
@@ -136,9 +136,8 @@ class Publisher:
             TopicMissing: the topic does not exist.
         """
         cluster = OneCluster()
-        producer = await start_producer(config, cluster)
+        producer, partitions = await start_producer(config, cluster)
         try:
-            partitions = await count_partitions(producer, config.topic)
             await cluster.learn(producer.client)
         except BaseException:
             await abandon(producer)
@@ -308,9 +307,8 @@ class Publisher:
     async def _renew_producer(self, queue: _PartitionQueue) -> None:
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
-                producer = await start_producer(self._config, self._cluster)
+                producer, _ = await start_producer(self._config, self._cluster)
                 self._producers.add(producer)
-                await count_partitions(producer, self._config.topic)  # Otherwise its first send waits for that.
         except Exception as error:  # Whatever it is: `check` reports it, and the session ends.
             self._error = error
             self._on_progress()

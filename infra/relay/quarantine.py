@@ -10,9 +10,9 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
+from infra.relay.checkpoint import find_published
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
 from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
-from infra.relay.progress import find_published
 from infra.relay.publisher import Diverted
 from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of
 from infra.relay.snapshot import UNPROVEN

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import psycopg
 
+from infra.relay.checkpoint import ASKED, Repair, find_published
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
-from infra.relay.progress import ASKED, Repair, find_published
 from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
 
 REQUEST_TRIES: Final = 10

@@ -13,6 +13,14 @@ import structlog
 
 from infra.relay import metrics
 from infra.relay.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
+from infra.relay.checkpoint import (
+    SAVE_LSN,
+    ended_by_now,
+    flushed_by_now,
+    refuse_gap,
+    save_checkpoint,
+    start_checkpoint,
+)
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
 from infra.relay.gulps import Gulps
@@ -28,20 +36,12 @@ from infra.relay.pgoutput import (
     read_commit,
 )
 from infra.relay.prefix import Group, Prefix
-from infra.relay.progress import (
-    SAVE_LSN,
-    ended_by_now,
-    flushed_by_now,
-    refuse_gap,
-    save_checkpoint,
-    set_notify,
-    start_checkpoint,
-)
 from infra.relay.records import Records
 from infra.relay.scan import scan
 from infra.relay.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
 from infra.relay.stream import ReplicationStream
+from infra.relay.wake_trigger import set_notify
 
 if TYPE_CHECKING:
     from infra.relay.native import LogReader

@@ -22,10 +22,11 @@ from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.local.server import HOST
 from infra.relay import Relay, RelayConfig, lag, metrics, producer, publisher
+from infra.relay.connection import with_settings
 from infra.relay.partitions import partition_of
 from infra.relay.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
-from infra.relay.stream import ReplicationStream, with_settings
+from infra.relay.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,

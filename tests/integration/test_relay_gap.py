@@ -15,9 +15,9 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka, EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
+from infra.relay.checkpoint import Repair
 from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.progress import Repair
 from infra.relay.repairs import find_repair, request_repair
 from infra.relay.replay import EventReplay, Selection
 from infra.relay.snapshot import Snapshot

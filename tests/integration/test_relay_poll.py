@@ -18,9 +18,9 @@ from infra.local.postgres import drop_database
 from infra.postgres import maintenance
 from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
 from infra.relay.lag import Lag
-from infra.relay.progress import set_notify
 from infra.relay.scan import PORTION_BYTES
 from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.wake_trigger import set_notify
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,

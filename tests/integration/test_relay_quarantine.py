@@ -26,6 +26,7 @@ from infra.relay.publisher import Publisher
 from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
 from infra.relay.repairs import request_repair
 from infra.relay.replay import EventReplay, Selection
+from infra.relay.retries import Retries
 from infra.relay.session import Session
 from infra.relay.wal_source import WalSource
 from tests.conftest import PARTITIONS
@@ -229,10 +230,10 @@ async def test_an_event_dropped_just_before_its_retry_is_not_published(
         await desk.drop([event.id.decode() for event in found], why="agreed")
         return found
 
-    async def not_yet(_: Session) -> None:
+    async def not_yet(_: Retries) -> None:
         """The next event comes before the relay has seen that nothing is left of its payment."""
 
-    monkeypatch.setattr(Session, "_unblock", not_yet)
+    monkeypatch.setattr(Retries, "unblock", not_yet)
     monkeypatch.setattr(Quarantine, "due", due_and_dropped)
     async with running(config):
         await commit(config.postgres_url, [first, refused])

@@ -16,7 +16,7 @@ from aiokafka.cluster import ClusterMetadata
 from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from infra.relay import Relay, RelayConfig
-from infra.relay.progress import Repair
+from infra.relay.checkpoint import Repair
 from infra.relay.repairs import count_unproven, find_repair, request_repair
 from infra.relay.status import read_status
 from tests.support.outbox import Row, complete, fetch_value, rows_of

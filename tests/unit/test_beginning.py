@@ -8,6 +8,7 @@ import pytest
 
 from infra.kafka.access import KafkaAccess
 from infra.relay.beginning import Adopt, CatchUp, GoOn, LogState, Publication, Refuse, decide_beginning
+from infra.relay.checkpoint import Checkpoint, Repair
 from infra.relay.config import RelayConfig
 from infra.relay.gaps import (
     ANOTHER_SERVER,
@@ -17,7 +18,6 @@ from infra.relay.gaps import (
     SLOT_LOST,
     SLOT_MISSING,
 )
-from infra.relay.progress import Checkpoint, Repair
 from infra.relay.snapshot import NOTHING, Snapshot
 
 HERE: Final = "1"

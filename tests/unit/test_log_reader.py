@@ -250,9 +250,6 @@ class Producer:
         self.publisher: Publisher
         self.topic: dict[int, list[OutboxEvent]] = defaultdict(list)
 
-    async def partitions_for(self, _: str) -> set[int]:
-        return set(range(PARTITIONS))
-
     async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert all(each.partition != partition for each in self.sent), "one batch of a partition at a time"
@@ -322,7 +319,7 @@ class Bench:
         self.quarantined: list[OutboxEvent] = []
 
     async def start_producer(self, *_: Any) -> Any:
-        return self.producer
+        return self.producer, PARTITIONS
 
     async def read(self, _: int = 0) -> None:
         if not self.publisher.is_full:

@@ -118,9 +118,6 @@ class FakeProducer:
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
 
-    async def partitions_for(self, topic: str) -> set[int]:
-        return set(range(8))
-
     async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sent.append((partition, [event.payload for event, _ in batch.unpack()], answer))
@@ -198,8 +195,8 @@ class TestPublisher:
     async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They were made smaller to find it."""
 
-        async def start_producer(*_: Any) -> FakeProducer:
-            return self.producer
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
+            return self.producer, 1
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
         await self.publish(b"1")
@@ -219,7 +216,7 @@ class TestPublisher:
     ) -> None:
         """Otherwise the partition would retry for ever, and nothing would report it."""
 
-        async def start_producer(*_: Any) -> FakeProducer:
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             raise ValueError("no such mechanism")
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
@@ -231,9 +228,9 @@ class TestPublisher:
     async def test_a_producer_that_takes_for_ever_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = 100.0
 
-        async def start_producer(*_: Any) -> FakeProducer:
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             await asyncio.Event().wait()
-            return self.producer
+            return self.producer, 1
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
         monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
