@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from app.loops import DRAIN_SECONDS, LEAVES_WITHIN
 from app.settings import Settings
-from app.worker import DRAIN_SECONDS, LEAVES_WITHIN
 from infra.kafka.access import KafkaAccess
 from infra.relay import RelayConfig
 
