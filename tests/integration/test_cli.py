@@ -545,7 +545,9 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
 def test_a_payment_that_never_was_one_is_shown_as_that(up: Up) -> None:
     payment = str(uuid.uuid4())
     up.send("capture", "--payment-id", payment)
-    assert "no charge or authorize of it was accepted" in up.run("show", payment).stdout
+    shown = up.run("show", payment).stdout
+    assert "no charge or authorize of it was accepted" in shown
+    assert f"payment_not_found: payment {payment} was never authorized or charged" in " ".join(shown.split())
 
 
 def test_a_program_gets_where_the_payer_is_to_go(up: Up) -> None:
@@ -835,7 +837,7 @@ def test_settings_that_cannot_work_are_a_message_before_anything_starts(tmp_data
 
 
 @pytest.mark.parametrize(
-    "command", [["list"], ["show", "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69"]], ids=lambda each: each[0]
+    "command", [["list"], ["show", "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69"], ["check"]], ids=lambda each: each[0]
 )
 def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_check(
     tmp_path: Path, postgres_url: str, command: list[str]
@@ -844,6 +846,7 @@ def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_
     done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=missing)
     assert done.returncode == 1
     assert "PAYMENTS_POSTGRES_URL right?" in done.stderr
+    assert "0 payments" not in done.stderr
 
 
 def test_a_misspelt_setting_is_named_and_what_others_set_is_not(tmp_path: Path, postgres_url: str) -> None:

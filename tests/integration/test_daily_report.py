@@ -262,7 +262,7 @@ def test_a_provider_without_a_list_is_said_so(gateway: str, capsys: pytest.Captu
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_day_that_has_not_begun_is_refused(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     tomorrow = datetime.now(UTC).date() + timedelta(days=1)
-    assert report_day(Settings(), tomorrow, None, as_json=as_json) == 2
+    assert report_day(Settings(), tomorrow, None, as_json=as_json) == 1
     told = capsys.readouterr()
     assert "has not begun" in (told.out if as_json else told.err)
 
