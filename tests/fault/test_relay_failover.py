@@ -1,6 +1,6 @@
 """Postgres fails over to a standby under load: the relay continues by itself.
 
-Commits that the dead primary had not yet sent to the standby are lost, so none of their events may have been published.
+Commits that the dead primary had not yet sent to the standby are lost, so their events must not be on the topic.
 A relay on `wal` waits for the standby, which has a copy of its slot. For a relay on `poll`, every commit waits for the
 standby (`synchronous_standby_names`).
 """
@@ -55,7 +55,7 @@ def primary(own_postgres: EmbeddedPostgres) -> EmbeddedPostgres:
 
 @pytest.fixture
 def standby(primary: EmbeddedPostgres, tmp_data_dir: Path) -> Iterator[Standby]:
-    """A standby that follows the primary; the primary's logical slots wait for it."""
+    """A standby that follows the primary; the primary's fail-over slots wait for it."""
     server = Standby(tmp_data_dir / "standby", primary)
     try:
         server.start()
@@ -228,7 +228,7 @@ async def test_a_poll_goes_on_at_a_synchronous_standby_that_is_promoted_under_lo
 async def test_a_poll_publishes_nothing_that_a_synchronous_standby_does_not_have(
     primary: EmbeddedPostgres, standby: Standby, polling: RelayConfig, subscriber: Subscriber
 ) -> None:
-    """Writers wait for a suspended standby and die with the primary, so what they wrote was never committed."""
+    """Writers wait for a suspended standby and die with the primary, so their last commits never return."""
     async with running(polling) as relay:
         async with writers(primary.url) as committed:
             await more(committed)
