@@ -1,4 +1,4 @@
-"""Has a publisher send all that it can."""
+"""Flushes a publisher."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from infra.relay.publisher import Publisher
 
 
 async def flush(publisher: Publisher) -> None:
-    """Also of the partitions whose producers are replaced."""
+    """Flush, including partitions whose producers are being replaced."""
     await publisher.flush()
     while publisher._renewals:
         await asyncio.gather(*publisher._renewals)
