@@ -1,4 +1,4 @@
-"""A hundred thousand payments in one database, made by SQL: what plans and pages are tested on."""
+"""A hundred thousand payments in one database, created by SQL, for tests of query plans and pages."""
 
 import asyncio
 import uuid
