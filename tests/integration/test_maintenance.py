@@ -231,7 +231,7 @@ async def test_moved_rows_are_not_published_again(postgres_url: str, connection:
 
 
 async def published(connection: asyncpg.Connection) -> list[str]:
-    """The `aggregateid` of each row that the publication sends a subscriber since the last call."""
+    """The `aggregateid` of each row that the publication has sent a subscriber since the last call."""
     rows = await connection.fetch(
         f"SELECT data FROM pg_logical_slot_get_binary_changes('probe', NULL, NULL, {PUBLICATION})"
     )

@@ -1,4 +1,4 @@
-"""Failures that must not stop a worker, and that must not be taken for a poison message."""
+"""Failures that must not stop a worker, and failures that must not be taken for a poison message."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

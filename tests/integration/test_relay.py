@@ -381,7 +381,7 @@ async def test_a_session_begins_at_what_was_written_down_though_the_slot_was_tol
 async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_again(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aiokafka gives such a batch up in the end; a new session would then publish all events since it once more."""
+    """aiokafka eventually gives up a batch without a leader; a new session would then repeat everything sent since."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
     rows = [row for number in range(1, 10) for row in rows_of(f"pay_000{number}", 5)]
     before, rest = [row for row in rows if row.seq <= 2], [row for row in rows if row.seq > 2]
@@ -453,7 +453,7 @@ async def test_a_stop_that_waits_long_for_kafka_keeps_its_stream_and_saves_its_p
 async def test_a_partition_waits_for_its_producer_by_itself_though_a_broker_is_asked_first_that_is_gone(
     config: RelayConfig, silent_brokers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That broker led those partitions, and it is still among the configured addresses."""
+    """The broker that is gone led the partitions without a leader, and it is still among the configured addresses."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 1.5)
     monkeypatch.setattr(publisher, "SEND_SECONDS", 1.0)
     sessions = metrics.RECONNECTS.labels("kafka")._value.get()

@@ -613,7 +613,7 @@ async def test_a_repair_that_waits_for_a_transaction_names_it(config: RelayConfi
 
 @pytest.fixture
 def prepared_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Postgres that allows prepared transactions. The setting is for its command line, so it precedes the start."""
+    """A Postgres that allows prepared transactions: a command-line setting, so it is made before the server starts."""
     monkeypatch.setitem(postgres.SETTINGS, "max_prepared_transactions", "1")
 
 

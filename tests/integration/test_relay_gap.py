@@ -580,7 +580,7 @@ async def test_another_topic_hides_no_other_reason(config: RelayConfig, topics: 
 
 @pytest.fixture
 def little_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Postgres that keeps next to no WAL for a slot. The setting is for its command line, so it precedes startup."""
+    """A Postgres that keeps next to no WAL for a slot: a command-line setting, so it is made before the start."""
     monkeypatch.setitem(postgres.SETTINGS, "max_slot_wal_keep_size", "1MB")
 
 

@@ -175,7 +175,7 @@ async def plan_of(reader: psycopg.AsyncConnection, query: str, types: dict[str, 
 
 
 async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None:
-    """The statistics are of an empty table. With such a plan, each look at a full outbox took half a second."""
+    """Even if the statistics are of an empty table: otherwise each look at a full outbox took half a second."""
     async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
         await connection.execute("ANALYZE outbox")
         await insert(connection, rows_of("pay_a", 20_000))
@@ -189,7 +189,7 @@ async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None
 
 
 async def test_its_looks_are_planned_once_and_without_workers(postgres_url: str) -> None:
-    """The number of planned queries does not depend on the number of partitions."""
+    """This must hold for any number of partitions."""
     begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
     async with await poll_source.connect_reader(postgres_url) as reader:
         for _ in range(10):
@@ -312,7 +312,7 @@ async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
 
 
 async def test_no_snapshot_is_kept_while_kafka_takes_nothing(postgres_url: str, own_kafka: EmbeddedKafka) -> None:
-    """While it was kept, VACUUM could not remove rows that died since, for as long as Kafka is away."""
+    """While a snapshot is kept, VACUUM cannot remove rows that died since; Kafka may be away for long."""
     config = RelayConfig(
         postgres_url=postgres_url,
         kafka=own_kafka.access,
