@@ -1,4 +1,4 @@
-"""The command line against a real `payments up`: what a person types, and what comes back."""
+"""The command line against a real `payments up`: what a person types, and what the command answers."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ class Up:
 
 @contextlib.contextmanager
 def started(data_dir: Path, **settings: str) -> Iterator[Up]:
-    """`payments up` from when it says that it is ready; killed with all that it started if a test left it running."""
+    """`payments up`, once it reports that it is ready. If a test left it running, it is killed with its children."""
     log = (data_dir / "up.out").open("w+")
     process = subprocess.Popen(
         [*PAYMENTS, "up"], cwd=ROOT, env=environment(data_dir, **settings), stdout=log, text=True
@@ -365,7 +365,7 @@ def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(
 
 @pytest.mark.parametrize("command", ["up", "demo"])
 def test_in_the_environment_of_a_real_installation_nothing_is_simulated(command: str, tmp_path: Path) -> None:
-    """A simulator would take the place of its providers, and call its orders paid."""
+    """Simulators would replace the real providers, and report orders as paid."""
     ended = run(command, data_dir=tmp_path, PAYMENTS_STRIPE_API_KEY="sk_live_own", PAYMENTS_VNPAY_HASH_SECRET="own")
     assert ended.returncode == 1
     assert "PAYMENTS_STRIPE_API_KEY, PAYMENTS_VNPAY_HASH_SECRET would be replaced" in ended.stdout
@@ -667,7 +667,7 @@ def test_too_many_decimals_send_nothing(up: Up) -> None:
 
 @pytest.mark.parametrize("option", ["--idempotency-key", "--payment-id"])
 def test_an_empty_name_is_no_new_one(up: Up, option: str) -> None:
-    """As of a shell variable that is not set: each try would be another payment."""
+    """An unset shell variable gives an empty value. If it counted as a new name, each try would be another payment."""
     done = up.run("send", *new_charge(option, ""))
     assert (done.returncode, done.stdout) == (1, "")
 
@@ -807,7 +807,7 @@ def test_ids_can_be_copied_from_a_narrow_screen(up: Up) -> None:
 
 
 def test_up_ends_cleanly_and_leaves_nothing_behind(up: Up) -> None:
-    """The last of those that use `up`."""
+    """The last of the tests that use `up`."""
     family = psutil.Process(up.process.pid).children(recursive=True)
     assert len(family) >= 4
     up.process.send_signal(signal.SIGTERM)
