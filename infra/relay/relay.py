@@ -18,7 +18,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.connection import CONNECTION
 from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
-from infra.relay.repairs import count_beyond
+from infra.relay.progress.repairs import count_beyond
 from infra.relay.session import Session
 
 log = structlog.get_logger(__name__)

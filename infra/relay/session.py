@@ -15,17 +15,16 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.connection import with_settings
 from infra.relay.errors import RelayError
+from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.poll_source import PollSource
-from infra.relay.prefix import Group
-from infra.relay.publisher import Publisher
-from infra.relay.quarantine import Quarantine
-from infra.relay.retries import Retries
+from infra.relay.poll.source import PollSource
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.quarantine import Quarantine
+from infra.relay.publish.retries import Retries
 from infra.relay.source import CatchUpSink, Source
-from infra.relay.wal_source import WalSource
+from infra.relay.wal.source import WalSource
 
 log = structlog.get_logger(__name__)
 

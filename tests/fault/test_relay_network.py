@@ -21,7 +21,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from infra.relay.errors import PostgresAway
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.fault.test_relay_kills import assert_all_arrived, load, more
 from tests.support.proxy import ProxiedKafka, Proxy

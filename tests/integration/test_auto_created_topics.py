@@ -18,7 +18,7 @@ from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from infra.relay.errors import TopicMissing
-from infra.relay.publisher import Publisher
+from infra.relay.publish.publisher import Publisher
 from tests.conftest import PARTITIONS
 from tests.support.outbox import assert_first_deliveries_in_order, commit, rows_of
 from tests.support.relays import published, running

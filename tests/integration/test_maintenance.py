@@ -18,7 +18,7 @@ from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.pool import IDLE_IN_TRANSACTION_MS
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.support.outbox import set_database
 

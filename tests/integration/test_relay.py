@@ -21,12 +21,13 @@ from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.local.server import HOST
-from infra.relay import Relay, RelayConfig, lag, metrics, producer, publisher
+from infra.relay import Relay, RelayConfig, lag, metrics
 from infra.relay.connection import with_settings
-from infra.relay.partitions import partition_of
-from infra.relay.publisher import Publisher
+from infra.relay.publish import producer, publisher
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,

@@ -28,9 +28,9 @@ from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_datab
 from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.replay import HEADER, EventReplay, Selection
+from infra.relay.publish.replay import HEADER, EventReplay, Selection
 from infra.relay.status import read_status
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,

@@ -15,12 +15,12 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka, EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
-from infra.relay.checkpoint import Repair
-from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.repairs import find_repair, request_repair
-from infra.relay.replay import EventReplay, Selection
-from infra.relay.snapshot import Snapshot
+from infra.relay.progress.checkpoint import Repair
+from infra.relay.progress.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
+from infra.relay.progress.repairs import find_repair, request_repair
+from infra.relay.progress.snapshot import Snapshot
+from infra.relay.publish.replay import EventReplay, Selection
 from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (

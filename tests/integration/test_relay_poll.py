@@ -16,10 +16,12 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.postgres import maintenance
-from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
+from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.lag import Lag
-from infra.relay.scan import PORTION_BYTES
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.poll import source as poll_source
+from infra.relay.poll import window
+from infra.relay.progress.scan import PORTION_BYTES
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.wake_trigger import set_notify
 from tests.support.outbox import (
     Row,
@@ -388,7 +390,7 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
         return is_done
 
     monkeypatch.setattr(Lag, "look_for_unread", counted_look)
-    monkeypatch.setattr("infra.relay.poll_source.set_notify", counted_switch)
+    monkeypatch.setattr("infra.relay.poll.source.set_notify", counted_switch)
     ended = metrics.RECONNECTS.labels("postgres")._value.get()
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as long:
         await insert(long, rows_of("pay_b", 1))

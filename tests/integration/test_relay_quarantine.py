@@ -16,19 +16,20 @@ from aiokafka import AIOKafkaConsumer
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics, producer, session
+from infra.relay import Relay, RelayConfig, metrics, session
+from infra.relay.event import OutboxEvent
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.poll_source import PollSource
-from infra.relay.publisher import Publisher
-from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
-from infra.relay.repairs import request_repair
-from infra.relay.replay import EventReplay, Selection
-from infra.relay.retries import Retries
+from infra.relay.poll.source import PollSource
+from infra.relay.progress.repairs import request_repair
+from infra.relay.publish import producer
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.quarantine import MARK_DUE, Quarantine, QuarantineDesk
+from infra.relay.publish.replay import EventReplay, Selection
+from infra.relay.publish.retries import Retries
 from infra.relay.session import Session
-from infra.relay.wal_source import WalSource
+from infra.relay.wal.source import WalSource
 from tests.conftest import PARTITIONS
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
 from tests.support.relay_source import also_plain

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from infra.relay.publisher import Publisher
+from infra.relay.publish.publisher import Publisher
 
 
 async def flush(publisher: Publisher) -> None:

@@ -16,8 +16,8 @@ from aiokafka.cluster import ClusterMetadata
 from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from infra.relay import Relay, RelayConfig
-from infra.relay.checkpoint import Repair
-from infra.relay.repairs import count_unproven, find_repair, request_repair
+from infra.relay.progress.checkpoint import Repair
+from infra.relay.progress.repairs import count_unproven, find_repair, request_repair
 from infra.relay.status import read_status
 from tests.support.outbox import Row, complete, fetch_value, rows_of
 from tests.support.topic import read_until

@@ -14,20 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.kafka.access import KafkaAccess
-from infra.relay import health, metrics, publisher, wal_source
+from infra.relay import health, metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway, PostgresAway
+from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
-from infra.relay.partitions import murmur2, partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.producer import OneCluster
-from infra.relay.publisher import Publisher
-from infra.relay.records import RecordBatch, headers_of
+from infra.relay.progress.snapshot import Snapshot
+from infra.relay.publish import publisher
+from infra.relay.publish.partitions import murmur2, partition_of
+from infra.relay.publish.producer import OneCluster
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.records import RecordBatch, headers_of
 from infra.relay.session import Session
-from infra.relay.snapshot import Snapshot
-from infra.relay.stream import ReplicationStream
-from infra.relay.wal_source import WalSource
+from infra.relay.wal import source as wal_source
+from infra.relay.wal.source import WalSource
+from infra.relay.wal.stream import ReplicationStream
 from tests.support.publishing import flush
 from tests.support.waiting import until
 
@@ -233,7 +234,7 @@ class TestPublisher:
             return self.producer, 1
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
-        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        monkeypatch.setattr("infra.relay.publish.publisher.time.monotonic", lambda: now)
         await self.publish(b"1")
         await self.publish(b"2")
         await self.publish(b"3")
@@ -250,7 +251,7 @@ class TestPublisher:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 100.0
-        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        monkeypatch.setattr("infra.relay.publish.publisher.time.monotonic", lambda: now)
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events", stalled_seconds=15)
         self.publisher = Publisher(config, self.producer, OneCluster(), 2, lambda: None)
         keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}

@@ -16,7 +16,7 @@ from psycopg import errors, generators, pq
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.connection import lift_time_limit, with_settings
 from infra.relay.errors import PostgresAway, SlotBusy, SlotMissing
-from infra.relay.prefix import Group
+from infra.relay.event import Group
 
 if IS_COMPILED:
     from infra.relay.native import LogReader

@@ -11,9 +11,9 @@ import psycopg
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
-from infra.relay.gaps import another_cluster, another_topic, gap_of
 from infra.relay.leadership import ADOPTION, is_held, lock_key
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.gaps import another_cluster, another_topic, gap_of
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
 

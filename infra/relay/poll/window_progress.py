@@ -4,9 +4,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from infra.relay.prefix import Group
-from infra.relay.snapshot import Snapshot
-from infra.relay.window import Portion
+from infra.relay.event import Group
+from infra.relay.poll.window import Portion
+from infra.relay.progress.snapshot import Snapshot
 
 _EPOCH_2000_US: Final = 946_684_800_000_000
 

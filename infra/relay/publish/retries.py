@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.publisher import Diverted, Publisher
-from infra.relay.quarantine import PAYMENTS_AT_ONCE, Quarantine
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.publisher import Diverted, Publisher
+from infra.relay.publish.quarantine import PAYMENTS_AT_ONCE, Quarantine
 
 log = structlog.get_logger(__name__)
 

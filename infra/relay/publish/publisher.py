@@ -24,11 +24,10 @@ from infra.relay import metrics
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.producer import OneCluster, abandon, start_producer
-from infra.relay.records import RecordBatch, Records, records_class
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.producer import OneCluster, abandon, start_producer
+from infra.relay.publish.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
 if IS_COMPILED:

@@ -18,23 +18,23 @@ import structlog
 from psycopg.types.string import ByteaBinaryLoader
 
 from infra.relay import metrics
-from infra.relay.beginning import GoOn, find_beginning
-from infra.relay.checkpoint import (
+from infra.relay.config import RelayConfig
+from infra.relay.connection import CONNECTION, lift_time_limit, with_settings
+from infra.relay.event import OutboxEvent
+from infra.relay.poll.window import Portion, WindowReader, how_many_fill, read_first
+from infra.relay.poll.window_progress import Point, WindowProgress
+from infra.relay.progress.beginning import GoOn, find_beginning
+from infra.relay.progress.checkpoint import (
     SAVE_WINDOW,
     SYSTEM,
     Checkpoint,
     save_checkpoint,
     start_checkpoint,
 )
-from infra.relay.config import RelayConfig
-from infra.relay.connection import CONNECTION, lift_time_limit, with_settings
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.scan import COLUMNS, rows_at_once
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.scan import COLUMNS, rows_at_once
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
 from infra.relay.wake_trigger import set_notify
-from infra.relay.window import Portion, WindowReader, how_many_fill, read_first
-from infra.relay.window_progress import Point, WindowProgress
 
 log = structlog.get_logger(__name__)
 
