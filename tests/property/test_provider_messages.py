@@ -106,7 +106,7 @@ class Replay:
         return not (is_void and any(each.is_open for each in self.shell.all_operations.values()))
 
     def _may_occur(self, index: int) -> bool:
-        """Whether this may happen now: the payer acts once the link is known, an outside event follows the step before it."""
+        """Whether this may happen now: a payer acts once the link is known, an outside event after the step before."""
         step = self.recording.steps[index]
         if (index, "outside") in self.done:
             return False
