@@ -59,7 +59,7 @@ def stripe_gateway(url: str, **settings: Any) -> StripeGateway:
 
 
 GATEWAYS: dict[str, tuple[str, Callable[..., Gateway]]] = {"stripe": ("stripe_simulator", stripe_gateway)}
-"""Every gateway of the composition root that has a simulator: the fixture of its simulator, and how to build it."""
+"""By gateway: the fixture of its simulator, and the function that builds the gateway."""
 
 
 @pytest.fixture(params=sorted(GATEWAYS))
@@ -72,7 +72,7 @@ def simulator(request: pytest.FixtureRequest) -> Simulator:
 
 @pytest.fixture
 async def connect(request: pytest.FixtureRequest, simulator: Simulator) -> AsyncIterator[Callable[..., Gateway]]:
-    """Build gateways like the one under test, with other settings; all are closed afterwards."""
+    """A function that builds gateways like the one under test with other settings; all are closed afterwards."""
     _, build = GATEWAYS[request.node.callspec.params["simulator"]]
     built: list[Gateway] = []
 
@@ -92,7 +92,7 @@ def gateway(connect: Callable[..., Gateway]) -> Gateway:
 
 @pytest.fixture
 def as_documented(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a gateway and PayPal say to each other during the test is as PayPal's own documents have it."""
+    """Check that all requests and answers between gateway and PayPal during the test match PayPal's own documents."""
     with recorded(monkeypatch) as exchanges:
         yield
     assert [told for each in exchanges for told in violations(each)] == []

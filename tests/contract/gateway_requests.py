@@ -53,7 +53,7 @@ def follow_up(
 
 
 def in_doubt(request: GatewayRequest, **fields: Any) -> GatewayRequest:
-    """The same request at its next attempt, after one whose answer was lost."""
+    """The same request at its next attempt, after the answer to an earlier one was lost."""
     return request._replace(state=OperationState.INDETERMINATE, attempts=request.attempts + 1, **fields)
 
 

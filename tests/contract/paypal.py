@@ -22,10 +22,10 @@ DECLINES = {
     "vault:refused": "insufficient_funds",
     "vault:unknown": "invalid_card_data",
 }
-"""Payment methods that are refused: the last but one with a 201, the others with a 422."""
+"""Payment methods that are refused: `vault:refused` with a 201, the others with a 422."""
 
 OPERATIONS = {"authorize": "create", "charge": "create", "capture": "capture", "void": "cancel", "refund": "refund"}
-"""What fault rules call the request that executes each of our operations; `confirm` executes an approved order."""
+"""The name, in fault rules, of the request that executes each operation; `confirm` executes an approved order."""
 
 
 @dataclass
@@ -51,14 +51,14 @@ class PayPalSandbox:
         return dict(self.http.get(f"/_sandbox/paypal/payments/{payment_id}").raise_for_status().json())
 
     def approve(self, reference: str, wallet: str = "good") -> None:
-        """The payer consents on PayPal's page, paying with this wallet."""
+        """Approve as the payer on PayPal's page, paying with this wallet."""
         self.post(f"orders/{reference}/approve?wallet={wallet}")
 
     def deny(self, reference: str) -> None:
         self.post(f"orders/{reference}/deny")
 
     def expire(self, reference: str) -> None:
-        """The payer's time is over."""
+        """End the payer's time to approve."""
         self.post(f"orders/{reference}/expire")
 
     def books(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class PayPalSandbox:
 
 @contextmanager
 def running_paypal() -> Iterator[PayPalSandbox]:
-    """A simulator until the block ends."""
+    """A simulator that runs until the block ends."""
     with running_sandbox() as url, httpx.Client(base_url=url) as http:
         yield PayPalSandbox(url, http)
 

@@ -1,7 +1,7 @@
-"""What our gateway and our simulator say to each other, held against PayPal's own OpenAPI documents.
+"""Checks what our gateway and our simulator send each other against PayPal's own OpenAPI documents.
 
-The documents are PayPal's, unchanged: https://github.com/paypal/paypal-rest-api-specifications at ec4d8f3. Where they
-are not taken at their word, `_corrected` says why.
+The documents are PayPal's, unchanged: https://github.com/paypal/paypal-rest-api-specifications at ec4d8f3. `_corrected`
+lists the few rules that are not applied, and why.
 """
 
 import json
@@ -28,7 +28,7 @@ DOCUMENTS: Final = {
     "/v1/reporting/": "reporting_transactions_v1",
 }
 OF_TOMORROW: Final = "A_STATUS_OF_TOMORROW"
-"""What PayPal may say one day: no document knows it, and tests have the simulator say it on purpose."""
+"""A value that PayPal may use one day. No document has it; tests make the simulator send it on purpose."""
 
 
 class Exchange(NamedTuple):
@@ -40,7 +40,7 @@ class Exchange(NamedTuple):
 
 @contextmanager
 def recorded(patch: pytest.MonkeyPatch) -> Iterator[list[Exchange]]:
-    """Everything that gateways send and hear until the block ends."""
+    """Every request and answer of gateways until the block ends."""
     exchanges: list[Exchange] = []
     send = SmallPools.handle_async_request
 
@@ -60,13 +60,13 @@ def recorded(patch: pytest.MonkeyPatch) -> Iterator[list[Exchange]]:
 
 
 def as_answer(path: str, body: Mapping[str, Any]) -> Exchange:
-    """What PayPal tells by itself, as if it had been asked for it: its documents know answers only."""
+    """A body that PayPal sends unasked, wrapped as an answer, since its documents describe only answers."""
     request = httpx.Request("GET", f"http://paypal.invalid{path}", headers={"Authorization": "Bearer t"})
     return Exchange(request, httpx.Response(200, json=body))
 
 
 def violations(exchange: Exchange) -> list[str]:
-    """What PayPal's documents do not allow, or do not know."""
+    """Everything in the exchange that PayPal's documents do not allow or do not have."""
     found = next((name for path, name in DOCUMENTS.items() if exchange.request.url.path.startswith(path)), None)
     if found is None:
         return []
@@ -96,7 +96,7 @@ def _of_response(name: str, request: httpx.Request, response: httpx.Response) ->
 
 
 def _is_meant(response: httpx.Response) -> bool:
-    """Whether it is PayPal's own answer, and not a fault that the test asked for."""
+    """Whether it is meant as PayPal's own answer, rather than a fault that the test asked for."""
     if response.status_code == httpx.codes.TOO_MANY_REQUESTS or response.status_code >= 500:
         return False
     try:
@@ -136,18 +136,18 @@ def _given(name: str) -> dict[str, Any]:
 @cache
 def _document(name: str) -> OpenAPI:
     given = _given(name)
-    # The library knows bearer tokens, and not the flow by which one is had.
+    # The library supports bearer tokens, but not the flow by which one is obtained.
     schemes = {each: {"type": "http", "scheme": "bearer"} for each in given["components"]["securitySchemes"]}
     components = {**given["components"], "securitySchemes": schemes}
     return OpenAPI.from_dict(_corrected({**given, "servers": [{"url": "/"}], "components": components}))
 
 
 def _corrected(given: Any) -> Any:
-    """The document without what cannot be meant.
+    """The document without rules that PayPal cannot mean.
 
-    - The wording of an issue: for people, and not the same in PayPal's own documents (ORDER_ALREADY_AUTHORIZED).
-    - `readOnly` of the event that is sent to have its signature verified: PayPal's own example has all of it.
-    - That a signature begins with a letter or digit: it is base64, so that one in 32 begins with a plus or slash.
+    - The wording of an issue is for people, and PayPal's own documents differ in it (ORDER_ALREADY_AUTHORIZED).
+    - `readOnly` fields of an event that is sent for verification: PayPal's own example has all of them.
+    - That a signature begins with a letter or digit: it is base64, so one in 32 begins with a plus or slash.
     """
     if isinstance(given, list):
         return [_corrected(each) for each in given]
@@ -170,7 +170,7 @@ def _writable(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strange(name: str, content: bytes) -> list[str]:
-    """Fields that the document has nowhere. Its schemas allow any more, so that a name misspelt would be valid."""
+    """Fields that the document has nowhere. Its schemas allow additional fields, so a misspelt name would be valid."""
     try:
         said = _fields_of(json.loads(content)) if content else set()
     except ValueError:
@@ -179,7 +179,7 @@ def _strange(name: str, content: bytes) -> list[str]:
 
 
 def _fields_of(body: Any) -> set[str]:
-    """The names of all fields. What an event is about (`resource`) is another document's."""
+    """The names of all fields, except inside an event's `resource`, which another document describes."""
     if isinstance(body, list):
         return {name for each in body for name in _fields_of(each)}
     if not isinstance(body, dict):

@@ -1,6 +1,6 @@
-"""What the contract suite needs of each provider's simulator: how to pay, what it holds, and how to make it fail.
+"""What the contract suite needs of each provider's simulator: how to pay, its books, and how to make it fail.
 
-A new gateway adds one class here and one line to `PROVIDERS`, and the whole suite runs over it.
+A new gateway adds one class here and one line to `PROVIDERS`; the whole suite then tests it.
 """
 
 from abc import ABC, abstractmethod
@@ -35,11 +35,11 @@ CALLS: Final = {
     OperationKind.VOID: "cancel",
     OperationKind.REFUND: "refund",
 }
-"""What fault rules call the request that executes an operation."""
+"""The name, in fault rules, of the request that executes each operation."""
 
 AUTHORIZE, CHARGE, CAPTURE, _VOID, REFUND = OperationKind
 ON_A_PAGE: Final = {AUTHORIZE: "confirm", CHARGE: "confirm"}
-"""Where the payer decides, and so where the payer's side may say no."""
+"""The step at which the payer decides, and so at which the payer's side may decline."""
 
 
 @dataclass
@@ -49,78 +49,78 @@ class Provider(ABC):
     url: str
     http: httpx.Client
     name: ClassVar[str]
-    """Of its gateway."""
+    """The name of its gateway."""
     tells: ClassVar[frozenset[OperationKind]]
-    """Of which operations its webhooks tell the amount."""
+    """The operations whose amount its webhooks report."""
     amount = Money(1250, "USD")
     payment_method = "pm_card_visa"
     declined_method: str | None = None
     own = "/_sandbox"
     declined_at: ClassVar[Mapping[OperationKind, str]] = {AUTHORIZE: "create", CHARGE: "create", REFUND: "refund"}
-    """What fault rules call the step at which an operation may be declined; nobody can decline what is not here."""
+    """The name, in fault rules, of the step at which an operation may be declined; other operations cannot be."""
     second_call: ClassVar[str | None] = None
-    """What fault rules call the request that executes what the payer consented to, where the provider waits for one."""
+    """The name, in fault rules, of our request that executes a payment after the payer consented, if one is needed."""
     remembers_errors = False
-    """Whether a 500 is what its key is answered with from then on, though nothing was executed."""
+    """Whether a key that was answered with a 500 gets that answer from then on, though nothing was executed."""
 
     window: ClassVar[timedelta] = timedelta(0)
-    """How long ago an operation must have begun so that it may be over for its payer."""
+    """The age from which an operation may have expired for its payer."""
     tells_of_abandoned = False
-    """Whether a payer may be awaited, and it is told when one has not come in time."""
+    """Whether it may wait for a payer and sends a webhook when the payer has not come in time."""
 
     outside: ClassVar[frozenset[str]] = frozenset()
-    """What may happen to a payment there without us, and is told by webhook: see `happens`."""
+    """The events that may happen to a payment there without us and are reported by webhook: see `happens`."""
 
     @abstractmethod
     def gateway(self, *, timeout_seconds: float = 5) -> Gateway: ...
 
     @abstractmethod
     def effect(self, payment_id: UUID) -> Effect:
-        """As the provider's own books have it."""
+        """The payment's amounts in the provider's own books."""
 
     def pay(self, action: RequiresAction) -> None:
-        """The payer consents."""
+        """Consent as the payer."""
         assert action.url is not None, "a payer must know where to go"
         self.http.post(httpx.URL(action.url).copy_add_param("success", "true")).raise_for_status()
 
     def refuse(self, action: RequiresAction) -> None:
-        """The payer does not."""
+        """Refuse as the payer."""
         assert action.url is not None, "a payer must know where to go"
         self.http.post(httpx.URL(action.url).copy_add_param("success", "false")).raise_for_status()
 
     @abstractmethod
     def abandon(self, action: RequiresAction) -> None:
-        """The payer does not come, and as far as it is for the provider to say, the time for it is over."""
+        """The payer does not come, and the time to do so is over, as far as the provider decides that."""
 
     def happens(self, event: str, reference: str) -> None:
-        """`dispute`, then `won` or `lost`, of what was captured; `lapse` of what is held. `reference` is the payment's.
+        """Let an event of `outside` happen to the payment with this reference.
 
-        Only what is in `outside`.
+        `dispute`, then `won` or `lost`, concern what was captured; `lapse` concerns a hold.
         """
         raise AssertionError(f"{event} is not in `outside`, so no story of this provider may have it")
 
     def fails(self, kind: OperationKind) -> str | None:
-        """What fault rules call this operation's request; None where nothing is sent for it."""
+        """The name, in fault rules, of this operation's request; None if the gateway sends nothing for it."""
         return CALLS[kind]
 
     def fault(self, action: str, operation: str | None, payment_id: UUID, **rule: Any) -> None:
-        """Have the provider fail in this way, once unless `rule` says otherwise."""
+        """Make the provider fail in this way, once unless `rule` says otherwise."""
         given = {"action": action, "operation": operation, "payment_id": str(payment_id), "times": 1} | rule
         self.http.post(f"{self.own}/faults", json=given).raise_for_status()
 
     def reset(self) -> None:
-        """Have it forget everything, and send no webhooks that are on their way."""
+        """Make the provider forget everything and drop the webhooks that are on their way."""
         self.http.post(f"{self.own}/reset").raise_for_status()
 
     def send_webhooks(self, **manners: Any) -> None:
-        """How webhooks are sent from now on: as they should be, but for these manners."""
+        """Set how webhooks are sent from now on: properly, except for these manners."""
         self.http.post(f"{self.own}/manners", json=manners).raise_for_status()
 
     def webhooks_under_way(self) -> int:
         return int(self.http.get(f"{self.own}/manners").raise_for_status().json()["under_way"])
 
     def heal(self) -> None:
-        """Have no more faults."""
+        """Remove all faults."""
         self.http.delete(f"{self.own}/faults").raise_for_status()
 
 
@@ -157,7 +157,7 @@ class Stripe(Provider):
 
 
 class StripeWithAuthentication(Stripe):
-    """The same with a card that wants 3-D Secure."""
+    """Stripe with a card that requires 3-D Secure."""
 
     tells_of_abandoned = True
     payment_method = "pm_card_threeDSecure2Required"
@@ -168,7 +168,7 @@ class StripeWithAuthentication(Stripe):
 class PayPal(Provider):
     name = "paypal"
     tells = Stripe.tells
-    outside = frozenset({"dispute", "won", "lost"})  # that a hold lapsed is told, but not whose doing it was
+    outside = frozenset({"dispute", "won", "lost"})  # a webhook reports a lapsed hold, but not who ended it
     payment_method = "vault:good"
     window = timedelta(hours=4)
     declined_method: str | None = "vault:declined-INSTRUMENT_DECLINED"
@@ -200,7 +200,7 @@ class PayPal(Provider):
 
 
 class PayPalWallet(PayPal):
-    """The same with a payer who has to approve."""
+    """PayPal with a payer who has to approve."""
 
     payment_method = "wallet"
     declined_method = None
@@ -230,12 +230,12 @@ class VNPay(Provider):
             pay_url=f"{self.url}/paymentv2/vpcpay.html",
             api_url=f"{self.url}/merchant_webapi/api/transaction",
             timeout_seconds=timeout_seconds,
-            question_interval=timedelta(0),  # as the simulator has it
+            question_interval=timedelta(0),  # the simulator has no minimum between queries
         )
         return VNPayGateway(config)
 
     def abandon(self, action: RequiresAction) -> None:
-        """Nobody opens the page, so VNPay knows of nothing; its URL has its end in itself."""
+        """Nobody opens the page, so VNPay never hears of the payment; the URL itself contains its end."""
 
     def effect(self, payment_id: UUID) -> Effect:
         found = self.http.get(f"{self.own}/books", params={"payment_id": str(payment_id)}).raise_for_status().json()

@@ -59,7 +59,7 @@ def document(text: str) -> dict[str, Any]:
 
 
 def test_the_file_in_the_repository_is_up_to_date(text: str) -> None:
-    """If this fails: python -m handlers.messages.asyncapi > asyncapi.yaml"""
+    """If this fails, run: python -m handlers.messages.asyncapi > asyncapi.yaml"""
     assert (ROOT / "asyncapi.yaml").read_text(encoding="utf-8") == text
 
 
@@ -104,7 +104,7 @@ def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None
 
 
 def named(key: str, value: object) -> Iterator[Any]:
-    """What this key has, wherever it is in a JSON value."""
+    """Every value of this key, at any depth of a JSON value."""
     match value:
         case dict():
             yield from (inner for name, inner in value.items() if name == key)
@@ -116,7 +116,7 @@ def named(key: str, value: object) -> Iterator[Any]:
 
 
 def objects(value: object) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value."""
+    """Every object, at any depth of a JSON value."""
     match value:
         case dict():
             yield value
@@ -128,7 +128,7 @@ def objects(value: object) -> Iterator[dict[str, Any]]:
 
 
 def test_nothing_stands_beside_a_reference(document: dict[str, Any]) -> None:
-    """AsyncAPI has its readers ignore it."""
+    """AsyncAPI requires readers to ignore other keys beside `$ref`."""
     assert [each for each in objects(document) if "$ref" in each and len(each) > 1] == []
 
 
@@ -151,7 +151,7 @@ def test_the_currencys_text_tells_which_decimals_a_provider_does_not_take(docume
 
 
 def test_a_schema_tells_a_validator_that_a_time_is_one(document: dict[str, Any]) -> None:
-    """The form alone would take a 45th day of a 13th month, which is refused."""
+    """A pattern alone would accept a 45th day of a 13th month, which we refuse."""
     (schema, _) = document["components"]["schemas"]["ChargePayment"]["properties"]["expires_at"]["anyOf"]
     assert schema["format"] == "date-time"
 
@@ -214,7 +214,7 @@ def test_a_sender_is_told_the_names_of_all_gateways(document: dict[str, Any]) ->
 def test_a_schema_takes_the_payment_ids_that_the_reader_takes(
     document: dict[str, Any], type_: str, payment_id: object, *, is_taken: bool
 ) -> None:
-    """One that nobody could read a payment id in would be parked, and its sender hear nothing."""
+    """A command without a readable payment id is parked, and its sender gets no result."""
     command = {**COMMAND_EXAMPLES[type_], "payment_id": payment_id}
     schema = {"$ref": f"#/components/schemas/{COMMAND_MODELS[type_].__name__}", "components": document["components"]}
     assert Draft202012Validator(schema).is_valid(command) is is_taken

@@ -1,6 +1,6 @@
-"""A subscriber cannot tell our relay from the real Debezium: held by golden messages, and by running both.
+"""A subscriber cannot tell our relay from the real Debezium. Tested with golden messages, and by running both.
 
-Where Debezium cannot be had, what runs it is skipped; with PAYMENTS_TEST_DEBEZIUM=required, as in CI, it fails.
+Tests that run Debezium are skipped where it cannot be had; with PAYMENTS_TEST_DEBEZIUM=required, as in CI, they fail.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ def golden_message(golden: dict[str, Any]) -> Message:
 
 @pytest.fixture
 def config(postgres_url: str, kafka_bootstrap: str, topics: Topics) -> Iterator[RelayConfig]:
-    """A relay of this test's own."""
+    """The configuration of a relay of this test's own."""
     yield RelayConfig(
         postgres_url=postgres_url,
         kafka=KafkaAccess(kafka_bootstrap),
@@ -128,7 +128,7 @@ async def roll_back(url: str) -> None:
 
 @pytest.fixture
 async def writing(config: RelayConfig) -> AsyncIterator[list[Row]]:
-    """Rows of three payments, written one after the other until the test ends; all that were committed so far."""
+    """Write rows of three payments until the test ends; the list has all rows committed so far."""
     rows: list[Row] = []
     stop = asyncio.Event()
     await fetch_value(config.postgres_url, "SELECT 1")
@@ -167,7 +167,7 @@ async def test_debezium_takes_over_and_gives_back_while_payments_go_on(
         settled = list(writing)
         before = await read_until(config.kafka.bootstrap, config.topic, complete(settled))
         position = await fetch_value(config.postgres_url, "SELECT pg_current_wal_insert_lsn()")
-        await until(lambda: is_confirmed(config, position))  # It writes its offsets, and confirms them, every second.
+        await until(lambda: is_confirmed(config, position))  # Debezium saves and confirms every second.
     await until(lambda: is_free(config))
     async with adopting_relay(config):
         await grows()
@@ -185,13 +185,13 @@ async def test_debezium_takes_over_and_gives_back_while_payments_go_on(
 
 
 def repeated(records: Iterable[Any]) -> set[UUID]:
-    """The ids that come more than once."""
+    """The ids that appear more than once."""
     return {event_id for event_id, count in Counter(ids(records)).items() if count > 1}
 
 
 @contextlib.asynccontextmanager
 async def adopting_relay(config: RelayConfig) -> AsyncIterator[None]:
-    """It is started first, and stands still until somebody says that Debezium has published."""
+    """Start our relay, which stops at a gap until the `adopt` repair says that Debezium published the events before."""
     adopting = asyncio.create_task(adopt(config))
     async with our_relay(config):
         await adopting

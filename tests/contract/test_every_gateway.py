@@ -1,5 +1,5 @@
-"""Every gateway, everything that it offers, every fault of its provider: the end is right, the books agree with the
-provider's own, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
+"""For every gateway, every operation that it offers and every fault of its provider, the end is right, the provider's
+books agree with it, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -44,7 +44,7 @@ BEFORE = ("cut_before", "429", "503", "409", "500_before")
 AFTER = ("cut_after", "truncated", "garbage", "500_after")
 TOO_LATE = ("slow", "hang")
 IMPATIENCE_SECONDS = 0.7
-"""The timeout of a gateway that does not wait for what comes too late."""
+"""The timeout of a gateway that gives up before a late answer comes."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def sandbox() -> Iterator[httpx.Client]:
 
 
 class NoStore:
-    """The dispatcher asks a store for one thing only."""
+    """The one thing for which the dispatcher asks a store."""
 
     def in_transaction(self) -> bool:
         return False
@@ -62,7 +62,7 @@ class NoStore:
 
 @dataclass
 class Till:
-    """One provider, its gateway behind a dispatcher, and who waits for which answer."""
+    """One provider, its gateway behind a dispatcher, and the answers that are awaited."""
 
     provider: Provider
     gateway: Gateway
@@ -85,16 +85,16 @@ class Till:
         self._asked.pop(answer.payment_id).set_result(answer.outcome)
 
     async def send(self, request: GatewayRequest) -> Outcome:
-        """What the dispatcher makes of this request."""
+        """The outcome of this request after the dispatcher's call."""
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._asked[request.payment_id] = answered
         self._dispatcher.submit([request._replace(gateway=self.gateway.name)])
         return await answered
 
     async def finish(self, request: GatewayRequest, *, patience_seconds: float = 0) -> Outcome:
-        """Go on as the service does, with a payer who consents, until there is an end or nothing more can be known.
+        """Retry as the service does, with a payer who consents, until a final outcome or a limit of tries.
 
-        With patience, a second passes between two attempts.
+        With `patience_seconds`, a second passes between two tries.
         """
         outcome, tries = await self.send(request), 0
         while tries < max(4, patience_seconds):
@@ -118,13 +118,13 @@ class Till:
         return outcome
 
     def _pay_once(self, action: RequiresAction) -> None:
-        """A repeated key may be answered as it was before the payer came."""
+        """Pay once: a repeated key may still get the answer from before the payment."""
         if action.reference not in self._paid:
             self._paid.add(action.reference)
             self.provider.pay(action)
 
     def a(self, kind: OperationKind, **more: Any) -> GatewayRequest:
-        """A request for the provider's usual amount and means."""
+        """A request with the provider's usual amount and payment method."""
         given: dict[str, Any] = {"amount": self.provider.amount, "payment_method": self.provider.payment_method} | more
         return a_request(kind, **given)
 
@@ -146,7 +146,7 @@ class Till:
         return self.provider.effect(request.payment_id)
 
     def expected(self, kind: OperationKind) -> Effect:
-        """What the provider holds after this kind of operation was executed once."""
+        """The provider's books after this kind of operation was executed once."""
         whole = self.provider.amount.minor
         return {
             AUTHORIZE: (whole, 0, 0),
@@ -161,12 +161,12 @@ class Till:
         return bool(self.gateway.capabilities.idempotency_retention)
 
     def offers(self, kind: OperationKind) -> None:
-        """Skip where the provider does not: `decide` refuses it before any gateway is asked."""
+        """Skip the test if the gateway does not offer this: `decide` rejects it before any gateway is called."""
         if kind not in self.gateway.capabilities.operations:
             pytest.skip("not offered: refused up front")
 
     def request_of(self, kind: OperationKind) -> str:
-        """What fault rules call its request; skip where there is none."""
+        """The name, in fault rules, of this operation's request; skips the test if there is none."""
         call = self.provider.fails(kind)
         if call is None:
             pytest.skip("nothing is sent for it")
@@ -184,7 +184,7 @@ async def till(request: pytest.FixtureRequest, sandbox: httpx.Client) -> AsyncIt
 
 @pytest.fixture
 async def impatient(till: Till) -> AsyncIterator[Till]:
-    """The same provider, by a gateway that soon gives up waiting."""
+    """The same provider behind a gateway with a short timeout."""
     gateway = till.provider.gateway(timeout_seconds=IMPATIENCE_SECONDS)
     yield Till(till.provider, gateway)
     await gateway.close()
@@ -192,7 +192,7 @@ async def impatient(till: Till) -> AsyncIterator[Till]:
 
 def test_every_gateway_and_every_fault_is_here() -> None:
     tried = {*BEFORE, *AFTER, *TOO_LATE, Action.DECLINE, Action.LAG}
-    assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # the last one in test_every_webhook.py
+    assert tried | {Action.WEBHOOK_FIRST} == set(Action)  # WEBHOOK_FIRST is tested in test_every_webhook.py
     assert {each.name for each in PROVIDERS.values()} == set(GATEWAYS) - {"instant"}
 
 
@@ -218,7 +218,7 @@ async def test_connections_and_time_outs_of_every_gateway_are_told(till: Till, i
 
 
 def told(name: str, till: Till, **labels: str) -> float:
-    """What the metric says of this gateway; 0 where it was never counted."""
+    """The metric's value for this gateway; 0 if it was never counted."""
     return REGISTRY.get_sample_value(f"payments_gateway_{name}", {"gateway": till.gateway.name, **labels}) or 0.0
 
 
@@ -265,7 +265,7 @@ async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_on
         assert isinstance(end, Succeeded)
         assert till.effect(request) == till.expected(kind)
     else:
-        # A provider without keys is never sent the same again, and a remembered 500 is the answer to it for ever.
+        # A provider without keys is never sent the request again; one that remembers its 500 repeats it for ever.
         assert isinstance(end, Unknown)
         assert till.effect(request) == before
 
@@ -292,7 +292,7 @@ async def test_the_call_after_the_payers_consent_has_its_effect_once(
 async def test_an_answer_that_comes_too_late_or_never_ends_with_one_effect(
     till: Till, impatient: Till, fault: str
 ) -> None:
-    """All kinds at once: each has to wait."""
+    """All kinds run at once, since each has to wait."""
     kinds = [each for each in till.gateway.capabilities.operations if till.provider.fails(each)]
     requests = [await till.prepared(kind) for kind in kinds]
     for request in requests:
@@ -326,7 +326,7 @@ async def test_a_declined_operation_moves_nothing_at_any_attempt(till: Till, kin
     request = await till.prepared(kind)
     before = till.effect(request)
     till.provider.fault("decline", step, request.payment_id)
-    # What continues a payment may be refused in another form: an error that says that it was not executed.
+    # A capture, void or refund may be refused in another form: an error that says that it was not executed.
     assert isinstance(await till.finish(request), Declined if kind in OPENING else Declined | NotExecuted)
     assert till.effect(request) == before
     again = await till.finish(request._replace(state=OperationState.INDETERMINATE, attempts=2))
@@ -391,7 +391,7 @@ async def test_a_payer_who_has_not_come_is_waited_for(till: Till, kind: Operatio
         pytest.skip("no payer has to act")
     waiting = request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference, attempts=2)
     if not isinstance(await till.send(waiting), RequiresAction):
-        # VNPay's page has not been opened yet: it knows nothing, and that is no refusal either.
+        # If VNPay's page has not been opened yet, VNPay has no trace of the payment, which is not a refusal either.
         raise AssertionError("the payer may still come")
     assert till.effect(request) == (0, 0, 0)
 
@@ -497,7 +497,7 @@ async def test_vnpay_asked_again_too_soon_says_nothing(till: Till) -> None:
 @pytest.mark.parametrize("till", ["vnpay"], indirect=True)
 @pytest.mark.parametrize("number", [2, 3])
 async def test_a_refund_before_ours_at_vnpay_is_not_taken_for_ours_that_was_lost(till: Till, number: int) -> None:
-    """Somebody's in VNPay's portal before our first one, or our own first one before our second."""
+    """The earlier refund is one made in VNPay's portal before our first, or our own first before our second."""
     request = await till.prepared(REFUND)
     whole, part = till.provider.amount.minor, Money(till.provider.amount.minor * 2 // 5, "VND")
     if number == 3:
@@ -506,7 +506,7 @@ async def test_a_refund_before_ours_at_vnpay_is_not_taken_for_ours_that_was_lost
         reference = str(request.gateway_payment_id).partition("@")[0]
         portal = f"{till.provider.own}/payments/{reference}/refund"
         till.provider.http.post(portal, params={"amount": part.minor}).raise_for_status()
-    later = datetime.now(UTC) + timedelta(seconds=5)  # VNPay tells whole ones, of its refunds and of its clock
+    later = datetime.now(UTC) + timedelta(seconds=5)  # VNPay's times, of refunds and of its clock, are in whole seconds
     ours = request._replace(operation_number=number, amount=part, first_dispatched_at=later)
     till.provider.fault("cut_before", "refund", request.payment_id)
     assert isinstance(await till.send(ours), Unknown)

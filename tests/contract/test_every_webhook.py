@@ -1,7 +1,7 @@
-"""Every gateway's webhooks, sent for real and signed: in whatever way they come, or do not, the end is the same.
+"""Every gateway's webhooks, signed and sent over HTTP: however they come, or if they do not, the end is the same.
 
-The simulators send them over HTTP to the service's own endpoint; from there they go through the inbox of a real
-Postgres and the write path, beside the answers of the API, as in production. A new gateway is in here with its line in
+The simulators send them to the service's own endpoint. From there they go through the inbox of a real Postgres and the
+write path, alongside the API's answers, as in production. A new gateway is included by its line in
 `tests/contract/providers.py`.
 """
 
@@ -39,7 +39,7 @@ from tests.support.webhooks import applying
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
 MOVING = (CHARGE, CAPTURE, REFUND)
 ON_THE_WAY = ("requires_action", "pending", "needs_review")
-"""Events that end nothing."""
+"""Events that do not end a command."""
 BEFORE: Mapping[OperationKind, Sequence[OperationKind]] = {CAPTURE: (AUTHORIZE,), REFUND: (CHARGE,)}
 STORIES = ((CHARGE, REFUND), (AUTHORIZE, CAPTURE, REFUND), (AUTHORIZE, VOID))
 
@@ -47,12 +47,12 @@ Story = Sequence[OperationKind]
 
 
 class Manner(NamedTuple):
-    """How webhooks come. `is_asked`: what waits is also asked about, so that no webhook is needed."""
+    """How webhooks come. `is_asked`: the sweep also queries what waits, so that no webhook is needed."""
 
     webhooks: Mapping[str, float] = MappingProxyType({})
     is_asked: bool = False
     fault: str | None = None
-    """What happens to each request."""
+    """The fault that each operation's request meets."""
     refusals: int = 0
     """How many webhooks are answered with a 503 before one is taken."""
 
@@ -73,7 +73,7 @@ MANNERS = {
 
 @dataclass
 class Shop:
-    """A worker before one provider, its webhooks coming in; `pays_late`: the payer, while a question is under way."""
+    """A worker with one provider and its webhooks. `pays_late`: the payer pays only while a query is under way."""
 
     provider: Provider
     worker: InProcessWorker
@@ -87,14 +87,14 @@ class Shop:
         return known.operations.issuperset(story)
 
     async def live(self, story: Story, fault: str | None = None) -> UUID:
-        """A payment with these operations, each sent when the one before has ended."""
+        """Play a payment with these operations, each sent when the one before has ended."""
         payment_id = new_payment_id()
         for number, kind in enumerate(story, start=1):
             await self.does(payment_id, number, kind, fault)
         return payment_id
 
     async def does(self, payment_id: UUID, number: int, kind: OperationKind, fault: str | None = None) -> None:
-        """One operation from its command to its end."""
+        """Run one operation from its command to its end."""
         if fault == "webhook_first":
             self.provider.fault(fault, None, payment_id, times=None, seconds=1)
         elif fault is not None:
@@ -110,7 +110,7 @@ class Shop:
         return own | {"payment_method": self.provider.payment_method}
 
     async def has_ended(self, payment_id: UUID, number: int) -> bool:
-        """Or is for a person to look at. A payer who is waited for comes meanwhile."""
+        """Whether the operation has ended or needs review. If it waits for its payer, the payer pays."""
         state = await self.state(payment_id, number)
         if state == "requires_action" and payment_id not in self.paid:
             await self._pay(payment_id)
@@ -127,12 +127,12 @@ class Shop:
         self.provider.pay(await self.asked(payment_id))
 
     async def asked(self, payment_id: UUID) -> RequiresAction:
-        """What the payer was asked for last."""
+        """The last action that the payer was asked for."""
         *_, told = [each for each in await self.events(payment_id) if "action" in each]
         return RequiresAction(told["provider_reference"], told["action"]["type"], told["action"]["url"])
 
     async def is_abandoned(self, payment_id: UUID, number: int, kind: OperationKind, fault: str | None) -> None:
-        """One operation whose payer does not come, from its command to its end. `fault`: of what ends it, if we do."""
+        """Run one operation whose payer does not come, to its end. `fault` hits our cancellation, if we cancel it."""
         await self.worker.accept(delivery(kind.value, payment_id, f"{payment_id}:{number}", **self.fields(kind)))
 
         async def is_awaited() -> bool:
@@ -156,7 +156,7 @@ class Shop:
         return await events_of(self.url, payment_id)
 
     async def ask_again(self) -> None:
-        """As the sweep does when the time has come."""
+        """Query everything that is open, as the sweep does when it is due."""
         await self.database.execute("UPDATE operations SET due_at = now() WHERE due_at IS NOT NULL")
         await self.worker.sweep.sweep_once()
         await self.worker.idle()
@@ -165,7 +165,7 @@ class Shop:
         return [each["type"].split(".")[1] for each in await self.events(payment_id)]
 
     async def quiet(self) -> None:
-        """Wait until all that the provider has to tell is told, and applied."""
+        """Wait until all the provider's webhooks are delivered and applied."""
 
         async def is_quiet() -> bool:
             waiting = await self.database.fetchval("SELECT count(*) FROM inbox WHERE applied_at IS NULL")
@@ -175,7 +175,7 @@ class Shop:
         await self.worker.idle()
 
     async def check(self, payment_id: UUID, story: Story) -> None:
-        """Everything succeeded, once, and our books are the provider's, with no amount that is none of ours."""
+        """Check that every operation succeeded once, and that our books match the provider's, with no other amount."""
         query = """SELECT authorized_minor - captured_minor - released_minor, captured_minor, refunded_minor
                      FROM payments WHERE payment_id = $1"""
         ours = await self.database.fetchrow(query, payment_id)
@@ -207,7 +207,7 @@ def provider(request: pytest.FixtureRequest, site: Site) -> Iterator[Provider]:
 
 @asynccontextmanager
 async def trading(site: Site, provider: Provider, postgres_url: str, manner: Manner) -> AsyncIterator[Shop]:
-    """The service, all of it but Kafka."""
+    """The whole service except Kafka."""
     settings = site.settings(
         provider.name, postgres_url=postgres_url, retry_first_delay_seconds=0.2, retry_delay_max_seconds=0.5
     )
@@ -228,7 +228,7 @@ async def trading(site: Site, provider: Provider, postgres_url: str, manner: Man
 
 
 class Refusing:
-    """An app that is not ready for the first requests."""
+    """An app that answers the first `refusals` requests with a 503."""
 
     def __init__(self, app: ASGIApp, refusals: int) -> None:
         self._app = app
@@ -241,7 +241,7 @@ class Refusing:
 
 @asynccontextmanager
 async def receiving(settings: Settings, port: int, refusals: int) -> AsyncIterator[None]:
-    """The endpoint for webhooks, on its port; at first it refuses so many."""
+    """The webhook endpoint on this port; it refuses the first `refusals` requests."""
     service = WebhookService(settings)
     with socket.create_server(("127.0.0.1", port)) as listener:
         app = Refusing(Starlette(routes=service.routes()), refusals)

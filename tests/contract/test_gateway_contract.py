@@ -1,5 +1,5 @@
-"""What every gateway owes the service, whatever the provider: one effect per key, and no success or failure without
-evidence. Runs over every gateway that has a simulator, over real HTTP, with every fault that a network can cause."""
+"""The contract of gateways: one effect per key, and no success or failure without evidence. Run for the gateways in
+conftest.py (Stripe) against their simulators, over real HTTP, with every fault that a network can cause."""
 
 import asyncio
 from collections.abc import Callable
@@ -63,7 +63,7 @@ async def prepared(gateway: Gateway, kind: OperationKind) -> GatewayRequest:
 
 
 def effect(simulator: Simulator, request: GatewayRequest) -> tuple[int, int, int]:
-    """What this payment amounts to in the simulator's own books, over all that was executed for it."""
+    """What the simulator's own books show as held, captured and refunded for this payment, over all its operations."""
     intents = simulator.intents_of(request.payment_id)
     names = ("amount_capturable", "amount_received", "refunded")
     held, captured, refunded = (sum(intent[name] for intent in intents) for name in names)
@@ -422,12 +422,12 @@ OPENING = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
 
 
 def later(passed: timedelta = ACTION_WINDOW + timedelta(seconds=1)) -> Callable[[], datetime]:
-    """A clock that is ahead of the provider's."""
+    """A clock that is this much ahead of the provider's."""
     return lambda: datetime.now(UTC) + passed
 
 
 async def waiting(gateway: Gateway, kind: OperationKind = OperationKind.CHARGE) -> GatewayRequest:
-    """An operation that waits for its payer, as it is asked about."""
+    """The request that queries an operation which waits for its payer."""
     request = a_request(kind, payment_method="pm_card_threeDSecure2Required")
     outcome = await run(gateway, request)
     assert isinstance(outcome, RequiresAction)
@@ -435,7 +435,7 @@ async def waiting(gateway: Gateway, kind: OperationKind = OperationKind.CHARGE) 
 
 
 async def resumed(gateway: Gateway, request: GatewayRequest) -> Outcome:
-    """Go on with it as the dispatcher does, with errors as outcomes."""
+    """Resume the operation as the dispatcher does, with errors as outcomes."""
     try:
         return await gateway.resume(request)
     except GatewayUnreachable as error:
@@ -503,7 +503,7 @@ async def test_a_payer_who_pays_while_it_is_being_canceled_has_paid(
     connect: Callable[..., Gateway], gateway: Gateway, simulator: Simulator
 ) -> None:
     request = await waiting(gateway)
-    # The first look, that the payer is still awaited, is older than the payment.
+    # The first read is outdated: it shows that the payer is still awaited, though the payer has paid.
     simulator.fault("lag", operation="read", payment_id=str(request.payment_id), times=1, seconds=60)
     simulator.post(f"payment_intents/{request.reference}/authenticate?success=true")
 
@@ -518,7 +518,7 @@ async def test_a_refusal_to_cancel_alone_ends_nothing(
     simulator.fault("lag", operation="read", payment_id=str(request.payment_id), seconds=60)
     simulator.post(f"payment_intents/{request.reference}/authenticate?success=true")
 
-    # The refusal is remembered under the key, and what Stripe shows is still of before.
+    # Stripe remembers the refusal under the key, and what it shows is still the state from before.
     assert all([isinstance(await resumed(late, request), RequiresAction) for _ in range(2)])
     simulator.http.delete("/_sandbox/faults").raise_for_status()
     assert isinstance(await resumed(late, request), Succeeded)
@@ -547,7 +547,7 @@ async def test_a_cancellation_whose_answer_is_lost_ends_nothing_until_stripe_say
     again = await resumed(late, request)
 
     assert isinstance(lost, BEFORE.get(fault, Unknown))
-    if fault == "500_before":  # remembered under the key: once Stripe has forgotten it, it is sent anew
+    if fault == "500_before":  # remembered under the key: sent again once Stripe has forgotten it
         assert isinstance(again, Unknown)
         again = await resumed(late, request._replace(provider_key=f"{request.provider_key}:forgotten"))
     assert again == Expired(request.reference, "abandoned")

@@ -1,4 +1,4 @@
-"""Frozen at release: what was once sent must still be read, and what is written must stay as it was, byte for byte.
+"""Messages frozen at release: old commands must still be read, and events must be written as before, byte for byte.
 
 A version only gains optional fields. A failure here is a broken contract: write a v2 instead of changing a golden.
 """
@@ -16,7 +16,7 @@ from handlers.messages.examples import EVENT_EXAMPLES, EVENT_ID
 
 GOLDENS = Path(__file__).parent / "goldens"
 GATEWAY, ACTION_TYPE = "sandbox", "three_d_secure"
-"""What the examples named when they were frozen."""
+"""The values in the examples when they were frozen."""
 
 
 def golden(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Whole payments at PayPal over a network that loses half of everything, driven as the service drives them.
+"""Whole payments at PayPal over a network that loses half of all messages, driven as the service drives them.
 
-Whatever is lost, what the gateway finally says is what PayPal's books say, and nothing happens twice.
+Whatever is lost, the gateway's final outcome agrees with PayPal's books, and nothing happens twice.
 """
 
 import random
@@ -58,7 +58,7 @@ async def gateway(paypal: PayPalSandbox) -> AsyncIterator[Gateway]:
 
 
 async def dispatched(gateway: Gateway, request: GatewayRequest) -> Outcome:
-    """One attempt as the dispatcher makes it."""
+    """Make one attempt as the dispatcher does."""
     method = gateway.resume if request.state in WITH_THE_PROVIDER else getattr(gateway, request.kind.value)
     try:
         outcome: Outcome = await method(request)
@@ -70,7 +70,7 @@ async def dispatched(gateway: Gateway, request: GatewayRequest) -> Outcome:
 
 
 def settled(request: GatewayRequest, outcome: Outcome) -> GatewayRequest:
-    """The next attempt, as `decide` leaves an operation that has no final outcome."""
+    """The request of the next attempt after an outcome that is not final, as `decide` would make it."""
     match outcome:
         case RequiresAction(reference):
             return request._replace(state=OperationState.REQUIRES_ACTION, reference=reference)
@@ -83,7 +83,7 @@ def settled(request: GatewayRequest, outcome: Outcome) -> GatewayRequest:
 
 
 async def driven(gateway: Gateway, paypal: PayPalSandbox, request: GatewayRequest, chance: random.Random) -> Outcome:
-    """Attempt after attempt until the end; a payer who is asked approves, sometimes, or never does."""
+    """Repeat attempts until a final outcome. The payer, if asked, approves at some time or lets the order expire."""
     is_willing, is_answered = chance.random() < 0.8, False
     for _ in range(ATTEMPTS_MAX):
         outcome = await dispatched(gateway, request)

@@ -1,7 +1,7 @@
-"""A payment from its order to its last refund, word for word as PayPal's OpenAPI documents have it.
+"""A payment from its order to its last refund conforms to PayPal's OpenAPI documents.
 
-The other tests of PayPal hold all that they say against the same documents (`as_documented`); this one shows that every
-request of the gateway is among it, and that a wrong one would be noticed.
+The other PayPal tests check their traffic against the same documents (`as_documented`). This one shows that every kind
+of request that the gateway makes is checked, and that a wrong one would be noticed.
 """
 
 import json
@@ -32,7 +32,7 @@ REQUESTS = {
     "GET /v2/payments/refunds/{id}",
     "GET /v1/reporting/transactions",
 }
-"""All that the gateway ever asks of PayPal, but for the access token."""
+"""Every request that the gateway ever makes to PayPal, except for the access token."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ async def gateway(paypal: PayPalSandbox) -> AsyncIterator[Gateway]:
 
 
 async def approved(gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind) -> None:
-    """The payer is asked and consents."""
+    """Run an opening whose payer has to approve, and does."""
     request = a_request(kind, payment_method=None)
     action = await run(gateway, request)
     assert isinstance(action, RequiresAction)

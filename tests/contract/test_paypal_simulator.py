@@ -94,7 +94,7 @@ async def prepared(gateway: Gateway, kind: OperationKind) -> GatewayRequest:
 
 
 async def asked(gateway: Gateway, kind: OperationKind) -> tuple[GatewayRequest, RequiresAction]:
-    """An opening that waits for the payer: as the dispatcher brings it back, and what was answered."""
+    """An opening that waits for the payer: the request with which the dispatcher resumes it, and the answer."""
     request = a_request(kind, payment_method=None)
     outcome = await run(gateway, request)
     assert isinstance(outcome, RequiresAction), outcome
@@ -238,7 +238,7 @@ async def test_a_demo_needs_no_rules_for_a_wallet_that_fails_once(
 
 async def test_cancelling_the_caller_is_passed_on(gateway: Gateway, paypal: PayPalSandbox) -> None:
     request = a_request(payment_method=PAYS)
-    # Executed all the same, soon: later it would tell of it in the middle of a test about webhooks.
+    # Executed all the same, but soon: any later, its webhook would come in the middle of another test.
     paypal.fault("slow", operation="create", seconds=0.3)
     task = asyncio.create_task(gateway.charge(request))
     await asyncio.sleep(0.05)
@@ -343,7 +343,7 @@ async def test_paypals_word_on_the_order_itself_is_believed(
 async def test_an_order_that_another_key_executed_is_read_and_not_executed_again(
     gateway: Gateway, paypal: PayPalSandbox
 ) -> None:
-    """As after the time for which PayPal remembers a request id."""
+    """A new key is as good as an old one that PayPal no longer remembers."""
     request, action = await asked(gateway, OperationKind.CHARGE)
     paypal.approve(action.reference)
     await gateway.resume(request)
@@ -735,7 +735,7 @@ async def test_credentials_that_are_refused_are_unreachable_and_not_in_the_messa
 
 
 class Inbox(ThreadingHTTPServer):
-    """Takes webhooks; `refusals` of them are answered with a 503 first."""
+    """Receives webhooks; the first `refusals` of them are answered with a 503."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), InboxHandler)
@@ -749,7 +749,7 @@ class Inbox(ThreadingHTTPServer):
         return self.requests
 
     async def wait_for_refund_of(self, capture_id: str) -> WebhookRequest:
-        """The message of it, among others."""
+        """The webhook of this capture's refund, among others."""
         name, link = b'"PAYMENT.CAPTURE.REFUNDED"', f"/captures/{capture_id}".encode()
         async with asyncio.timeout(15):
             while True:
@@ -802,11 +802,11 @@ RESOURCES = {
     "capture": "/v2/payments/captures",
     "refund": "/v2/payments/refunds",
 }
-"""Where what a webhook tells of can be asked for. (Disputes are another API's.)"""
+"""Where the object of a webhook can be read. (Disputes belong to another API.)"""
 
 
 async def notices(webhooks: PayPalWebhooks, inbox: Inbox, count: int) -> dict[str, Notice]:
-    """What came, by type: as PayPal documents its events, and in each the object as it answers with it."""
+    """The notices by type. Checks that each event, and the object in it, match PayPal's documents."""
     requests = await inbox.wait_for(count)
     for event in (json.loads(each.body) for each in requests):
         path = RESOURCES.get(event["resource_type"])
@@ -852,7 +852,7 @@ async def test_webhooks_tell_the_operations_of_one_payment_apart(
 async def refunded_at_paypals_pages(
     gateway: Gateway, paypal: PayPalSandbox, inbox: Inbox, kind: OperationKind
 ) -> tuple[UUID, str, WebhookRequest]:
-    """Our payment, its order, and what PayPal sends of a refund of it that somebody made."""
+    """Our payment, its order, and PayPal's webhook of a refund that somebody made in its dashboard."""
     request, order_id = await opened(gateway, kind, payment_method=PAYS)
     if kind is OperationKind.AUTHORIZE:
         await run(gateway, follow_up(request, order_id, OperationKind.CAPTURE))

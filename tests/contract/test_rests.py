@@ -1,7 +1,7 @@
-"""Every gateway notices that its provider asks for fewer requests, whatever it makes of the answer itself.
+"""Every gateway notices that its provider asks for fewer requests, whatever outcome it reads from the answer.
 
-Stripe's and PayPal's simulators ask with a time, in these providers' own form, and MoMo's in its own words; VNPay
-documents no way to ask, so any server's 429 does.
+The simulators of Stripe and PayPal ask with a time, in these providers' own format, and MoMo's with its own result
+code. VNPay documents no way to ask, so it is tested with a plain 429.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SAY_SO = ("stripe", "paypal")
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """Answers all but the request for an access token with a 429."""
+    """Answers everything with a 429, except the request for an access token."""
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -91,7 +91,7 @@ async def test_momos_maintenance_has_the_gateway_rest_though_it_comes_with_a_200
     request = a_request(amount=provider.amount, payment_method=provider.payment_method)
     assert isinstance(await gateway.charge(request), RequiresAction)
     assert gateway.rests_seconds() == 0
-    provider.fault("429", "read", request.payment_id)  # which MoMo says in its own words
+    provider.fault("429", "read", request.payment_id)  # MoMo says it with a result code of its own
     assert isinstance(await gateway.status(in_doubt(request)), Unknown)
     assert 0 < gateway.rests_seconds() <= 1.25
     await gateway.close()
@@ -107,7 +107,7 @@ async def test_a_429_to_a_question_has_the_gateway_rest_for_as_long_as_it_says(n
     request = a_request(amount=provider.amount, payment_method=provider.payment_method)
     with suppress(GatewayError):
         outcome = await gateway.charge(request)
-        # VNPay's charge is a URL, and no request.
+        # VNPay's charge is a URL, which needs no request.
         assert isinstance(outcome, RequiresAction)
         await gateway.status(in_doubt(request, reference=outcome.reference))
     await gateway.close()

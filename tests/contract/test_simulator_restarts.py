@@ -1,4 +1,4 @@
-"""A simulator that is killed goes on where it stopped: its books, its keys, and the webhooks that nobody accepted."""
+"""A simulator that is killed goes on where it stopped, with its books, keys and webhooks that were not accepted."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ STORIES = ((CHARGE, REFUND), (AUTHORIZE, CAPTURE))
 
 
 class Listener(BaseHTTPRequestHandler):
-    """Where webhooks come: 503 to all until its `Mailbox` is open. The text is what VNPay demands."""
+    """Receives webhooks; answers with a 503 while its `Mailbox` is closed. VNPay requires the answer's text."""
 
     server: "Mailbox"
 
@@ -53,7 +53,7 @@ class Listener(BaseHTTPRequestHandler):
 
 
 class Mailbox(ThreadingHTTPServer):
-    """All webhooks that came, accepted or not."""
+    """Keeps all webhooks that came, accepted or not."""
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", port), Listener)
@@ -61,13 +61,13 @@ class Mailbox(ThreadingHTTPServer):
         self.received: list[WebhookRequest] = []
 
     async def heard(self, reader: WebhookReader) -> Counter[str]:
-        """How often each event came, by the provider's id of it. Each must be signed as that provider signs."""
+        """How often each event came, by its id. Fails if a webhook is not signed as the provider signs."""
         return Counter([(await reader.read(each)).event_id for each in self.received])
 
 
 @dataclass
 class Killable:
-    """The simulators, which may die and come back at the same address, and one of them by its gateway."""
+    """The simulators, which can be killed and started again at the same address, and the gateway of one of them."""
 
     site: Site
     name: str
@@ -81,7 +81,7 @@ class Killable:
         self._running.append(start_sandbox(port, self.state_file, webhooks_to=url, environment=environment))
 
     def kill(self) -> None:
-        """In the middle of writing a line to each of its files."""
+        """Kill the simulators, as if in the middle of writing a line to each of their files."""
         process = self._running.pop()
         process.kill()
         process.wait(10)
@@ -101,7 +101,7 @@ class Killable:
         return PROVIDERS[self.name](str(self.site.http.base_url), self.site.http)
 
     def till(self) -> Till:
-        """Its gateway with new connections, as after any restart."""
+        """The provider's gateway with new connections."""
         [gateway] = wiring.create_gateways(self.settings()).values()
         return Till(self.provider(), gateway)
 
@@ -134,7 +134,7 @@ def simulators(name: str, mailbox: Mailbox, state_file: Path) -> Iterator[Killab
 
 
 async def lived(till: Till, story: Sequence[OperationKind]) -> list[GatewayRequest]:
-    """A payment of these two operations: what was asked, each with the provider's reference of it."""
+    """Run a payment of these two operations; return their requests with the provider's references."""
     opening = till.a(story[0])
     opened = await till.finish(opening)
     assert isinstance(opened, Succeeded), opened
@@ -145,7 +145,7 @@ async def lived(till: Till, story: Sequence[OperationKind]) -> list[GatewayReque
 
 
 async def asked_again(till: Till, request: GatewayRequest) -> None:
-    """By its key, where the provider knows keys; else by a question."""
+    """Repeat the request with its key if the provider knows keys; otherwise query it."""
     state = OperationState.DISPATCHED if till.knows_keys else OperationState.PENDING
     outcome = await till.finish(request._replace(state=state, attempts=1))
     assert isinstance(outcome, Succeeded), outcome
@@ -183,7 +183,7 @@ async def test_a_killed_simulator_remembers_money_keys_and_what_it_has_to_tell(
         running.start()
         till, reader = running.till(), running.reader()
         for request in requests:
-            if request.kind is not AUTHORIZE:  # MoMo's answer to that is about the capture since
+            if request.kind is not AUTHORIZE:  # MoMo's answer for it is about the capture by now
                 await asked_again(till, request)
         assert running.totals() == books
         assert [till.effect(each) for each in requests] == effects

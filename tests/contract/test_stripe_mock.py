@@ -1,6 +1,6 @@
 """Our requests against Stripe's own mock, which validates them with Stripe's OpenAPI document.
 
-It keeps no state and answers with fixtures, so only the requests are under test here, not the outcomes.
+The mock keeps no state and answers with fixtures, so only the requests are tested here, not the outcomes.
 Source: https://github.com/stripe/stripe-mock.
 """
 
@@ -104,7 +104,7 @@ async def test_the_mock_refuses_what_is_not_in_the_document(mock_url: str) -> No
 
 
 def watched(gateway: StripeGateway, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The HTTP statuses of everything that this gateway asks from now on."""
+    """The HTTP statuses of all requests that this gateway makes from now on."""
     statuses: list[int] = []
     send = gateway._http.request_async
 

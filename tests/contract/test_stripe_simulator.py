@@ -1,4 +1,4 @@
-"""The Stripe simulator itself: what Stripe documents about keys, refusals and lists, and its own promises."""
+"""The Stripe simulator itself: it does what Stripe documents about keys, refusals and lists, and what it adds works."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,10 +1,10 @@
 """A state machine of deliveries, answers, crashes and clocks around a provider with its own books.
 
-It drives a shell: `decide` in memory, or the write path on Postgres. The provider honours idempotency keys, its answers
-get lost, requests that nobody waits for any more still arrive, and workers that were given up for dead still answer.
+It drives a shell: `decide` in memory, or the write path on Postgres. The provider executes each idempotency key once.
+Answers get lost, requests that nobody waits for any more still arrive, and workers presumed dead still answer.
 
-There is one machine for each gateway of this release, with the capabilities that the gateway itself declares. What they
-leave out must be refused up front: the provider fails the test when it is asked for it.
+There is one machine for each gateway of this release, with the capabilities that the gateway declares. A command beyond
+them must be refused before any call: the provider fails the test if it is asked for something that it cannot do.
 """
 
 import os
@@ -52,7 +52,7 @@ from tests.support.memory import START, Told
 from tests.support.service import delivery, rules
 
 GATEWAYS: Final = known_capabilities(Settings())
-"""What each gateway of this release declares."""
+"""The capabilities that each gateway of this release declares."""
 
 PAYMENTS = (UUID(int=1 << 64), UUID(int=2 << 64))
 KEYS = tuple(f"key-{number}" for number in range(60))
@@ -65,11 +65,11 @@ EARLIER_REASONS = (
     RejectionReason.PAYMENT_NOT_FOUND,
     RejectionReason.CURRENCY_MISMATCH,
 )
-"""What may be said of a command before anybody asks whether its gateway could do it."""
+"""The reasons for a rejection that are checked before whether the gateway could do it."""
 
 
 class Shell(Protocol):
-    """What keeps the payments."""
+    """The part under test, which keeps the payments."""
 
     now: datetime
 
@@ -84,14 +84,14 @@ class Shell(Protocol):
 
 @dataclass
 class Flight:
-    """A gateway call of a worker; `answer` is on its way back once the provider has executed the call."""
+    """A worker's call of the gateway; `answer` is set once the provider has executed the call."""
 
     request: GatewayRequest
     answer: Outcome | None = field(default=None)
 
 
 class Ask(NamedTuple):
-    """What a command asks for, whatever the gateway: amounts are multiples of the least that it takes."""
+    """What a command asks for, independent of the gateway: amounts are multiples of the gateway's minimum."""
 
     kind: str
     payment_id: UUID
@@ -100,7 +100,7 @@ class Ask(NamedTuple):
 
 
 class Tender(NamedTuple):
-    """What a gateway is asked for: mostly its own currency, sometimes another, sometimes one that it refuses."""
+    """The currencies used with a gateway (its main one, another one, one that it refuses) and its minimum amount."""
 
     own: str
     other: str
@@ -109,14 +109,14 @@ class Tender(NamedTuple):
 
     @classmethod
     def of(cls, capabilities: Capabilities) -> "Tender":
-        """USD and EUR where it takes them."""
+        """Choose USD and EUR first if the gateway takes them."""
         taken = sorted(capabilities.currencies, key=lambda code: (code != "USD", code != "EUR", code))
         limits = capabilities.limits.get(taken[0], AmountLimits())
         foreign = min(_never_taken(capabilities), default=taken[0])
         return cls(taken[0], [*taken, foreign][1], foreign, limits.minimum_minor)
 
     def fields(self, ask: Ask) -> dict[str, Any]:
-        """The fields of the command."""
+        """The command's fields, with currency and amount put in."""
         fields = dict(ask.fields)
         if "currency" in fields:
             fields["currency"] = getattr(self, fields["currency"])
@@ -158,12 +158,12 @@ commands = st.one_of(continuations, continuations, continuations, continuations,
 
 
 class PaymentMachine(RuleBasedStateMachine):
-    """Subclasses say, as the method `new_shell`, which shell keeps the payments; `machine_of` says the gateway."""
+    """Subclasses provide the shell by the method `new_shell`; `machine_of` sets the gateway."""
 
     new_shell: Callable[..., Shell]
     gateway: ClassVar[str]
     reasons: ClassVar[Counter[str]]
-    """Why commands were refused, over all schedules."""
+    """How often commands were refused for each reason, over all schedules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class PaymentMachine(RuleBasedStateMachine):
 
     @initialize(ask=openings, verdict=st.one_of(st.none(), st.just("success")))
     def a_payment_is_opened(self, ask: Ask, verdict: str | None) -> None:
-        """Most of what may go wrong needs a payment, and often one that has money."""
+        """Most faults can show only on a payment, and many only on one with money."""
         self.commands_arrive([ask])
         if verdict and self.flights:
             self.a_call_is_answered(0, verdict)
@@ -223,7 +223,7 @@ class PaymentMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.provider.said)
     @rule(which=somewhere, times=st.integers(1, 3), is_ripe=st.booleans())
     def a_webhook_arrives(self, which: int, times: int, is_ripe: bool) -> None:
-        """Before or after the answer, late, again, or long outdated."""
+        """The webhook may come before or after the answer, late, repeatedly, or long outdated."""
         request, outcome = self.provider.said[which % len(self.provider.said)]
         ripe = is_ripe and isinstance(outcome, RequiresAction)
         told = None if ripe else outcome
@@ -233,7 +233,7 @@ class PaymentMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.provider.movable)
     @rule(which=somewhere, percent=percents, key=st.one_of(st.none(), keys))
     def somebody_acts_in_the_providers_pages(self, which: int, percent: int, key: str | None) -> None:
-        """Beside a command of ours, if there is a key for one. We hear of it at once, and perhaps again."""
+        """With a key, a command of ours comes at the same time. The webhook comes at once, and perhaps again later."""
         payment_id, kind = self.provider.movable[which % len(self.provider.movable)]
         if key is not None:
             self._deliver([delivery(str(kind), payment_id, key)])
@@ -274,7 +274,7 @@ class PaymentMachine(RuleBasedStateMachine):
 
     @rule(asks=st.lists(continuations, min_size=1, max_size=3))
     def commands_get_through(self, asks: list[Ask]) -> None:
-        """What goes well brings a payment to where more may go wrong."""
+        """Successful commands bring a payment into states in which more can go wrong."""
         self.commands_arrive(asks)
         self._get_through()
 
@@ -333,7 +333,7 @@ class PaymentMachine(RuleBasedStateMachine):
 
     @rule(which=somewhere)
     def a_sweep_takes_over(self, which: int) -> None:
-        """Also while the old worker is alive: it only seemed to be dead, and will answer late."""
+        """The old worker may be alive: it only seemed dead, and will answer late."""
         due = [each for each in self.shell.operations() if each.is_under_way]
         assume(due)
         chosen = due[which % len(due)]
@@ -347,13 +347,13 @@ class PaymentMachine(RuleBasedStateMachine):
         return self.flights[which % len(self.flights)]
 
     def _call(self, flight: Flight, verdict: str) -> Outcome:
-        """As the dispatcher does: a call, or only a question where a call could move money again."""
+        """Do as the dispatcher does: call, or only query where a call could move money again."""
         if self._is_question(flight.request):
             return self.provider.tell(flight.request)
         return self.provider.receive(flight.request, verdict)
 
     def _haunt(self, flight: Flight) -> None:
-        """What was sent may arrive yet. Of questions nothing stays."""
+        """Let a call that was sent arrive later. A query leaves nothing behind."""
         if flight.answer is None and not self._is_question(flight.request):
             self.ghosts.append(flight.request)
 
@@ -372,7 +372,7 @@ class PaymentMachine(RuleBasedStateMachine):
         given = Answer(request.payment_id, request.operation_number, request.lease_token, outcome)
         held = {(each.payment_id, each.number): each.lease_token for each in self.shell.operations() if each.is_open}
         token = held.get((request.payment_id, request.operation_number))
-        # That money moved is true whoever holds it; it is late only once the operation has ended.
+        # A report that money moved counts whoever holds the lease; it is late only once the operation has ended.
         has_moved = isinstance(outcome, Succeeded) and request.kind is not OperationKind.VOID
         is_late = token is None if has_moved else token != request.lease_token
         before = (self.shell.told(), self.shell.operations()) if is_late else None
@@ -437,7 +437,7 @@ class PaymentMachine(RuleBasedStateMachine):
             if operation.state is OperationState.SUCCEEDED:
                 assert has_moved, "a success without an effect"
             if operation.state in WITHOUT_EFFECT and has_moved:
-                # A hold that came about while it was being cancelled, and was released by that, moved nothing in sum.
+                # A hold that was made while it was being cancelled, and released by that, moved nothing in total.
                 is_released = operation.kind is OperationKind.AUTHORIZE and self._is_released(operation.payment_id)
                 assert is_released, f"{operation.state}, but money has moved"
 
@@ -476,7 +476,7 @@ class PaymentMachine(RuleBasedStateMachine):
         self.provider.is_sure = True
 
     def teardown(self) -> None:
-        """In the end everything gets through, and the books agree."""
+        """Let everything get through in the end, and check that the books agree."""
         self._everything_arrives()
         for _ in range(200):
             for key in self.provider.unresolved:
@@ -489,7 +489,7 @@ class PaymentMachine(RuleBasedStateMachine):
             for operation in under_way:
                 self._take_off(self.shell.claim(operation.payment_id, operation.number))
         assert not [each for each in self.shell.operations() if each.is_open], "an operation without an end"
-        for number in 2 * list(range(len(self.provider.external))):  # What was put off comes again.
+        for number in 2 * list(range(len(self.provider.external))):  # Postponed webhooks are sent again.
             self.a_webhook_without_a_mark_arrives(number, 2)
         self.amounts_are_within_bounds_and_equal_to_the_ledger()
         self.events_are_gap_free()
@@ -522,12 +522,12 @@ def _rules(gateway: str) -> Rules:
 
 
 def machine_of(machine: type[PaymentMachine], gateway: str) -> type[PaymentMachine]:
-    """This machine in front of this gateway, with counts of its own."""
+    """A subclass of this machine for this gateway, with its own counts."""
     return type(f"{gateway}{machine.__name__}", (machine,), {"gateway": gateway, "reasons": Counter()})
 
 
 def run_schedules(machine: type[PaymentMachine], *, schedules: int, steps: int) -> None:
-    """So many random schedules of so many steps. A gateway that cannot do something must have been asked for it."""
+    """Run random schedules. If the gateway lacks a capability, some command must have been refused for that reason."""
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -543,5 +543,5 @@ def run_schedules(machine: type[PaymentMachine], *, schedules: int, steps: int) 
 
 
 def schedules_asked_for(default: int) -> int:
-    """PAYMENTS_TEST_SCHEDULES, for each gateway."""
+    """The number of schedules for each gateway: PAYMENTS_TEST_SCHEDULES, or the default."""
     return int(os.environ.get("PAYMENTS_TEST_SCHEDULES", default))

@@ -1,7 +1,8 @@
 """A story of one payment at a provider's simulator: what its API answered, and the webhooks that it sent about it.
 
-`record` lives the story once, in order, with the real gateway. What came of it is what `tests.property.replay` brings
-in other orders. A webhook is kept as it came over the wire, and read, signature and all, by the service's own reader.
+`Recorder.record` plays the story once, in order, with the real gateway. `tests.property.test_provider_messages` replays
+the recorded answers and webhooks in other orders. The service's own reader reads each webhook as it came over the wire,
+including its signature.
 """
 
 import asyncio
@@ -29,20 +30,20 @@ from tests.support.service import delivery, new_payment_id
 
 
 class Post:
-    """Where the simulators send webhooks: whatever comes is accepted, and kept."""
+    """Where the simulators send webhooks; accepts and keeps all of them."""
 
     def __init__(self) -> None:
         self.received: list[WebhookRequest] = []
 
     def take(self) -> list[WebhookRequest]:
-        """What came since the last time."""
+        """Take the webhooks that came since the last call."""
         taken, self.received = self.received, []
         return taken
 
 
 @contextmanager
 def open_post(port: int) -> Iterator[Post]:
-    """Listens on this port until the block ends."""
+    """Listen on this port until the block ends."""
     post = Post()
 
     class Handler(BaseHTTPRequestHandler):
@@ -75,7 +76,7 @@ def open_post(port: int) -> Iterator[Post]:
 
 @dataclass
 class Call:
-    """What the API answers, and the webhooks that the call causes, if it is the first that gets through."""
+    """What the API answers, and the webhooks that the call causes if it is the first one to get through."""
 
     outcome: Outcome
     told: list[Notice]
@@ -83,9 +84,9 @@ class Call:
 
 @dataclass
 class Step:
-    """One of our operations and what becomes of it; `payer` is what is told when the payer has acted, if one has to.
+    """One of our operations, or an event from outside. `payer`: the webhooks once the payer has acted, if one has to.
 
-    Until then the API answers with `first`, from then on with `then`. An event from outside has neither.
+    Until the payer has acted the API answers with `first`, from then on with `then`. An event from outside has neither.
     """
 
     name: str
@@ -96,14 +97,14 @@ class Step:
     outside: list[Notice] = field(default_factory=list)
 
     def told(self) -> list[Notice]:
-        """All that the provider told of it."""
+        """All webhooks about this step."""
         calls = [call.told for call in (self.first, self.then) if call is not None]
         return [notice for told in (*calls, self.payer or [], self.outside) for notice in told]
 
 
 @dataclass
 class Recording:
-    """A story as it was lived in order, and how it ended."""
+    """A story as it was played in order, and its end."""
 
     rules: Rules
     payment_id: UUID
@@ -112,7 +113,7 @@ class Recording:
 
 
 def end_of(shell: MemoryShell) -> Any:
-    """What must be the same in the end, in whatever order it came about."""
+    """The part of the final state that must not depend on the order."""
     (payment,) = shell.payments.values()
     amounts = ("authorized", "captured", "released", "refunded", "disputed", "reserved_capture", "reserved_refund")
     accounts: dict[str, int] = {}
@@ -129,7 +130,7 @@ def end_of(shell: MemoryShell) -> Any:
 
 
 def heard(shell: MemoryShell, payment_id: UUID, notice: Notice) -> list[GatewayRequest] | None:
-    """Apply a webhook; None where nobody would know yet which payment it is about, so that it is refused."""
+    """Apply a webhook. None if it would be refused because its payment cannot be found yet."""
     if notice.payment_id is None and not _names(shell, payment_id, notice.gateway_payment_id):
         return None
     return shell.apply([Notified(1, payment_id, notice)])
@@ -142,7 +143,7 @@ def _names(shell: MemoryShell, payment_id: UUID, reference: str | None) -> bool:
 
 @dataclass
 class Recorder:
-    """Lives a story at one provider; `post` is where its webhooks come."""
+    """Plays a story at one provider, whose webhooks arrive at `post`."""
 
     provider: Provider
     gateway: Gateway
@@ -166,7 +167,7 @@ class Recorder:
         return Recording(self.rules, payment_id, steps, end_of(shell))
 
     def _check(self, shell: MemoryShell, payment_id: UUID, steps: list[Step]) -> None:
-        """That it is a story worth telling in other orders: it has ended as the provider has it, who told of it."""
+        """Check that the story is worth replaying: it ended as in the provider's books, and webhooks reported it."""
         assert not [each for each in shell.all_operations.values() if each.is_open]
         payment = shell.payments[payment_id]
         held = payment.authorized_minor - payment.captured_minor - payment.released_minor
@@ -205,7 +206,7 @@ class Recorder:
         return Call(outcome, await self._told(shell, request.payment_id))
 
     async def _told(self, shell: MemoryShell, payment_id: UUID) -> list[Notice]:
-        """What the provider tells of what has just happened; told in order, it is applied at once."""
+        """The provider's webhooks about what has just happened, applied at once, in order."""
         while self.provider.webhooks_under_way():
             await asyncio.sleep(0.005)
         notices = [await self.reader.read(each) for each in self.post.take()]
@@ -215,7 +216,7 @@ class Recorder:
 
 
 def recorder_of(settings: Settings, provider: Provider, post: Post) -> Recorder:
-    """With the parts that the service itself would have."""
+    """A recorder built from the service's own gateway, reader and rules."""
     gateways, readers = wiring.create_gateways(settings), wiring.create_webhook_readers(settings)
     rules = wiring.create_rules(settings, gateways)
     return Recorder(provider, gateways[provider.name], readers[provider.name], post, rules)

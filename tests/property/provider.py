@@ -1,4 +1,4 @@
-"""The provider of the state machine: its books, its keys, and what it declares that it can do."""
+"""The state machine's provider: its books, its idempotency keys and the capabilities that it declares."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -23,29 +23,29 @@ from domain.operations import (
 class Provider:
     """Executes each key at most once.
 
-    It refuses to move what it does not have, and to do what it cannot: asking for that fails the test.
+    A request for money that it does not have, or for something that it cannot do, fails the test.
     """
 
     def __init__(self, capabilities: Capabilities) -> None:
         self.capabilities = capabilities
         self.is_sure = False
-        """Whether nothing is on its way any more, so that no trace of a request is proof."""
+        """Whether no request is on its way any more, so that the lack of a trace proves that it was not executed."""
         self.known: dict[str, Outcome] = {}
         self.moved: dict[str, tuple[OperationKind, UUID, int]] = {}
         self.said: list[tuple[GatewayRequest, Outcome]] = []
-        """All that it has ever told, as webhooks repeat it: at any time, in any order, any number of times."""
+        """All outcomes that it reported. Webhooks repeat them at any time, in any order, any number of times."""
         self.external: list[Movement] = []
-        """What somebody did in its pages."""
+        """What somebody did in its dashboard."""
         self._asked: dict[str, GatewayRequest] = {}
         self._let_go: Counter[UUID] = Counter()
 
     def tell(self, request: GatewayRequest) -> Outcome:
-        """A question arrives: nothing is executed."""
+        """Answer a query; nothing is executed."""
         nothing = NotExecuted("no trace of it, nor will there be") if self.is_sure else Unknown("no trace of it")
         return self.known.get(request.provider_key, nothing)
 
     def receive(self, request: GatewayRequest, verdict: str) -> Outcome:
-        """A call arrives. Repeated keys get the first answer, whatever the verdict."""
+        """Answer a call. A repeated key gets the first answer, whatever the verdict."""
         key = request.provider_key
         self._must_be_the_same(request)
         self._must_be_possible(request)
@@ -60,7 +60,7 @@ class Provider:
             self.said.append((request, outcome))
 
     def resolve(self, key: str, *, is_success: bool) -> None:
-        """What was pending, or was answered with a wrong amount, has its end."""
+        """End an operation that was pending or was answered with a wrong amount."""
         request, reference = self._asked[key], f"ref-{key}"
         if is_success or key in self.moved:
             self._know(request, self._execute(request) if key not in self.moved else self._success(request))
@@ -78,21 +78,21 @@ class Provider:
 
     @property
     def movable(self) -> list[tuple[UUID, OperationKind]]:
-        """Of which payments somebody may yet refund or capture something."""
+        """The payments of which somebody could still capture or refund something."""
         paid = sorted({of for _, of, _ in self.moved.values()})
         kinds = (OperationKind.CAPTURE, OperationKind.REFUND)
         return [(of, kind) for of in paid for kind in kinds if self.left(of, kind) > 0]
 
     def executed(self, *kinds: OperationKind) -> list[tuple[GatewayRequest, Succeeded]]:
-        """What it has told us of operations of these kinds that it executed."""
+        """The reported successes of operations of these kinds."""
         return [(request, told) for request, told in self.said if request.kind in kinds and isinstance(told, Succeeded)]
 
     def opened(self, payment_id: UUID) -> str:
-        """What it calls the payment."""
+        """The provider's id of the payment."""
         return next(f"ref-{key}" for key, (kind, of, _) in self.moved.items() if of == payment_id and is_opening(kind))
 
     def left(self, payment_id: UUID, kind: OperationKind) -> int:
-        """What may yet be refunded or captured."""
+        """The amount that can still be refunded or captured."""
         taken = self.total(payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
         if kind is OperationKind.REFUND:
             return taken - self.total(payment_id, OperationKind.REFUND)
@@ -103,15 +103,15 @@ class Provider:
 
     @property
     def unresolved(self) -> list[str]:
-        """Keys whose answer is not yet the last word."""
+        """Keys whose answer is not final."""
         return [key for key, outcome in self.known.items() if not self._is_last_word(key, outcome)]
 
     def total(self, payment_id: UUID, *kinds: OperationKind) -> int:
-        """What operations of these kinds really moved."""
+        """The sum that operations of these kinds really moved."""
         return sum(amount for kind, of, amount in self.moved.values() if of == payment_id and kind in kinds)
 
     def released(self, payment_id: UUID) -> int:
-        """What is held no longer though nobody took it: voided, or left over by the only capture."""
+        """The amount that is no longer held and was not captured: voided, or left over by the only capture."""
         return self.total(payment_id, OperationKind.VOID) + self._let_go[payment_id]
 
     def _is_last_word(self, key: str, outcome: Outcome) -> bool:
@@ -138,7 +138,7 @@ class Provider:
 
     def _must_be_a_possible_part(self, request: GatewayRequest) -> None:
         if self._was_touched(request.payment_id):
-            return  # We may not have heard of it when we asked.
+            return  # We may not have known of the dashboard's movement when we sent this.
         held = self.total(request.payment_id, OperationKind.AUTHORIZE)
         taken = self.total(request.payment_id, OperationKind.CAPTURE, OperationKind.CHARGE)
         match request.kind:
@@ -168,7 +168,7 @@ class Provider:
                 return Succeeded(reference, amount + 1) if is_lie else outcome
 
     def _execute(self, request: GatewayRequest) -> Outcome:
-        """Do it, once. A void of what waits for its payer ends that, and there is nothing to release."""
+        """Execute the request. A void of a payment that waits for its payer ends it, and releases nothing."""
         held = self.total(request.payment_id, OperationKind.AUTHORIZE, OperationKind.CHARGE)
         if request.kind is OperationKind.VOID and not held:
             self._cancel_opening(request.payment_id)

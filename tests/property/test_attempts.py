@@ -1,4 +1,4 @@
-"""Several attempts of one payment that hold money at once: nothing is asked of one that another one has."""
+"""Several attempts of one payment hold money at once; no attempt is asked for money that another one holds."""
 
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +22,7 @@ steps = st.tuples(
 
 
 class Provider:
-    """What each of its payments holds, has taken and has returned."""
+    """The amounts that each provider payment holds, has captured and has refunded."""
 
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """No sequence of deliveries, answers, webhooks, crashes and clocks breaks a promise of `decide`, at any gateway.
 
-`PAYMENTS_TEST_SCHEDULES=10000 pytest --timeout 4000 tests/property/test_decide_machine.py` is the long run, so many for
-each gateway; `--hypothesis-seed` repeats one, `-k momo` chooses a gateway.
+The long run is `PAYMENTS_TEST_SCHEDULES=10000 pytest --timeout 4000 tests/property/test_decide_machine.py`, with that
+many schedules for each gateway. `--hypothesis-seed` repeats a run, `-k momo` selects a gateway.
 """
 
 import pytest
@@ -13,14 +13,14 @@ from tests.support.memory import MemoryShell
 
 
 class DecideMachine(PaymentMachine):
-    """`decide` alone."""
+    """`decide` in memory, without a database."""
 
     def new_shell(self, given: Rules) -> Shell:
         self.memory = MemoryShell(given)
         return self.memory
 
     def teardown(self) -> None:
-        """What disagrees is not heard again: nothing that the provider did in its pages may be lost so."""
+        """A webhook that disagrees is not applied again, so none about a dashboard movement may disagree."""
         super().teardown()
         acts = {each.reference for each in self.provider.external}
         heard = [each.notice.outcome for each in self.memory.disagreeing if each.notice.external is not None]

@@ -1,10 +1,11 @@
-"""Each provider's own messages, in any order, any number of times, before and after its API's answers: the same end.
+"""A provider's webhooks in any order, any number of times, before and after its API's answers, lead to the same end.
 
-The messages are those that its simulator sends, over HTTP and signed, when a story is lived once in order; schedules
-then bring them, the answers and the commands in other orders, as far as one does not cause the other, and lose answers.
+The webhooks are those that the provider's simulator sends, signed and over HTTP, when a story is played once in order.
+Schedules then replay webhooks, answers and commands in other orders, except that an effect never precedes its cause,
+and lose some of the answers.
 
-`PAYMENTS_TEST_SCHEDULES=2000 pytest --timeout 4000 tests/property/test_provider_messages.py` is the long run, so many
-for each story at each provider; `--hypothesis-seed` repeats one, `-k momo` chooses a provider.
+The long run is `PAYMENTS_TEST_SCHEDULES=2000 pytest --timeout 4000 tests/property/test_provider_messages.py`, with that
+many schedules for each story at each provider. `--hypothesis-seed` repeats a run, `-k momo` selects a provider.
 """
 
 import asyncio
@@ -49,14 +50,14 @@ LOST_MAX = 2
 
 @dataclass
 class Flight:
-    """A call or a question; `answer` is on its way back once it was executed."""
+    """A call or a query; `answer` is set once the provider has executed it."""
 
     request: GatewayRequest
     answer: Outcome | None = None
 
 
 class Replay:
-    """One order of things: what may happen next is drawn, until everything has happened."""
+    """One order of a story's events: the next one is drawn at random until everything has happened."""
 
     def __init__(self, recording: Recording, order: Random) -> None:
         self.recording = recording
@@ -66,7 +67,7 @@ class Replay:
         self.times: Counter[int] = Counter()
         self.flights: list[Flight] = []
         self.done: set[tuple[int, str]] = set()
-        """What has happened at the provider, by the number of the step."""
+        """What has happened at the provider: the index of the step, and the part of it."""
         self.sent = 0
         self.claims = 0
         self.lost = 0
@@ -96,7 +97,7 @@ class Replay:
         return lambda: what(*given)
 
     def _may_send(self) -> bool:
-        """A void of what still waits for its payer would be another story."""
+        """Whether the next command may be sent. A void waits for open operations: otherwise it is another story."""
         while self.sent < len(self.recording.steps) and self.recording.steps[self.sent].command is None:
             self.sent += 1
         if self.sent == len(self.recording.steps):
@@ -105,7 +106,7 @@ class Replay:
         return not (is_void and any(each.is_open for each in self.shell.all_operations.values()))
 
     def _may_occur(self, index: int) -> bool:
-        """The payer acts once the link is known; what happens outside has its place in the story."""
+        """Whether this may happen now: a payer acts once the link is known, an outside event after the step before."""
         step = self.recording.steps[index]
         if (index, "outside") in self.done:
             return False
@@ -115,7 +116,7 @@ class Replay:
         return step.payer is not None and is_known
 
     def _is_over(self, index: int) -> bool:
-        """Whether all of this step has happened at the provider, which may need our second call, or may not."""
+        """Whether the whole step has happened at the provider, including our second call if webhooks come of it."""
         step = self.recording.steps[index]
         is_executed_then = step.then is not None and step.then.told
         wanted = {
@@ -126,7 +127,7 @@ class Replay:
         return all((index, name) in self.done for name, needed in wanted.items() if needed)
 
     def _idle(self) -> list[int]:
-        """Operations under way that no call is about."""
+        """Operations under way for which no call is running."""
         asked = {each.request.operation_number for each in self.flights}
         own = self.shell.all_operations.values()
         return [each.number for each in own if each.is_under_way and each.number not in asked]
@@ -143,7 +144,7 @@ class Replay:
         self._take_off(self.shell.apply([command]))
 
     def _execute(self, flight: Flight) -> None:
-        """By the provider, as far as it is: answers are as they are at this moment."""
+        """Let the provider execute a call; the answer depends on whether its payer has acted by now."""
         index = flight.request.operation_number - 1
         step = self.recording.steps[index]
         name = "then" if (index, "outside") in self.done else "first"
@@ -164,7 +165,7 @@ class Replay:
         self._take_off(self.shell.apply([answer]))
 
     def _lose(self, flight: Flight) -> None:
-        """It was executed, and nobody hears of it by the API."""
+        """Lose the API's answer to a call that was executed."""
         self.lost += 1
         flight.answer = Unknown("the answer was lost")
         self._land(flight)
@@ -184,7 +185,7 @@ class Replay:
         self._take_off(self.shell.claim(self.recording.payment_id, number))
 
     def _all_arrives(self) -> None:
-        """In the end everything has happened, and come at least once."""
+        """Let everything happen that has not yet, and each webhook come at least once."""
         for _ in range(100):
             if self._may_send():
                 self._send()
@@ -218,7 +219,7 @@ def provider(request: pytest.FixtureRequest, site: Site) -> Provider:
 
 
 async def recorded(site: Site, provider: Provider, post: Post, story: tuple[str, ...]) -> Recording | None:
-    """None where the provider knows no such story."""
+    """Record the story; None if it cannot happen at this provider, or no webhook would report it."""
     recorder = recorder_of(site.settings(provider.name), provider, post)
     known = {*map(str, recorder.gateway.capabilities.operations), *provider.outside}
     try:

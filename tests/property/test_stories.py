@@ -1,8 +1,8 @@
-"""Stories by chance: in whatever order it comes, in the end our books are the provider's, and nothing moves twice.
+"""Random stories: in whatever order things happen, our books match the provider's in the end, and nothing moves twice.
 
-The provider executes each key once, loses answers before or after it has executed, and tells what happened by messages
-that come in any order, and again. Payers act or do not, attempts that it called declined are paid after all, and holds
-end by themselves.
+The provider executes each key once. Answers get lost before or after execution, and its webhooks come in any order and
+more than once. Payers act or do not, attempts that were reported as declined are paid after all, and holds end by
+themselves.
 """
 
 import os
@@ -38,7 +38,7 @@ CANCELED = DeclineReason.CANCELED
 
 @dataclass
 class Attempt:
-    """What the provider has of an authorization or charge. `state` is waiting, paid, declined, expired or canceled."""
+    """The provider's record of an authorization or charge; `state` is waiting, paid, declined, expired or canceled."""
 
     number: int
     kind: OperationKind
@@ -61,7 +61,7 @@ class Attempt:
 
     @property
     def outcome(self) -> Outcome:
-        """What it answers to who asks about the attempt."""
+        """The provider's answer to a query about the attempt."""
         match self.state:
             case "waiting":
                 return RequiresAction(self.reference, "redirect")
@@ -77,7 +77,7 @@ class Attempt:
 
 @dataclass
 class Provider:
-    """Its books, and the messages that it has not got rid of yet."""
+    """The provider's books, and the webhooks that have not been taken yet."""
 
     chance: random.Random
     multi_capture: bool
@@ -88,7 +88,7 @@ class Provider:
     refunds: list[tuple[GatewayRequest, Attempt]] = field(default_factory=list)
 
     def execute(self, request: GatewayRequest) -> Outcome:
-        """Once for a key."""
+        """Execute a request, once per key."""
         wanted = (request.kind, request.amount, request.gateway_payment_id)
         assert self.asked.setdefault(request.provider_key, wanted) == wanted, "asked again for something else"
         if request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE):
@@ -132,7 +132,7 @@ class Provider:
                 return Declined(DeclineReason.OTHER, None, own)
 
     def _cancel(self, attempt: Attempt) -> None:
-        """For good: it is not paid any more, whatever it was."""
+        """Cancel for good: the attempt cannot be paid any more, whatever its state was."""
         attempt.state, attempt.held = "canceled", 0
         self.tell(attempt.number, attempt.outcome)
 
@@ -140,7 +140,7 @@ class Provider:
         self.messages += [(number, outcome)] * self.chance.choice([1, 1, 2])
 
     def fail_refund(self) -> None:
-        """One that it has called done comes back, for good."""
+        """Let a refund that was reported as done fail, for good."""
         if self.refunds:
             request, attempt = self.refunds.pop()
             attempt.refunded -= request.amount.minor
@@ -149,7 +149,7 @@ class Provider:
             self.tell(request.operation_number, failed)
 
     def goes_on(self, attempt: Attempt) -> None:
-        """The payer, or time, does something."""
+        """Let the payer act, or time pass."""
         if attempt.state == "waiting":
             attempt.state = self.chance.choice(["paid", "declined", "expired"])
         elif self._may_be_paid_late(attempt) and self.chance.random() < 0.3:
@@ -163,12 +163,12 @@ class Provider:
         self.tell(attempt.number, attempt.outcome)
 
     def _may_be_paid_late(self, attempt: Attempt) -> bool:
-        # An authorization that has expired holds nothing: its success, heard later, was before that.
+        # An expired authorization holds nothing: a success that is heard later happened before it expired.
         return attempt.state == "declined" or (attempt.state == "expired" and attempt.kind is OperationKind.CHARGE)
 
 
 class Chance:
-    """One story, told by a random number generator."""
+    """One story, chosen by a random number generator."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -187,7 +187,7 @@ class Chance:
         self._come_to_rest()
 
     def _send(self) -> None:
-        """A command, or one of those before once more."""
+        """Send a new command, or one of the last ones again."""
         if not self.sent or self.chance.random() < 0.8:
             kind = self.chance.choice(["charge", "authorize", "authorize", "capture", "void", "refund"])
             amount = (
@@ -198,12 +198,12 @@ class Chance:
         self.told.send(kind, key, **amount)
 
     def _claim(self) -> None:
-        """The sweep takes over what is due, also from a worker whose call lasts longer than its lease."""
+        """Let the sweep take over a due operation, even from a worker whose call outlasts its lease."""
         if any(each.is_under_way and each.due_at is not None for each in self._operations):
             self.told.claim()
 
     def _answer(self, *, is_sure: bool = False) -> None:
-        """A worker's call ends; not always in the order in which they began."""
+        """End one of the workers' calls, not always the oldest."""
         self.calls += self.told.requests[self.begun :]
         self.begun = len(self.told.requests)
         if not self.calls:
@@ -235,7 +235,7 @@ class Chance:
             self.provider.goes_on(self.chance.choice(list(self.provider.attempts.values())))
 
     def _come_to_rest(self) -> None:
-        """The payers are done, every message arrives, and every question is answered."""
+        """Let every payer finish, every webhook arrive and every query be answered."""
         for _ in range(1000):
             for attempt in self.provider.attempts.values():
                 if attempt.state == "waiting":
@@ -251,7 +251,7 @@ class Chance:
         raise AssertionError("it comes to no rest")
 
     def _ask_about_holds(self) -> bool:
-        """Whether an answer was news."""
+        """Query all holds; return whether any answer was news."""
         count = len(self.told.events)
         for number, operation in sorted(self.told.operations.items()):
             if operation.kind is OperationKind.AUTHORIZE and operation.state is OperationState.SUCCEEDED:

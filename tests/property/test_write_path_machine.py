@@ -1,7 +1,7 @@
 """No sequence of deliveries, answers, crashes and clocks breaks a promise of the write path on a real Postgres.
 
-`PAYMENTS_TEST_SCHEDULES=300 pytest --timeout 4000 tests/property/test_write_path_machine.py` is the long run, so many
-for each gateway, two or three a second.
+The long run is `PAYMENTS_TEST_SCHEDULES=300 pytest --timeout 4000 tests/property/test_write_path_machine.py`, with that
+many schedules for each gateway, at two or three a second.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ FINAL = {f"payment.{kind}.v1" for kind in FINAL_EVENTS}
 
 
 class PostgresShell:
-    """The write path on the database of one test, emptied for each example."""
+    """The write path on the test's own database, whose tables are emptied for each example."""
 
     def __init__(self, given: Rules, loop: asyncio.AbstractEventLoop, pool: Any, observer: asyncpg.Connection) -> None:
         self.now = START
@@ -49,14 +49,14 @@ class PostgresShell:
         self._run(observer.execute("TRUNCATE payments, operations, outbox, ledger"))
 
     def apply(self, inputs: list[Input]) -> list[GatewayRequest]:
-        """By turns with a hint that all keys are new, and without one."""
+        """Apply, alternating between a hint that all keys are new and no hint."""
         self._paths.reverse()
         applied = self._run(self._paths[0].apply(inputs))
         assert not applied.refused, applied.refused
         return list(applied.requests)
 
     def claim(self, payment_id: UUID, number: int) -> list[GatewayRequest]:
-        """Make it due, and sweep."""
+        """Make the operation due, and claim it as the sweep does."""
         due = "UPDATE operations SET due_at = now() - interval '1 s' WHERE payment_id = $1 AND number = $2"
         not_due = "UPDATE operations SET due_at = now() + interval '1 h' WHERE due_at IS NOT NULL"
         self._run(self._observer.execute(not_due))
@@ -68,11 +68,11 @@ class PostgresShell:
         return [request for each in claimed if (request := _request(*each))]
 
     def pass_time(self, duration: timedelta) -> None:
-        """Let the worker's clock go on."""
+        """Move the worker's clock forward."""
         self.now += duration
 
     def operations(self) -> list[Operation]:
-        """All operations ever."""
+        """All operations, including those that have ended."""
         rows = self._fetch(f"SELECT {OPERATION_COLUMNS} FROM operations ORDER BY payment_id, number")
         return [_operation(row) for row in rows]
 
@@ -128,7 +128,7 @@ def _told(payload: str) -> Told:
 
 @pytest.fixture
 def shells(postgres_url: str) -> Iterator[type[PaymentMachine]]:
-    """The machine over this test's database."""
+    """A machine class that works on this test's database."""
     loop = asyncio.new_event_loop()
     pool = loop.run_until_complete(create_pool(postgres_url, size=2))
     observer = loop.run_until_complete(asyncpg.connect(postgres_url))

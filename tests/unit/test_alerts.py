@@ -1,4 +1,4 @@
-"""The alerts are about metrics that exist, and lead to a page that does."""
+"""Every alert uses metrics and labels that exist, and links to a runbook section that exists."""
 
 import re
 import subprocess
@@ -16,11 +16,11 @@ from handlers import metrics
 from infra.relay import metrics as relay_metrics
 
 DEFINING = (clock, health, maintenance, slots, metrics, relay_metrics)
-"""Read for the metrics that they define."""
+"""The modules that define the metrics."""
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())["groups"][0]["rules"]
 OF_THE_PAGE = {"payments_process_up"}
-"""Made by `payments http` as it is asked (app/peers.py)."""
+"""`payments http` adds this series when it is scraped (app/peers.py)."""
 
 
 def metric_names() -> set[str]:
@@ -29,7 +29,7 @@ def metric_names() -> set[str]:
 
 
 def anchor(heading: str) -> str:
-    """As GitHub makes it of a heading."""
+    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -42,7 +42,7 @@ def test_an_alert_is_about_metrics_that_exist(alert: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_every_label_an_alert_selects_by_exists_on_its_metric(alert: dict[str, Any]) -> None:
-    """By another it would select nothing, and never be true."""
+    """A selector with an unknown label matches no series, so its alert would never fire."""
     known: dict[str, Any] = REGISTRY._names_to_collectors
     for name, selectors in re.findall(r"(payments_\w+)\{([^}]*)\}", alert["expr"]):
         assert set(re.findall(r"(\w+)[=!]", selectors)) <= set(known[name]._labelnames)
@@ -66,7 +66,7 @@ def test_the_runbook_section_of_an_alert_names_the_alert(alert: dict[str, Any]) 
 
 @cache
 def begun_at_zero() -> frozenset[str]:
-    """What a process has as it starts; in this one, other tests have counted."""
+    """The metrics that a new process exports as 0. A subprocess shows them: other tests have counted in this one."""
     names = ", ".join(module.__name__ for module in DEFINING)
     code = f"import {names}, prometheus_client; handlers.metrics.expect(['instant']); "
     code += "print(prometheus_client.generate_latest().decode())"
@@ -76,9 +76,9 @@ def begun_at_zero() -> frozenset[str]:
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 def test_an_increase_rule_sees_the_first_count_of_a_series(alert: dict[str, Any]) -> None:
-    """A series that begins at 12 has not increased: it begins at 0, or the rule looks for new ones, too.
+    """A series whose first sample is 12 shows no increase: it must begin at 0, or the rule must look for new series.
 
-    Not by `offset` alone: one offset after a gap in scraping it would take every series for a new one.
+    `offset` alone would not do: after a gap in scraping, every series would look new one offset later.
     """
     begun = begun_at_zero()
     expr = " ".join(alert["expr"].split())
@@ -88,26 +88,26 @@ def test_an_increase_rule_sees_the_first_count_of_a_series(alert: dict[str, Any]
 
 
 def test_processes_are_missed_also_where_nobody_is_left_to_tell_of_them() -> None:
-    """Without `payments http` there is no series of any process, and a comparison of nothing is never true."""
+    """Without `payments http` no process has a series, and a comparison with no series never fires."""
     exprs = {alert["alert"]: alert["expr"] for alert in ALERTS}
     assert "absent(payments_process_up)" in exprs["ProcessAway"]
     assert "vector(" not in exprs["NoRelayActive"], "it would call for a relay that may be well"
 
 
 def test_somebody_is_called_when_nothing_can_be_saved_and_it_does_not_heal() -> None:
-    """A worker that postpones its batches for ever is up, and has nothing else to tell of it."""
+    """A worker that postpones its batches for ever is up, and no other metric shows it."""
     paging = [alert["expr"] for alert in ALERTS if alert["labels"]["severity"] == "page"]
     assert any("payments_batches_postponed_total" in expr for expr in paging)
 
 
 def test_a_process_that_is_not_ready_pages_even_without_traffic() -> None:
-    """Of a Postgres or Kafka that is frozen, without traffic nothing else tells."""
+    """Without traffic, no other metric shows that Postgres or Kafka is frozen."""
     paging = [alert["expr"] for alert in ALERTS if alert["labels"]["severity"] == "page"]
     assert any("payments_ready" in expr for expr in paging)
 
 
 def test_somebody_is_called_before_a_slot_that_nobody_reads_is_lost() -> None:
-    """By what `payments http` tells: the relay may be gone. With time to act: half of what may be kept is left."""
+    """`payments http` exports this, since the relay may be gone. Half of what the slot may keep leaves time to act."""
     (kept_gb,) = re.findall(r"max_slot_wal_keep_size=(\d+)GB", (ROOT / "docker-compose.yml").read_text("utf-8"))
     (alert,) = [each for each in ALERTS if "payments_slot_retained_bytes" in each["expr"]]
     assert alert["labels"]["severity"] == "page"

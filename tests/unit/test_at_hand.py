@@ -1,4 +1,4 @@
-"""What a process takes for known without asking Postgres: new payments, and those whose one operation it sent."""
+"""Which payments a process takes as known without asking Postgres: new ones, and those whose only operation it sent."""
 
 from datetime import UTC, datetime
 
@@ -19,7 +19,7 @@ def after(payment: Payment | None, given: Input) -> Payment:
 
 
 def sent() -> Payment:
-    """A payment whose charge the gateway has."""
+    """A payment whose charge was handed to the gateway."""
     return after(None, delivery("charge", new_payment_id(), "charge"))
 
 

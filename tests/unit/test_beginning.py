@@ -1,4 +1,4 @@
-"""Where a relay begins, for all that it may find: exhaustively what must hold, and the common cases one by one."""
+"""Where a relay begins. The common cases are tested one by one; what must always hold, over every combination."""
 
 from dataclasses import replace
 from itertools import product

@@ -1,4 +1,4 @@
-"""What docker compose starts and stops agrees with what the processes need for it."""
+"""docker compose starts and stops the processes as they need it."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_migrations_wait_for_both_servers_that_they_prepare() -> None:
 
 
 def test_a_worker_is_not_killed_before_it_has_saved_what_was_under_way() -> None:
-    # It takes nothing new, leaves Kafka, lets its calls end, saves what they answered, and leaves Postgres.
+    # A worker stops taking work, leaves Kafka, waits for its calls, saves their answers and leaves Postgres.
     assert granted_seconds("worker") > 3 * LEAVES_WITHIN + 2 * DRAIN_SECONDS
 
 

@@ -1,4 +1,4 @@
-"""Texts of other people on a terminal: seen as they are, and obeyed by nobody."""
+"""Text that comes from outside is shown on a terminal unchanged, and neither terminal nor shell executes it."""
 
 import io
 import subprocess

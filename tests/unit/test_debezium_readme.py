@@ -1,4 +1,4 @@
-"""Who starts Kafka Connect finds in deploy/debezium/README.md all that it needs."""
+"""deploy/debezium/README.md lists every variable and jar that Kafka Connect needs."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What `decide` does to one payment, input by input. Pure: every test is values in, values out."""
+"""What `decide` does to one payment, input by input. It is pure, so every test passes values and compares values."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -465,7 +465,7 @@ def test_not_executed_follows_when_every_attempt_is_proven_not_to_have_reached_t
 
 def test_an_attempt_whose_worker_died_is_not_proven_so_unreachable_afterwards_ends_nothing() -> None:
     story = told(processing)
-    request = story.claim()  # the lease ran out without an answer
+    request = story.claim()  # the lease expired without an answer
     assert request.state == "indeterminate"
     story.wait(days=1)
     story.answer(Unreachable("connection refused"))
@@ -546,7 +546,7 @@ def test_an_answer_with_an_old_token_changes_nothing_and_the_new_holder_s_counts
     ids=lambda outcome: type(outcome).__name__,
 )
 def test_a_late_answer_other_than_success_changes_nothing(outcome: Outcome) -> None:
-    """Whoever took over may have had it executed since."""
+    """Another worker has taken the operation over and may have had it executed since."""
     story = told(processing)
     old = story.requests[-1].lease_token
     story.claim()
@@ -749,7 +749,7 @@ def test_a_request_carries_all_that_a_gateway_needs_and_is_the_same_at_each_atte
 
 
 def test_a_doubt_that_a_sweep_began_is_announced_when_the_next_answer_is_lost_too() -> None:
-    """The sweep puts an operation whose worker died in doubt without an event; somebody must be told in the end."""
+    """The sweep marks a dead worker's operation as indeterminate without an event; an event must follow in the end."""
     payment = decide(None, delivery("charge", new_payment_id(), "key"), now=START, rules=rules()).payment
     taken_over = payment.operations[0].copy()
     taken_over.state, taken_over.lease_token = OperationState.INDETERMINATE, 2

@@ -1,4 +1,4 @@
-"""What a provider's unasked word does to a payment: once, in any order, and never against what is known better."""
+"""What a webhook does to a payment: it counts once, in any order, and never overrides better evidence."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -323,7 +323,7 @@ SECOND = RequiresAction("ref_2", "redirect", "https://bank.invalid/2")
 
 
 def declined_then_waiting(second: str = "authorize") -> Story:
-    """Declined, then tried again, where the payer is awaited."""
+    """An attempt was declined; a second one waits for the payer."""
     told = story()
     told.send("authorize", "first")
     told.answer(NO)
@@ -333,7 +333,7 @@ def declined_then_waiting(second: str = "authorize") -> Story:
 
 
 def tried_twice(kind: str = "charge", **first: Any) -> Story:
-    """Declined at one gateway, tried at another one where the payer is awaited; then the first one's money comes."""
+    """Declined at one gateway; a second attempt at another gateway waits for the payer; then the first one is paid."""
     gateways = {"books": replace(CAPABILITIES, **first), "other": CAPABILITIES}
     told = Story(rules(gateways=gateways))
     told.send(kind, "first")
@@ -419,7 +419,7 @@ def test_a_void_is_of_the_attempt_that_it_was_sent_to_cancel_at_every_attempt(lo
 
 
 def test_a_void_that_a_person_is_to_look_at_is_sent_again_and_not_only_asked_about() -> None:
-    """A request with a reference is asked about then; what a void cancels is no reference of its own."""
+    """In review, a request with its own reference is only queried; the id of what a void cancels is not one."""
     told = tried_twice("authorize")
     told.send("void")
     told.answer(Succeeded("ref_2", 1))
@@ -495,7 +495,7 @@ def test_a_void_of_what_was_paid_meanwhile_releases_that_and_not_what_was_paid_f
 
 
 def paid_twice(first: str, second: str) -> Story:
-    """Declined, then tried again with success; then the declined attempt's money comes, too."""
+    """A declined attempt, then a successful one; then the declined one is paid as well."""
     told = story()
     told.send(first, "first")
     told.answer(NO)
@@ -540,7 +540,7 @@ def test_a_refund_is_of_what_its_attempt_took() -> None:
 
 
 def held_and_let_go_in_the_wrong_order() -> Story:
-    """A hold that is over before we hear that there was one, and a second one that waits for the payer."""
+    """We hear that a hold is over before we hear that it existed; a second attempt waits for the payer."""
     told = waiting("authorize")
     told.hear(GONE, 1)
     told.send("authorize", "second")

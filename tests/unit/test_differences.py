@@ -1,4 +1,4 @@
-"""Movement by movement: every difference is found, both ways, and nothing that is only at the edge of the day."""
+"""Comparing books movement by movement finds every difference on either side, and none that the day's edge explains."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

@@ -1,4 +1,4 @@
-"""The dispatcher: its limit holds, and no end of a gateway call loses an operation."""
+"""The dispatcher keeps its limit, and however a gateway call ends, no operation is lost."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,7 +27,7 @@ def raising(error: BaseException) -> Callable[[GatewayRequest], Awaitable[Outcom
 
 @pytest.mark.parametrize("limit", [1, 3])
 async def test_a_request_submitted_as_a_full_lane_becomes_free_is_sent(limit: int) -> None:
-    """In the same turn of the loop: nobody else would take it up while this worker holds its lease."""
+    """Both happen in one turn of the event loop. No other worker takes the request while this one holds its lease."""
     done = asyncio.Event()
 
     async def wait(_: GatewayRequest) -> Outcome:
@@ -131,7 +131,7 @@ async def test_an_answer_that_cannot_be_read_is_told_also_where_nothing_was_sent
 
 
 async def test_a_request_that_waited_past_its_lease_is_not_sent() -> None:
-    """It may have been ended since, and asked for anew: a refund at VNPay, which knows no keys, would be made twice."""
+    """It may have ended and been requested again since. VNPay knows no keys, so it would make the refund twice."""
 
     async def behave(_: GatewayRequest) -> Outcome:
         await asyncio.sleep(0.4)
@@ -268,7 +268,7 @@ async def test_a_provider_that_cannot_be_reached_is_told_in_the_log_with_its_rea
 
 
 async def test_a_circuit_is_not_told_as_open_for_ever_where_nothing_is_left_to_try() -> None:
-    """Another process may have settled all that waited; nobody would find out whether the provider is back."""
+    """Another process may have settled everything that waited. Then no call shows whether the provider is back."""
     now = 100.0
     breaker = Breaker(lambda: now, lambda is_open: None)
     for _ in range(FAILURES_MAX):

@@ -1,4 +1,4 @@
-"""What is saved is sent, and what is begun is waited for, however a batch or a process ends."""
+"""However a batch or a process ends, saved requests are sent and started calls are waited for."""
 
 import asyncio
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def answer() -> Answer:
 
 
 class HalfSaving(WritePath):
-    """Postgres refuses a batch with POISON in it, saves the first half, and is away then; later it is back."""
+    """Postgres refuses a batch with POISON in it, is away for one call once the first half is saved, and then back."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -111,7 +111,7 @@ async def test_a_notice_applier_sends_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class FollowedUp:
-    """A worker's calls and answers, whose first operations begin their payments' next ones when they are saved."""
+    """A worker's dispatcher and settler; saving the answer to a payment's first operation starts its second."""
 
     def __init__(self, takes_seconds: float) -> None:
         async def take(_: GatewayRequest) -> Outcome:
@@ -140,7 +140,7 @@ class FollowedUp:
         return Applied([request(payment_id=each.payment_id, operation_number=2) for each in first])
 
     async def shut_down(self) -> None:
-        """As a worker does."""
+        """Shut down the way a worker does."""
         intakes: Any = {name: AsyncMock() for name in ("sweep", "applier", "consumer")}
         loops = Loops(Calling(self.dispatcher, self.settler, self.leases), **intakes)
         loops.begin(asyncio.sleep(60))
@@ -238,7 +238,7 @@ async def test_a_partition_that_has_moved_keeps_no_other_from_being_committed() 
 
 @pytest.mark.parametrize(("position", "read_to"), [(9, 9), (2, 5), (None, 5)], ids=["the end of a transaction", "", ""])
 async def test_the_next_offset_is_at_least_behind_the_last_accepted_record(position: int | None, read_to: int) -> None:
-    """A partition that has only just come back has its old position, or none yet, for which nobody may wait."""
+    """A partition that was just assigned again has its old position, or none yet, and nothing may wait for one."""
 
     async def wait_for_ever(_: object) -> int:
         await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""A refusal that tells nothing by itself: what the provider has of the operation decides, if that can be asked."""
+"""A refusal that proves nothing by itself: the provider's record of the operation decides, if it can be read."""
 
 from uuid import UUID
 

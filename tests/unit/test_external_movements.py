@@ -1,4 +1,4 @@
-"""What somebody does in the provider's dashboard counts once, in any order; our own is never counted a second time."""
+"""Refunds and captures made in the provider's dashboard count once, in any order; our own are never counted twice."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -19,7 +19,7 @@ CAPTURE = OperationKind.CAPTURE
 RETURNED = Succeeded("re_portal", 4_000)
 CAME_BACK = Declined(DeclineReason.REFUND_FAILED, None, "re_portal")
 OWN = "ref_2"
-"""What the provider calls our own refund."""
+"""The provider's reference of our own refund."""
 
 
 def story() -> Story:
@@ -33,7 +33,7 @@ def paid() -> Story:
 
 
 def paid_twice() -> Story:
-    """The money of the first attempt came after the second one's, and is owed."""
+    """The first attempt was paid after the second one, so that its amount is owed to the payer."""
     told = story()
     told.send("charge", "first")
     told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
@@ -43,7 +43,7 @@ def paid_twice() -> Story:
 
 
 def sums(told: Story) -> tuple[int, int, int]:
-    """Owed, returned, and what our commands may still return."""
+    """What is owed, what was refunded, and what our commands may still refund."""
     assert told.payment is not None
     return told.payment.owed_minor, told.payment.refunded_minor, told.payment.refundable_minor
 
@@ -115,7 +115,7 @@ def test_another_currency_gateway_or_attempt_changes_nothing_and_is_for_a_person
 
 
 def test_a_refund_of_another_attempts_payment_reduces_what_is_owed() -> None:
-    """As docs/operations/reconciliation.md has it: in the provider's dashboard."""
+    """docs/operations/reconciliation.md says to return what is owed in the provider's dashboard."""
     told = paid_twice()
     told.hear_external(RETURNED, 4_000, gateway_payment_id="ref_1")
     assert sums(told) == (6_000, 4_000, 10_000)
@@ -127,7 +127,7 @@ def test_a_refund_of_another_attempts_payment_reduces_what_is_owed() -> None:
 
 
 def test_a_refund_of_another_attempt_is_no_part_of_the_current_ones_capture() -> None:
-    """The request of our capture is the same at every attempt, and a hold stays a hold."""
+    """Our capture's request stays the same at every try, and the hold stays a hold."""
     told = story()
     told.send("charge", "first")
     told.answer(Declined(DeclineReason.OTHER, None, "ref_1"))
@@ -160,7 +160,7 @@ def test_an_amount_lost_in_a_dispute_is_not_refunded_again() -> None:
 
 
 def reversed_(told: Story, amount: int, outcome: Outcome = RETURNED, **facts: Any) -> Decision:
-    """The provider says that it gave this back to the payer."""
+    """The provider reports that it returned this amount to the payer itself."""
     moved_at = facts.pop("moved_at", told.now)
     given = External(OperationKind.REFUND, amount, moved_at, is_reversal=True)
     return told.hear_external(outcome, external=given, **facts)
@@ -381,7 +381,7 @@ def test_a_hold_of_which_nothing_is_left_cannot_have_been_captured() -> None:
 
 
 def in_doubt_and_ruled_out(amount: int) -> Story:
-    """A refund that a person has found not to have been made."""
+    """A refund in doubt; a person then ruled that it was not made."""
     told = Story(rules(replace(QUICK_RETRY, review_after=timedelta(0))))
     told.does("charge")
     told.send("refund", "first", amount_minor=amount)
@@ -412,7 +412,7 @@ def test_late_news_does_not_take_what_is_reserved_and_waits_for_its_end() -> Non
 
 
 def in_parts() -> Story:
-    """Two of our own captures of a hold that may be captured in several, 5,000 in all."""
+    """A hold that allows several captures, of which we made two, 5,000 in all."""
     told = held(multi_capture=True)
     told.does("capture", "first", amount_minor=2_000)
     told.does("capture", "second", amount_minor=3_000)
@@ -420,7 +420,7 @@ def in_parts() -> Story:
 
 
 def closed(told: Story, minor: int, number: int = 3, **facts: Any) -> Decision:
-    """The hold was captured to its end, this much of it; `number` is our last capture."""
+    """The provider reports the hold as closed with this sum captured; `number` is our last capture."""
     given: dict[str, Any] = {"gateway_payment_id": "ref_1", "captured_minor": minor} | facts
     return told.hear(Succeeded("ref_1"), number, **given)
 

@@ -1,4 +1,4 @@
-"""The documentation's matrix of gateways is the code's, and none is used without what verifies its messages."""
+"""The documented matrix of gateways is the code's, and no gateway is created without the settings it needs."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +76,7 @@ async def test_a_gateway_is_not_used_without_its_credentials_and_where_it_sends_
         settings = Settings(gateways=[gateway], default_gateway=gateway, **lacking)  # type: ignore[arg-type]
         for create in (create_gateways, create_webhook_readers):
             if create is create_webhook_readers and missing == "stripe_api_key":
-                continue  # Only calls are made with it.
+                continue  # Needed for calls only, not to read webhooks.
             with pytest.raises(ValueError, match=f"PAYMENTS_{missing.upper()}"):
                 create(settings)
     more = {"paypal_webhook_id": "1JE4291016473214C"} if gateway == "paypal" else {}

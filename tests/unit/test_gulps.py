@@ -1,4 +1,4 @@
-"""When the log is read: at once, or in gulps."""
+"""When the relay reads the log at once, and when in gulps."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from infra.relay.wal.source import WalSource
 WHILE = 1 / 32
 """Longer than a gulp."""
 MANY = 625
-"""The fewest events that are much in this time."""
+"""The fewest events in that time that count as busy."""
 
 
 class Clock:
-    """Stands still unless it is moved on."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1024.0
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def busy(clock: Clock, *, is_taken: bool = True) -> Gulps:
-    """After a while in which just so much came that gulps are taken."""
+    """The pace after a while in which exactly the least number of events arrived that turns gulps on."""
     pace = Gulps(is_taken=is_taken)
     clock.now += WHILE
     pace.note(MANY, is_all=True)
@@ -109,7 +109,7 @@ def test_behind_a_unix_socket_nothing_is_left_lying(clock: Clock) -> None:
 
 
 class Stream:
-    """Says how it is used."""
+    """Records how the source uses it."""
 
     def __init__(self) -> None:
         self.watched: Callable[[], None] | None = None
@@ -126,7 +126,7 @@ class Stream:
 
 
 class Intake:
-    """Has room."""
+    """Always has room."""
 
     room = Room(1000, 1000)
     open_records = None

@@ -1,4 +1,4 @@
-"""How busy the gateway of the benchmarks was, as a provider would see it."""
+"""The benchmarks' gateway counts its load as a provider would see it."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""No client of Kafka's is made in the clear where the settings say otherwise, and no password comes to light."""
+"""Every Kafka client uses the security that the settings ask for, and no password is shown."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ USER = {"username": "payments", "password": SecretStr(PASSWORD)}
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
-    """Every call in what runs against a broker, by the name of what is called."""
+    """Every call in the code that may reach a broker, with the name of the function that is called."""
     for package in ("app", "infra"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -49,7 +49,7 @@ def test_the_settings_alone_say_how_the_service_comes_in() -> None:
     made = [keywords(call) for name, call in calls() if name == "KafkaAccess"]
     from_settings = [each for each in made if each.get("password") == "self.kafka_sasl_password"]
     assert len(from_settings) == 1
-    # A local server of ours, and the bare relay of tests.
+    # The others are for our local server and for the relay that tests run alone.
     assert len(made) == 3
 
 

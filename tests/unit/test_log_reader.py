@@ -1,7 +1,7 @@
-"""Reading the log in C, in Python, and in both by turns: what goes to Kafka, and how far the slot may move.
+"""Reading the log in C, in Python and alternating: what is sent to Kafka, and how far the slot may move.
 
-The log comes in pieces of any size, Kafka answers in any order, and now and then refuses a batch. Whatever happens, no
-event is lost or repeated, and the position never passes a transaction of which anything is not acknowledged.
+The log arrives in pieces of any size; Kafka answers in any order and sometimes refuses a batch. Whatever happens, no
+event is lost or repeated, and the position never passes a transaction with an event that is not acknowledged.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ LAYOUTS = (
     [*OUTBOX_COLUMNS],
     [*reversed(OUTBOX_COLUMNS)],
     ["added", *OUTBOX_COLUMNS, "removed"],
-    # As many as the compiled reader has room for, and more.
+    # As many columns as the compiled reader has room for, and more.
     [*(f"column_{number}" for number in range(23)), *OUTBOX_COLUMNS],
     [*(f"column_{number}" for number in range(30)), *OUTBOX_COLUMNS],
 )
@@ -82,7 +82,7 @@ def row_of(event: OutboxEvent, layout: list[str]) -> bytes:
 
 
 class Transaction(NamedTuple):
-    """One of the log's, which begins at this place among its messages."""
+    """A transaction of the log; `begins_at` is the index of its first message."""
 
     begins_at: int
     commit_lsn: int
@@ -91,7 +91,7 @@ class Transaction(NamedTuple):
 
 
 class Log:
-    """Messages, and which transactions they are of."""
+    """The messages of a log, and the transactions to which they belong."""
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -109,7 +109,7 @@ class Log:
         self.messages.append(log_data(commit(of_it.commit_lsn, of_it.end_lsn)))
 
     def last_end(self, taken: int) -> int | None:
-        """The end of the last transaction among so many messages; None if that is not their last one."""
+        """The end of the last transaction in the first `taken` messages; None if they stop within one."""
         begun = [each for each in self.transactions if each.begins_at < taken]
         if not begun:
             return 0
@@ -146,7 +146,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class OtherTable:
-    """A row that looks like one of ours."""
+    """A row of another table that looks like a row of ours."""
 
     def write(self, log: Log, of_it: Transaction) -> None:
         log.messages.append(log_data(insert(OTHER, [*EVENT])))
@@ -162,7 +162,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Keepalive:
-    """The server has read as far as it says: within a transaction at most up to where that commits."""
+    """The server reports how far it has read: within a transaction, at most up to its commit."""
 
     is_reply_wanted: bool
 
@@ -187,7 +187,7 @@ TRANSACTIONS = st.lists(st.lists(ITEMS, max_size=8), min_size=3, max_size=12)
 
 
 class Connection:
-    """libpq, to which the messages come in pieces; nothing comes after its end, as libpq has it."""
+    """Stands in for libpq: messages arrive in pieces, and reading past the end of the stream fails as in libpq."""
 
     host = b"127.0.0.1"
 
@@ -228,7 +228,7 @@ class Connection:
         return SimpleNamespace(get_error_message=lambda: "terminating connection due to administrator command")
 
     def let_go(self) -> None:
-        """Nobody may still look at what was given: a view that is looked at cannot be released."""
+        """Release all views that were handed out; that fails if anything still uses one."""
         for message in self._given:
             message.release()
         self._given.clear()
@@ -244,7 +244,7 @@ class Sent(NamedTuple):
 
 
 class Producer:
-    """Keeps batches until the test answers; what it acknowledges is on the topic."""
+    """Keeps batches until the test answers; an acknowledged batch is on the topic."""
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
@@ -274,7 +274,7 @@ class Producer:
 
 
 class NotedPrefix(Prefix):
-    """Remembers every group that it ever had."""
+    """Remembers every group that was ever begun."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,14 +285,14 @@ class NotedPrefix(Prefix):
         return self.all[-1]
 
     def position(self, wal_end: int) -> int:
-        """Where it would move now."""
+        """The position to which the slot could move now; changes nothing."""
         other = Prefix()
         other._groups, other._lsn = copy.copy(self._groups), self._lsn
         return other.advance(wal_end)
 
 
 class Bench:
-    """A source and a publisher as they are, with the ends of a test; must be made within a loop."""
+    """The real source and publisher between a fake server and a fake Kafka; create it within an event loop."""
 
     def __init__(self, log: Log, pieces: list[int], *, is_native: bool, room: Room) -> None:
         config = RelayConfig(
@@ -350,15 +350,15 @@ class Bench:
         self.prefix.advance(self.stream.wal_end)
 
     async def block(self, _: int = 0) -> None:
-        """From here on in Python, though no event is concerned."""
+        """Read in Python from here on: a key is blocked that no event has."""
         self.publisher.blocked.add(NOBODY)
 
     async def release(self, _: int = 0) -> None:
-        """From here on compiled again, if it is."""
+        """Read with the compiled code again, if there is any."""
         self.publisher.blocked.clear()
 
     async def go_round(self, _: int = 0) -> None:
-        """All at once, as a relay does that Kafka keeps up with."""
+        """One full round, like a relay with which Kafka keeps up."""
         await self.read()
         await self.flush()
         while self.producer.sent:
@@ -367,7 +367,7 @@ class Bench:
         await self.save()
 
     async def drain(self) -> None:
-        """Until all is acknowledged: it ends."""
+        """Go on until the whole log is read and acknowledged; fails if that never happens."""
         for _ in range(10 * len(self.log.messages) + 1000):
             await self.read()
             await self.flush()
@@ -383,12 +383,12 @@ class Bench:
         return [*self.quarantined, *(event for events in self.producer.topic.values() for event in events)]
 
     def check(self) -> None:
-        """What holds at any time."""
+        """Check what holds at any time."""
         settled = {event.id for event in self.settled}
         position = self.prefix.position(self.stream.wal_end)
         for each in self.log.transactions:
             if any(event.id not in settled for event in each.events):
-                # From there the server sends it again, all of it.
+                # From a position up to here, the server sends the whole transaction again.
                 assert position <= each.commit_lsn, "an event would be lost"
                 break
         if not self.publisher.unacknowledged and (end := self.log.last_end(self.server.taken)) is not None:
@@ -399,7 +399,7 @@ class Bench:
         self.server.let_go()
 
     def check_end(self) -> None:
-        """What holds when all is acknowledged."""
+        """Check what holds once everything is acknowledged."""
         assert Counter(self.settled) == Counter(self.log.events), "each event once"
         refused = {event.id for event in self.quarantined}
         for partition in range(PARTITIONS):
@@ -431,13 +431,13 @@ SCRIPTS = st.lists(
     st.tuples(st.sampled_from([*OFTEN, *OFTEN, *OFTEN, *STEPS]), st.integers(0, 3)), min_size=15, max_size=60
 )
 PIECES = st.lists(st.sampled_from([0, 0, 0, 1, 1, 2, 3, 5, 9, 50]), min_size=15, max_size=60)
-"""How many messages come at a time; a read goes on until none does."""
+"""How many messages arrive at a time; a read goes on until none arrives."""
 ROOMS = st.builds(Room, st.sampled_from([1, 2, 3, 7, 20_000]), st.sampled_from([1, 100, 1_000, 2**26]))
 
 
 @dataclass
 class Story:
-    """A log, how it comes, and what happens meanwhile."""
+    """A log, the pieces in which it arrives, and the steps taken meanwhile."""
 
     transactions: list[list[Item]]
     pieces: list[int] = field(default_factory=list)
@@ -450,7 +450,7 @@ class Story:
             log.add(content)
         bench = Bench(log, self.pieces, is_native=is_native, room=self.room)
         with pytest.MonkeyPatch.context() as patch:
-            # After a refusal a partition takes another producer: the same one, here.
+            # After a refusal a partition starts another producer; here it gets the same one.
             patch.setattr(publisher_module, "start_producer", bench.start_producer)
             for name, number in self.script:
                 await STEPS[name](bench, number)
@@ -493,7 +493,7 @@ async def test_compiled_or_not_or_by_turns_the_same_is_published(
 async def test_a_position_behind_a_transaction_whose_commit_comes_last_is_reached_though_its_events_were_settled_before(
     *, is_native: bool
 ) -> None:
-    """Otherwise the next relay repeats it after a stop in good order."""
+    """Otherwise the next relay would publish it again, even after an orderly stop."""
     rows = Rows(1, KEYS[0], 5, None)
     to_the_last_commit = 3 + 2
     bench = await Story(
@@ -545,7 +545,7 @@ async def test_keepalives_tell_how_far_the_server_is_and_whether_it_wants_an_ans
 
 @compiled
 async def test_most_of_a_log_does_not_come_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the tables look like, a row of another one, and one that is too large."""
+    """Python gets only the table's layout, a row of another table, and a row that is too large."""
     monkeypatch.setattr(WalSource, "_hand_over", None)
     taken: list[bytes] = []
     take_any = WalSource._take_any
@@ -584,7 +584,7 @@ def test_transactions_of_one_read_share_a_group_and_those_of_the_next_have_anoth
 
 @compiled
 def test_the_compiled_reader_keeps_nothing_of_what_it_has_read() -> None:
-    """Two hundred thousand events, a tenth of which would show; and no message is looked at any longer."""
+    """Reads 200,000 events; a leak from a tenth of them would show. No message is still referenced afterwards."""
     group = Group()
     message = bytearray(log_data(row_of(EVENT._replace(payload=b"x" * 100, traceparent=None), LAYOUTS[0])))
     events = begin(1, 7), commit(1, 2)
@@ -609,7 +609,7 @@ def test_the_compiled_reader_keeps_nothing_of_what_it_has_read() -> None:
         taken.clear()
 
     assert_nothing_is_kept(read, group, message, None)
-    message.clear()  # Which raises while anybody looks at it.
+    message.clear()  # Raises if anything still holds a view of it.
 
 
 def reader_of(messages: list[bytes], prefix: Prefix) -> "tuple[LogReader, Connection]":

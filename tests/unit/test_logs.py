@@ -1,4 +1,4 @@
-"""What the libraries tell comes out as our own records do."""
+"""Log records of libraries have the same format as our own."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Any bytes become a command, a refusal that names its fields, or an unreadable message; equal commands read equal."""
+"""Any bytes become a command, a refusal that names its fields, or an unreadable message. Equal commands read equal."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def unreadable(value: bytes | None) -> str:
 
 
 def survives(value: bytes) -> None:
-    """The one property that holds for any bytes."""
+    """Check what holds for any bytes."""
     try:
         command = read_command(value, None)
     except MessageUnreadable as error:
@@ -255,7 +255,7 @@ def test_other_fields_beside_an_amount_are_ignored(fields: dict[str, object]) ->
 )
 @pytest.mark.parametrize("name", ["order_id", "metadata", "idempotency_key"])
 def test_of_a_refused_command_no_more_is_kept_or_searched_than_of_a_good_one(name: str, value: object) -> None:
-    """Half a megabyte of what might be card numbers took twenty seconds, in which no payment went on."""
+    """Searching half a megabyte of possible card numbers once took twenty seconds, during which no payment went on."""
     command = refused_with(**{name: value})
     assert command.rejection.fields == (name,)
     assert len(command.content) < 50_000
@@ -335,8 +335,8 @@ def test_other_numbers_are_no_card_numbers(text: str) -> None:
 
 
 def test_no_order_number_of_thirteen_digits_is_taken_for_a_card_number() -> None:
-    """Common in shops: a tenth of them has a right check digit."""
-    chosen = random.Random(13)  # The same ones each time.
+    """Such numbers are common in shops, and a tenth of them have a valid check digit."""
+    chosen = random.Random(13)  # A fixed seed: the same numbers each time.
     for _ in range(5_000):
         number = f"{chosen.choice('3456')}{chosen.randrange(10**12):012}"
         for text in (number, f"order {number}", f"{number[:4]}-{number[4:]}"):

@@ -1,4 +1,4 @@
-"""What is written is what the models declare, whatever the event; a replay differs in nothing but its marks."""
+"""Every event is written as its model declares. A replay differs only in the fields that mark it as one."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def written(event: Event) -> dict[str, Any]:
 
 
 def optional(event: Event) -> set[str]:
-    """What this event need not have."""
+    """The fields that this event may lack."""
     rare = {"original_event_id", "evidence", "expires_at"}
     return rare if event.kind is EventKind.LATE_SUCCESS else rare | {"owed_minor"}
 

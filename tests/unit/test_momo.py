@@ -1,4 +1,4 @@
-"""MoMo: signatures, by vectors that its own gateway produced, and the result table: what is not known ends nothing."""
+"""MoMo's signatures, tested with vectors from its own gateway, and its result table: an unknown code ends nothing."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ from tests.contract.gateway_requests import a_request
 
 K1 = ("klm05TvNBzhg7h7j", SecretStr("at67qH6mk8w5Y1nAyMoYKMWACiEi2bsa"))
 K2 = ("F8BBA842ECF85", SecretStr("K951B6PE1waDMi640xX08PD3vg6EkVlz"))
-"""MoMo publishes both in momo-wallet/payment, for tests."""
+"""MoMo publishes both for tests, in the repository momo-wallet/payment."""
 PARTNER = "MOMOBKUN20180529"
 PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
 
@@ -406,7 +406,7 @@ def gateway(handle: Handle | Exception) -> MoMoGateway:
 
 
 def result(code: int, **more: Any) -> Handle:
-    """This, whatever is asked; a question is answered with 42, no trace of it, unless it is the one under test."""
+    """Answer every call with this result code, except queries: they get 42 (no such operation)."""
     return lambda path, body: {"resultCode": code if path != "query" else 42} | more
 
 
@@ -467,7 +467,7 @@ async def test_an_unexpected_momo_code_leaves_the_outcome_unknown(code: int) -> 
 
 @pytest.mark.parametrize("code", [0.9, -0.5, False, "0.0", "", [], "\u0660"])
 async def test_only_a_whole_number_is_a_result(code: Any) -> None:
-    """Rounded, most of these would be 0: MoMo's yes."""
+    """Rounded, most of these would be 0, which is MoMo's code for success."""
     for path in ("create", "query"):
         answers = {"create": {"resultCode": 42}, "query": {"resultCode": 42}} | {path: {"resultCode": code}}
         answered = gateway(partial(_from, answers))
@@ -501,7 +501,7 @@ async def test_a_refusal_is_no_proof_once_an_attempt_is_unaccounted_for(code: in
 @pytest.mark.parametrize("code", [7000, 7002])
 @pytest.mark.parametrize("kind", [OperationKind.CAPTURE, OperationKind.VOID])
 async def test_a_capture_or_void_that_is_still_being_executed_is_sent_again(kind: OperationKind, code: int) -> None:
-    """A question would show the hold as it was, and never that this one came to nothing."""
+    """A query would show the hold as it was before, and never that this request came to nothing."""
     call = getattr(gateway(result(code)), kind.value)
     with pytest.raises(OutcomeUnknown):
         await call(a(kind))

@@ -1,4 +1,4 @@
-"""The loop over the inbox, without an inbox."""
+"""The loop that applies notices from the inbox, with a fake inbox."""
 
 import asyncio
 from unittest.mock import create_autospec, sentinel

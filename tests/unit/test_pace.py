@@ -1,4 +1,4 @@
-"""What is stuck is asked about at a pace; a provider that wants to rest is asked nothing that can wait."""
+"""Stuck operations are queried at a pace. A provider that asked for a rest gets no query that can wait."""
 
 import asyncio
 import math
@@ -14,7 +14,7 @@ from tests.support.provider import BookkeepingGateway
 
 
 class RestingGateway(BookkeepingGateway):
-    """Executes and answers everything, and notes in which order; `rest` is what its provider asked for."""
+    """Executes and answers everything, and records the order; `rest` is the time for which its provider asked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class RestingGateway(BookkeepingGateway):
 
 
 class SilentGateway(RestingGateway):
-    """Takes every call, and never answers."""
+    """Accepts every call and never answers."""
 
     async def _execute(self, request: GatewayRequest) -> Outcome:
         await super()._execute(request)
@@ -45,7 +45,7 @@ class SilentGateway(RestingGateway):
 
 
 def turns(per_second: float, checks: Sequence[float]) -> list[float]:
-    """When turns are taken by somebody who looks at these times, and takes all that there are."""
+    """The times at which turns are taken if a caller checks at these times and takes every turn that is due."""
     now, taken = 0.0, []
     pace = Pace(lambda: now, BookkeepingGateway(), per_second)
     for now in checks:

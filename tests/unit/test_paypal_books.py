@@ -1,4 +1,4 @@
-"""The books of the PayPal simulator conserve money, whatever is asked of them."""
+"""The books of the PayPal simulator conserve money under any sequence of requests."""
 
 from collections.abc import Callable
 from contextlib import suppress

@@ -510,7 +510,7 @@ DAY = datetime(2026, 11, 22, tzinfo=UTC)
 
 
 def listed(name: str = "T1", **fields: Any) -> Json:
-    """A capture as Transaction Search tells it, with PayPal's way of writing a time zone."""
+    """A capture as Transaction Search reports it, with the time zone in PayPal's format."""
     told = {
         "transaction_id": name,
         "transaction_event_code": "T0006",
@@ -528,7 +528,7 @@ REFUNDED = {"transaction_event_code": "T1107", "transaction_amount": MINUS_TEN, 
 
 
 class Search:
-    """PayPal's answers to the list; what it was asked for, and how much it tells of at once."""
+    """PayPal's transaction search: refuses a period with more than `at_once` results; `asked` has all queries."""
 
     def __init__(self, *found: Json, at_once: int = 10_000) -> None:
         self.asked: list[dict[str, str]] = []
@@ -573,7 +573,7 @@ async def movements(search: Search, since: datetime = DAY, until: datetime = DAY
         ({"transaction_status": "V"}, (False, PAYMENT_ID, 2)),
         ({"invoice_id": invoice_of(CHARGE)}, (False, PAYMENT_ID, 1)),
         (REFUNDED, (True, PAYMENT_ID, 2)),
-        # Refunded at PayPal's pages: with the marks of the capture, which are not the refund's.
+        # A refund made in PayPal's dashboard carries the marks of the capture, which do not identify the refund.
         (REFUNDED | {"invoice_id": invoice_of(CAPTURE)}, (True, PAYMENT_ID, None)),
         (REFUNDED | {"invoice_id": "order-7"}, (True, PAYMENT_ID, None)),
         ({"invoice_id": "order-7", "custom_field": "x"}, (False, None, None)),
@@ -665,7 +665,7 @@ async def test_an_app_that_may_not_search_is_told_so() -> None:
 
 
 class SlowTokens:
-    """PayPal, whose token endpoint answers when `release` is set; all else is there at once."""
+    """A PayPal whose token endpoint answers only once `release` is set; everything else answers at once."""
 
     def __init__(self, *, timeout_seconds: float = 12) -> None:
         self.asked = 0

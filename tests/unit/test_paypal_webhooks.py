@@ -1,6 +1,6 @@
-"""PayPal's webhooks: the published construction with a known answer, what is refused, and what each event says.
+"""PayPal's webhooks: the published signature scheme with a known answer, what is refused, and what each event says.
 
-The vector was made with a key of its own and confirmed by `openssl dgst -sha256 -verify`.
+The test vector was made with its own key and confirmed by `openssl dgst -sha256 -verify`.
 """
 
 import asyncio
@@ -81,7 +81,7 @@ RECEIVED_AT = datetime(2026, 11, 22, 20, 0, 5, tzinfo=UTC)
 
 
 class CertificateServer(ThreadingHTTPServer):
-    """Serves one certificate, and counts how often; `answer` is what comes instead."""
+    """Serves one certificate, or whatever `answer` is set to, and counts how often it is asked."""
 
     answer: tuple[int, bytes] = (200, CERTIFICATE)
     asked = 0
@@ -240,7 +240,7 @@ async def test_an_old_message_is_read_since_paypal_repeats_for_days(
 async def test_a_message_that_is_older_than_any_repetition_is_stale(
     webhooks: PayPalWebhooks, server: CertificateServer
 ) -> None:
-    """Only a checksum of the body is signed: headers that were seen once would sign bodies made to fit for a year."""
+    """Only a checksum of the body is signed: for a year, headers seen once would verify any body made to match them."""
     later = a_request(server, received_at=RECEIVED_AT + timedelta(days=8))
 
     assert await verdict(webhooks, later) is Verdict.STALE
@@ -598,7 +598,7 @@ def test_a_reversal_is_paypals_doing_whatever_it_is_told_as_and_whoevers_marks_i
 
 
 def test_the_capture_of_a_reversal_is_looked_up_as_for_a_refund() -> None:
-    """As PayPal's sample of it is: no marks, and two links."""
+    """PayPal's sample of this event has no marks and two links."""
     sample = resource("COMPLETED", OperationKind.REFUND, **UNMARKED, **BARE)
     assert _unplaced_refund(event("PAYMENT.CAPTURE.REVERSED", sample)) == "C1"
     placed = _refund_of(resource("COMPLETED", OperationKind.CAPTURE) | {"id": "C1"}, sample)

@@ -58,7 +58,7 @@ def test_rows_of_another_table_are_skipped() -> None:
 
 
 def texts(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
-    """What Postgres can store: no NUL, and lengths whose own bytes look like the beginning of a column."""
+    """Texts that Postgres can store (no NUL), of lengths whose encoded bytes look like the beginning of a column."""
     letters = st.binary(max_size=8).map(lambda some: some.replace(b"\0", b"t"))
     return st.builds(lambda some, size: (some * size)[:size], letters.filter(bool), sizes)
 

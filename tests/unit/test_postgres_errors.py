@@ -1,4 +1,4 @@
-"""What Postgres refuses is an input's fault or the server's state, and what is told of it repeats no row."""
+"""An error of Postgres is blamed on the input or on the server's state, and its text repeats no row."""
 
 import asyncpg
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from domain.errors import ConcurrentUpdate, InputRefusedByStore, StoreUnavailable
 from infra.postgres.errors import translated
 
-# Connections, prepared statements, who may come in, databases, resources, states of the server, operators, its disk.
+# Connections, prepared statements, authorization, databases, resources, object state, operator intervention, system.
 OF_THE_SERVER = ("08", "26", "28", "3D", "53", "55", "57", "58")
 NOT_OF_AN_INPUT: set[type[asyncpg.PostgresError]] = {
     each
@@ -30,7 +30,7 @@ def test_there_are_such_errors() -> None:
 
 @pytest.mark.parametrize("kind", sorted(NOT_OF_AN_INPUT, key=str))
 def test_no_state_of_the_server_is_taken_for_an_inputs_fault(kind: type[Exception]) -> None:
-    """A command would be parked for a password that has changed."""
+    """Otherwise a command would be parked because a password had changed."""
     with pytest.raises((StoreUnavailable, ConcurrentUpdate)), translated():
         raise kind("so says Postgres")
 

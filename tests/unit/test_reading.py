@@ -1,4 +1,4 @@
-"""A batch of commands is read without keeping the loop, which sends Kafka's heartbeats, from everything else."""
+"""Reading a batch of commands does not block the event loop, which also sends Kafka's heartbeats."""
 
 import asyncio
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Kafka's records as they are encoded: in C and in Python alike, and as aiokafka's own builder does it."""
+"""Kafka records are encoded the same in C and in Python, and the same as by aiokafka's own builder."""
 
 import gc
 import sys
@@ -21,7 +21,7 @@ if IS_COMPILED:
 
 CREATED_MS = 1_767_323_045_000
 EVENT = OutboxEvent(b"id", b"pay", b"type", b"{}", b"7", b"/payments", b"1.0", b"now", b"00-trace")
-# Where the varint of a length, or of an event's place in its batch, needs one byte more.
+# From 64 and from 8192 on, the varint of a length or of an event's place in its batch needs one byte more.
 LIMITS = (0, 1, 63, 64, 8191, 8192)
 LARGE = (65_535, 65_536, 70_001)
 
@@ -46,7 +46,7 @@ EVENTS = st.builds(
 def encoded(
     events: Sequence[tuple[OutboxEvent, Group]], bytes_max: int, *, is_native: bool
 ) -> list[tuple[Records, list[tuple[OutboxEvent, Group]]]]:
-    """In as many batches as it takes, each with what is in it."""
+    """Encode in as many batches as it takes; return each with its events."""
     new_records = records_class(is_native=is_native)
     batches = [(new_records(bytes_max), list(events[:0]))]
     for event, group in events:
@@ -73,7 +73,7 @@ def built_by_aiokafka(events: Sequence[OutboxEvent]) -> bytes:
 def assert_encoded_as_by_aiokafka(
     events: Sequence[tuple[OutboxEvent, Group]], bytes_max: int, *, is_native: bool
 ) -> list[int]:
-    """How many events each batch got."""
+    """Return the number of events in each batch."""
     counts = []
     for records, content in encoded(events, bytes_max, is_native=is_native):
         of_content = [event for event, _ in content]
@@ -159,7 +159,7 @@ def test_an_acknowledged_batch_is_taken_off_each_of_its_groups(*, is_native: boo
 
 
 def assert_nothing_is_kept(work: Callable[[], None], *held: object) -> None:
-    """Of these neither references nor memory pile up, however often it is done."""
+    """Check that repeating the work leaks neither references to `held` nor memory."""
     work()
     gc.collect()
     references, resident = [sys.getrefcount(each) for each in held], psutil.Process().memory_info().rss
@@ -171,7 +171,7 @@ def assert_nothing_is_kept(work: Callable[[], None], *held: object) -> None:
 
 
 class Opened:
-    """Records of so many partitions, each opened when the first event comes."""
+    """Records for this many partitions, each opened when its first event comes."""
 
     def __init__(self, partitions: int = 1, bytes_max: int = 100_000) -> None:
         self.open: list[Records | None] = [None] * partitions
@@ -225,7 +225,7 @@ def test_the_compiled_encoder_refuses_what_is_no_event(wrong: Any) -> None:
 
 @compiled
 def test_the_compiled_encoder_keeps_nothing_of_what_it_has_encoded() -> None:
-    """Two hundred thousand events, a tenth of which would show."""
+    """Encodes 200,000 events; a leak from a tenth of them would show."""
     group, event = Group(), EVENT._replace(payload=b"x" * 100, traceparent=None)
 
     def encode() -> None:

@@ -1,4 +1,4 @@
-"""What cannot be saved is told in the log by its names: what it carries may be a payer's, or open a payer's page."""
+"""The log names an input that cannot be saved, but not its content: that may be a payer's, or a link to their page."""
 
 from unittest.mock import create_autospec
 from uuid import UUID

@@ -1,4 +1,4 @@
-"""The compiled inner loop leaves a message alone that is not what its lengths say."""
+"""The compiled inner loop does not touch a message that does not match its own lengths."""
 
 import struct
 from collections.abc import Iterator

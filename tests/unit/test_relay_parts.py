@@ -75,7 +75,7 @@ class TestStatus:
     [("pay_0001", 5), ("pay_0002", 1), ("pay_0005", 8), ("pay_0006", 3), ("pay_0013", 11), ("pay_Đ4", 10)],
 )
 def test_partitions_among_twelve_are_those_of_javas_algorithm(key: str, partition: int) -> None:
-    """A number that is no power of two: the sign bit and the remainder count."""
+    """Twelve is not a power of two, so the sign bit and the remainder matter."""
     assert partition_of(key.encode(), 12) == partition
 
 
@@ -94,7 +94,7 @@ def test_headers_stand_in_the_order_of_the_contract_with_null_where_the_column_i
 
 @pytest.mark.parametrize("package", ["app", "handlers", "infra", "migrations"])
 def test_no_slot_is_read_by_sql(package: str) -> None:
-    """`pg_logical_slot_peek_changes` and its kin decode the log from the slot's position anew at each call."""
+    """`pg_logical_slot_peek_changes` and the like decode the log from the slot's position again at each call."""
     files = [each for each in (ROOT / package).rglob("*") if each.suffix in {".py", ".pyx", ".sql"}]
     assert files
     assert not [each.name for each in files if "pg_logical_slot_" in each.read_text(encoding="utf-8")]
@@ -114,7 +114,7 @@ def test_a_session_that_stands_still_is_not_ready_whatever_it_waits_for(monkeypa
 
 
 class FakeProducer:
-    """Notes what was sent, as payload lists; the test answers."""
+    """Records what was sent, as lists of payloads; the test answers."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
@@ -130,7 +130,7 @@ class FakeProducer:
 
 
 class TestPublisher:
-    """With one partition, so that every event waits for those before it."""
+    """One partition, so that every event waits for those before it."""
 
     def setup_method(self) -> None:
         self.producer = FakeProducer()
@@ -170,7 +170,7 @@ class TestPublisher:
         assert self.publisher.unacknowledged == self.publisher.unacknowledged_bytes == 0
 
     async def test_lanes_wait_in_turn_while_enough_is_on_its_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All that goes to a broker at once is one request, and takes several times its size in memory."""
+        """Everything sent to a broker at once is one request, which takes several times its size in memory."""
         monkeypatch.setattr(publisher, "IN_FLIGHT_BYTES_MAX", 20)
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
         self.publisher = Publisher(config, self.producer, OneCluster(), 8, lambda: None)
@@ -194,7 +194,7 @@ class TestPublisher:
         assert self.missing == [1, 1, 1]
 
     async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """They were made smaller to find it."""
+        """Batches were made smaller only to find the refused event."""
 
         async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             return self.producer, 1
@@ -324,7 +324,7 @@ def test_murmur2_is_that_of_javas_client() -> None:
 
 
 class _LostConnection:
-    """libpq after the connection broke: it no longer tells its socket."""
+    """libpq after the connection broke: it no longer gives its socket."""
 
     def __init__(self, number: int) -> None:
         self.number: int | None = number
@@ -337,7 +337,7 @@ class _LostConnection:
 
 
 async def test_a_lost_connection_is_no_longer_watched() -> None:
-    """Otherwise the next socket with the same number, Kafka's perhaps, would never be heard."""
+    """Otherwise the next socket with the same number, perhaps Kafka's, would never be read."""
     ours, theirs = socket.socketpair()
     connection: Any = SimpleNamespace(pgconn=_LostConnection(ours.fileno()))
     stream = ReplicationStream(connection)
@@ -350,7 +350,7 @@ async def test_a_lost_connection_is_no_longer_watched() -> None:
 
 
 class _EndedConnection:
-    """libpq when the server ended the stream: it says so once, and then that there is none."""
+    """libpq after the server ended the stream: it reports the end once, and then that there is no stream."""
 
     socket, is_told = 0, False
 
@@ -379,7 +379,7 @@ async def test_a_stream_that_ended_says_why(is_native: bool) -> None:
 
 
 class Writes:
-    """A leader's connection that remembers what is written down."""
+    """A leader's connection that remembers what is saved."""
 
     def __init__(self) -> None:
         self.published: list[str] = []

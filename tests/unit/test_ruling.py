@@ -1,4 +1,4 @@
-"""What a person decides: only of what needs review, as on the provider's word, and never against the amounts."""
+"""A person may rule only on what needs review; a ruling counts like the provider's word, never against the amounts."""
 
 from dataclasses import replace
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""What the environment says is checked at the start, not by the server that it would disturb."""
+"""Settings from the environment are checked at the start, before a server can be harmed by them."""
 
 from datetime import timedelta
 
@@ -120,7 +120,7 @@ def test_a_relay_is_kept_from_its_compiled_loop_by_the_environment_alone(monkeyp
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: str) -> str:
-    """What the operator reads."""
+    """The message that the operator reads."""
     for name, value in environment.items():
         monkeypatch.setenv(f"PAYMENTS_{name.upper()}", value)
     with pytest.raises(typer.Exit):

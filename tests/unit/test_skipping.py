@@ -1,4 +1,4 @@
-"""No record is lost to a read that fails: aiokafka's own fetcher and positions, with no broker behind them."""
+"""A failing read loses no record. Tested with aiokafka's own fetcher and positions, without a broker."""
 
 import collections
 import struct
@@ -21,7 +21,7 @@ BAD = b"bad"
 
 
 def batch_of(base: int, values: list[bytes]) -> bytearray:
-    """A batch in Kafka's format from offset `base`; the header's name of a BAD one is no UTF-8."""
+    """A batch in Kafka's format from offset `base`. The header name of a BAD record is not valid UTF-8."""
     builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 20)
     for number, value in enumerate(values):
         builder.append(number, timestamp=1, key=None, value=value, headers=[("xx" if value == BAD else "ok", b"")])
@@ -32,7 +32,7 @@ def batch_of(base: int, values: list[bytes]) -> bytearray:
 
 
 class Consumer:
-    """What a reader asks of aiokafka's, over logs that have been fetched already."""
+    """The part of aiokafka's consumer that the reader uses, over logs that are already fetched."""
 
     def __init__(self, logs: dict[TopicPartition, list[bytes]]) -> None:
         self._logs = logs
@@ -100,7 +100,7 @@ class Consumer:
 
 
 async def read_on(consumer: Any, reads: int = 30) -> dict[int, list[bytes]]:
-    """What a handler is given that commits each batch, and that reads on after an error; what repeats, once."""
+    """The records that a handler gets if it commits each batch and reads on after errors; repeated ones appear once."""
     given: dict[int, dict[int, bytes]] = collections.defaultdict(dict)
     for _ in range(reads):
         try:
@@ -114,7 +114,7 @@ async def read_on(consumer: Any, reads: int = 30) -> dict[int, list[bytes]]:
 
 
 def parks(failures: int = 0) -> tuple[Callable[..., Any], list[int]]:
-    """A dead-letter topic that is away for so many tries, and the offsets that were parked."""
+    """A dead-letter topic that is away for the first `failures` tries, and the offsets that were parked."""
     parked: list[int] = []
     left = [failures]
 
@@ -181,7 +181,7 @@ async def test_a_reader_that_loses_the_bad_records_partition_reads_as_usual_agai
 
 
 async def test_once_the_bad_record_is_gone_it_reads_as_usual_again() -> None:
-    """Its topic may forget it before it is met again."""
+    """Kafka may delete the record before it is read again."""
     consumer = Consumer(logs())
     reader = SkippingReader.install(consumer, parks()[0], unheard)
     await consumer.getmany(timeout_ms=5, max_records=500)

@@ -1,4 +1,4 @@
-"""The error table of the Stripe gateway: every exception of the SDK, and which of them are proof of anything."""
+"""The error table of the Stripe gateway: every exception of the SDK, and which of them prove anything."""
 
 import inspect
 import json
@@ -33,11 +33,11 @@ EXPORTED = [
     if "error" in f"{module} {name}".lower() and inspect.isclass(each := getattr(stripe, name))
     if issubclass(each, Exception)
 ]
-"""The SDK loads its names lazily: `dir` does not show them, its own map does."""
+"""The SDK loads its names lazily: `dir` does not show them, but its own map does."""
 
 
 def raised(status: int, error: dict[str, Any] | None, *, is_replayed: bool = False) -> stripe.StripeError:
-    """The exception that the SDK itself builds from an answer."""
+    """The exception that the SDK itself builds from such an answer."""
     headers = {"request-id": "req_1"} | ({"idempotent-replayed": "true"} if is_replayed else {})
     requestor = stripe.StripeClient("sk_test_x", http_client=stripe.HTTPXClient())._requestor
     body = "<html></html>" if error is None else json.dumps({"error": error})

@@ -1,4 +1,4 @@
-"""Stripe's signatures and events. The known-answer vector was computed from the published rule, by hand."""
+"""Stripe's signatures and events. The known-answer vector was computed by hand from the published rule."""
 
 import hashlib
 import hmac
@@ -244,7 +244,7 @@ async def test_an_unknown_type_says_nothing() -> None:
 
 
 async def test_an_event_of_a_connected_account_is_ignored() -> None:
-    """Whoever has an account that is connected to ours could make a payment with our marks on it."""
+    """The owner of an account connected to ours could create a payment that carries our marks."""
     event = {"id": "evt_1", "type": "payment_intent.succeeded", "account": "acct_2"}
     body = json.dumps(event | {"data": {"object": intent("succeeded", amount_received=1250)}})
     notice = await reader(SECRET).read(signed(body.encode()))

@@ -1,4 +1,4 @@
-"""How safe a topic is that we make: what Kafka acknowledges is taken for published."""
+"""The topics that we create are replicated, since we take an event as published once Kafka acknowledges it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""When a provider asks for fewer requests, and for how long it is believed; connections, and what time ran out for."""
+"""For how long a provider's request for a rest is heeded; connections in use; and what a timeout means."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -52,7 +52,7 @@ def test_without_a_time_it_doubles_with_every_refusal_in_a_row_up_to_a_bound() -
     rest = Rest(lambda: now)
     for refusal in range(15):
         rest.note(told(429))
-        rest.note(told(429))  # several that were under way at once are one refusal
+        rest.note(told(429))  # calls that were under way at once count as one refusal
         seconds = min(2.0**refusal, REST_SECONDS_MAX)
         assert seconds <= rest.seconds() <= 1.25 * seconds
         now += rest.seconds()
@@ -112,7 +112,7 @@ def test_it_comes_to_its_end_though_payers_are_refused_all_the_time() -> None:
 
 @pytest.fixture
 async def deaf_url() -> AsyncIterator[str]:
-    """A server that takes connections and never answers."""
+    """A server that accepts connections and never answers."""
     gone = asyncio.Event()
 
     async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""What `payments up` prints is for a terminal, and may be copied from there to anywhere."""
+"""What `payments up` prints may be copied from the terminal to anywhere, so it shows no password."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""VNPay's signatures, by published and computed vectors, and its code tables: what is not known is never an end."""
+"""VNPay's signatures, tested with published and computed vectors, and its code tables: an unknown code ends nothing."""
 
 import json
 from collections.abc import Callable
@@ -250,7 +250,7 @@ async def test_a_signature_over_percent_encoded_spaces_is_accepted() -> None:
         ("42", "11", Declined(DeclineReason.CANCELED, "42", "")),
         ("11", "02", Expired("", "11")),
         ("11", "08", Expired("", "11")),
-        # Debited and suspected, reversed, codes of tomorrow, and what contradicts itself: nothing is concluded.
+        # Debited but suspected, reversed, unknown and contradictory codes: nothing is concluded.
         ("07", "07", Pending("")),
         ("00", "04", Pending("")),
         ("00", "99", Pending("")),
@@ -316,7 +316,7 @@ def at(time: datetime) -> str:
 
 
 def answered(clock: timedelta = timedelta(0), /, **told: str) -> Callable[[dict[str, Any]], httpx.Response]:
-    """VNPay's answer, signed; to whatever is asked. VNPay's clock is ahead of ours by `clock`."""
+    """A signed answer of VNPay to any request. VNPay's clock is ahead of ours by `clock`."""
     now = datetime.now(UTC) + clock
 
     def answer(body: dict[str, Any]) -> httpx.Response:
@@ -379,7 +379,7 @@ async def test_nobody_paid_until_the_end_and_a_while_longer_so_it_has_expired() 
     ("minutes", "clock", "outcome"), [(31, -2, RequiresAction), (33, -1, Expired), (29, 2, RequiresAction)]
 )
 async def test_nothing_expires_before_both_clocks_say_so(minutes: int, clock: int, outcome: type[Outcome]) -> None:
-    """Ours is ahead, or VNPay's is."""
+    """Either our clock or VNPay's may be ahead."""
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(minutes=minutes))
     unpaid = gateway(answered(timedelta(minutes=clock), ResponseCode="91"))
     assert isinstance(await unpaid.status(asked), outcome)
@@ -401,7 +401,7 @@ async def test_a_payment_that_the_payer_began_expires_after_a_day() -> None:
     assert isinstance(await begun.status(asked), RequiresAction)
     asked = charge()._replace(first_dispatched_at=datetime.now(UTC) - timedelta(hours=24, minutes=16))
     assert isinstance(await begun.status(asked), Expired)
-    # What is for people at VNPay or the bank to decide has no end of ours.
+    # We set no deadline where people at VNPay or the bank have to decide.
     assert isinstance(await gateway(answered(TransactionStatus="04")).status(asked), Pending)
 
 
@@ -460,7 +460,7 @@ async def test_connections_that_fail_are_proof_only_if_nothing_was_sent(
     broken = gateway(failure if isinstance(failure, Exception) else lambda _: failure)
     with pytest.raises(error):
         await broken.status(charge())
-    with pytest.raises(GatewayUnreachable):  # the question before the refund failed, so no refund was sent
+    with pytest.raises(GatewayUnreachable):  # the query before the refund failed, so no refund was sent
         await broken.refund(refund())
 
 
@@ -547,7 +547,7 @@ async def test_a_lost_refund_is_one_that_was_made_while_it_was_under_way_by_vnpa
 
 @pytest.mark.parametrize("off", [timedelta(hours=1), timedelta(hours=-1)])
 async def test_when_a_refund_was_sent_and_what_time_it_is_are_of_one_clock(off: timedelta) -> None:
-    """That of the store; a machine's own may be off, and neither hides our refund nor makes somebody's ours."""
+    """Both come from the store's clock: a wrong clock of this machine neither hides our refund nor claims another's."""
     store = datetime.now(UTC) + off
     lost = refund()._replace(state=OperationState.INDETERMINATE, attempts=2, first_dispatched_at=store)
     for seconds, outcome in ((2, Succeeded), (-3000, Unknown), (1500, Unknown)):

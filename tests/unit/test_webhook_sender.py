@@ -1,4 +1,4 @@
-"""The simulators' sender of webhooks: however many are on their way, few of them are at the client at a time."""
+"""The simulators' webhook sender: however many webhooks wait, the HTTP client gets only a few at a time."""
 
 import asyncio
 

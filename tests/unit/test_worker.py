@@ -1,4 +1,4 @@
-"""What a worker says of itself before it works; how it works is in integration/test_consumer.py."""
+"""What a worker reports before it runs. For a running worker see tests/integration/test_consumer.py."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -18,7 +18,7 @@ async def test_a_worker_that_has_not_started_says_so_of_each_of_its_parts() -> N
 
 
 async def test_a_worker_whose_start_fails_waits_for_what_its_loops_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has begun to sweep before it reads: its calls would be cut off at every start."""
+    """It sweeps before it reads commands, so every failing start would otherwise cut off the sweep's calls."""
 
     loops = create_autospec(Loops, instance=True)
 
