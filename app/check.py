@@ -45,10 +45,10 @@ async def _find(url: str, since: datetime | None, *, is_silent: bool) -> list[Le
     found: dict[UUID, LedgerDifference] = {}
     columns = (TextColumn("{task.completed:,} payments looked at, {task.fields[found]:,} differ"),)
     with Progress(*columns, console=new_console(to_stderr=True), disable=is_silent) as progress:
-        task = progress.add_task("", total=None, found=0)
+        task = progress.add_task("", total=None, found=0, visible=False)  # Nothing is said if Postgres is away.
         async for portion in check_all(url) if since is None else check_changed(url, since):
             found |= {each.payment_id: each for each in portion.differences}
-            progress.update(task, advance=portion.payments, found=len(found))
+            progress.update(task, advance=portion.payments, found=len(found), visible=True)
     return list(found.values())
 
 

@@ -260,9 +260,9 @@ def confirm(question: str) -> None:
         raise typer.Abort
 
 
-def fail(message: str, *, code: int = 1) -> NoReturn:
-    """Print the message on standard error and exit."""
+def fail(message: str) -> NoReturn:
+    """Print the message on standard error and exit with 1."""
     from app.console import safe_lines
 
     typer.secho(safe_lines(f"payments: {message}"), err=True, fg="red" if sys.stderr.isatty() else None)
-    raise typer.Exit(code)
+    raise typer.Exit(1)

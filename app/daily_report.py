@@ -86,7 +86,7 @@ class Day(NamedTuple):
 
 
 def report_day(settings: Settings, day: date, gateway: str | None, *, as_json: bool) -> int:
-    """Print the differences of a UTC day. Returns 1 if there are any, 2 if the day has not begun.
+    """Print the differences of a UTC day. Returns 1 if there are any, or if the day has not begun.
 
     Raises:
         NoList: the provider offers none. As JSON that is an answer like any other (`error`), with exit code 1.
@@ -120,7 +120,7 @@ def _refuse_to_come(name: str, day: date, *, as_json: bool) -> int:
         print_json({"gateway": name, "day": day.isoformat(), "error": "day_to_come", "message": message})
     else:
         new_console(to_stderr=True).print(f"payments: {message}")
-    return 2
+    return 1
 
 
 async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[Difference]]:

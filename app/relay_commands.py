@@ -99,8 +99,8 @@ def replay(
     """Publish retained events again.
 
     Each message has the header `replayed_at`. Events that were not delivered yet are left out, and so are events that
-    were dropped from quarantine. The topic must exist: if not, the exit code is 2. It is 1 if no event matches, or if
-    the command was stopped before all were published; then it prints how to go on.
+    were dropped from quarantine. The topic must exist. Exits with 1 if no event matches, or if the command was stopped
+    before all were published; then it prints how to go on.
 
     Example: payments relay replay --since 2h --type payment.captured.v1 --to payments.events.replay
     """

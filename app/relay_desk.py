@@ -25,10 +25,10 @@ from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
 from infra.kafka.topics import has_topic
-from infra.relay.gaps import advice_on, is_about_destination, setting_behind
-from infra.relay.progress import Repair
-from infra.relay.quarantine import QuarantineDesk
-from infra.relay.repairs import (
+from infra.relay.connection import CONNECTION
+from infra.relay.progress.checkpoint import Repair
+from infra.relay.progress.gaps import advice_on, is_about_destination, setting_behind
+from infra.relay.progress.repairs import (
     count_retained,
     count_unproven,
     find_blocker,
@@ -38,9 +38,9 @@ from infra.relay.repairs import (
     request_repair,
     withdraw_adopt,
 )
-from infra.relay.replay import EventReplay, Selection
+from infra.relay.publish.quarantine import QuarantineDesk
+from infra.relay.publish.replay import EventReplay, Selection
 from infra.relay.status import Overview, RelayStatus, is_led, read_status
-from infra.relay.stream import CONNECTION
 
 T = TypeVar("T")
 
@@ -338,8 +338,7 @@ class RelayDesk:
             fail(
                 f"there is no topic {topic}: create it, with as many partitions as {self._settings.events_topic}:\n"
                 f"kafka-topics.sh --bootstrap-server {kafka.bootstrap} --create --topic {topic}"
-                f" --partitions {self._settings.topic_partitions}",
-                code=2,
+                f" --partitions {self._settings.topic_partitions}"
             )
 
     # --- shared -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from infra.relay.gaps import advice_on
+from infra.relay.progress.gaps import advice_on
 from infra.relay.status import Overview, RelayStatus
 
 LAG_SECONDS_MAX = 60.0

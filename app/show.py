@@ -229,13 +229,21 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
 
 
 def _events_table(events: tuple[OutboxRow, ...]) -> Table:
-    rows = []
-    for event in events:
-        body = json.loads(event.payload)
-        note = "replayed" if body["replayed"] else body.get("decline_reason") or body.get("reason") or body.get("cause")
-        note = f"decided by a person: {body['evidence']}" if "evidence" in body else note
-        rows.append((str(event.payment_seq), event.type, event.occurred_at, note or ""))
+    rows = [
+        (str(event.payment_seq), event.type, event.occurred_at, _note(json.loads(event.payload))) for event in events
+    ]
     return table_of(("seq", "event", "time", ""), rows, whole={"event", "time"})
+
+
+def _note(body: dict[str, Any]) -> str:
+    """Why an event came out as it did, where its type alone does not say."""
+    if "evidence" in body:
+        return f"decided by a person: {body['evidence']}"
+    if body["replayed"]:
+        return "replayed"
+    if "message" in body:
+        return f"{body['reason']}: {body['message']}"
+    return body.get("decline_reason") or body.get("cause") or ""
 
 
 def _print_page(console: Console, page: Page) -> None:

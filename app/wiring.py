@@ -208,6 +208,11 @@ class Calling(NamedTuple):
     settler: Settler
     leases: Leases
 
+    @property
+    def waiting(self) -> int:
+        """Operations that are not called yet, or whose answers are not saved yet."""
+        return self.dispatcher.waiting + self.settler.waiting
+
 
 def create_calling(
     store: PaymentStore,

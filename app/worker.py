@@ -1,12 +1,10 @@
 """The worker process: reads commands, calls gateways, saves outcomes. Any number of workers may run."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Mapping
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import asyncpg
 import structlog
@@ -14,15 +12,14 @@ from faststream.kafka import KafkaBroker
 
 from app import wiring
 from app.clock import watch_clock
+from app.loops import LEAVES_WITHIN, Loops
 from app.settings import Settings
-from domain.ports import Gateway
 from domain.rules import Rules
 from handlers import metrics
 from handlers.apply_notices import NoticeApplier
 from handlers.backlog import Backlog
 from handlers.consumer import CommandConsumer
-from handlers.leases import Leases
-from handlers.pace import Pace
+from handlers.dispatch import Dispatcher
 from handlers.reconcile import Asker
 from handlers.write_path import WritePath
 from infra.gateways.instant import InstantGateway
@@ -42,8 +39,6 @@ STARTING: Final = "starting"
 NO_TOPIC: Final = "no topic {} was there when Kafka was asked last; run `payments migrate`"
 STARTS_WITHIN: Final = 1.0
 """Seconds that a start may still take once told to stop; a start that waits for its consumer group takes longer."""
-LEAVES_WITHIN: Final = 5.0
-"""Seconds that leaving Kafka may take; answers are saved either way."""
 
 LOOKS_FOR_TOPIC_EVERY: Final = 2.0
 WATCH_READING_SECONDS: Final = 5.0
@@ -52,9 +47,6 @@ READING_SECONDS = 30.0
 TOPICS_SECONDS = 30.0
 """How often Kafka is asked for partitions: a topic that was created again is not read for up to this long. The default
 is five minutes; the question is one small request per connection."""
-DRAIN_SECONDS = 25.0
-"""On SIGTERM, how long running gateway calls may take to end, and then saving their answers. Operations that are left
-are taken over after their leases."""
 
 
 class Worker:
@@ -62,7 +54,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._tasks: list[asyncio.Task[None]] = []
+        self._loops: Loops | None = None
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
         self._broker: KafkaBroker | None = None
         self._reader: SkippingReader | None = None
@@ -76,14 +68,15 @@ class Worker:
             StoreUnavailable, KafkaError: a server that the start needs is away.
         """
         async with AsyncExitStack() as stack:
-            if not await self._start_unless_stopped(stack, stop):
+            loops = await self._start_unless_stopped(stack, stop)
+            if loops is None:
                 return
             log.info("worker ready", group=self._settings.consumer_group, topic=self._settings.commands_topic)
             stopping = asyncio.create_task(stop.wait())
-            done, _ = await asyncio.wait([stopping, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([stopping, *loops.tasks], return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
-            log.info("worker stopping", waiting=self._waiting())
-            await self._shut_down()
+            log.info("worker stopping", waiting=loops.waiting)
+            await self._shut_down(loops)
             for task in done - {stopping}:
                 task.result()
         log.info("worker stopped")
@@ -98,9 +91,9 @@ class Worker:
         }
 
     async def _check_loops(self) -> str | None:
-        if not self._tasks:
+        if self._loops is None:
             return STARTING
-        return "a loop has ended" if any(task.done() for task in self._tasks) else None
+        return "a loop has ended" if any(task.done() for task in self._loops.tasks) else None
 
     async def _check_postgres(self) -> str | None:
         return STARTING if self._pool is None else await schema_trouble(self._pool)
@@ -123,8 +116,8 @@ class Worker:
             return STARTING if self._reads_not_yet == STARTING else None
         return None if await self._broker.ping(timeout=1.0) else "the broker does not answer"
 
-    async def _start_unless_stopped(self, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
-        """Start, and return True; False if told to stop meanwhile, when no silent server is waited for."""
+    async def _start_unless_stopped(self, stack: AsyncExitStack, stop: asyncio.Event) -> Loops | None:
+        """Start, and return what runs; None if told to stop meanwhile, when no silent server is waited for."""
         starting, stopping = asyncio.create_task(self._start(stack)), asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -132,40 +125,48 @@ class Worker:
         await asyncio.wait([starting], timeout=STARTS_WITHIN)
         is_done = starting.done()
         if is_done and starting.exception() is None:
-            return True
+            return self._loops
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        if self._tasks:  # It already works, though it reads no commands yet: save what it has begun.
-            await self._shut_down()
+        if self._loops is not None:  # It already works, though it reads no commands yet: save what it has begun.
+            await self._shut_down(self._loops)
         if is_done:
             starting.result()
-        return False
+        return None
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
         gateways, pool, store = await self._connect(stack)
         rules, paces = wiring.create_rules(settings, gateways), wiring.create_paces(settings, gateways)
         write_path = self._create_write_path(stack, store, rules)
-        leases = self._create_calling(store, write_path, rules, gateways, paces)
-        self._applier = NoticeApplier(inbox=PostgresInbox(pool), write_path=write_path, submit=self._dispatcher.submit)
+        limits = {name: settings.concurrency_of(name) for name in gateways}
+        calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
+        dispatcher = calling.dispatcher
+        backlog = Backlog(capacity=settings.backlog_capacity, waiting=lambda: calling.waiting)
+        sweep = wiring.create_sweep(settings, store, dispatcher, submit=dispatcher.resubmit, room=lambda: backlog.room)
+        applier = NoticeApplier(inbox=PostgresInbox(pool), write_path=write_path, submit=dispatcher.submit)
         reconciler = wiring.create_reconciler(settings, store, write_path, Asker(gateways, paces))
-        self._consumer = await self._create_consumer(stack, write_path)
+        consumer = await self._create_consumer(stack, write_path, dispatcher, backlog)
         self._broker = broker = self._create_broker()
-        subscriber = self._consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
-        self._spawn(
-            self._settler.run(),
-            leases.run(),
-            self._sweep.run(),
-            self._backlog.run(),
-            self._consumer.offsets.run(),
-            self._applier.run(),
+        subscriber = consumer.subscribe(broker, topic=settings.commands_topic, group_id=settings.consumer_group)
+        self._loops = Loops(calling, sweep=sweep, applier=applier, consumer=consumer)
+        self._loops.begin(
+            sweep.run(),
+            backlog.run(),
+            consumer.offsets.run(),
+            applier.run(),
             reconciler.run(),
             reconciler.watch(),
-            listen(settings.postgres_url, self._applier.arrived.set),
+            listen(settings.postgres_url, applier.arrived.set),
             watch_clock(pool),
         )
         await self._wait_for_topic()
-        await self._begin_to_read(broker, subscriber)
+        await broker.start()
+        # At once, so that it is installed before the first read.
+        self._reader = reader = SkippingReader.install(
+            subscriber.consumer, consumer.park_undecodable, consumer.report_deleted
+        )
+        self._loops.add(_watch_reading(reader))
 
     async def _connect(self, stack: AsyncExitStack) -> wiring.Connected:
         settings = self._settings
@@ -181,25 +182,9 @@ class Worker:
         stack.push_async_callback(redis.aclose)
         return wiring.create_write_path(store, rules, redis)
 
-    def _create_calling(
-        self,
-        store: PostgresStore,
-        write_path: WritePath,
-        rules: Rules,
-        gateways: Mapping[str, Gateway],
-        paces: Mapping[str, Pace],
-    ) -> Leases:
-        """Create the parts that call gateways, and the sweep that gives them due operations."""
-        settings, limits = self._settings, {name: self._settings.concurrency_of(name) for name in gateways}
-        calling = wiring.create_calling(store, write_path, rules, gateways, limits, paces=paces)
-        self._dispatcher, self._settler, leases = calling
-        self._backlog = Backlog(capacity=settings.backlog_capacity, waiting=self._waiting)
-        self._sweep = wiring.create_sweep(
-            settings, store, self._dispatcher, submit=self._dispatcher.resubmit, room=lambda: self._backlog.room
-        )
-        return leases
-
-    async def _create_consumer(self, stack: AsyncExitStack, write_path: WritePath) -> CommandConsumer:
+    async def _create_consumer(
+        self, stack: AsyncExitStack, write_path: WritePath, dispatcher: Dispatcher, backlog: Backlog
+    ) -> CommandConsumer:
         """Create the consumer, and connect the producer that it parks messages with."""
         settings = self._settings
         producer = dead_letter_producer(settings.kafka)
@@ -207,9 +192,9 @@ class Worker:
         await producer.start()
         return CommandConsumer(
             write_path=write_path,
-            dispatcher=self._dispatcher,
+            dispatcher=dispatcher,
             dead_letters=KafkaDeadLetters(producer, topic=settings.dead_letter_topic),
-            backlog=self._backlog,
+            backlog=backlog,
             retries_before_parking=settings.retries_before_parking,
         )
 
@@ -233,57 +218,18 @@ class Worker:
             await asyncio.sleep(LOOKS_FOR_TOPIC_EVERY)
         self._reads_not_yet = STARTING
 
-    async def _begin_to_read(self, broker: KafkaBroker, subscriber: Any) -> None:
-        await broker.start()
-        # At once, so that it is installed before the first read.
-        self._reader = SkippingReader.install(
-            subscriber.consumer, self._consumer.park_undecodable, self._consumer.report_deleted
-        )
-        self._tasks.append(asyncio.create_task(self._watch_reading(self._reader)))
-
-    async def _watch_reading(self, reader: SkippingReader) -> None:
-        """Update the metrics of how far commands are read, until cancelled."""
-        while True:
-            places = await reader.places()
-            metrics.LAG.clear()  # Another worker now reports partitions that were ours.
-            metrics.POSITION.clear()
-            for partition, place in places.items():
-                metrics.LAG.labels(str(partition)).set(place.lag)
-                metrics.POSITION.labels(str(partition)).set(place.next_offset)
-            await asyncio.sleep(WATCH_READING_SECONDS)
-
-    def _spawn(self, *loops: Coroutine[Any, Any, None]) -> None:
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
-
-    def _waiting(self) -> int:
-        return self._dispatcher.waiting + self._settler.waiting
-
-    async def _shut_down(self) -> None:
-        """Take nothing new, let running calls end, save their outcomes, commit offsets."""
-        settler, leases, *others = self._tasks
-        # All that they claimed or saved is then with the dispatcher, which sends it or gives it back: no lease is left.
-        await _within(LEAVES_WITHIN, asyncio.gather(self._sweep.close(), self._applier.close(), self._consumer.close()))
-        for task in others:
-            task.cancel()
-        await self._leave_kafka()
-        await self._dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: self._settler.waiting > 0)
-        settler.cancel()
-        leases.cancel()
-        # An interrupted save gives its answers back; only then can they be drained.
-        await asyncio.gather(settler, leases, return_exceptions=True)
-        try:
-            await self._settler.drain(DRAIN_SECONDS)
-        except TimeoutError:
-            # As with a call that has not ended, nothing can be done about it: it is not an error of the shutdown.
-            log.warning("answers left unsaved; their leases run out", answers=self._settler.waiting)
-
-    async def _leave_kafka(self) -> None:
+    async def _shut_down(self, loops: Loops) -> None:
         assert self._broker is not None, "what works has its broker"
-        await _within(LEAVES_WITHIN, self._broker.stop())
+        await loops.end(self._broker.stop)
 
 
-async def _within(seconds: float, work: Awaitable[object]) -> None:
-    """Wait for `work` at most this long, and then go on stopping."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await work
+async def _watch_reading(reader: SkippingReader) -> None:
+    """Update the metrics of how far commands are read, until cancelled."""
+    while True:
+        places = await reader.places()
+        metrics.LAG.clear()  # Another worker now reports partitions that were ours.
+        metrics.POSITION.clear()
+        for partition, place in places.items():
+            metrics.LAG.labels(str(partition)).set(place.lag)
+            metrics.POSITION.labels(str(partition)).set(place.next_offset)
+        await asyncio.sleep(WATCH_READING_SECONDS)

@@ -97,7 +97,7 @@ def main() -> int:
         if arguments.only in (None, "service"):
             results |= asyncio.run(run(stack, QUICK if arguments.quick else FULL))
         if arguments.only == "relay" or (arguments.only is None and not arguments.quick):
-            # Left out of the quick run, whose minute the service fills: three publishers, one of them a JVM.
+            # Not in the quick run: the service alone takes its minute, and this starts three publishers, one a JVM.
             bench = RelayBench(stack, RELAY_QUICK if arguments.quick else RELAY_FULL, ROOT)
             results["relay"] = asyncio.run(bench.run(RELAY_SOURCES))
         if arguments.only in (None, "gateways"):

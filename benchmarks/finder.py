@@ -1,7 +1,6 @@
-"""How long it takes to find what is stuck among ten million payments with their operations.
+"""Times the queries that find stuck operations and holds among ten million payments with their operations.
 
-The rows are made by the server, in a database of their own whose tables are not logged: nothing of what is timed here
-reads the log.
+The server makes the rows, in a separate database. Its tables are unlogged, since nothing that is timed reads the WAL.
 """
 
 import asyncio
@@ -17,7 +16,8 @@ from infra.postgres.migrate import upgrade
 from infra.postgres.pool import PINNED_PLANS
 
 STUCK: Final = 500
-"""Of each: operations that are due, and holds past their end. Ten times as many are open, and not due yet."""
+"""How many operations are due, and how many holds are past their end. Ten times as many operations are open but not
+due yet."""
 TIMES: Final = 50
 
 PAYMENTS: Final = """
@@ -71,7 +71,7 @@ FINDERS: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
 
 
 async def time_finders(server_url: str, name: str, rows: int) -> dict[str, Any]:
-    """Milliseconds of each finder: the median, and the slowest after the first time."""
+    """Milliseconds of each query: the median and the slowest, both without the first run."""
     url = create_database(server_url, name)
     try:
         upgrade(url)
@@ -110,7 +110,7 @@ async def _run(url: str, *statements: tuple[Any, ...]) -> None:
 
 
 async def _time(url: str) -> dict[str, Any]:
-    """With the plans pinned as workers have them; each statement is prepared once, and runs many times."""
+    """Time the queries with plans pinned as in the workers; each statement is prepared once and run many times."""
     connection = await asyncpg.connect(url, server_settings=PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"})
     results = {}
     for name, (statement, arguments) in FINDERS.items():

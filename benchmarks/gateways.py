@@ -1,6 +1,6 @@
 """`make bench ONLY=gateways`: webhooks accepted, payments through a gateway over HTTP, and reconciliation of many.
 
-The senders of webhooks share the machine with what they measure: what they cost is in the results, too.
+The senders of webhooks share the machine with the server that they measure, so their CPU cost is in the results too.
 """
 
 import asyncio
@@ -27,13 +27,13 @@ from infra.local.server import free_port
 
 SECRET: Final = "whsec_bench"
 CONNECTIONS: Final = 200
-"""Providers open a connection for each delivery, or nearly so. With 48, each with one webhook at a time, the server was
-left waiting for the senders."""
+"""Providers open a connection for nearly every delivery. With 48 connections, each sending one webhook at a time, the
+server had to wait for the senders."""
 PROVIDER_MS: Final = 100
 CONCURRENCY: Final = 64
 LIMIT_AT_ONCE: Final = 150
 LIMIT_PER_SECOND: Final = 1_000
-"""A provider's own limit, ten times Stripe's, so that a hundred thousand do not take a quarter of an hour."""
+"""A provider's rate limit, ten times Stripe's: with Stripe's, 100,000 operations would take a quarter of an hour."""
 PAYERS: Final = 32
 CURRENCIES: Final = {"stripe": "USD", "paypal": "USD", "vnpay": "VND", "momo": "VND"}
 console = Console()
@@ -58,7 +58,7 @@ CONTENT: Final = (
 
 @dataclass(frozen=True)
 class GatewayPlan:
-    """How much of each."""
+    """How much of each measurement."""
 
     webhooks: int
     steady_seconds: int
@@ -85,7 +85,7 @@ class GatewayBench:
         self.results: dict[str, Any] = {}
 
     async def run(self) -> dict[str, Any]:
-        """All of them, one after the other."""
+        """All measurements, one after the other."""
         await self._webhooks()
         await self._reconciliation()
         await self._payments()
@@ -97,7 +97,7 @@ class GatewayBench:
     # --- webhooks ---------------------------------------------------------------------------------------------------
 
     async def _webhooks(self) -> None:
-        """Stored and answered per second as fast as they are taken, then the latency at a steady rate."""
+        """Webhooks stored and answered per second at full speed, then the latency at a steady rate."""
         rate, steady = 1_000, 1_000 * self._plan.steady_seconds
         payments = await self._open_payments(self._plan.webhooks + steady, "stripe", "pending", "1 day")
         port = free_port()
@@ -135,7 +135,7 @@ class GatewayBench:
     # --- reconciliation ---------------------------------------------------------------------------------------------
 
     async def _reconciliation(self) -> None:
-        """Operations that are pending and due, each asked about and ended: as fast as it goes, and within a limit."""
+        """Query and end pending operations that are due: first at full speed, then within a provider's rate limit."""
         fast = await self._reconcile(concurrency=8_000, per_second=1_000_000)
         limited = await self._reconcile(concurrency=LIMIT_AT_ONCE, per_second=LIMIT_PER_SECOND)
         self.results["reconciliation"] = fast | {"within_a_limit": limited}
@@ -167,7 +167,7 @@ class GatewayBench:
         } | seen
 
     async def _finder(self) -> None:
-        """Finding what is stuck among many."""
+        """The queries that find stuck operations and holds among many payments."""
         self.results["finder"] = await time_finders(
             self._bench.postgres_url, f"finder_{uuid4().hex[:8]}", self._plan.stored_payments
         )
@@ -176,10 +176,10 @@ class GatewayBench:
     # --- payments ---------------------------------------------------------------------------------------------------
 
     async def _payments(self) -> None:
-        """Charges through each gateway over HTTP, against the simulators in their own process, till they are captured.
+        """Charges through each gateway over HTTP until they are captured. The simulators run in their own process.
 
-        Through Stripe by the official SDK, without a payer. Elsewhere the payer consents at once, and the provider says
-        so by its webhook; VNPay's charge itself is a signed URL, and no request.
+        Stripe's charges use the official SDK and need no payer. At the others the payer approves at once, and the
+        provider reports that by webhook. VNPay's charge is only a signed URL, so it sends no request.
         """
         machine, http = self._bench.machine, f"http://127.0.0.1:{free_port()}"
         simulator = f"http://127.0.0.1:{self._bench.sandbox_port}"
@@ -242,7 +242,7 @@ class GatewayBench:
 
 @contextlib.asynccontextmanager
 async def payers(simulator: str) -> AsyncIterator[Callable[[bytes], None]]:
-    """Payers who consent to whatever event they are given, each at once."""
+    """Payers who approve at once; yields the function that hands them an event."""
     loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Any]()
     client = httpx.AsyncClient(transport=SmallPools(PAYERS), timeout=30, trust_env=False)
 
@@ -290,7 +290,7 @@ def _request(payment_id: UUID, port: int) -> bytes:
 
 
 class Sender:
-    """Plain HTTP/1.1 over kept connections: a client library would cost more than what is measured."""
+    """Plain HTTP/1.1 over kept connections: a client library would cost more than the server that is measured."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -307,12 +307,12 @@ class Sender:
                     self._connections.put_nowait((reader, writer))
                 except OSError:
                     await asyncio.sleep(0.1)
-        await asyncio.sleep(1.0)  # until it has connected to Postgres
+        await asyncio.sleep(1.0)  # Until the server has connected to Postgres.
         for _ in range(CONNECTIONS - 1):
             self._connections.put_nowait(await asyncio.open_connection("127.0.0.1", self._port))
 
     async def send(self, requests: list[bytes]) -> None:
-        """All of them, each connection with one at a time."""
+        """Send all requests, one at a time on each connection."""
         waiting = iter(requests)
 
         async def work() -> None:
@@ -322,7 +322,7 @@ class Sender:
         await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
 
     async def send_steadily(self, requests: list[bytes], rate: int) -> list[float]:
-        """At `rate` per second; the seconds from when each was due to its answer."""
+        """Send at `rate` per second; sorted seconds from the time at which each request was due to its answer."""
         started = time.perf_counter()
         tasks = []
         for number, request in enumerate(requests):

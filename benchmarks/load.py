@@ -54,7 +54,7 @@ def _charge(number: int, partitions: int, gateway: str, currency: str) -> Messag
 class Load:
     """Sends commands and reads results; results from before `start` are not seen.
 
-    On librdkafka, whose work is not Python's: the generator shares the machine with what it measures.
+    Uses librdkafka, which does its work outside Python: the generator shares the machine with the service it measures.
     """
 
     def __init__(self, bootstrap: str, commands_topic: str, events_topic: str) -> None:
@@ -67,7 +67,7 @@ class Load:
         )
 
     async def start(self) -> None:
-        """Connect, and stand at the end of the results."""
+        """Connect, and start reading at the end of the results topic."""
         await asyncio.to_thread(self._start)
 
     def _start(self) -> None:
@@ -102,9 +102,9 @@ class Load:
         return await asyncio.to_thread(lambda: [now for now, _ in self._results(expected, stall_seconds)][-1])
 
     async def count_captures(self, expected: int, *, on_action: Callable[[bytes], None]) -> float:
-        """Read until `expected` payments are captured, as `count_results`; `on_action` gets what a payer must act on.
+        """Read until `expected` payments are captured; the time of the last one, as in `count_results`.
 
-        It is called in another thread.
+        `on_action` gets each event on which a payer must act. It is called in another thread.
         """
         return await asyncio.to_thread(self._count_captures, expected, on_action)
 
@@ -141,7 +141,7 @@ class Load:
     def _results(self, expected: int, stall_seconds: float) -> Iterator[tuple[float, list[Any]]]:
         seen = 0
         while seen < expected:
-            # It waits for the whole number of messages, so the first one is waited for alone.
+            # `consume` waits until it has as many messages as asked for. So wait for one, then take the rest as it is.
             batch = self._consumer.consume(1, stall_seconds)
             if not batch:
                 raise TimeoutError(f"{seen} of {expected} results, and none for {stall_seconds} s")

@@ -1,4 +1,4 @@
-"""The processes under measurement: started like in production, their CPU seconds and memory read from the system."""
+"""Starts the processes under measurement as in production, and reads their CPU seconds and memory from the system."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ class Machine:
 
     def __init__(self, log_dir: Path, environment: Mapping[str, str]) -> None:
         self._log_dir = log_dir
-        # Bytecode is kept, as in an image: else every start would compile the service anew.
+        # Bytecode is kept, as in an image; otherwise every start would compile the service again.
         self._environment = dict(os.environ) | {"PYTHONDONTWRITEBYTECODE": ""} | dict(environment)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _cpu_seconds(pid: int) -> float:
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
-    # Backends that have ended are counted by their parent.
+    # Postgres backends that have ended are counted in their parent's times.
     return total + parent.cpu_times().children_user + parent.cpu_times().children_system
 
 

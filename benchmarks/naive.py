@@ -1,7 +1,7 @@
-"""What most teams would write first, for comparison: correct on a good day, one message at a time.
+"""A naive service for comparison, as most teams would write it first: one message at a time, correct if nothing fails.
 
-FastStream hands over one command; a SQLAlchemy ORM session looks for its idempotency key, the gateway is called inside
-the handler (and inside the transaction), the ORM flushes payment, operation and outbox row, a loop polls the outbox.
+FastStream hands over one command. A SQLAlchemy ORM session looks for its idempotency key. The gateway is called inside
+the handler (and inside the transaction). The ORM flushes payment, operation and outbox row. A loop polls the outbox.
 Run by `python -m benchmarks.naive`; the environment names the servers and topics as for the real service.
 """
 
@@ -68,7 +68,7 @@ class ChargeCommand(BaseModel):
 
 
 async def call_gateway(command: ChargeCommand) -> str:
-    """The same instant provider as in the real benchmark."""
+    """Succeed after the same latency as the `instant` gateway in the real benchmark."""
     if GATEWAY_SECONDS:
         await asyncio.sleep(GATEWAY_SECONDS)
     return f"instant_{command.idempotency_key}"

@@ -1,4 +1,4 @@
-"""Fills the tables with settled payments, as if the service had run for long."""
+"""Fills the tables with settled payments, as if the service had run for a long time."""
 
 import asyncpg
 
@@ -24,7 +24,7 @@ PORTION = 50_000
 
 
 async def preload_payments(url: str, count: int) -> None:
-    """Add `count` settled payments with operation and ledger row; their events are taken to be published long ago."""
+    """Add `count` settled payments with operation and ledger row, but no events, as if published long ago."""
     connection = await asyncpg.connect(url)
     try:
         first = await connection.fetchval("SELECT coalesce(max(id), 0) FROM payments")

@@ -1,7 +1,7 @@
-"""`relay` in `make bench`: our relay's two sources beside a tuned Debezium, on the same rows, one after the other.
+"""The relay part of `make bench`: our relay's two sources and a tuned Debezium, with equal rows, one after the other.
 
-Drain: rows that are committed already, from the first message on the topic to the last. Latency: commit to
-consumer at a steady rate of transactions.
+Drain: throughput for rows that are already committed, from the first message on the topic to the last. Latency: from
+commit to consumer, at a steady rate of transactions.
 """
 
 import asyncio
@@ -36,11 +36,11 @@ WRITERS: Final = 4
 PLAIN: Final = "wal-python"
 """`wal` without its compiled inner loop, as on a machine without a C compiler."""
 WARM_ROWS: Final = 50_000
-"""What a JVM needs before its compiler has done its work."""
+"""Rows published before measuring, enough for the JVM's compiler to have done its work."""
 OPTIMIZED: Final = ("-Xmx1g", "-XX:+UseParallelGC")
 """Debezium at its best: the optimizing compiler, and a warm JVM before anything is measured."""
 TURNS: Final = 5
-"""Of these the middle counts, where a tenth more or less is what is looked for."""
+"""How often a measurement is repeated where differences of a tenth matter; its median counts."""
 STORED_DAYS: Final = 10
 PAYLOAD: Final = (
     '{"type":"payment.captured.v1","event_id":"01890000-0000-7000-8000-000000000000","occurred_at":"2026-01-02T03:04:05'
@@ -66,7 +66,7 @@ BEGIN_HERE: Final = """
     SELECT $1, system_identifier, $2, confirmed_flush_lsn, pg_snapshot_xmin(pg_current_snapshot())::text::bigint
       FROM pg_control_system() LEFT JOIN pg_replication_slots ON slot_name = $1
 """
-"""What is in the outbox by now counts as published."""
+"""Makes the rows that are in the outbox now count as published."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RelayPlan:
 
 
 class RelayBench:
-    """One database for all sources; each has a slot of its own, made before the rows are written, and a topic."""
+    """One database for all sources; each source has its own slot, made before the rows are written, and topic."""
 
     def __init__(self, stack: LocalStack, plan: RelayPlan, root: Path) -> None:
         self.results: dict[str, Any] = {"drain": [], "latency": []}
@@ -99,7 +99,7 @@ class RelayBench:
         """All measurements."""
         upgrade(self._url)
         try:
-            await self._drain(sources[0], 100)  # The broker's JVM is warmed, too, before anything counts.
+            await self._drain(sources[0], 100)  # Not counted: this warms up the broker's JVM.
             for rows in (100, 1):
                 await self._drains((*sources, PLAIN), rows)
             for source in sources:
@@ -115,7 +115,7 @@ class RelayBench:
     # --- drain ------------------------------------------------------------------------------------------------------
 
     async def _drains(self, sources: tuple[str, ...], rows: int) -> None:
-        """The rows are written once, and every source publishes them: to its own slot or cursor they are new."""
+        """Drain equal backlogs with every source; each backlog is written after the source's slot or cursor exists."""
         for source in sources:
             self.results["drain"].append(await self._drain(source, rows))
             print(self.results["drain"][-1])
@@ -139,7 +139,7 @@ class RelayBench:
 
     @contextlib.asynccontextmanager
     async def _backlog_of_relay(self, reader: "_Reader", rows: int) -> AsyncIterator[psutil.Process]:
-        """Started once, so that its slot or cursor is there; stopped while the rows are written; started for good."""
+        """Run the relay once so that its slot or cursor exists, write the rows while it is stopped, and start it."""
         async with self._publisher(reader):
             await self._write(100)
             await asyncio.to_thread(reader.read, 100)
@@ -149,7 +149,7 @@ class RelayBench:
 
     @contextlib.asynccontextmanager
     async def _backlog_of_debezium(self, reader: "_Reader", rows: int) -> AsyncIterator[psutil.Process]:
-        """Warmed, then told to stop its connector while the rows are written: the same JVM goes on."""
+        """Warm up Debezium, then stop only its connector while the rows are written, so that the JVM stays warm."""
         async with self._publisher(reader) as process:
             await self._write(WARM_ROWS)
             await asyncio.to_thread(reader.read, WARM_ROWS)
@@ -173,7 +173,7 @@ class RelayBench:
         await connection.execute("SET synchronous_commit = off")  # Only while the rows are made.
         fill = FILL.format(transactions=transactions, rows=rows, payload=PAYLOAD, days=days)
         await connection.execute(fill, timeout=900)
-        # What writing so much in one go leaves to do would go on beside what is measured, whoever is.
+        # Otherwise the vacuum and checkpoint that so many writes cause would run during the measurement.
         await connection.execute("VACUUM (ANALYZE) outbox", timeout=600)
         await connection.execute("CHECKPOINT", timeout=600)
         await connection.close()
@@ -199,7 +199,7 @@ class RelayBench:
         return row | {f"p{share}_ms": round(percentile(taken, share / 100) * 1000, 2) for share in (50, 99)}
 
     async def _write_steadily(self, count: int) -> dict[bytes, float]:
-        """One row a transaction; when each commit had returned."""
+        """Write `count` rows at the plan's rate, one per transaction; the time at which each key's commit returned."""
         committed: dict[bytes, float] = {}
         self._serial += count + 1
         base, started = self._serial, time.perf_counter()
@@ -220,12 +220,12 @@ class RelayBench:
         return dict(sorted(committed.items(), key=lambda item: item[1]))
 
     async def _restarts(self) -> None:
-        """The middle of several; the first of them also makes the bytecode, where there is none."""
+        """The median of several restarts; the first one may also have to compile the bytecode."""
         self.results["restart_s"] = round(median([await self._restart() for _ in range(TURNS)]), 2)
         print({"restart_s": self.results["restart_s"]})
 
     async def _restart(self) -> float:
-        """From the start of the process to the first event of a row that waits."""
+        """Seconds from the start of the process until the event of a waiting row arrives."""
         async with self._reader("wal") as reader:
             async with self._publisher(reader):
                 await self._write(1)
@@ -237,7 +237,7 @@ class RelayBench:
         return ended - started
 
     async def _with_stored_rows(self) -> None:
-        """The same with a full outbox and with an empty one, in turn: what else changes with time, changes for both."""
+        """Drain and latency with a full and an empty outbox, alternately, so that drift over time affects both."""
         full = RelayBench(self._stack, self._plan, self._root)
         upgrade(full._url)
         try:
@@ -249,7 +249,7 @@ class RelayBench:
             drop_database(full._url)
 
     async def _store(self, rows: int) -> None:
-        """So many published rows, of several days, in the partitions that `payments maintain` makes for these days."""
+        """Store `rows` published rows of several days, in the partitions that `payments maintain` makes for them."""
         await self._fill(STORED_DAYS, 1, STORED_DAYS)
         await maintain(self._url, days_ahead=1, retention_days=2 * STORED_DAYS)
         await self._fill(rows // 1000, 1000, STORED_DAYS)
@@ -259,13 +259,13 @@ class RelayBench:
         benches = {0: self, self._plan.stored_rows: full}
         turns: dict[int, list[dict[str, Any]]] = {stored: [] for stored in benches}
         for turn in range(TURNS):
-            # Who comes second finds a machine that the first one has warmed, or tired.
+            # The order alternates, since the first run may leave the machine faster or slower for the second.
             for stored, bench in sorted(benches.items(), reverse=bool(turn % 2)):
                 turns[stored].append(await bench._drain(source, 100) | await bench._latency(source))
                 print(turns[stored][-1] | {"stored_rows": stored})
         return [_middle(rows) | {"stored_rows": stored} for stored, rows in turns.items()]
 
-    # --- who publishes, and who reads ---------------------------------------------------------------------------------
+    # --- publishers and readers ---------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _reader(self, source: str) -> AsyncIterator["_Reader"]:
@@ -275,7 +275,8 @@ class RelayBench:
         connection = await asyncpg.connect(self._url)
         if source == "debezium":
             await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", name)
-            await connection.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_notify")  # As a relay on `wal` does.
+            # A relay on `wal` disables it too.
+            await connection.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_notify")
         else:
             if not self._keeps_rows:
                 await connection.execute("TRUNCATE outbox")
@@ -345,7 +346,7 @@ class RelayBench:
 
 
 class _Reader:
-    """Reads what one source publishes to its topic; blocking, on librdkafka, so that it weighs little."""
+    """Reads what one source publishes to its topic. Blocking, and on librdkafka, so that it costs little CPU."""
 
     def __init__(self, bootstrap: str, source: str, name: str) -> None:
         self.source, self.name = source, name
@@ -357,11 +358,11 @@ class _Reader:
         self._consumer.close()
 
     def read(self, count: int) -> float:
-        """Read so many messages; when the last one came."""
+        """Read `count` messages; the time at which the last one came (`perf_counter`)."""
         return [now for now, _ in self._batches(count)][-1]
 
     def times(self, count: int) -> dict[bytes, float]:
-        """When each key first came."""
+        """Read `count` messages; the time at which each key first came."""
         found: dict[bytes, float] = {}
         for now, batch in self._batches(count):
             for message in batch:
@@ -379,7 +380,7 @@ class _Reader:
 
 
 async def _delete_topic(bootstrap: str, name: str) -> None:
-    """Half a gigabyte of each drain, which would fill the disk run by run."""
+    """Each drain leaves half a gigabyte, which would fill the disk over the runs."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()
     await admin.delete_topics([name])
@@ -387,7 +388,7 @@ async def _delete_topic(bootstrap: str, name: str) -> None:
 
 
 def _middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each figure the middle one; they may be of different turns."""
+    """The median of each figure; the medians may come from different turns."""
     names = [name for name, value in rows[0].items() if not isinstance(value, str)]
     return rows[0] | {name: median(row[name] for row in rows) for name in names}
 

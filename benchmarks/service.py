@@ -1,4 +1,4 @@
-"""The whole service under measurement: throughput, latency, memory and CPU, beside a naive one."""
+"""Measures the whole service: throughput, latency, memory and CPU, and the throughput of a naive service."""
 
 import asyncio
 import contextlib
@@ -82,7 +82,7 @@ class Bench:
         await ensure_topics(KafkaAccess(self._urls.kafka_bootstrap), dict.fromkeys(self._topics.values(), PARTITIONS))
 
     def erase(self) -> None:
-        """Leave no database behind."""
+        """Drop the run's database."""
         drop_database(self.postgres_url)
 
     @contextlib.asynccontextmanager
@@ -96,14 +96,14 @@ class Bench:
         self.machine.stop()
 
     async def start_service(self, **environment: str) -> None:
-        """Worker and relay, ready."""
+        """Start worker and relay and wait until they are ready."""
         self.machine.start("relay", "app.cli", "relay", **environment)
         self.machine.start("worker", "app.cli", "worker", **environment)
         await self._ready("PAYMENTS_WORKER_PORT")
         await self._ready("PAYMENTS_RELAY_PORT")
 
     async def worker_metric(self, name: str) -> float:
-        """A gauge without labels, as the worker has it now."""
+        """The worker's current value of a gauge without labels."""
         async with httpx.AsyncClient(trust_env=False) as client:
             text = (await client.get(f"http://127.0.0.1:{self._ports['PAYMENTS_WORKER_PORT']}/metrics")).text
         return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
@@ -113,7 +113,7 @@ class Bench:
         return PARTITIONS
 
     async def set_sandbox_latency(self, milliseconds: int) -> None:
-        """Have the simulator, once it is there, take so long for each request."""
+        """Wait for the simulator, then make it delay each request."""
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.sandbox_port}", trust_env=False) as client:
             for _ in range(200):
                 try:
@@ -166,7 +166,7 @@ class Bench:
         console.print(row)
 
     async def _warm_up(self, load: Load, commands: int = 1000) -> None:
-        """Plans are prepared, topics are known, code is warm."""
+        """Run some commands, so that plans are prepared, topics are known and code is warm."""
         await load.send_all(make_charges(commands, PARTITIONS, gateway="instant"))
         await load.count_results(commands)
 
@@ -180,7 +180,7 @@ class Bench:
         """Percentiles from command to result at a steady rate."""
         messages = make_charges(rate * self.plan.latency_seconds, PARTITIONS, gateway="instant")
         taken = await load.time_results(messages, rate)
-        # The first second is start-up, not the service.
+        # The first second measures the start-up.
         steady = taken[rate:]
         shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
         row = {"rate": rate} | {name: round(percentile(steady, share) * 1000, 1) for name, share in shares.items()}
@@ -188,7 +188,7 @@ class Bench:
         console.print(key, row)
 
     async def stripe_http(self) -> None:
-        """Through the official SDK over HTTP, against the simulator in its own process."""
+        """Throughput with Stripe's official SDK over HTTP, against the simulator in its own process."""
         self.machine.start("sandbox", "app.cli", "sandbox", "--port", str(self.sandbox_port))
         settings = {"PAYMENTS_GATEWAYS": '["stripe"]', "PAYMENTS_DEFAULT_GATEWAY": "stripe"}
         await self.start_service(**settings)
@@ -203,7 +203,7 @@ class Bench:
         console.print("stripe_http", self.results["stripe_http"])
 
     async def memory(self) -> None:
-        """The largest memory of worker and relay while a backlog waits on the topic and is worked off."""
+        """The largest memory of worker and relay while they process a backlog on the topic."""
         load = await self.load()
         await load.send_all(make_charges(self.plan.backlog, PARTITIONS, gateway="instant"))
         await self.start_service()

@@ -1,4 +1,4 @@
-"""Looks at processes while they are measured: their largest memory."""
+"""Records the largest memory of processes while they are measured."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ EVERY_SECONDS: Final = 0.1
 
 
 class Memory:
-    """The largest resident memory of each process that was looked at."""
+    """The largest resident memory (MiB) of each watched process."""
 
     def __init__(self, machine: Machine) -> None:
         self.largest: dict[str, float] = {}
@@ -19,7 +19,7 @@ class Memory:
 
     @contextlib.asynccontextmanager
     async def watch(self, *names: str) -> AsyncIterator[None]:
-        """Look at these while the block runs."""
+        """Watch these processes while the block runs."""
         looking = asyncio.create_task(self._look(names))
         yield
         looking.cancel()

@@ -1,9 +1,9 @@
 """The real servers that the tests run against.
 
-By default the embedded ones, with data in `.local/test/<pid>/`, deleted at the end. `PAYMENTS_POSTGRES_URL`,
-`PAYMENTS_KAFKA_BOOTSTRAP` and `PAYMENTS_REDIS_URL` each put a server of yours in the place of one of ours, and
-`PAYMENTS_TEST_SERVERS=testcontainers` takes Docker containers for the rest. Nothing else here knows which it got.
-The `own_…` fixtures are always embedded: a test may kill them.
+By default they are the embedded servers, with data in `.local/test/<pid>/` that is deleted at the end.
+`PAYMENTS_POSTGRES_URL`, `PAYMENTS_KAFKA_BOOTSTRAP` and `PAYMENTS_REDIS_URL` each replace one of them with your own
+server, and `PAYMENTS_TEST_SERVERS=testcontainers` uses Docker containers for the rest. Nothing else here depends on
+the choice, except that the `own_…` fixtures are always embedded servers: a test may kill them.
 """
 
 import contextlib
@@ -39,16 +39,17 @@ from tests.support.first_connection import close_what_a_cancelled_start_leaves
 
 TESTS_DIR = DEFAULT_DATA_DIR / "test"
 PARTITIONS = 8
-# Every Redis server has 16 databases unless told otherwise; number 0 is the one that people use.
+# A Redis server has 16 databases by default; number 0 is left to people.
 REDIS_DATABASES = range(1, 16)
 
 serial = itertools.count(1)
 
 
 def pytest_configure() -> None:
-    """A run in the background inherits from its shell that Ctrl-C is ignored, and so would all processes it starts."""
+    """Set up this process before any test runs."""
+    # A shell starts background jobs with SIGINT ignored, and every process that the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As in each of our processes: what is logged is beside the result of a command, not in it.
+    # Logs go to standard error, as in each of our processes, so that they do not mix with a command's output.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     close_what_a_cancelled_start_leaves()
 
@@ -64,7 +65,7 @@ class Topics:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Iterator[Path]:
-    """This run's folder for the servers' data; folders of runs that have died are cleared away."""
+    """This run's folder for the servers' data. Folders that dead runs left behind are deleted."""
     TESTS_DIR.mkdir(parents=True, exist_ok=True)
     for folder in TESTS_DIR.iterdir():
         if folder.name.isdigit() and not psutil.pid_exists(int(folder.name)):
@@ -77,7 +78,7 @@ def data_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def stack(data_dir: Path) -> Iterator[StackUrls]:
-    """Where the session's three servers are."""
+    """The URLs of the session's three servers."""
     with contextlib.ExitStack() as containers:
         environment = dict(os.environ)
         if environment.get("PAYMENTS_TEST_SERVERS") == "testcontainers":
@@ -101,7 +102,7 @@ def migrated_template(stack: StackUrls) -> Iterator[str]:
 
 @pytest.fixture
 def empty_postgres_url(stack: StackUrls) -> Iterator[str]:
-    """A database of this test's own with nothing in it."""
+    """An empty database for this test alone."""
     url = create_database(stack.postgres_url, f"test_{uuid.uuid4().hex[:12]}")
     yield url
     drop_database(url)
@@ -109,7 +110,7 @@ def empty_postgres_url(stack: StackUrls) -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
-    """A database of this test's own at the newest schema version."""
+    """A database for this test alone, at the newest schema version."""
     url = create_database(stack.postgres_url, f"test_{uuid.uuid4().hex[:12]}", template=migrated_template)
     yield url
     drop_database(url)
@@ -117,7 +118,7 @@ def postgres_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
 
 @pytest.fixture
 def kafka_bootstrap(stack: StackUrls) -> str:
-    """The session's broker, shared by all tests: `topics` are what a test has for itself."""
+    """The session's broker, shared by all tests; a test's own topics are in `topics`."""
     return stack.kafka_bootstrap
 
 
@@ -133,7 +134,7 @@ def redis_url(stack: StackUrls) -> str:
 
 @pytest.fixture
 async def topics(kafka_bootstrap: str) -> AsyncIterator[Topics]:
-    """Three new topics; deleted afterwards, since a broker with thousands of partitions is slow."""
+    """Three new topics, deleted afterwards because a broker with thousands of partitions is slow."""
     prefix = f"test-{uuid.uuid4().hex[:12]}"
     names = [f"{prefix}.{name}" for name in ("commands", "events", "dlq")]
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka_bootstrap)
@@ -186,7 +187,7 @@ def own_valkey(tmp_data_dir: Path) -> Iterator[EmbeddedValkey]:
 
 @pytest.fixture
 def tmp_data_dir(data_dir: Path) -> Iterator[Path]:
-    """A folder for one test's servers. Not `tmp_path`: Postgres may run as somebody else, who cannot enter that."""
+    """A folder for one test's servers. Not `tmp_path`: Postgres may run as another user, which cannot enter that."""
     folder = data_dir / f"own-{next(serial)}"
     folder.mkdir()
     yield folder
@@ -194,7 +195,7 @@ def tmp_data_dir(data_dir: Path) -> Iterator[Path]:
 
 
 def container_urls(running: contextlib.ExitStack) -> dict[str, str]:
-    """Start the three servers by testcontainers, to be stopped by `running`; skips where no Docker engine answers."""
+    """Start the three servers with testcontainers; `running` stops them. Skips the test if no Docker engine answers."""
     import docker
     from testcontainers.core.container import DockerContainer
     from testcontainers.postgres import PostgresContainer
@@ -239,7 +240,7 @@ def kafka_environment(port: int) -> dict[str, str]:
 
 
 def wait_for_kafka(bootstrap: str) -> None:
-    """Wait until the broker at `bootstrap` can be written."""
+    """Wait until the broker at `bootstrap` accepts a record."""
     import time
 
     from infra.local.kafka import write_one_record

@@ -1,4 +1,4 @@
-"""Money in our books against money in the providers' own, per provider and currency."""
+"""Compares the money in our ledger with the money in the providers' books, per provider and currency."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,7 @@ class Sums:
     captured: int = 0
     refunded: int = 0
     disputed: int = 0
-    """Taken back by payers' banks, and not won back."""
+    """Taken back by payers' banks in disputes that we have not won."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """Both books, compared. `charged_twice` are payments with several successful charges at the provider."""
+    """Both books, compared. `charged_twice` lists payments with several successful charges at the provider."""
 
     currencies: list[Comparison]
     charged_twice: list[str]
 
 
 async def compare(postgres_url: str, simulator_url: str, since: datetime) -> Books:
-    """Our ledger since then, against all that the simulator (which started empty) has booked."""
+    """Compare our ledger from `since` on with everything that the simulator, which started empty, has booked."""
     ours = await _ledger(postgres_url, since)
     async with httpx.AsyncClient(trust_env=False, base_url=simulator_url) as client:
         totals = (await client.get("/_sandbox/all")).raise_for_status().json()

@@ -1,6 +1,6 @@
 """The demo's orders: a seeded, realistic stream of commands, each with the result that it must have.
 
-The seed decides what is ordered; payment ids and keys are new in every run, so that two runs never meet.
+The seed decides the orders. Payment ids and idempotency keys are new in every run, so runs do not affect each other.
 """
 
 import random
@@ -16,11 +16,11 @@ ORDERS_PER_SECOND: Final = 45.0
 FOLLOW_UP_SECONDS: Final = 0.4
 
 CURRENCIES: Final = {"USD": 45, "EUR": 30, "GBP": 10, "JPY": 10, "KWD": 5}
-"""How often each. Stripe's units of these are ISO's minor units, so both sides' sums can be compared as they are."""
+"""Each currency's weight. Stripe counts these in ISO 4217 minor units, as we do, so the sums compare directly."""
 PAYPAL_CURRENCIES: Final = {"USD": 50, "EUR": 40, "JPY": 10}
 DONG: Final = {"VND": 1}
 SMALLEST: Final = {"KWD": 10, "VND": 1_000}
-"""Stripe takes three-decimal currencies in steps of ten; nobody pays in single dong."""
+"""Amounts are multiples of this: Stripe takes three-decimal currencies in steps of ten; nobody pays single dong."""
 LARGE: Final = {"VND": 20}
 DECLINING_CARDS: Final = (
     "pm_card_visa_chargeDeclined",
@@ -34,7 +34,7 @@ UNREADABLE: Final = (b"\xff\xfe not text", b'{"type": "payment.charge.v1"', b'{"
 
 @dataclass(slots=True, eq=False)
 class Planned:
-    """One command: how often it is delivered, and which results are right for it."""
+    """One command, how often it is delivered, and the result that it must have."""
 
     command_id: UUID
     kind: OperationKind
@@ -46,7 +46,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """One message at its time (seconds from the start). `planned` is None for what is no command."""
+    """One message at its time (seconds from the start). `planned` is None for an unreadable message."""
 
     at: float
     payment_id: UUID
@@ -71,7 +71,7 @@ class Order:
         self.pay_through(None, CURRENCIES)
 
     def pay_through(self, gateway: str | None, currencies: Mapping[str, int]) -> None:
-        """Have this gateway (None is the default one) take the money, in one of these currencies."""
+        """Choose the gateway (None is the default one), one of these currencies, and a new amount."""
         self.gateway = gateway
         self.currency = self.random.choices(list(currencies), list(currencies.values()))[0]
         step = SMALLEST.get(self.currency, 1)
@@ -104,7 +104,7 @@ class Order:
         return planned
 
     def deliver(self, planned: Planned | None, value: bytes) -> None:
-        """Send a message a little after the one before."""
+        """Send the message a little after the previous one."""
         if planned is not None:
             planned.deliveries += 1
         self.sendings.append(Sending(self.at, self.payment_id, value, planned))
@@ -171,7 +171,7 @@ def unreadable(order: Order) -> None:
 
 
 def with_method(payment_method: str) -> Callable[[Order], None]:
-    """A charge with one of the simulator's payment methods that stand for a fault."""
+    """A charge with a payment method that makes the simulator cause a fault or ask for 3-D Secure."""
 
     def tell(order: Order) -> None:
         order.open(OperationKind.CHARGE, "captured", payment_method)
@@ -202,7 +202,7 @@ def paypal_vaulted(order: Order) -> None:
 
 
 def vnpay_paid(order: Order) -> None:
-    """No refund: VNPay knows no idempotency keys, so one that the crash hits would wait for a person."""
+    """No refund: VNPay has no idempotency keys, so a refund that the crash interrupts would wait for a person."""
     order.pay_through("vnpay", DONG)
     order.open(OperationKind.CHARGE, "captured", "bank")
 
@@ -237,7 +237,7 @@ Story = Callable[[Order], None]
 REDIRECT_REFUSED: Final = "VNPay or MoMo, refused by the payer"
 AUTHENTICATED: Final = "3-D Secure, passed by the payer"
 REFUSED_BY_PAYER: Final = "3-D Secure, failed by the payer"
-ABANDONED: Final = "3-D Secure, voided before the payer came"
+ABANDONED: Final = "3-D Secure, voided before the payer acted"
 DISPUTED: Final = "charged, then disputed by the payer's bank"
 
 STORIES: Final[dict[str, tuple[int, Story]]] = {
@@ -249,7 +249,7 @@ STORIES: Final[dict[str, tuple[int, Story]]] = {
     "card declined": (8, declined_card),
     "refund of more than was paid": (2, refund_too_much),
     "command delivered two or three times": (6, delivered_again),
-    "same key, other content": (2, same_key_other_content),
+    "same idempotency key, different content": (2, same_key_other_content),
     "answer lost after the provider charged": (3, with_method("pm_sandbox_lost_answer")),
     "request lost before the provider": (2, with_method("pm_sandbox_lost_request")),
     "provider fails (500) after charging": (1, with_method("pm_sandbox_500")),
@@ -261,23 +261,23 @@ STORIES: Final[dict[str, tuple[int, Story]]] = {
     ABANDONED: (2, voided_while_awaited),
     DISPUTED: (2, charge),
     "PayPal, approved, refunded in part": (5, paypal_wallet),
-    "PayPal, stored: part captured, rest freed": (3, paypal_vaulted),
+    "PayPal, vaulted: part captured, rest voided": (3, paypal_vaulted),
     "VNPay, paid": (4, vnpay_paid),
     "MoMo, paid and refunded in part": (4, momo_paid),
-    "MoMo, held, then captured or freed": (3, momo_held),
+    "MoMo, authorized, then captured or voided": (3, momo_held),
     REDIRECT_REFUSED: (2, redirect_refused),
-    "a hold, which VNPay does not offer": (1, unsupported),
+    "VNPay, authorization (unsupported)": (1, unsupported),
 }
 """What can happen to an order, and its weight."""
 
 TROUBLED: Final = tuple(STORIES)[6:]
-"""The stories in which somebody misbehaves."""
+"""The stories in the table of faults and special cases: all but the six everyday ones."""
 DELAYED: Final = frozenset((*tuple(STORIES)[9:14], *tuple(STORIES)[15:]))
-"""The stories that take long because of a fault that we asked for, or of a payer who has to come."""
+"""Stories left out of the undisturbed latencies: those with a fault that takes time, and all from 3-D Secure on."""
 
 
 def stream(count: int, seed: int) -> list[Sending]:
-    """All messages of `count` orders in the order of their times; each story occurs at least once in 26 orders."""
+    """All messages of `count` orders, sorted by time. With 26 orders or more, each story occurs at least once."""
     source = random.Random(seed)  # noqa: S311 - a repeatable stream, no secret
     sendings = [sending for order in _orders(count, source) for sending in order.sendings]
     return sorted(sendings, key=lambda sending: sending.at)

@@ -1,4 +1,4 @@
-"""The demo's outsiders, neither the order service nor us: payers, a payer's bank, and a forger."""
+"""The demo's third parties, beside the order service and us: payers, a payer's bank, and a forger of webhooks."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ FORGED: Final = {"id": "evt_forged", "object": "event", "type": "payment_intent.
 
 
 class Outsiders:
-    """They react to what the events say, each once, and by themselves."""
+    """React to the events that concern them, once to each, in background tasks."""
 
     def __init__(self, simulator_url: str, http_url: str, planned: Iterable[Planned]) -> None:
         self.disputes_opened = 0
@@ -33,7 +33,7 @@ class Outsiders:
 
     @property
     def are_done(self) -> bool:
-        """Whether the service has finished everything that they started."""
+        """Whether their tasks have ended and the end of every dispute has been reported."""
         return not self._tasks and self.disputes_closed >= self._expected_ends
 
     def hear(self, event: WireEvent) -> None:
@@ -53,14 +53,14 @@ class Outsiders:
                 self.disputes_closed += 1
 
     async def forge(self) -> None:
-        """Claim, without knowing the secret, that something was paid."""
+        """Send a webhook that claims a payment succeeded, signed without the secret."""
         forged = json.dumps(FORGED | {"data": {"object": {"metadata": {"payment_id": next(iter(self._stories))}}}})
         headers = {"stripe-signature": "t=1700000000,v1=" + "0" * 64}
         answer = await self._client.post(f"{self._http_url}/webhooks/stripe", content=forged, headers=headers)
         self.forged_answers.append(answer.status_code)
 
     async def close(self) -> None:
-        """Leave, without doing what they were about to do."""
+        """Cancel the reactions that have not happened yet."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -72,7 +72,7 @@ class Outsiders:
         task.add_done_callback(self._tasks.discard)
 
     async def _authenticate(self, event: WireEvent) -> None:
-        """The payer on the page of the bank or of the wallet."""
+        """The payer decides on the page of the bank or wallet."""
         await asyncio.sleep(random.uniform(*HESITATION_SECONDS))  # noqa: S311 - no secret
         does_consent = self._stories[event["payment_id"]] not in (REFUSED_BY_PAYER, REDIRECT_REFUSED)
         url = httpx.URL(event["action"]["url"])
@@ -84,7 +84,7 @@ class Outsiders:
             (await self._client.post(chosen)).raise_for_status()
 
     async def _dispute(self, event: WireEvent) -> None:
-        """The payer's bank takes the money back; then the case is decided, one way or the other."""
+        """The payer's bank takes the money back; then the dispute is won or lost."""
         intent = event["payment"]["gateway_payment_id"]
         dispute = await self._post(f"payment_intents/{intent}/dispute")
         await asyncio.sleep(DISPUTE_SECONDS)

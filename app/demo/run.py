@@ -1,4 +1,4 @@
-"""The demo from start to end: start everything, send, crash, wait, compare; 0 only if every promise held."""
+"""The demo from start to end: start everything, send, crash, wait, compare. Exit code 0 only if every promise held."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from infra.postgres.ledger import database_time
 CRASH_AT: Final = 0.45
 """The worker is killed after this share of the messages."""
 RESULTS_SECONDS_MAX: Final = 60.0
-"""Seconds that a result may take after the last message."""
+"""How long we wait for the remaining results once the last message is sent."""
 SURPLUS_SECONDS: Final = 1.0
 LETTERS_SECONDS_MAX: Final = 5.0
 PROVIDER_LATENCY_MS: Final = 60
@@ -44,7 +44,7 @@ HASTE: Final = {
     "PAYMENTS_POLL_INTERVAL_SECONDS": "1",
     "PAYMENTS_STRIPE_TIMEOUT_SECONDS": "6",
 }
-"""Settings that let a crash heal within seconds, so that nobody has to wait. The defaults are for production."""
+"""Settings with which recovery from a crash takes seconds. The defaults are for production."""
 
 GATEWAYS: Final = {"PAYMENTS_GATEWAYS": ALL_GATEWAYS, "PAYMENTS_DEFAULT_GATEWAY": "stripe"}
 
@@ -54,7 +54,7 @@ class Interrupted(Exception):
 
 
 def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> int:
-    """Run it; the exit code."""
+    """Run the demo and return its exit code."""
     console = new_console()
     screen = Screen(console)
     reporter = Teller(console, screen)
@@ -71,7 +71,7 @@ def run_demo(data_dir: Path, *, orders: int, seed: int | None, stay: bool) -> in
 
 
 class Teller(ConsoleReporter):
-    """Once everything runs, what is noted is a part of the story."""
+    """Once everything runs, prints notes as timed lines of the story."""
 
     def __init__(self, console: Console, screen: Screen) -> None:
         super().__init__(console)
@@ -102,16 +102,16 @@ class Demo:
         say("[bold]Payments, each exactly once: a demonstration[/]")
         say(
             f"{orders:,} orders ({len(self._sendings):,} messages, seed {seed}) go through real Kafka, Postgres and "
-            "Valkey to four simulated providers\n(Stripe, PayPal, VNPay, MoMo) that lose answers; messages come twice, "
-            "payers pass or fail 3-D Secure,\nbanks dispute, and the worker is killed on the way. At the end our books "
-            "are compared with the providers'."
+            "Valkey to four simulated providers\n(Stripe, PayPal, VNPay, MoMo) that lose answers. Messages come twice, "
+            "payers pass or fail 3-D Secure,\nbanks open disputes, and the worker is killed on the way. At the end our "
+            "books are compared with the providers'."
         )
         haste = ", ".join(f"{name.removeprefix('PAYMENTS_').lower()} {value}" for name, value in HASTE.items())
         data = escape(str(self._installation.data_dir))
-        say(f"[dim]In a hurry: {haste}. Everything else is as in production. Data: {data}[/]")
+        say(f"[dim]Shorter times than in production, so that you need not wait: {haste}. Data: {data}[/]")
 
     async def run(self, *, stay: bool) -> int:
-        """Everything, in order; whatever happens, all that was started is stopped."""
+        """Perform the demo; however it ends, stop everything that was started."""
         stop = stop_on_signals(then=self._installation.kill_all)
         try:
             code = await _unless(stop, self._perform())
@@ -151,7 +151,7 @@ class Demo:
     # --- the exchange -----------------------------------------------------------------------------------------------
 
     async def _exchange(self, client: PaymentsClient) -> None:
-        """Send everything, crash in the middle, and listen until every delivery is answered or time is up."""
+        """Send everything, kill the worker midway, and listen until every delivery is answered or time is up."""
         async with asyncio.TaskGroup() as group:
             listening = group.create_task(self._listen(client))
             with _running(self._screen.follow(self._tally, len(self._sendings))):
@@ -189,21 +189,24 @@ class Demo:
             self._tally.note_heard(heard)
             self._outsiders.hear(heard.event)
             if self._installation.children["worker"].is_ready and self._tally.has_recovered(heard.at):
-                self._screen.tell("the backlog of the crash is worked off")
+                self._screen.tell("the backlog from the crash is processed")
             if self._tally.sent == len(self._sendings) and not self._tally.missing:
                 self._answered.set()
 
     def _crash(self) -> None:
         self._tally.note_crash(time.monotonic())
         self._screen.tell(
-            f"[bold red]the worker is killed (SIGKILL)[/] with {self._tally.in_flight} commands on their way; "
+            f"[bold red]the worker is killed (SIGKILL)[/] with {self._tally.in_flight} commands in flight; "
             "orders keep coming"
         )
-        self._screen.tell("[dim]Kafka hands on what it was reading when its session ends, 10 s from now[/]")
+        self._screen.tell(
+            "[dim]the new worker gets the killed one's Kafka partitions when that one's session times out, after 10 s; "
+            "until then commands wait[/]"
+        )
         self._installation.children["worker"].kill()
 
     async def _read_dead_letters(self, client: PaymentsClient) -> None:
-        """What was parked, each message once, however often it was parked."""
+        """Collect the dead letters; a message that was written several times counts once."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LETTERS_SECONDS_MAX):
                 while len(self._letters) < self._unreadable:
@@ -232,7 +235,8 @@ class Demo:
         self._name_missing()
         held = all(check.held for check in checks)
         screen.say(
-            "\n[bold green]Every order was paid exactly once, and the books agree to the last cent.[/]"
+            "\n[bold green]No payment was charged twice, every command has its result, and the books agree to the last "
+            "cent.[/]"
             if held
             else "\n[bold red]A promise did not hold; see ✗ above.[/]"
         )
@@ -245,14 +249,13 @@ class Demo:
 
     def _check_forged(self) -> Check:
         answers = self._outsiders.forged_answers
-        found = f"refused with {', '.join(map(str, answers))}"
-        return Check("a forged webhook changes nothing", bool(answers) and set(answers) == {400}, found)
+        found = f"answered with HTTP {', '.join(map(str, answers))}"
+        return Check("a forged webhook is refused", bool(answers) and set(answers) == {400}, found)
 
     def _check_disputes(self) -> Check:
         opened, closed = self._outsiders.disputes_opened, self._outsiders.disputes_closed
-        return Check(
-            "disputes are told, from their start to their end", self._outsiders.are_done, f"{opened}, {closed}"
-        )
+        found = f"{opened} opened, {closed} closed"
+        return Check("disputes are reported when they open and when they close", self._outsiders.are_done, found)
 
     def _name_missing(self) -> None:
         missing = self._tally.missing
@@ -281,7 +284,7 @@ def _check_books(books: Books) -> Iterator[Check]:
 
 
 def check_told(tally: DemoTally, books: Books) -> Check:
-    """A subscriber who adds up what the results say must come to the same sums as the ledger."""
+    """A subscriber that adds up the amounts in the events must get the same sums as the ledger."""
     booked: Counter[tuple[str, str]] = Counter()
     for each in books.currencies:
         booked[each.currency, "captured"] += each.ours.captured
@@ -299,7 +302,7 @@ async def _unless(stop: asyncio.Event, work: Awaitable[int]) -> int:
     """The result of `work`.
 
     Raises:
-        Interrupted: `stop` was set before it was done.
+        Interrupted: `stop` was set before `work` was done.
     """
     working, stopping = asyncio.ensure_future(work), asyncio.create_task(stop.wait())
     await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -313,7 +316,7 @@ async def _unless(stop: asyncio.Event, work: Awaitable[int]) -> int:
 
 @contextlib.contextmanager
 def _running(work: Awaitable[None]) -> Iterator[None]:
-    """Run something beside the block, and end it with the block."""
+    """Run `work` in the background for as long as the block runs."""
     task = asyncio.ensure_future(work)
     try:
         yield

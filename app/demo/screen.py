@@ -1,4 +1,4 @@
-"""What a person sees of the demo: a story line by line, live numbers below it, tables at the end."""
+"""The demo's output: a story line by line, live numbers below it, tables at the end."""
 
 import asyncio
 import time
@@ -28,7 +28,7 @@ GOOD: Final = ("captured", "authorized", "voided", "refunded")
 
 
 class Screen:
-    """The demo's voice. Its own texts are markup, and are told as such; what is not its own is escaped before."""
+    """Prints the demo. `tell` and `say` take rich markup, so callers escape every text that is not the demo's own."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -42,14 +42,14 @@ class Screen:
         self.say(f"[dim]{seconds:5.1f} s[/]  {text}")
 
     def say(self, text: str) -> None:
-        # In a file or a pipe a line stays a line.
+        # Lines are not wrapped in a file or a pipe.
         self.console.print(Text.from_markup(text, emoji=False), soft_wrap=not self.console.is_terminal)
 
     def heading(self, text: str) -> None:
         self.console.print(Text(f"\n{text}", "bold"))
 
     async def follow(self, tally: DemoTally, total: int) -> None:
-        """Show how far it is, until cancelled."""
+        """Show the progress until cancelled."""
         self._tally, self._total = tally, total
         if self.console.is_terminal:
             with Live(get_renderable=self._live, console=self.console, refresh_per_second=1 / REFRESH_SECONDS):
@@ -94,8 +94,8 @@ class Screen:
         self.console.print(table)
 
     def show_troubles(self, tally: DemoTally, unreadable: int, parked: int) -> None:
-        """What went wrong on purpose, and what came of it."""
-        table = _table("what went wrong on purpose", "commands", "what came of it")
+        """The faults and special cases, and the results of their commands."""
+        table = _table("faults and special cases", "commands", "results")
         table.columns[2].justify = "left"
         by_story = tally.by_story()
         for story in TROUBLED:
@@ -106,16 +106,16 @@ class Screen:
         self.console.print(table)
 
     def show_latency(self, tally: DemoTally) -> None:
-        """From sending a command to hearing its result."""
+        """Latency from sending a command to reading its result."""
         table = _table("from command to result", "commands", "p50", "p95", "p99", "slowest")
-        for name, undisturbed in (("undisturbed", True), ("all, with faults and crash", False)):
+        for name, undisturbed in (("without fault, payer or crash", True), ("all", False)):
             seconds = tally.seconds(undisturbed=undisturbed)
             marks = (percentile(seconds, 0.5), percentile(seconds, 0.95), percentile(seconds, 0.99), *seconds[-1:])
             table.add_row(name, f"{len(seconds):,}", *(_duration(each) for each in marks))
         self.console.print(table)
 
     def show_books(self, books: Books) -> None:
-        """Money, ours against theirs."""
+        """The money in our ledger and in the providers' books."""
         table = _table("money", "our ledger", "provider's books", "difference")
         for each in books.currencies:
             rows = (

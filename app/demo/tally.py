@@ -1,4 +1,4 @@
-"""Counts what was sent and what came back, and checks the promises against that. Knows no server and no screen."""
+"""Counts the messages sent and the events read, and checks the promises on them. Uses no server and no screen."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class Answer:
     planned: Planned
     sent_at: list[float] = field(default_factory=list)
     results: list[WireEvent] = field(default_factory=list)
-    """Final events that are no replays; exactly one is right, but for refusals that leave no trace to repeat."""
+    """Final events that are not replays. There must be exactly one, except where the command left no operation."""
     replays: int = 0
     answered_at: float | None = None
 
@@ -41,7 +41,7 @@ MOVING = ("captured", "refunded")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A promise, whether it held, and what was found."""
+    """A promise, whether it held, and the finding that shows it."""
 
     promise: str
     held: bool
@@ -61,11 +61,11 @@ class DemoTally:
         self.results: Counter[str] = Counter()
         self.sequences: dict[str, list[int]] = defaultdict(list)
         self.told: Counter[tuple[str, str]] = Counter()
-        """Minor units that the results speak of, by currency and `captured` or `refunded`."""
+        """Minor units that the results report, by currency and `captured` or `refunded`."""
         self.states: dict[str, tuple[int, WireEvent]] = {}
-        """By payment: the highest `payment_seq`, and the payment as that event has it."""
+        """By payment: the highest `payment_seq`, and the payment's state in that event."""
         self.crash: tuple[float, float] | None = None
-        """From the crash until its backlog was worked off."""
+        """When the worker was killed, and when the backlog was processed (`inf` until then)."""
         self._usual = 0
         self._seen: set[str] = set()
 
@@ -85,7 +85,7 @@ class DemoTally:
         self.sent += 1
 
     def note_heard(self, heard: Heard) -> None:
-        """Count an event; one that Kafka delivers again (same id) counts once, and not at all if it is not ours."""
+        """Count an event once, even if Kafka delivers it again (same id). Events of other payments are ignored."""
         event = heard.event
         if event["payment_id"] not in self._payments or event["event_id"] in self._seen:
             return
@@ -106,20 +106,20 @@ class DemoTally:
             self.states[event["payment_id"]] = event["payment_seq"], event["payment"]
 
     def told_in(self, currency: str, word: str) -> tuple[int, int]:
-        """What the results add up to, and what the payments' last states add up to."""
+        """The sum of the amounts in the results, and the sum over the payments' last states."""
         states = [state for _, state in self.states.values() if state["currency"] == currency]
         return self.told[currency, word], sum(state[f"{word}_minor"] for state in states)
 
     @property
     def is_recovering(self) -> bool:
-        """After a crash, until no more commands are on their way than were when it happened."""
+        """From the crash until no more commands are in flight than at the crash."""
         return self.crash is not None and self.crash[1] == inf
 
     def note_crash(self, at: float) -> None:
         self.crash, self._usual = (at, inf), max(self.in_flight, 1)
 
     def has_recovered(self, at: float) -> bool:
-        """Whether the backlog of the crash was worked off just now."""
+        """Whether the backlog from the crash has been processed just now; true once."""
         if self.crash is None or not self.is_recovering or self.in_flight > self._usual:
             return False
         self.crash = (self.crash[0], at)
@@ -135,7 +135,7 @@ class DemoTally:
         if answer.answered_at is None:
             answer.answered_at = at
 
-    # --- what it adds up to -----------------------------------------------------------------------------------------
+    # --- summaries and checks ---------------------------------------------------------------------------------------
 
     def by_kind(self) -> dict[str, Counter[str]]:
         """Results by the command's type."""
@@ -146,7 +146,7 @@ class DemoTally:
         return table
 
     def by_story(self) -> dict[str, Counter[str]]:
-        """Results by what happened to the order."""
+        """Results by the order's story."""
         table: dict[str, Counter[str]] = defaultdict(Counter)
         for answer in self.answers.values():
             table[answer.planned.story]["commands"] += 1
@@ -155,7 +155,7 @@ class DemoTally:
         return table
 
     def seconds(self, *, undisturbed: bool) -> list[float]:
-        """Sorted times from command to result; undisturbed ones had no fault of their own and met no crash."""
+        """Sorted seconds from command to result. `undisturbed` leaves out `DELAYED` stories and the crash."""
         answered = [each for each in self.answers.values() if each.answered_at is not None]
         return sorted(each.seconds for each in answered if not undisturbed or not self._is_disturbed(each))
 
@@ -169,27 +169,27 @@ class DemoTally:
         return answer.sent_at[0] <= end and answer.answered_at >= start
 
     def checks(self) -> list[Check]:
-        """The promises that the topic itself can prove."""
+        """The promises that the events alone can prove."""
         return [self._check_one_result(), self._check_answers(), self._check_expected(), self._check_sequences()]
 
     def _check_one_result(self) -> Check:
         accepted = [each for each in self.answers.values() if any(map(_is_accepted, each.results))]
         wrong = [each for each in accepted if len(each.results) != 1]
         found = (
-            f"{len(accepted):,} accepted, {len(wrong)} with more than one" if wrong else f"{len(accepted):,} of them"
+            f"{len(accepted):,} accepted, {len(wrong)} with more than one" if wrong else f"{len(accepted):,} accepted"
         )
         return Check("every accepted command has exactly one final result", not wrong and not self.missing, found)
 
     def _check_answers(self) -> Check:
         answers = sum(each.answers for each in self.answers.values())
-        again = f", {answers - self.deliveries} of what Kafka delivered again" if answers > self.deliveries else ""
+        again = f", {answers - self.deliveries} to repeated Kafka deliveries" if answers > self.deliveries else ""
         found = f"{self.deliveries:,} deliveries, {answers:,} answers{again}"
         return Check("every delivery of a command is answered", not self.missing, found)
 
     def _check_expected(self) -> Check:
         wrong = [each for each in self.answers.values() if {_word(r) for r in each.results} != {each.planned.expected}]
         found = "as planned for each order" if not wrong else f"{len(wrong)} differ, such as {_difference(wrong[0])}"
-        return Check("the results are the right ones", not wrong, found)
+        return Check("every command has the expected result", not wrong, found)
 
     def _check_sequences(self) -> Check:
         wrong = [payment for payment, numbers in self.sequences.items() if numbers != list(range(1, len(numbers) + 1))]
@@ -210,7 +210,7 @@ def _word(event: WireEvent) -> str:
 
 
 def _is_accepted(event: WireEvent) -> bool:
-    """Whether the command left an operation behind; a conflict leaves none and is refused anew each time."""
+    """Whether the command left an operation. An idempotency conflict leaves none: every delivery is rejected again."""
     return event["operation_number"] is not None
 
 

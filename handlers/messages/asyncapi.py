@@ -154,7 +154,7 @@ _HEADERS: Final[Mapping[str, JsonObject]] = {
         "properties": {
             "id": _text("Same as `event_id` in the body.", str(EVENT_ID)),
             "ce_id": _text("CloudEvents: same as `event_id` in the body.", str(EVENT_ID)),
-            "ce_type": _text("CloudEvents: same as `type` in the body.", "payment.captured.v1"),
+            "ce_type": _text("CloudEvents: same as `type` in the body."),
             "ce_source": _text("CloudEvents: the service that wrote the event.", "/payments"),
             "ce_time": _text("CloudEvents: same as `occurred_at` in the body.", "2026-01-31T12:00:00.250000Z"),
             "ce_specversion": _text("CloudEvents.", "1.0"),
@@ -304,7 +304,7 @@ def _message(name: str, payload: JsonObject) -> JsonObject:
         "name": name,
         "title": name,
         "contentType": "application/json",
-        "headers": _HEADERS[topic],
+        "headers": _headers(name, topic),
         "payload": payload,
         "bindings": {"kafka": {"key": _KEYS[topic], "bindingVersion": "0.5.0"}},
     }
@@ -319,6 +319,15 @@ def _message(name: str, payload: JsonObject) -> JsonObject:
         "correlationId": {"location": "$message.payload#/idempotency_key"},
         "examples": [{"name": "example", "payload": _example(name)}],
     }
+
+
+def _headers(name: str, topic: str) -> JsonObject:
+    """The topic's headers; those of an event say which `ce_type` it has, so that subscribers can route by it."""
+    headers = _HEADERS[topic]
+    if name not in EVENT_MODELS:
+        return headers
+    properties = headers["properties"]
+    return headers | {"properties": properties | {"ce_type": properties["ce_type"] | {"const": name}}}
 
 
 def _summary(model: type[BaseModel]) -> str:

@@ -94,7 +94,7 @@ def _example(kind: EventKind, command: OperationKind, key: str, snapshot: Paymen
         occurred_at=datetime(2026, 1, 31, 12, 0, 0, 250_000, tzinfo=UTC),
         command=command,
         idempotency_key=key,
-        # Not that of the example command's content, and so its id is not either: the goldens froze it so.
+        # Neither this fingerprint nor the command id made from it matches the example command: the goldens keep both.
         fingerprint=sha256(key.encode()).digest(),
         snapshot=snapshot,
         currency=snapshot.currency,
@@ -237,4 +237,4 @@ EVENT_EXAMPLES: Final[Mapping[str, Event]] = {
         EventKind.CAPTURED_EXTERNALLY, OperationKind.CAPTURE, _CAPTURED, reference="ch_77aa"
     ),
 }
-"""By `type`, in the domain's words; `write_event` makes them messages."""
+"""By `type`, as domain events; `write_event` turns them into messages."""

@@ -37,6 +37,7 @@ SETTINGS = {
     "wal_compression": "lz4",
     "checkpoint_timeout": "15min",
     "max_slot_wal_keep_size": "8GB",
+    "idle_in_transaction_session_timeout": "60s",
     "log_min_messages": "warning",
 }
 

@@ -15,8 +15,8 @@ RelayError
 from datetime import datetime
 from typing import Final
 
-from infra.relay.gaps import advice_on
-from infra.relay.snapshot import Snapshot
+from infra.relay.progress.gaps import advice_on
+from infra.relay.progress.snapshot import Snapshot
 
 LISTED: Final = " (`payments relay repair --dry-run` lists them)"
 

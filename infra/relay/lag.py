@@ -83,10 +83,10 @@ class Lag:
             assert row is not None, "the query always gives a row"
             is_published, newest = row
             if is_published is not False or not self._newest:
-                self.wait_for(newest or 0)
+                self.expect(newest or 0)
 
-    def wait_for(self, transaction: int) -> None:
-        """Wait for this transaction from now on; 0 for none."""
+    def expect(self, transaction: int) -> None:
+        """Measure from now on how long this transaction stays unread; 0 for none."""
         self._newest, self._newest_since = transaction, time.monotonic()
 
     @property

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.records import Records as AnyRecords
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.records import Records as AnyRecords
 
 class Records:
     buffer: bytearray

@@ -2,7 +2,7 @@
 """The relay's inner loop in C: turns messages of the log into Kafka records without an object for each event.
 
 It handles the common case only, and returns any other message to the Python code that does the same: `plain.py` has its
-`Records`, and `wal_source.py` does the work of `LogReader`. Without a C compiler Python does everything, at 50 to 60 %
+`Records`, and `wal/source.py` does the work of `LogReader`. Without a C compiler Python does everything, at 50 to 60 %
 of the speed.
 Formats: https://kafka.apache.org/documentation/#recordbatch,
 https://www.postgresql.org/docs/17/protocol-logicalrep-message-formats.html

@@ -15,11 +15,11 @@ from aiokafka.errors import KafkaError
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
+from infra.relay.connection import CONNECTION
 from infra.relay.errors import GapFound, KafkaAway, RelayError, SlotBusy
 from infra.relay.health import RelayHealth, State, Status
-from infra.relay.repairs import count_beyond
+from infra.relay.progress.repairs import count_beyond
 from infra.relay.session import Session
-from infra.relay.stream import CONNECTION
 
 log = structlog.get_logger(__name__)
 

@@ -13,19 +13,18 @@ from aiokafka.errors import KafkaError
 
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
+from infra.relay.connection import with_settings
 from infra.relay.errors import RelayError
+from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.poll_source import PollSource
-from infra.relay.prefix import Group
-from infra.relay.publisher import Publisher
-from infra.relay.quarantine import Quarantine
-from infra.relay.retries import Retries
+from infra.relay.poll.source import PollSource
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.quarantine import Quarantine
+from infra.relay.publish.retries import Retries
 from infra.relay.source import CatchUpSink, Source
-from infra.relay.stream import with_settings
-from infra.relay.wal_source import WalSource
+from infra.relay.wal.source import WalSource
 
 log = structlog.get_logger(__name__)
 
@@ -103,7 +102,7 @@ class Session:
         except (RelayError, KafkaError):  # Kafka is away, or there is a gap: waiting events keep growing older.
             await self._lag.measure_waiting()
             raise
-        self._lag.wait_for(0)  # Reading begins only now.
+        self._lag.expect(0)  # Reading begins only now.
         self._status.enter(State.ACTIVE)
         log.info(
             "relay active",
@@ -123,8 +122,7 @@ class Session:
         config = replace(self._config, kafka_cluster=self._publisher.kafka_cluster)
         self._source = SOURCES[config.source](config, leader)
         stack.push_async_callback(self._source.close)
-        self._publisher.blocked = await self._quarantine.keys()
-        self._publisher.given_up = await self._quarantine.given_up()
+        await self._retries.load()
         self._status.enter(State.CATCHING_UP)
         await self._source.open(self._catch_up_sink())
 
@@ -234,20 +232,10 @@ class Session:
 
     async def _retry_quarantined(self) -> None:
         """Publish a portion of the events to retry; more may be due when some of them have ended."""
-        if await self._retries.begin():
-            await self._flush()
-        else:
-            await self._unblock()
-
-    async def _unblock(self) -> None:
-        """Unblock payments that have nothing left in quarantine because an operator dropped their events."""
-        publisher = self._publisher
-        await self._flush()  # Refused events must be in quarantine first, or they would be taken for dropped.
-        blocked = set(publisher.blocked)
-        freed = blocked - await self._quarantine.keys() if blocked else set()
-        if freed or publisher.given_up:
-            publisher.given_up = await self._quarantine.given_up()
-            publisher.blocked -= freed
+        has_begun = await self._retries.begin()
+        await self._flush()
+        if not has_begun:
+            await self._retries.unblock()
 
     async def _watch_leadership(self) -> None:
         """Keep the leader's connection alive, notice when it is lost, and measure the lag on it."""

@@ -1,11 +1,10 @@
-"""The interface between a session and its source of events: `wal_source.py` or `poll_source.py`."""
+"""The interface between a session and its source of events: `wal/source.py` or `poll/source.py`."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.records import Records
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.records import Records
 
 
 class Room(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
+from infra.relay.connection import CONNECTION
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
-from infra.relay.stream import CONNECTION
 
 # A checkpoint of another server proves nothing here: everything in the outbox waits. `failover` exists since 17.
 CHECKPOINTS: Final = """

@@ -92,6 +92,11 @@ def test_every_example_of_a_command_is_accepted(document: dict[str, Any]) -> Non
             assert isinstance(read_command(json.dumps(example["payload"]).encode(), None), Command)
 
 
+def test_the_header_of_an_event_names_its_own_type(document: dict[str, Any]) -> None:
+    for type_ in EVENT_MODELS:
+        assert document["components"]["messages"][type_]["headers"]["properties"]["ce_type"]["const"] == type_
+
+
 def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None:
     for type_, model in EVENT_MODELS.items():
         for example in document["components"]["messages"][type_]["examples"]:

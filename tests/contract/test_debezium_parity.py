@@ -24,7 +24,7 @@ from infra.local.kafka import maven_jars
 from infra.local.postgres import drop_database
 from infra.local.server import LocalServerError, silent
 from infra.relay import RelayConfig
-from infra.relay.repairs import request_repair
+from infra.relay.progress.repairs import request_repair
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, complete, fetch_value, ids, rows_of
 from tests.support.parity import (

@@ -1,4 +1,4 @@
-"""`make crash-matrix`: every boundary of every operation at every provider, and the table of what came of it."""
+"""`make crash-matrix`: runs the whole crash matrix (tests/fault/test_crash_matrix.py) and prints a table of results."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ MATRIX = Path(__file__).parents[1] / "fault" / "test_crash_matrix.py"
 
 
 class Results:
-    """A pytest plugin: what became of each case, as it ends."""
+    """A pytest plugin that collects the result of each case."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, dict[str, str]] = defaultdict(dict)
@@ -26,7 +26,7 @@ class Results:
             self.outcomes[operation][boundary] = "once" if report.passed else "FAILED"
 
     def table(self) -> Table:
-        # Not before pytest has begun: it wants to be the first to import what its plugins rewrite.
+        # Imported here, not at the top: pytest rewrites assertions only in modules that nobody imported before it.
         from tests.support.crashing_operation import BOUNDARIES
 
         table = Table(Column("operation", no_wrap=True), *BOUNDARIES, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -37,7 +37,7 @@ class Results:
 
 
 def main() -> int:
-    """Run all of it; the exit code is pytest's."""
+    """Run the whole matrix and return pytest's exit code."""
     os.environ["PAYMENTS_TEST_CRASH_MATRIX"] = "all"
     results = Results()
     code = pytest.main([str(MATRIX), "-q"], plugins=[results])

@@ -1,4 +1,4 @@
-"""The service's processes over the test's servers."""
+"""Fixtures that run the service's processes on the test's servers."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.processes import Processes
 
 @dataclass(frozen=True)
 class Service:
-    """The service and where it is."""
+    """The service's processes, servers and topics."""
 
     processes: Processes
     postgres_url: str
@@ -46,7 +46,7 @@ def _service(postgres_url: str, kafka_bootstrap: str, redis_url: str, log_dir: P
 
 @pytest.fixture
 def service(postgres_url: str, kafka_bootstrap: str, redis_url: str, tmp_path: Path) -> Iterator[Service]:
-    """Simulator and relay run; the test starts the worker."""
+    """The simulator and the relay are running; the test starts the worker."""
     service = _service(postgres_url, kafka_bootstrap, redis_url, tmp_path)
     try:
         service.processes.sandbox()
@@ -61,7 +61,7 @@ def service(postgres_url: str, kafka_bootstrap: str, redis_url: str, tmp_path: P
 def own_service(
     own_postgres: EmbeddedPostgres, own_kafka: EmbeddedKafka, redis_url: str, tmp_path: Path
 ) -> Iterator[Service]:
-    """The same over servers that the test may kill."""
+    """Simulator, relay and worker, on a Postgres and a Kafka that the test may kill."""
     service = _service(own_postgres.url, own_kafka.bootstrap, redis_url, tmp_path)
     try:
         service.processes.sandbox()

@@ -1,7 +1,7 @@
-"""SIGKILL at each boundary of each operation at each provider: one effect, one result, and no failure made by a timer.
+"""SIGKILL at each boundary of each operation at each provider: one effect, one result, and no failure from a timeout.
 
-A sample by default, one boundary of each operation; `make crash-matrix` runs all and prints the table. What is behind
-Kafka's offsets is test_worker_crashes.py's.
+By default only a sample runs, one boundary of each operation; `make crash-matrix` runs all and prints the table.
+`test_worker_crashes.py` covers the boundaries around Kafka's offsets.
 """
 
 import asyncio
@@ -44,11 +44,12 @@ RETRY = RetryPolicy(
     poll_interval=timedelta(milliseconds=200),
 )
 NEVER_AGAIN = {("vnpay", REFUND): BOUNDARIES[:2]}
-"""VNPay knows no keys: what may have been sent is never sent again, and what was not sent cannot be told from that."""
+"""VNPay has no idempotency keys, so a refund that may have been sent is never sent again. After a crash at these
+boundaries nothing was sent, but the service cannot know that, so the refund stays open."""
 
 
 def offered(name: str) -> tuple[OperationKind, ...]:
-    """What is tried at a provider; where a payer acts first, the openings alone differ from the plain one."""
+    """The operations tried at a provider; a variant with a payer differs from the plain one only in how it opens."""
     if "," in name:
         return (AUTHORIZE, CHARGE)
     return (CHARGE, REFUND) if name == "vnpay" else tuple(OperationKind)
@@ -83,7 +84,7 @@ def fields(provider: Provider, kind: OperationKind) -> dict[str, Any]:
 
 
 async def live_on(url: str, worker: InProcessWorker, provider: Provider, payment_id: UUID, *, seconds: float) -> bool:
-    """Let the service and the payer go on until nothing is open; False if something still is when the time is up."""
+    """Let service and payer continue until no operation is open; False if one is still open when the time is up."""
     paid: set[str] = set()
     try:
         async with asyncio.timeout(seconds):
@@ -101,7 +102,7 @@ async def live_on(url: str, worker: InProcessWorker, provider: Provider, payment
 
 
 async def crash(given: dict[str, Any]) -> None:
-    """Have a process do this until it kills itself."""
+    """Run this in a process that kills itself at the given boundary."""
     crashed = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "tests.support.crashing_operation"],

@@ -1,4 +1,4 @@
-"""The demo is a test: it crashes a worker amid faults, and its exit code says whether every promise held."""
+"""The demo as a test: it kills the worker while faults happen, and its exit code shows whether every promise held."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_the_demo_keeps_every_promise(tmp_data_dir: Path) -> None:
 
 
 def test_money_that_only_the_provider_knows_is_found(tmp_data_dir: Path) -> None:
-    """Somebody charges a card behind our back: the books differ, and the demo fails."""
+    """Somebody charges a card at the provider without a command of ours: the books differ, and the demo fails."""
     with demo(tmp_data_dir) as process:
         note = StackFile(tmp_data_dir / "demo")
         wait_until(lambda: note.read() is not None or process.poll() is not None)
@@ -126,7 +126,7 @@ def test_a_wrong_result_is_found() -> None:
     tally, events = answered()
     for event in (events[0] | {"type": "payment.declined.v1"}, *events[1:]):
         tally.note_heard(Heard(event, 1.0))
-    assert broken(tally) == {"the results are the right ones"}
+    assert broken(tally) == {"every command has the expected result"}
 
 
 @pytest.mark.parametrize(

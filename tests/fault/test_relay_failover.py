@@ -1,8 +1,8 @@
-"""Postgres fails over to a standby under load: the relay goes on by itself.
+"""Postgres fails over to a standby under load: the relay continues by itself.
 
-What the dead primary had not yet given to the standby is lost, and nobody may have heard of it. A relay that reads the
-log waits for the standby, which has a copy of its slot; for one that polls, every commit does
-(`synchronous_standby_names`).
+Commits that the dead primary had not yet sent to the standby are lost, so their events must not be on the topic.
+A relay on `wal` waits for the standby, which has a copy of its slot. For a relay on `poll`, every commit waits for the
+standby (`synchronous_standby_names`).
 """
 
 import asyncio
@@ -46,7 +46,7 @@ WRITERS = 4
 
 @pytest.fixture
 def primary(own_postgres: EmbeddedPostgres) -> EmbeddedPostgres:
-    """It counts each payment's events in a row that writers lock."""
+    """The primary, with a table `seqs` that counts each payment's events in a row that writers lock."""
     with psycopg.connect(own_postgres.url) as connection:
         connection.execute("CREATE TABLE seqs (id int PRIMARY KEY, seq int NOT NULL DEFAULT 0)")
         connection.execute("INSERT INTO seqs SELECT generate_series(1, %s)", [PAYMENTS])
@@ -55,7 +55,7 @@ def primary(own_postgres: EmbeddedPostgres) -> EmbeddedPostgres:
 
 @pytest.fixture
 def standby(primary: EmbeddedPostgres, tmp_data_dir: Path) -> Iterator[Standby]:
-    """It follows the primary, whose relay waits for it."""
+    """A standby that follows the primary; the primary's fail-over slots wait for it."""
     server = Standby(tmp_data_dir / "standby", primary)
     try:
         server.start()
@@ -74,7 +74,7 @@ def change_setting(server: EmbeddedPostgres, name: str, value: str) -> None:
 
 @pytest.fixture
 def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, topics: Topics) -> RelayConfig:
-    """Its URL names both servers, and leads to the one that takes writes."""
+    """A relay whose URL names both servers and connects to the one that takes writes."""
     servers = f"host={HOST},{HOST}&port={primary.port},{standby.port}"
     return RelayConfig(
         postgres_url=f"postgresql://postgres@/payments?{servers}&target_session_attrs=read-write",
@@ -88,13 +88,13 @@ def config(primary: EmbeddedPostgres, standby: Standby, kafka_bootstrap: str, to
 
 @pytest.fixture
 def polling(config: RelayConfig, primary: EmbeddedPostgres) -> RelayConfig:
-    """A poll beside it, for which every commit waits for the standby."""
+    """The same with `poll`, where every commit waits for the standby."""
     change_setting(primary, "synchronous_standby_names", PHYSICAL_SLOT)
     return replace(config, **reading("poll"))
 
 
 class Committed(NamedTuple):
-    """An event, and a position of the log behind its commit."""
+    """An event, and a WAL position after its commit."""
 
     id: str
     behind: int
@@ -102,7 +102,7 @@ class Committed(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def writers(url: str) -> AsyncIterator[list[Committed]]:
-    """Several, until the block ends or the server dies; what they have committed."""
+    """Several writers, until the block ends or the server dies; yields the events that they have committed."""
     committed: list[Committed] = []
     writing = [asyncio.create_task(write(url, random.Random(seed), committed)) for seed in range(WRITERS)]
     try:
@@ -131,11 +131,11 @@ async def more(committed: list[Committed], count: int = 500) -> None:
 
 
 async def slot_is_copied(primary: EmbeddedPostgres, standby: Standby, slot: str) -> None:
-    """Wait until the standby keeps the slot, and could go on with it."""
+    """Wait until the standby's copy of the slot is persistent and would survive a promotion."""
     query = "SELECT synced AND NOT temporary FROM pg_replication_slots WHERE slot_name = %s"
 
     async def is_copied() -> bool:
-        # Postgres writes such a record every 15 s anyway; the slot cannot be copied before one.
+        # The slot cannot be copied before such a record; Postgres itself writes one only every 15 s.
         await fetch_value(primary.url, "SELECT pg_log_standby_snapshot()")
         return bool(await fetch_value(standby.url, query, slot))
 
@@ -148,7 +148,7 @@ async def outbox(url: str) -> set[str]:
 
 
 async def follows(primary: EmbeddedPostgres, standby: Standby, slot: str, committed: list[Committed]) -> None:
-    """Wait until the standby keeps up with the load, and its copy of the slot with the relay."""
+    """Wait until the standby keeps up with the load, and its copy of the slot keeps up with the relay."""
     await slot_is_copied(primary, standby, slot)
     await more(committed)
     behind = committed[-1].behind
@@ -156,13 +156,13 @@ async def follows(primary: EmbeddedPostgres, standby: Standby, slot: str, commit
 
 
 async def promote(standby: Standby, relay: Relay) -> None:
-    """Once the relay has noticed that its primary is gone."""
+    """Promote the standby once the relay has noticed that its primary is gone."""
     await until(lambda: not relay.health.ready)
     await asyncio.to_thread(standby.promote)
 
 
 async def goes_on(relay: Relay, standby: Standby, subscriber: Subscriber) -> None:
-    """What was published, before and after, is what this server knows, each payment's events in order."""
+    """The events published before and after are exactly those in this server's outbox, in order per payment."""
     await until(lambda: relay.health.detail.startswith(("active", "gap")))
     assert relay.health == (True, "active")
     async with writers(standby.url) as later:
@@ -193,14 +193,17 @@ async def test_a_relay_goes_on_at_a_standby_that_is_promoted_under_load(
 async def test_nothing_was_published_that_a_standby_which_had_fallen_behind_does_not_know(
     primary: EmbeddedPostgres, standby: Standby, config: RelayConfig, subscriber: Subscriber
 ) -> None:
-    """The relay waits for it, writers do not; what it wrote down last has not got there, but for the slot's copy."""
+    """The relay waits for the standby, writers do not.
+
+    The relay's last checkpoint has not reached the standby, but the standby's copy of the slot is up to date.
+    """
     async with running(config) as relay:
         async with writers(primary.url) as committed:
             await follows(primary, standby, config.slot, committed)
             receiver = standby.wal_receiver
             receiver.suspend()
             await more(committed)
-            await confirmations(primary.url, config.slot, count=10)  # Meanwhile the slot's copy is brought up to date.
+            await confirmations(primary.url, config.slot, count=10)  # Meanwhile the slot's copy catches up.
             assert relay.health.ready
             await asyncio.to_thread(primary.kill)
         receiver.terminate()  # It never reads what has arrived meanwhile.
@@ -225,7 +228,7 @@ async def test_a_poll_goes_on_at_a_synchronous_standby_that_is_promoted_under_lo
 async def test_a_poll_publishes_nothing_that_a_synchronous_standby_does_not_have(
     primary: EmbeddedPostgres, standby: Standby, polling: RelayConfig, subscriber: Subscriber
 ) -> None:
-    """Writers wait for a standby that stands still, and die with their primary: what they wrote was never committed."""
+    """Writers wait for a suspended standby and die with the primary, so their last commits never return."""
     async with running(polling) as relay:
         async with writers(primary.url) as committed:
             await more(committed)
@@ -248,7 +251,7 @@ def commit_waits_for_the_standby(url: str) -> bool:
 
 
 async def nothing_more(committed: list[Committed]) -> None:
-    """Wait until no writer has got through for a second: they wait for the standby, or for each other's rows."""
+    """Wait until no commit has returned for a second: writers wait for the standby or for each other's row locks."""
     before = -1
     while len(committed) != before:
         before = len(committed)

@@ -1,4 +1,4 @@
-"""The relay or Postgres dies amid a load: every committed row still arrives, in order per payment."""
+"""The relay or Postgres dies under load: every committed row still arrives, in order per payment."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from infra import last_resort
 from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
-from infra.relay.scan import SCAN
+from infra.relay.progress.scan import SCAN
 from tests.conftest import PARTITIONS, Topics
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import also_plain, reading
@@ -44,14 +44,14 @@ Records = list[ConsumerRecord[bytes, bytes]]
 
 
 def write(url: str, rows: Iterable[tuple[str, int]], payload: str = "{}") -> None:
-    """All rows, given as payment and seq, in one transaction."""
+    """Write all rows, given as payment and seq, in one transaction."""
     keys, seqs = zip(*rows, strict=True)
     with psycopg.connect(url) as connection:
         connection.execute(INSERT, [payload, list(keys), list(seqs)])
 
 
 class Subscriber:
-    """Everything on a topic from its beginning."""
+    """Reads a topic from its beginning into `records`."""
 
     def __init__(self, consumer: AIOKafkaConsumer) -> None:
         self._consumer = consumer
@@ -65,7 +65,7 @@ class Subscriber:
                 self.records += records
 
     async def read_all_of(self, url: str) -> None:
-        """Every row of the outbox, at least once."""
+        """Read until every row of the outbox has arrived at least once."""
         with psycopg.connect(url) as connection:
             wanted = {str(found[0]) for found in connection.execute("SELECT id FROM outbox")}
         await self.read_until(lambda: {header(each, "id") for each in self.records} >= wanted, "every row on the topic")
@@ -86,7 +86,7 @@ def header(record: ConsumerRecord[bytes, bytes], name: str) -> str:
 
 
 def assert_first_deliveries_are_in_order(records: Records) -> None:
-    """Per payment, what is new to a subscriber that remembers ids comes as 1, 2, 3 …"""
+    """Per payment, the events with new ids come with `payment_seq` 1, 2, 3 …"""
     seen: set[str] = set()
     last: dict[bytes | None, int] = {}
     for record in sorted(records, key=lambda record: (record.partition, record.offset)):
@@ -99,7 +99,7 @@ def assert_first_deliveries_are_in_order(records: Records) -> None:
 
 @contextlib.asynccontextmanager
 async def running(config: RelayConfig, state: str = "active") -> AsyncIterator[Relay]:
-    """A relay in this process; leaving stops it in good order."""
+    """A relay in this process, stopped cleanly when the block ends."""
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     try:
@@ -139,7 +139,7 @@ wal_only = pytest.mark.parametrize("source", ["wal"], indirect=True)
 
 @pytest.fixture(params=["wal", "poll"])
 def source(request: pytest.FixtureRequest) -> Any:
-    """Every test holds for both, but for those about the slot."""
+    """Every test runs with both, except those about the slot (`wal_only`)."""
     return request.param
 
 
@@ -173,9 +173,9 @@ def relay_process(config: RelayConfig) -> Iterator[RelayProcess]:
 
 
 class Load:
-    """Writes the next event of every payment in one transaction, again and again, until told to stop.
+    """Writes the next event of every payment in one transaction, repeatedly, until it is stopped.
 
-    Where Postgres goes away amid a commit, the next number is asked of the table: the commit may have happened.
+    If Postgres goes away during a commit, the next number is read from the table: the commit may have happened.
     """
 
     def __init__(self, url: str) -> None:
@@ -292,7 +292,7 @@ def wal_position(url: str) -> int:
 
 
 async def confirmations(url: str, slot: str, *, count: int) -> None:
-    """Wait until the relay has told the server this many times how far it is."""
+    """Wait until the relay has reported its position to the server this many times."""
     seen: set[object] = set()
 
     def is_enough() -> bool:
@@ -328,7 +328,7 @@ async def test_a_standby_takes_over_at_once_when_the_active_relay_is_killed(
 async def test_nothing_is_missing_after_postgres_was_away_under_load(
     own_postgres: EmbeddedPostgres, config: RelayConfig, subscriber: Subscriber, end: str
 ) -> None:
-    """Ended by SIGKILL, after which it recovers, and in good order while clients are connected."""
+    """Postgres is killed (SIGKILL), after which it runs recovery, or shut down cleanly while clients are connected."""
     config = replace(config, postgres_url=own_postgres.url)
     async with running(config) as relay:
         with Load(own_postgres.url) as load:
@@ -365,7 +365,7 @@ async def test_a_stop_while_kafka_is_away_does_not_wait_for_it(
 async def test_a_stop_ends_though_postgres_neither_answers_nor_hangs_up(
     own_postgres: EmbeddedPostgres, config: RelayConfig
 ) -> None:
-    """Frozen: no error comes, from no connection."""
+    """Postgres is frozen, so no connection reports an error."""
     config = replace(config, postgres_url=own_postgres.url, stop_seconds=0.5)
     with relay_process(config) as relay:
         await relay.streams()
@@ -395,7 +395,7 @@ def leaders(url: str) -> int:
     return int(found[0])
 
 
-# --- what a slot or a topic does to it --------------------------------------------------------------------------------
+# --- damage to the slot, and limits of the topic ----------------------------------------------------------------------
 
 DAMAGES = {
     "the mark is gone": "DELETE FROM relay_slots",
@@ -425,7 +425,7 @@ async def test_the_scan_takes_payment_seq_as_a_number_wherever_transactions_bega
     config: RelayConfig, subscriber: Subscriber
 ) -> None:
     with psycopg.connect(config.postgres_url) as early:
-        early.execute("SELECT 1")  # Its now(), and so its created_at, is before that of the rows that come first.
+        early.execute("SELECT 1")  # Fixes its now(), so its row has the last seq but an earlier created_at.
         write(config.postgres_url, [("a", seq) for seq in range(1, 121)])
         early.execute(INSERT, ["{}", ["a"], [121]])
     async with running(config):

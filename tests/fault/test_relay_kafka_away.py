@@ -1,6 +1,6 @@
-"""Kafka is gone under load and comes back with its data: nothing is missing, and memory stays small meanwhile.
+"""Kafka is killed under load and comes back with its data: no event is missing, and memory stays small meanwhile.
 
-PAYMENTS_TEST_KAFKA_AWAY_SECONDS=60 makes the long run that the promise is measured by, which is CI's.
+CI runs it with PAYMENTS_TEST_KAFKA_AWAY_SECONDS=60, the length for which we promise it.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from tests.support.outbox import Row, commit, rows_of
 
 AWAY_SECONDS = float(os.environ.get("PAYMENTS_TEST_KAFKA_AWAY_SECONDS", "3"))
 LARGE = f'"{"x" * 20_000}"'
-"""So large that the bound on the number of events alone would not keep the memory small."""
+"""So large that a limit on the number of events alone would not keep the memory small."""
 
 
 @pytest.fixture(params=["wal", "poll"])
@@ -37,7 +37,7 @@ def config(request: pytest.FixtureRequest, postgres_url: str, own_kafka: Embedde
 
 
 async def write_large(config: RelayConfig) -> list[Row]:
-    """400 MB of events, many times what a relay may hold; on Postgres's disk, where they are compressed, little."""
+    """400 MB of events, many times what a relay may hold; they take little disk, as Postgres compresses them."""
     rows = [row for number in range(100) for row in rows_of(f"pay_large_{number}", 200, payload=LARGE)]
     assert len(rows) * len(LARGE) > 5 * config.unacknowledged_bytes_max
     await commit(config.postgres_url, *(rows[at : at + 100] for at in range(0, len(rows), 100)))
@@ -55,7 +55,7 @@ async def test_nothing_is_missing_after_kafka_was_away_under_load(
             async with load(config) as rows:
                 await more(rows, 1_000)
                 await asyncio.to_thread(own_kafka.kill)
-                # At once: when Kafka has been silent for long the session ends, and nothing is read until it is back.
+                # Without delay: once Kafka has been silent for long, the relay ends its session and reads nothing.
                 large = await write_large(config)
                 await asyncio.sleep(AWAY_SECONDS)
                 peak_away_mb = peak.mb

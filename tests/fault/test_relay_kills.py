@@ -1,7 +1,7 @@
 """Relay processes killed or frozen under load: nothing is skipped, a standby takes over, first deliveries are in order.
 
-`test_relay_faults.py` has the faults of Postgres and Kafka. PAYMENTS_TEST_KILLS=200 PAYMENTS_TEST_TAKEOVERS=50 make the
-long run that the promise is measured by, which is CI's.
+`test_relay_faults.py` has the faults of Postgres and Kafka. CI makes the long run that our promise is based on, with
+PAYMENTS_TEST_KILLS=200 PAYMENTS_TEST_TAKEOVERS=50.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ def config(
 
 @pytest.fixture
 def start_relay(config: RelayConfig, tmp_path: Path) -> Iterator[StartRelay]:
-    """Starts relays; all are ended after the test."""
+    """Starts relay processes, which are all killed after the test."""
     started: list[RelayProcess] = []
 
     def start() -> RelayProcess:
@@ -75,7 +75,7 @@ def start_relay(config: RelayConfig, tmp_path: Path) -> Iterator[StartRelay]:
 
 @contextlib.asynccontextmanager
 async def load(config: RelayConfig) -> AsyncIterator[list[Row]]:
-    """The next event of every payment in one transaction, again and again; the rows that are committed."""
+    """Repeatedly writes the next event of every payment in one transaction; yields the committed rows."""
     committed: list[Row] = []
 
     async def write() -> None:
@@ -104,7 +104,7 @@ async def assert_all_arrived(config: RelayConfig, rows: list[Row]) -> None:
     patience = 60 + len(rows) / 5_000
     records = await read_until(config.kafka.bootstrap, config.topic, complete(rows), timeout_seconds=patience)
     known = {row.id for row in rows}
-    # A commit whose answer was cut off with the load is on the topic, and not among `rows`.
+    # If the load was stopped during a commit, that commit's events are on the topic but not in `rows`.
     cut_off = set(ids(records)) - known
     assert len(cut_off) <= len(PAYMENTS)
     assert_first_deliveries_in_order([record for record in records if ids([record])[0] in known], rows)
@@ -131,7 +131,7 @@ async def test_kills_at_random_moments_under_load(config: RelayConfig, start_rel
 async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
     config: RelayConfig, start_relay: StartRelay
 ) -> None:
-    """Timed until an event of after the kill is read from the topic. The slowest one counts: of 50, that is the p99."""
+    """Timed from the kill until an event committed after it is read from the topic. The slowest of 50 counts as p99."""
     active, took = start_relay(), []
     await active.streams()
     async with load(config) as rows, arriving(config.kafka.bootstrap, config.topic) as arrived:
@@ -157,7 +157,7 @@ async def test_a_standby_takes_over_from_a_killed_relay_within_two_seconds(
 async def test_events_before_the_saved_progress_are_not_repeated_though_the_slot_is_behind(
     config: RelayConfig, start_relay: StartRelay
 ) -> None:
-    """A relay that never lives long enough to tell it would begin at the same place again and again."""
+    """Otherwise a relay that always dies before it confirms to the slot would start at the same position every time."""
     relay = start_relay()
     await relay.streams()
     first, second = rows_of("pay_0", 30), rows_of("pay_0", 1, first=31)
@@ -178,7 +178,7 @@ async def test_events_before_the_saved_progress_are_not_repeated_though_the_slot
 async def test_large_events_cost_no_more_memory_than_small_ones(
     config: RelayConfig, start_relay: StartRelay, *, was_there_before: bool
 ) -> None:
-    """A backlog of 300 MB, from the table at the first start, or else from where the relay had come to."""
+    """A backlog of 300 MB, read from the table at the first start, or from the position of an earlier relay."""
     if was_there_before:
         before = start_relay()
         await before.streams()

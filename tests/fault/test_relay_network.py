@@ -1,5 +1,7 @@
-"""The network between relay and Postgres, or relay and Kafka, breaks in mid-message, again and again, or swallows
-everything: nothing is skipped, first deliveries stay in order, and nobody has to help."""
+"""The network between the relay and Postgres or Kafka repeatedly breaks in mid-message, or stalls for a while.
+
+No event is skipped, first deliveries stay in order, and the relay recovers without help.
+"""
 
 import asyncio
 import contextlib
@@ -19,7 +21,7 @@ from infra.kafka.topics import ensure_topics
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from infra.relay.errors import PostgresAway
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.fault.test_relay_kills import assert_all_arrived, load, more
 from tests.support.proxy import ProxiedKafka, Proxy
@@ -50,7 +52,7 @@ def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any)
 
 @contextlib.asynccontextmanager
 async def behind_a_proxy(config: RelayConfig, log_path: Path) -> AsyncIterator[Proxy]:
-    """A relay that reaches Postgres through the proxy alone."""
+    """A relay that reaches Postgres only through the proxy."""
     parts = urlsplit(config.postgres_url)
     async with Proxy(parts.hostname or "127.0.0.1", parts.port or 5432) as proxy:
         user = parts.netloc.rpartition("@")[0]
@@ -70,7 +72,7 @@ def streaming(config: RelayConfig, log_path: Path) -> Iterator[RelayProcess]:
 
 
 async def cut_again_and_again(proxy: Proxy, config: RelayConfig) -> None:
-    """Under load; then everything has arrived."""
+    """Cut the connections under load; afterwards every event must arrive."""
     places = random.Random(20260103)
     async with load(config) as rows:
         for number in range(CUTS):
@@ -82,7 +84,7 @@ async def cut_again_and_again(proxy: Proxy, config: RelayConfig) -> None:
 
 
 async def stall_for_a_while(proxy: Proxy, config: RelayConfig) -> None:
-    """Under load; then everything has arrived."""
+    """Stall the connections under load; afterwards every event must arrive."""
     async with load(config) as rows:
         await more(rows, 300)
         proxy.stall()
@@ -135,8 +137,8 @@ async def test_the_same_between_relay_and_kafka_skips_nothing(
 
 
 def test_the_socket_that_takes_the_place_of_a_lost_stream_is_left_alone(postgres_url: str) -> None:
-    """libpq closes what it has lost; what is opened next, to Kafka or by who asks for our health, gets its number."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # As a relay's process.
+    """libpq closes a lost socket; the next one opened, to Kafka or for a health check, gets the same descriptor."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # As in a relay's process.
         runner.run(lose_a_stream(postgres_url))
 
 
@@ -155,7 +157,7 @@ async def lose_a_stream(postgres_url: str) -> None:
         await stream.start(slot, "payments_outbox", 0)
         number, arrived = stream._pgconn.socket, asyncio.Event()
         stream.watch(arrived.set)
-        proxy.resume()  # Breaks what there is.
+        proxy.resume()  # Breaks the connections that exist.
         with pytest.raises(PostgresAway):
             await read_to_the_end(stream, arrived)
         try:

@@ -1,4 +1,5 @@
-"""Postgres, Kafka, Valkey or the relay killed in mid-stream: nothing is charged twice or unrecorded, all completes."""
+"""Postgres, Kafka or the relay is killed under load, or Valkey is unreachable: each charge happens once, is recorded,
+and gets its result."""
 
 import asyncio
 import time
@@ -22,7 +23,7 @@ def charges(payments: list[UUID]) -> list[tuple[bytes | None, bytes | None]]:
 
 
 async def all_results(service: Service, payments: list[UUID]) -> None:
-    """Every charge is executed once, recorded, and its result is on the topic, in order."""
+    """Check that every charge is executed once and recorded, and that its result is on the topic, in order."""
     keys = {f"charge-{each}" for each in payments}
     records = await read_until(
         service.kafka_bootstrap, service.events, lambda seen: keys <= finals(seen), timeout_seconds=120
@@ -39,7 +40,7 @@ async def all_results(service: Service, payments: list[UUID]) -> None:
 
 
 async def send_with_trouble(service: Service, payments: list[UUID], trouble: Callable[[], Awaitable[None]]) -> None:
-    """Half of the commands, until results flow; then the trouble; then the other half."""
+    """Send half of the commands; once results arrive, cause the trouble; then send the other half."""
     half = len(payments) // 2
     await send(service.kafka_bootstrap, service.commands, *charges(payments[:half]))
     await read_until(service.kafka_bootstrap, service.events, lambda seen: len(finals(seen)) > 5)

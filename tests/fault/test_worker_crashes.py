@@ -1,4 +1,4 @@
-"""SIGKILL of the worker at every boundary: one charge, every result on the topic, in order, none missing."""
+"""SIGKILL of the worker at every boundary: each payment is charged once, and no result is missing or out of order."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""A hundred thousand payments in one database, made by SQL: what plans and pages are tested on."""
+"""A hundred thousand payments in one database, created by SQL, for tests of query plans and pages."""
 
 import asyncio
 import uuid
@@ -25,7 +25,7 @@ PAYMENT_ROWS: Final = """
            now() - ($1 - n) * interval '1 minute'
       FROM generate_series(1, $1::integer) AS n
 """
-# Of every 1000 payments one is open, and of every 5000 one is in doubt; operation n has its due time n hours ago.
+# One payment in 1000 is open. One in 5000 needs review, due in an hour; other open ones were due n / 1000 hours ago.
 OPERATION_ROWS: Final = """
     INSERT INTO operations (payment_id, number, kind, idempotency_key, fingerprint, content, state, amount_minor,
         gateway, attempts, lease_token, due_at, dispatched_at, result)

@@ -16,13 +16,13 @@ from tests.support.relay_source import reading
 
 @pytest.fixture(params=["wal", "poll"])
 def source(request: pytest.FixtureRequest) -> Any:
-    """Every test holds for both, but for those about the slot."""
+    """Every test runs with both sources, except the tests about the slot."""
     return request.param
 
 
 @pytest.fixture
 def config(postgres_url: str, kafka_bootstrap: str, topics: Topics, source: Any) -> Iterator[RelayConfig]:
-    """A relay of this test's own; its slot ends with the test."""
+    """The configuration of this test's own relay; its slot ends with the test."""
     yield RelayConfig(
         postgres_url=postgres_url,
         kafka=KafkaAccess(kafka_bootstrap),

@@ -1,4 +1,4 @@
-"""Where a broker makes every topic that it is asked for (Kafka's default), nothing of ours makes one by asking."""
+"""A broker may create every topic that it is asked about (Kafka's default): none of our code creates one by asking."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +18,7 @@ from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.relay import RelayConfig
 from infra.relay.errors import TopicMissing
-from infra.relay.publisher import Publisher
+from infra.relay.publish.publisher import Publisher
 from tests.conftest import PARTITIONS
 from tests.support.outbox import assert_first_deliveries_in_order, commit, rows_of
 from tests.support.relays import published, running
@@ -28,7 +28,7 @@ MISSING = "payments.mistyped"
 
 
 class GenerousKafka(EmbeddedKafka):
-    """Makes every topic that it is asked for."""
+    """Creates every topic that it is asked about."""
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {"auto.create.topics.enable": "true"}
@@ -91,20 +91,20 @@ async def test_a_worker_s_consumer_does_not_make_its_deleted_topic_anew(
     kafka: KafkaAccess, admin: AIOKafkaAdminClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ensure_topics(kafka, {"payments.commands": PARTITIONS})
-    # As in a process that has made no other client.
+    # The state of a process that has created no other client.
     monkeypatch.setitem(vars(aiokafka.client), "MetadataRequest", MetadataRequest)
     broker = KafkaBroker(kafka.bootstrap, security=kafka.broker_security(), metadata_max_age_ms=100)
     subscriber = broker.subscriber("payments.commands")
 
     @subscriber
     async def read(message: bytes) -> None:
-        """Nothing comes."""
+        """No message arrives."""
 
     async with broker:
         await broker.start()
         await admin.delete_topics(["payments.commands"])
         await until(lambda: _has_none(admin))
-        await asyncio.sleep(1)  # It has asked ten times since.
+        await asyncio.sleep(1)  # The subscriber has asked ten times since.
         assert await _has_none(admin)
 
 
@@ -112,7 +112,10 @@ async def _has_none(admin: AIOKafkaAdminClient) -> bool:
     return "payments.commands" not in await admin.list_topics()
 
 
-async def test_a_publisher_to_a_missing_topic_says_so(config: RelayConfig) -> None:
+async def test_a_publisher_to_a_missing_topic_says_so_without_flooding_the_log(
+    config: RelayConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(TopicMissing, match="there is no topic"):
         await Publisher.connect(replace(config, topic=MISSING), lambda: None)
     assert not await has_topic(config.kafka, MISSING)
+    assert caplog.text.count("not found in cluster metadata") <= 10

@@ -1,4 +1,4 @@
-"""That payments' amounts are what the ledger adds up to is looked at, by command and all along."""
+"""The ledger check: payments' amounts are compared with the sums of their transfers, by command and continuously."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ async def connection(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def pay(postgres_url: str, count: int) -> list[UUID]:
-    """So many payments of 100.00, each with 20.00 refunded in two parts."""
+    """Create `count` payments of 100.00, each with 20.00 refunded in two parts."""
     payments = [new_payment_id() for _ in range(count)]
     async with running_worker(postgres_url, BookkeepingGateway()) as worker:
         await worker.accept(*(delivery("charge", each, f"{each} charge") for each in payments))
@@ -44,13 +44,13 @@ async def pay(postgres_url: str, count: int) -> list[UUID]:
 
 
 async def looked_at(portions: AsyncIterator[CheckedPortion]) -> tuple[int, list[LedgerDifference]]:
-    """How many payments, and what differs."""
+    """The number of payments checked, and the differences."""
     found = [each async for each in portions]
     return sum(each.payments for each in found), [each for portion in found for each in portion.differences]
 
 
 async def book(connection: asyncpg.Connection, payment: UUID, seq: int, transfer: str) -> None:
-    """One transfer, written as `debit credit amount currency`, as somebody writes it by hand."""
+    """Insert one transfer, given as `debit credit amount currency`, as a person would by hand."""
     debit, credit, amount, currency = transfer.split()
     await connection.execute(
         "INSERT INTO ledger VALUES ($1, $2, $3, $4, $5, $6)", payment, seq, debit, credit, int(amount), currency
@@ -69,7 +69,7 @@ TAMPERED = [
 BOOKED = [
     ("customer_disputes gateway_clearing 5 USD", (10_000, 2_000, 0, 10_000, 2_000, 5, 7_995, 0)),
     ("gateway_clearing customer_refunds 7 EUR", (10_000, 2_000, 0, 10_000, 2_000, 0, 8_000, 7)),
-    # It is on no side of what the payment says: what the provider owes is what differs.
+    # The account is in none of the payment's amounts, so the difference shows in what the provider owes.
     ("gateway_clearing somebody 7 USD", (10_000, 2_000, 0, 10_000, 2_000, 0, 8_007, 0)),
 ]
 
@@ -127,7 +127,7 @@ async def test_portion_by_portion_everything_is_looked_at(
 async def test_changed_payments_are_read_by_an_index_in_portions(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
-    """Read through for it, the outbox of a busy day would be held for longer than a statement may take."""
+    """A sequential scan would hold the lock on a busy day's outbox for longer than a statement may take."""
     await connection.execute(
         """INSERT INTO outbox (id, aggregateid, type, payload, payment_seq, occurred_at, xact)
            SELECT gen_random_uuid(), gen_random_uuid(), 't', '{}', 1, 'now', n FROM generate_series(1, 50000) AS n"""
@@ -140,7 +140,7 @@ async def test_changed_payments_are_read_by_an_index_in_portions(
 
 
 async def look(maintenance: Maintenance) -> None:
-    """Both turns."""
+    """Check the changed payments, then all."""
     await maintenance.check_changes()
     await maintenance.check_everything()
 
@@ -154,7 +154,7 @@ async def test_changed_payments_are_checked_repeatedly_and_differing_ones_until_
     await take_a_cent(connection, payments[0])
     with capture_logs() as logs:
         await look(maintenance)
-        # Later it is not among what changed any more.
+        # After 20 minutes the payment no longer counts as changed.
         await connection.execute("UPDATE outbox SET created_at = created_at - interval '20 minutes'")
         await look(maintenance)
     assert REGISTRY.get_sample_value("payments_ledger_differences") == 1
@@ -169,7 +169,7 @@ async def test_changed_payments_are_checked_repeatedly_and_differing_ones_until_
 async def test_at_first_and_once_a_day_everything_is_looked_at(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a hand in the tables changed, nothing was published of, and a process that begins anew remembers nothing."""
+    """A manual change in the tables publishes no event, and a restarted process remembers nothing."""
     (payment,) = await pay(postgres_url, 1)
     await connection.execute("UPDATE outbox SET created_at = created_at - interval '2 days'")
     maintenance = Maintenance(Settings(postgres_url=postgres_url))
@@ -264,7 +264,7 @@ async def test_a_clock_of_this_machine_that_is_off_hides_nothing(
 
 
 async def test_partitions_do_not_wait_for_the_ledger(postgres_url: str, connection: asyncpg.Connection) -> None:
-    """To look at all of it may take hours."""
+    """A check of the whole ledger may take hours."""
     stop = asyncio.Event()
     settings = Settings(postgres_url=postgres_url, maintenance_interval_seconds=0.05)
     async with connection.transaction():

@@ -1,4 +1,4 @@
-"""The command line against a real `payments up`: what a person types, and what comes back."""
+"""The command line against a real `payments up`: what a person types, and what the command answers."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ class Up:
 
 @contextlib.contextmanager
 def started(data_dir: Path, **settings: str) -> Iterator[Up]:
-    """`payments up` from when it says that it is ready; killed with all that it started if a test left it running."""
+    """`payments up`, once it reports that it is ready. If a test left it running, it is killed with its children."""
     log = (data_dir / "up.out").open("w+")
     process = subprocess.Popen(
         [*PAYMENTS, "up"], cwd=ROOT, env=environment(data_dir, **settings), stdout=log, text=True
@@ -365,7 +365,7 @@ def test_up_does_not_begin_where_somebody_would_answer_for_one_of_its_processes(
 
 @pytest.mark.parametrize("command", ["up", "demo"])
 def test_in_the_environment_of_a_real_installation_nothing_is_simulated(command: str, tmp_path: Path) -> None:
-    """A simulator would take the place of its providers, and call its orders paid."""
+    """Simulators would replace the real providers, and report orders as paid."""
     ended = run(command, data_dir=tmp_path, PAYMENTS_STRIPE_API_KEY="sk_live_own", PAYMENTS_VNPAY_HASH_SECRET="own")
     assert ended.returncode == 1
     assert "PAYMENTS_STRIPE_API_KEY, PAYMENTS_VNPAY_HASH_SECRET would be replaced" in ended.stdout
@@ -545,7 +545,9 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
 def test_a_payment_that_never_was_one_is_shown_as_that(up: Up) -> None:
     payment = str(uuid.uuid4())
     up.send("capture", "--payment-id", payment)
-    assert "no charge or authorize of it was accepted" in up.run("show", payment).stdout
+    shown = up.run("show", payment).stdout
+    assert "no charge or authorize of it was accepted" in shown
+    assert f"payment_not_found: payment {payment} was never authorized or charged" in " ".join(shown.split())
 
 
 def test_a_program_gets_where_the_payer_is_to_go(up: Up) -> None:
@@ -665,7 +667,7 @@ def test_too_many_decimals_send_nothing(up: Up) -> None:
 
 @pytest.mark.parametrize("option", ["--idempotency-key", "--payment-id"])
 def test_an_empty_name_is_no_new_one(up: Up, option: str) -> None:
-    """As of a shell variable that is not set: each try would be another payment."""
+    """An unset shell variable gives an empty value. If it counted as a new name, each try would be another payment."""
     done = up.run("send", *new_charge(option, ""))
     assert (done.returncode, done.stdout) == (1, "")
 
@@ -805,7 +807,7 @@ def test_ids_can_be_copied_from_a_narrow_screen(up: Up) -> None:
 
 
 def test_up_ends_cleanly_and_leaves_nothing_behind(up: Up) -> None:
-    """The last of those that use `up`."""
+    """The last of the tests that use `up`."""
     family = psutil.Process(up.process.pid).children(recursive=True)
     assert len(family) >= 4
     up.process.send_signal(signal.SIGTERM)
@@ -835,7 +837,7 @@ def test_settings_that_cannot_work_are_a_message_before_anything_starts(tmp_data
 
 
 @pytest.mark.parametrize(
-    "command", [["list"], ["show", "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69"]], ids=lambda each: each[0]
+    "command", [["list"], ["show", "5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69"], ["check"]], ids=lambda each: each[0]
 )
 def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_check(
     tmp_path: Path, postgres_url: str, command: list[str]
@@ -844,6 +846,7 @@ def test_a_look_at_payments_in_a_database_that_does_not_exist_ends_with_what_to_
     done = run(*command, data_dir=tmp_path, PAYMENTS_POSTGRES_URL=missing)
     assert done.returncode == 1
     assert "PAYMENTS_POSTGRES_URL right?" in done.stderr
+    assert "0 payments" not in done.stderr
 
 
 def test_a_misspelt_setting_is_named_and_what_others_set_is_not(tmp_path: Path, postgres_url: str) -> None:

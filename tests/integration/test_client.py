@@ -1,4 +1,4 @@
-"""The client of `payments send`, on a real Kafka: which events are the result of a command."""
+"""The client of `payments send`, against a real Kafka: which events are the result of a command."""
 
 import json
 from typing import Any

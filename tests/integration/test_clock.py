@@ -1,4 +1,4 @@
-"""How far a worker's clock is from Postgres's, as it tells it."""
+"""How far a worker's clock is from Postgres's, as the worker reports it."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from tests.support.workers import running
 
 
 def told() -> float:
-    """As it would be scraped."""
+    """The gauge as Prometheus would scrape it."""
     (metric,) = OFFSET_SECONDS.collect()
     return metric.samples[0].value
 

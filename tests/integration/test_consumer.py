@@ -1,4 +1,4 @@
-"""The whole worker in this process, on a real Kafka, Postgres and Valkey, with the instant gateway."""
+"""The whole worker in this process, against a real Kafka, Postgres and Valkey, with the instant gateway."""
 
 import asyncio
 import json
@@ -37,14 +37,14 @@ from tests.support.workers import UNREADABLE, captured, charges, committed, runn
 
 
 class SilentInstant(BookkeepingGateway):
-    """The gateway for benchmarks as far as the domain knows it; nothing is ever sent to it."""
+    """The domain takes it for the `instant` gateway; nothing is ever sent to it."""
 
     name = "instant"
 
 
 @contextmanager
 def silent_member(settings: Settings) -> Iterator[None]:
-    """One of the worker's group that does not take part when partitions are to be shared anew."""
+    """A member of the worker's group that does not take part in a rebalance."""
     others: dict[str, Any] = {"group.id": settings.consumer_group, "partition.assignment.strategy": "roundrobin"}
     member = Consumer(others | {"bootstrap.servers": settings.kafka_bootstrap})
     member.subscribe([settings.commands_topic])
@@ -97,7 +97,7 @@ async def test_one_unreadable_message_among_500_is_parked_whole_and_499_are_proc
 
 
 async def test_a_transaction_that_its_producer_aborts_moves_no_money(settings: Settings) -> None:
-    """Its order service has rolled back, and may order anew under other ids."""
+    """The order service has rolled back, and may order again under other ids."""
     given_up, meant = uuid4(), uuid4()
     async with AIOKafkaProducer(
         bootstrap_servers=settings.kafka_bootstrap, transactional_id=f"orders-{meant}"
@@ -119,7 +119,7 @@ async def test_a_transaction_that_its_producer_aborts_moves_no_money(settings: S
 async def test_when_it_called_is_told_by_postgres_whatever_its_own_clock_says(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A provider forgets a key after a day: by a clock two hours ahead it would be sent again, and charge again."""
+    """A provider forgets a key after a day. A call recorded 2 hours late may be sent again after that, and charge."""
     ahead = datetime.now(UTC) + timedelta(hours=2)
     monkeypatch.setattr(wiring, "now", lambda: ahead)
     monkeypatch.setattr(clock, "datetime", SimpleNamespace(now=lambda zone: ahead))
@@ -155,7 +155,7 @@ async def test_a_command_that_postgres_refuses_is_parked_alone(
 
 
 async def delete_all_before(settings: Settings, offset: int) -> None:
-    """As retention does, of partition 0."""
+    """Delete the records of partition 0 before `offset`, as retention does."""
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
     await admin.start()
     await admin.delete_records({TopicPartition(settings.commands_topic, 0): RecordsToDelete(before_offset=offset)})
@@ -233,7 +233,7 @@ async def test_offsets_are_committed_only_after_postgres_has_the_batch(settings:
                 return bool(await value(settings.postgres_url, waiting))
 
             await until(is_waiting)
-            # Twenty commit intervals, had the offsets been due.
+            # One second is 20 commit intervals: offsets that were due would be committed by now.
             for _ in range(10):
                 assert await committed(settings) == 0
                 await asyncio.sleep(0.1)
@@ -379,7 +379,7 @@ async def test_a_header_that_is_no_text_costs_no_command_of_its_batch(settings: 
 async def test_a_producer_may_compress(settings: Settings, codec: str) -> None:
     payment = uuid4()
     async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap, compression_type=codec) as producer:
-        # Large enough for the client to really compress it.
+        # Large enough that the client really compresses it.
         value = body("charge", payment, "key", metadata={f"k{number}": "x" * 400 for number in range(20)})
         await producer.send_and_wait(settings.commands_topic, value, key=str(payment).encode())
     async with running(settings):
@@ -400,7 +400,7 @@ async def test_a_huge_key_of_an_unreadable_message_holds_nobody_up(settings: Set
     assert await committed(settings) == 6
 
 
-# Nothing but the pure Python client writes such a name, and only by force.
+# Only the pure Python client writes such a header name, and only when forced to.
 SEND_UNDECODABLE = """
 import asyncio, sys
 from aiokafka import AIOKafkaProducer
@@ -450,7 +450,7 @@ async def test_a_record_with_neither_key_nor_value_is_parked(settings: Settings)
 
 
 async def test_calls_begun_before_a_worker_joins_its_group_are_saved_when_it_ends(settings: Settings) -> None:
-    """It sweeps at once, and may have to wait for the others of its group before it may read commands."""
+    """A worker sweeps at once, but may have to wait for the other members of its group before it may read commands."""
     async with running_worker(settings.postgres_url, SilentInstant()) as worker:
         await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
     await value(settings.postgres_url, "UPDATE operations SET due_at = now() RETURNING 1")
@@ -471,7 +471,7 @@ async def test_calls_begun_before_a_worker_joins_its_group_are_saved_when_it_end
 async def test_operations_just_claimed_when_a_worker_ends_are_given_back(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lease would run out, and what was never sent would be in doubt."""
+    """Otherwise the leases would expire, and operations that were never sent would be in doubt."""
     async with running_worker(settings.postgres_url, SilentInstant()) as worker:
         await worker.write_path.apply([delivery("charge", new_payment_id(), "key")])
     await value(settings.postgres_url, "UPDATE operations SET due_at = now(), is_leased = false RETURNING 1")
@@ -493,7 +493,7 @@ async def test_operations_just_claimed_when_a_worker_ends_are_given_back(
 async def test_a_worker_that_ends_while_postgres_is_away_leaves_its_group(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise its partitions would stand still until Kafka takes it for dead."""
+    """Otherwise its partitions would stand still until Kafka considers the worker dead."""
     is_postponed = asyncio.Event()
 
     async def away(*_: Any) -> None:
@@ -553,7 +553,7 @@ async def test_a_topic_that_is_gone_is_told_until_its_commands_are_read_again(
 async def test_a_worker_that_starts_before_its_topic_makes_none_of_its_own(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would have one partition and one copy, and `payments migrate` leaves alone what is there."""
+    """A topic created so would have one partition and one replica, and `payments migrate` does not change it."""
     monkeypatch.setattr("app.worker.TOPICS_SECONDS", 1.0)
     early = settings.model_copy(update={"commands_topic": f"{settings.commands_topic}.early"})
     async with running(early) as worker, admin_of(early) as admin:

@@ -1,4 +1,4 @@
-"""A day's books against the provider's own list: equal where all went well; each difference is found, both ways."""
+"""A day's books against the provider's own list: equal where all went well; each difference is found, in both ways."""
 
 import asyncio
 import json
@@ -76,13 +76,13 @@ async def test_every_difference_is_found_and_nothing_else(
 
 
 def post(http: httpx.Client, path: str, form: dict[str, Any]) -> str:
-    """What somebody else does at the provider, with our account; the id of what came of it."""
+    """Do something at the provider with our account, but not through our service; returns the new object's id."""
     answer = http.post(f"/v1/{path}", data=form, headers=AUTHORIZATION).raise_for_status()
     return str(answer.json()["id"])
 
 
 class NotReallyStripe(BookkeepingGateway):
-    """Its payments were made at the provider beforehand."""
+    """A gateway by the name of Stripe, for payments that the test made at the provider beforehand."""
 
     name = "stripe"
 
@@ -123,13 +123,13 @@ async def test_a_payment_that_was_paid_by_two_attempts_is_compared_attempt_by_at
 
 
 class NotReallyPayPal(BookkeepingGateway):
-    """What is paid here is in our books alone."""
+    """Payments through this gateway are in our books alone."""
 
     name = "paypal"
 
 
 def report_of_today(settings: Settings, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]]]:
-    """How many movements PayPal lists today, and where we differ."""
+    """How many movements PayPal lists today, and where our books differ."""
     code = report_day(settings, datetime.now(UTC).date(), None, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert code == bool(told["differences"])
@@ -228,7 +228,7 @@ async def test_a_movement_known_to_us_but_not_listed_by_paypal_is_reported(
 
 
 def refund_in_the_portal(paypal: PayPalSandbox, capture_id: str) -> None:
-    """Without marks of its own: it carries over those of the capture."""
+    """Refund without marks of its own: PayPal copies the capture's marks to it."""
     answer = paypal.http.post(
         f"/v2/payments/captures/{capture_id}/refund",
         json={"amount": {"currency_code": "USD", "value": "5.00"}},
@@ -262,7 +262,7 @@ def test_a_provider_without_a_list_is_said_so(gateway: str, capsys: pytest.Captu
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_day_that_has_not_begun_is_refused(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     tomorrow = datetime.now(UTC).date() + timedelta(days=1)
-    assert report_day(Settings(), tomorrow, None, as_json=as_json) == 2
+    assert report_day(Settings(), tomorrow, None, as_json=as_json) == 1
     told = capsys.readouterr()
     assert "has not begun" in (told.out if as_json else told.err)
 

@@ -1,4 +1,4 @@
-"""While the dead-letter topic takes nothing, the partition waits, and its good commands are answered once."""
+"""While the dead-letter topic accepts nothing, the partition waits, and its good commands are answered once."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Dead letters: what can heal gets its chance before it is parked, and what is parked comes back as it came."""
+"""Dead letters: a command that may still succeed is retried before it is parked; a retry republishes it unchanged."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ ODD_HEADERS = [("trace", b"\xff\xfe"), ("x", b"")]
 
 
 def payments_dlq(settings: Settings, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> Result:
-    """`payments dlq …` in this process: its own event loop runs in a thread of the runner's."""
+    """`payments dlq …` in this process: the runner runs in a thread, where the command has its own event loop."""
     environment = {
         "PAYMENTS_POSTGRES_URL": settings.postgres_url,
         "PAYMENTS_KAFKA_BOOTSTRAP": settings.kafka_bootstrap,
@@ -52,7 +52,7 @@ def payments_dlq(settings: Settings, *arguments: str, monkeypatch: pytest.Monkey
 
 
 class Failing:
-    """`decide`, which fails on one payment a given number of times, in whatever company it comes."""
+    """A `decide` that fails on one payment a given number of times, whatever else is in the batch."""
 
     def __init__(self, payment_id: UUID, times: int) -> None:
         self.payment_id, self.left = payment_id, times
@@ -67,7 +67,7 @@ class Failing:
 
 
 async def park(settings: Settings, *messages: tuple[bytes | None, bytes | None]) -> None:
-    """Have these read by a worker, and parked."""
+    """Let a worker read these messages and park them."""
     async with running(settings):
         await send(settings.kafka_bootstrap, settings.commands_topic, *messages)
         await read_until(
@@ -100,7 +100,7 @@ def facts(
 async def put(
     settings: Settings, text: bytes | None, *, headers: list[tuple[str, bytes]], key: bytes | None = None
 ) -> str:
-    """Write a letter straight to its topic; its name."""
+    """Write a letter directly to the dead-letter topic; returns its name."""
     async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
         sent = await producer.send_and_wait(settings.dead_letter_topic, value=text, key=key, headers=headers)
     return f"{sent.partition}:{sent.offset}"
@@ -133,7 +133,7 @@ async def test_a_letter_that_the_topic_refuses_holds_up_no_later_one_of_its_part
 
 
 async def told_limits(settings: Settings) -> list[dict[str, str]]:
-    """What `payments migrate` tells of the topic for dead letters."""
+    """The limits of the dead-letter topic that `payments migrate` logs."""
     with capture_logs() as logs:
         await prepare(settings)
     return [each["limits"] for each in logs if each.get("topic") == settings.dead_letter_topic]
@@ -162,7 +162,7 @@ async def test_a_command_that_heals_is_not_parked_and_its_payments_later_command
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, others = new_payment_id(), [new_payment_id() for _ in range(20)]
-    # Ten times: the bisection of the whole batch alone meets it some six times.
+    # Ten failures, because the bisection of the whole batch alone causes about six.
     monkeypatch.setattr(batch_module, "decide", Failing(slow, 10))
     before = REGISTRY.get_sample_value("payments_command_retries_total") or 0
     batch = [(str(slow).encode(), body("authorize", slow, "a"))]
@@ -276,7 +276,7 @@ async def test_bytes_key_and_headers_come_back_as_they_came(
 async def test_letters_are_published_again_as_they_lie_however_they_are_named(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The capture before its authorization would be refused for good."""
+    """In reverse order, a capture would come before its authorization and be refused for good."""
     names = [await put(settings, each, key=b"pay", headers=facts(settings)) for each in (b"first", b"second")]
     await in_thread(payments_dlq, settings, "retry", *reversed(names), monkeypatch=monkeypatch)
     records = await read_until(settings.kafka_bootstrap, settings.commands_topic, lambda found: len(found) >= 2)
@@ -334,7 +334,7 @@ async def test_a_value_that_was_left_out_comes_back_from_its_source_with_its_hea
 async def test_a_value_that_is_nowhere_is_refused_and_stays_open(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, topic: str, left_out: bytes
 ) -> None:
-    """The source has lost it, or has another message of another size there now, or is itself gone."""
+    """The source topic is gone, or it has lost the message, or has a message of another size at that offset."""
     source = settings.commands_topic if topic == "the source" else topic
     async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap) as producer:
         await producer.send_and_wait(settings.commands_topic, b"other one", key=b"k", partition=0)
@@ -407,7 +407,7 @@ async def test_an_earlier_dead_letter_decision_is_reported_and_kept(
 
 
 async def make_anew(bootstrap: str, topic: str) -> None:
-    """Lose the topic with all that it holds; another one has its name afterwards."""
+    """Delete the topic with everything in it, and create an empty one of the same name."""
 
     async def is_gone() -> bool:
         return not await has_topic(KafkaAccess(bootstrap), topic)

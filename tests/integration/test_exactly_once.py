@@ -133,7 +133,7 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
     async with running_worker(postgres_url, gateway) as worker:
         applied = await worker.write_path.apply([delivery("charge", payment_id, "late")])
         (request,) = applied.requests
-        # The first worker falls asleep here. Its lease runs out, and another takes over.
+        # The first worker freezes here. Its lease expires, and another worker takes over.
         pool = await create_pool(postgres_url, size=1)
         await pool.execute("UPDATE operations SET due_at = now() - interval '1 second'")
         ((_, operation),) = await PostgresStore(pool).claim_due(
@@ -145,7 +145,7 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
         await worker.write_path.apply([late(Declined(DeclineReason.OTHER))])
         assert await value(postgres_url, "SELECT status FROM payments") == "processing"
         assert await events_of(postgres_url, payment_id) == []
-        # But that money moved is true, whoever holds it now.
+        # But a report that money moved counts, whoever holds the lease now.
         await worker.write_path.apply([late(Succeeded("late"))])
         await worker.write_path.apply([late(Declined(DeclineReason.OTHER))._replace(lease_token=operation.lease_token)])
     assert await value(postgres_url, "SELECT captured_minor FROM payments") == 10_000
@@ -155,7 +155,7 @@ async def test_the_late_answer_of_a_worker_whose_lease_was_taken_over_changes_no
 async def test_a_success_that_comes_after_its_operation_has_ended_without_is_late_and_counts_once(
     postgres_url: str,
 ) -> None:
-    """A person, or a provider's list, said that it was not executed; the worker that slept through it knows better."""
+    """A person or a provider's list said that it was not executed; the worker that slept meanwhile knows better."""
     gateway, payment_id = BookkeepingGateway(), new_payment_id()
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(delivery("charge", payment_id, "charge"))
@@ -193,7 +193,7 @@ async def test_a_void_that_is_sent_again_is_of_the_attempt_that_waits_and_not_of
 
 
 class _FirstVoidIsLost(BookkeepingGateway):
-    """Declines the first attempt, has the second one wait for its payer, and answers only the second void."""
+    """Declines the first attempt, leaves the second one waiting for the payer, and answers only the second void."""
 
     def __init__(self, lost: type[GatewayError]) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ async def test_a_lease_that_is_taken_between_reading_and_writing_matches_no_row(
 
 
 async def test_how_old_a_call_is_that_is_taken_over_is_told_by_postgres(postgres_url: str) -> None:
-    """A machine that was stopped and goes on has an old clock: by it, the provider would still know the key."""
+    """After a stopped machine resumes, its clock is late: by that clock, the provider would still know the key."""
     pool = await create_pool(postgres_url, size=1)
     store = PostgresStore(pool)
     store.now._told -= timedelta(hours=2)
@@ -243,7 +243,7 @@ async def test_how_old_a_call_is_that_is_taken_over_is_told_by_postgres(postgres
 
 
 class _ClaimedBeforeSave:
-    """A store in which another worker claims the operation after it was read and before it is written, once."""
+    """A store in which another worker once claims the operation between the read and the write."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._store = store
@@ -290,7 +290,7 @@ async def test_one_poison_input_among_500_stands_alone_and_499_are_saved(postgre
     gateway = BookkeepingGateway()
     inputs = [delivery("charge", new_payment_id(), f"key-{number}") for number in range(500)]
     command = inputs[250].command
-    # Postgres refuses NUL in text; the reader of messages would have refused it before.
+    # Postgres refuses NUL in text. The message reader would have refused it before.
     inputs[250] = Delivery(command._replace(order_id="a\x00b"))  # type: ignore[union-attr]
     async with running_worker(postgres_url, gateway, given=rules(RetryPolicy())) as worker:
         applied = await worker.accept(*inputs)
@@ -327,7 +327,7 @@ async def test_a_delivery_while_the_first_is_under_way_is_answered_once_there_is
 
 
 class BusyUntil(BookkeepingGateway):
-    """Refuses everything at the door until then."""
+    """Refuses every request until `moment`, before anything is executed."""
 
     def __init__(self, moment: datetime) -> None:
         super().__init__()

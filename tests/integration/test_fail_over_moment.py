@@ -1,4 +1,4 @@
-"""While every host that answers is a standby: what asks Postgres now and then says so, and asks again."""
+"""While only standbys answer, the code that queries Postgres periodically reports it and tries again."""
 
 import asyncio
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.cli import run
 
 
 def nobody_writes(postgres_url: str) -> str:
-    """A primary is what this address does not take, as one for writing takes no standby."""
+    """An address that accepts no primary, just as an address for writing accepts no standby."""
     return f"{postgres_url}?target_session_attrs=read-only"
 
 

@@ -1,4 +1,4 @@
-"""The HTTP process: health that names the part at fault, one page of metrics, a document that needs no network."""
+"""The HTTP process: health that names the failing part, one page of metrics, and a document that needs no network."""
 
 import asyncio
 import re
@@ -44,7 +44,7 @@ async def silent() -> str | None:
 
 
 async def stubborn() -> str | None:
-    """As asked of a frozen Postgres: what was begun takes long to give up."""
+    """Like a query to a frozen Postgres: it takes long to cancel."""
     try:
         return await silent()
     finally:
@@ -58,7 +58,7 @@ async def get(app: Starlette, path: str) -> httpx.Response:
 
 
 def up(text: str) -> dict[str, float]:
-    """Which processes the page says are up."""
+    """Each process, and whether the page reports it as up."""
     families = {family.name: family for family in text_string_to_metric_families(text)}
     return {sample.labels["process"]: sample.value for sample in families["payments_process_up"].samples}
 

@@ -1,4 +1,4 @@
-"""A Kafka that lets nobody in without a password, and nobody do what they have no right to: the whole service on it."""
+"""A Kafka that admits nobody without a password, and permits only granted rights: the whole service against it."""
 
 import asyncio
 import ipaddress
@@ -55,11 +55,11 @@ RIGHTS = {
     (ResourceType.TOPIC, "payments.", ResourcePatternType.PREFIXED): ("CREATE", "READ", "WRITE", "DESCRIBE_CONFIGS"),
     (ResourceType.GROUP, "payments", ResourcePatternType.LITERAL): ("READ",),
 }
-"""Those that docs/operations/kafka.md tells."""
+"""The rights that docs/operations/kafka.md lists."""
 
 
 class SecuredKafka(EmbeddedKafka):
-    """Asks everybody for a password, over TLS at `tls_port`; its certificate is for 127.0.0.1, and no other name."""
+    """Requires a password from everybody; at `tls_port` over TLS, with a certificate for 127.0.0.1 and nothing else."""
 
     def __init__(self, data_dir: Path) -> None:
         super().__init__(data_dir)
@@ -83,7 +83,7 @@ class SecuredKafka(EmbeddedKafka):
             "ssl.keystore.type": "PEM",
             "ssl.keystore.location": str(self._keys),
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:admin;User:ANONYMOUS",  # The controller's listener knows no users.
+            "super.users": "User:admin;User:ANONYMOUS",  # The controller's listener has no users.
         }
         for name in LISTENERS:
             settings[f"listener.name.{name}.plain.sasl.jaas.config"] = PLAIN
@@ -98,7 +98,7 @@ class SecuredKafka(EmbeddedKafka):
 
 
 def write_certificates(folder: Path) -> tuple[Path, Path]:
-    """The CA's certificate, and the broker's key with what the CA has signed for it."""
+    """The CA's certificate, and the broker's key with the certificate that the CA signed for it."""
     names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in ("ca", "kafka")]
     keys = [ec.generate_private_key(ec.SECP256R1()) for _ in names]
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
@@ -125,7 +125,7 @@ def write_certificates(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def kafka(data_dir: Path) -> Iterator[SecuredKafka]:
-    """The broker; the user `payments` has the rights that are told, and no more."""
+    """The broker; its user `payments` has RIGHTS and nothing more."""
     folder = data_dir / "secured"
     folder.mkdir()
     server = SecuredKafka(folder)
@@ -153,13 +153,13 @@ def kafka(data_dir: Path) -> Iterator[SecuredKafka]:
 
 
 class Way(NamedTuple):
-    """How a client may come in."""
+    """A way for a client to authenticate."""
 
     protocol: str
     mechanism: str
 
     def told(self, kafka: SecuredKafka) -> dict[str, str]:
-        """As settings say it."""
+        """This way as settings."""
         is_tls = self.protocol == "SASL_SSL"
         return {
             "kafka_bootstrap": f"{HOST}:{kafka.tls_port if is_tls else kafka.port}",
@@ -190,7 +190,7 @@ def told(kafka: SecuredKafka, way: Way, postgres_url: str, redis_url: str) -> di
 
 
 async def payments(told: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What `payments …` says; whatever it is, no password."""
+    """The finished `payments …`; it must not have printed a password."""
     environment = {f"PAYMENTS_{name.upper()}": value for name, value in told.items()}
     done = await asyncio.to_thread(
         subprocess.run,

@@ -227,7 +227,7 @@ def cluster_identity(server: EmbeddedPostgres) -> object:
 
 
 def abandon(server: EmbeddedValkey) -> None:
-    """Let go of the data folder as a process that died would, with the server still running and recorded."""
+    """Release the data folder as if this process had died, with the server still running and recorded."""
     assert server._claim is not None
     server._claim.close()
     server._claim = None

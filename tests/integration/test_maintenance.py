@@ -1,4 +1,4 @@
-"""The outbox's partitions: made, filled without publishing again, and dropped only when nobody needs them."""
+"""The outbox's partitions: created, filled without publishing events again, and dropped only when nobody needs them."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from app.settings import Settings
 from infra.postgres import maintenance
 from infra.postgres.maintenance import MaintenanceReport, maintain
 from infra.postgres.pool import IDLE_IN_TRANSACTION_MS
-from infra.relay.stream import ReplicationStream
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import Topics
 from tests.support.outbox import set_database
 
@@ -56,18 +56,18 @@ async def where(connection: asyncpg.Connection) -> dict[str, str]:
 
 
 def assert_busy(report: MaintenanceReport, what: str) -> None:
-    """That this, and this alone, could not have its lock."""
+    """Assert that this, and nothing else, failed to get its lock."""
     assert report == MaintenanceReport((), 0, (), (), (f"{what}: canceling statement due to lock timeout",))
 
 
 def last_success() -> float:
-    """As it would be scraped."""
+    """The gauge as Prometheus would scrape it."""
     (metric,) = LAST_SUCCESS.collect()
     return metric.samples[0].value
 
 
 def today() -> date:
-    """As it is now: a run may go on past midnight."""
+    """The current day, read at each call, because a run may continue past midnight."""
     return datetime.now(UTC).date()
 
 
@@ -134,14 +134,14 @@ async def test_stranded_rows_move_to_the_partition_of_their_day(
 async def test_rows_that_take_long_to_move_do_so_in_portions(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No statement takes longer than a portion does, and a row is seen once and once only meanwhile."""
+    """No statement takes longer than one portion, and during the move every row is visible exactly once."""
     monkeypatch.setattr(maintenance, "PORTION_PAGES", 1)
     monkeypatch.setattr(maintenance, "COMMAND_TIMEOUT_SECONDS", 0.6)
     yesterday = today() - timedelta(days=1)
     for number in range(500):
         await insert(connection, str(number), noon(yesterday if number % 2 else today()))
     assert await connection.fetchval(maintenance.DEFAULT_PAGES) > 5
-    await connection.execute(SLOW_MOVE)  # a day in a second
+    await connection.execute(SLOW_MOVE)  # slow enough that each day takes a second
     maintaining = asyncio.create_task(maintain(postgres_url, days_ahead=0, retention_days=14))
     while not maintaining.done():
         assert await connection.fetchval("SELECT count(*) FROM outbox") == 500
@@ -156,7 +156,7 @@ async def test_a_day_that_cannot_be_moved_holds_up_neither_coming_days_nor_reten
     bad = today() - timedelta(days=30)
     await insert(connection, "stays", noon(bad))
     await insert(connection, "moves", noon(bad + timedelta(days=1)))
-    await connection.execute(f"CREATE TABLE {name_of(bad)} ()")  # its name is taken
+    await connection.execute(f"CREATE TABLE {name_of(bad)} ()")  # so that the partition's name is taken
     report = await maintain(aged.url, days_ahead=2, retention_days=3)
     assert report.made == (*(today() + timedelta(days=n) for n in (1, 2)), bad + timedelta(days=1))
     assert report.failed == (f'the partition of {bad}: relation "{name_of(bad)}" already exists',)
@@ -167,7 +167,7 @@ async def test_a_day_that_cannot_be_moved_holds_up_neither_coming_days_nor_reten
 async def test_a_round_that_leaves_nothing_undone_says_when(postgres_url: str, connection: asyncpg.Connection) -> None:
     settings = Settings(postgres_url=postgres_url)
     LAST_SUCCESS.set(0)
-    await connection.execute(f"CREATE TABLE {name_of(today())} ()")  # its name is taken
+    await connection.execute(f"CREATE TABLE {name_of(today())} ()")  # so that the partition's name is taken
     assert (await maintain_once(settings)).failed
     assert last_success() == 0
     await connection.execute(f"DROP TABLE {name_of(today())}")
@@ -206,7 +206,7 @@ async def test_unfinished_maintenance_is_not_reported_as_an_unreachable_server(
     connection: asyncpg.Connection,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await connection.execute(f"CREATE TABLE {name_of(today())} ()")  # its name is taken
+    await connection.execute(f"CREATE TABLE {name_of(today())} ()")  # so that the partition's name is taken
     here = {"POSTGRES_URL": postgres_url, "KAFKA_BOOTSTRAP": kafka_bootstrap, "REDIS_URL": "redis://127.0.0.1:1"}
     here |= {"COMMANDS_TOPIC": topics.commands, "EVENTS_TOPIC": topics.events, "DEAD_LETTER_TOPIC": topics.dlq}
     for name, value in here.items():
@@ -231,7 +231,7 @@ async def test_moved_rows_are_not_published_again(postgres_url: str, connection:
 
 
 async def published(connection: asyncpg.Connection) -> list[str]:
-    """The `aggregateid` of each row that the publication sends a subscriber since the last call."""
+    """The `aggregateid` of each row that the publication has sent a subscriber since the last call."""
     rows = await connection.fetch(
         f"SELECT data FROM pg_logical_slot_get_binary_changes('probe', NULL, NULL, {PUBLICATION})"
     )
@@ -239,7 +239,7 @@ async def published(connection: asyncpg.Connection) -> list[str]:
 
 
 def third_column(message: bytes) -> str:
-    """Of an insert in pgoutput's protocol: I, relation (4), N, count (2), then columns of t, length (4), text."""
+    """The third column of an insert in pgoutput: I, relation (4), N, count (2), then columns of t, length (4), text."""
     position = 8
     for _ in range(2):
         position += 5 + int.from_bytes(message[position + 1 : position + 5], "big")
@@ -248,7 +248,7 @@ def third_column(message: bytes) -> str:
 
 
 async def test_payments_go_on_while_rows_move(postgres_url: str, connection: asyncpg.Connection) -> None:
-    """No insert fails, and none is lost or doubled. One that failed would be taken for a bad command and parked."""
+    """No insert fails, and no row is lost or doubled. A failed insert would be taken for a bad command and parked."""
     total = 400
 
     async def write(part: int) -> None:
@@ -269,7 +269,7 @@ async def test_payments_go_on_while_rows_move(postgres_url: str, connection: asy
 async def test_a_coming_day_needs_no_lock_that_payments_notice(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
-    """What the maintenance of every day does: one open transaction that wrote an event does not hold it up."""
+    """The maintenance of every day is not held up by an open transaction that has written an event."""
     await maintain(postgres_url, days_ahead=1, retention_days=14)
     transaction = connection.transaction()
     await transaction.start()
@@ -313,7 +313,7 @@ async def test_a_busy_table_is_tried_again(postgres_url: str, connection: asyncp
 
 
 async def refused_once(url: str) -> None:
-    """Wait until somebody has waited for a lock on the outbox, or a part of it, and has given up."""
+    """Wait until a lock request on the outbox or its default partition has waited and given up."""
     own = await asyncpg.connect(url)
     waiting = """SELECT EXISTS (SELECT FROM pg_locks
                   WHERE NOT granted AND relation IN ('outbox'::regclass, 'outbox_default'::regclass))"""
@@ -383,14 +383,14 @@ async def aged(postgres_url: str, connection: asyncpg.Connection) -> Aged:
 
 
 class Subscriber:
-    """Streams from slot `probe` as the relay does, and confirms all that it is sent while it `is_confirming`."""
+    """Streams from slot `probe` like the relay, and confirms everything that it receives while it `is_confirming`."""
 
     def __init__(self, stream: ReplicationStream) -> None:
         self.is_confirming = True
         self._stream = stream
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             while self._stream.receive() is not None:
                 pass
@@ -428,7 +428,7 @@ async def test_nothing_is_dropped_while_nobody_publishes(aged: Aged) -> None:
 async def test_nothing_is_dropped_that_a_poll_has_not_published(
     aged: Aged, subscriber: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A poll has no slot, and the slot of somebody else, however far it is, proves nothing for it."""
+    """A polling relay has no slot, and the position of another reader's slot proves nothing for it."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     await aged.connection.execute(
         "INSERT INTO relay_slots (slot_name, system_identifier, source)"
@@ -450,7 +450,7 @@ async def test_a_poll_alone_is_a_publisher(aged: Aged) -> None:
 async def test_progress_saved_on_another_server_lets_no_partition_be_dropped(
     aged: Aged, gap: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dump restored elsewhere: the mark goes by that server's transactions, which were further on."""
+    """After a restore on another server, the proof refers to the old server's transactions, which were further on."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     await relay_row(aged.connection, "1000000000")
     await aged.connection.execute("UPDATE relay_slots SET system_identifier = '1', gap = $1", gap)
@@ -465,7 +465,7 @@ async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscribe
     assert (report.dropped, await aged.count()) == ((), 11)
     assert (
         "slot idle is inactive" in report.kept_because
-    )  # The other one may not have confirmed yet; nobody waits for it.
+    )  # The slot `probe` may be named too if it has not confirmed yet.
     await aged.connection.execute("SELECT pg_drop_replication_slot('idle')")
     assert (await aged.maintain()).dropped
 
@@ -473,7 +473,7 @@ async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscribe
 async def test_nothing_is_dropped_before_every_slot_has_confirmed_it(
     aged: Aged, subscriber: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However little it is that is missing: the one event that Kafka refuses must stay replayable."""
+    """However little is missing: a single event that Kafka refuses must stay replayable."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     subscriber.is_confirming = False
     await insert(aged.connection, "unconfirmed", noon(today() - timedelta(days=9)))
@@ -519,7 +519,7 @@ async def test_slots_of_others_do_not_matter(aged: Aged, subscriber: Any) -> Non
 
 
 async def test_dropping_gives_way_to_payments(aged: Aged, subscriber: Any) -> None:
-    """A drop that cannot have its lock leaves the queue, so that a payment behind it waits no longer than that."""
+    """A drop that cannot get its lock leaves the queue, so a payment behind it waits no longer than that timeout."""
     transaction = aged.connection.transaction()
     await transaction.start()
     await insert(aged.connection, "long transaction")
@@ -535,7 +535,7 @@ async def test_dropping_gives_way_to_payments(aged: Aged, subscriber: Any) -> No
 
 
 async def test_postgres_has_no_gentler_way_to_drop(aged: Aged) -> None:
-    """Should this fail one day, partitions can be detached without locking inserts out."""
+    """If this test fails one day, partitions can be detached without blocking inserts."""
     with pytest.raises(asyncpg.ObjectNotInPrerequisiteStateError, match="when a default partition exists"):
         await aged.connection.execute(f"ALTER TABLE outbox DETACH PARTITION {name_of(today())} CONCURRENTLY")
 
@@ -552,7 +552,7 @@ async def relay_row(connection: asyncpg.Connection, below: str, source: str = "w
 async def test_while_nothing_happens_what_is_proven_to_be_published_may_go(
     postgres_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, *, is_proven: bool
 ) -> None:
-    """A slot stands still then, and would never come past what is written elsewhere meanwhile."""
+    """An idle slot stands still, and would never pass the WAL that is written elsewhere in the meantime."""
     monkeypatch.setattr(maintenance, "PASS_SECONDS", 0.3)
     old = today() - timedelta(days=20)
     await insert(connection, "old", noon(old))

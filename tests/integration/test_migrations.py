@@ -1,4 +1,4 @@
-"""The schema: forward and back, and what it refuses whoever writes."""
+"""The schema: forward and back, and what it refuses, whoever writes."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from migrations import steps
 from tests.support.provider import BookkeepingGateway
 from tests.support.service import InProcessWorker, NoHint, delivery, new_payment_id, running_worker
 
-# Everything that the schema consists of, in words.
+# Everything that makes up the schema, as text.
 SCHEMA = """
     SELECT 'column', table_name || '.' || column_name,
            concat_ws(' ', data_type, collation_name, is_nullable, column_default, is_identity, ordinal_position)
@@ -93,7 +93,7 @@ def test_up_down_up_gives_the_same_schema(empty_postgres_url: str) -> None:
 async def test_refunds_of_other_attempts_do_not_prevent_a_downgrade(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
-    """Both payments were paid twice, and of one the second hundred was given back."""
+    """Both payments were paid twice; for one of them the second hundred was refunded."""
     returned = {"authorized_minor": 200, "captured_minor": 200, "refunded_minor": 100, "owed_captured_minor": 100}
     for number, more in enumerate(({}, {"owed_returned_minor": 100})):
         row = {"payment_id": uuid.UUID(int=number), "status": "partially_refunded", "currency": "EUR"}
@@ -107,8 +107,8 @@ async def test_refunds_of_other_attempts_do_not_prevent_a_downgrade(
 
 
 def test_two_may_upgrade_at_once(empty_postgres_url: str, postgres_url: str) -> None:
-    """Both are made to wait at the same door before either has begun; who waits has no transaction open meanwhile."""
-    # Processes: Alembic's own state is one for all threads of a process.
+    """Both wait for the migration lock before either has begun, and neither has a transaction open while it waits."""
+    # Processes, because Alembic's state is shared by all threads of a process.
     upgrade = [sys.executable, "-c", "import sys; from infra.postgres.migrate import upgrade; upgrade(sys.argv[1])"]
     queue = """SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
                   AND backend_type = 'client backend' AND state = 'idle' AND query = 'COMMIT'"""
@@ -134,12 +134,12 @@ LOCKS = """
        AND relation IN ('payments'::regclass, 'operations'::regclass)
        AND mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND
 """
-"""That keep payments from being written, or read."""
+"""Modes that keep payments from being written or read."""
 
 
 @contextlib.contextmanager
 def each_statement(event: str, seen: Callable[[str], None]) -> Iterator[None]:
-    """Have `seen` called with the SQL of each statement of SQLAlchemy's, before or after it is executed."""
+    """Call `seen` with the SQL of each statement that SQLAlchemy executes, before or after its execution."""
 
     def told(connection: object, cursor: object, statement: str, *others: object) -> None:
         seen(statement)
@@ -152,7 +152,7 @@ def each_statement(event: str, seen: Callable[[str], None]) -> Iterator[None]:
 
 
 def test_no_lock_on_payments_outlives_the_statement_that_takes_it(empty_postgres_url: str) -> None:
-    """So that none is held while another statement reads a table through or makes an index."""
+    """Otherwise a lock would be held while another statement reads a whole table or creates an index."""
     migrate.upgrade(empty_postgres_url, "0004")
     holding: list[str] = []
     with psycopg.connect(empty_postgres_url, autocommit=True) as watch:
@@ -168,7 +168,7 @@ def test_no_lock_on_payments_outlives_the_statement_that_takes_it(empty_postgres
 
 @pytest.mark.parametrize("table", BUSY)
 def test_payments_do_not_wait_behind_a_migration_that_waits(empty_postgres_url: str, table: str) -> None:
-    """Somebody reads a table for long: no lock that a migration needs meanwhile stands in a payment's way for long."""
+    """Behind a long reader of a table, no lock request of a migration makes payments wait long."""
     migrate.upgrade(empty_postgres_url, "0004")
     with (
         ThreadPoolExecutor() as pool,
@@ -243,7 +243,7 @@ COLLATIONS = """
 async def test_no_key_that_money_hangs_on_goes_by_how_an_operating_system_sorts(
     postgres_url: str, connection: asyncpg.Connection
 ) -> None:
-    """Under a unique index whose order changes below it, a key that is there is not found: money moves again."""
+    """If the order under a unique index changes, a key that is there is not found, and money moves again."""
     rows = await connection.fetch(COLLATIONS, ["payments", "operations", "inbox"])
     keys = (
         "operations.idempotency_key",
@@ -273,7 +273,7 @@ async def test_a_worker_goes_on_beside_the_migration_that_changes_what_it_has_pr
 
 
 async def until_accepted(worker: InProcessWorker, given: Delivery) -> None:
-    """As the consumer does: what could not be saved is tried again."""
+    """Retry until it is saved, as the consumer does."""
     async with asyncio.timeout(10):
         while True:
             with contextlib.suppress(StoreUnavailable):
@@ -295,7 +295,7 @@ async def test_autovacuum_of_settled_rows_is_set_to_an_absolute_threshold(
 
 
 def test_versions_form_one_line() -> None:
-    """With two heads nobody could say what the newest schema is."""
+    """With two heads, it would be undefined which schema is the newest."""
     scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
     assert len(scripts.get_heads()) == len(scripts.get_bases()) == 1
 

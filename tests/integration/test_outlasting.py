@@ -1,4 +1,4 @@
-"""What must not stop a worker, and what must not pass for a poison message."""
+"""Failures that must not stop a worker, and failures that must not be taken for a poison message."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -191,7 +191,7 @@ async def test_a_process_stopped_in_its_transaction_does_not_keep_its_payments_f
         with pytest.raises(StoreUnavailable):  # noqa: PT012 - the block is the transaction that is ended
             async with PostgresStore(stopped).begin() as transaction:
                 await transaction.lock_payments([payment_id])
-                # Stopped here, as by SIGSTOP; meanwhile:
+                # This worker freezes here, as after SIGSTOP; meanwhile:
                 async with asyncio.timeout(10):
                     refund = worker.accept(delivery("refund", payment_id, "refund"))
                     await asyncio.create_task(refund, context=Context())
@@ -203,7 +203,7 @@ async def test_a_process_stopped_in_its_transaction_does_not_keep_its_payments_f
 
 
 async def test_renewals_and_saves_of_the_same_operations_do_not_wait_for_each_other_in_a_circle(pool: Any) -> None:
-    """As answers come after a long time, in another order than the calls went out."""
+    """After a long delay, answers arrive in a different order than the calls were sent."""
     store = PostgresStore(pool)
     payments = [new_payment_id() for _ in range(200)]
     await write_path(store).apply([delivery("charge", each, f"key-{each}") for each in payments])
@@ -220,7 +220,7 @@ async def test_renewals_and_saves_of_the_same_operations_do_not_wait_for_each_ot
 
 
 async def test_a_renewal_that_waits_in_a_circle_with_somebody_else_goes_on(postgres_url: str, pool: Any) -> None:
-    """A deadlock between them is found by Postgres; whoever is chosen must go on."""
+    """Postgres detects the deadlock and aborts one of the two; if that is the renewal, the renewal must go on."""
     store = PostgresStore(pool)
     path = write_path(store)
     payments = sorted(new_payment_id() for _ in range(2))
@@ -246,7 +246,7 @@ async def test_a_renewal_that_waits_in_a_circle_with_somebody_else_goes_on(postg
 
 
 async def test_a_pool_is_closed_though_its_server_is_frozen(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is told to end would wait for it, and end with an error."""
+    """Otherwise a worker that is told to stop would wait for Postgres, and exit with an error."""
     monkeypatch.setattr(pool_module, "CLOSES_WITHIN", 0.2)
     pool = await create_pool(postgres_url, size=1)
     with frozen(await pool.fetchval("SELECT pg_backend_pid()")):

@@ -1,4 +1,4 @@
-"""What a person does in a provider's dashboard, over real HTTP: signed webhooks bring it into the books, each once."""
+"""Actions in a provider's dashboard, over real HTTP: signed webhooks bring each into the books, once."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ WEBHOOK_ID = "1PORTAL"
 
 
 class Portal(ABC):
-    """A provider's dashboard, and what our service needs to know of that provider."""
+    """A provider's dashboard, and what our service needs to know about that provider."""
 
     name: str
     payment_method: str
@@ -134,7 +134,7 @@ class PayPalsPages(Portal):
         self.post(f"/_sandbox/paypal/captures/{self._part(reference, 'captures')}/reverse?amount={cents / 100:.2f}")
 
     def pay(self, reference: str) -> None:
-        """The payer consents to an order that we had given up, and it is executed all the same."""
+        """The payer approves an order that we had given up, and the order is captured all the same."""
         paypal = PayPalSandbox(self.url, self.http)
         paypal.approve(reference)
         headers = {"Authorization": f"Bearer {paypal.token()}", "PayPal-Request-Id": reference}
@@ -161,7 +161,7 @@ def portal(request: pytest.FixtureRequest, sandbox: tuple[str, httpx.Client]) ->
 async def told_by(
     portal: Portal, postgres_url: str, retry: RetryPolicy = QUICK_RETRY
 ) -> AsyncIterator[InProcessWorker]:
-    """A worker that hears of what happens at the provider."""
+    """A worker that receives the provider's webhooks."""
     gateway = portal.gateway()
     given = rules(retry, gateways={portal.name: gateway.capabilities}, default_gateway=portal.name)
     async with (
@@ -175,7 +175,7 @@ async def told_by(
 
 
 async def opened(worker: InProcessWorker, portal: Portal, postgres_url: str, kind: str) -> tuple[UUID, str]:
-    """A payment of USD 100.00, and what the provider calls it."""
+    """A payment of USD 100.00, and the provider's id of it."""
     payment_id = new_payment_id()
     await worker.accept(delivery(kind, payment_id, f"{payment_id}-open", payment_method=portal.payment_method))
     await worker.idle()
@@ -194,7 +194,7 @@ async def heard(postgres_url: str, payment_id: UUID, kind: str, times: int = 1) 
 async def differences(
     portal: Portal, postgres_url: str, payment_id: UUID, capsys: pytest.CaptureFixture[str]
 ) -> list[dict[str, Any]]:
-    """What today's books and the provider's list differ on; the provider has payments of other tests, too."""
+    """How today's books and the provider's list differ for this payment; the list has other tests' payments, too."""
     settings = Settings(postgres_url=postgres_url, **portal.settings())
     today = datetime.now(UTC).date()
     capsys.readouterr()

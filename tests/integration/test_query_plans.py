@@ -1,7 +1,6 @@
-"""The write path's plans over 100,000 payments, made once and kept for ever: none reads a whole table.
+"""The write path's plans over 100,000 payments: none reads a whole table.
 
-A prepared statement's generic plan is made without knowing the arrays' sizes, which is what asyncpg's cached statements
-end up with.
+The plans are generic, which asyncpg's cached statements end up with: made once, without knowing the arrays' sizes.
 """
 
 import re
@@ -66,7 +65,7 @@ async def pinned(filled_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def generic_plan(connection: asyncpg.Connection, statement: str) -> str:
-    """The plan for whatever the parameters are; those that the statement leaves out count as text."""
+    """The plan that holds for any parameters; parameters that the statement does not use are declared as text."""
     used = {int(number) for number in re.findall(r"\$(\d+)", statement)}
     unused = [f"${number}::text IS NULL" for number in range(1, max(used, default=0) + 1) if number not in used]
     if unused:
@@ -97,7 +96,7 @@ async def test_statement_walks_its_indexes(name: str, pinned: asyncpg.Connection
 async def test_however_much_is_stuck_no_more_of_it_is_read_than_is_claimed(
     name: str, pinned: asyncpg.Connection
 ) -> None:
-    """In the order of the index, up to the limit; sorted first, all of it would be read."""
+    """The rows are read in index order, up to the limit. A sort would read all of them first."""
     plan = await generic_plan(pinned, STATEMENTS[name])
     assert "Limit" in plan, plan
     assert "Sort" not in plan, plan
@@ -111,7 +110,7 @@ async def test_due_operations_are_read_by_an_index_on_their_gateway(pinned: asyn
 
 
 async def test_the_plans_hold_though_statistics_say_that_the_tables_are_empty(postgres_url: str) -> None:
-    """What a worker prepares on its first day is what it runs on its hundredth."""
+    """A plan that a worker prepares on its first day may still be in use on its hundredth."""
     settings = PINNED_PLANS | {"plan_cache_mode": "force_generic_plan"}
     connection = await asyncpg.connect(postgres_url, server_settings=settings)
     await connection.execute("ANALYZE")

@@ -1,4 +1,4 @@
-"""Reconciliation on a real Postgres: only the provider's word ends anything, and holds end when it says so."""
+"""Reconciliation against a real Postgres: only the provider's word ends anything, and holds end when it says so."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ def asker_of(*gateways: BookkeepingGateway) -> Asker:
 
 
 async def in_doubt(postgres_url: str, *payments: Any) -> None:
-    """Charges whose answers are lost, and whose next attempt is an hour away."""
+    """Charges whose answers were lost, and whose next attempt is an hour away."""
     gateway = Instant()
     gateway.outcome = lambda request: Unknown("lost")
     async with running_worker(postgres_url, gateway) as worker:
@@ -116,7 +116,7 @@ async def test_a_hold_past_its_end_is_released_on_the_providers_word_only(postgr
             cut_off=timedelta(hours=1),
         )
         assert await reconciler.reconcile_holds() == 0
-        # Another attempt was paid before, at another gateway: a hold is asked about at its own.
+        # The state if another attempt was paid before at another gateway: a hold is queried at its own gateway.
         another = "gateway = 'other', authorized_minor = 2 * authorized_minor, owed_held_minor = authorized_minor"
         await value(postgres_url, f"UPDATE payments SET authorization_expires_at = now(), {another} RETURNING 1")
         asked: list[GatewayRequest] = []
@@ -144,7 +144,7 @@ async def reconcilers(
     count: int = 1,
     on_answer: Callable[[HoldAnswer], None] = lambda answer: None,
 ) -> AsyncIterator[list[Reconciler]]:
-    """Those of several workers, each on its own connections: every 5 minutes, an hour behind at most."""
+    """One reconciler per worker, each on its own connections; interval 5 minutes, cut-off one hour."""
     pools = [await create_pool(postgres_url, size=1) for _ in range(count)]
     yield [
         Reconciler(
@@ -162,7 +162,7 @@ async def reconcilers(
 
 
 class StillHeld(BookkeepingGateway):
-    """Every hold is still there; `asked` counts the questions."""
+    """Reports every hold as still there; `asked` counts the queries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ async def test_holds_of_a_provider_that_rests_keep_no_others_answers_from_being_
 
 
 class Silent(StillHeld):
-    """Lets every question wait until `gives_up`, and then gives no answer."""
+    """Leaves every query waiting until `gives_up`, and then raises that no answer came."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,7 +454,7 @@ async def test_a_provider_that_gives_no_answers_holds_up_no_others_releases_and_
         theirs = payments[1:-1]
         await value(postgres_url, "UPDATE operations SET gateway = 'books' WHERE payment_id = ANY($1)", theirs)
         order = "UPDATE payments SET hold_due_at = now() - $2::interval WHERE payment_id = $1"
-        for place, payment in enumerate(payments):  # the first page begins with one of the free, the second ends so
+        for place, payment in enumerate(payments):  # `free` has the first of page one and the last of page two
             await value(postgres_url, order, payment, timedelta(seconds=50 - place / 10))
         free.answers |= {f"{each}:1": Expired("ref", "automatic") for each in (payments[0], payments[-1])}
         told: list[HoldAnswer] = []
@@ -480,7 +480,7 @@ async def is_released(postgres_url: str, payment: UUID) -> bool:
 
 
 class Busy(StillHeld):
-    """Refuses the first questions, twice as many as would do for silence, with a moment to wait each time."""
+    """Refuses the first 2 * SILENT_AFTER queries, and asks for a short rest after each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -668,7 +668,7 @@ rule = partial(rule_on, yes=True, as_json=True)
 
 
 def ruling(postgres_url: str, redis_url: str, payment: UUID, *given: str, answer: str = "") -> Any:
-    """What came of `payments reconcile --as`, which is answered on its standard input."""
+    """The finished `payments reconcile --as`, with `answer` on its standard input."""
     command = [sys.executable, "-m", "app.cli", "reconcile", "--payment", str(payment), *given]
     instant = {"PAYMENTS_GATEWAYS": '["instant"]', "PAYMENTS_DEFAULT_GATEWAY": "instant"}
     servers = {"PAYMENTS_POSTGRES_URL": postgres_url, "PAYMENTS_REDIS_URL": redis_url}
@@ -677,7 +677,7 @@ def ruling(postgres_url: str, redis_url: str, payment: UUID, *given: str, answer
 
 
 async def in_review(postgres_url: str) -> Any:
-    """A payment whose refund's answer was lost, that its provider gives no evidence of, and that a person must see."""
+    """A payment whose refund's answer was lost and whose outcome a person must decide."""
     gateway, payment = Instant(), new_payment_id()
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(delivery("charge", payment, f"charge-{payment}"))
@@ -691,7 +691,7 @@ async def in_review(postgres_url: str) -> Any:
 
 
 async def is_gone(postgres_url: str) -> None:
-    """The refund's provider is not one of ours any more, and gives no evidence."""
+    """The refund's gateway is no longer configured, so it gives no evidence."""
     await value(postgres_url, "UPDATE operations SET gateway = 'gone' WHERE number = 2")
 
 
@@ -714,7 +714,7 @@ async def test_a_person_ends_what_the_provider_gives_no_evidence_of(
 
     events = [each for each in await events_of(postgres_url, payment) if each["operation_number"] != 1]
     finals = [each["type"].split(".")[1] for each in events if each["type"] != "payment.pending.v1"]
-    # What waited was decided by it: refused where nothing is left, carried out otherwise.
+    # The ruling decided the waiting refund: it is rejected if nothing is left, otherwise carried out.
     assert finals == (ends if verdict == "succeeded" else [*ends, "refunded"])
     assert [each.get("evidence") for each in events if each["payment_seq"] == event["payment_seq"]] == [evidence]
     kept = await value(postgres_url, "SELECT result::jsonb->>'evidence' FROM operations WHERE number = 2")
@@ -762,7 +762,7 @@ async def test_a_ruling_with_another_amount_books_that_amount(postgres_url: str,
 async def test_of_a_void_no_amount_is_said_to_be_booked(
     postgres_url: str, redis_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it was sent to cancel may have held nothing yet."""
+    """The authorization that the void was sent to cancel may not have held anything yet."""
     payment, gateway = new_payment_id(), Instant()
     async with running_worker(postgres_url, gateway) as worker:
         await worker.accept(delivery("authorize", payment, "authorize"))
@@ -783,7 +783,7 @@ async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, 
     await value(postgres_url, lease, timedelta(minutes=1))
     with pytest.raises(RulingRefused, match="look again in a minute"):
         await asyncio.to_thread(rule, settings, finding)
-    await value(postgres_url, lease, timedelta(seconds=-1))  # Whose worker has died.
+    await value(postgres_url, lease, timedelta(seconds=-1))  # Its worker has died.
     await is_gone(postgres_url)
     assert await asyncio.to_thread(rule, settings, finding) == 0
 
@@ -791,7 +791,7 @@ async def test_nobody_decides_what_a_worker_is_sending_again(postgres_url: str, 
 async def test_a_person_does_not_end_as_not_executed_what_its_provider_shows_by_now(
     postgres_url: str, redis_url: str
 ) -> None:
-    """It is sent again while it waits for a person, who may have looked before that."""
+    """While it waits for a person, it is sent again, perhaps after the person looked."""
     payment = await in_review(postgres_url)
     finding, settings = Finding(payment, 2, "not-executed", "the portal"), here(postgres_url, redis_url)
     with pytest.raises(RulingRefused, match="the provider shows it by now: succeeded"):
@@ -846,7 +846,7 @@ def _given(gateway: Gateway, settings: Settings, clock: Clock) -> Gateway:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *gateways: BookkeepingGateway) -> None:
-    """Have the commands find these, under their names."""
+    """Let the commands find these gateways under their names."""
     for each in gateways:
         monkeypatch.setitem(wiring.GATEWAYS, each.name, wiring.Registration(partial(_given, each)))
 
@@ -872,7 +872,7 @@ async def test_a_dry_run_does_not_wait_for_a_provider_that_rests_and_says_so(
 
 
 class Limiting(Resting):
-    """Refuses every request, and wants to rest after it."""
+    """Refuses every request, and asks for a rest after it."""
 
     async def status(self, request: GatewayRequest) -> Outcome:
         self.asked[request.payment_id] += 1
@@ -907,7 +907,7 @@ async def test_reconcile_leaves_operations_of_a_resting_provider_to_workers_and_
     assert f"{150 - asked} left at books: the provider wants to rest" in capsys.readouterr().err
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE is_leased") == 0
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE state = 'pending'") == 150
-    # What two seconds have no room for was not even taken over.
+    # The operations for which the pace has no room within two seconds were not even claimed.
     assert await value(postgres_url, "SELECT count(*) FROM operations WHERE attempts = 1") == 50
 
 
@@ -1022,7 +1022,7 @@ async def test_a_dry_run_cancels_nothing_that_was_abandoned_and_the_run_itself_d
     assert datetime.fromisoformat(asked["action"]["expires_at"]) == datetime.fromtimestamp(ends_at, UTC)
 
 
-# The one with the smaller id is the later one in the index.
+# The payment with the smaller id comes later in the index.
 TWO_THAT_WAIT = """
     INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, gateway, due_at)
     SELECT id, 1, 'charge', '', '{}', 'pending', 'stripe', now() + due FROM given
@@ -1044,7 +1044,7 @@ GIVEN = "WITH given (id, due) AS (VALUES ($1::uuid, interval '2 hours'), ($2, in
 async def test_making_all_of_it_due_waits_for_a_batch_and_never_in_a_circle_with_it(
     postgres_url: str, statement: str, rows: str, save: str
 ) -> None:
-    """A batch is saved in the order of payments: half of it is, when all that waits is made due."""
+    """A batch saves in order of payment id; half of it is saved when everything that waits is made due."""
     ids = [UUID(int=1), UUID(int=2)]
     batch = await asyncpg.connect(postgres_url)
     maker = await asyncpg.connect(postgres_url, server_settings=PINNED_PLANS)

@@ -1,4 +1,4 @@
-"""The relay on a real Postgres and a real Kafka: what a subscriber gets, and what the slot does."""
+"""The relay against a real Postgres and a real Kafka: what subscribers receive, and how the slot advances."""
 
 import asyncio
 import contextlib
@@ -21,11 +21,13 @@ from infra.kafka.topics import ensure_topics, has_topic
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.local.server import HOST
-from infra.relay import Relay, RelayConfig, lag, metrics, producer, publisher
-from infra.relay.partitions import partition_of
-from infra.relay.publisher import Publisher
+from infra.relay import Relay, RelayConfig, lag, metrics
+from infra.relay.connection import with_settings
+from infra.relay.publish import producer, publisher
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.publisher import Publisher
 from infra.relay.session import LEADER_SETTINGS
-from infra.relay.stream import ReplicationStream, with_settings
+from infra.relay.wal.stream import ReplicationStream
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
     Row,
@@ -75,7 +77,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @contextlib.asynccontextmanager
 async def without_kafka(config: RelayConfig) -> AsyncIterator[None]:
-    """A relay that leads, and looks for its brokers where there are none."""
+    """A leading relay whose Kafka bootstrap address has no broker."""
     stop = asyncio.Event()
     relay = Relay(replace(config, kafka=KafkaAccess("127.0.0.1:1"), retry_seconds_max=0.2))
     task = asyncio.create_task(relay.run(stop))
@@ -211,7 +213,7 @@ async def test_a_transaction_of_five_thousand_rows(config: RelayConfig) -> None:
 @also_plain
 async def test_a_relay_that_ends_inside_a_large_transaction_begins_it_again(config: RelayConfig) -> None:
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 100, payload='{"n":1}')]
-    # Little may be on its way at a time, so that it ends with a part of the transaction published.
+    # At most 10 events are unacknowledged at a time, so that the relay is stopped with only part of the rows published.
     relay = Relay(replace(config, unacknowledged_max=10))
     task = asyncio.create_task(relay.run(asyncio.Event()))
     await until(lambda: relay.health.detail == "active")
@@ -227,7 +229,7 @@ async def test_a_relay_that_ends_inside_a_large_transaction_begins_it_again(conf
 
 
 async def test_rows_that_were_copied_are_all_published(config: RelayConfig) -> None:
-    """Rows of one COPY share a record of the log. Ours never write so, since other relays lose all but one of them."""
+    """The rows of one COPY share one WAL record. We never use COPY, as other relays lose all but one of those rows."""
     rows = rows_of("pay_a", 50)
     statement = "COPY outbox (id, aggregateid, payment_seq, payload, type, occurred_at, source, specversion) FROM STDIN"
     async with running(config):
@@ -266,7 +268,7 @@ async def test_the_slot_waits_while_a_transaction_is_open_and_then_it_is_publish
 
 async def test_rows_from_before_the_slot_are_published_when_the_relay_first_starts(config: RelayConfig) -> None:
     before = [row for number in range(30) for row in rows_of(f"pay_{number}", 100)]
-    # Committed in the wrong order: only payment_seq tells the right one.
+    # Committed in the wrong order: only payment_seq shows the right one.
     await commit(config.postgres_url, before[1500:], before[:1500])
     async with running(config):
         after = rows_of("pay_0", 5, first=101)
@@ -277,7 +279,7 @@ async def test_rows_from_before_the_slot_are_published_when_the_relay_first_star
 
 
 async def test_a_scan_that_did_not_end_begins_again(config: RelayConfig) -> None:
-    """As a kill leaves it: the slot exists, no row says that the table was published."""
+    """After a kill the slot exists, but no row in relay_slots records that the table was published."""
     rows = rows_of("pay_a", 5)
     await commit(config.postgres_url, rows)
     await fetch_value(config.postgres_url, "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", config.slot)
@@ -351,7 +353,7 @@ async def test_a_frozen_kafka_stops_the_reading_and_costs_no_memory_and_no_conne
             await commit(postgres_url, rows)
             told = "active: Kafka acknowledges nothing; what waits is in partition "
             await until(lambda: (relay.trouble or "").startswith(told))
-            # Longer than the server waits for a silent relay: not reading must not mean being silent.
+            # Longer than Postgres waits for a silent client: the relay must keep replying while it does not read.
             await until(lambda: fetch_value(postgres_url, replied, began))
             assert metrics.UNACKNOWLEDGED._value.get() == 500
             assert await fetch_value(postgres_url, walsender) == pid
@@ -381,7 +383,7 @@ async def test_a_session_begins_at_what_was_written_down_though_the_slot_was_tol
 async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_again(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aiokafka gives such a batch up in the end; a session that began anew then would repeat all that came since."""
+    """aiokafka eventually gives up a batch without a leader; a new session would then repeat everything sent since."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
     rows = [row for number in range(1, 10) for row in rows_of(f"pay_000{number}", 5)]
     before, rest = [row for row in rows if row.seq <= 2], [row for row in rows if row.seq > 2]
@@ -395,7 +397,7 @@ async def test_events_of_a_partition_without_a_leader_wait_and_no_other_is_sent_
             await published(config, *others)
 
             async def is_told() -> bool:
-                """Of this partition alone, while something is acknowledged in others."""
+                """The relay reports partition 1 alone, while Kafka acknowledges events in other partitions."""
                 rows.append(Row(uuid4(), others[0].key, 1 + max(row.seq for row in rows if row.key == others[0].key)))
                 await commit(config.postgres_url, [rows[-1]])
                 return "Kafka acknowledges nothing in partition 1" in (relay.trouble or "")
@@ -432,7 +434,7 @@ async def test_a_relay_on_an_empty_database_says_what_to_do(config: RelayConfig,
 
 @wal_only
 async def test_a_stop_that_waits_long_for_kafka_keeps_its_stream_and_saves_its_progress(config: RelayConfig) -> None:
-    """Postgres hangs up on a reader from which it has heard nothing for `wal_sender_timeout`, ten seconds."""
+    """Postgres disconnects a client from which it has heard nothing for `wal_sender_timeout`, ten seconds."""
     stop, stuck, sent = asyncio.Event(), rows_of("pay_0001", 1), rows_of("pay_0005", 3)
     relay = Relay(replace(config, stop_seconds=11))
     with structlog.testing.capture_logs() as logs, without_leader(config.topic, 1):
@@ -453,7 +455,7 @@ async def test_a_stop_that_waits_long_for_kafka_keeps_its_stream_and_saves_its_p
 async def test_a_partition_waits_for_its_producer_by_itself_though_a_broker_is_asked_first_that_is_gone(
     config: RelayConfig, silent_brokers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the one whose partitions have no leader, and it is still among the addresses that we were given."""
+    """The broker that is gone led the partitions without a leader, and it is still among the configured addresses."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 1.5)
     monkeypatch.setattr(publisher, "SEND_SECONDS", 1.0)
     sessions = metrics.RECONNECTS.labels("kafka")._value.get()
@@ -473,7 +475,7 @@ async def test_a_partition_waits_for_its_producer_by_itself_though_a_broker_is_a
 
 @pytest.fixture
 def silent_brokers() -> Iterator[list[str]]:
-    """Two addresses that take connections, and say nothing."""
+    """Two addresses that accept connections and never answer."""
     with socket.create_server((HOST, 0)) as one, socket.create_server((HOST, 0)) as another:
         yield [f"{HOST}:{server.getsockname()[1]}" for server in (one, another)]
 
@@ -511,7 +513,7 @@ async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_
         await until(lambda: has_no_topic(config))
         await ensure_topics(config.kafka, {config.topic: PARTITIONS})
         await commit(config.postgres_url, after)
-        # Before a producer gives up what it has for partitions that are gone.
+        # Sooner than a producer gives up its batches for partitions that are gone.
         records = await asyncio.wait_for(published(config, *after), 10)
     assert {(row.id, partition_of(row.key.encode(), PARTITIONS)) for row in after} <= {
         (UUID(dict(record.headers)["id"].decode()), record.partition) for record in records
@@ -559,7 +561,7 @@ async def test_a_topic_that_is_not_there_is_named_and_waited_for(
 
 
 async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayConfig) -> None:
-    """It would begin anew again and again."""
+    """If one did, the first scan would start again and again, and never finish."""
     ended = metrics.RECONNECTS.labels("postgres")._value.get()
     rows = rows_of("pay_a", 3000)
     await commit(config.postgres_url, rows)
@@ -572,7 +574,7 @@ async def test_no_time_limit_of_the_database_ends_a_first_start(config: RelayCon
 
 
 async def test_the_lag_grows_while_kafka_is_away(config: RelayConfig) -> None:
-    """Every session ends before it has read anything."""
+    """While Kafka is away, every session ends before it reads anything."""
     rows, waiting = rows_of("pay_a", 3), metrics.LAG_SECONDS._value
     async with running(config):
         await commit(config.postgres_url, rows)
@@ -604,7 +606,7 @@ async def test_a_leader_shows_its_backlog_while_kafka_is_away_and_who_stands_by_
 async def test_a_log_that_brings_nothing_though_events_wait_is_told(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its sender hangs, or waits for a standby that is gone."""
+    """The WAL sender hangs, or waits for a standby that is gone."""
     monkeypatch.setattr(lag, "UNREAD_SECONDS", 1.5)
     rows, more = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
     async with running(replace(config, stalled_seconds=2.5)) as relay:

@@ -1,4 +1,4 @@
-"""No gap is passed silently: the relay stands still, says which events may be missing, and a repair publishes them."""
+"""No gap is passed silently: the relay stands still, reports which events may be missing; a repair publishes them."""
 
 import asyncio
 import contextlib
@@ -15,12 +15,12 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka, EmbeddedPostgres, postgres
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay import relay as relay_module
-from infra.relay.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.progress import Repair
-from infra.relay.repairs import find_repair, request_repair
-from infra.relay.replay import EventReplay, Selection
-from infra.relay.snapshot import Snapshot
+from infra.relay.progress.checkpoint import Repair
+from infra.relay.progress.gaps import NOT_IN_PUBLICATION, PUBLICATION_CHANGED, SLOT_AHEAD, SLOT_LOST
+from infra.relay.progress.repairs import find_repair, request_repair
+from infra.relay.progress.snapshot import Snapshot
+from infra.relay.publish.replay import EventReplay, Selection
 from infra.relay.status import Overview, RelayStatus, read_status
 from tests.conftest import PARTITIONS, Topics
 from tests.support.outbox import (
@@ -42,7 +42,7 @@ from tests.support.waiting import until
 
 
 async def before_the_gap(config: RelayConfig, rows: list[Row]) -> None:
-    """These were published, and it is proven that they were."""
+    """Publish these rows, and let the relay save the proof that they are published."""
     async with running(config):
         await commit(config.postgres_url, *([row] for row in rows))
         await published(config, *rows)
@@ -55,7 +55,7 @@ async def alter_publication(config: RelayConfig, change: str) -> None:
 
 
 async def write_unread(config: RelayConfig, rows: list[Row], *damages: str) -> None:
-    """Written while no relay runs; then the slot is damaged."""
+    """Commit these rows while no relay runs; then damage the slot."""
     await commit(config.postgres_url, *([row] for row in rows))
     for damage in damages:
         await fetch_value(config.postgres_url, damage, config.slot)
@@ -118,7 +118,7 @@ async def test_a_damaged_slot_is_noticed_and_a_repair_publishes_what_was_missed(
 async def test_events_left_out_of_the_publication_are_noticed_and_published_by_a_repair(
     config: RelayConfig, damage: str, mending: str
 ) -> None:
-    """The log does not say so, and being whole again brings nothing back."""
+    """The log does not show the omission, and restoring the publication does not bring the missed events back."""
     before, missed, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
     await before_the_gap(config, before)
     async with running(replace(config, gap_seconds=0.1)) as relay:
@@ -172,7 +172,7 @@ async def test_another_table_in_the_publication_is_none_of_ours(config: RelayCon
 
 @wal_only
 async def test_an_adoption_does_not_wait_for_a_slot_that_is_made_later(config: RelayConfig) -> None:
-    """Nobody has published up to where that one will stand."""
+    """Nobody has published the events up to the point where a later slot would start."""
     before, missed, after = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
     await before_the_gap(config, before)
     await write_unread(config, missed, DROP)
@@ -205,7 +205,7 @@ async def test_another_server_is_noticed_and_everything_retained_is_published(co
 
 
 async def test_rows_of_another_servers_transactions_are_published_by_a_repair(config: RelayConfig) -> None:
-    """After a dump and a restore the transaction ids of the rows, and of what is proven, mean nothing."""
+    """After a dump and restore, the transaction ids of the rows and of the proof mean nothing."""
     known, late, more = rows_of("pay_a", 3), rows_of("pay_b", 3), rows_of("pay_a", 2, first=4)
     await before_the_gap(config, known)
     await commit(config.postgres_url, late)
@@ -264,7 +264,7 @@ async def test_a_gap_stays_told_while_the_relay_looks_again_and_is_counted_once(
 
 
 async def test_the_lag_grows_while_a_relay_stands_before_a_gap(config: RelayConfig, topics: Topics) -> None:
-    """The metric tells what `status` does."""
+    """The metric agrees with the lag that `status` shows."""
     waiting = metrics.LAG_SECONDS._value
     await before_the_gap(config, rows_of("pay_a", 3))
     await commit(config.postgres_url, rows_of("pay_a", 1, first=4))
@@ -294,7 +294,7 @@ async def test_adopting_on_another_server_proves_nothing_about_its_transactions(
 async def test_events_left_out_of_the_publication_cannot_be_adopted(
     config: RelayConfig, *, is_whole_again: bool
 ) -> None:
-    """Whoever has read the slot meanwhile has not had it either."""
+    """Another reader of the slot in the meantime has not received those events either."""
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
     await alter_publication(config, "DROP TABLE outbox")
@@ -326,7 +326,7 @@ async def test_adopting_a_slot_that_somebody_else_moved_skips_what_it_has_passed
 
 @wal_only
 async def test_adopted_events_count_as_published_and_concurrent_ones_do_not(config: RelayConfig) -> None:
-    """Nothing comes after it that could prove it; and what ends later, the other publisher has not had."""
+    """No later event arrives to prove them; and the other publisher has not had what commits after the adoption."""
     before, theirs, late = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4), rows_of("pay_b", 2)
     await before_the_gap(config, before)
     async with await open_transaction(config.postgres_url) as under_way:
@@ -346,7 +346,7 @@ async def test_adopted_events_count_as_published_and_concurrent_ones_do_not(conf
 async def test_events_published_but_unproven_at_a_kill_are_left_to_the_next_relay(
     config: RelayConfig,
 ) -> None:
-    """Or what is all on the topic would be told as waiting until something else happens."""
+    """Otherwise events that are all on the topic would be reported as waiting until something else happens."""
     rows = rows_of("pay_a", 3)
     await before_the_gap(config, rows)
     earlier = "published_below = (SELECT min(xact) FROM outbox), window_begin = NULL"
@@ -366,7 +366,7 @@ async def test_an_active_relay_cannot_be_told_to_adopt_or_repair(config: RelayCo
 
 
 async def test_a_relay_that_leads_for_a_moment_only_can_be_told(config: RelayConfig) -> None:
-    """As one does that tries in vain to become active, again and again."""
+    """A relay that fails to become active leads for a moment, again and again."""
     async with running(config):
         pass
     connect = psycopg.AsyncConnection.connect
@@ -393,7 +393,7 @@ async def test_the_slot_is_never_confirmed_beyond_what_was_written_down(config: 
 
 @wal_only
 async def test_an_idle_relay_writes_nothing_down(config: RelayConfig) -> None:
-    """To write a position down is to write log; it would never end."""
+    """Saving a position writes WAL, so an idle relay that saved would never come to rest."""
     query = "SELECT updated_at FROM relay_slots WHERE slot_name = %s"
     async with running(config):
         rows = rows_of("pay_a", 5)
@@ -406,7 +406,7 @@ async def test_an_idle_relay_writes_nothing_down(config: RelayConfig) -> None:
 
 
 async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
-    """From one to the other nothing is missing, and what is new comes in order."""
+    """After each change no event is missing, and new events come in order."""
     other = replace(config, source="poll" if config.source == "wal" else "wal")
     first, second, third = (rows_of("pay_a", 20, first=at) for at in (1, 21, 41))
     await before_the_gap(config, first)
@@ -414,7 +414,7 @@ async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
     async with running(other):
         await published(config, *first, *second)
         await asyncio.sleep(0.3)
-    if config.source == "wal":  # Its slot would keep log for as long as it is not read.
+    if config.source == "wal":  # An unread slot would retain WAL.
         await fetch_value(config.postgres_url, DROP, config.slot)
     await fetch_value(
         config.postgres_url, "UPDATE relay_slots SET source = 'poll' WHERE slot_name = %s RETURNING 1", config.slot
@@ -426,7 +426,7 @@ async def test_the_source_can_be_changed_and_back(config: RelayConfig) -> None:
 
 
 async def published_beside_a_long_transaction(config: RelayConfig, rows: list[Row]) -> psycopg.AsyncConnection:
-    """It still runs when the relay has ended. To make a slot would have waited for its end."""
+    """The transaction stays open after the relay ends. Creating a slot would have waited for it to end."""
     async with running(config):
         long = await open_transaction(config.postgres_url)
         await commit(config.postgres_url, rows)
@@ -436,7 +436,7 @@ async def published_beside_a_long_transaction(config: RelayConfig, rows: list[Ro
 
 
 async def test_events_published_beside_a_long_transaction_are_proven(config: RelayConfig) -> None:
-    """No lag is told, a replay finds it, and a repair would leave it out."""
+    """No lag is reported, a replay includes them, and a repair would leave them out."""
     async with await published_beside_a_long_transaction(config, rows_of("pay_a", 5)):
         (told,) = (await read_status(config.postgres_url)).relays
         assert told.lag_seconds == 0
@@ -472,10 +472,10 @@ async def test_a_relay_with_another_topic_does_not_go_on_where_this_one_ended(
 async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_ended(
     config: RelayConfig, topics: Topics, own_kafka: EmbeddedKafka
 ) -> None:
-    """As where Kafka has lost its data, and came back empty under its address."""
+    """This also happens when Kafka loses its data and comes back empty at the same address."""
     rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
-    # As after an update from before it was written down.
+    # The state after an upgrade from a version that did not record the cluster.
     await fetch_value(config.postgres_url, "UPDATE relay_slots SET kafka_cluster = NULL RETURNING 1")
     async with running(config):
         pass
@@ -501,7 +501,7 @@ async def test_a_relay_with_another_kafka_cluster_does_not_go_on_where_this_one_
 async def test_a_running_relay_publishes_nothing_to_another_kafka_behind_its_address(
     config: RelayConfig, own_kafka: EmbeddedKafka
 ) -> None:
-    """Its connections come back, and its session with them: what that Kafka acknowledged would count as published."""
+    """The session would survive the reconnect, and count what the other Kafka acknowledges as published."""
     config = replace(config, kafka=own_kafka.access)
     rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await ensure_topics(config.kafka, {config.topic: PARTITIONS})
@@ -521,7 +521,7 @@ async def test_a_running_relay_publishes_nothing_to_another_kafka_behind_its_add
 
 
 def exchange_data(kafka: EmbeddedKafka, *, away: str, back: str) -> None:
-    """Kill this Kafka, and start what has other data behind the same address: at first none, and another cluster id."""
+    """Kill Kafka and restart it at the same address with other data: the first time none, and another cluster id."""
     kafka.kill()
     data, stamp = kafka.data_dir / kafka.name / "log", kafka.data_dir / kafka.name / "formatted"
     data.rename(data.with_name(away))
@@ -555,7 +555,7 @@ async def test_a_change_of_topic_that_somebody_confirms_repeats_and_skips_nothin
 @wal_only
 @pytest.mark.parametrize("damage", ["slot", "publication"])
 async def test_another_topic_hides_no_other_reason(config: RelayConfig, topics: Topics, damage: str) -> None:
-    """Whoever adopts the new topic must know that events were left out, too."""
+    """An operator who adopts the new topic must also learn that events were left out."""
     rows, missed = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await before_the_gap(config, rows)
     if damage == "slot":
@@ -580,7 +580,7 @@ async def test_another_topic_hides_no_other_reason(config: RelayConfig, topics: 
 
 @pytest.fixture
 def little_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that keeps next to no log for a slot; a setting of its command line, to be made before it starts."""
+    """A Postgres that keeps next to no WAL for a slot: a command-line setting, so it is made before the start."""
     monkeypatch.setitem(postgres.SETTINGS, "max_slot_wal_keep_size", "1MB")
 
 
@@ -611,7 +611,7 @@ async def test_a_lost_slot_is_a_gap_that_a_repair_closes(
 async def test_a_transaction_that_holds_the_log_of_a_slot_though_all_is_read_is_told(
     own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
 ) -> None:
-    """Of another database, too. To start a relay, or to look after Kafka, would help nobody."""
+    """The transaction may be in another database. Starting a relay or checking Kafka would not help."""
     url = own_postgres.url
     config = RelayConfig(
         postgres_url=url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, feedback_seconds=0.1
@@ -654,7 +654,7 @@ def troubles(relay: RelayStatus) -> list[str]:
 
 
 async def write_until(url: str, wal_status: str, *statements: str) -> None:
-    """More log than the server may keep for the slot."""
+    """Write more WAL than the server may keep for the slot, until the slot has this status."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         while not await fetch_value(url, "SELECT wal_status = %s FROM pg_replication_slots", wal_status):
             for statement in ("SELECT pg_logical_emit_message(true, 'none', 'whose')", *statements):
@@ -696,7 +696,7 @@ async def test_a_restored_outbox_is_published_in_order_though_some_of_its_ids_ar
 
 
 async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactions(config: RelayConfig) -> None:
-    """From a server that had counted further than this one, and without the row of its relay."""
+    """The other server had counted further than this one, and its `relay_slots` row was not restored."""
     theirs, ours = rows_of("pay_a", 5), rows_of("pay_b", 5)
     await commit(config.postgres_url, theirs)
     await fetch_value(config.postgres_url, "UPDATE outbox SET xact = xact + 1000000000 RETURNING 1")
@@ -707,7 +707,7 @@ async def test_a_restored_outbox_is_published_whatever_the_ids_of_its_transactio
 
 
 async def test_on_another_server_nothing_counts_as_published(config: RelayConfig) -> None:
-    """A replay leaves out what has had no first delivery here, and a dry run counts what a repair will publish."""
+    """A replay leaves out events without a first delivery here; a dry run counts those that a repair will publish."""
     await before_the_gap(config, rows_of("pay_a", 5))
     await fetch_value(config.postgres_url, "UPDATE relay_slots SET system_identifier = '1' RETURNING 1")
     assert await StandingStill(config).unproven() == 5
@@ -718,7 +718,7 @@ async def test_on_another_server_nothing_counts_as_published(config: RelayConfig
 
 @wal_only
 async def test_before_the_gap_of_another_server_it_is_told_how_long_events_wait(config: RelayConfig) -> None:
-    """However far the mark from there is: the metric of it, too."""
+    """It does not matter how high the other server's transaction ids were. The metric shows the wait, too."""
     await before_the_gap(config, rows_of("pay_a", 5))
     there = "system_identifier = '1', published_below = 1000000000, window_begin = '1000000000:1000000000:'"
     await fetch_value(config.postgres_url, f"UPDATE relay_slots SET {there} RETURNING 1")
@@ -732,7 +732,7 @@ async def test_before_the_gap_of_another_server_it_is_told_how_long_events_wait(
 async def test_an_event_that_a_synchronous_standby_holds_back_is_proven_in_the_end(
     own_postgres: EmbeddedPostgres, kafka_bootstrap: str, topics: Topics
 ) -> None:
-    """It is in the log, and on the topic, long before any snapshot sees it; and no other event comes after it."""
+    """The event is in the log, and on the topic, long before any snapshot sees it; no other event comes after it."""
     config = RelayConfig(
         postgres_url=own_postgres.url, kafka=KafkaAccess(kafka_bootstrap), topic=topics.events, feedback_seconds=0.1
     )
@@ -751,7 +751,7 @@ async def test_an_event_that_a_synchronous_standby_holds_back_is_proven_in_the_e
 async def set_synchronous_standby(url: str, name: str) -> None:
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute("SET synchronous_commit = local")
-        # What the relay writes down must not wait for a standby that is not there.
+        # The relay's own writes must not wait for the standby, which does not exist.
         await connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'".encode())
         await connection.execute("SELECT pg_reload_conf()")
 
@@ -760,7 +760,7 @@ async def set_synchronous_standby(url: str, name: str) -> None:
 async def test_a_pending_repair_request_is_not_replaced_by_another(
     config: RelayConfig, first: Repair, second: Repair
 ) -> None:
-    """Half of a repair may be done: who adopted then would skip the other half."""
+    """A repair may be half done: adopting at that point would skip the other half."""
     await before_the_gap(config, rows_of("pay_a", 3))
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         for repair, is_taken in ((first, True), (second, False), (first, True)):
@@ -783,7 +783,7 @@ async def test_all_that_is_retained_has_in_it_what_is_not_proven(config: RelayCo
 async def test_adopting_a_new_topic_when_the_log_is_read_instead_of_the_table_leaves_nothing_out(
     config: RelayConfig,
 ) -> None:
-    """A slot of ours that was begun before is no slot that somebody else has moved."""
+    """The slot is our own, from before; nobody else has moved it."""
     before, missed = rows_of("pay_a", 3), rows_of("pay_a", 5, first=4)
     await before_the_gap(config, before)
     await commit(config.postgres_url, missed)

@@ -1,4 +1,4 @@
-"""The traps of reading a table in order: transactions end in another order than they began, and ids are no order."""
+"""The traps of polling a table in order: transactions do not end in the order they began, and ids are not an order."""
 
 import asyncio
 import random
@@ -16,11 +16,13 @@ from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.postgres import maintenance
-from infra.relay import Relay, RelayConfig, metrics, poll_source, session, window
+from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.lag import Lag
-from infra.relay.progress import set_notify
-from infra.relay.scan import PORTION_BYTES
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.poll import source as poll_source
+from infra.relay.poll import window
+from infra.relay.progress.scan import PORTION_BYTES
+from infra.relay.progress.snapshot import NOTHING, Snapshot
+from infra.relay.wake_trigger import set_notify
 from tests.support.outbox import (
     Row,
     assert_first_deliveries_in_order,
@@ -45,7 +47,7 @@ def source(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=["near", "far", "large"])
 def window_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ended late is looked for on the way to the others, or by itself; or all is read by keys at once."""
+    """near, far: late transactions are read with the others, or separately; large: all is read by keys at once."""
     if request.param == "far":
         monkeypatch.setattr(window, "NEAR_MAX", -1)
     if request.param == "large":
@@ -67,7 +69,7 @@ async def test_a_transaction_that_began_earlier_and_ends_later_is_not_passed_ove
 async def test_a_payments_events_keep_their_order_though_the_second_ones_transaction_is_older(
     config: RelayConfig,
 ) -> None:
-    """The older transaction waited for the payment's lock; it is the later one all the same."""
+    """The older transaction waited for the payment's lock, so it commits later."""
     first, second = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     async with running(config):
         async with await open_transaction(config.postgres_url) as older:
@@ -79,7 +81,7 @@ async def test_a_payments_events_keep_their_order_though_the_second_ones_transac
 
 @pytest.mark.usefixtures("window_is")
 async def test_the_order_holds_with_a_third_transaction_between(config: RelayConfig) -> None:
-    """The third one has an id between theirs, and still runs when both have ended: it does not part them."""
+    """A third transaction, with an id between the two, is still open when both have ended: it must not part them."""
     first, second = rows_of("pay_a", 3), rows_of("pay_a", 3, first=4)
     async with running(config):
         async with await open_transaction(config.postgres_url) as older, await open_transaction(config.postgres_url):
@@ -93,7 +95,7 @@ async def test_the_order_holds_with_a_third_transaction_between(config: RelayCon
 
 @pytest.mark.usefixtures("window_is")
 async def test_the_order_holds_while_many_lock_several_payments_each(config: RelayConfig) -> None:
-    """As the write path does it: lock some in order of id, take the next numbers, insert, commit."""
+    """Like the write path: lock some payments in order of id, take their next numbers, insert, commit."""
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         await connection.execute("CREATE TABLE seqs (id int PRIMARY KEY, seq int NOT NULL DEFAULT 0)")
         await connection.execute("INSERT INTO seqs SELECT generate_series(1, 40)")
@@ -120,7 +122,7 @@ async def test_an_open_transaction_holds_up_nobody(config: RelayConfig) -> None:
 
 
 async def test_published_events_are_proven_once_concurrent_transactions_have_ended(config: RelayConfig) -> None:
-    """An old transaction keeps the proof back; with nothing new to publish it comes all the same."""
+    """An old transaction delays the proof. Once it has ended, the proof is saved, though nothing new is published."""
     rows = rows_of("pay_a", 5)
     proven = "SELECT published_below > (SELECT max(xact) FROM outbox) FROM relay_slots WHERE slot_name = %s"
     async with running(config):
@@ -141,7 +143,7 @@ async def test_a_backlog_of_exactly_one_portion_is_proven(config: RelayConfig) -
 
 
 async def test_rows_from_before_there_was_an_order_are_published_after_an_upgrade(config: RelayConfig) -> None:
-    """By a relay that read the log until then, and has no proof of anything."""
+    """The relay read the log until the upgrade, and has no proof of anything."""
     rows = rows_of("pay_a", 5)
     await commit(config.postgres_url, rows)
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
@@ -163,7 +165,7 @@ VALUES = {
 
 
 async def plan_of(reader: psycopg.AsyncConnection, query: str, types: dict[str, str], values: str) -> str:
-    """As it is planned when it is prepared; with values in it EXPLAIN would plan for these."""
+    """The generic plan of the prepared query; with literal values in the query, EXPLAIN would plan for those values."""
     for number, name in enumerate(types, start=1):
         query = query.replace(f"%({name})s", f"${number}")
     await reader.execute(f"PREPARE look ({','.join(types.values())}) AS {query}".encode())
@@ -175,7 +177,7 @@ async def plan_of(reader: psycopg.AsyncConnection, query: str, types: dict[str, 
 
 
 async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None:
-    """Though statistics are of an empty one: a full outbox made each look half a second long."""
+    """Even if the statistics are of an empty table: otherwise each look at a full outbox took half a second."""
     async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
         await connection.execute("ANALYZE outbox")
         await insert(connection, rows_of("pay_a", 20_000))
@@ -189,7 +191,7 @@ async def test_it_never_looks_through_the_whole_table(postgres_url: str) -> None
 
 
 async def test_its_looks_are_planned_once_and_without_workers(postgres_url: str) -> None:
-    """However many partitions there are."""
+    """This must hold for any number of partitions."""
     begin, end = Snapshot(2**40, 2**40, frozenset({2**39})), Snapshot(2**41, 2**41, frozenset({2**40 + 1}))
     async with await poll_source.connect_reader(postgres_url) as reader:
         for _ in range(10):
@@ -200,7 +202,7 @@ async def test_its_looks_are_planned_once_and_without_workers(postgres_url: str)
 
 
 async def rest_of(url: str, position: int = 0) -> list[window.Portion]:
-    """All that is in the outbox behind a position, as the rest of one window."""
+    """Everything in the outbox after a position, read as the rest of one window."""
     async with await poll_source.connect_reader(url) as reader:
         row = await (await reader.execute(poll_source.LOOK)).fetchone()
         assert row is not None
@@ -214,7 +216,7 @@ async def rest_of(url: str, position: int = 0) -> list[window.Portion]:
 
 
 async def test_a_windows_rest_has_its_order_across_partitions(postgres_url: str) -> None:
-    """Around midnight: transactions that began before it, and after it, end in turn."""
+    """The state around midnight: transactions from before and after midnight end alternately."""
     rows = rows_of("pay_a", window.PORTION * 5 // 2)
     async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
         for name, day in (("outbox_today", 0), ("outbox 100%", 1)):
@@ -222,7 +224,7 @@ async def test_a_windows_rest_has_its_order_across_partitions(postgres_url: str)
             await connection.execute(f'CREATE TABLE "{name}" PARTITION OF outbox FOR VALUES {bounds}'.encode())
         await insert(connection, rows)
         await connection.execute("UPDATE outbox SET created_at = created_at - interval '1 day' WHERE position % 3 = 2")
-        # What is written anew lies behind all others.
+        # An updated row lies physically behind all others.
         await connection.execute("UPDATE outbox SET source = source WHERE position % 7 = 0")
     first = await fetch_value(postgres_url, "SELECT min(position) FROM outbox")
     portions = await rest_of(postgres_url, first)
@@ -244,7 +246,7 @@ async def test_a_portion_of_a_windows_rest_ends_with_the_event_that_fills_it(pos
 
 
 async def test_two_relays_of_a_moved_outbox_forget_its_transactions_once(config: RelayConfig) -> None:
-    """What was written after the first one came is not missing for it when the second one comes."""
+    """Events written after the first relay started must not count as missing for it when the second relay starts."""
     other = replace(config, slot=f"{config.slot}_too")
     before, after = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
     await commit(config.postgres_url, before)
@@ -296,10 +298,10 @@ async def test_it_wakes_at_once_and_not_by_a_tick(config: RelayConfig) -> None:
 async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended in the middle, it goes on behind what was acknowledged, not at the beginning of the window."""
+    """A window that was interrupted goes on after what was acknowledged, not from its beginning."""
     rows = [row for number in range(50) for row in rows_of(f"pay_{number}", 200)]
     await commit(config.postgres_url, *(rows[at : at + 500] for at in range(0, len(rows), 500)))
-    # Slowly, and written down often: there must be a moment in the middle to be seen.
+    # The relay sends slowly and saves often, so that the test can see a moment in the middle of the window.
     async with running(replace(config, unacknowledged_max=20, feedback_seconds=0.02)):
         query = "SELECT window_position > 2000 FROM relay_slots WHERE slot_name = %s"
         async with asyncio.timeout(30):
@@ -312,7 +314,7 @@ async def test_a_window_larger_than_a_portion_goes_on_where_it_was_left(
 
 
 async def test_no_snapshot_is_kept_while_kafka_takes_nothing(postgres_url: str, own_kafka: EmbeddedKafka) -> None:
-    """VACUUM could remove nothing that was dead since: for as long as Kafka is away."""
+    """While a snapshot is kept, VACUUM cannot remove rows that died since; Kafka may be away for long."""
     config = RelayConfig(
         postgres_url=postgres_url,
         kafka=own_kafka.access,
@@ -351,7 +353,7 @@ async def test_the_slot_of_a_wal_relay_survives_a_fail_over(config: RelayConfig)
 
 
 async def test_a_switch_of_source_waits_for_no_long_writer_and_holds_nobody_up(config: RelayConfig) -> None:
-    """NOTIFY is switched on when that is possible; until then it looks once a second."""
+    """The relay enables NOTIFY once no writer holds the table; until then it polls once a second."""
     rows = rows_of("pay_b", 20)
     async with running(replace(config, source="wal")):
         long = await open_transaction(config.postgres_url)
@@ -369,7 +371,7 @@ async def test_a_switch_of_source_waits_for_no_long_writer_and_holds_nobody_up(c
 async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
     config: RelayConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever else the leader's connection is asked meanwhile."""
+    """The attempts must not disturb other queries on the leader's connection."""
     monkeypatch.setattr(session, "WATCH_SECONDS", 0.01)
     async with running(replace(config, source="wal")):
         await commit(config.postgres_url, rows_of("pay_a", 1))
@@ -388,7 +390,7 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
         return is_done
 
     monkeypatch.setattr(Lag, "look_for_unread", counted_look)
-    monkeypatch.setattr("infra.relay.poll_source.set_notify", counted_switch)
+    monkeypatch.setattr("infra.relay.poll.source.set_notify", counted_switch)
     ended = metrics.RECONNECTS.labels("postgres")._value.get()
     async with await psycopg.AsyncConnection.connect(config.postgres_url) as long:
         await insert(long, rows_of("pay_b", 1))
@@ -398,7 +400,7 @@ async def test_no_session_ends_because_a_long_writer_keeps_the_trigger_as_it_is(
 
 
 async def test_rows_that_move_to_their_partition_while_a_relay_starts_are_not_passed_over(config: RelayConfig) -> None:
-    """Its queries are planned while maintenance holds the default partition."""
+    """The relay's queries are planned while maintenance holds the lock of the default partition."""
     before, moved, after = (rows_of("pay_a", 3, first=first) for first in (1, 4, 7))
     async with running(config):
         await commit(config.postgres_url, before)

@@ -1,4 +1,4 @@
-"""An event that Kafka refuses for good: its payment waits in quarantine, in order, and nothing else does."""
+"""When Kafka refuses an event permanently, only that payment waits in quarantine, in order."""
 
 import asyncio
 import contextlib
@@ -16,18 +16,20 @@ from aiokafka import AIOKafkaConsumer
 from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
-from infra.relay import Relay, RelayConfig, metrics, producer, session
+from infra.relay import Relay, RelayConfig, metrics, session
+from infra.relay.event import OutboxEvent
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.poll_source import PollSource
-from infra.relay.publisher import Publisher
-from infra.relay.quarantine import MARK_DUE, Quarantine, QuarantineDesk
-from infra.relay.repairs import request_repair
-from infra.relay.replay import EventReplay, Selection
+from infra.relay.poll.source import PollSource
+from infra.relay.progress.repairs import request_repair
+from infra.relay.publish import producer
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.quarantine import MARK_DUE, Quarantine, QuarantineDesk
+from infra.relay.publish.replay import EventReplay, Selection
+from infra.relay.publish.retries import Retries
 from infra.relay.session import Session
-from infra.relay.wal_source import WalSource
+from infra.relay.wal.source import WalSource
 from tests.conftest import PARTITIONS
 from tests.support.outbox import Row, assert_first_deliveries_in_order, commit, fetch_value, ids, insert, rows_of
 from tests.support.relay_source import also_plain
@@ -56,7 +58,7 @@ async def entries(desk: QuarantineDesk) -> list[tuple[str, int, str]]:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[float]:
-    """When this method has returned, from now on."""
+    """The times at which this method returns, from now on."""
     method, ends = getattr(owner, name), list[float]()
 
     async def call(*arguments: Any) -> None:
@@ -68,7 +70,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[flo
 
 
 async def holds(desk: QuarantineDesk, *expected: tuple[str, int, str]) -> None:
-    """Wait until exactly this is in quarantine."""
+    """Wait until quarantine holds exactly these entries."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(20):
             while await entries(desk) != list(expected):
@@ -97,7 +99,7 @@ async def test_only_the_payment_of_a_refused_event_waits(config: RelayConfig, de
 async def test_a_topic_that_kafka_refuses_for_good_moves_nothing_but_quarantine(
     config: RelayConfig, desk: QuarantineDesk
 ) -> None:
-    """A topic of Kafka's own; a consumer's group makes it."""
+    """An internal topic of Kafka, which joining a consumer group creates."""
     consumer = AIOKafkaConsumer(config.topic, bootstrap_servers=config.kafka.bootstrap, group_id=config.slot)
     await consumer.start()
     await consumer.stop()
@@ -175,8 +177,8 @@ async def test_our_own_limit_sends_to_quarantine_too(config: RelayConfig, desk: 
     assert "above our own limit of 1000 bytes" in reason
 
 
-async def test_a_thousand_payments_with_one_refused_event_each(config: RelayConfig, desk: QuarantineDesk) -> None:
-    """No attempt costs a connection for good, and neither order nor an event is lost on the way."""
+async def test_three_hundred_payments_with_one_refused_event_each(config: RelayConfig, desk: QuarantineDesk) -> None:
+    """No attempt leaks a connection, and neither an event nor the order is lost on the way."""
     config = replace(config, message_bytes_max=1000)
     rows = [Row(row.id, f"pay_{number}", row.seq, row.payload) for number in range(300) for row in rows_of("x", 3)]
     rows = [row._replace(payload=f'"{"x" * 1001}"') if row.seq == 2 else row for row in rows]
@@ -192,7 +194,7 @@ async def test_a_thousand_payments_with_one_refused_event_each(config: RelayConf
 
 
 async def test_a_retry_asked_for_again_and_again_deletes_nothing(config: RelayConfig, desk: QuarantineDesk) -> None:
-    """What is refused while it is tried, and asked for again meanwhile, is not what was published."""
+    """An event refused during its retry, and requested again meanwhile, must not count as published."""
     async with running(replace(config, message_bytes_max=1_000)):
         await commit(config.postgres_url, poisoned_payment())
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
@@ -229,10 +231,10 @@ async def test_an_event_dropped_just_before_its_retry_is_not_published(
         await desk.drop([event.id.decode() for event in found], why="agreed")
         return found
 
-    async def not_yet(_: Session) -> None:
-        """The next event comes before the relay has seen that nothing is left of its payment."""
+    async def not_yet(_: Retries) -> None:
+        """So that the next event arrives before the relay notices that nothing of its payment is left in quarantine."""
 
-    monkeypatch.setattr(Session, "_unblock", not_yet)
+    monkeypatch.setattr(Retries, "unblock", not_yet)
     monkeypatch.setattr(Quarantine, "due", due_and_dropped)
     async with running(config):
         await commit(config.postgres_url, [first, refused])
@@ -246,7 +248,7 @@ async def test_an_event_dropped_just_before_its_retry_is_not_published(
 
 
 async def test_an_event_that_a_relay_is_retrying_cannot_be_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
-    """It may be on the topic already."""
+    """The event may be on the topic already."""
     async with running(config):
         await commit(config.postgres_url, poisoned_payment())
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"))
@@ -261,7 +263,7 @@ async def test_an_event_that_a_relay_is_retrying_cannot_be_dropped(config: Relay
         await until(lambda: fetch_value(config.postgres_url, "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
         await leader.commit()
         assert await dropping == (0, 1), "begun just before"
-        await leader.execute("SELECT pg_advisory_unlock_all()")  # Its backend may end later than this block.
+        await leader.execute("SELECT pg_advisory_unlock_all()")  # Postgres may end this session later than this block.
     assert await desk.drop([poisoned], why="agreed") == (1, 0)
 
 
@@ -274,7 +276,7 @@ async def test_a_redelivered_event_keeps_its_quarantine_state_and_reason(
     async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
         await request_repair(connection, config.slot, "everything")
     async with running(config):
-        # The first event lines up behind the others now: so all three were delivered again.
+        # The first event now waits behind the others, so all three were delivered again.
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"), ("pay_0001", 1, "waiting"))
         await until(lambda: is_all_proven(config))
         assert (await entries(desk))[:2] == [("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting")]
@@ -283,7 +285,7 @@ async def test_a_redelivered_event_keeps_its_quarantine_state_and_reason(
 
 
 async def test_a_replay_leaves_out_what_is_in_quarantine(config: RelayConfig, desk: QuarantineDesk) -> None:
-    """Its first delivery is still to come."""
+    """The first delivery of quarantined events is still to come."""
     poisoned = poisoned_payment()
     async with running(config):
         await commit(config.postgres_url, poisoned)
@@ -297,7 +299,7 @@ async def test_a_replay_leaves_out_what_is_in_quarantine(config: RelayConfig, de
 
 @pytest.fixture
 async def slow(postgres_url: str, own_kafka: EmbeddedKafka) -> AsyncIterator[RelayConfig]:
-    """A relay to a Kafka that a test may freeze; what is in its quarantine the topic would take by now."""
+    """A relay to a Kafka that a test may freeze; the topic would by now accept the events in quarantine."""
     config = RelayConfig(
         postgres_url=postgres_url,
         kafka=own_kafka.access,
@@ -316,7 +318,7 @@ async def slow(postgres_url: str, own_kafka: EmbeddedKafka) -> AsyncIterator[Rel
 
 @contextlib.asynccontextmanager
 async def retrying(config: RelayConfig, kafka_pid: int) -> AsyncIterator[tuple[asyncio.Event, asyncio.Task[None]]]:
-    """A relay, to be stopped by the event, with a retry that waits for a frozen Kafka."""
+    """A running relay, stopped by the event, whose retry waits for a frozen Kafka."""
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     await until(lambda: relay.health.detail == "active")
@@ -339,7 +341,7 @@ async def quarantined(config: RelayConfig) -> int:
 async def test_a_dropped_event_stays_so_where_a_session_begins_before_it(
     config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch, *, is_dropped_later: bool, count: int
 ) -> None:
-    """It comes once more, and would be published behind the later ones of its payment."""
+    """The new session reads the dropped event again, and would publish it behind later events of its payment."""
     rows, later = poisoned_payment()[:count], rows_of("pay_0001", 2, first=count + 1)
     async with killed(config):
         await commit(config.postgres_url, rows)
@@ -358,7 +360,7 @@ async def test_a_dropped_event_stays_so_where_a_session_begins_before_it(
 
 @also_plain
 async def test_a_repair_of_everything_tries_again_what_was_dropped(config: RelayConfig, desk: QuarantineDesk) -> None:
-    """All that is retained was asked for; what is proven to be behind us comes for no other reason."""
+    """The operator asked for everything retained. An event that is proven comes again for no other reason."""
     rows = poisoned_payment()
     async with running(config):
         await commit(config.postgres_url, rows)
@@ -378,7 +380,7 @@ async def _is_here(desk: QuarantineDesk, count: int) -> bool:
 
 
 def drop_when_it_has_looked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a session had looked at quarantine before, and read nothing until it looked again."""
+    """As if the session had looked at quarantine before the drop, and read nothing until it looked again."""
     is_first, looked_again = iter([True]), asyncio.Event()
     find, retry = Quarantine.given_up, Session._retry_quarantined
 
@@ -409,7 +411,7 @@ def drop_when_it_has_looked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def killed(config: RelayConfig) -> AsyncIterator[None]:
-    """A relay that writes no progress down, and is gone at the end of the block."""
+    """A relay that saves no progress, and is gone at the end of the block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "FIRST_SAVE_SECONDS", 3600)
         relay = Relay(config)
@@ -424,7 +426,7 @@ async def killed(config: RelayConfig) -> AsyncIterator[None]:
 async def test_a_retry_into_a_partition_without_a_leader_holds_up_no_other(
     config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked for it knows nothing of leaders."""
+    """The operator who requests a retry does not know which partitions have a leader."""
     monkeypatch.setattr(producer, "REQUEST_SECONDS", 0.5)
     stuck, retried = poisoned_payment(), [row._replace(id=uuid4(), key="pay_0005") for row in poisoned_payment()]
     others, later = rows_of("pay_0005", 2, first=4), rows_of("pay_0001", 2, first=4)
@@ -466,7 +468,7 @@ async def test_a_stop_does_not_wait_for_a_retry_that_waits_for_kafka(
 async def test_retried_events_that_kafka_accepts_during_a_stop_leave_quarantine(
     slow: RelayConfig, own_kafka: EmbeddedKafka
 ) -> None:
-    """The next relay would publish it once more."""
+    """Otherwise the next relay would publish them again."""
     async with retrying(replace(slow, stop_seconds=20), own_kafka.pid) as (stop, _):
         stop.set()
         await asyncio.sleep(0.5)
@@ -484,7 +486,7 @@ async def test_a_payments_tenth_event_leaves_quarantine_after_its_ninth(
         await set_topic_limit(config, 5_000_000)
 
         async def are_all_retried() -> bool:
-            """Until the broker has learned of its new limit, it refuses the second event once more."""
+            """Until the broker has learned its new limit, it refuses the second event again."""
             await desk.retry(["pay_0001"])
             return not await entries(desk)
 
@@ -517,7 +519,7 @@ async def test_once_all_of_a_payment_is_dropped_the_fast_path_is_taken_again(
 async def test_a_quarantined_event_survives_a_failed_query_on_the_same_connection(
     config: RelayConfig, desk: QuarantineDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They share a connection: had they shared a transaction, a failed look would have undone it without a word."""
+    """Both use one connection: in a shared transaction, a failed look would silently undo the quarantining."""
     monkeypatch.setattr(session, "WATCH_SECONDS", 0)
     saved = counted(monkeypatch, WalSource, "save")
     put, looks = counted(monkeypatch, Quarantine, "put"), counted(monkeypatch, Lag, "look_for_unread")
@@ -527,7 +529,7 @@ async def test_a_quarantined_event_survives_a_failed_query_on_the_same_connectio
         await psycopg.AsyncConnection.connect(config.postgres_url) as locker,
         running(replace(config, feedback_seconds=30)),
     ):
-        await until(lambda: len(saved) >= 2)  # At once and soon after; a third one would wait for the lock.
+        await until(lambda: len(saved) >= 2)  # The first two saves come soon; a third one would wait for the lock.
         await insert(writer, poisoned_payment())
         locking = asyncio.create_task(locker.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE"))
         await until(lambda: fetch_value(config.postgres_url, waiting))
@@ -543,7 +545,7 @@ async def test_a_quarantined_event_survives_a_failed_query_on_the_same_connectio
 async def test_a_look_at_the_outbox_that_waits_for_its_lock_does_not_end_what_is_being_saved(
     config: RelayConfig,
 ) -> None:
-    """They share the leader's connection, and a statement that fails fails its whole transaction."""
+    """Both use the leader's connection, and a failed statement fails its whole transaction."""
     connect = partial(psycopg.AsyncConnection.connect, config.postgres_url, autocommit=True)
     async with await connect() as leader, await connect() as other, other.transaction():
         await other.execute("LOCK TABLE outbox")

@@ -1,4 +1,4 @@
-"""The repository over 100,000 payments: what each finder finds, and the index that it walks."""
+"""The repository over 100,000 payments: what each finder finds, and the index that it uses."""
 
 import asyncio
 import uuid
@@ -24,7 +24,7 @@ from tests.integration.bulk import PAYMENTS, fill_now, payment_id
 
 @pytest.fixture(scope="module")
 def filled_url(stack: StackUrls, migrated_template: str) -> Iterator[str]:
-    """A database with 100,000 payments; tests here leave them as they are."""
+    """A database with 100,000 payments, which no test here may change."""
     url = create_database(stack.postgres_url, f"test_{uuid.uuid4().hex[:12]}", template=migrated_template)
     fill_now(url)
     yield url
@@ -46,14 +46,14 @@ def full(engine: AsyncEngine) -> PaymentRepository:
 
 @pytest.fixture
 async def empty(postgres_url: str) -> AsyncIterator[PaymentRepository]:
-    """A repository of this test's own, to write to."""
+    """A repository on this test's own empty database."""
     engine = create_engine(postgres_url)
     yield PaymentRepository(engine)
     await engine.dispose()
 
 
 class Plans:
-    """The plans of all queries of an engine, for the values at hand."""
+    """The plans of all queries of an engine, for their actual parameters."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.texts: list[str] = []
@@ -120,7 +120,7 @@ async def test_finder_walks_its_index(name: str, engine: AsyncEngine, full: Paym
 
 
 async def test_plans_are_made_for_the_values_at_hand(engine: AsyncEngine) -> None:
-    """A plan for whatever status would walk the primary key: to the other end of the table, where a status is rare."""
+    """A generic plan for any status would walk the primary key: for a rare status, to the other end of the table."""
     async with engine.connect() as connection:
         assert await connection.scalar(sa.text("SHOW plan_cache_mode")) == "force_custom_plan"
 
@@ -289,7 +289,7 @@ async def test_a_reserved_capture_is_not_pending(empty: PaymentRepository) -> No
 
 
 async def test_stuck_payments_are_the_late_and_the_doubted(full: PaymentRepository) -> None:
-    # Payment n had something due, or was dispatched, n / 1000 hours ago; each fifth of the open ones needs review.
+    # Payment n was due or dispatched n / 1000 hours ago; every fifth of the open ones needs review.
     found = await full.find_stuck_payments(timedelta(hours=89, minutes=30), limit=200)
     expected = [payment_id(n * 1000 + 98) for n in range(99, -1, -1) if n >= 90 or n % 5 == 0]
     assert [each.payment.payment_id for each in found] == expected
@@ -303,7 +303,7 @@ async def test_a_payment_that_needs_review_is_stuck_however_young(full: PaymentR
 
 
 async def test_a_payment_polled_for_long_is_stuck(empty: PaymentRepository, postgres_url: str) -> None:
-    """Its next attempt always lies ahead; what counts is when the gateway was given it."""
+    """Its next attempt always lies ahead; what counts is when the operation was dispatched."""
     polled, fresh, done = [(await empty.create(Payment(uuid.uuid4()))).payment.payment_id for _ in range(3)]
     connection = await asyncpg.connect(postgres_url)
     insert = """INSERT INTO operations (payment_id, number, kind, fingerprint, content, state, gateway, due_at,
@@ -338,7 +338,7 @@ async def test_a_payment_is_created_once(empty: PaymentRepository) -> None:
 
 
 def test_errors_say_whether_to_try_again() -> None:
-    """The same answer as the write path gives for the same constraint."""
+    """The repository and the write path classify the same constraint alike."""
     again = {name for name, error in module.ERROR_OF_CONSTRAINT.items() if issubclass(error, ConcurrentUpdate)}
     assert again == {"payments_payment_id_key"}
     assert all(issubclass(error, ConcurrentUpdate | InputRefusedByStore) for error in ERRORS)

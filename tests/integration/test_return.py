@@ -1,4 +1,4 @@
-"""A payer's browser comes back from MoMo with MoMo's signed result: it counts, though the IPN never comes."""
+"""The payer's browser returns from MoMo with MoMo's signed result, which counts even if the IPN never arrives."""
 
 import httpx
 from pydantic import SecretStr

@@ -1,4 +1,4 @@
-"""An event needs no look into the database: it may reach a subscriber before its transaction can be seen there."""
+"""Subscribers need no database lookup: an event may reach them before its transaction is visible there."""
 
 import json
 from typing import Any
@@ -26,11 +26,11 @@ OPERATION = """
 """
 
 OF_EVERY_EVENT = {"payment_id", "last_seq", "amount_minor", "disputes"}
-"""In an event's own fields; a dispute in each event that tells of it."""
+"""Carried in an event's own fields; a dispute in each dispute event."""
 OWED = {"owed_held_minor", "owed_captured_minor", "owed_returned_minor"}
-"""Told as `owed_minor`."""
+"""Carried as `owed_minor`."""
 OF_WHAT_IS_UNDER_WAY = {"reserved_capture_minor", "reserved_refund_minor", "open_operations"}
-"""Each of these operations has events of its own."""
+"""Each of these operations has its own events."""
 BOOKKEEPING = {
     "id",
     "version",
@@ -41,11 +41,11 @@ BOOKKEEPING = {
     "created_at",
     "updated_at",
 }
-"""Steers what we do next; an expiry is told when it has come."""
+"""Controls our next steps; an expiry is published when it has happened."""
 
 
 async def read_row(url: str, query: str, *arguments: Any) -> dict[str, Any]:
-    """The row as a subscriber would read it, or nothing."""
+    """The row that a subscriber could read, or an empty dict."""
     found = await value(url, f"SELECT row_to_json(r) FROM ({query}) AS r", *arguments)
     return json.loads(found) if found else {}
 
@@ -60,7 +60,7 @@ async def test_an_event_says_what_a_subscriber_could_look_up_of_its_payment_and_
             assert event["idempotency_key"] == f"key {number}"
             assert event["payment"] == await read_row(postgres_url, PAYMENT, payment_id, event["payment_seq"])
             stored = await read_row(postgres_url, OPERATION, payment_id, event["idempotency_key"])
-            # Of a refused command less is stored than its event says.
+            # For a rejected command, the row holds less than the event.
             known = {name: stored[name] for name in stored if stored[name] is not None}
             assert known == {name: event[name] for name in known}
 

@@ -1,4 +1,4 @@
-"""The log that each slot keeps, as `payments http` tells it: also of a slot that nobody reads."""
+"""The WAL that each slot retains, as `payments http` reports it, including slots that nobody reads."""
 
 from uuid import uuid4
 
@@ -8,7 +8,7 @@ from tests.support.relays import CREATE, DROP
 
 
 def retained() -> dict[str, float]:
-    """Bytes by slot, as they would be scraped."""
+    """Bytes by slot, as Prometheus would scrape them."""
     (metric,) = RETAINED_BYTES.collect()
     return {sample.labels["slot"]: sample.value for sample in metric.samples}
 

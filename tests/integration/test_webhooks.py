@@ -1,4 +1,4 @@
-"""Webhooks from the wire to the payment, on a real Postgres: stored before they are answered, applied once."""
+"""Webhooks from the wire to the payment, on a real Postgres: stored before they are answered, and applied once."""
 
 import asyncio
 import json
@@ -427,7 +427,7 @@ async def test_while_postgres_is_away_the_provider_is_asked_to_send_again() -> N
 def refunded(
     payment_id: UUID, event_id: str, *, refund: str, amount: int = 4_000, seconds_ago: int = 0
 ) -> dict[str, Any]:
-    """A refund without a mark of ours."""
+    """A webhook about a refund without a mark of ours."""
     given = {"id": refund, "object": "refund", "amount": amount, "currency": "usd", "status": "succeeded"}
     given |= {
         "payment_intent": f"ref_{payment_id}:1",
@@ -481,7 +481,7 @@ async def test_a_refund_without_a_mark_that_may_be_ours_waits_and_is_counted_onc
 
 
 async def test_a_refund_that_was_found_not_made_and_then_told_twice_differently_counts_once(postgres_url: str) -> None:
-    """Without our mark first, as if somebody else had made it, and then with it."""
+    """The refund first comes without our mark, as if somebody else had made it, and then with it."""
     payment_id, gateway = new_payment_id(), StripeBooks()
     gateway.outcome = lambda request: NotExecuted("not there") if request.kind is OperationKind.REFUND else None
     async with running_worker(postgres_url, gateway) as worker, receiving(postgres_url) as client:

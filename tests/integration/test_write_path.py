@@ -1,4 +1,4 @@
-"""The write path's own promises on a real Postgres; what they add up to is in test_exactly_once."""
+"""The write path's own guarantees against a real Postgres; test_exactly_once tests what they add up to."""
 
 import asyncio
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from tests.support.service import (
 
 
 class Hint:
-    """Says what it is told to."""
+    """Gives the answer that it was created with."""
 
     def __init__(self, are_new: bool) -> None:
         self._are_new = are_new
@@ -187,7 +187,7 @@ async def test_answers_and_commands_of_one_payment_at_the_same_time_lose_nothing
 
 
 class _AlwaysLosing:
-    """A store in which somebody else always wins."""
+    """A store whose transactions always lose to a concurrent update."""
 
     def __init__(self) -> None:
         self.attempts = 0
@@ -226,7 +226,7 @@ async def test_a_charge_and_its_answer_are_one_statement_each(postgres_url: str)
 
 
 async def test_a_batch_with_one_wrong_guess_is_undone_as_a_whole_and_decided_again(postgres_url: str) -> None:
-    """The second charge of a payment was taken for its first: nothing of that attempt may stay."""
+    """The second charge of a payment was taken for its first one; nothing of that attempt may stay."""
     gateway, known = BookkeepingGateway(), new_payment_id()
     async with running_worker(postgres_url, gateway, hint=WrongHint()) as worker:
         await worker.accept(delivery("charge", known, "first"))

@@ -1,6 +1,6 @@
-"""`make parity`: the same rows through the real Debezium and through our relay; every message must be the same.
+"""`make parity`: publishes the same rows with the real Debezium and with our relay; every message must be equal.
 
-Exits with 1 at the first difference, and shows it.
+Shows the first difference and exits with 1 if there is one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Published = dict[int, list[Message]]
 
 
 async def compare(stack: LocalStack, postgres_url: str, transactions: list[list[Row]]) -> Published | None:
-    """What both published; None if they differ."""
+    """The messages that both published; None if they differ."""
     run = uuid.uuid4().hex[:8]
     ours = RelayConfig(
         postgres_url=postgres_url,
@@ -55,7 +55,7 @@ async def compare(stack: LocalStack, postgres_url: str, transactions: list[list[
     await create_slot(theirs)
     rows = [row for rows in transactions for row in rows]
     console.print("starting Kafka Connect with Debezium …")
-    # Offsets of an earlier run ask for log that nobody has any more.
+    # Offsets of an earlier run point to WAL that no longer exists.
     shutil.rmtree(DEFAULT_DATA_DIR / "parity" / "connect", ignore_errors=True)
     async with debezium(theirs, DEFAULT_DATA_DIR / "parity"), our_relay(ours):
         console.print(f"writing {len(rows)} rows in {len(transactions)} transactions …")
@@ -71,7 +71,7 @@ async def compare(stack: LocalStack, postgres_url: str, transactions: list[list[
 
 
 def write_goldens(transactions: list[list[Row]], published: Published) -> None:
-    """Keep the first rows, and what the real Debezium made of them."""
+    """Write the first rows and the messages that the real Debezium made of them to the goldens."""
     by_id = {dict(message.headers)["id"]: message for messages in published.values() for message in messages}
     rows = [row for rows in transactions for row in rows][:GOLDEN_ROWS]
     goldens = [
@@ -83,7 +83,7 @@ def write_goldens(transactions: list[list[Row]], published: Published) -> None:
 
 
 def main() -> int:
-    """Run it on servers of its own, and say how it ended."""
+    """Run the comparison on servers of its own; 0 if the messages are equal."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("--rows", type=int, default=1000, help="how many rows (default: 1000)")
     parser.add_argument("--write-goldens", action="store_true", help="keep what Debezium made of the first rows")

@@ -1,4 +1,4 @@
-"""`payments` as a person runs it: a process of its own, from the root of the repository."""
+"""Runs `payments` as a person does: in a process of its own, from the root of the repository."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(data_dir: Path, **settings: str) -> dict[str, str]:
-    # A width at which no line of what is looked for is broken.
+    # Wide enough that no text that a test looks for is wrapped.
     return os.environ | {"PAYMENTS_DATA_DIR": str(data_dir), "COLUMNS": "200"} | settings
 
 

@@ -1,7 +1,7 @@
-"""One command, or what is due, through the write path and its gateway, in a process that kills itself at a boundary.
+"""Runs one command or one sweep through the write path and its gateway, and kills its own process at a boundary.
 
-`python -m tests.support.crashing_operation`, with what to do as JSON on standard input. The boundaries are put around
-the service's parts from the outside; the service itself knows nothing of them.
+Run as `python -m tests.support.crashing_operation`, with the command and the boundary as JSON on standard input. The
+boundaries are put around the service's parts from the outside; the service itself knows nothing of them.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ def _mine_write_path(boundary: str) -> None:
 
 
 async def main() -> None:
-    """Do what standard input says."""
+    """Run the command given on standard input, or a sweep if it has none."""
     given = json.load(sys.stdin)
     with httpx.Client(base_url=given["sandbox_url"]) as http:
         gateway = PROVIDERS[given["provider"]](given["sandbox_url"], http).gateway()

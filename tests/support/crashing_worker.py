@@ -51,7 +51,7 @@ def _before_commit(offsets: Offsets) -> None:
 
 
 def main() -> None:
-    """Run the worker with its boundaries mined."""
+    """Run the worker until it reaches the boundary named by `CRASH_AT`."""
     _wrap(WritePath, "apply", _nothing, _after_apply)
     _wrap(StripeGateway, "charge", lambda *_: _die_at("before call"), lambda *_: _die_at("after charge"))
     _wrap(Offsets, "commit", _before_commit, _nothing)

@@ -1,4 +1,4 @@
-"""A dispatcher on its own: requests, a gateway that does as it is told, and no store."""
+"""A dispatcher on its own, with a scripted gateway and without a store."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +19,7 @@ LEASE = timedelta(seconds=60)
 
 
 class NoStore:
-    """The dispatcher asks a store for one thing only."""
+    """The only part of a store that the dispatcher uses."""
 
     def __init__(self) -> None:
         self.is_open = False
@@ -56,7 +56,7 @@ class ScriptedGateway(BookkeepingGateway):
 
 
 class Bench:
-    """A dispatcher with one gateway, and the answers that came."""
+    """A dispatcher with one gateway; collects its answers."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Bench:
         self.dispatcher.on_answer = self.answers.append
 
     async def outcomes(self, *requests: GatewayRequest) -> list[Outcome]:
-        """Send these and wait for as many answers."""
+        """Submit these requests and wait for as many answers."""
         self.dispatcher.submit(requests)
         async with asyncio.timeout(10):
             while len(self.answers) < len(requests):

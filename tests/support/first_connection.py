@@ -1,7 +1,7 @@
-"""Closes what aiokafka leaves open where a start is cancelled while it asks its first broker for the others.
+"""Closes the connection that aiokafka leaves open if a start is cancelled while it asks the first broker for others.
 
-In production a process that is told to stop ends right after that. A run of tests goes on, and whichever test the
-garbage collector then comes by would be told of an unclosed connection.
+In production a process that is stopped ends right after that. A test run continues, and the garbage collector would
+report the unclosed connection during some unrelated test.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ from aiokafka.conn import AIOKafkaConnection, create_conn
 
 async def _create_conn(*arguments: Any, **options: Any) -> AIOKafkaConnection:
     connection = await create_conn(*arguments, **options)
-    if "on_close" not in options:  # Only the first one has nobody to tell.
+    if "on_close" not in options:  # Only the first connection has no `on_close`.
         connection.send = _ClosingSend(connection)
     return connection
 
 
 class _ClosingSend:
-    """A connection's `send` that closes it unless there was an answer."""
+    """A connection's `send` that closes the connection if there is no answer."""
 
     def __init__(self, connection: AIOKafkaConnection) -> None:
         self._connection, self._send = connection, connection.send
@@ -32,5 +32,5 @@ class _ClosingSend:
 
 
 def close_what_a_cancelled_start_leaves() -> None:
-    """For the rest of this process."""
+    """Patch aiokafka for the rest of this process."""
     vars(aiokafka.client)["create_conn"] = _create_conn

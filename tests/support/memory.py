@@ -1,4 +1,4 @@
-"""`decide` with nothing around it but dictionaries: what the write path does, without Postgres, one input at a time."""
+"""Runs `decide` over dictionaries: does what the write path does, one input at a time and without Postgres."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class Told(NamedTuple):
-    """One message to subscribers, as far as these tests look at it."""
+    """One message to subscribers, with the fields that the tests look at."""
 
     payment_id: UUID
     payment_seq: int
@@ -31,11 +31,11 @@ class Told(NamedTuple):
     replayed: bool
     is_final: bool
     reason: str | None = None
-    """Why it was refused, if it was."""
+    """The reason of a rejection."""
 
 
 class MemoryShell:
-    """Payments, operations, events and ledger in memory. Checks with every input that `decide` is pure."""
+    """Payments, operations, events and ledger in memory. Checks at every input that `decide` does not change it."""
 
     def __init__(self, given: Rules | None = None) -> None:
         self.rules = given or rules(RetryPolicy())
@@ -48,14 +48,14 @@ class MemoryShell:
         self.disagreeing: list[Notified] = []
         self._by_key: dict[str, tuple[UUID, int]] = {}
 
-    # --- what the state machine drives ------------------------------------------------------------------------------
+    # --- used by the state machine ----------------------------------------------------------------------------------
 
     def apply(self, inputs: list[Input]) -> list[GatewayRequest]:
-        """Apply them in order; what the gateways are to be asked."""
+        """Apply the inputs in order; returns the requests to the gateways."""
         return [request for given in inputs for request in self._apply(given)]
 
     def claim(self, payment_id: UUID, number: int) -> list[GatewayRequest]:
-        """What a sweep does with an operation that is due."""
+        """Claim an operation that is due, as a sweep does; returns its request."""
         payment, operation = self.payments[payment_id], self.all_operations[payment_id, number].copy()
         if operation.is_leased and operation.state is OperationState.DISPATCHED:
             operation.state = OperationState.INDETERMINATE
@@ -67,11 +67,11 @@ class MemoryShell:
         return [gateway_request(payment, operation, command_from_content(operation.content))]
 
     def pass_time(self, duration: timedelta) -> None:
-        """Let the clock go on."""
+        """Advance the clock."""
         self.now += duration
 
     def operations(self) -> list[Operation]:
-        """All operations ever."""
+        """All operations, open and ended."""
         return list(self.all_operations.values())
 
     def told(self) -> list[Told]:
@@ -86,7 +86,7 @@ class MemoryShell:
         """All payments with their open operations."""
         return self.payments
 
-    # --- within -----------------------------------------------------------------------------------------------------
+    # --- internal ---------------------------------------------------------------------------------------------------
 
     def _apply(self, given: Input) -> list[GatewayRequest]:
         payment_id = given.command.payment_id if isinstance(given, Delivery) else given.payment_id
@@ -116,14 +116,14 @@ class MemoryShell:
         return list(decision.requests)
 
     def _named(self, given: Notified) -> Operation | None:
-        """As the write path reads it: the payment's own copy, with its command at hand."""
+        """The operation that the notice names, as the write path loads it: the payment's own copy, with its command."""
         stored = self.all_operations.get((given.payment_id, given.notice.operation_number or 0))
         if stored is not None and stored.command is None:
             stored.command = command_from_content(stored.content)
         return stored
 
     def _known(self, given: Notified) -> list[Operation]:
-        """As the write path reads it: all operations of the kind that something without a mark is."""
+        """For an external movement, as the write path loads them: the payment's operations of the same kind."""
         external, own = given.notice.external, given.payment_id
         return [
             each

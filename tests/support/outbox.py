@@ -1,4 +1,4 @@
-"""Outbox rows for the relay's tests, and what must hold for the records that they become."""
+"""Outbox rows for the relay's tests, and assertions about the records published from them."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ INSERT = """
 
 
 class Row(NamedTuple):
-    """What a test chooses of one outbox row."""
+    """The columns of an outbox row that a test chooses."""
 
     id: UUID
     key: str
@@ -34,7 +34,7 @@ def rows_of(key: str, count: int, *, first: int = 1, payload: str = "{}") -> lis
 
 
 async def insert(connection: psycopg.AsyncConnection, rows: Iterable[Row]) -> None:
-    """Insert within whatever transaction the connection is in."""
+    """Insert in the connection's current transaction."""
     columns = zip(*(row._replace(id=str(row.id)) for row in rows), strict=True)  # type: ignore[arg-type]
     await connection.execute(INSERT, [list(column) for column in columns])
 
@@ -47,9 +47,9 @@ async def commit(url: str, *transactions: Iterable[Row]) -> None:
 
 
 async def write_next(connection: psycopg.AsyncConnection, choose: random.Random, count: int, *, of: int) -> list[Row]:
-    """The next events of so many payments out of `seqs`, as the write path writes them.
+    """Write the next events of `count` random payments out of the `of` in `seqs`, as the write path does.
 
-    Lock them in order of id, take the next numbers, insert, commit.
+    It locks them in order of id, takes the next numbers, inserts the events and commits.
     """
     some = choose.sample(range(1, of + 1), count)
     lock = "SELECT id, seq + 1 FROM seqs WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE"
@@ -62,13 +62,13 @@ async def write_next(connection: psycopg.AsyncConnection, choose: random.Random,
 
 
 async def set_database(url: str, setting: str) -> None:
-    """Have every connection to this database begin with it, unless it says otherwise: `lock_timeout = '1s'`."""
+    """Make a setting such as `lock_timeout = '1s'` the default of every new connection to this database."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         await connection.execute(f'ALTER DATABASE "{connection.info.dbname}" SET {setting}'.encode())
 
 
 async def open_transaction(url: str) -> psycopg.AsyncConnection:
-    """One that has its transaction id already."""
+    """A connection with an open transaction that already has its transaction id."""
     connection = await psycopg.AsyncConnection.connect(url)
     await connection.execute("SELECT pg_current_xact_id()")
     return connection
@@ -87,7 +87,7 @@ def ids(records: Iterable[Any]) -> list[UUID]:
 
 
 def complete(rows: Iterable[Row]) -> Callable[[list[Any]], bool]:
-    """For `read_until`: every row has been seen at least once. It looks at each record once, however many there are."""
+    """A condition for `read_until`: every row has arrived at least once. Each call looks only at new records."""
     missing, looked_at = {row.id for row in rows}, 0
 
     def is_complete(records: list[Any]) -> bool:
@@ -100,7 +100,7 @@ def complete(rows: Iterable[Row]) -> Callable[[list[Any]], bool]:
 
 
 def assert_first_deliveries_in_order(records: Iterable[Any], rows: Iterable[Row]) -> None:
-    """Every row is there, nothing else is, and first deliveries of a payment come in the order of `payment_seq`."""
+    """Every row arrived and nothing else did, and first deliveries of a payment come in the order of `payment_seq`."""
     known = {row.id: row for row in rows}
     first: dict[str, list[int]] = {}
     for event_id in dict.fromkeys(ids(records)):

@@ -1,4 +1,4 @@
-"""The same rows through the real Debezium and through our relay, and what each message was."""
+"""Publishes rows with the real Debezium and with our relay, and compares the messages."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ TYPES = ("payment.captured.v1", "payment.refunded.v1", "thanh_toán.tạo", "x")
 
 
 class Message(NamedTuple):
-    """All that a subscriber can tell of a message, but for its time."""
+    """Everything that a subscriber sees of a message except its time."""
 
     partition: int
     key: str
@@ -54,7 +54,7 @@ class Message(NamedTuple):
 
 
 def message_of(record: Any) -> Message:
-    """Bytes as hexadecimal digits, so that any of them can stand in a file."""
+    """The record's message, with bytes as hexadecimal digits so that a JSON file can hold them."""
     headers = tuple((name, None if value is None else value.hex()) for name, value in record.headers)
     return Message(record.partition, record.key.hex(), record.value.hex(), headers, record.timestamp_type)
 
@@ -92,7 +92,7 @@ def _row(choose: random.Random, key: str, seq: int) -> Row:
 
 
 def _document(choose: random.Random) -> str:
-    """JSON of any shape, with the spaces and escapes that one of several writers would put in."""
+    """Random JSON, with the spaces and escapes of one of several kinds of serializer."""
     spaces = choose.choice(((", ", ": "), (",", ":"), (" ,\t", " :\n")))
     return json.dumps(_value(choose, depth=4), ensure_ascii=choose.random() < 0.5, separators=spaces)
 
@@ -114,13 +114,13 @@ def _value(choose: random.Random, depth: int) -> object:
 
 
 def _text(choose: random.Random) -> str:
-    """Letters of every length in UTF-8, quotes and control characters; no NUL and no lone surrogate: JSON has none."""
+    """Characters of every length in UTF-8, with quotes and control characters, but without NUL and surrogates."""
     ranges = ((0x20, 0x7F), (1, 0x20), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))
     return "".join(chr(choose.randrange(*choose.choice(ranges))) for _ in range(choose.randrange(12)))
 
 
 async def create_slot(config: RelayConfig) -> None:
-    """A slot that Debezium finds: whatever is committed from here on is its to publish."""
+    """Create the slot that Debezium will use, so that it publishes everything committed from now on."""
     await fetch_value(config.postgres_url, "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", config.slot)
 
 
@@ -144,7 +144,7 @@ async def debezium(config: RelayConfig, data_dir: Path, *, tuning: str | None = 
 
 @contextlib.asynccontextmanager
 async def our_relay(config: RelayConfig) -> AsyncIterator[Relay]:
-    """Our relay, active; stopped in good order at the end."""
+    """Our relay, active; stopped cleanly at the end."""
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     try:
@@ -156,7 +156,7 @@ async def our_relay(config: RelayConfig) -> AsyncIterator[Relay]:
 
 
 async def messages_on(config: RelayConfig, rows: Iterable[Row]) -> dict[int, list[Message]]:
-    """Once all rows are there: the messages of each partition, in order."""
+    """Wait until all rows are on the topic; returns the messages of each partition, in order."""
     records = await read_until(config.kafka.bootstrap, config.topic, complete(rows), timeout_seconds=90)
     found: dict[int, list[Message]] = {}
     for record in records:
@@ -165,7 +165,7 @@ async def messages_on(config: RelayConfig, rows: Iterable[Row]) -> dict[int, lis
 
 
 def first_difference(theirs: dict[int, list[Message]], ours: dict[int, list[Message]]) -> str | None:
-    """Where the topics differ first, for a person to read; None if they are equal."""
+    """A readable description of the first difference between the topics; None if they are equal."""
     for partition in sorted(theirs.keys() | ours.keys()):
         left, right = theirs.get(partition, []), ours.get(partition, [])
         for number, (a, b) in enumerate(zip(left, right, strict=False)):

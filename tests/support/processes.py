@@ -1,4 +1,4 @@
-"""The service's processes for fault tests: real ones, found by their ports, killed by their pids."""
+"""The service's real processes for fault tests: reached by their ports, killed by their pids."""
 
 import json
 import os
@@ -34,7 +34,7 @@ class Processes:
         self.environment["PAYMENTS_STRIPE_API_BASE"] = f"http://127.0.0.1:{self._ports['sandbox']}"
 
     def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start `python -m arguments`, its output in a file of that name."""
+        """Start `python -m arguments`; its output goes to `<name>.log`."""
         with (self._log_dir / f"{name}.log").open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
@@ -46,20 +46,20 @@ class Processes:
         return process
 
     def sandbox(self) -> None:
-        """The provider simulator, ready."""
+        """Start the provider simulator and wait until it is ready."""
         self.start("sandbox", "app.cli", "sandbox", "--port", str(self._ports["sandbox"]))
         self._wait("sandbox", "/_sandbox/books")
 
     def worker(self, *, port: int | None = None) -> subprocess.Popen[bytes]:
-        """A worker; not waited for."""
+        """Start a worker without waiting until it is ready."""
         return self.start("worker", "app.cli", "worker", PAYMENTS_WORKER_PORT=str(port or free_port()))
 
     def relay(self) -> subprocess.Popen[bytes]:
-        """A relay; not waited for."""
+        """Start a relay without waiting until it is ready."""
         return self.start("relay", "app.cli", "relay", PAYMENTS_RELAY_PORT=str(free_port()))
 
     def running(self) -> list[subprocess.Popen[bytes]]:
-        """Those that have not ended, oldest first."""
+        """The processes that have not ended, oldest first."""
         return [process for process in self._running if process.poll() is None]
 
     def books(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ CAPABILITIES = Capabilities(
 
 
 class BookkeepingGateway:
-    """Executes each provider key once; `calls` counts attempts, `moved` what was really executed, by kind."""
+    """Executes each provider key once. `calls` counts the attempts by key, `moved` the executed operations by kind."""
 
     name = "books"
     capabilities = CAPABILITIES

@@ -1,4 +1,4 @@
-"""A TCP proxy that tests put between two parts, to cut connections in mid-message or to swallow what they carry."""
+"""A TCP proxy that tests put between two parts, to cut connections in mid-message or to stop passing data on."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from infra.local.server import HOST, free_port
 
 
 class Proxy:
-    """Listens on a port of its own and passes bytes on to `target`, until it is told otherwise."""
+    """Listens on a port of its own and passes bytes on to `target`, until a test cuts or stalls it."""
 
     def __init__(self, host: str = HOST, port: int = 0) -> None:
         self.port = 0
@@ -31,15 +31,15 @@ class Proxy:
         self._abort()
 
     def cut_after(self, count: int) -> None:
-        """Pass on so many more bytes towards the client, wherever a message ends, and then break every connection."""
+        """Pass on `count` more bytes to the client, even if that ends in mid-message, then break every connection."""
         self._cut_after = count
 
     def stall(self) -> None:
-        """Take everything and pass on nothing: nobody is told."""
+        """Accept connections and data but pass nothing on; neither side gets an error."""
         self._passes_on.clear()
 
     def resume(self) -> None:
-        """Break what stalled, and let new connections through."""
+        """Break all connections, and let new ones through."""
         self._abort()
         self._passes_on.set()
 
@@ -82,12 +82,15 @@ class Proxy:
 
 
 class ProxiedKafka(EmbeddedKafka):
-    """A Kafka that has a second door: who knocks at the proxy on `proxy_port` is never told of the first one."""
+    """A Kafka with a second listener behind a proxy: clients that connect through the proxy get only its address."""
 
     proxy_port = 0
 
     def set_door(self, proxy_port: int) -> int:
-        """Where the proxy listens; where it must pass bytes on to. To be called before the start."""
+        """Set the port on which the proxy listens; returns the port to which it must pass bytes on.
+
+        Call this before the start.
+        """
         self.proxy_port, self.door = proxy_port, free_port()
         return self.door
 

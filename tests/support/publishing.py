@@ -1,12 +1,12 @@
-"""Has a publisher send all that it can."""
+"""Flushes a publisher."""
 
 import asyncio
 
-from infra.relay.publisher import Publisher
+from infra.relay.publish.publisher import Publisher
 
 
 async def flush(publisher: Publisher) -> None:
-    """Also of the partitions whose producers are replaced."""
+    """Flush, including partitions whose producers are being replaced."""
     await publisher.flush()
     while publisher._renewals:
         await asyncio.gather(*publisher._renewals)

@@ -1,4 +1,4 @@
-"""Relays as processes, to be killed, frozen and weighed."""
+"""Relays as processes, which tests can kill and freeze and whose memory they measure."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from tests.support.waiting import until
 
 @dataclass
 class Peak:
-    """The most memory that was seen in use."""
+    """The largest resident memory that was seen."""
 
     bytes: int = 0
 
@@ -30,7 +30,7 @@ class Peak:
 
 
 class RelayProcess:
-    """One `python -m infra.relay`; what it says goes to a file."""
+    """One `python -m infra.relay`; its output goes to a file."""
 
     def __init__(self, config: RelayConfig, log_path: Path) -> None:
         self._config = config
@@ -49,7 +49,7 @@ class RelayProcess:
 
     @contextlib.asynccontextmanager
     async def peak_memory(self) -> AsyncIterator[Peak]:
-        """What it uses at most meanwhile: a reading at the end would miss what was given back by then."""
+        """Its largest memory during the block; a reading at the end would miss memory that was released by then."""
         peak, process = Peak(), psutil.Process(self.pid)
 
         async def look() -> None:
@@ -66,7 +66,7 @@ class RelayProcess:
                 await looking
 
     async def says(self, words: str) -> None:
-        """Wait until its output has these words."""
+        """Wait until its output contains these words."""
 
         def is_said() -> bool:
             output = self._log_path.read_text()
@@ -76,31 +76,31 @@ class RelayProcess:
         await until(is_said)
 
     async def stands_by(self) -> None:
-        """Wait until it waits for the leader."""
+        """Wait until it is standby."""
         await self.says("relay stands by")
 
     async def streams(self) -> None:
-        """Wait until it is the one that publishes."""
+        """Wait until it is the active relay, which publishes."""
         await self.says("relay active")
 
     async def holds_the_slot(self) -> bool:
-        """Whether anybody streams from the slot."""
+        """Whether any process streams from the slot."""
         query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
         return bool(await fetch_value(self._config.postgres_url, query, self._config.slot))
 
     def freeze(self) -> None:
-        """It is there and does nothing."""
+        """Suspend it: the process exists but does nothing."""
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
     def terminate(self) -> int:
-        """Stop in good order; its exit status."""
+        """Stop it cleanly; returns its exit status."""
         self._process.terminate()
         return self._process.wait(30)
 
     def kill(self) -> None:
-        """SIGKILL, also if it has ended or is frozen."""
+        """Send SIGKILL, which is safe even if it has ended or is frozen."""
         self._process.kill()
         self._process.wait(10)

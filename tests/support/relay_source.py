@@ -1,4 +1,4 @@
-"""How a relay of a test reads: from the log, compiled or not, or by polling."""
+"""How a test's relay reads the outbox: from the WAL, with or without the compiled inner loop, or by polling."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import pytest
 
 PLAIN = "wal-plain"
 also_plain = pytest.mark.parametrize("source", ["wal", "poll", PLAIN], indirect=True)
-"""As a relay reads whose inner loop was not compiled, too."""
+"""Runs a test with both sources, and with `wal` without its compiled inner loop."""
 
 
 def reading(source: str) -> dict[str, Any]:
-    """The settings of a relay that reads so."""
+    """The relay settings for this source."""
     return {"source": source.removesuffix("-plain"), "is_native": source != PLAIN}

@@ -1,4 +1,4 @@
-"""Relays in a test's own process, on its topic and slot, and what they are put through."""
+"""Relays in a test's own process, on its topic and slot, and the faults that tests cause."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,8 @@ from aiokafka.cluster import ClusterMetadata
 from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from infra.relay import Relay, RelayConfig
-from infra.relay.progress import Repair
-from infra.relay.repairs import count_unproven, find_repair, request_repair
+from infra.relay.progress.checkpoint import Repair
+from infra.relay.progress.repairs import count_unproven, find_repair, request_repair
 from infra.relay.status import read_status
 from tests.support.outbox import Row, complete, fetch_value, rows_of
 from tests.support.topic import read_until
@@ -32,7 +32,7 @@ HUGE = f'"{"x" * 2_000_000}"'
 
 @contextlib.asynccontextmanager
 async def running(config: RelayConfig, until_it_says: str = "active") -> AsyncIterator[Relay]:
-    """A relay that streams, or says what else it does; stopped in good order at the end."""
+    """A relay whose health detail contains `until_it_says`; stopped cleanly at the end."""
     relay, stop = Relay(config), asyncio.Event()
     task = asyncio.create_task(relay.run(stop))
     try:
@@ -44,7 +44,7 @@ async def running(config: RelayConfig, until_it_says: str = "active") -> AsyncIt
 
 
 async def published(config: RelayConfig, *rows: Row) -> list[Any]:
-    """What is on the topic once these rows are."""
+    """The topic's records, read once these rows have arrived."""
     return await read_until(config.kafka.bootstrap, config.topic, complete(rows))
 
 
@@ -56,7 +56,7 @@ async def slot(config: RelayConfig, column: str) -> Any:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """A process that is there and does nothing."""
+    """Suspend the process during the block."""
     process = psutil.Process(pid)
     process.suspend()
     try:
@@ -67,7 +67,7 @@ def frozen(pid: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_leader(topic: str, partition: int) -> Iterator[None]:
-    """Where the brokers that a producer knows have no leader of this partition."""
+    """During the block, producers find no leader for this partition when they send."""
     drain, asked = MessageAccumulator.drain_by_nodes, ClusterMetadata.leader_for_partition
 
     def answer(cluster: ClusterMetadata, of: TopicPartition) -> int | None:
@@ -92,7 +92,7 @@ async def set_topic_limit(config: RelayConfig, limit: int) -> None:
 
 
 class StandingStill:
-    """A relay that is expected to stand still before a gap."""
+    """A relay that is expected to stop at a gap and wait for a decision."""
 
     def __init__(self, config: RelayConfig) -> None:
         self.config = replace(config, gap_seconds=0.1)
@@ -109,7 +109,7 @@ class StandingStill:
         await asyncio.wait_for(self._task, 30)
 
     async def decide(self, repair: Repair) -> int:
-        """As `payments relay repair` does; how many events it published."""
+        """Request a repair as `payments relay repair` does; returns how many events it published."""
         async with await psycopg.AsyncConnection.connect(self.config.postgres_url, autocommit=True) as connection:
             assert await request_repair(connection, self.config.slot, repair)
             await until(lambda: self.relay.health.detail == "active")

@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def wait_until_open(port: int, process: subprocess.Popen[bytes], timeout_seconds: float = 20) -> None:
-    """Until this process, or one of its own, listens on the port."""
+    """Wait until something listens on the port; fails if the process ends before that."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended at once"
@@ -36,7 +36,7 @@ def start_sandbox(
 ) -> subprocess.Popen[bytes]:
     """All simulators behind one port, ready; with a state file they continue where they stopped.
 
-    `environment` is added to ours: what webhooks are signed with.
+    `environment` is added to this process's own; it has the secrets that sign the webhooks.
     """
     given = {"--state-file": state_file, "--webhooks-to": webhooks_to}
     options = [text for name, value in given.items() if value is not None for text in (name, str(value))]

@@ -34,21 +34,21 @@ QUICK_RETRY = RetryPolicy(
 
 
 class NoHint:
-    """Valkey away: Postgres is asked about every key."""
+    """Valkey is away: Postgres is asked about every key."""
 
     async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
         return False
 
 
 class WrongHint:
-    """Valkey that has forgotten everything: every key seems to be new."""
+    """Valkey has forgotten everything: every key seems to be new."""
 
     async def are_new(self, idempotency_keys: Sequence[str]) -> bool:
         return True
 
 
 def rules(retry: RetryPolicy = QUICK_RETRY, **more: Any) -> Rules:
-    """Everything is accepted, by the bookkeeping gateway."""
+    """Rules that accept everything, with the bookkeeping gateway as default."""
     defaults: dict[str, Any] = {
         "currencies": frozenset(MINOR_UNITS),
         "gateways": {"books": BookkeepingGateway.capabilities},
@@ -80,13 +80,13 @@ class InProcessWorker:
     sweep: Sweep
 
     async def accept(self, *deliveries: Delivery) -> Applied:
-        """What the consumer does with a batch."""
+        """Apply a batch and dispatch its requests, as the consumer does."""
         applied = await self.write_path.apply(deliveries)
         self.dispatcher.submit(applied.requests)
         return applied
 
     async def idle(self) -> None:
-        """Wait until nothing is in hand."""
+        """Wait until every request is answered and every answer saved."""
         async with asyncio.timeout(30):
             while self.dispatcher.waiting + self.settler.waiting:
                 await asyncio.sleep(0.002)
@@ -126,7 +126,7 @@ async def running_worker(
 
 
 async def events_of(url: str, payment_id: UUID) -> list[dict[str, Any]]:
-    """The payment's outbox, in the order of the table."""
+    """The payment's events in the outbox, in order of `payment_seq`."""
     connection = await asyncpg.connect(url)
     try:
         rows = await connection.fetch(

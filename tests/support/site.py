@@ -1,4 +1,4 @@
-"""The simulators with an address where they send webhooks, and the settings of a service that listens there."""
+"""The simulators with an address to which they send webhooks, and the settings of a service that listens there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Site:
     environment: dict[str, str]
 
     def settings(self, gateway: str, **more: Any) -> Settings:
-        """Of a service that uses this gateway only."""
+        """The settings of a service that uses only this gateway."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)

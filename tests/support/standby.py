@@ -1,4 +1,4 @@
-"""A hot standby of an embedded Postgres, set up as docs/operations/relay.md says, to take over when that one dies."""
+"""A hot standby of an embedded Postgres, set up as docs/operations/relay.md says, which can take over its work."""
 
 import shutil
 from pathlib import Path
@@ -39,14 +39,14 @@ class Standby(EmbeddedPostgres):
 
     @property
     def wal_receiver(self) -> psutil.Process:
-        """The process that gets the primary's log."""
+        """The process that receives the primary's WAL."""
         with psycopg.connect(self.url) as connection:
             row = connection.execute("SELECT pid FROM pg_stat_wal_receiver").fetchone()
         assert row is not None, "it follows nobody"
         return psutil.Process(row[0])
 
     def promote(self) -> None:
-        """Make it a primary; returns when it takes writes."""
+        """Make it a primary; returns when it accepts writes."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             row = connection.execute("SELECT pg_promote(wait_seconds => 30)").fetchone()
         assert row == (True,), "it is a primary in time"

@@ -1,4 +1,4 @@
-"""One payment told as a story over `decide`: what the write path does, without a database."""
+"""Drives `decide` through the story of one payment: does what the write path does, without a database."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Story:
         return self.give(delivery(kind, self.payment_id, key or kind, **fields))
 
     def deliver(self, given: Delivery) -> Decision:
-        """Deliver this, with what is stored under its key."""
+        """Deliver this command, with the operation that is stored under its key."""
         return self.give(given)
 
     def answer(self, outcome: Outcome | None = None, *, token: int | None = None) -> Decision:
@@ -58,7 +58,7 @@ class Story:
     def hear(
         self, outcome: Outcome | None = None, number: int = 1, *, known: Sequence[Operation] = (), **facts: Any
     ) -> Decision:
-        """A webhook about an operation."""
+        """Apply a webhook about an operation."""
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, number, outcome=outcome)
         self.heard.append(notice._replace(**facts))
         stored = self._stored(number)
@@ -68,7 +68,7 @@ class Story:
     def hear_external(
         self, outcome: Outcome, amount: int = 10_000, kind: OperationKind = OperationKind.REFUND, **facts: Any
     ) -> Decision:
-        """A webhook about money that moved without a mark of ours."""
+        """Apply a webhook about money that moved without our mark."""
         payment_at_gateway = self.payment.gateway_payment_id if self.payment else None
         notice = Notice("books", f"event-{len(self.heard)}", "some.type", self.payment_id, None, payment_at_gateway)
         told = {"outcome": outcome, "external": External(kind, amount)} | facts
@@ -77,17 +77,17 @@ class Story:
         return self.give(Notified(len(self.heard), self.payment_id, self.heard[-1], known=known))
 
     def learn(self, outcome: Outcome, number: int = 1) -> Decision:
-        """The answer to a question about an operation that has ended."""
+        """Apply the answer to a status query about an operation that has ended."""
         notice = Notice("books", "", "status", self.payment_id, number, outcome=outcome)
         stored = self._stored(number)
         return self.give(Notified(None, self.payment_id, notice, stored, self._voids(stored, outcome)))
 
     def rule(self, outcome: Succeeded | NotExecuted, number: int = 1, evidence: str = "seen in the portal") -> Decision:
-        """A person decides."""
+        """Apply a person's ruling."""
         return self.give(Ruling(self.payment_id, number, outcome, evidence))
 
     def _voids(self, operation: Operation | None, outcome: Outcome | None) -> tuple[Operation, ...]:
-        """What the write path loads for the end of a hold."""
+        """The voids that the write path loads for the end of a hold."""
         if operation is None or not is_end_of_hold(operation, outcome):
             return ()
         return tuple(each for each in self.operations.values() if each.kind is OperationKind.VOID)
@@ -105,7 +105,7 @@ class Story:
         self.now += timedelta(**time)
 
     def claim(self) -> GatewayRequest:
-        """What the sweep does to what is under way once it is due (CLAIM_DUE)."""
+        """Claim the operation under way once it is due, as the sweep does (CLAIM_DUE)."""
         assert self.payment is not None
         operation = next(each for each in self.payment.operations if each.is_under_way and each.due_at is not None)
         assert operation.due_at is not None
@@ -122,12 +122,12 @@ class Story:
         self.payment.operations = tuple(
             claimed if each.number == claimed.number else each for each in self.payment.operations
         )
-        alone = replace(self.payment, operations=())  # It does not load the others.
+        alone = replace(self.payment, operations=())  # The sweep does not load the others.
         self.requests.append(gateway_request(alone, claimed, command_from_content(claimed.content)))
         return self.requests[-1]
 
     def give(self, given: Input) -> Decision:
-        """One step, with the checks."""
+        """Apply one input and run the checks."""
         if isinstance(given, Delivery):
             key = given.command.idempotency_key
             stored = [each for each in self.operations.values() if key is not None and each.idempotency_key == key]
@@ -185,7 +185,7 @@ class Story:
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
 
-    # --- what tests ask ---------------------------------------------------------------------------------------------
+    # --- read by tests ----------------------------------------------------------------------------------------------
 
     @property
     def kinds(self) -> Sequence[str]:

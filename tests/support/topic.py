@@ -1,4 +1,4 @@
-"""Sending commands and reading topics in tests, from the beginning and until a condition holds."""
+"""Sends commands to topics, and reads topics from the beginning until a condition holds."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ async def send(bootstrap: str, topic: str, *messages: tuple[bytes | None, bytes 
 async def read_until(
     bootstrap: str, topic: str, is_enough: Callable[[list[Any]], bool], *, timeout_seconds: float = 60
 ) -> list[Any]:
-    """All records of the topic, read until they are enough, each partition in its order."""
+    """The topic's records, read from the beginning until `is_enough` is true of them; each partition in its order."""
     records: list[Any] = []
     async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
         partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
@@ -39,7 +39,7 @@ async def read_until(
 
 @contextlib.asynccontextmanager
 async def arriving(bootstrap: str, topic: str) -> AsyncIterator[set[UUID]]:
-    """The outbox ids of what arrives on the topic from now on, as it arrives."""
+    """The outbox ids of the records that arrive on the topic from now on; the set grows during the block."""
     arrived: set[UUID] = set()
     async with AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False) as consumer:
         partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
@@ -66,7 +66,7 @@ def bodies(records: list[Any]) -> list[dict[str, Any]]:
 
 
 def finals(records: list[Any]) -> set[str]:
-    """The idempotency keys that have their result."""
+    """The idempotency keys of the commands that have their result."""
     interim = ("payment.pending.v1", "payment.requires_action.v1", "payment.needs_review.v1")
     return {event["idempotency_key"] for event in bodies(records) if event["type"] not in interim}
 

@@ -1,4 +1,4 @@
-"""Waiting for a condition, instead of for a time."""
+"""Waits for a condition instead of a fixed time."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 
 async def until(condition: Callable[[], Awaitable[Any]] | Callable[[], Any], *, timeout_seconds: float = 60) -> Any:
-    """Wait for a condition to give something true, and return that."""
+    """Wait until the condition returns something true, and return that."""
     async with asyncio.timeout(timeout_seconds):
         while True:
             result = condition()
@@ -19,7 +19,7 @@ async def until(condition: Callable[[], Awaitable[Any]] | Callable[[], Any], *, 
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
-    """The same where no event loop runs."""
+    """The same for code without an event loop."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not become true in time"

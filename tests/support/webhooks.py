@@ -1,4 +1,4 @@
-"""Our own web server in a test, and what its webhooks do to payments."""
+"""Runs our webhook server in a test, and applies its webhooks to payments."""
 
 import asyncio
 import socket
@@ -32,7 +32,7 @@ async def applying(postgres_url: str, worker: InProcessWorker) -> AsyncIterator[
     async def is_listening() -> bool:
         return bool(await value(postgres_url, listening))
 
-    await until(is_listening)  # a connection that is cut off while it is being made would be left to the collector
+    await until(is_listening)  # Cancelled while it connects, `listen` would leave its connection unclosed.
     try:
         yield applier
     finally:
@@ -75,7 +75,7 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[str]:
-    """The app on a port of its own, by its base URL."""
+    """Serve the app on a port of its own; yields its base URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -1,4 +1,4 @@
-"""Workers in a test's own process, and how far they are."""
+"""Workers in a test's own process, and their progress."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ UNREADABLE = b" \xff{ not json \n"
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Worker]:
-    """A worker; leaving the block stops it cleanly and raises what went wrong in it."""
+    """A worker; leaving the block stops it cleanly and raises its error if it failed."""
     stop, worker = asyncio.Event(), Worker(settings)
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -41,7 +41,7 @@ async def captured(settings: Settings) -> int:
 
 
 async def committed(settings: Settings) -> int:
-    """The sum of the group's committed offsets: how many commands Kafka may forget for it."""
+    """The sum of the group's committed offsets: how many commands Kafka will not deliver to it again."""
     async with AIOKafkaConsumer(
         bootstrap_servers=settings.kafka_bootstrap, group_id=settings.consumer_group, enable_auto_commit=False
     ) as reader:

@@ -7,9 +7,10 @@ from typing import Final, Literal, get_args
 import pytest
 
 from infra.kafka.access import KafkaAccess
-from infra.relay.beginning import Adopt, CatchUp, GoOn, LogState, Publication, Refuse, decide_beginning
 from infra.relay.config import RelayConfig
-from infra.relay.gaps import (
+from infra.relay.progress.beginning import Adopt, CatchUp, GoOn, LogState, Publication, Refuse, decide_beginning
+from infra.relay.progress.checkpoint import Checkpoint, Repair
+from infra.relay.progress.gaps import (
     ANOTHER_SERVER,
     NOT_IN_PUBLICATION,
     PUBLICATION_CHANGED,
@@ -17,8 +18,7 @@ from infra.relay.gaps import (
     SLOT_LOST,
     SLOT_MISSING,
 )
-from infra.relay.progress import Checkpoint, Repair
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 HERE: Final = "1"
 WAL: Final = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")

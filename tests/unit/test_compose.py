@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from app.loops import DRAIN_SECONDS, LEAVES_WITHIN
 from app.settings import Settings
-from app.worker import DRAIN_SECONDS, LEAVES_WITHIN
 from infra.kafka.access import KafkaAccess
+from infra.local.postgres import SETTINGS as POSTGRES_SETTINGS
 from infra.relay import RelayConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,11 @@ def test_migrations_wait_for_both_servers_that_they_prepare() -> None:
 def test_a_worker_is_not_killed_before_it_has_saved_what_was_under_way() -> None:
     # It takes nothing new, leaves Kafka, lets its calls end, saves what they answered, and leaves Postgres.
     assert granted_seconds("worker") > 3 * LEAVES_WITHIN + 2 * DRAIN_SECONDS
+
+
+def test_a_forgotten_transaction_is_ended_so_that_its_payments_rows_do_not_stay_locked() -> None:
+    ends_after = f"-cidle_in_transaction_session_timeout={POSTGRES_SETTINGS['idle_in_transaction_session_timeout']}"
+    assert ends_after in SERVICES["postgres"]["command"]
 
 
 def test_a_relay_is_not_killed_before_it_ends_by_itself() -> None:

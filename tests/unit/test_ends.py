@@ -13,7 +13,8 @@ from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from structlog.testing import capture_logs
 
-from app.worker import Worker
+from app.loops import Loops
+from app.wiring import Calling
 from domain.commands import OperationKind
 from domain.decision import Answer, Input, Notified
 from domain.errors import StoreUnavailable
@@ -118,7 +119,7 @@ class FollowedUp:
             return Succeeded("x")
 
         self.gateway = ScriptedGateway(take)
-        leases = Leases(store=NoStore(), lease=timedelta(seconds=60))  # type: ignore[arg-type]
+        self.leases = leases = Leases(store=NoStore(), lease=timedelta(seconds=60))  # type: ignore[arg-type]
         self.dispatcher = Dispatcher(
             gateways={"books": self.gateway},
             limits={"books": 8},
@@ -140,13 +141,12 @@ class FollowedUp:
 
     async def shut_down(self) -> None:
         """As a worker does."""
-        worker: Any = Worker.__new__(Worker)
-        worker._dispatcher, worker._settler, worker._leave_kafka = self.dispatcher, self.settler, AsyncMock()
-        worker._sweep = worker._applier = worker._consumer = AsyncMock()
-        worker._tasks = [asyncio.create_task(self.settler.run()), asyncio.create_task(asyncio.sleep(60))]
+        intakes: Any = {name: AsyncMock() for name in ("sweep", "applier", "consumer")}
+        loops = Loops(Calling(self.dispatcher, self.settler, self.leases), **intakes)
+        loops.begin(asyncio.sleep(60))
         self.dispatcher.submit([request(kind=OperationKind.AUTHORIZE)])
         await asyncio.sleep(0.02)
-        await worker._shut_down()
+        await loops.end(AsyncMock())
 
 
 async def test_a_call_that_begins_while_a_worker_ends_is_waited_for() -> None:
@@ -157,7 +157,7 @@ async def test_a_call_that_begins_while_a_worker_ends_is_waited_for() -> None:
 
 
 async def test_a_request_submitted_after_the_drain_time_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("app.loops.DRAIN_SECONDS", 0.05)
     worker = FollowedUp(takes_seconds=60)
     await worker.shut_down()
     assert worker.saved == [], "its call outlasts the time"
@@ -169,7 +169,7 @@ async def test_a_request_submitted_after_the_drain_time_is_given_back(monkeypatc
 async def test_a_worker_ends_in_good_order_though_postgres_is_away_and_tells_how_many_answers_it_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("app.worker.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("app.loops.DRAIN_SECONDS", 0.05)
     worker = FollowedUp(takes_seconds=0)
     worker.path.apply.side_effect = StoreUnavailable("Postgres is away")
     worker.dispatcher.submit([request(), request()])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from infra.kafka.access import KafkaAccess
-from infra.relay import gulps
 from infra.relay.config import RelayConfig
-from infra.relay.gulps import Gulps
 from infra.relay.source import Room
-from infra.relay.wal_source import WalSource
+from infra.relay.wal import gulps
+from infra.relay.wal.gulps import Gulps
+from infra.relay.wal.source import WalSource
 
 WHILE = 1 / 32
 """Longer than a gulp."""

@@ -20,20 +20,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.kafka.access import KafkaAccess
-from infra.relay import publisher as publisher_module
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.errors import PostgresAway
-from infra.relay.gulps import Gulps
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader
-from infra.relay.prefix import Group, Prefix
-from infra.relay.producer import OneCluster
-from infra.relay.publisher import Diverted, Publisher
-from infra.relay.records import RecordBatch
+from infra.relay.event import OUTBOX_COLUMNS, Group, OutboxEvent
+from infra.relay.publish import publisher as publisher_module
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.producer import OneCluster
+from infra.relay.publish.publisher import Diverted, Publisher
+from infra.relay.publish.records import RecordBatch
 from infra.relay.source import Room
-from infra.relay.stream import ReplicationStream
-from infra.relay.wal_source import WalSource
+from infra.relay.wal.gulps import Gulps
+from infra.relay.wal.pgoutput import RowReader
+from infra.relay.wal.prefix import Prefix
+from infra.relay.wal.source import WalSource
+from infra.relay.wal.stream import ReplicationStream
 from tests.support.publishing import flush
 from tests.unit.test_pgoutput import insert, relation
 from tests.unit.test_records import EVENT, Opened, assert_nothing_is_kept, compiled, each_encoder
@@ -250,9 +251,6 @@ class Producer:
         self.publisher: Publisher
         self.topic: dict[int, list[OutboxEvent]] = defaultdict(list)
 
-    async def partitions_for(self, _: str) -> set[int]:
-        return set(range(PARTITIONS))
-
     async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert all(each.partition != partition for each in self.sent), "one batch of a partition at a time"
@@ -322,7 +320,7 @@ class Bench:
         self.quarantined: list[OutboxEvent] = []
 
     async def start_producer(self, *_: Any) -> Any:
-        return self.producer
+        return self.producer, PARTITIONS
 
     async def read(self, _: int = 0) -> None:
         if not self.publisher.is_full:

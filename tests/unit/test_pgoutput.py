@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.relay.errors import ColumnMissing
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent, RowReader, read_begin, read_commit
+from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.wal.pgoutput import RowReader, read_begin, read_commit
 
 EVENT = OutboxEvent(b"id", b"pay", b"type", b"{}", b"7", b"/payments", b"1.0", b"now", b"00-trace")
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.relay.prefix import TIDY_ABOVE, Prefix
+from infra.relay.wal.prefix import TIDY_ABOVE, Prefix
 
 
 def test_the_position_moves_only_past_transactions_before_which_nothing_is_missing() -> None:

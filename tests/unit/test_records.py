@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.relay.compiled import IS_COMPILED
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.records import RecordBatch, Records, headers_of, records_class
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.records import RecordBatch, Records, headers_of, records_class
 
 if IS_COMPILED:
     from infra.relay import native

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from infra.relay.compiled import IS_COMPILED
-from infra.relay.prefix import Group, Prefix
+from infra.relay.event import Group
+from infra.relay.wal.prefix import Prefix
 from tests.unit.test_pgoutput import insert
 from tests.unit.test_records import Opened, compiled
 

@@ -14,20 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.kafka.access import KafkaAccess
-from infra.relay import health, metrics, publisher, wal_source
+from infra.relay import health, metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway, PostgresAway
+from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
-from infra.relay.partitions import murmur2, partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.producer import OneCluster
-from infra.relay.publisher import Publisher
-from infra.relay.records import RecordBatch, headers_of
+from infra.relay.progress.snapshot import Snapshot
+from infra.relay.publish import publisher
+from infra.relay.publish.partitions import murmur2, partition_of
+from infra.relay.publish.producer import OneCluster
+from infra.relay.publish.publisher import Publisher
+from infra.relay.publish.records import RecordBatch, headers_of
 from infra.relay.session import Session
-from infra.relay.snapshot import Snapshot
-from infra.relay.stream import ReplicationStream
-from infra.relay.wal_source import WalSource
+from infra.relay.wal import source as wal_source
+from infra.relay.wal.source import WalSource
+from infra.relay.wal.stream import ReplicationStream
 from tests.support.publishing import flush
 from tests.support.waiting import until
 
@@ -118,9 +119,6 @@ class FakeProducer:
     def __init__(self) -> None:
         self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
 
-    async def partitions_for(self, topic: str) -> set[int]:
-        return set(range(8))
-
     async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sent.append((partition, [event.payload for event, _ in batch.unpack()], answer))
@@ -198,8 +196,8 @@ class TestPublisher:
     async def test_after_a_refused_event_batches_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """They were made smaller to find it."""
 
-        async def start_producer(*_: Any) -> FakeProducer:
-            return self.producer
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
+            return self.producer, 1
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
         await self.publish(b"1")
@@ -219,7 +217,7 @@ class TestPublisher:
     ) -> None:
         """Otherwise the partition would retry for ever, and nothing would report it."""
 
-        async def start_producer(*_: Any) -> FakeProducer:
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             raise ValueError("no such mechanism")
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
@@ -231,12 +229,12 @@ class TestPublisher:
     async def test_a_producer_that_takes_for_ever_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = 100.0
 
-        async def start_producer(*_: Any) -> FakeProducer:
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             await asyncio.Event().wait()
-            return self.producer
+            return self.producer, 1
 
         monkeypatch.setattr(publisher, "start_producer", start_producer)
-        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        monkeypatch.setattr("infra.relay.publish.publisher.time.monotonic", lambda: now)
         await self.publish(b"1")
         await self.publish(b"2")
         await self.publish(b"3")
@@ -253,7 +251,7 @@ class TestPublisher:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 100.0
-        monkeypatch.setattr("infra.relay.publisher.time.monotonic", lambda: now)
+        monkeypatch.setattr("infra.relay.publish.publisher.time.monotonic", lambda: now)
         config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events", stalled_seconds=15)
         self.publisher = Publisher(config, self.producer, OneCluster(), 2, lambda: None)
         keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}

@@ -5,9 +5,9 @@ from typing import Any, Final
 
 import psycopg
 
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
-from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
-from infra.relay.stream import CONNECTION, lift_time_limit
+from infra.relay.connection import CONNECTION, lift_time_limit
+from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
+from infra.relay.progress.snapshot import NOTHING, UNPROVEN, Snapshot
 
 ROWS_AT_ONCE: Final = 2000
 PORTION_BYTES: Final = 8 * 1024 * 1024

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
 import psycopg
-import structlog
 
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
-from infra.relay.gaps import another_cluster, another_topic, gap_of
 from infra.relay.leadership import ADOPTION, is_held, lock_key
-from infra.relay.snapshot import NOTHING, Snapshot
-
-log = structlog.get_logger(__name__)
+from infra.relay.progress.gaps import another_cluster, another_topic, gap_of
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
 
@@ -56,9 +53,6 @@ SAVE_WINDOW: Final = """
                            window_position = %(position)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
-NOTIFIES: Final = """
-    SELECT tgenabled <> 'D' FROM pg_trigger WHERE tgname = 'outbox_notify' AND tgrelid = 'outbox'::regclass
-"""
 # Always write: a relay that cannot record its progress would publish the same events again and again.
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = coalesce(%(cluster)s, kafka_cluster),
@@ -70,24 +64,6 @@ REFUSE: Final = """
      WHERE slot_name = %(slot)s
 """
 SYSTEM: Final = "SELECT system_identifier::text FROM pg_control_system()"
-# The first of several relays to come here has cleared the ids already. Rows that got an id since then were written
-# here, and a relay may have to find them by it.
-FORGET: Final = """
-    UPDATE outbox SET xact = NULL
-     WHERE xact IS NOT NULL AND NOT EXISTS (
-        SELECT FROM relay_slots AS r, pg_control_system() AS here
-         WHERE r.system_identifier = here.system_identifier::text)
-"""
-MOVE: Final = """
-    UPDATE relay_slots AS r
-       SET system_identifier = here.system_identifier, repair = 'everything',
-           published_below = 0, window_begin = NULL, window_end = NULL, window_position = 0
-      FROM pg_control_system() AS here WHERE r.slot_name = %s
-"""
-# Rows with transaction ids that this server has not assigned yet were written on another server.
-FORGET_FUTURE: Final = """
-    UPDATE outbox SET xact = NULL WHERE xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,52 +169,6 @@ async def save_checkpoint(leader: psycopg.AsyncConnection, query: str, values: d
     """
     if (await leader.execute(query.encode(), values)).rowcount != 1:
         raise CheckpointMissing("the relay's row of relay_slots is gone, and with it the proof of what is published")
-
-
-async def move_here(leader: psycopg.AsyncConnection, slot: str) -> None:
-    """Take over rows of another server: clear its transaction ids, which would be mistaken for this server's.
-
-    After this, nothing counts as published by the relay of this slot.
-    """
-    async with leader.transaction():
-        await leader.execute("SELECT pg_advisory_xact_lock(hashtext('payments relays move'))")
-        await leader.execute(FORGET)
-        await forget_future_transactions(leader)
-        await leader.execute(MOVE, [slot])
-
-
-async def forget_future_transactions(leader: psycopg.AsyncConnection) -> None:
-    """Clear transaction ids that this server has not assigned yet: rows of a restored outbox, which no poll would see.
-
-    If there are any, the other rows' ids are not this server's either, and may hold earlier events of a payment; so
-    those are cleared too, unless a relay has a checkpoint of this server.
-    """
-    async with leader.transaction():
-        if (await leader.execute(FORGET_FUTURE)).rowcount:
-            await leader.execute(FORGET)
-
-
-async def set_notify(leader: psycopg.AsyncConnection, *, is_on: bool) -> bool:
-    """Enable or disable the trigger that wakes a poller on each insert; False if a writer holds the lock: try again.
-
-    A role that does not own the outbox cannot do this, which is logged; True then too. Until somebody enables the
-    trigger, the poller is woken by its tick.
-    """
-    row = await (await leader.execute(NOTIFIES)).fetchone()
-    if row is None or row[0] == is_on:
-        return True
-    try:
-        # The lock waits for writers, and others wait behind it: hence the short timeout. One message is one
-        # transaction, so other users of this connection never find it in a failed one.
-        await leader.execute(
-            "SET LOCAL lock_timeout = '100ms';"
-            f" ALTER TABLE outbox {'ENABLE' if is_on else 'DISABLE'} TRIGGER outbox_notify".encode()
-        )
-    except psycopg.errors.LockNotAvailable:
-        return False
-    except psycopg.errors.InsufficientPrivilege:
-        log.warning("the relay's role does not own the outbox: see docs/operations/relay.md", trigger="outbox_notify")
-    return True
 
 
 async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import random
+import time
 from typing import Any, Final
 from weakref import WeakSet
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
-from aiokafka.errors import KafkaConnectionError, KafkaError, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAuthorizationFailedError
 from aiokafka.protocol.metadata import MetadataRequest
 
 from infra.relay.config import RelayConfig
@@ -19,6 +20,7 @@ REQUEST_SECONDS: Final = 15.0
 """How long a broker may take to answer."""
 TOPIC_SECONDS: Final = 5.0
 """How long a new topic may take until the broker knows it."""
+TOPIC_LOOK_SECONDS: Final = 1.0
 CLUSTER_SECONDS: Final = 3.0
 """How long one broker may take to report its cluster before the next one is asked."""
 CLOSE_SECONDS: Final = 1.0
@@ -85,13 +87,15 @@ class OneCluster:
         return True
 
 
-async def start_producer(config: RelayConfig, cluster: OneCluster) -> AIOKafkaProducer:
-    """A started producer whose retries neither reorder nor repeat.
+async def start_producer(config: RelayConfig, cluster: OneCluster) -> tuple[AIOKafkaProducer, int]:
+    """A started producer whose retries neither reorder nor repeat, and its topic's number of partitions.
 
     It gives up a batch on its own only if the partition has had no leader for `REQUEST_SECONDS`.
 
     Raises:
         KafkaError: the brokers cannot be reached.
+        TopicMissing: the brokers do not know the topic.
+        KafkaAway: no broker says how it is divided.
     """
     producer = AIOKafkaProducer(
         **config.kafka.client_arguments(),
@@ -102,31 +106,25 @@ async def start_producer(config: RelayConfig, cluster: OneCluster) -> AIOKafkaPr
     cluster.hold(producer.client)
     try:
         await producer.start()
+        return producer, await _count_partitions(producer.client, config.topic)
     except BaseException:
         await abandon(producer)
         raise
-    return producer
 
 
-async def count_partitions(producer: AIOKafkaProducer, topic: str) -> int:
-    """The topic's number of partitions.
-
-    Raises:
-        TopicMissing: the brokers do not know the topic.
-        KafkaAway: no broker says how it is divided.
-    """
-    try:
-        async with asyncio.timeout(TOPIC_SECONDS):
-            return len(await producer.partitions_for(topic))
-    except UnknownTopicOrPartitionError as error:
-        raise _missing(topic) from error
-    except TimeoutError as error:
-        # aiokafka asks a random broker, and one that cannot be reached takes longer than this.
-        is_known = await producer.client.force_metadata_update()
-        partitions = producer.client.cluster.partitions_for_topic(topic)
-        if partitions:
+async def _count_partitions(client: AIOKafkaClient, topic: str) -> int:
+    """Asks once a second; aiokafka's own `partitions_for` asks ten times, and logs an error each time."""
+    since = time.monotonic()
+    client.add_topic(topic)
+    while True:
+        is_answered = await client.force_metadata_update()
+        if partitions := client.cluster.partitions_for_topic(topic):
             return len(partitions)
-        raise _missing(topic) if is_known else KafkaAway(f"no broker says how topic {topic} is divided") from error
+        if topic in client.cluster.unauthorized_topics:
+            raise TopicAuthorizationFailedError(topic)
+        if time.monotonic() - since > TOPIC_SECONDS:
+            raise _missing(topic) if is_answered else KafkaAway(f"no broker says how topic {topic} is divided")
+        await asyncio.sleep(TOPIC_LOOK_SECONDS)
 
 
 def _missing(topic: str) -> TopicMissing:

@@ -1,14 +1,16 @@
-"""Takes events out of quarantine by publishing them, in the background: their partition may have no leader."""
+"""Takes events out of quarantine by publishing them, in the background: their partition may have no leader.
+
+It also keeps the publisher's lists of what must not be published: payments in quarantine, and dropped events.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import structlog
 
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.publisher import Diverted, Publisher
-from infra.relay.quarantine import PAYMENTS_AT_ONCE, Quarantine
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.publisher import Diverted, Publisher
+from infra.relay.publish.quarantine import PAYMENTS_AT_ONCE, Quarantine
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +32,23 @@ class Retries:
         self._quarantine = quarantine
         self._publisher = publisher
         self._under_way: dict[bytes, _Retry] = {}
+
+    async def load(self) -> None:
+        """Give the publisher the payments in quarantine and the dropped events, before it publishes anything."""
+        self._publisher.blocked = await self._quarantine.keys()
+        self._publisher.given_up = await self._quarantine.given_up()
+
+    async def unblock(self) -> None:
+        """Unblock payments that have nothing left in quarantine because an operator dropped their events.
+
+        Refused events must have been put there before, or they would be taken for dropped.
+        """
+        publisher = self._publisher
+        blocked = set(publisher.blocked)
+        freed = blocked - await self._quarantine.keys() if blocked else set()
+        if freed or publisher.given_up:
+            publisher.given_up = await self._quarantine.given_up()
+            publisher.blocked -= freed
 
     async def begin(self) -> bool:
         """Publish a portion of the events that are due for a retry; False if there are none, or no room."""

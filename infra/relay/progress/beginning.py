@@ -9,7 +9,13 @@ from typing import Final, NamedTuple
 import psycopg
 
 from infra.relay.config import RelayConfig
-from infra.relay.gaps import (
+from infra.relay.progress.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    refuse_gap,
+    trust_checkpoint,
+)
+from infra.relay.progress.gaps import (
     ANOTHER_SERVER,
     NOT_IN_PUBLICATION,
     PUBLICATION_CHANGED,
@@ -18,15 +24,8 @@ from infra.relay.gaps import (
     SLOT_MISSING,
     gap_of,
 )
-from infra.relay.progress import (
-    Checkpoint,
-    find_checkpoint,
-    forget_future_transactions,
-    move_here,
-    refuse_gap,
-    trust_checkpoint,
-)
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.moves import forget_future_transactions, move_here
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 GONE: Final = {"missing": SLOT_MISSING, "lost": SLOT_LOST}
 """The states of a slot that cannot be read from, with the gap that each one means."""

@@ -24,11 +24,10 @@ from infra.relay import metrics
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.errors import KafkaAway
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.producer import OneCluster, abandon, count_partitions, start_producer
-from infra.relay.records import RecordBatch, Records, records_class
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.producer import OneCluster, abandon, start_producer
+from infra.relay.publish.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
 if IS_COMPILED:
@@ -136,9 +135,8 @@ class Publisher:
             TopicMissing: the topic does not exist.
         """
         cluster = OneCluster()
-        producer = await start_producer(config, cluster)
+        producer, partitions = await start_producer(config, cluster)
         try:
-            partitions = await count_partitions(producer, config.topic)
             await cluster.learn(producer.client)
         except BaseException:
             await abandon(producer)
@@ -308,9 +306,8 @@ class Publisher:
     async def _renew_producer(self, queue: _PartitionQueue) -> None:
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
-                producer = await start_producer(self._config, self._cluster)
+                producer, _ = await start_producer(self._config, self._cluster)
                 self._producers.add(producer)
-                await count_partitions(producer, self._config.topic)  # Otherwise its first send waits for that.
         except Exception as error:  # Whatever it is: `check` reports it, and the session ends.
             self._error = error
             self._on_progress()

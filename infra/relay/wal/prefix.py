@@ -2,22 +2,10 @@
 
 from collections import deque
 
+from infra.relay.event import Group
+
 TIDY_ABOVE = 10_000
 """At least so many groups are kept before complete ones are removed."""
-
-
-class Group:
-    """One or several consecutive transactions: how many events are unacknowledged, and where the last transaction ends.
-
-    `end_lsn` is None until the first COMMIT is read.
-    """
-
-    __slots__ = ("committed_at_us", "end_lsn", "missing")
-
-    def __init__(self, committed_at_us: int = 0, end_lsn: int | None = None) -> None:
-        self.committed_at_us = committed_at_us
-        self.missing = 0
-        self.end_lsn = end_lsn
 
 
 class Prefix:

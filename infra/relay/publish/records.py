@@ -11,11 +11,10 @@ from typing import Any, Final, Protocol
 from aiokafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from aiokafka.record.util import calc_crc32c
 
-from infra.relay import plain
 from infra.relay.compiled import IS_COMPILED
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.plain import HEAD_SIZE, HEADERS
-from infra.relay.prefix import Group
+from infra.relay.event import Group, OutboxEvent
+from infra.relay.publish import plain
+from infra.relay.publish.plain import HEAD_SIZE, HEADERS
 
 if IS_COMPILED:
     from infra.relay import native

@@ -8,8 +8,8 @@ is locked. NOTIFY wakes the reader; its trigger is enabled only while a relay po
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from typing import Final
 
@@ -18,23 +18,23 @@ import structlog
 from psycopg.types.string import ByteaBinaryLoader
 
 from infra.relay import metrics
-from infra.relay.beginning import GoOn, find_beginning
 from infra.relay.config import RelayConfig
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
-from infra.relay.progress import (
+from infra.relay.connection import CONNECTION, lift_time_limit, with_settings
+from infra.relay.event import OutboxEvent
+from infra.relay.poll.window import Portion, WindowReader, how_many_fill, read_first
+from infra.relay.poll.window_progress import Point, WindowProgress
+from infra.relay.progress.beginning import GoOn, find_beginning
+from infra.relay.progress.checkpoint import (
     SAVE_WINDOW,
     SYSTEM,
     Checkpoint,
     save_checkpoint,
-    set_notify,
     start_checkpoint,
 )
-from infra.relay.scan import COLUMNS, rows_at_once
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.scan import COLUMNS, rows_at_once
+from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
-from infra.relay.stream import CONNECTION, lift_time_limit, with_settings
-from infra.relay.window import Portion, WindowReader, how_many_fill, read_first
+from infra.relay.wake_trigger import set_notify
 
 log = structlog.get_logger(__name__)
 
@@ -46,15 +46,6 @@ OLD: Final = f"""
 """  # noqa: S608 - names from our own constants
 LARGEST_OLD: Final = "SELECT coalesce(max(octet_length(payload)), 0) FROM outbox WHERE xact IS NULL"
 _PAYLOAD: Final = attrgetter("payload")
-_EPOCH_2000_US: Final = 946_684_800_000_000
-
-
-class _Step:
-    """A portion that was handed over, and the progress that may be saved once it is acknowledged."""
-
-    def __init__(self, begin: Snapshot, end: Snapshot | None, position: int) -> None:
-        self.begin, self.end, self.position = begin, end, position
-        self.group = Group()
 
 
 async def connect_reader(url: str) -> psycopg.AsyncConnection:
@@ -84,13 +75,11 @@ class PollSource:
         self._listening: asyncio.Task[None] | None = None
         self._on_ready: Callable[[], None] | None = None
         self._is_woken, self._is_notified = True, False
-        self._begin, self._position = NOTHING, 0
-        self._end: Snapshot | None = None
-        self._rest: WindowReader | None = None
+        self._point = Point(NOTHING)
+        """How far is read; what is read and not handed over yet is in `_left`."""
         self._left: list[OutboxEvent] = []
-        self._steps: deque[_Step] = deque()
-        self._proven, self._unproven_end = 0, 0
-        self._saved: _Step | None = None
+        self._progress = WindowProgress(NOTHING)
+        self._rest: WindowReader | None = None
         self._is_rest_used = False
 
     async def open(self, sink: CatchUpSink) -> None:
@@ -106,7 +95,7 @@ class PollSource:
 
     async def _begin_somewhere(self, sink: CatchUpSink, system: str) -> None:
         beginning = await find_beginning(self._leader, self._config, system)
-        self._begin = beginning.published
+        self._point = Point(beginning.published)
         if isinstance(beginning, GoOn):
             self._go_on(beginning.checkpoint)
             return
@@ -115,9 +104,9 @@ class PollSource:
         await start_checkpoint(self._leader, self._config, system, beginning.published)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
-        self._end = None if checkpoint.window_end is None else Snapshot.read(checkpoint.window_end)
-        self._position = checkpoint.window_position
-        self._proven, self._unproven_end = self._begin.below, self._begin.end
+        end = None if checkpoint.window_end is None else Snapshot.read(checkpoint.window_end)
+        self._point = replace(self._point, end=end, position=checkpoint.window_position)
+        self._progress = WindowProgress(self._point.begin)
 
     async def _publish_old(self, sink: CatchUpSink) -> None:
         """Publish rows from before rows had an order to poll by."""
@@ -144,36 +133,23 @@ class PollSource:
         some = self._left[: max(0, room.events)]
         if count := how_many_fill(room.size, map(len, map(_PAYLOAD, some))):
             events, self._left = self._left[:count], self._left[count:]
-            intake.publish(events, self._steps[-1].group)
+            intake.publish(events, self._progress.group)
 
     async def _fetch(self) -> None:
         self._is_woken = False
-        is_inside, end = self._end is not None, self._end or await self._look()
-        if self._rest is None and (is_inside or end.end - self._begin.end > LARGE):
+        is_inside, end = self._point.end is not None, self._point.end or await self._look()
+        if self._rest is None and (is_inside or end.end - self._point.begin.end > LARGE):
             await self._open_rest(end)
         portion, is_more = await (self._read_first(end) if self._rest is None else self._read_rest(self._rest))
         if portion is not None and is_more:
-            self._end, self._position = end, portion.position
+            self._point = replace(self._point, end=end, position=portion.position)
         else:
             await self._leave_window(end)
         if portion is not None:
             self._is_woken = True
-            self._unproven_end = end.end
-        if portion is not None or is_inside or self._is_proof_due():
-            self._note(portion)
-
-    def _is_proof_due(self) -> bool:
-        """Transactions concurrent with the last events have ended, so the checkpoint can prove more of them."""
-        return self._proven < self._begin.below and self._proven < self._unproven_end
-
-    def _note(self, portion: Portion | None) -> None:
-        """Remember where the reader is: once this portion is acknowledged, the checkpoint may move there."""
-        step = _Step(self._begin, self._end, self._position)
-        if portion is not None:
-            step.group.committed_at_us = portion.written_us - _EPOCH_2000_US
             self._left += portion.events
-        self._steps.append(step)
-        self._proven = self._begin.below
+        if portion is not None or is_inside or self._progress.is_proof_due(self._point):
+            self._progress.note(self._point, portion, end)
 
     async def _look(self) -> Snapshot:
         row = await (await self._reader.execute(LOOK)).fetchone()
@@ -181,7 +157,7 @@ class PollSource:
         return Snapshot.read(row[0])
 
     async def _read_first(self, end: Snapshot) -> tuple[Portion | None, bool]:
-        return await read_first(self._reader, self._begin.until(end, self._position))
+        return await read_first(self._reader, self._point.begin.until(end, self._point.position))
 
     async def _read_rest(self, rest: WindowReader) -> tuple[Portion | None, bool]:
         self._is_rest_used = True
@@ -190,13 +166,13 @@ class PollSource:
 
     async def _open_rest(self, end: Snapshot) -> None:
         self._rest = WindowReader(self._reader)
-        await self._rest.open(self._begin.until(end, self._position))
+        await self._rest.open(self._point.begin.until(end, self._point.position))
 
     async def _leave_window(self, end: Snapshot) -> None:
         # A notice that arrived while the window was read is about a later one.
         self._is_woken = self._is_woken or self._rest is not None
         await self._close_rest()
-        self._begin, self._end, self._position = end, None, 0
+        self._point = Point(end)
 
     async def _close_rest(self) -> None:
         """End its transaction, at the cost of sorting again: while Kafka accepts nothing, it would hold up VACUUM."""
@@ -236,27 +212,16 @@ class PollSource:
 
     async def _write_down(self) -> None:
         """Save the point up to which everything is acknowledged, if it has moved."""
-        last = self._saved
-        while self._steps and not self._steps[0].group.missing and (len(self._steps) > 1 or not self._left):
-            last = self._steps.popleft()
-        if last is None or last is self._saved:
-            return
-        values = {
-            "slot": self._config.slot,
-            "below": last.begin.below,
-            "begin": str(last.begin),
-            "end": None if last.end is None else str(last.end),
-            "position": last.position,
-        }
-        await save_checkpoint(self._leader, SAVE_WINDOW, values)
-        self._saved = last
+        point = self._progress.advance(is_portion_left=bool(self._left))
+        if point is not None:
+            await save_checkpoint(self._leader, SAVE_WINDOW, point.values | {"slot": self._config.slot})
 
     def answer(self) -> None:
         """Nothing to do: no server waits for an answer."""
 
     @property
     def oldest_commit_us(self) -> int | None:
-        return next((step.group.committed_at_us for step in self._steps if step.group.missing), None)
+        return self._progress.oldest_commit_us
 
     async def finish(self) -> None:
         """Nothing to do: there is no stream to end."""

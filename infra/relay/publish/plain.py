@@ -7,8 +7,7 @@ they are acknowledged: that took as long as everything else. Format: https://kaf
 from functools import lru_cache
 from typing import Final
 
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.prefix import Group
+from infra.relay.event import Group, OutboxEvent
 
 HEADERS: Final = ("id", "ce_id", "ce_type", "ce_source", "ce_time", "ce_specversion", "payment_seq", "traceparent")
 """In the order in which Debezium's outbox event router emits them (docs/decisions/0002-relay.md)."""

@@ -6,8 +6,8 @@ from typing import Any, Final
 import psycopg
 
 from infra.relay.leadership import ADOPTION, LEADERSHIP, is_held, lock_key
-from infra.relay.progress import ASKED, Repair, find_published
-from infra.relay.snapshot import NOTHING, UNPROVEN, Snapshot
+from infra.relay.progress.checkpoint import ASKED, Repair, find_published
+from infra.relay.progress.snapshot import NOTHING, UNPROVEN, Snapshot
 
 REQUEST_TRIES: Final = 10
 REQUEST_PAUSE_SECONDS: Final = 0.05

@@ -12,36 +12,27 @@ import psycopg
 import structlog
 
 from infra.relay import metrics
-from infra.relay.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
-from infra.relay.gulps import Gulps
-from infra.relay.pgoutput import (
-    BEGIN,
-    COMMIT,
-    INSERT,
-    OUTBOX_COLUMNS,
-    RELATION,
-    OutboxEvent,
-    RowReader,
-    read_begin,
-    read_commit,
-)
-from infra.relay.prefix import Group, Prefix
-from infra.relay.progress import (
+from infra.relay.event import OUTBOX_COLUMNS, Group, OutboxEvent
+from infra.relay.progress.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
+from infra.relay.progress.checkpoint import (
     SAVE_LSN,
     ended_by_now,
     flushed_by_now,
     refuse_gap,
     save_checkpoint,
-    set_notify,
     start_checkpoint,
 )
-from infra.relay.records import Records
-from infra.relay.scan import scan
-from infra.relay.snapshot import NOTHING, Snapshot
+from infra.relay.progress.scan import scan
+from infra.relay.progress.snapshot import NOTHING, Snapshot
+from infra.relay.publish.records import Records
 from infra.relay.source import CatchUpSink, Intake
-from infra.relay.stream import ReplicationStream
+from infra.relay.wake_trigger import set_notify
+from infra.relay.wal.gulps import Gulps
+from infra.relay.wal.pgoutput import BEGIN, COMMIT, INSERT, RELATION, RowReader, read_begin, read_commit
+from infra.relay.wal.prefix import Prefix
+from infra.relay.wal.stream import ReplicationStream
 
 if TYPE_CHECKING:
     from infra.relay.native import LogReader

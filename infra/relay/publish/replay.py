@@ -12,11 +12,11 @@ import psycopg
 from aiokafka import AIOKafkaProducer
 
 from infra.relay.config import RelayConfig
-from infra.relay.partitions import partition_of
-from infra.relay.pgoutput import OutboxEvent
-from infra.relay.records import headers_of
-from infra.relay.scan import COLUMNS, event_of, rows_at_once
-from infra.relay.stream import CONNECTION, lift_time_limit
+from infra.relay.connection import CONNECTION, lift_time_limit
+from infra.relay.event import OutboxEvent
+from infra.relay.progress.scan import COLUMNS, event_of, rows_at_once
+from infra.relay.publish.partitions import partition_of
+from infra.relay.publish.records import headers_of
 
 _CONNECTION: Final[dict[str, Any]] = CONNECTION | {"autocommit": False}
 HEADER: Final = "replayed_at"

@@ -10,12 +10,12 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 
+from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
-from infra.relay.pgoutput import OUTBOX_COLUMNS, OutboxEvent
-from infra.relay.progress import find_published
-from infra.relay.publisher import Diverted
-from infra.relay.scan import COLUMNS, PORTION_BYTES, event_of
-from infra.relay.snapshot import UNPROVEN
+from infra.relay.progress.checkpoint import find_published
+from infra.relay.progress.scan import COLUMNS, PORTION_BYTES, event_of
+from infra.relay.progress.snapshot import UNPROVEN
+from infra.relay.publish.publisher import Diverted
 
 _NAMES: Final = ", ".join(OUTBOX_COLUMNS)
 _VALUES: Final = ", ".join(f"%({name})s" for name in OUTBOX_COLUMNS)

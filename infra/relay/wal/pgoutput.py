@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from infra.relay.errors import ColumnMissing
+from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
 
 log = structlog.get_logger(__name__)
 
@@ -27,24 +28,7 @@ _SHORT_TEXT = b"t\0\0"
 SHORT_MESSAGE = 0xFFFF
 """A message up to this size has short texts only."""
 
-OUTBOX_COLUMNS = (
-    "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",
-)  # fmt: skip
 OPTIONAL_COLUMN = "traceparent"
-
-
-class OutboxEvent(NamedTuple):
-    """One row of the outbox as in the log: text in UTF-8, None where the column is NULL."""
-
-    id: bytes
-    aggregateid: bytes
-    type: bytes
-    payload: bytes
-    payment_seq: bytes
-    source: bytes
-    specversion: bytes
-    occurred_at: bytes
-    traceparent: bytes | None
 
 
 def read_begin(message: bytes) -> tuple[int, int]:

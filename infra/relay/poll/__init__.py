@@ -1,0 +1,1 @@
+"""Events from the outbox table itself, for databases without logical replication."""

@@ -1,0 +1,1 @@
+"""Events from the write-ahead log, by logical replication."""
