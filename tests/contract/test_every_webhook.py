@@ -156,7 +156,7 @@ class Shop:
         return await events_of(self.url, payment_id)
 
     async def ask_again(self) -> None:
-        """Query everything that is open, as the sweep does when it is due."""
+        """Make every operation that will be queried due now, and sweep."""
         await self.database.execute("UPDATE operations SET due_at = now() WHERE due_at IS NOT NULL")
         await self.worker.sweep.sweep_once()
         await self.worker.idle()

@@ -775,7 +775,7 @@ async def test_all_that_is_retained_has_in_it_what_is_not_proven(config: RelayCo
         assert await request_repair(connection, config.slot, "unproven")
         async with await connect(config.postgres_url) as leader:
             await leader.execute("SELECT pg_advisory_lock(%s, %s)", lock_key(LEADERSHIP, config.slot))
-            assert not await request_repair(connection, config.slot, "everything"), "it has begun"
+            assert not await request_repair(connection, config.slot, "everything"), "the first repair has begun"
         assert await request_repair(connection, config.slot, "everything")
 
 

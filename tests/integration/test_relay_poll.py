@@ -172,7 +172,7 @@ async def plan_of(reader: psycopg.AsyncConnection, query: str, types: dict[str, 
     explained = await reader.execute(f"EXPLAIN EXECUTE look ({values})".encode())
     plan = "\n".join(row[0] for row in await explained.fetchall())
     await reader.execute("DEALLOCATE look")
-    assert "$1" in plan, "it is a generic one"
+    assert "$1" in plan, "the plan is generic"
     return plan
 
 

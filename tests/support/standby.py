@@ -42,11 +42,11 @@ class Standby(EmbeddedPostgres):
         """The process that receives the primary's WAL."""
         with psycopg.connect(self.url) as connection:
             row = connection.execute("SELECT pid FROM pg_stat_wal_receiver").fetchone()
-        assert row is not None, "it follows nobody"
+        assert row is not None, "the standby follows no primary"
         return psutil.Process(row[0])
 
     def promote(self) -> None:
         """Make it a primary; returns when it accepts writes."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             row = connection.execute("SELECT pg_promote(wait_seconds => 30)").fetchone()
-        assert row == (True,), "it is a primary in time"
+        assert row == (True,), "the standby becomes a primary in time"

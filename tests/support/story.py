@@ -176,11 +176,11 @@ class Story:
         for transfer in self.transfers:
             booked[transfer.debit] += transfer.amount_minor
             booked[transfer.credit] -= transfer.amount_minor
-        assert -booked["customer_sales"] == payment.captured_minor, "the ledger tells another story"
-        assert booked["customer_refunds"] == payment.refunded_minor, "the ledger tells another story"
-        assert booked["customer_disputes"] == payment.disputed_minor, "the ledger tells another story"
+        assert -booked["customer_sales"] == payment.captured_minor, "the ledger differs from the payment"
+        assert booked["customer_refunds"] == payment.refunded_minor, "the ledger differs from the payment"
+        assert booked["customer_disputes"] == payment.disputed_minor, "the ledger differs from the payment"
         owed = payment.captured_minor - payment.refunded_minor - payment.disputed_minor
-        assert booked["gateway_clearing"] == owed, "the ledger tells another story"
+        assert booked["gateway_clearing"] == owed, "the ledger differs from the payment"
         assert sum(operation.is_under_way for operation in payment.operations) <= 1 + payment.is_cancelling
         open_operations = tuple(each for _, each in sorted(self.operations.items()) if each.is_open)
         assert payment.operations == open_operations
