@@ -88,7 +88,7 @@ def test_the_goldens_are_varied() -> None:
     assert len({row.type for row in rows}) > 3
 
 
-# --- the real one -----------------------------------------------------------------------------------------------------
+# --- the real Debezium ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -416,7 +416,7 @@ async def test_a_question_without_an_answer_is_never_an_outcome(
     assert isinstance(voided, Unreachable)
 
 
-# --- what a payer has abandoned ---------------------------------------------------------------------------------------
+# --- operations that a payer has abandoned ----------------------------------------------------------------------------
 
 OPENING = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
 

@@ -105,7 +105,7 @@ def _place(request: httpx.Request) -> str:
     return re.sub(r"/[A-Z0-9]{17}", "/{id}", f"{request.method} {request.url.path}")
 
 
-# --- what would be noticed --------------------------------------------------------------------------------------------
+# --- violations that would be noticed ---------------------------------------------------------------------------------
 
 ORDER: dict[str, Any] = {
     "intent": "CAPTURE",

@@ -220,7 +220,7 @@ def test_consent_of_the_payer_sends_the_operation_on_at_once_and_only_once() -> 
     assert told.kinds == ["requires_action", "captured"]
 
 
-# --- a void while the payer is awaited --------------------------------------------------------------------------------
+# --- a void while the operation waits for the payer -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["charge", "authorize"])
@@ -807,7 +807,7 @@ def test_any_order_any_number_of_times_before_or_after_the_answer_ends_the_same(
             if each == "answer":
                 told.answer(ACTION)
             else:
-                told.hear(each)  # type: ignore[arg-type]  # the other one is handled above
+                told.hear(each)  # type: ignore[arg-type]  # "answer" is handled above
         ends.add((told.amounts(), told.payment.status if told.payment else None, told.state(1)))
     assert len(ends) == 1, ends
 

@@ -216,7 +216,7 @@ def test_a_reversal_is_no_refund_of_ours_that_is_under_way() -> None:
     assert reversed_(told, 4_000, moved_at=None).disagrees
 
 
-# --- our own refunds, told without our marks --------------------------------------------------------------------------
+# --- our own refunds, reported without our marks ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [None, Unknown("timeout")], ids=["in flight", "in doubt"])
@@ -258,7 +258,7 @@ def test_an_external_refund_may_be_one_that_a_person_ruled_done_without_its_id()
     assert told.amounts() == (10_000, 10_000, 0, 4_000)
 
 
-# --- beside what is under way -----------------------------------------------------------------------------------------
+# --- while an operation of ours is under way --------------------------------------------------------------------------
 
 
 def test_a_refund_beside_our_own_that_is_pending_counts_at_once_if_there_is_room_for_both() -> None:
@@ -377,7 +377,7 @@ def test_a_hold_of_which_nothing_is_left_cannot_have_been_captured() -> None:
     assert told.amounts() == (10_000, 0, 10_000, 0)
 
 
-# --- news of what had been called something else ----------------------------------------------------------------------
+# --- reports that come after we counted or ruled otherwise ------------------------------------------------------------
 
 
 def in_doubt_and_ruled_out(amount: int) -> Story:
@@ -408,7 +408,7 @@ def test_late_news_does_not_take_what_is_reserved_and_waits_for_its_end() -> Non
     assert told.amounts() == (10_000, 10_000, 0, 6_000)
 
 
-# --- captures that are told only as a sum, with our last one's mark ---------------------------------------------------
+# --- captures reported only as a sum, with our last one's mark --------------------------------------------------------
 
 
 def in_parts() -> Story:

@@ -540,7 +540,7 @@ async def test_keepalives_tell_how_far_the_server_is_and_whether_it_wants_an_ans
     assert (bench.stream.wal_end, bench.stream.is_reply_wanted) == (300, True)
 
 
-# --- what is only compiled --------------------------------------------------------------------------------------------
+# --- the compiled reader only -----------------------------------------------------------------------------------------
 
 
 @compiled

@@ -155,7 +155,7 @@ def test_an_acknowledged_batch_is_taken_off_each_of_its_groups(*, is_native: boo
     assert records.counts == [2, 1, 1]
 
 
-# --- what is only compiled --------------------------------------------------------------------------------------------
+# --- the compiled encoder only ----------------------------------------------------------------------------------------
 
 
 def assert_nothing_is_kept(work: Callable[[], None], *held: object) -> None:

@@ -116,7 +116,7 @@ def test_a_relay_is_kept_from_its_compiled_loop_by_the_environment_alone(monkeyp
     assert not relay_config(Settings()).is_native
 
 
-# --- what would stop a gateway, or endanger what is kept --------------------------------------------------------------
+# --- settings that would stop a gateway or endanger stored data -------------------------------------------------------
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: str) -> str:
