@@ -135,6 +135,8 @@ def list_(
 ) -> None:
     """List payments, newest first.
 
+    A payment whose charge or authorize was rejected is `created`: it has no amount, gateway or order.
+
     Example: payments list --status captured --currency USD --min 100 --since 2h
     """
     from app.show import Wanted, list_payments

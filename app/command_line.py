@@ -52,7 +52,8 @@ def find_settings(data_dir: Path | None, *needs: str, or_defaults: bool = False)
     missing = " and ".join(name for name in needs if name not in os.environ)
     if missing and adopt_environment([folder, folder / "demo"]) is None and not or_defaults:
         fail(
-            f"nothing is running here: no `payments up` was found; not set: {missing}.\n"
+            f"nothing is running here: no `payments up` was found in {folder} (another folder: --data-dir, or"
+            f" PAYMENTS_DATA_DIR); not set: {missing}.\n"
             f"Start everything with `payments up` in another terminal, or set {missing}."
         )
     return read_settings()

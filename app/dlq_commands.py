@@ -99,7 +99,7 @@ def drop_letters(
             typer.echo("Nothing to drop.")
             raise typer.Exit(1 if chosen else 0)
         if not yes:
-            confirm(f"Nothing will be done about {len(wanted)} letter(s). Go on?")
+            confirm(f"Drop {len(wanted)} of these dead letters? They are not retried then.")
         raise typer.Exit(max(desk.drop(wanted, why=why), int(len(wanted) < len(chosen))))
 
 

@@ -101,18 +101,25 @@ _STYLE: Final = (
     "padding:0 1rem}li{margin:.4rem 0}a{color:#0b61c4}</style>"
 )
 _FONT: Final = "<style>html{font-family:system-ui,sans-serif;line-height:1.5}body{margin:0}</style>"
+_NO_BACKTICKS: Final = "<style>.aui-root .prose code:before,.aui-root .prose code:after{content:none}</style>"
+"""The viewer's style puts backticks around code that it has already set in another font."""
+_PAGE_CONFIG: Final = {
+    "show": {"sidebar": True},
+    "expand": {"messageExamples": True},
+    # The document says what the service does; the page is read by those on the other side.
+    "receiveLabel": "YOU SEND",
+    "sendLabel": "YOU READ",
+}
 
 
 @cache
 def _asyncapi_html() -> str:
     """The page, with the document embedded so that it asks for nothing but its own script and style."""
     # A "</script>" within the document would end the element that it is embedded in.
-    embedded = json.dumps(
-        {"schema": _document(), "config": {"show": {"sidebar": True}, "expand": {"messageExamples": True}}}
-    ).replace("</", "<\\/")
+    embedded = json.dumps({"schema": _document(), "config": _PAGE_CONFIG}).replace("</", "<\\/")
     return (
         f'{_HEAD}<title>Payments: messages</title><link rel="icon" href="data:,">{_FONT}'
-        '<link rel="stylesheet" href="/static/asyncapi/asyncapi-react.css">'
+        f'<link rel="stylesheet" href="/static/asyncapi/asyncapi-react.css">{_NO_BACKTICKS}'
         f'<body><div id="asyncapi"></div><script id="document" type="application/json">{embedded}</script>'
         '<script src="/static/asyncapi/asyncapi-react.js"></script><script src="/static/asyncapi/page.js"></script>'
     )

@@ -50,7 +50,7 @@ class Loops:
         self._others.append(asyncio.create_task(other))
 
     async def end(self, leave_kafka: Callable[[], Awaitable[object]]) -> None:
-        """Take nothing new, let running calls end, save their outcomes, commit offsets."""
+        """Take nothing new, commit offsets and leave Kafka; then let running calls end, and save their answers."""
         dispatcher, settler, _ = self._calling
         # All that they claimed or saved is then with the dispatcher, which sends it or gives it back: no lease is left.
         await _within(LEAVES_WITHIN, asyncio.gather(*(each.close() for each in self._intakes)))

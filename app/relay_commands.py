@@ -75,7 +75,9 @@ def repair(
 
 @relay.command()
 def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 60.0) -> None:
-    """Go on past a gap in which no event was missed: nothing is published again.
+    """Go on past a gap that missed no event.
+
+    Nothing is published again.
 
     For the way back from Debezium on the same slot: Debezium has published everything up to the slot's position. For
     another PAYMENTS_EVENTS_TOPIC or Kafka cluster, if that is intended and the only reason, and the earlier events are

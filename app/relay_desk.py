@@ -393,13 +393,13 @@ def _with_setting_of(gap: str | None) -> str:
 
 def _relay_table(relay: RelayStatus) -> Table:
     table = Table(show_header=False, box=box.SIMPLE, title=f"relay {relay.slot}", title_justify="left")
-    lag = "" if relay.lag_bytes is None else f"{in_bytes(relay.lag_bytes)}, "
     quarantine = ", ".join(f"{count} {name}" for name, count in relay.quarantine.items() if count) or "empty"
     rows = {
         "source": relay.source,
         "running": f"{'one active' if relay.is_running else 'NONE ACTIVE'}, {relay.standbys} standing by",
         "slot": f"{relay.slot_state}" + (f", keeps {in_bytes(relay.retained_bytes)}" if relay.retained_bytes else ""),
-        "lag": f"{lag}{relay.lag_seconds:.1f} s (as of {time_text(relay.saved_at)}, when it was last saved)",
+        "lag": f"{relay.lag_seconds:.1f} s, as of {time_text(relay.saved_at)}, when progress was last saved",
+        "log to confirm": "" if relay.lag_bytes is None else f"{in_bytes(relay.lag_bytes)}, of other tables too",
         "quarantine": quarantine,
         "gap": relay.gap or "none",
     }
@@ -407,7 +407,8 @@ def _relay_table(relay: RelayStatus) -> Table:
     if relay.repair in ("unproven", "everything"):
         rows["requested"] = f"{REQUESTS[relay.repair]}, and not done yet: a relay does it as soon as one can"
     for name, text in rows.items():
-        table.add_row(name, text)
+        if text:
+            table.add_row(name, text)
     return table
 
 

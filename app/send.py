@@ -5,7 +5,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Final
 
-from aiokafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from rich.console import Console
 from rich.text import Text
 
@@ -61,6 +61,9 @@ async def _exchange(
                 client = await stack.enter_async_context(PaymentsClient(settings))
         except TimeoutError as error:
             raise KafkaTimeoutError("Kafka does not answer; nothing was sent") from error
+        except KafkaConnectionError as error:
+            bootstrap = settings.kafka.bootstrap
+            raise KafkaConnectionError(f"nothing was sent: Kafka at {bootstrap} cannot be reached") from error
         sent_at = time.monotonic()
         try:
             await client.send(command.value, command.payment_id)
@@ -132,7 +135,7 @@ def _payer_awaited(event: WireEvent, command: OutgoingCommand) -> Text:
     return Text.assemble(
         (f"No result yet: the payer is awaited{until}.", "yellow"),
         " The result follows when they have acted.\n"
-        f"  Payer goes to: {safe_text(action['url'] or action['type'])}\n"
+        f"  Payer's page:  {safe_text(action['url'] or action['type'])}\n"
         f"  Look:          payments show {command.payment_id}\n"
         f"  Cancel:        payments send void --payment-id {command.payment_id} (where the provider can: payments "
         "gateways)",
@@ -144,6 +147,7 @@ def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float)
     return Text.assemble(
         (f"No result after {timeout_seconds:g} s: {state}.", "yellow"),
         " The command is not lost and may still succeed.\n"
+        "  Perhaps:     it waits its turn: an earlier command of its payment is not finished, or waits for its payer\n"
         f"  Look:        payments show {command.payment_id}\n"
         f"  {_how_to_ask_again(command)}\n"
         "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs.",

@@ -19,7 +19,7 @@ from app.settings import Settings
 from app.tables import print_wide, table_of
 from domain.events import EventKind, PaymentStatus
 from domain.money import Money
-from domain.operations import Operation
+from domain.operations import Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
 from handlers.messages.events import event_type, write_time
@@ -179,7 +179,7 @@ def _print_payment(
     id_and_status = (str(payment.payment_id), "bold"), "  ", (payment.status.value, "bold")
     console.print(Text.assemble("payment ", *id_and_status), soft_wrap=True)
     for name, value in (_lines(record) | _awaited(payment, events)).items():
-        console.print(f"  {name:<12}{safe_text(value)}", soft_wrap=True)
+        console.print(f"  {name:<14}{safe_text(value)}", soft_wrap=True)
     print_wide(console, _operations_table(payment, operations))
     print_wide(console, _events_table(events))
 
@@ -214,7 +214,7 @@ def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
         return {}
     action = asked[-1]
     until = action["expires_at"] and time_text(datetime.fromisoformat(action["expires_at"]))
-    lines = {"payer goes": f"to {action['url'] or action['type']}", "until": until or ""}
+    lines = {"payer's page": action["url"] or action["type"], "until": until or ""}
     return {name: value for name, value in lines.items() if value}
 
 
@@ -224,7 +224,8 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
     for each in operations:
         amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
         key = "(in the provider's dashboard)" if each.is_external else each.idempotency_key
-        rows.append((str(each.number), each.kind, amount, each.state, each.reference or "", key or ""))
+        state = "received: waits its turn" if each.state is OperationState.RECEIVED else each.state
+        rows.append((str(each.number), each.kind, amount, state, each.reference or "", key or ""))
     return table_of(names, rows, whole=set(names))
 
 

@@ -115,7 +115,7 @@ class Installation:
         await self._start_servers()
         self._reporter.step("schema and topics …")
         await processes.prepare(Settings())
-        self._reporter.done("schema, topics", "up to date")
+        self._reporter.done("schema, topics", "ready")
         for name in SERVICE:
             await self._start_child(name)
         await self._wait_until_ready()
@@ -232,8 +232,10 @@ class Installation:
             await asyncio.sleep(SERVER_WATCH_SECONDS)
             if not server.running:
                 self._reporter.note(f"{server.title} ended; starting it again")
+                since = time.monotonic()
                 try:
                     await asyncio.to_thread(server.restart)
+                    self._reporter.note(f"{server.title} is back after {time.monotonic() - since:.1f} s")
                 except LocalServerError as error:
                     self._reporter.note(str(error))
 

@@ -42,7 +42,7 @@ def repeat(draft: Draft, command: AnyCommand, stored: Operation) -> None:
     """Answer a command whose key was seen: its stored result again, or a conflict if it asks for something else."""
     if stored.fingerprint != command.fingerprint:
         message = (
-            f"this idempotency key was already used for another command, a {stored.kind} of payment "
+            f"this idempotency key was already used for another command, the {stored.kind} of payment "
             f"{stored.payment_id}; that command stands and has, or will have, its own result. To run this one as well, "
             "send it under a new key"
         )

@@ -233,7 +233,7 @@ def build_specification() -> JsonObject:
         "asyncapi": document["asyncapi"],
         "info": document["info"],
         "defaultContentType": document["defaultContentType"],
-        "servers": {name: _without_pathname(server) for name, server in document["servers"].items()},
+        "servers": {name: _plain_server(server) for name, server in document["servers"].items()},
         "channels": {topic: _channel(topic, document) for topic in _CHANNELS},
         "operations": {name: _operation(*declared) for name, declared in _OPERATIONS.items()},
         "components": {
@@ -261,9 +261,9 @@ def _with_currency(schemas: JsonObject) -> JsonObject:
     return {**shared(schemas), "Currency": schemas[ChargePayment.__name__]["properties"]["currency"]}
 
 
-def _without_pathname(server: JsonObject) -> JsonObject:
-    """FastStream writes an empty path, which viewers show as a slash; a Kafka server has no path."""
-    return {name: value for name, value in server.items() if name != "pathname"}
+def _plain_server(server: JsonObject) -> JsonObject:
+    """The server without an empty path, which viewers show as a slash, and without the protocol version `auto`."""
+    return {name: value for name, value in server.items() if name not in ("pathname", "protocolVersion")}
 
 
 def _messages() -> dict[str, str]:
@@ -311,7 +311,7 @@ def _message(name: str, payload: JsonObject) -> JsonObject:
     if topic == DEAD_LETTERS_TOPIC:
         return message | {
             "summary": "The original message's value, unchanged; null or empty if it had none, if the Kafka client "
-            "could not decode it, and if `dlq_value_left_out` gives its size.",
+            "could not decode it, and if dlq_value_left_out gives its size.",
             "contentType": "application/octet-stream",
         }
     return message | {
@@ -331,7 +331,8 @@ def _headers(name: str, topic: str) -> JsonObject:
 
 
 def _summary(model: type[BaseModel]) -> str:
-    return " ".join((inspect.getdoc(model) or "").split())
+    """Plain text: viewers do not render Markdown in a summary."""
+    return " ".join((inspect.getdoc(model) or "").replace("`", "").split())
 
 
 def _example(name: str) -> JsonObject:

@@ -1,12 +1,12 @@
-"""Errors that end a relay's session. After each one a new session begins, from the slot's confirmed position.
+"""Errors that end a relay's session. After each one a new session begins, from the saved checkpoint.
 
 RelayError
 ├── PostgresAway      no connection, or it was lost        RECONNECT, with backoff
-├── SlotBusy          another relay streams from the slot  STAND BY
-├── SlotMissing       the slot does not exist              RECONNECT, and report a gap
-├── GapFound          events may be missing                STOP, report it, wait for `payments relay repair`
+├── SlotBusy          somebody else streams from the slot  STAND BY
+├── SlotMissing       the slot does not exist              RECONNECT; the next session finds the gap
+├── GapFound          events may be missing                STOP, report it, wait for an operator's decision
 ├── CheckpointMissing the record of progress is gone       RECONNECT, as on a first start
-├── SlotOfAnother     the name is another client's slot    REFUSE to touch it, and report it
+├── SlotOfAnother     the name is another client's slot    RECONNECT, without touching it, and report it
 ├── ColumnMissing     the log lacks columns events need    RECONNECT, and report it until the publication is fixed
 └── KafkaAway         the producer is beyond repair        RECONNECT with a new one
     └── TopicMissing  there is no such topic               RECONNECT, and report it until there is
@@ -30,7 +30,7 @@ class PostgresAway(RelayError):
 
 
 class SlotBusy(RelayError):
-    """Another relay streams from the slot."""
+    """Somebody else streams from the slot, or is creating it: another relay, or Debezium."""
 
 
 class SlotMissing(RelayError):

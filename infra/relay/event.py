@@ -1,6 +1,9 @@
 """What a source hands over: outbox events, in groups that are acknowledged as a whole."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+US_1970_TO_2000: Final = 946_684_800_000_000
+"""Postgres counts microseconds from 2000-01-01 UTC; so do `Group.committed_at_us` and its users."""
 
 OUTBOX_COLUMNS = (
     "id", "aggregateid", "type", "payload", "payment_seq", "source", "specversion", "occurred_at", "traceparent",

@@ -1,4 +1,4 @@
-"""The relay: publishes every committed outbox row, at least once, in commit order per payment.
+"""The relay: publishes every committed outbox row, at least once, in order per payment.
 
 Its progress (`relay_slots`, and with `wal` the slot's position) moves past a commit once Kafka has acknowledged every
 event up to it. Any error ends a session, and the next one begins there; so events may repeat, but none is skipped.

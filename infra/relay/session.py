@@ -15,7 +15,7 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.connection import with_settings
 from infra.relay.errors import RelayError
-from infra.relay.event import Group, OutboxEvent
+from infra.relay.event import US_1970_TO_2000, Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
@@ -39,7 +39,6 @@ LEADER_SETTINGS = (
 lock_timeout: a lock on the relay's own row cannot make it wait for ever. synchronous_commit: saved progress survives a
 crash, whatever the database's own setting."""
 WATCH_SECONDS = 1.0
-_US_1970_TO_2000 = 946_684_800_000_000
 
 
 class Session:
@@ -283,4 +282,4 @@ class Session:
 
 
 def _age(commit_us: int | None) -> float:
-    return 0.0 if commit_us is None else max(0.0, time.time() - (commit_us + _US_1970_TO_2000) / 1_000_000)
+    return 0.0 if commit_us is None else max(0.0, time.time() - (commit_us + US_1970_TO_2000) / 1_000_000)

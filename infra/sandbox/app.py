@@ -125,5 +125,6 @@ def _page(totals: dict[str, Any]) -> str:
         for currency, sums in by_currency.items()
     )
     style = "<style>body{font:16px system-ui;margin:3rem}td,th{padding:.2rem 1rem;text-align:right}</style>"
+    title = "<h1>Their books, in minor units</h1>"
     head = "<tr><th>provider<th>currency<th>captured<th>refunded<th>held<th>disputed"
-    return f"<!doctype html><title>Provider simulators</title>{style}<h1>Their books</h1><table>{head}{rows}</table>"
+    return f"<!doctype html><title>Provider simulators</title>{style}{title}<table>{head}{rows}</table>"

@@ -24,7 +24,7 @@ from infra import last_resort
 from infra.kafka.access import KafkaAccess
 from infra.local import EmbeddedKafka, EmbeddedPostgres
 from infra.relay import Relay, RelayConfig
-from infra.relay.progress.scan import SCAN
+from infra.relay.outbox_rows import SCAN
 from tests.conftest import PARTITIONS, Topics
 from tests.support.relay_process import RelayProcess
 from tests.support.relay_source import also_plain, reading

@@ -533,12 +533,12 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
     )
     assert done.returncode == 3
     assert "the payer is awaited until" in done.stderr
-    assert re.search(r"Payer goes to: +http://\S+/paymentv2/vpcpay\.html\?\S+", done.stderr)
+    assert re.search(r"Payer's page: +http://\S+/paymentv2/vpcpay\.html\?\S+", done.stderr)
     assert "running?" not in done.stderr
     payment = re.search(r"payment (\S+)", done.stdout)
     assert payment is not None, done.stdout
     shown = up.run("show", payment[1]).stdout
-    assert re.search(r"payer goes +to http://\S+/paymentv2/vpcpay\.html\?\S+\n", shown)
+    assert re.search(r"payer's page +http://\S+/paymentv2/vpcpay\.html\?\S+\n", shown)
     assert re.search(r"until +20[0-9-]{8} [0-9:]{8}Z\n", shown)
 
 

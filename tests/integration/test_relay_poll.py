@@ -18,9 +18,9 @@ from infra.local.postgres import drop_database
 from infra.postgres import maintenance
 from infra.relay import Relay, RelayConfig, metrics, session
 from infra.relay.lag import Lag
+from infra.relay.outbox_rows import PORTION_BYTES
 from infra.relay.poll import source as poll_source
 from infra.relay.poll import window
-from infra.relay.progress.scan import PORTION_BYTES
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.wake_trigger import set_notify
 from tests.support.outbox import (

@@ -680,7 +680,7 @@ def test_the_same_key_with_other_content_is_a_conflict_that_is_not_remembered(st
         assert _rejection(story) == ("idempotency_conflict", ("idempotency_key",))
         assert story.last.operation_number is None
         assert story.last.rejection is not None
-        assert f"a charge of payment {story.payment_id}" in story.last.rejection.message
+        assert f"the charge of payment {story.payment_id}" in story.last.rejection.message
         assert (decision.operations, decision.requests) == ((), [])
     assert len(story.operations) == 1
 

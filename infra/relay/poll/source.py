@@ -21,6 +21,7 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.connection import CONNECTION, lift_time_limit, with_settings
 from infra.relay.event import OutboxEvent
+from infra.relay.outbox_rows import COLUMNS, rows_at_once
 from infra.relay.poll.window import Portion, WindowReader, how_many_fill, read_first
 from infra.relay.poll.window_progress import Point, WindowProgress
 from infra.relay.progress.beginning import GoOn, find_beginning
@@ -31,7 +32,6 @@ from infra.relay.progress.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
-from infra.relay.progress.scan import COLUMNS, rows_at_once
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.source import CatchUpSink, Intake
 from infra.relay.wake_trigger import set_notify

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import psycopg
 
 from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
-from infra.relay.progress.scan import COLUMNS, PORTION_BYTES
+from infra.relay.outbox_rows import COLUMNS, PORTION_BYTES
 
 PORTION: Final = 1000
 KEYS_AT_ONCE: Final = 20_000

@@ -2,13 +2,11 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from infra.relay.event import Group
+from infra.relay.event import US_1970_TO_2000, Group
 from infra.relay.poll.window import Portion
 from infra.relay.progress.snapshot import Snapshot
-
-_EPOCH_2000_US: Final = 946_684_800_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class WindowProgress:
         """Remember where the reader is: once this portion is acknowledged, the checkpoint may move there."""
         self._steps.append(_Step(point))
         if portion is not None:
-            self.group.committed_at_us = portion.written_us - _EPOCH_2000_US
+            self.group.committed_at_us = portion.written_us - US_1970_TO_2000
             self._unproven_end = window_end.end
         self._proven = point.begin.below
 

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import psycopg
 
 from infra.relay.config import RelayConfig
+from infra.relay.progress.another_server import forget_future_transactions, move_here
 from infra.relay.progress.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -24,7 +25,6 @@ from infra.relay.progress.gaps import (
     SLOT_MISSING,
     gap_of,
 )
-from infra.relay.progress.moves import forget_future_transactions, move_here
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 GONE: Final = {"missing": SLOT_MISSING, "lost": SLOT_LOST}

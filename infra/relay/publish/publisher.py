@@ -89,7 +89,7 @@ class _PartitionQueue:
 
 
 class Publisher:
-    """Producers for one session. After an error it cannot be used: make another, and begin at the slot's position.
+    """Producers for one session. After an error it cannot be used: make another, and begin at the saved checkpoint.
 
     `on_progress` is called whenever `flush` has something to do again, or an error has occurred.
     """

@@ -12,8 +12,8 @@ from psycopg.rows import dict_row
 
 from infra.relay.event import OUTBOX_COLUMNS, OutboxEvent
 from infra.relay.leadership import LEADERSHIP, is_held, lock_key
+from infra.relay.outbox_rows import COLUMNS, PORTION_BYTES, event_of
 from infra.relay.progress.checkpoint import find_published
-from infra.relay.progress.scan import COLUMNS, PORTION_BYTES, event_of
 from infra.relay.progress.snapshot import UNPROVEN
 from infra.relay.publish.publisher import Diverted
 

@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaProducer
 from infra.relay.config import RelayConfig
 from infra.relay.connection import CONNECTION, lift_time_limit
 from infra.relay.event import OutboxEvent
-from infra.relay.progress.scan import COLUMNS, event_of, rows_at_once
+from infra.relay.outbox_rows import COLUMNS, event_of, rows_at_once
 from infra.relay.publish.partitions import partition_of
 from infra.relay.publish.records import headers_of
 

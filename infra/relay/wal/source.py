@@ -15,6 +15,7 @@ from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
 from infra.relay.event import OUTBOX_COLUMNS, Group, OutboxEvent
+from infra.relay.outbox_rows import scan
 from infra.relay.progress.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
 from infra.relay.progress.checkpoint import (
     SAVE_LSN,
@@ -24,7 +25,6 @@ from infra.relay.progress.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
-from infra.relay.progress.scan import scan
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 from infra.relay.publish.records import Records
 from infra.relay.source import CatchUpSink, Intake

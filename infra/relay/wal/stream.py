@@ -16,7 +16,7 @@ from psycopg import errors, generators, pq
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.connection import lift_time_limit, with_settings
 from infra.relay.errors import PostgresAway, SlotBusy, SlotMissing
-from infra.relay.event import Group
+from infra.relay.event import US_1970_TO_2000, Group
 
 if IS_COMPILED:
     from infra.relay.native import LogReader
@@ -26,7 +26,6 @@ _KEEPALIVE = Struct(">cqqB")
 _FEEDBACK = Struct(">cqqqqB")
 _LOG_DATA = ord("w")
 FAILOVER_SLOTS_SINCE = 170_000
-_EPOCH_2000 = 946_684_800
 
 
 class ReplicationStream:
@@ -84,7 +83,7 @@ class ReplicationStream:
         """Drop the slot.
 
         Raises:
-            SlotBusy: another relay streams from it.
+            SlotBusy: somebody else streams from it.
         """
         try:
             await self._connection.execute(f'DROP_REPLICATION_SLOT "{name}"'.encode())
@@ -95,7 +94,7 @@ class ReplicationStream:
         """Begin to stream after `lsn`, or from the slot's position if that is further on.
 
         Raises:
-            SlotBusy: another relay streams from it.
+            SlotBusy: somebody else streams from it.
             SlotMissing: there is no such slot.
         """
         options = f"proto_version '1', publication_names '\"{publication}\"'"
@@ -179,7 +178,7 @@ class ReplicationStream:
         Raises:
             PostgresAway: the connection is gone.
         """
-        now_us = int((time.time() - _EPOCH_2000) * 1_000_000)
+        now_us = int(time.time() * 1_000_000) - US_1970_TO_2000
         try:
             self._pgconn.put_copy_data(_FEEDBACK.pack(b"r", lsn, lsn, lsn, now_us, 0))
             self._pgconn.flush()
