@@ -58,15 +58,21 @@ class Loops:
             task.cancel()
         await _within(LEAVES_WITHIN, leave_kafka())
         await dispatcher.drain(DRAIN_SECONDS, may_more_come=lambda: settler.waiting > 0)
+        saving = asyncio.create_task(self._save_what_is_left())
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await asyncio.shield(saving)  # A server that does not answer would hold up its cancellation, too.
+        except TimeoutError:
+            # As with a call that has not ended, nothing can be done about it: it is not an error of the shutdown.
+            log.warning("answers left unsaved; their leases run out", answers=settler.waiting)
+            saving.cancel()
+
+    async def _save_what_is_left(self) -> None:
         for task in self._saving:
             task.cancel()
         # An interrupted save gives its answers back; only then can they be drained.
         await asyncio.gather(*self._saving, return_exceptions=True)
-        try:
-            await settler.drain(DRAIN_SECONDS)
-        except TimeoutError:
-            # As with a call that has not ended, nothing can be done about it: it is not an error of the shutdown.
-            log.warning("answers left unsaved; their leases run out", answers=settler.waiting)
+        await self._calling.settler.drain(DRAIN_SECONDS)
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STARTING: Final = "starting"
-NO_TOPIC: Final = "no topic {} was there when Kafka was asked last; run `payments migrate`"
+NO_TOPIC: Final = "no topic {} was there when Kafka was asked last, or this user may not see it; run `payments migrate`"
 STARTS_WITHIN: Final = 1.0
 """Seconds that a start may still take once told to stop; a start that waits for its consumer group takes longer."""
 
@@ -70,6 +70,7 @@ class Worker:
         async with AsyncExitStack() as stack:
             loops = await self._start_unless_stopped(stack, stop)
             if loops is None:
+                log.info("worker stopped before it was ready")
                 return
             log.info("worker ready", group=self._settings.consumer_group, topic=self._settings.commands_topic)
             stopping = asyncio.create_task(stop.wait())

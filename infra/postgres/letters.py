@@ -48,7 +48,9 @@ class LetterDecisions:
     @asynccontextmanager
     async def connect(cls, postgres_url: str, topic: str) -> AsyncIterator[Self]:
         """Connect to this database; the connection is closed when the block is left."""
-        connection = await asyncpg.connect(postgres_url, timeout=5)
+        # While a letter is claimed, Kafka may take long: the server's own limit would end the claim unnoticed.
+        never = {"idle_in_transaction_session_timeout": "0"}
+        connection = await asyncpg.connect(postgres_url, timeout=5, server_settings=never)
         try:
             yield cls(connection, topic)
         finally:

@@ -374,6 +374,16 @@ async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(set
         assert (await first.all())[letter].name == "dropped"
 
 
+async def test_a_claim_outlasts_the_servers_limit_of_idle_transactions(settings: Settings) -> None:
+    """Kafka may take long while a letter is claimed."""
+    letter, url = (0, 7), settings.postgres_url
+    await value(url, f"ALTER DATABASE {url.rsplit('/', 1)[1]} SET idle_in_transaction_session_timeout = '200ms'")
+    async with LetterDecisions.connect(url, settings.dead_letter_topic) as decisions:
+        async with decisions.claim(letter, "retried", parked_at=PARKED_AT, seen=None):
+            await asyncio.sleep(0.5)
+        assert (await decisions.all())[letter].name == "retried"
+
+
 async def test_a_letter_that_another_operator_has_decided_about_is_not_published(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

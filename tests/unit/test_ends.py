@@ -179,6 +179,27 @@ async def test_a_worker_ends_in_good_order_though_postgres_is_away_and_tells_how
     assert [(each["log_level"], each["answers"]) for each in told] == [("warning", 3)]
 
 
+async def test_a_worker_ends_in_time_though_postgres_answers_neither_a_save_nor_its_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.loops.DRAIN_SECONDS", 0.05)
+    worker, thaw = FollowedUp(takes_seconds=0), asyncio.Event()
+
+    async def hang(_: object) -> Applied:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await thaw.wait()  # As asyncpg waits for the server at the end of a transaction.
+        return Applied()
+
+    worker.path.apply.side_effect = hang
+    with capture_logs() as logs:
+        async with asyncio.timeout(5):
+            await worker.shut_down()
+    assert "answers left unsaved; their leases run out" in [each["event"] for each in logs]
+    thaw.set()
+
+
 async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_came_since() -> None:
     path, started = create_autospec(WritePath, instance=True), asyncio.Event()
 

@@ -59,7 +59,11 @@ async def connect_reader(url: str) -> psycopg.AsyncConnection:
     plans = "-c plan_cache_mode=force_generic_plan -c max_parallel_workers_per_gather=0 -c jit=off"
     settings = with_settings(f"-c enable_seqscan=off {plans}")
     connection = await psycopg.AsyncConnection.connect(url, application_name="relay", **settings)
-    await lift_time_limit(connection)
+    try:
+        await lift_time_limit(connection)
+    except BaseException:  # Also a stop, which interrupts the preparation.
+        await connection.close()
+        raise
     connection.adapters.register_loader("text", ByteaBinaryLoader)
     return connection
 

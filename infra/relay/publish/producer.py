@@ -93,7 +93,7 @@ async def start_producer(config: RelayConfig, cluster: OneCluster) -> tuple[AIOK
     It gives up a batch on its own only if the partition has had no leader for `REQUEST_SECONDS`.
 
     Raises:
-        KafkaError: the brokers cannot be reached.
+        KafkaError: the brokers cannot be reached, or this user may not see the topic.
         TopicMissing: the brokers do not know the topic.
         KafkaAway: no broker says how it is divided.
     """

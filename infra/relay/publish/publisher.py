@@ -131,7 +131,7 @@ class Publisher:
         """A publisher to the topic's partitions as they are now.
 
         Raises:
-            KafkaError: the brokers cannot be reached.
+            KafkaError: the brokers cannot be reached, or this user may not see the topic.
             TopicMissing: the topic does not exist.
         """
         cluster = OneCluster()
