@@ -439,6 +439,7 @@ async def test_a_retry_into_a_partition_without_a_leader_holds_up_no_other(
         await holds(desk, ("pay_0001", 2, "refused"), ("pay_0001", 3, "waiting"), *waits)
         await set_topic_limit(config, 5_000_000)
         with without_leader(config.topic, partition_of(b"pay_0001", PARTITIONS)):
+            await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 0)
             await desk.retry(["pay_0001"])
             await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 2)
             await desk.retry(["pay_0005"])
