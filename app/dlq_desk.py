@@ -131,10 +131,11 @@ class DeadLetterDesk:
         if dry_run:
             self._out.print(f"{len(wanted)} letters would be published again: {', '.join(map(str, wanted))}")
             return 0
+        if not chosen:
+            self._out.print("No open letter matches.")
+            return 0
         if not wanted:
-            if not left_alone:
-                self._out.print("No open letter matches.")
-            return int(left_alone > 0)
+            return 1
         return max(asyncio.run(self._retry_all(wanted, is_named=bool(names))), int(left_alone > 0))
 
     async def _retry_all(self, chosen: Chosen, *, is_named: bool) -> int:

@@ -374,6 +374,13 @@ async def test_of_two_operators_only_one_decides_and_a_crash_decides_nothing(set
         assert (await first.all())[letter].name == "dropped"
 
 
+async def test_a_retry_of_all_letters_says_so_if_there_are_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = await in_thread(payments_dlq, settings, "retry", "--all", monkeypatch=monkeypatch)
+    assert (done.exit_code, done.output) == (0, "No open letter matches.\n")
+
+
 async def test_a_claim_outlasts_the_servers_limit_of_idle_transactions(settings: Settings) -> None:
     """Kafka may take long while a letter is claimed."""
     letter, url = (0, 7), settings.postgres_url
