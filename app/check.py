@@ -8,8 +8,8 @@ from rich.progress import Progress, TextColumn
 
 from app.console import new_console, print_json
 from app.settings import Settings
-from app.show import moment
 from app.tables import print_wide, table_of
+from app.times import moment
 from domain.money import Money
 from infra.postgres.ledger import LedgerDifference, check_all, check_changed
 
@@ -31,7 +31,7 @@ def check_payments(settings: Settings, since: str | None, *, as_json: bool) -> i
     """Print the differences. Returns the exit code: 1 if there are any.
 
     Raises:
-        FilterUnusable: `since` is not a date or age.
+        TimeUnusable: `since` is not a date or age.
     """
     found = asyncio.run(_find(settings.postgres_url, moment(since), is_silent=as_json))
     if as_json:

@@ -128,6 +128,13 @@ def list_(
     until: Annotated[str | None, typer.Option(help="Created before, written in the same way.")] = None,
     customer: Annotated[str | None, typer.Option(help="Of this customer; no other filter.")] = None,
     order: Annotated[str | None, typer.Option(help="For this order; no other filter.")] = None,
+    stuck: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE",
+            help="Waiting for an outcome for 1h or longer, and all that need review; longest first. No other filter.",
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where the previous page ended.")] = None,
     as_json: AsJson = False,
@@ -137,9 +144,9 @@ def list_(
 
     A payment whose charge or authorize was rejected is `created`: it has no amount, gateway or order.
 
-    Example: payments list --status captured --currency USD --min 100 --since 2h
+    Example: payments list --status captured --currency USD --min 100 --since 2h, or payments list --stuck 1h
     """
-    from app.show import Wanted, list_payments
+    from app.listing import Wanted, list_payments
 
     wanted = Wanted(
         status=status,
@@ -151,6 +158,7 @@ def list_(
         until=until,
         customer=customer,
         order=order,
+        stuck=stuck,
         limit=limit,
         cursor=cursor,
     )

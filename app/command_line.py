@@ -123,6 +123,15 @@ def default_data_dir() -> Path:
     return Path(__file__).resolve().parents[1] / ".local"
 
 
+def place_option(context: typer.Context, data_dir: Path | None) -> str:
+    """What a command that is printed to be copied needs to find this data folder; empty if it finds it as this did."""
+    from app.console import shell_word
+
+    source = context.get_parameter_source("data_dir")
+    is_typed = source is not None and source.name == "COMMANDLINE"
+    return f" --data-dir {shell_word(str(data_dir))}" if is_typed else ""
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn an unreachable server, or an unreadable option, into a message instead of a stack trace."""

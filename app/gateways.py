@@ -36,13 +36,20 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in known:
-        table.add_column(name + (" *" if name in settings.gateways else ""))
+        table.add_column(name + _mark(settings, name))
     for row in rows(known):
         table.add_row(*row)
     console = new_console()
     console.print(table)
-    console.print("* used by this installation (PAYMENTS_GATEWAYS). What a gateway cannot do is refused up front.")
+    console.print("*  used by this installation (PAYMENTS_GATEWAYS)   ** and where a command names none")
+    console.print("What a gateway cannot do is refused up front.")
     return 0
+
+
+def _mark(settings: Settings, name: str) -> str:
+    if name == settings.default_gateway:
+        return " **"
+    return " *" if name in settings.gateways else ""
 
 
 def known_capabilities(settings: Settings) -> dict[str, Capabilities]:

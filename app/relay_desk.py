@@ -21,9 +21,9 @@ from app.console import new_console, safe_text, tell_of_more, time_text
 from app.processes import relay_config
 from app.relay_troubles import in_bytes, troubles_of
 from app.settings import Settings
-from app.show import moment
 from app.signals import stop_on_signals
 from app.tables import print_wide, table_of
+from app.times import moment
 from infra.kafka.topics import has_topic
 from infra.relay.connection import CONNECTION
 from infra.relay.progress.checkpoint import Repair

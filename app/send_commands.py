@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.command_line import DataDir, fail, find_settings, no_nan, read_payment_id, readable_errors
+from app.command_line import DataDir, fail, find_settings, no_nan, place_option, read_payment_id, readable_errors
 
 send = typer.Typer(
     no_args_is_help=True,
@@ -158,7 +158,14 @@ def _send(
     is_named = payment_id is not None and idempotency_key is not None
     with readable_errors():
         code = send_and_report(
-            settings, kind, command, is_named=is_named, wait=wait, timeout_seconds=timeout, as_json=as_json
+            settings,
+            kind,
+            command,
+            is_named=is_named,
+            wait=wait,
+            timeout_seconds=timeout,
+            as_json=as_json,
+            place=place_option(context, data_dir),
         )
     raise typer.Exit(code)
 

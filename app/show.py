@@ -1,11 +1,9 @@
-"""`payments show` and `payments list`: payments as the store has them, printed as text or JSON."""
+"""`payments show`: one payment as the store has it, printed as text or JSON."""
 
 import asyncio
 import json
-import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -13,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.client import minor_units
 from app.console import new_console, safe_text, time_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
@@ -23,33 +20,11 @@ from domain.operations import Operation, OperationState
 from domain.payment import Payment
 from domain.ports import OutboxRow
 from handlers.messages.events import event_type, write_time
-from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository, create_engine
+from infra.postgres.repository import PaymentRecord, PaymentRepository, create_engine
 
-UNITS: Final = {"m": "minutes", "h": "hours", "d": "days"}
 T = TypeVar("T")
 ASKED: Final = event_type(EventKind.REQUIRES_ACTION)
 AMOUNTS: Final = ("authorized", "captured", "released", "refunded", "disputed")
-
-
-class FilterUnusable(ValueError):
-    """A filter cannot be used; the message says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """The options of `payments list`, as they were typed."""
-
-    status: str | None
-    gateway: str | None
-    currency: str | None
-    amount_min: str | None
-    amount_max: str | None
-    since: str | None
-    until: str | None
-    customer: str | None
-    order: str | None
-    limit: int
-    cursor: str | None
 
 
 def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
@@ -59,87 +34,22 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
         record = await repository.find_by_payment_id(payment_id)
         return record, await repository.operations_of(payment_id), await repository.events_of(payment_id)
 
-    record, operations, events = asyncio.run(_with_repository(settings, read))
+    record, operations, events = asyncio.run(with_repository(settings, read))
     if record is None:
         new_console(to_stderr=True).print(
             f"No payment {payment_id} was found. (Its command may not have been read yet.)"
         )
         return 1
     if as_json:
-        facts = _facts(record) | {"operations": list(map(_operation_facts, operations))}
+        facts = payment_facts(record) | {"operations": list(map(operation_facts, operations))}
         print(json.dumps(facts | {"events": [json.loads(event.payload) for event in events]}, indent=2))
     else:
         _print_payment(new_console(), record, operations, events)
     return 0
 
 
-def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
-    """Print a page of payments, newest first. Returns the exit code.
-
-    Raises:
-        FilterUnusable, AmountUnusable, ValueError: an option cannot be read, or cannot be combined with another.
-    """
-    find = _finder(wanted)
-    page = asyncio.run(_with_repository(settings, find))
-    if as_json:
-        print(json.dumps({"payments": list(map(_facts, page.items)), "next_cursor": page.next_cursor}, indent=2))
-    else:
-        _print_page(new_console(), page)
-    return 0
-
-
-def _finder(wanted: Wanted) -> Callable[[PaymentRepository], Awaitable[Page]]:
-    filters = PaymentFilters(
-        status=_status(wanted.status),
-        gateway=wanted.gateway,
-        currency=wanted.currency,
-        amount_min=_bound(wanted.amount_min, wanted.currency),
-        amount_max=_bound(wanted.amount_max, wanted.currency),
-        created_since=moment(wanted.since),
-        created_until=moment(wanted.until),
-    )
-    if wanted.customer is None and wanted.order is None:
-        return lambda repository: repository.find_by_filters(filters, limit=wanted.limit, cursor=wanted.cursor)
-    if filters != PaymentFilters() or None not in (wanted.customer, wanted.order):
-        raise FilterUnusable("--customer and --order cannot be combined with each other or with another filter")
-    if wanted.customer is not None:
-        customer = wanted.customer
-        return lambda repository: repository.find_by_customer_id(customer, limit=wanted.limit, cursor=wanted.cursor)
-    order = wanted.order or ""
-    return lambda repository: repository.find_by_order_id(order, limit=wanted.limit, cursor=wanted.cursor)
-
-
-def _status(text: str | None) -> PaymentStatus | None:
-    try:
-        return PaymentStatus(text) if text is not None else None
-    except ValueError as error:
-        raise FilterUnusable(f"{text!r} is not a status; use one of: {', '.join(PaymentStatus)}") from error
-
-
-def _bound(amount: str | None, currency: str | None) -> int | None:
-    if amount is None:
-        return None
-    if currency is None:
-        raise FilterUnusable("--min and --max need --currency, to know its decimals")
-    return minor_units(amount, currency)
-
-
-def moment(text: str | None) -> datetime | None:
-    """`2026-01-31` (its midnight), `2026-01-31T12:00:00Z`, or an age: `15m`, `2h`, `7d`. Without a zone, in UTC."""
-    if text is None:
-        return None
-    try:
-        if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
-            return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
-        found = datetime.fromisoformat(text)
-        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    except (ValueError, OverflowError) as error:  # An age may reach back before the year 1.
-        raise FilterUnusable(
-            f"{text!r} is not a date or age; write 2026-01-31, 2026-01-31T12:00:00Z, or 2h (ago)"
-        ) from error
-
-
-async def _with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
+async def with_repository(settings: Settings, read: Callable[[PaymentRepository], Awaitable[T]]) -> T:
+    """What `read` returns, over a connection of its own."""
     engine = create_engine(settings.postgres_url, size=1)
     try:
         return await read(PaymentRepository(engine))
@@ -150,7 +60,8 @@ async def _with_repository(settings: Settings, read: Callable[[PaymentRepository
 # --- for programs -----------------------------------------------------------------------------------------------------
 
 
-def _facts(record: PaymentRecord) -> dict[str, Any]:
+def payment_facts(record: PaymentRecord) -> dict[str, Any]:
+    """One payment, without its operations."""
     payment = record.payment
     names = ("status", "currency", "gateway", "gateway_payment_id", "order_id", "customer_id", "has_indeterminate")
     amounts = {f"{name}_minor": getattr(payment, f"{name}_minor") for name in AMOUNTS}
@@ -164,9 +75,11 @@ def _facts(record: PaymentRecord) -> dict[str, Any]:
     }
 
 
-def _operation_facts(operation: Operation) -> dict[str, Any]:
-    names = ("number", "kind", "state", "amount_minor", "idempotency_key", "reference", "attempts")
-    return {name: getattr(operation, name) for name in names}
+def operation_facts(operation: Operation) -> dict[str, Any]:
+    """One operation; `dispatched_at` is when it was first sent to its gateway."""
+    names = ("number", "kind", "state", "amount_minor", "gateway", "idempotency_key", "reference", "attempts")
+    sent = operation.dispatched_at
+    return {name: getattr(operation, name) for name in names} | {"dispatched_at": sent and write_time(sent)}
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -187,7 +100,7 @@ def _print_payment(
 def _lines(record: PaymentRecord) -> dict[str, str]:
     payment = record.payment
     amounts = {name: getattr(payment, f"{name}_minor") for name in AMOUNTS}
-    moved = ", ".join(f"{name} {_money(minor, payment)}" for name, minor in amounts.items() if minor)
+    moved = ", ".join(f"{name} {money_text(minor, payment)}" for name, minor in amounts.items() if minor)
     lines = {
         "amounts": moved or _nothing_moved(payment),
         "in doubt": "yes: an outcome is unknown, money may have moved" if payment.has_indeterminate else "",
@@ -202,7 +115,7 @@ def _lines(record: PaymentRecord) -> dict[str, str]:
 def _nothing_moved(payment: Payment) -> str:
     if not payment.amount_minor:
         return "none: no charge or authorize of it was accepted"
-    return f"nothing moved of {_money(payment.amount_minor, payment)}"
+    return f"nothing moved of {money_text(payment.amount_minor, payment)}"
 
 
 def _awaited(payment: Payment, events: tuple[OutboxRow, ...]) -> dict[str, str]:
@@ -222,7 +135,7 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
     names = ("#", "operation", "amount", "state", "provider's id", "idempotency key")
     rows = []
     for each in operations:
-        amount = "" if each.amount_minor is None else _money(each.amount_minor, payment)
+        amount = "" if each.amount_minor is None else money_text(each.amount_minor, payment)
         key = "(in the provider's dashboard)" if each.is_external else each.idempotency_key
         state = "received: waits its turn" if each.state is OperationState.RECEIVED else each.state
         rows.append((str(each.number), each.kind, amount, state, each.reference or "", key or ""))
@@ -247,22 +160,6 @@ def _note(body: dict[str, Any]) -> str:
     return body.get("decline_reason") or body.get("cause") or ""
 
 
-def _print_page(console: Console, page: Page) -> None:
-    names = ("payment", "status", "amount", "captured", "refunded", "gateway", "order", "created")
-    rows = []
-    for record in page.items:
-        payment = record.payment
-        amounts = (payment.amount_minor, payment.captured_minor, payment.refunded_minor)
-        cells = (_money(minor, payment) if minor else "" for minor in amounts)
-        where = (payment.gateway or "", payment.order_id or "", time_text(record.created_at))
-        rows.append((str(payment.payment_id), payment.status, *cells, *where))
-    if not rows:
-        console.print("No payment matches.")
-        return
-    print_wide(console, table_of(names, rows, whole=set(names)))
-    if page.next_cursor:
-        console.print(f"More: the same command with --cursor {page.next_cursor}", soft_wrap=True)
-
-
-def _money(minor: int, payment: Payment) -> str:
+def money_text(minor: int, payment: Payment) -> str:
+    """The amount in the payment's currency, once that is known."""
     return str(Money(minor, payment.currency)) if payment.currency else str(minor)

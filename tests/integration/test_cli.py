@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.client import AmountUnusable, minor_units
 from app.command_line import advice_on, error_text
+from app.listing import Wanted, list_payments
 from app.settings import Settings
-from app.show import FilterUnusable, Wanted, list_payments, moment
+from app.times import TimeUnusable, moment
 from app.wiring import GATEWAYS
 from infra.local.server import free_port
 from tests.conftest import Topics
@@ -541,6 +542,32 @@ def test_a_payer_who_is_awaited_is_told_and_where(up: Up) -> None:
     assert re.search(r"payer's page +http://\S+/paymentv2/vpcpay\.html\?\S+\n", shown)
     assert re.search(r"until +20[0-9-]{8} [0-9:]{8}Z\n", shown)
 
+    late = up.run("send", "refund", "--payment-id", payment[1], "--timeout", "2")
+    assert late.returncode == 3
+    assert "it waits its turn: an earlier command of its payment is not finished, or waits for its payer" in late.stderr
+    assert re.search(r"refund +received: waits its turn", up.run("show", payment[1]).stdout)
+
+    row = rf"{payment[1]} +charge 1 +VND 50,000 +requires_action +20[0-9-]{{8}} [0-9:]{{8}}Z +vnpay"
+    stuck = up.run("list", "--stuck", "0m").stdout
+    assert re.search(row, stuck)
+    assert "refund" not in stuck
+    facts = json.loads(up.run("list", "--stuck", "0m", "--json").stdout)["payments"]
+    charge, refund = next(each for each in facts if each["payment_id"] == payment[1])["operations"]
+    assert (charge["kind"], charge["gateway"], refund["state"]) == ("charge", "vnpay", "received")
+    assert charge["dispatched_at"].endswith("Z")
+    assert "No payment has waited for 30d, and none needs review." in up.run("list", "--stuck", "30d").stdout
+    assert "--limit shows more than 1" in up.run("list", "--stuck", "0m", "--limit", "1").stderr
+
+
+def test_a_hint_finds_the_data_folder_that_was_typed(up: Up, tmp_path: Path) -> None:
+    charge = ["send", *new_charge("--no-wait")]
+    typed = run(*charge, "--data-dir", str(up.data_dir), data_dir=tmp_path).stdout
+    hint = re.search(r"look later with: payments (.+)\n", typed)
+    assert hint is not None, typed
+    shown = run(*shlex.split(hint[1]), data_dir=tmp_path)
+    assert "was found in" not in shown.stderr
+    assert "--data-dir" not in up.run(*charge).stdout
+
 
 def test_a_payment_that_never_was_one_is_shown_as_that(up: Up) -> None:
     payment = str(uuid.uuid4())
@@ -701,6 +728,10 @@ def test_payments_are_listed_by_filters(up: Up) -> None:
     ("filters", "advice"),
     [
         ({"status": "paid"}, "use one of: created"),
+        ({"gateway": "strip"}, "use one of: instant, momo"),
+        ({"stuck": "long"}, "15m, 2h, or 7d"),
+        ({"stuck": "1h", "status": "captured"}, "cannot be combined"),
+        ({"stuck": "1h", "cursor": "AAAAAAAAAAE"}, "cannot be combined"),
         ({"amount_min": "3"}, "need --currency"),
         ({"amount_min": "3.001", "currency": "USD"}, "2 decimals"),
         ({"since": "yesterday"}, "2h"),
@@ -709,9 +740,8 @@ def test_payments_are_listed_by_filters(up: Up) -> None:
     ],
 )
 def test_a_filter_that_cannot_be_read_says_what_to_write(filters: dict[str, Any], advice: str) -> None:
-    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Wanted))
     with pytest.raises(ValueError, match=advice):
-        list_payments(Settings(), Wanted(**nothing | {"limit": 20} | filters), as_json=True)
+        list_payments(Settings(), Wanted(**{"limit": 20} | filters), as_json=True)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
@@ -740,7 +770,7 @@ def test_a_day_begins_at_midnight_utc(text: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("text", ["999999d", "0001-01-01T00:00+14:00", "soon"])
 def test_a_time_that_is_none_is_told(text: str) -> None:
-    with pytest.raises(FilterUnusable, match="is not a date or age"):
+    with pytest.raises(TimeUnusable, match="is not a date or age"):
         moment(text)
 
 
@@ -794,6 +824,7 @@ def test_the_matrix_marks_what_is_used_here(up: Up) -> None:
     assert used
     told = up.run("gateways").stdout
     assert all(f"{name} *" in told for name in used)
+    assert "stripe **" in told
 
 
 def test_ids_can_be_copied_from_a_narrow_screen(up: Up) -> None:

@@ -654,7 +654,7 @@ async def test_a_connection_that_is_being_made_while_a_publisher_closes_is_close
 
     config = RelayConfig(postgres_url="", kafka=KafkaAccess(kafka_bootstrap), topic=topics.events)
     publisher = await Publisher.connect(config, lambda: None)
-    (producer,) = publisher._producers
+    producer = publisher._producers.of_partition[0]
     await producer.client.close()
     monkeypatch.setattr(aiokafka.client, "create_conn", create_slowly)
     await producer.send(topics.events, b"{}", partition=0)

@@ -8,6 +8,6 @@ from infra.relay.publish.publisher import Publisher
 async def flush(publisher: Publisher) -> None:
     """Flush, including partitions whose producers are being replaced."""
     await publisher.flush()
-    while publisher._renewals:
-        await asyncio.gather(*publisher._renewals)
+    while publisher._producers.renewals:
+        await asyncio.gather(*publisher._producers.renewals)
         await publisher.flush()

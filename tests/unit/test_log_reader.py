@@ -24,7 +24,7 @@ from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
 from infra.relay.errors import PostgresAway
 from infra.relay.event import OUTBOX_COLUMNS, Group, OutboxEvent
-from infra.relay.publish import publisher as publisher_module
+from infra.relay.publish import producers
 from infra.relay.publish.partitions import partition_of
 from infra.relay.publish.producer import OneCluster
 from infra.relay.publish.publisher import Diverted, Publisher
@@ -313,9 +313,9 @@ class Bench:
         self.source._rows = RowReader(OUTBOX)
         self.source._stream, self.source._prefix, self.source._gulps = self.stream, self.prefix, Gulps(is_taken=False)
         if is_native:
-            self.source._reader = self.stream.log_reader(self.prefix.begin, self.source._taken)
+            self.source._reader = self.stream.log_reader(self.prefix.begin, self.source._unproven)
         for message in (relation(OUTBOX, LAYOUTS[0]), relation(OTHER, LAYOUTS[0]).replace(b"outbox", b"others")):
-            self.source._take(message)
+            self.source._follow(message)
         self.to_quarantine: list[Diverted] = []
         self.quarantined: list[OutboxEvent] = []
 
@@ -410,7 +410,7 @@ class Bench:
             assert numbers == sorted(numbers)
         assert all(not group.missing for group in self.prefix.all)
         assert (self.publisher.unacknowledged, self.publisher.unacknowledged_bytes) == (0, 0)
-        assert self.source._taken == list(range(1, len(self.log.transactions) + 1))
+        assert self.source._unproven == list(range(1, len(self.log.transactions) + 1))
         assert self.prefix.advance(self.stream.wal_end) == self.log.transactions[-1].end_lsn
         assert self.prefix.is_empty
 
@@ -451,7 +451,7 @@ class Story:
         bench = Bench(log, self.pieces, is_native=is_native, room=self.room)
         with pytest.MonkeyPatch.context() as patch:
             # After a refusal a partition starts another producer; here it gets the same one.
-            patch.setattr(publisher_module, "start_producer", bench.start_producer)
+            patch.setattr(producers, "start_producer", bench.start_producer)
             for name, number in self.script:
                 await STEPS[name](bench, number)
                 bench.check()
@@ -546,15 +546,15 @@ async def test_keepalives_tell_how_far_the_server_is_and_whether_it_wants_an_ans
 @compiled
 async def test_most_of_a_log_does_not_come_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python gets only the table's layout, a row of another table, and a row that is too large."""
-    monkeypatch.setattr(WalSource, "_hand_over", None)
+    monkeypatch.setattr(WalSource, "_read_in_python", None)
     taken: list[bytes] = []
-    take_any = WalSource._take_any
+    handle = WalSource._handle
 
     def noted(source: WalSource, message: bytes, intake: Any) -> None:
         taken.append(message)
-        take_any(source, message, intake)
+        handle(source, message, intake)
 
-    monkeypatch.setattr(WalSource, "_take_any", noted)
+    monkeypatch.setattr(WalSource, "_handle", noted)
     ours, large = Rows(50, KEYS[0], 20, None), Rows(1, KEYS[1], LARGEST, None)
     story = Story([[ours, Layout(LAYOUTS[1]), ours], [OtherTable(), ours], [large]])
     log = Log()

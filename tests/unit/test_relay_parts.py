@@ -20,7 +20,7 @@ from infra.relay.errors import KafkaAway, PostgresAway
 from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.progress.snapshot import Snapshot
-from infra.relay.publish import publisher
+from infra.relay.publish import producers, publisher
 from infra.relay.publish.partitions import murmur2, partition_of
 from infra.relay.publish.producer import OneCluster
 from infra.relay.publish.publisher import Publisher
@@ -199,7 +199,7 @@ class TestPublisher:
         async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             return self.producer, 1
 
-        monkeypatch.setattr(publisher, "start_producer", start_producer)
+        monkeypatch.setattr(producers, "start_producer", start_producer)
         await self.publish(b"1")
         await self.publish(b"2")
         await self.publish(b"33")
@@ -220,7 +220,7 @@ class TestPublisher:
         async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
             raise ValueError("no such mechanism")
 
-        monkeypatch.setattr(publisher, "start_producer", start_producer)
+        monkeypatch.setattr(producers, "start_producer", start_producer)
         await self.publish(b"1")
         await self.answer(0, LeaderNotAvailableError())
         with pytest.raises(KafkaAway, match="no such mechanism"):
@@ -233,7 +233,7 @@ class TestPublisher:
             await asyncio.Event().wait()
             return self.producer, 1
 
-        monkeypatch.setattr(publisher, "start_producer", start_producer)
+        monkeypatch.setattr(producers, "start_producer", start_producer)
         monkeypatch.setattr("infra.relay.publish.publisher.time.monotonic", lambda: now)
         await self.publish(b"1")
         await self.publish(b"2")
@@ -244,7 +244,7 @@ class TestPublisher:
         await self.publisher.flush()
         now += 60
         assert self.publisher.trouble == "Kafka acknowledges nothing; what waits is in partition 0"
-        (renewal,) = self.publisher._renewals
+        (renewal,) = self.publisher._producers.renewals
         renewal.cancel()
 
     async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(

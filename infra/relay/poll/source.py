@@ -24,7 +24,7 @@ from infra.relay.event import OutboxEvent
 from infra.relay.outbox_rows import COLUMNS, rows_at_once
 from infra.relay.poll.window import Portion, WindowReader, how_many_fill, read_first
 from infra.relay.poll.window_progress import Point, WindowProgress
-from infra.relay.progress.beginning import GoOn, find_beginning
+from infra.relay.progress.beginning import GoOn, settle_beginning
 from infra.relay.progress.checkpoint import (
     SAVE_WINDOW,
     SYSTEM,
@@ -98,7 +98,7 @@ class PollSource:
         await self._begin_somewhere(sink, system=row[0])
 
     async def _begin_somewhere(self, sink: CatchUpSink, system: str) -> None:
-        beginning = await find_beginning(self._leader, self._config, system)
+        beginning = await settle_beginning(self._leader, self._config, system)
         self._point = Point(beginning.published)
         if isinstance(beginning, GoOn):
             self._go_on(beginning.checkpoint)

@@ -85,7 +85,7 @@ class Refuse(NamedTuple):
     published: Snapshot
 
 
-async def find_beginning(
+async def settle_beginning(
     leader: psycopg.AsyncConnection, config: RelayConfig, system: str, state: LogState | None = None
 ) -> CatchUp | Adopt | GoOn:
     """Decide where to begin, and save what both sources save alike. `state` is None for a source without a log.

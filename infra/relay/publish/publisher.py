@@ -27,6 +27,7 @@ from infra.relay.errors import KafkaAway
 from infra.relay.event import Group, OutboxEvent
 from infra.relay.publish.partitions import partition_of
 from infra.relay.publish.producer import OneCluster, abandon, start_producer
+from infra.relay.publish.producers import Producers
 from infra.relay.publish.records import RecordBatch, Records, records_class
 from infra.relay.source import Room
 
@@ -41,8 +42,6 @@ IN_FLIGHT_BYTES_MAX = 8 * 1024 * 1024
 four times while it is sent."""
 SEND_SECONDS = 5.0
 """How long handing over a batch may take. It waits only for metadata, and Postgres gets no answers meanwhile."""
-RENEWAL_SECONDS = 40.0
-"""How long starting another producer may take: two unreachable brokers may be asked before a live one."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 REFUSALS = (*TOO_LARGE, InvalidTopicError)
 """Errors that prove the batch was not written and that a retry will not help. (A time-out proves neither.)"""
@@ -62,20 +61,13 @@ class _PartitionQueue:
     __slots__ = (
         "batch_bytes_max",
         "in_flight",
-        "is_producer_spent",
-        "is_renewing",
         "number",
         "pending",
-        "producer",
         "sent_at",
     )
 
-    def __init__(self, number: int, producer: AIOKafkaProducer) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.producer = producer
-        self.is_producer_spent = False
-        self.is_renewing = False
-        """Another producer is being started for it; nothing is sent meanwhile."""
         self.batch_bytes_max = BATCH_BYTES_MAX
         self.pending: deque[RecordBatch] = deque()
         self.in_flight: RecordBatch | None = None
@@ -89,7 +81,7 @@ class _PartitionQueue:
 
 
 class Publisher:
-    """Producers for one session. After an error it cannot be used: make another, and begin at the saved checkpoint.
+    """Publishes for one session. After an error it cannot be used: make another, and begin at the saved checkpoint.
 
     `on_progress` is called whenever `flush` has something to do again, or an error has occurred.
     """
@@ -112,9 +104,8 @@ class Publisher:
         self._diverted: list[Diverted] = []
         self._config = config
         self._cluster = cluster
-        self._producers = {producer}
-        self._renewals: set[asyncio.Task[None]] = set()
-        self._queues = [_PartitionQueue(number, producer) for number in range(partitions)]
+        self._producers = Producers(config, cluster, producer, partitions, self._renewed)
+        self._queues = [_PartitionQueue(number) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
         self._open: list[Records | None] = [None] * partitions
         """The records of each queue's last batch, while it may be appended to; otherwise None."""
@@ -229,7 +220,7 @@ class Publisher:
     def _next_queue(self) -> _PartitionQueue | None:
         if self._in_flight_bytes < IN_FLIGHT_BYTES_MAX:
             for queue in (*self._queues[self._turn :], *self._queues[: self._turn]):
-                if queue.pending and queue.in_flight is None and not queue.is_renewing:
+                if queue.pending and queue.in_flight is None and queue.number not in self._producers.renewing:
                     self._turn = (queue.number + 1) % len(self._queues)
                     return queue
         return None
@@ -246,12 +237,7 @@ class Publisher:
         Raises:
             KafkaAway: it was recreated or enlarged; events for a partition that is gone would never be acknowledged.
         """
-        for producer in self._producers:
-            partitions = producer.client.cluster.partitions_for_topic(self._config.topic)
-            if partitions and len(partitions) != len(self._queues):
-                raise KafkaAway(
-                    f"topic {self._config.topic} has {len(partitions)} partitions, and had {len(self._queues)}"
-                )
+        self._producers.check_partitions()
 
     @property
     def quiet_seconds(self) -> float:
@@ -272,14 +258,12 @@ class Publisher:
     async def close(self) -> None:
         """Stop sending at once; what is not acknowledged is published again by the next session."""
         self._is_closed = True
-        for renewal in self._renewals:
-            renewal.cancel()
-        await asyncio.gather(*self._renewals, return_exceptions=True)
-        await asyncio.gather(*map(abandon, self._producers))
+        await self._producers.close()
 
     async def _send(self, queue: _PartitionQueue) -> None:
-        if queue.is_producer_spent:
-            self._begin_renewal(queue)
+        if queue.number in self._producers.spent:
+            queue.sent_at = queue.sent_at or time.monotonic()
+            self._producers.begin_renewal(queue.number)
             return
         if queue.pending[0].held is not None:
             queue.sent_at = None
@@ -291,33 +275,15 @@ class Publisher:
         self._in_flight_bytes += batch.payload_bytes
         queue.sent_at = queue.sent_at or time.monotonic()
         try:
-            sent = await queue.producer.send_batch(batch, self._config.topic, partition=queue.number)
+            producer = self._producers.of_partition[queue.number]
+            sent = await producer.send_batch(batch, self._config.topic, partition=queue.number)
         except AssertionError as error:  # aiokafka asserts that the partition exists.
             raise KafkaAway(f"topic {self._config.topic} has no partition {queue.number} any more") from error
         sent.add_done_callback(partial(self._sent, queue))
 
-    def _begin_renewal(self, queue: _PartitionQueue) -> None:
-        """In a task, so that the other queues go on: a broker that has vanished may be asked first, for a long time."""
-        queue.is_renewing, queue.sent_at = True, queue.sent_at or time.monotonic()
-        renewal = asyncio.create_task(self._renew_producer(queue))
-        self._renewals.add(renewal)
-        renewal.add_done_callback(self._renewals.discard)
-
-    async def _renew_producer(self, queue: _PartitionQueue) -> None:
-        try:
-            async with asyncio.timeout(RENEWAL_SECONDS):
-                producer, _ = await start_producer(self._config, self._cluster)
-                self._producers.add(producer)
-        except Exception as error:  # Whatever it is: `check` reports it, and the session ends.
-            self._error = error
-            self._on_progress()
-            return
-        spent, queue.producer = queue.producer, producer
-        queue.is_producer_spent = queue.is_renewing = False
+    def _renewed(self, error: Exception | None) -> None:
+        self._error = self._error or error
         self._on_progress()
-        if all(each.producer is not spent for each in self._queues):
-            await abandon(spent)  # If this is cancelled, `close` does it.
-            self._producers.discard(spent)
 
     def _sent(self, queue: _PartitionQueue, sent: asyncio.Future[Any]) -> None:
         if self._is_closed:
@@ -338,7 +304,7 @@ class Publisher:
         """Nothing may overtake a batch that was not written: it waits in its queue, or the session ends here."""
         if isinstance(error, LeaderNotAvailableError):
             # The other queues go on: a new session would send again what they have sent since.
-            queue.is_producer_spent = True
+            self._producers.spent.add(queue.number)
             self._put_back(self._take_out(queue))
             log.warning("a partition has no leader; its events wait", topic=self._config.topic, partition=queue.number)
         elif isinstance(error, REFUSALS):
@@ -372,7 +338,7 @@ class Publisher:
     def _refused(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
         """Retry in smaller batches, down to the single event that is refused."""
         # The producer has counted the refused batch, the broker has not: their sequence numbers never match again here.
-        queue.is_producer_spent = True
+        self._producers.spent.add(queue.number)
         if batch.record_count() > 1 and isinstance(error, TOO_LARGE):
             queue.batch_bytes_max = min(queue.batch_bytes_max, batch.payload_bytes) // 2
             self._put_back(self._take_out(queue))

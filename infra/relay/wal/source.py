@@ -16,7 +16,7 @@ from infra.relay.config import RelayConfig
 from infra.relay.errors import SlotBusy, SlotOfAnother
 from infra.relay.event import OUTBOX_COLUMNS, Group, OutboxEvent
 from infra.relay.outbox_rows import scan
-from infra.relay.progress.beginning import Adopt, CatchUp, GoOn, LogState, Publication, find_beginning
+from infra.relay.progress.beginning import Adopt, CatchUp, GoOn, LogState, Publication, settle_beginning
 from infra.relay.progress.checkpoint import (
     SAVE_LSN,
     ended_by_now,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-PORTION: Final = 1000
+READ_MAX: Final = 1000
 """The most events read from the log before the loop turns to Kafka; in Python, the most messages."""
 IDLE_BYTES: Final = 1024 * 1024
 """How far the slot may lag behind a log without events of ours: saving the position itself writes log."""
@@ -86,7 +86,7 @@ class WalSource:
         self._committed_at_us = 0
         """Commit time of the transaction that began last in the log."""
         self._saved = 0
-        self._written: deque[tuple[int, int]] = deque()
+        self._unconfirmed: deque[tuple[int, int]] = deque()
         """Positions saved and not yet confirmed to the slot, as (log position after the save, saved position)."""
         self._confirmed = 0
         self._published = NOTHING
@@ -95,7 +95,7 @@ class WalSource:
         """There is something to prove; at first what a killed relay, or one that handed the slot back, published."""
         self._gulps = Gulps()
         self._next_gulp: asyncio.TimerHandle | None = None
-        self._taken: list[int] = []
+        self._unproven: list[int] = []
         """Transactions that no proof sees yet: a commit is in the log before snapshots see it."""
         self._publication: str | None = None
         """Its version when this relay began to rely on the log."""
@@ -110,7 +110,7 @@ class WalSource:
         await self._stream.start(self._config.slot, self._config.publication, self._saved)
         self._gulps = Gulps(is_taken=not self._stream.is_unix_socket)
         if self._config.uses_native:
-            self._reader = self._stream.log_reader(self._prefix.begin, self._taken)
+            self._reader = self._stream.log_reader(self._prefix.begin, self._unproven)
 
     async def _outbox(self) -> int:
         row = await (await self._leader.execute("SELECT 'outbox'::regclass::oid::bigint")).fetchone()
@@ -120,7 +120,7 @@ class WalSource:
     async def _begin(self, sink: CatchUpSink, system: str) -> None:
         state = await self._find_log()
         self._publication = state.publication.version
-        match await find_beginning(self._leader, self._config, system, state):
+        match await settle_beginning(self._leader, self._config, system, state):
             case CatchUp(reason, published):
                 await self._catch_up(sink, system, reason, published)
             case Adopt(published):
@@ -184,7 +184,7 @@ class WalSource:
         if self._reader is not None and intake.open_records is not None:
             count, is_all = self._read_natively(self._reader, intake, intake.open_records)
         else:
-            count, is_all = self._hand_over(intake)
+            count, is_all = self._read_in_python(intake)
         self._gulps.note(count, is_all=is_all)
         return not is_all
 
@@ -193,7 +193,7 @@ class WalSource:
         room = intake.room
         reader.group, reader.committed_at_us = self._group, self._committed_at_us
         count, size, is_all, message = reader.read(
-            min(PORTION, room.events), room.size, intake.payload_max, records, intake.renew
+            min(READ_MAX, room.events), room.size, intake.payload_max, records, intake.renew
         )
         self._group, self._committed_at_us = reader.group, reader.committed_at_us
         self._has_news, reader.has_commit = self._has_news or reader.has_commit, False
@@ -201,12 +201,12 @@ class WalSource:
         if message == b"":
             raise self._stream.ended()
         if message is not None:
-            self._take_any(message, intake)
+            self._handle(message, intake)
         return count, is_all
 
-    def _take_any(self, message: bytes, intake: Intake) -> None:
+    def _handle(self, message: bytes, intake: Intake) -> None:
         if message[0] != INSERT:
-            self._take(message)
+            self._follow(message)
         elif (event := self._rows.read(message)) is not None:
             self._publish([event], intake)
 
@@ -223,11 +223,11 @@ class WalSource:
         if self._group.end_lsn is not None:
             self._group = self._prefix.begin(self._committed_at_us)
 
-    def _hand_over(self, intake: Intake) -> tuple[int, bool]:
+    def _read_in_python(self, intake: Intake) -> tuple[int, bool]:
         receive, read, room = self._stream.receive, self._rows.read, intake.room
         events: list[OutboxEvent] = []
         message, count, size = None, 0, 0
-        for _ in range(min(PORTION, room.events)):
+        for _ in range(min(READ_MAX, room.events)):
             message = receive()
             if message is None:
                 break
@@ -242,16 +242,16 @@ class WalSource:
                     break
             else:
                 events = self._publish(events, intake)
-                self._take(message)
+                self._follow(message)
         self._publish(events, intake)
         return count, message is None
 
-    def _take(self, message: bytes) -> None:
+    def _follow(self, message: bytes) -> None:
         match message[0]:
             case kind if kind == BEGIN:
                 self._committed_at_us, xid = read_begin(message)
                 self._group = self._prefix.begin(self._committed_at_us)
-                self._taken.append(xid)
+                self._unproven.append(xid)
             case kind if kind == COMMIT:
                 self._leave_ended_group()
                 self._group.end_lsn = read_commit(message)
@@ -297,8 +297,8 @@ class WalSource:
         is_proof_due = bool(self._proofs) and self._proofs[0][0] <= lsn
         if lsn > self._saved and (self._has_news or is_proof_due or lsn - self._saved > IDLE_BYTES):
             await self._save(lsn)
-        while self._written and self._written[0][0] <= lsn:
-            _, self._confirmed = self._written.popleft()
+        while self._unconfirmed and self._unconfirmed[0][0] <= lsn:
+            _, self._confirmed = self._unconfirmed.popleft()
         self._stream.confirm(self._confirmed)
 
     async def _check_publication(self) -> None:
@@ -317,8 +317,8 @@ class WalSource:
             position, snapshot = await ended_by_now(self._leader)
             self._proofs.append((position, snapshot))
             # The log can be far ahead of snapshots while a commit waits for a synchronous standby.
-            self._taken[:] = snapshot.unseen(self._taken)
-        self._has_news = bool(self._taken) or not self._prefix.is_empty
+            self._unproven[:] = snapshot.unseen(self._unproven)
+        self._has_news = bool(self._unproven) or not self._prefix.is_empty
         while self._proofs and self._proofs[0][0] <= lsn:
             _, self._published = self._proofs.popleft()
         values = {"slot": self._config.slot, "lsn": lsn, "publication": self._publication} | self._published.proof
@@ -327,7 +327,7 @@ class WalSource:
 
     async def _note_saved(self, lsn: int) -> None:
         self._saved = lsn
-        self._written.append((await flushed_by_now(self._leader), lsn))
+        self._unconfirmed.append((await flushed_by_now(self._leader), lsn))
 
     def answer(self) -> None:
         if self._stream.is_reply_wanted:
