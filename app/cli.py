@@ -132,7 +132,7 @@ def list_(
         str | None,
         typer.Option(
             metavar="AGE",
-            help="Waiting for an outcome for 1h or longer, and all that need review; longest first. No other filter.",
+            help="Without an outcome for this long (15m, 2h, 7d), and all that need review; no other filter.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=200, help="How many at once.")] = 20,
@@ -144,7 +144,7 @@ def list_(
 
     A payment whose charge or authorize was rejected is `created`: it has no amount, gateway or order.
 
-    Example: payments list --status captured --currency USD --min 100 --since 2h, or payments list --stuck 1h
+    Examples: payments list --status captured --currency USD --min 100 --since 2h, and payments list --stuck 1h
     """
     from app.listing import Wanted, list_payments
 

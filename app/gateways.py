@@ -41,7 +41,7 @@ def list_gateways(settings: Settings, *, as_json: bool) -> int:
         table.add_row(*row)
     console = new_console()
     console.print(table)
-    console.print("*  used by this installation (PAYMENTS_GATEWAYS)   ** and where a command names none")
+    console.print("* used by this installation (PAYMENTS_GATEWAYS), ** also where a command names no gateway.")
     console.print("What a gateway cannot do is refused up front.")
     return 0
 
