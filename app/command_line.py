@@ -123,13 +123,13 @@ def default_data_dir() -> Path:
     return Path(__file__).resolve().parents[1] / ".local"
 
 
-def place_option(context: typer.Context, data_dir: Path | None) -> str:
-    """What a command that is printed to be copied needs to find this data folder; empty if it finds it as this did."""
+def folder_option(data_dir: Path) -> str:
+    """The option by which a command in another terminal finds what runs in this data folder; empty for the default."""
     from app.console import shell_word
 
-    source = context.get_parameter_source("data_dir")
-    is_typed = source is not None and source.name == "COMMANDLINE"
-    return f" --data-dir {shell_word(str(data_dir))}" if is_typed else ""
+    if data_dir.resolve() in (default_data_dir(), default_data_dir() / "demo"):
+        return ""
+    return f" --data-dir {shell_word(str(data_dir.resolve()))}"
 
 
 @contextmanager

@@ -29,11 +29,11 @@ def send_and_report(
     wait: bool,
     timeout_seconds: float,
     as_json: bool,
-    place: str,
+    folder: str,
 ) -> int:
     """Send the command, print its events, and return the exit code.
 
-    `place`: the option, if any, by which other commands find the same servers.
+    `folder`: the option by which other commands find the same data folder, for hints; empty for the default.
     `is_named`: the caller chose payment id and key. If they were generated for a program, they are printed on standard
     error before anything is sent: without them, an interrupted program could only pay again.
     """
@@ -44,14 +44,14 @@ def send_and_report(
         first.print(f"  idempotency key  {safe_text(command.idempotency_key)}", soft_wrap=True)
     try:
         code = asyncio.run(_exchange(settings, command, console, timeout_seconds if wait else None, as_json))
-        return _sent(console, command, as_json, place) if code is None else code
+        return _sent(console, command, as_json, folder) if code is None else code
     except NoResultYet as late:
         if as_json:
             print_json(late.last or _sent_facts(command))
         if late.last is not None and late.last["type"] == REQUIRES_ACTION:
-            aside.print(_payer_awaited(late.last, command, place), soft_wrap=True)
+            aside.print(_payer_awaited(late.last, command, folder), soft_wrap=True)
             return NO_RESULT
-        aside.print(_advice(late, command, timeout_seconds, place), soft_wrap=True)
+        aside.print(_advice(late, command, timeout_seconds, folder), soft_wrap=True)
         return NO_RESULT
 
 
@@ -88,11 +88,11 @@ async def _exchange(
         return REFUSED if event["type"] in REFUSALS else DONE
 
 
-def _sent(console: Console, command: OutgoingCommand, as_json: bool, place: str) -> int:
+def _sent(console: Console, command: OutgoingCommand, as_json: bool, folder: str) -> int:
     if as_json:
         print_json(_sent_facts(command))
     else:
-        console.print(f"  sent; look later with: payments show {command.payment_id}{place}", soft_wrap=True)
+        console.print(f"  sent; look later with: payments show {command.payment_id}{folder}", soft_wrap=True)
     return DONE
 
 
@@ -132,7 +132,7 @@ def _why(event: WireEvent) -> str:
             return ""
 
 
-def _payer_awaited(event: WireEvent, command: OutgoingCommand, place: str) -> Text:
+def _payer_awaited(event: WireEvent, command: OutgoingCommand, folder: str) -> Text:
     """The message for a command that waits for its payer."""
     action = event["action"]
     until = f" until {action['expires_at']}" if action["expires_at"] else ""
@@ -140,19 +140,19 @@ def _payer_awaited(event: WireEvent, command: OutgoingCommand, place: str) -> Te
         (f"No result yet: the payer is awaited{until}.", "yellow"),
         " The result follows when they have acted.\n"
         f"  Payer's page:  {safe_text(action['url'] or action['type'])}\n"
-        f"  Look:          payments show {command.payment_id}{place}\n"
-        f"  Cancel:        payments send void --payment-id {command.payment_id}{place} (where the provider can: "
+        f"  Look:          payments show {command.payment_id}{folder}\n"
+        f"  Cancel:        payments send void --payment-id {command.payment_id}{folder} (where the provider can: "
         "payments gateways)",
     )
 
 
-def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float, place: str) -> Text:
+def _advice(late: NoResultYet, command: OutgoingCommand, timeout_seconds: float, folder: str) -> Text:
     state = f"its last event is {late.last['type']}" if late.last else "no event about it has come"
     return Text.assemble(
         (f"No result after {timeout_seconds:g} s: {state}.", "yellow"),
         " The command is not lost and may still succeed.\n"
         "  Perhaps:     it waits its turn: an earlier command of its payment is not finished, or waits for its payer\n"
-        f"  Look:        payments show {command.payment_id}{place}\n"
+        f"  Look:        payments show {command.payment_id}{folder}\n"
         f"  {_how_to_ask_again(command)}\n"
         "  Still quiet: is `payments up` (or worker and relay) running? See /health/ready and the logs.",
     )

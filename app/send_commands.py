@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from app.command_line import DataDir, fail, find_settings, no_nan, place_option, read_payment_id, readable_errors
+from app.command_line import (
+    DataDir,
+    default_data_dir,
+    fail,
+    find_settings,
+    folder_option,
+    no_nan,
+    read_payment_id,
+    readable_errors,
+)
 
 send = typer.Typer(
     no_args_is_help=True,
@@ -165,7 +174,7 @@ def _send(
             wait=wait,
             timeout_seconds=timeout,
             as_json=as_json,
-            place=place_option(context, data_dir),
+            folder=folder_option(data_dir or default_data_dir()),
         )
     raise typer.Exit(code)
 

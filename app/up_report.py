@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from app.child import ChildFailed
-from app.command_line import advice_on, default_data_dir, error_text
-from app.console import new_console, safe_lines, safe_text, shell_word
+from app.command_line import advice_on, error_text, folder_option
+from app.console import new_console, safe_lines, safe_text
 from app.reporter import ConsoleReporter
 from app.stack_file import AlreadyRunning, StackFile
 from app.up import Installation, run_until_stopped
@@ -94,13 +94,6 @@ def show_addresses(console: Console, urls: dict[str, str], data_dir: Path) -> No
     }
     for name, value in lines.items():
         console.print(f"  {name:<22}{value}", soft_wrap=True)
-
-
-def folder_option(data_dir: Path) -> str:
-    """The option by which a command in another terminal finds what runs in this data folder."""
-    if data_dir.resolve() in (default_data_dir(), default_data_dir() / "demo"):
-        return ""
-    return f" --data-dir {shell_word(str(data_dir.resolve()))}"
 
 
 def trouble(message: str) -> Text:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from app.client import PaymentsClient
+from app.command_line import folder_option
 from app.console import new_console, safe_text
 from app.demo.books import Books, compare
 from app.demo.orders import Sending, stream
@@ -26,7 +27,7 @@ from app.settings import Settings
 from app.signals import stop_on_signals
 from app.stack_file import StackFile
 from app.up import ALL_GATEWAYS, Installation
-from app.up_report import folder_option, show_addresses, start_errors
+from app.up_report import show_addresses, start_errors
 from infra.postgres.ledger import database_time
 
 CRASH_AT: Final = 0.45
