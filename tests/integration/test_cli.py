@@ -49,6 +49,10 @@ class Up:
         found: dict[str, Any] = json.loads((self.data_dir / "stack.json").read_text())
         return found
 
+    @property
+    def output(self) -> str:
+        return (self.data_dir / "up.out").read_text()
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run(*arguments, data_dir=self.data_dir)
 
@@ -68,7 +72,7 @@ def started(data_dir: Path, **settings: str) -> Iterator[Up]:
     )
     try:
         wait_until(lambda: (data_dir / "stack.json").exists() or process.poll() is not None)
-        assert process.poll() is None, (data_dir / "up.out").read_text()
+        assert process.poll() is None, Up(process, data_dir).output
         yield Up(process, data_dir)
     finally:
         process.terminate()
@@ -789,7 +793,7 @@ def test_a_second_up_refuses_and_says_where_the_first_is(up: Up) -> None:
 
 
 def test_the_commands_that_up_suggests_work_in_another_terminal(up: Up) -> None:
-    told = (up.data_dir / "up.out").read_text() + up.run("up").stdout
+    told = up.output + up.run("up").stdout
     hints = re.findall("(?:try|Use it:) +payments (send charge .*)", told)
     assert len(hints) == 2
     for each in hints:
@@ -808,6 +812,15 @@ def test_a_crashed_worker_is_started_again(up: Up) -> None:
     code, _ = up.send(*new_charge())
     assert code == 0
     assert up.stack["pids"]["worker"] != killed
+    wait_until(lambda: re.search(r"worker is back, ready after [0-9.]+ s", up.output) is not None)
+    assert "worker ended (SIGKILL); starting it again" in up.output
+
+
+def test_a_crashed_server_is_started_again(up: Up) -> None:
+    killed = json.loads((up.data_dir / "valkey.pid").read_text())["pid"]
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: re.search(r"Valkey is back after [0-9.]+ s", up.output) is not None)
+    assert "Valkey ended; starting it again" in up.output
 
 
 def test_migrating_what_is_migrated_does_nothing(up: Up) -> None:
