@@ -105,9 +105,12 @@ class RelayDesk:
             return 0
         gap, *_ = self._ask(lambda connection: find_repair(connection, self._slot))
         if gap is not None and is_about_destination(gap) and not everything:
-            self._out.print(
-                f"Not done: {gap}. If that is a mistake, waiting events would go to the wrong place: {advice_on(gap)}."
+            why = (
+                "If that is a mistake, waiting events would go to the wrong place"
+                if setting_behind(gap)
+                else "It would publish nothing of what was lost"
             )
+            self._out.print(f"Not done: {gap}. {why}: {advice_on(gap)}.")
             return 1
         repair: Repair = "everything" if everything else "unproven"
         try:
@@ -386,7 +389,7 @@ def _tell_that_it_ends() -> None:
 
 
 def _with_setting_of(gap: str | None) -> str:
-    if gap is None or not is_about_destination(gap):
+    if gap is None or not setting_behind(gap):
         return ""
     return f" with the earlier {setting_behind(gap)}, or use `payments relay repair --everything` for the new one"
 

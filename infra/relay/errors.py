@@ -5,6 +5,7 @@ RelayError
 ├── SlotBusy          somebody else streams from the slot  STAND BY
 ├── SlotMissing       the slot does not exist              RECONNECT; the next session finds the gap
 ├── GapFound          events may be missing                STOP, report it, wait for an operator's decision
+├── EventsLost        Kafka lost acknowledged events       the session records a gap, and STOPS
 ├── CheckpointMissing the record of progress is gone       RECONNECT, as on a first start
 ├── SlotOfAnother     the name is another client's slot    RECONNECT, without touching it, and report it
 ├── ColumnMissing     the log lacks columns events need    RECONNECT, and report it until the publication is fixed
@@ -52,6 +53,10 @@ class GapFound(RelayError):
         span = f", written from {first:%Y-%m-%d %H:%M:%S%z} to {last:%H:%M:%S}" if first and last else ""
         unproven = f"{events} retained events have no proof of publication{span}{LISTED if events else ''}"
         return f"{self.reason}: {unproven}: {advice_on(self.reason)}"
+
+
+class EventsLost(RelayError):
+    """Kafka has lost events that it had acknowledged; the message says where."""
 
 
 class CheckpointMissing(RelayError):

@@ -14,12 +14,14 @@ from aiokafka.errors import KafkaError
 from infra.relay import metrics
 from infra.relay.config import RelayConfig
 from infra.relay.connection import with_settings
-from infra.relay.errors import RelayError
+from infra.relay.errors import EventsLost, RelayError
 from infra.relay.event import US_1970_TO_2000, Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.lag import Lag
 from infra.relay.leadership import LEADERSHIP, lock_key
 from infra.relay.poll.source import PollSource
+from infra.relay.progress.checkpoint import find_checkpoint, refuse_gap, save_offsets
+from infra.relay.progress.snapshot import NOTHING
 from infra.relay.publish.publisher import Publisher
 from infra.relay.publish.quarantine import Quarantine
 from infra.relay.publish.retries import Retries
@@ -52,6 +54,8 @@ class Session:
         self._is_save_due = True
         self._is_retry_due = True
         self._leadership: asyncio.Task[None] | None = None
+        self._leader: psycopg.AsyncConnection
+        self._saved_offsets: list[int] = []
         self._lag: Lag
         self._source: Source
         self._publisher: Publisher
@@ -66,17 +70,23 @@ class Session:
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(metrics.UNACKNOWLEDGED.set, 0)
-            preparation = asyncio.timeout(None)
-            self._run_beside(stack, self._watch_stop(preparation))
             try:
-                async with preparation:
-                    await self._prepare(stack)
-            except TimeoutError:
-                if preparation.expired():
-                    return
-                raise
-            self._run_beside(stack, self._tick())
-            await self._publish()
+                await self._run(stack)
+            except EventsLost as error:
+                await refuse_gap(self._leader, self._config.slot, str(error), NOTHING)
+
+    async def _run(self, stack: contextlib.AsyncExitStack) -> None:
+        preparation = asyncio.timeout(None)
+        self._run_beside(stack, self._watch_stop(preparation))
+        try:
+            async with preparation:
+                await self._prepare(stack)
+        except TimeoutError:
+            if preparation.expired():
+                return
+            raise
+        self._run_beside(stack, self._tick())
+        await self._publish()
 
     def _run_beside(self, stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -93,7 +103,7 @@ class Session:
     # --- before the stream ------------------------------------------------------------------------------------------
 
     async def _prepare(self, stack: contextlib.AsyncExitStack) -> None:
-        leader = await self._lead(stack)
+        self._leader = leader = await self._lead(stack)
         self._lag = Lag(leader, self._config)
         await self._lag.measure_log()  # Also while Kafka is away and every session ends at once.
         try:
@@ -123,6 +133,9 @@ class Session:
         stack.push_async_callback(self._source.close)
         await self._retries.load()
         self._status.enter(State.CATCHING_UP)
+        checkpoint = await find_checkpoint(leader, config.slot)
+        if checkpoint is not None:
+            self._publisher.exceed(checkpoint.offsets_to_exceed(config))
         await self._source.open(self._catch_up_sink())
 
     async def _lead(self, stack: contextlib.AsyncExitStack) -> psycopg.AsyncConnection:
@@ -220,7 +233,7 @@ class Session:
         if self._is_save_due:
             self._is_save_due = False
             self._publisher.check_partitions()
-            await self._source.save()
+            await self._save()
             self._status.trouble = self._publisher.trouble or self._silence
             metrics.UNACKNOWLEDGED.set(self._publisher.unacknowledged)
             metrics.LAG_SECONDS.set(max(_age(self._source.oldest_commit_us), self._lag.unread_seconds))
@@ -228,6 +241,13 @@ class Session:
             self._is_retry_due = False
             await self._retry_quarantined()
             metrics.QUARANTINED.set(await self._quarantine.count())
+
+    async def _save(self) -> None:
+        await self._source.save()
+        offsets = list(self._publisher.acknowledged_offsets)
+        if offsets != self._saved_offsets:
+            await save_offsets(self._leader, self._config.slot, offsets)
+            self._saved_offsets = offsets
 
     async def _retry_quarantined(self) -> None:
         """Publish a portion of the events to retry; more may be due when some of them have ended."""
@@ -269,11 +289,11 @@ class Session:
                     await self._flush()
                     if self._is_save_due:  # Postgres hangs up on a reader from which it hears nothing.
                         self._is_save_due = False
-                        await self._source.save()
+                        await self._save()
                     if self._publisher.unacknowledged:
                         await self._wake.wait()
         async with asyncio.timeout(2):
-            await self._source.save()
+            await self._save()
             await self._source.finish()
         async with asyncio.timeout(2):
             await self._retries.let_go()

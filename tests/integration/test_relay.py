@@ -14,15 +14,15 @@ import aiokafka.client
 import psycopg
 import pytest
 import structlog
-from aiokafka.admin import AIOKafkaAdminClient
 
 from infra.kafka.access import KafkaAccess
-from infra.kafka.topics import ensure_topics, has_topic
+from infra.kafka.topics import ensure_topics
 from infra.local import EmbeddedKafka
 from infra.local.postgres import drop_database
 from infra.local.server import HOST
 from infra.relay import Relay, RelayConfig, lag, metrics
 from infra.relay.connection import with_settings
+from infra.relay.progress.repairs import request_repair
 from infra.relay.publish import producer, publisher
 from infra.relay.publish.partitions import partition_of
 from infra.relay.publish.publisher import Publisher
@@ -40,7 +40,16 @@ from tests.support.outbox import (
     set_database,
 )
 from tests.support.relay_source import PLAIN, also_plain
-from tests.support.relays import frozen, published, running, slot, wal_only, without_leader
+from tests.support.relays import (
+    frozen,
+    is_all_proven,
+    make_topic_anew,
+    published,
+    running,
+    slot,
+    wal_only,
+    without_leader,
+)
 from tests.support.waiting import until
 
 GOLDEN = [
@@ -498,32 +507,25 @@ async def test_many_bytes_stop_the_reading_too(config: RelayConfig) -> None:
     assert highest <= 3
 
 
-async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_later_event_where_it_belongs(
+async def test_a_topic_that_is_made_anew_with_fewer_partitions_gets_every_event_where_it_belongs(
     config: RelayConfig,
 ) -> None:
-    config = replace(config, topic=f"{config.topic}.own")
+    config = replace(config, topic=f"{config.topic}.own", gap_seconds=0.1)
     await ensure_topics(config.kafka, {config.topic: 2 * PARTITIONS})
-    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
-    await admin.start()
     before, after = ([Row(uuid4(), f"pay_{n}", seq) for n in range(40)] for seq in (1, 2))
-    async with running(config):
+    async with running(config) as relay:
         await commit(config.postgres_url, before)
-        await until(lambda: metrics.UNACKNOWLEDGED._value.get() == 0)
-        await admin.delete_topics([config.topic])
-        await until(lambda: has_no_topic(config))
-        await ensure_topics(config.kafka, {config.topic: PARTITIONS})
+        await until(lambda: is_all_proven(config))
+        await make_topic_anew(config, PARTITIONS)
         await commit(config.postgres_url, after)
         # Sooner than a producer gives up its batches for partitions that are gone.
-        records = await asyncio.wait_for(published(config, *after), 10)
-    assert {(row.id, partition_of(row.key.encode(), PARTITIONS)) for row in after} <= {
+        await until(lambda: "Kafka has lost events" in relay.health.detail, timeout_seconds=10)
+        async with await psycopg.AsyncConnection.connect(config.postgres_url, autocommit=True) as connection:
+            assert await request_repair(connection, config.slot, "everything")
+        records = await published(config, *before, *after)
+    assert {(row.id, partition_of(row.key.encode(), PARTITIONS)) for row in before + after} <= {
         (UUID(dict(record.headers)["id"].decode()), record.partition) for record in records
     }
-    await admin.delete_topics([config.topic])
-    await admin.close()
-
-
-async def has_no_topic(config: RelayConfig) -> bool:
-    return not await has_topic(config.kafka, config.topic)
 
 
 async def test_a_standby_waits_and_takes_over(config: RelayConfig) -> None:

@@ -28,6 +28,7 @@ from infra.local import EmbeddedPostgres, StackUrls, create_database, drop_datab
 from infra.postgres.maintenance import maintain
 from infra.relay import Relay, RelayConfig, metrics
 from infra.relay.leadership import LEADERSHIP, lock_key
+from infra.relay.progress.gaps import lost_by_kafka
 from infra.relay.publish.replay import HEADER, EventReplay, Selection
 from infra.relay.status import read_status
 from infra.relay.wal.stream import ReplicationStream
@@ -48,6 +49,7 @@ from tests.support.relays import (
     CREATE,
     DROP,
     StandingStill,
+    is_all_proven,
     poisoned_payment,
     published,
     running,
@@ -770,6 +772,25 @@ async def test_a_smaller_repair_request_does_not_replace_a_larger_one_and_says_s
     other = await payments_relay(config, "repair", "--timeout", "0.2")
     assert other.returncode == 1
     assert "Not done: `payments relay repair --everything` was requested before" in other.stdout
+
+
+async def test_a_repair_that_would_not_bring_back_what_kafka_lost_is_refused(config: RelayConfig) -> None:
+    rows = rows_of("pay_a", 3)
+    async with running(config):
+        await commit(config.postgres_url, rows)
+        await published(config, *rows)
+        await until(lambda: is_all_proven(config))
+    lost = lost_by_kafka(config.topic, 0, 0, 2)
+    await fetch_value(
+        config.postgres_url, "UPDATE relay_slots SET gap = %s WHERE slot_name = %s RETURNING 1", lost, config.slot
+    )
+    listed = await payments_relay(config, "repair", "--dry-run")
+    assert listed.stdout.startswith("3 ")
+    refused = await payments_relay(config, "repair", "--timeout", "0.2")
+    assert refused.returncode == 1
+    assert "It would publish nothing of what was lost: `payments relay repair --everything`" in refused.stdout
+    other = await payments_relay(config, "repair", "--everything", "--timeout", "0.2")
+    assert "requested, but not done yet" in other.stdout
 
 
 @wal_only

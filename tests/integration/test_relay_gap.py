@@ -36,7 +36,17 @@ from tests.support.outbox import (
     set_database,
 )
 from tests.support.relay_source import PLAIN
-from tests.support.relays import ADVANCE, CREATE, DROP, StandingStill, is_all_proven, published, running, wal_only
+from tests.support.relays import (
+    ADVANCE,
+    CREATE,
+    DROP,
+    StandingStill,
+    is_all_proven,
+    make_topic_anew,
+    published,
+    running,
+    wal_only,
+)
 from tests.support.topic import read_until
 from tests.support.waiting import until
 
@@ -530,6 +540,53 @@ def exchange_data(kafka: EmbeddedKafka, *, away: str, back: str) -> None:
     else:
         stamp.unlink()
     kafka.restart()
+
+
+@pytest.mark.parametrize("is_running", [True, False], ids=["while it runs", "while it is off"])
+async def test_a_topic_that_is_made_anew_is_noticed_and_everything_retained_is_published(
+    config: RelayConfig, is_running: bool
+) -> None:
+    """It has as many partitions and takes events as before, but those that were on it are gone."""
+    config = replace(config, topic=f"{config.topic}.own")
+    await ensure_topics(config.kafka, {config.topic: PARTITIONS})
+    rows, late = rows_of("pay_a", 5), rows_of("pay_a", 5, first=6)
+    async with contextlib.AsyncExitStack() as stack:
+        await before_the_gap(config, rows)
+        if is_running:
+            relay = await stack.enter_async_context(running(config))
+            await make_topic_anew(config, PARTITIONS)
+            await commit(config.postgres_url, late)
+            await until(lambda: relay.health.detail.startswith("gap"), timeout_seconds=30)
+        else:
+            await make_topic_anew(config, PARTITIONS)
+            await commit(config.postgres_url, late)
+    async with StandingStill(config) as standing:
+        assert "Kafka has lost events that it had acknowledged: partition " in standing.relay.health.detail
+        assert "`payments relay repair --everything`" in standing.relay.health.detail
+        await until(lambda: "10 retained events have no proof of publication" in standing.relay.health.detail)
+        assert await standing.unproven() == 10
+        await standing.decide("everything")
+        records = await published(config, *rows, *late)
+        assert set(ids(records)) == {row.id for row in rows + late}
+        await until(lambda: is_all_proven(config))
+    async with running(config):  # The offsets from before count no more.
+        last = rows_of("pay_a", 1, first=11)
+        await commit(config.postgres_url, last)
+        await published(config, *last)
+
+
+async def test_lost_events_can_be_let_go(config: RelayConfig) -> None:
+    config = replace(config, topic=f"{config.topic}.own")
+    await ensure_topics(config.kafka, {config.topic: PARTITIONS})
+    rows, late, last = (rows_of("pay_a", 5, first=first) for first in (1, 6, 11))
+    await before_the_gap(config, rows)
+    await make_topic_anew(config, PARTITIONS)
+    await commit(config.postgres_url, late)
+    async with StandingStill(config) as standing:
+        await standing.decide("adopt")
+    async with running(config):
+        await commit(config.postgres_url, last)
+        assert not set(ids(await published(config, *last))) & {row.id for row in rows}
 
 
 async def count_records(config: RelayConfig) -> int:

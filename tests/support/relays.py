@@ -15,6 +15,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.producer.message_accumulator import MessageAccumulator
 
+from infra.kafka.topics import ensure_topics, has_topic
 from infra.relay import Relay, RelayConfig
 from infra.relay.progress.checkpoint import Repair
 from infra.relay.progress.repairs import count_unproven, find_repair, request_repair
@@ -89,6 +90,20 @@ async def set_topic_limit(config: RelayConfig, limit: int) -> None:
     resource = ConfigResource(ConfigResourceType.TOPIC, config.topic, {"max.message.bytes": str(limit)})
     await admin.alter_configs([resource])
     await admin.close()
+
+
+async def make_topic_anew(config: RelayConfig, partitions: int) -> None:
+    """Delete the events' topic, and create it again under its name."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
+    await admin.start()
+    await admin.delete_topics([config.topic])
+    await until(lambda: _has_no_topic(config))
+    await ensure_topics(config.kafka, {config.topic: partitions})
+    await admin.close()
+
+
+async def _has_no_topic(config: RelayConfig) -> bool:
+    return not await has_topic(config.kafka, config.topic)
 
 
 class StandingStill:

@@ -17,6 +17,8 @@ from infra.relay.progress.gaps import (
     SLOT_AHEAD,
     SLOT_LOST,
     SLOT_MISSING,
+    advice_on,
+    lost_by_kafka,
 )
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 
@@ -102,6 +104,34 @@ def test_a_poll_adopts_a_topic_and_nothing_of_another_server() -> None:
     assert decide_beginning(checkpoint, HERE, POLL, None) == CatchUp("adopted", PROVEN)
     moved = replace(checkpoint, system_identifier="2", topic="events")
     assert decide_beginning(moved, HERE, POLL, None) == Refuse(ANOTHER_SERVER, NOTHING)
+
+
+@pytest.mark.parametrize(("config", "found"), [(WAL, FOUND), (POLL, None)], ids=["wal", "poll"])
+def test_events_that_kafka_has_lost_stay_a_gap_until_all_are_published_or_somebody_lets_them_go(
+    config: RelayConfig, found: LogState | None
+) -> None:
+    lost = lost_by_kafka("events", 3, 0, 41)
+    checkpoint = replace(LEFT, source=config.source, gap=lost, acknowledged_offsets=[9, -1, 5, 41])
+    for repair in (None, "unproven"):
+        assert decide_beginning(replace(checkpoint, repair=repair), HERE, config, found) == Refuse(lost, NOTHING)
+    adopted = replace(checkpoint, repair="adopt")
+    assert isinstance(decide_beginning(adopted, HERE, config, found), Adopt if found else CatchUp)
+    everything = replace(checkpoint, repair="everything")
+    assert decide_beginning(everything, HERE, config, found) == CatchUp("repair", NOTHING)
+
+    assert checkpoint.offsets_to_exceed(config) == [9, -1, 5, 41]
+    assert adopted.offsets_to_exceed(config) == everything.offsets_to_exceed(config) == []
+    assert replace(checkpoint, topic="other").offsets_to_exceed(config) == []
+    assert LEFT.offsets_to_exceed(config) == []
+
+
+def test_lost_events_beside_another_gap_are_not_adopted() -> None:
+    lost = lost_by_kafka("events", 3, 0, 41)
+    checkpoint = replace(LEFT, gap=lost, repair="adopt")
+    beginning = decide_beginning(checkpoint, HERE, WAL, FOUND._replace(position=101))
+    assert beginning == Refuse(f"{lost}; and {SLOT_AHEAD}", NOTHING)
+    assert advice_on(beginning.gap).startswith("`payments relay repair --everything`")
+    assert "adopt" not in advice_on(beginning.gap)
 
 
 Source = Literal["wal", "poll"]

@@ -240,7 +240,7 @@ class Connection:
 class Sent(NamedTuple):
     partition: int
     events: list[OutboxEvent]
-    answer: asyncio.Future[None]
+    answer: asyncio.Future[Any]
 
 
 class Producer:
@@ -251,8 +251,8 @@ class Producer:
         self.publisher: Publisher
         self.topic: dict[int, list[OutboxEvent]] = defaultdict(list)
 
-    async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[None]:
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def send_batch(self, batch: RecordBatch, _: str, *, partition: int) -> asyncio.Future[Any]:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         assert all(each.partition != partition for each in self.sent), "one batch of a partition at a time"
         self.sent.append(Sent(partition, [event for event, _ in batch.unpack()], answer))
         assert not self.publisher.blocked & {event.aggregateid for event in self.sent[-1].events}, "in quarantine"
@@ -260,8 +260,8 @@ class Producer:
 
     async def acknowledge(self, number: int) -> None:
         sent = self.sent.pop(number % len(self.sent))
+        sent.answer.set_result(SimpleNamespace(offset=len(self.topic[sent.partition])))
         self.topic[sent.partition] += sent.events
-        sent.answer.set_result(None)
         await asyncio.sleep(0)
 
     async def refuse(self, number: int) -> None:

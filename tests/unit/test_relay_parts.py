@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from infra.kafka.access import KafkaAccess
 from infra.relay import health, metrics
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway, PostgresAway
+from infra.relay.errors import EventsLost, KafkaAway, PostgresAway
 from infra.relay.event import Group, OutboxEvent
 from infra.relay.health import State, Status
 from infra.relay.progress.snapshot import Snapshot
@@ -117,10 +117,12 @@ class FakeProducer:
     """Records what was sent, as lists of payloads; the test answers."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[int, list[bytes], asyncio.Future[None]]] = []
+        self.sent: list[tuple[int, list[bytes], asyncio.Future[Any]]] = []
+        self.end = 0
+        """The topic's end, if all of it is in one partition."""
 
-    async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[None]:
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def send_batch(self, batch: RecordBatch, topic: str, *, partition: int) -> asyncio.Future[Any]:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.sent.append((partition, [event.payload for event, _ in batch.unpack()], answer))
         return answer
 
@@ -144,10 +146,12 @@ class TestPublisher:
             self.publisher.publish([EVENT._replace(payload=value)], self.groups[-1])
         await flush(self.publisher)
 
-    async def answer(self, number: int, error: Exception | None = None) -> None:
+    async def answer(self, number: int, error: Exception | None = None, *, offset: int | None = None) -> None:
+        """Acknowledge this batch, at the end of its partition or at `offset`; or refuse it."""
         answer = self.producer.sent[number][2]
         if error is None:
-            answer.set_result(None)
+            answer.set_result(SimpleNamespace(offset=self.producer.end if offset is None else offset))
+            self.producer.end += len(self.producer.sent[number][1])
         else:
             answer.set_exception(error)
         await asyncio.sleep(0)
@@ -246,6 +250,30 @@ class TestPublisher:
         assert self.publisher.trouble == "Kafka acknowledges nothing; what waits is in partition 0"
         (renewal,) = self.publisher._producers.renewals
         renewal.cancel()
+
+    async def test_an_offset_that_is_not_above_the_last_acknowledged_one_means_that_events_are_lost(self) -> None:
+        for value in (b"1", b"2", b"3", b"4"):
+            await self.publish(value)
+        await self.answer(0)
+        await flush(self.publisher)
+        await self.answer(1)
+        assert self.publisher.acknowledged_offsets == [3]
+        await self.publish(b"5")
+        await self.answer(2, offset=3)
+        assert self.missing == [0] * 5
+        with pytest.raises(EventsLost, match="partition 0 of events goes on at offset 3, although 3 was acknowledged"):
+            await self.publisher.flush()
+
+    async def test_a_batch_that_the_broker_had_already_says_nothing_about_offsets(self) -> None:
+        self.publisher.exceed([7, 8])
+        await self.publish(b"1")
+        await self.answer(0, offset=-1)
+        await self.publisher.flush()
+        assert self.publisher.acknowledged_offsets == [7]
+        await self.publish(b"2")
+        await self.answer(1, offset=8)
+        await self.publisher.flush()
+        assert self.publisher.acknowledged_offsets == [8]
 
     async def test_a_partition_that_acknowledges_nothing_is_named_though_others_go_on(
         self, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,7 @@ from infra.relay.progress.gaps import (
     SLOT_LOST,
     SLOT_MISSING,
     gap_of,
+    lost_before,
 )
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 
@@ -118,18 +119,23 @@ def decide_beginning(
     if checkpoint.source == "poll":
         state = None  # Whatever our slot has passed or missed since then, the poll has published.
     published, is_moved = checkpoint.published_on(system), checkpoint.system_identifier != system
-    destination = checkpoint.another_destination(config)
+    destination = gap_of((checkpoint.another_destination(config), lost_before(checkpoint.gap)))
     doubts = list(filter(None, _doubts(checkpoint, destination, state, is_moved=is_moved)))
     match checkpoint.repair:
         case "everything":
             return CatchUp("repair", NOTHING, is_moved)
         case "unproven":
-            return Refuse(destination, published) if destination else CatchUp("repair", published, is_moved)
+            return _refuse(destination, published) if destination else CatchUp("repair", published, is_moved)
         case "adopt" if _may_adopt(state, doubts):
             return CatchUp("adopted", published) if state is None else Adopt(published)
     if (gap := gap_of(doubts)) is not None:
-        return Refuse(gap, published)
+        return _refuse(gap, published)
     return GoOn(checkpoint, published) if checkpoint.source == config.source else CatchUp("another source", published)
+
+
+def _refuse(gap: str, published: Snapshot) -> Refuse:
+    """What Kafka has lost was proven to be published: no proof counts until somebody decides."""
+    return Refuse(gap, NOTHING if lost_before(gap) else published)
 
 
 def _doubts(

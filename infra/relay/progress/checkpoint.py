@@ -12,7 +12,7 @@ import psycopg
 from infra.relay.config import RelayConfig
 from infra.relay.errors import CheckpointMissing, GapFound
 from infra.relay.leadership import ADOPTION, is_held, lock_key
-from infra.relay.progress.gaps import another_cluster, another_topic, gap_of
+from infra.relay.progress.gaps import another_cluster, another_topic, gap_of, lost_before
 from infra.relay.progress.snapshot import NOTHING, Snapshot
 
 Repair = Literal["unproven", "everything", "adopt"]
@@ -22,7 +22,7 @@ ASKED: Final = f"CASE WHEN repair <> 'adopt' OR {is_held(ADOPTION)} THEN repair 
 FIND: Final = f"""
     SELECT system_identifier, source, confirmed_lsn - '0/0'::pg_lsn AS confirmed_lsn, published_below,
            window_begin::text, window_end::text, window_position,
-           {ASKED}, gap, publication, topic, kafka_cluster
+           {ASKED}, gap, publication, topic, kafka_cluster, acknowledged_offsets
       FROM relay_slots WHERE slot_name = %(slot)s
 """  # noqa: S608 - names from our own constants
 # The end of the log is read after the snapshot is taken, so every transaction that the snapshot sees ends before it.
@@ -40,8 +40,8 @@ START: Final = """
            kafka_cluster = coalesce(excluded.kafka_cluster, relay_slots.kafka_cluster),
            confirmed_lsn = excluded.confirmed_lsn, published_below = excluded.published_below,
            window_begin = excluded.window_begin, window_end = NULL, window_position = 0, gap = NULL, repair = NULL,
-           repaired_events = excluded.repaired_events, publication = excluded.publication, caught_up_at = now(),
-           updated_at = now()
+           repaired_events = excluded.repaired_events, publication = excluded.publication,
+           acknowledged_offsets = NULL, caught_up_at = now(), updated_at = now()
 """
 SAVE_LSN: Final = """
     UPDATE relay_slots SET confirmed_lsn = '0/0'::pg_lsn + %(lsn)s, published_below = %(below)s,
@@ -53,6 +53,7 @@ SAVE_WINDOW: Final = """
                            window_position = %(position)s, updated_at = now()
      WHERE slot_name = %(slot)s
 """
+SAVE_OFFSETS: Final = "UPDATE relay_slots SET acknowledged_offsets = %(offsets)s WHERE slot_name = %(slot)s"
 # Always write: a relay that cannot record its progress would publish the same events again and again.
 TRUST: Final = """
     UPDATE relay_slots SET gap = NULL, topic = %(topic)s, kafka_cluster = coalesce(%(cluster)s, kafka_cluster),
@@ -83,6 +84,8 @@ class Checkpoint:
     topic: str | None
     kafka_cluster: str | None
     """None in a record from before this was saved; likewise `topic`."""
+    acknowledged_offsets: list[int] | None = None
+    """The last offset that Kafka has acknowledged in each partition, or -1; None before the first is saved."""
 
     def published_on(self, system: str) -> Snapshot:
         """The events proven to be on the topic. Transaction ids of another server prove nothing on this one."""
@@ -101,6 +104,11 @@ class Checkpoint:
             if before and now and before != now
         )
 
+    def offsets_to_exceed(self, config: RelayConfig) -> list[int]:
+        """The offsets that this relay's events must exceed; none where others count from now on, or already do."""
+        is_decided = self.repair in ("everything", "adopt")
+        return [] if is_decided or self.another_destination(config) else self.acknowledged_offsets or []
+
 
 async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpoint | None:
     """The record of the relay of this name; None before its first catch-up."""
@@ -113,10 +121,12 @@ async def find_checkpoint(leader: psycopg.AsyncConnection, slot: str) -> Checkpo
 
 
 async def find_published(connection: psycopg.AsyncConnection, slot: str) -> Snapshot:
-    """The events proven to be on the topic, as this relay saved them last."""
+    """The events proven to be on the topic, as this relay saved them last; none if Kafka has lost some of them."""
     checkpoint = await find_checkpoint(connection, slot)
     row = await (await connection.execute(SYSTEM)).fetchone()
-    return checkpoint.published_on(row[0]) if checkpoint and row else NOTHING
+    if checkpoint is None or row is None or lost_before(checkpoint.gap):
+        return NOTHING
+    return checkpoint.published_on(row[0])
 
 
 async def start_checkpoint(
@@ -169,6 +179,11 @@ async def save_checkpoint(leader: psycopg.AsyncConnection, query: str, values: d
     """
     if (await leader.execute(query.encode(), values)).rowcount != 1:
         raise CheckpointMissing("the relay's row of relay_slots is gone, and with it the proof of what is published")
+
+
+async def save_offsets(leader: psycopg.AsyncConnection, slot: str, offsets: list[int]) -> None:
+    """Record the last acknowledged offset of each partition."""
+    await leader.execute(SAVE_OFFSETS, {"offsets": offsets, "slot": slot})
 
 
 async def ended_by_now(connection: psycopg.AsyncConnection) -> tuple[int, Snapshot]:

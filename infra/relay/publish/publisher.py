@@ -23,8 +23,9 @@ from aiokafka.errors import (
 from infra.relay import metrics
 from infra.relay.compiled import IS_COMPILED
 from infra.relay.config import RelayConfig
-from infra.relay.errors import KafkaAway
+from infra.relay.errors import EventsLost, KafkaAway
 from infra.relay.event import Group, OutboxEvent
+from infra.relay.progress.gaps import lost_by_kafka
 from infra.relay.publish.partitions import partition_of
 from infra.relay.publish.producer import OneCluster, abandon, start_producer
 from infra.relay.publish.producers import Producers
@@ -104,6 +105,8 @@ class Publisher:
         self._diverted: list[Diverted] = []
         self._config = config
         self._cluster = cluster
+        self.acknowledged_offsets = [-1] * partitions
+        """The last acknowledged offset of each partition. The next one is above it, unless Kafka has lost events."""
         self._producers = Producers(config, cluster, producer, partitions, self._renewed)
         self._queues = [_PartitionQueue(number) for number in range(partitions)]
         self._new_records = records_class(is_native=config.uses_native)
@@ -151,6 +154,11 @@ class Publisher:
     def is_full(self) -> bool:
         """Whether no more should be read until something is acknowledged."""
         return min(self.room) <= 0
+
+    def exceed(self, offsets: Sequence[int]) -> None:
+        """Expect only offsets above these, one for each partition that there was."""
+        for partition, offset in enumerate(offsets[: len(self.acknowledged_offsets)]):
+            self.acknowledged_offsets[partition] = offset
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Accept events for the next `flush`; their group counts them until they are acknowledged."""
@@ -207,6 +215,7 @@ class Publisher:
 
         Raises:
             KafkaAway: events could not be published; the session must end.
+            EventsLost: Kafka has lost events that it had acknowledged.
         """
         self.check()
         while queue := self._next_queue():
@@ -226,8 +235,10 @@ class Publisher:
         return None
 
     def check(self) -> None:
-        """Raise KafkaAway if this publisher cannot be used any more."""
+        """Raise KafkaAway if this publisher cannot be used any more, or EventsLost."""
         self._cluster.check()
+        if isinstance(self._error, EventsLost):
+            raise self._error
         if self._error is not None:
             raise KafkaAway(f"{type(self._error).__name__}: {self._error}") from self._error
 
@@ -295,10 +306,18 @@ class Publisher:
         if error is None:
             queue.sent_at = None
             self._acknowledge(batch)
+            self._note_offset(queue.number, sent.result().offset, batch.record_count())
         else:
             queue.pending.appendleft(batch)
             self._failed(queue, batch, error)
         self._on_progress()
+
+    def _note_offset(self, partition: int, offset: int, count: int) -> None:
+        acknowledged = self.acknowledged_offsets[partition]
+        if offset > acknowledged:
+            self.acknowledged_offsets[partition] = offset + count - 1
+        elif offset >= 0:  # -1: a batch that the broker had already, and no longer knows where.
+            self._error = EventsLost(lost_by_kafka(self._config.topic, partition, offset, acknowledged))
 
     def _failed(self, queue: _PartitionQueue, batch: RecordBatch, error: BaseException) -> None:
         """Nothing may overtake a batch that was not written: it waits in its queue, or the session ends here."""
