@@ -17,7 +17,7 @@ from app.tables import print_wide, table_of
 from app.times import TimeUnusable, age, moment
 from domain.events import PaymentStatus
 from domain.operations import OperationState
-from infra.postgres.repository import Page, PaymentFilters, PaymentRecord, PaymentRepository
+from infra.postgres.repository import MAX_PAGE_SIZE, Page, PaymentFilters, PaymentRecord, PaymentRepository
 
 
 class FilterUnusable(ValueError):
@@ -63,14 +63,22 @@ def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
 def _list_stuck(settings: Settings, wanted: Wanted, since: timedelta, *, as_json: bool) -> int:
     found = asyncio.run(with_repository(settings, lambda each: each.find_stuck_payments(since, limit=wanted.limit)))
     if as_json:
-        print(json.dumps({"payments": list(map(_stuck_facts, found))}, indent=2))
-    elif found:
-        print_wide(new_console(), _stuck_table(found))
+        print(json.dumps({"payments": list(map(_stuck_facts, found.items))}, indent=2))
+    elif found.items:
+        print_wide(new_console(), _stuck_table(found.items))
     else:
         new_console().print(f"No payment has waited for {wanted.stuck}, and none needs review.")
-    if len(found) == wanted.limit:
-        tell_of_more(wanted.limit)
+    if found.is_more:
+        _tell_of_more_stuck(wanted.limit)
     return 0
+
+
+def _tell_of_more_stuck(limit: int) -> None:
+    if limit < MAX_PAGE_SIZE:
+        tell_of_more(limit)
+    else:
+        text = f"… and more: no more than {limit} are listed; these have waited longest"
+        new_console(to_stderr=True).print(text, soft_wrap=True)
 
 
 def _stuck_age(wanted: Wanted, stuck: str) -> timedelta:

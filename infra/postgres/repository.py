@@ -106,6 +106,14 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class Stuck:
+    """The payments that have waited longest, longest wait first; `is_more` says whether others wait as well."""
+
+    items: tuple[PaymentRecord, ...]
+    is_more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PaymentFilters:
     """Conditions on payments; None matches all. The bounds of amounts are inclusive, `created_until` is exclusive."""
 
@@ -284,10 +292,8 @@ class PaymentRepository:
         )
         return await self._records(wanted)
 
-    async def find_stuck_payments(
-        self, older_than: timedelta, *, limit: int = DEFAULT_PAGE_SIZE
-    ) -> tuple[PaymentRecord, ...]:
-        """Payments that wait for something that should have happened `older_than` ago or earlier, longest wait first.
+    async def find_stuck_payments(self, older_than: timedelta, *, limit: int = DEFAULT_PAGE_SIZE) -> Stuck:
+        """Payments that wait for something that should have happened `older_than` ago or earlier.
 
         Either an operation that was due then has not been taken up, or one sent to the gateway then is still in
         progress; an operation that needs review counts at any age. Reads the index of all operations in progress.
@@ -300,11 +306,12 @@ class PaymentRepository:
             (o.dispatched_at, sa.and_(o.due_at.is_not(None), o.dispatched_at <= horizon)),
             (o.dispatched_at, _NEEDS_REVIEW),
         )
-        found = sa.union_all(*(_longest(since, condition, size) for since, condition in kinds)).subquery()
+        found = sa.union_all(*(_longest(since, condition, size + 1) for since, condition in kinds)).subquery()
         oldest = sa.select(found.c.payment_id, sa.func.min(found.c.since).label("since")).group_by(found.c.payment_id)
         waits = oldest.subquery()
         wanted = sa.select(payments).join(waits, waits.c.payment_id == payments.c.payment_id)
-        return await self._records(wanted.order_by(waits.c.since, payments.c.id).limit(size))
+        records = await self._records(wanted.order_by(waits.c.since, payments.c.id).limit(size + 1))
+        return Stuck(records[:size], is_more=len(records) > size)
 
     # --- how ---------------------------------------------------------------------------------------------------
 

@@ -292,14 +292,24 @@ async def test_stuck_payments_are_the_late_and_the_doubted(full: PaymentReposito
     # Payment n was due or dispatched n / 1000 hours ago; every fifth of the open ones needs review.
     found = await full.find_stuck_payments(timedelta(hours=89, minutes=30), limit=200)
     expected = [payment_id(n * 1000 + 98) for n in range(99, -1, -1) if n >= 90 or n % 5 == 0]
-    assert [each.payment.payment_id for each in found] == expected
-    assert {each.payment.operations[0].state for each in found} == {OperationState.PENDING, OperationState.NEEDS_REVIEW}
-    assert len(await full.find_stuck_payments(timedelta(0), limit=7)) == 7
+    assert [each.payment.payment_id for each in found.items] == expected
+    assert {each.payment.operations[0].state for each in found.items} == {
+        OperationState.PENDING,
+        OperationState.NEEDS_REVIEW,
+    }
+    assert not found.is_more
+
+
+async def test_stuck_payments_that_were_left_out_are_told_and_only_those(full: PaymentRepository) -> None:
+    count = len((await full.find_stuck_payments(timedelta(0), limit=200)).items)
+    exact, fewer = [await full.find_stuck_payments(timedelta(0), limit=limit) for limit in (count, 7)]
+    assert (len(exact.items), exact.is_more) == (count, False)
+    assert (len(fewer.items), fewer.is_more) == (7, True)
 
 
 async def test_a_payment_that_needs_review_is_stuck_however_young(full: PaymentRepository) -> None:
     found = await full.find_stuck_payments(timedelta(days=30), limit=200)
-    assert [each.payment.payment_id for each in found] == [payment_id(n * 1000 + 98) for n in range(95, -1, -5)]
+    assert [each.payment.payment_id for each in found.items] == [payment_id(n * 1000 + 98) for n in range(95, -1, -5)]
 
 
 async def test_a_payment_polled_for_long_is_stuck(empty: PaymentRepository, postgres_url: str) -> None:
@@ -314,8 +324,9 @@ async def test_a_payment_polled_for_long_is_stuck(empty: PaymentRepository, post
     await connection.execute(insert, fresh, "pending", soon, minute, None)
     await connection.execute(insert, done, "succeeded", None, day, "{}")
     await connection.close()
-    assert [each.payment.payment_id for each in await empty.find_stuck_payments(timedelta(hours=1))] == [polled]
-    assert {each.payment.payment_id for each in await empty.find_stuck_payments(timedelta(0))} == {polled, fresh}
+    late, every = [await empty.find_stuck_payments(age) for age in (timedelta(hours=1), timedelta(0))]
+    assert [each.payment.payment_id for each in late.items] == [polled]
+    assert {each.payment.payment_id for each in every.items} == {polled, fresh}
 
 
 async def test_create_stores_every_field(empty: PaymentRepository) -> None:

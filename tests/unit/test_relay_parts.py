@@ -230,6 +230,20 @@ class TestPublisher:
         with pytest.raises(KafkaAway, match="no such mechanism"):
             await flush(self.publisher)
 
+    async def test_a_producer_that_is_not_made_in_time_ends_the_session_with_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def start_producer(*_: Any) -> tuple[FakeProducer, int]:
+            await asyncio.Event().wait()
+            return self.producer, 1
+
+        monkeypatch.setattr(producers, "start_producer", start_producer)
+        monkeypatch.setattr(producers, "RENEWAL_SECONDS", 0.01)
+        await self.publish(b"1")
+        await self.answer(0, LeaderNotAvailableError())
+        with pytest.raises(KafkaAway, match=r"partition 0 got no other producer within 0\.01 s"):
+            await flush(self.publisher)
+
     async def test_a_producer_that_takes_for_ever_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = 100.0
 

@@ -67,6 +67,9 @@ class Producers:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 producer, _ = await start_producer(self._config, self._cluster)
                 self._open.add(producer)
+        except TimeoutError:  # Its own text is empty.
+            self._on_renewed(KafkaAway(f"partition {partition} got no other producer within {RENEWAL_SECONDS:g} s"))
+            return
         except Exception as error:  # Whatever it is, the publisher reports it, and the session ends.
             self._on_renewed(error)
             return
