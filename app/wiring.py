@@ -327,14 +327,14 @@ def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:
         currencies=frozenset(settings.currencies),
         gateways={name: gateway.capabilities for name, gateway in gateways.items()},
         default_gateway=settings.default_gateway,
-        limits=_limits(settings),
+        limits=_limits(settings, gateways),
         retry=settings.retry,
     )
 
 
-def _limits(settings: Settings) -> dict[tuple[str, str], AmountLimits]:
+def _limits(settings: Settings, gateways: Mapping[str, Gateway]) -> dict[tuple[str, str], AmountLimits]:
     return {
-        (gateway, currency): limits
-        for gateway, by_currency in settings.amount_limits.items()
-        for currency, limits in by_currency.items()
+        (name, currency): limits.over(gateway.capabilities.limits.get(currency, AmountLimits()))
+        for name, gateway in gateways.items()
+        for currency, limits in settings.amount_limits.get(name, {}).items()
     }
