@@ -55,7 +55,7 @@ async def test_not_being_able_to_look_is_no_proof_and_is_told_as_what_it_was() -
     failure.__cause__ = TimeoutError()
     with pytest.raises(OutcomeUnknown, match="so they say; no evidence: no answer") as unknown:
         await concluded(Look(PROOF), failure)
-    assert unknown.value.stands_for(TimeoutError)
+    assert unknown.value.is_caused_by(TimeoutError)
 
 
 @pytest.mark.parametrize("answer", [{}, {"refunds": []}, {"refunds": {}}, {"refunds": ["no number"]}, None], ids=repr)
