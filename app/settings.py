@@ -214,6 +214,7 @@ class Settings(BaseSettings):
     reconcile_cut_off_seconds: float = Field(3600.0, gt=0, le=86_400, allow_inf_nan=False)
     """The longest time between two looks at a stuck operation or hold, however many looks found nothing."""
     retries_before_parking: NonNegativeInt = 5
+    """Five take some five seconds: enough for a brief failure; a poison message holds up its partition no longer."""
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6
     webhook_connections: PositiveInt = 3

@@ -37,8 +37,6 @@ CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: under a steady load, tiny batches are the most expensive."""
 READS_ON_SECONDS: Final = 0.02
 """Longest time spent parsing before yielding to the event loop for heartbeats, answers and health checks."""
-RETRIES_BEFORE_PARKING = 5
-"""About five seconds in all: enough for a brief failure, and short enough that a poison message stops no partition."""
 
 
 class CommandConsumer:
@@ -51,7 +49,7 @@ class CommandConsumer:
         dispatcher: Dispatcher,
         dead_letters: DeadLetters,
         backlog: Backlog,
-        retries_before_parking: int = RETRIES_BEFORE_PARKING,
+        retries_before_parking: int,
     ) -> None:
         self.offsets = Offsets()
         self._write_path = write_path

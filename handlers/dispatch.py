@@ -49,10 +49,9 @@ class Dispatcher:
         store: PaymentStore,
         clock: Clock,
         leases: Leases,
-        paces: Mapping[str, Pace] | None = None,
+        paces: Mapping[str, Pace],
     ) -> None:
         self.on_answer: Callable[[Answer], None]
-        paces = paces or {name: Pace(time.monotonic, gateway) for name, gateway in gateways.items()}
         self._lanes = {name: Lane(each, limits[name], paces[name], self._run) for name, each in gateways.items()}
         self._store = store
         self._clock = clock

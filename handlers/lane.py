@@ -72,8 +72,7 @@ class Lane:
         """How many more stuck operations this lane can take soon; the rest is left for other workers."""
         if self._pace.rests:
             return 0
-        soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
-        return max(0, math.ceil(soon) - len(self._stuck))
+        return max(0, math.ceil(self._pace.per_second * ROOM_SECONDS) - len(self._stuck))
 
     def note_call(self, outcome: Outcome) -> None:
         """Note the outcome of a call that moves money."""

@@ -2,6 +2,7 @@
 books agree with it, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -33,10 +34,12 @@ from domain.operations import (
 from domain.ports import Gateway
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
+from handlers.pace import Pace
 from infra.local.server import free_port
 from infra.sandbox.faults import Action
 from tests.contract.gateway_requests import a_request, in_doubt, run
 from tests.contract.providers import PROVIDERS, Effect, Provider
+from tests.support.dispatching import FAST
 from tests.support.sandbox import running_sandbox
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
@@ -85,6 +88,7 @@ class Till:
             store=store,
             clock=lambda: datetime.now(UTC),
             leases=leases,
+            paces={self.gateway.name: Pace(time.monotonic, self.gateway, FAST)},
         )
         self._dispatcher.on_answer = self._hear
 

@@ -1,6 +1,7 @@
 """However a batch or a process ends, saved requests are sent and started calls are waited for."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,9 +26,10 @@ from handlers.apply_notices import NoticeApplier
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import PROCESS_ENDS, Dispatcher
 from handlers.leases import Leases
+from handlers.pace import Pace
 from handlers.settle import Settler
 from handlers.write_path import Applied, SavedInPart, WritePath
-from tests.support.dispatching import NOW, NoStore, ScriptedGateway, request
+from tests.support.dispatching import FAST, NOW, NoStore, ScriptedGateway, request
 
 POISON = Answer(uuid4(), 1, 1, Succeeded("poison"))
 
@@ -77,7 +79,9 @@ async def test_a_consumer_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     path, sent = HalfSaving(), list[GatewayRequest]()
     dispatcher = create_autospec(Dispatcher, instance=True)
     dispatcher.submit.side_effect = sent.extend
-    reads = CommandConsumer(write_path=path, dispatcher=dispatcher, dead_letters=Mock(), backlog=Mock())
+    reads = CommandConsumer(
+        write_path=path, dispatcher=dispatcher, dead_letters=Mock(), backlog=Mock(), retries_before_parking=0
+    )
     monkeypatch.setattr(consumer, "_read", lambda records: ([(each, each) for each in records], []))
     message: Any = Mock(raw_message=BATCH, nack=AsyncMock())
     await reads._on_batch(message)
@@ -124,6 +128,7 @@ class FollowedUp:
             store=NoStore(),  # type: ignore[arg-type]
             clock=lambda: datetime.now(UTC),
             leases=leases,
+            paces={"books": Pace(time.monotonic, self.gateway, FAST)},
         )
         self.path = create_autospec(WritePath, instance=True)
         self.path.apply.side_effect = self._apply
@@ -222,7 +227,9 @@ async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_
 async def test_a_batch_of_which_a_partition_has_moved_is_postponed_without_an_error() -> None:
     write_path = create_autospec(WritePath, instance=True)
     write_path.apply.side_effect = StoreUnavailable("away")
-    reading = consumer.CommandConsumer(write_path=write_path, dispatcher=Mock(), dead_letters=Mock(), backlog=Mock())
+    reading = consumer.CommandConsumer(
+        write_path=write_path, dispatcher=Mock(), dead_letters=Mock(), backlog=Mock(), retries_before_parking=0
+    )
     reading._retry = Mock(next_seconds=lambda: 0.0)
     nack = AsyncMock(side_effect=IllegalStateError("No current assignment for partition"))
     await reading.on_batch(Mock(raw_message=(), nack=nack))
