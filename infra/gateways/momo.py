@@ -90,7 +90,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 CREATE: Final = _names("amount extraData ipnUrl orderId orderInfo partnerCode redirectUrl requestId requestType")
-CREATE_ANSWER: Final = _names("amount orderId partnerCode payUrl requestId responseTime resultCode")
 IPN: Final = _names(
     "amount extraData message orderId orderInfo orderType partnerCode payType requestId responseTime resultCode transId"
 )

@@ -37,6 +37,7 @@ from tests.contract.gateway_requests import a_request
 K1 = ("klm05TvNBzhg7h7j", SecretStr("at67qH6mk8w5Y1nAyMoYKMWACiEi2bsa"))
 K2 = ("F8BBA842ECF85", SecretStr("K951B6PE1waDMi640xX08PD3vg6EkVlz"))
 """MoMo publishes both for tests, in the repository momo-wallet/payment."""
+CREATE_ANSWER = ("amount", "orderId", "partnerCode", "payUrl", "requestId", "responseTime", "resultCode")
 PARTNER = "MOMOBKUN20180529"
 PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
 
@@ -185,7 +186,7 @@ VECTORS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
             "responseTime": 1663340619666,
             "resultCode": 0,
         },
-        momo.CREATE_ANSWER,
+        CREATE_ANSWER,
         "f85b1b4ea5dd9b251c8104bdaafa79fc7eb545c775e2cdda3911305c4b6861bc",
     ),
 }
