@@ -24,7 +24,7 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
-from handlers.messages.refusals import DeadLetterReason
+from handlers.messages.dead_letter_reason import DeadLetterReason
 from handlers.offsets import Offsets, Record
 from handlers.retry import Backoff
 from handlers.write_path import Applied, SavedInPart, WritePath

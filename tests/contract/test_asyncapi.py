@@ -27,9 +27,9 @@ from handlers.messages.asyncapi import (
 )
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
+from handlers.messages.dead_letter_reason import DeadLetterReason
 from handlers.messages.events import EVENT_MODELS, event_type
 from handlers.messages.examples import COMMAND_EXAMPLES
-from handlers.messages.refusals import DeadLetterReason
 from infra.gateways.paypal_http import WHOLE
 from infra.gateways.stripe_objects import ROUNDED_TO_TEN
 from infra.kafka import dead_letters
