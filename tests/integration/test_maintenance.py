@@ -463,9 +463,8 @@ async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscribe
     await aged.connection.execute("SELECT pg_create_logical_replication_slot('idle', 'pgoutput')")
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
-    assert (
-        "slot idle is inactive" in report.kept_because
-    )  # The slot `probe` may be named too if it has not confirmed yet.
+    # The slot `probe` may be named too if it has not confirmed yet.
+    assert any(each.startswith("slot idle is inactive") for each in report.kept_because)
     await aged.connection.execute("SELECT pg_drop_replication_slot('idle')")
     assert (await aged.maintain()).dropped
 

@@ -1,12 +1,18 @@
 """The documented matrix of gateways is the code's, and no gateway is created without the settings it needs."""
 
+import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from app.gateways import known_capabilities, rows
 from app.settings import Settings
+from app.webhooks import WebhookService
 from app.wiring import GATEWAYS, create_gateways, create_rules, create_webhook_readers
 from domain.capabilities import AmountLimits, Listing
 from domain.ports import Movements, Statements
@@ -102,6 +108,26 @@ async def test_a_bound_that_an_installation_does_not_set_is_the_providers_own(
     gateways = create_gateways(settings)
     assert create_rules(settings, gateways).limits == {("vnpay", "VND"): limits}
     await gateways["vnpay"].close()
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({}, {"paypal": "PAYMENTS_PAYPAL_WEBHOOK_ID", "stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS"}),
+        ({"paypal_webhook_id": "1JE4291016473214C"}, {"stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS"}),
+        ({"stripe_webhook_secrets": [SecretStr("")]}, {"stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS", "paypal": ANY}),
+        ({"stripe_webhook_secrets": [SecretStr("whsec_1")], "paypal_webhook_id": "1JE4291016473214C"}, {}),
+    ],
+)
+async def test_an_operator_is_told_which_setting_webhooks_are_refused_without(
+    own: dict[str, Any], told: dict[str, str]
+) -> None:
+    names = ["momo", "paypal", "stripe", "vnpay"]
+    given: dict[str, Any] = {key: value for name in names for key, value in NEEDED[name].items()} | own
+    with capture_logs() as logs:
+        service = WebhookService(Settings(gateways=names, default_gateway="stripe", **given))
+    assert {each["gateway"]: each["set"] for each in logs if each["log_level"] == "warning"} == told
+    await asyncio.gather(*(each.close() for each in service._readers.values()))
 
 
 def test_the_gateway_that_moves_no_money_is_not_used_beside_others() -> None:
