@@ -583,6 +583,23 @@ async def test_a_refund_that_was_made_at_an_attempt_whose_answer_was_lost_is_see
     assert await gateway(handle).refund(asked) == Succeeded("7", 10_000)
 
 
+@pytest.mark.parametrize("told", [{"refundTrans": "none"}, {"refundTrans": [5]}, {"transId": "4 2"}], ids=str)
+async def test_no_refund_is_sent_of_a_payment_that_cannot_be_read(told: dict[str, Any]) -> None:
+    sent: list[str] = []
+
+    def handle(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        sent.append(path)
+        return {"resultCode": 0} | told
+
+    with pytest.raises(GatewayUnreachable, match="no refund was sent") as refused:
+        await gateway(handle).refund(a(OperationKind.REFUND))
+    assert sent == ["query"]
+    assert refused.value.is_caused_by(GatewayContractBroken)
+    if "refundTrans" in told:
+        with pytest.raises(GatewayContractBroken):
+            await gateway(handle).status(a(OperationKind.REFUND))
+
+
 async def test_a_refund_names_the_payments_own_number() -> None:
     bodies: dict[str, dict[str, Any]] = {}
 
