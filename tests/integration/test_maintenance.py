@@ -196,7 +196,7 @@ async def test_a_webhook_that_somebody_holds_ends_a_round_and_not_the_process(
         stop.set()
         await maintaining
     told = {"event": "maintenance failed", "step": "outbox and inbox", "error": "ConcurrentUpdate"}
-    assert told | {"log_level": "warning"} in logs
+    assert told | {"log_level": "warning", "message": "canceling statement due to lock timeout"} in logs
 
 
 async def test_unfinished_maintenance_is_not_reported_as_an_unreachable_server(
