@@ -34,7 +34,8 @@ TOPIC_SECONDS: Final = 5.0
 AMENDED_SECONDS: Final = 1.0
 """An event that took a result back follows the replayed result at once: one transaction wrote both."""
 
-WireEvent = dict[str, Any]
+EventBody = dict[str, Any]
+"""An event as JSON, whatever its type: one of a later release is passed on as well."""
 
 
 class AmountUnusable(ValueError):
@@ -44,7 +45,7 @@ class AmountUnusable(ValueError):
 class NoResultYet(Exception):
     """No result arrived in time; `last` is the newest event about the command, if any."""
 
-    def __init__(self, last: WireEvent | None) -> None:
+    def __init__(self, last: EventBody | None) -> None:
         self.last = last
         super().__init__("no result yet")
 
@@ -63,7 +64,7 @@ class OutgoingCommand:
 class Heard:
     """An event, and when (`time.monotonic`) it was read."""
 
-    event: WireEvent
+    event: EventBody
     at: float
 
 
@@ -205,12 +206,12 @@ class PaymentsClient:
                     has_ended, deadline = True, time.monotonic() + AMENDED_SECONDS
 
 
-def is_final(event: WireEvent) -> bool:
+def is_final(event: EventBody) -> bool:
     """Whether this event ends its command."""
     return event["type"] in FINAL_TYPES
 
 
-def is_result(event: WireEvent) -> bool:
+def is_result(event: EventBody) -> bool:
     """Whether this event ends its command, or takes back an event that did."""
     return event["type"] in FINAL_TYPES | AMENDING_TYPES
 

@@ -143,7 +143,8 @@ async def _compare(settings: Settings, name: str, day: date) -> tuple[int, list[
 @asynccontextmanager
 async def _gateway(settings: Settings, name: str) -> AsyncIterator[Gateway]:
     if name not in settings.gateways:
-        raise ValueError(f"gateway {name} is not one of {settings.gateways}")
+        used = ", ".join(sorted(settings.gateways))
+        raise ValueError(f"gateway {name} is not used here; PAYMENTS_GATEWAYS has: {used}")
     gateway = wiring.GATEWAYS[name].create(settings, wiring.now)
     try:
         yield gateway

@@ -16,8 +16,8 @@ from app.console import new_console, safe_text, tell_of_more, time_text
 from app.settings import Settings
 from app.tables import print_wide, table_of
 from handlers.messages.card_numbers import REMOVED, holds_card_number
+from handlers.messages.dead_letter_reason import DeadLetterReason
 from handlers.messages.events import write_time
-from handlers.messages.refusals import DeadLetterReason
 from infra.kafka.dead_letter_log import DeadLetterLog, Letter, LetterId, NotRetriable
 from infra.postgres.letters import LetterDecision, LetterDecisions
 

@@ -20,7 +20,7 @@ from prometheus_client import Gauge
 from app.health import Checks
 from app.settings import Settings
 from domain.errors import PaymentsError
-from infra.postgres.errors import AWAY
+from infra.postgres.errors import AWAY, safe_message
 from infra.postgres.inbox import forget_applied
 from infra.postgres.ledger import FIRST_ID, LedgerDifference, check_all, check_changed, database_time
 from infra.postgres.maintenance import MaintenanceReport, maintain
@@ -107,7 +107,7 @@ class Maintenance:
         try:
             await step()
         except (*AWAY, PaymentsError) as error:  # Including a row that another process holds, or took first.
-            log.warning("maintenance failed", step=what, error=type(error).__name__)
+            log.warning("maintenance failed", step=what, error=type(error).__name__, message=safe_message(error))
 
     async def check_changes(self) -> None:
         """Check what has changed since the last check (the first time: since a day ago), and what differed then.

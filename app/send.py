@@ -9,7 +9,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError,
 from rich.console import Console
 from rich.text import Text
 
-from app.client import REFUSALS, NoResultYet, OutgoingCommand, PaymentsClient, WireEvent, is_result
+from app.client import REFUSALS, EventBody, NoResultYet, OutgoingCommand, PaymentsClient, is_result
 from app.console import new_console, print_json, safe_text, shell_word
 from app.settings import Settings
 from domain.money import Money
@@ -101,7 +101,7 @@ def _sent_facts(command: OutgoingCommand) -> dict[str, str]:
     return {"payment_id": str(command.payment_id), "idempotency_key": command.idempotency_key}
 
 
-def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
+def _print_event(console: Console, event: EventBody, seconds: float) -> None:
     colour = "red" if event["type"] in REFUSALS else "green" if is_result(event) else "yellow"
     word = event["type"].split(".")[1].replace("command_", "").replace("_", " ")
     facts = [_amount(event), _why(event), "replayed: nothing moved" if event["replayed"] else ""]
@@ -112,12 +112,12 @@ def _print_event(console: Console, event: WireEvent, seconds: float) -> None:
     console.print(Text.assemble("  ", (word, f"bold {colour}"), f"  {text}  ", (aside, "dim")), soft_wrap=True)
 
 
-def _amount(event: WireEvent) -> str:
+def _amount(event: EventBody) -> str:
     minor, currency = event["amount_minor"], event["currency"]
     return "" if minor is None or currency is None else str(Money(minor, currency))
 
 
-def _why(event: WireEvent) -> str:
+def _why(event: EventBody) -> str:
     match event["type"]:
         case "payment.declined.v1":
             code = f" ({event['decline_code']})" if event["decline_code"] else ""
@@ -132,7 +132,7 @@ def _why(event: WireEvent) -> str:
             return ""
 
 
-def _payer_awaited(event: WireEvent, command: OutgoingCommand, folder: str) -> Text:
+def _payer_awaited(event: EventBody, command: OutgoingCommand, folder: str) -> Text:
     """The message for a command that waits for its payer."""
     action = event["action"]
     until = f" until {action['expires_at']}" if action["expires_at"] else ""

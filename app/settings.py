@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
 from itertools import combinations
@@ -58,7 +58,24 @@ _TOPIC: Final = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _ADDRESS: Final = re.compile(r"https?://[^\s/\\@][^\s\\@]*")
 OF_PROVIDERS: Final = ("stripe_api_base", "paypal_api_base", "vnpay_pay_url", "vnpay_api_url", "momo_api_base")
 """Addresses of providers; they must be https."""
-_LIMITS: Final = tuple(each.name for each in fields(AmountLimits))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLimits:
+    """Bounds of one authorization or charge that this installation sets; None leaves the provider's own."""
+
+    minimum_minor: int | None = None
+    maximum_minor: int | None = None
+
+    def over(self, providers: AmountLimits) -> AmountLimits:
+        """These bounds, and the provider's where there is none."""
+        least, most = self.minimum_minor, self.maximum_minor
+        return AmountLimits(
+            providers.minimum_minor if least is None else least, providers.maximum_minor if most is None else most
+        )
+
+
+_LIMITS: Final = tuple(each.name for each in fields(OwnLimits))
 
 
 def _is_topic(name: str) -> str:
@@ -84,8 +101,9 @@ def _names_limits(limits: Any) -> Any:
     return limits
 
 
-def _are_bounds(limits: AmountLimits) -> AmountLimits:
-    least, most = limits.minimum_minor, limits.maximum_minor
+def _are_bounds(limits: OwnLimits) -> OwnLimits:
+    whole = limits.over(AmountLimits())
+    least, most = whole.minimum_minor, whole.maximum_minor
     if not 0 <= least <= most:
         raise ValueError(
             f"minimum_minor is {least} and maximum_minor is {most}; write two amounts of at least 0, the minimum not"
@@ -108,7 +126,7 @@ def _too_long(name: str, bound: str, other: str) -> str:
 
 Topic = Annotated[str, AfterValidator(_is_topic)]
 Address = Annotated[str, AfterValidator(_is_address)]
-Limits = Annotated[AmountLimits, BeforeValidator(_names_limits), AfterValidator(_are_bounds)]
+Limits = Annotated[OwnLimits, BeforeValidator(_names_limits), AfterValidator(_are_bounds)]
 
 
 class Settings(BaseSettings):
@@ -179,7 +197,7 @@ class Settings(BaseSettings):
 
     currencies: list[str] = Field(sorted(MINOR_UNITS), min_length=1)
     amount_limits: dict[str, dict[str, Limits]] = {}
-    """gateway → currency → {"minimum_minor": …, "maximum_minor": …}"""
+    """gateway → currency → {"minimum_minor": …, "maximum_minor": …}; a bound that is left out is the provider's own"""
 
     lease_seconds: Seconds = 60.0
     retry_first_delay_seconds: Seconds = 1.0
@@ -196,6 +214,7 @@ class Settings(BaseSettings):
     reconcile_cut_off_seconds: float = Field(3600.0, gt=0, le=86_400, allow_inf_nan=False)
     """The longest time between two looks at a stuck operation or hold, however many looks found nothing."""
     retries_before_parking: NonNegativeInt = 5
+    """Five take some five seconds: enough for a brief failure; a poison message holds up its partition no longer."""
     backlog_capacity: PositiveInt = 20_000
     store_connections: PositiveInt = 6
     webhook_connections: PositiveInt = 3

@@ -40,6 +40,10 @@ class WebhookService:
         self._inbox: PostgresInbox | None = None
         self._readers = wiring.create_webhook_readers(settings)
         self._webhooks = Webhooks(readers=self._readers, accept=self._accept)
+        for gateway, variable in wiring.missing_webhook_keys(settings).items():
+            log.warning(
+                "webhooks of this gateway are refused until its setting is there", gateway=gateway, set=variable
+            )
 
     async def _accept(self, received: Sequence[Received]) -> list[Accepted]:
         if self._inbox is None:
@@ -55,9 +59,8 @@ class WebhookService:
             )
             try:
                 self._inbox = PostgresInbox(pool)
-                watching = asyncio.create_task(
-                    watch_clock(pool)
-                )  # A signature's age is measured by this machine's clock.
+                # A signature's age is measured by this machine's clock.
+                watching = asyncio.create_task(watch_clock(pool))
                 await storing
             finally:
                 watching.cancel()

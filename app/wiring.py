@@ -53,6 +53,8 @@ class Registration(NamedTuple):
     """Settings that only calls need: without them, each payment would wait for a provider that refuses us."""
     credentials: Sequence[str] = ()
     """Settings that verifying its messages, or asking about them, needs as well."""
+    webhook_key: str | None = None
+    """The setting that only verifying its webhooks needs: without it they are refused, and payments are asked about."""
     addresses: Sequence[str] = ()
     """Our own addresses, to which the provider sends payers and messages: they have no usable default."""
 
@@ -62,12 +64,14 @@ GATEWAYS: Final[Mapping[str, Registration]] = {
         lambda settings, clock: StripeGateway(stripe_config(settings), clock=clock),
         webhooks=lambda settings: StripeWebhooks(settings.stripe_webhook_secrets, settings.stripe_action_window),
         keys=("stripe_api_key",),
+        webhook_key="stripe_webhook_secrets",
         addresses=("stripe_return_url",),
     ),
     "paypal": Registration(
         lambda settings, clock: PayPalGateway(paypal_config(settings), clock),
         webhooks=lambda settings: PayPalWebhooks(paypal_config(settings)),
         credentials=("paypal_client_id", "paypal_client_secret"),
+        webhook_key="paypal_webhook_id",
         addresses=("paypal_return_url", "paypal_cancel_url"),
     ),
     "vnpay": Registration(
@@ -321,20 +325,31 @@ def create_webhook_readers(settings: Settings) -> dict[str, WebhookReader]:
     return {name: create(settings) for name in sorted(names) if (create := GATEWAYS[name].webhooks) is not None}
 
 
+def missing_webhook_keys(settings: Settings) -> dict[str, str]:
+    """The variables that are not set and without which webhooks of gateways in use are refused, by gateway."""
+    wanted = {name: key for name in settings.gateways if (key := GATEWAYS[name].webhook_key) is not None}
+    return {name: f"PAYMENTS_{key.upper()}" for name, key in wanted.items() if not any(_secrets(settings, key))}
+
+
+def _secrets(settings: Settings, name: str) -> list[str]:
+    value = getattr(settings, name)
+    return [_plain(each) for each in (value if isinstance(value, list) else [value])]
+
+
 def create_rules(settings: Settings, gateways: Mapping[str, Gateway]) -> Rules:
     """What `decide` may accept in this installation."""
     return Rules(
         currencies=frozenset(settings.currencies),
         gateways={name: gateway.capabilities for name, gateway in gateways.items()},
         default_gateway=settings.default_gateway,
-        limits=_limits(settings),
+        limits=_limits(settings, gateways),
         retry=settings.retry,
     )
 
 
-def _limits(settings: Settings) -> dict[tuple[str, str], AmountLimits]:
+def _limits(settings: Settings, gateways: Mapping[str, Gateway]) -> dict[tuple[str, str], AmountLimits]:
     return {
-        (gateway, currency): limits
-        for gateway, by_currency in settings.amount_limits.items()
-        for currency, limits in by_currency.items()
+        (name, currency): limits.over(gateway.capabilities.limits.get(currency, AmountLimits()))
+        for name, gateway in gateways.items()
+        for currency, limits in settings.amount_limits.get(name, {}).items()
     }

@@ -45,7 +45,7 @@ def apply_notice(draft: Draft, given: Notified) -> None:
         begin_waiting(draft)
     elif notice.is_ripe:
         _dispatch_again(draft, current)
-    elif isinstance(notice.outcome, Succeeded) and draft.is_foreign(notice.currency):
+    elif isinstance(notice.outcome, Succeeded) and draft.is_other_currency(notice.currency):
         review(draft, current, notice.outcome.reference)
     elif isinstance(notice.outcome, Succeeded | Declined | Expired):
         # An outcome that is not final adds nothing: the worker that holds the operation, or asks next, will get it.
@@ -74,7 +74,7 @@ def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Not
         case Succeeded() if was_asked and operation.kind is OperationKind.VOID:
             pass  # It is about what there was to cancel when it was sent: see `settle`.
         case Succeeded() as outcome:
-            _hear_success(draft, given, operation, notice, outcome)
+            _apply_late_success(draft, given, operation, notice, outcome)
         case Declined() if operation.kind is OperationKind.REFUND and operation.state is OperationState.SUCCEEDED:
             _reverse_refund(draft, operation)
         case Expired() if is_open_hold(draft, given, operation):
@@ -85,17 +85,19 @@ def _apply_late(draft: Draft, given: Notified, operation: Operation, notice: Not
             pass  # Old news, from before the operation ended.
 
 
-def _hear_success(draft: Draft, given: Notified, operation: Operation, notice: Notice, outcome: Succeeded) -> None:
+def _apply_late_success(
+    draft: Draft, given: Notified, operation: Operation, notice: Notice, outcome: Succeeded
+) -> None:
     """Count a late success that is new, is ours and fits the amounts.
 
     Otherwise it is a disagreement for a person to look at, unless it repeats what we know.
     """
-    is_ours = outcome.amount_minor in (None, operation.amount_minor) and not draft.is_foreign(notice.currency)
-    is_news = _may_succeed_late(operation)
+    is_ours = outcome.amount_minor in (None, operation.amount_minor) and not draft.is_other_currency(notice.currency)
+    is_news = _may_count_late_success(operation)
     if is_ours and is_news and fits(draft, operation) and not _is_known_otherwise(given, outcome):
         draft.is_postponed = _takes_what_is_reserved(draft.payment, operation)
         if not draft.is_postponed:
-            _succeed_late(draft, operation, outcome)
+            _count_late_success(draft, operation, outcome)
     else:
         is_told = given.notice_id is not None or notice.type == OWN_ANSWER
         draft.disagrees = is_news or not is_ours or (is_told and _is_one_more(operation, outcome))
@@ -126,7 +128,7 @@ def _is_one_more(operation: Operation, outcome: Succeeded) -> bool:
     return is_done and has_own_id and bool(operation.reference) and outcome.reference not in ("", operation.reference)
 
 
-def _succeed_late(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
+def _count_late_success(draft: Draft, operation: Operation, outcome: Succeeded) -> None:
     """Count money of an operation that was called declined or expired, and publish the correction."""
     told_before, may_be_void = operation.state, draft.payment.status is PaymentStatus.CANCELED
     # Of a hold that had expired: the news of it came after the news of its end.
@@ -169,7 +171,7 @@ def _dispute(draft: Draft, dispute: Dispute) -> None:
     ending needs a person: messages arrive in any order, so nothing shows which one is later.
     """
     kept = draft.payment.disputes
-    if draft.is_foreign(dispute.currency) or disputes.contradicts(kept, dispute):
+    if draft.is_other_currency(dispute.currency) or disputes.contradicts(kept, dispute):
         draft.disagrees = True
     elif disputes.is_news(kept, dispute):
         before = disputes.disputed(kept, dispute.dispute_id)
@@ -191,7 +193,7 @@ def _with_reference(notice: Notice, operation: Operation) -> Notice:
     return notice
 
 
-def _may_succeed_late(operation: Operation) -> bool:
+def _may_count_late_success(operation: Operation) -> bool:
     """Whether a reported success can be newer than the way the operation ended.
 
     A declined refund stays declined: providers let a refund fail after it succeeded, never the other way round.

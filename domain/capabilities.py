@@ -52,4 +52,4 @@ class Capabilities:
     """The provider refuses to be asked about one payment again sooner than this."""
     listing: Listing = Listing.NONE
     limits: Mapping[str, AmountLimits] = field(default_factory=dict)
-    """The provider's own bounds by currency; an installation may narrow them."""
+    """The provider's own bounds by currency; an installation may set others (`domain.rules.Rules.limits`)."""

@@ -69,8 +69,8 @@ class Draft:
         """The operation of this number, if it has not ended."""
         return next((each for each in self.payment.operations if each.number == number and each.is_under_way), None)
 
-    def is_foreign(self, currency: str | None) -> bool:
-        """Whether it is not the payment's currency."""
+    def is_other_currency(self, currency: str | None) -> bool:
+        """Whether this currency, if it is known, is not the payment's."""
         return currency is not None and currency != self.payment.currency
 
     def release_reservation(self, kind: OperationKind) -> None:

@@ -29,7 +29,7 @@ class GatewayError(PaymentsError):
         self.gateway = gateway
         self.message = message
 
-    def stands_for(self, kind: type[BaseException]) -> bool:
+    def is_caused_by(self, kind: type[BaseException]) -> bool:
         """Whether this error, or one in its chain of causes, is of `kind`; `TimeoutError` means that time ran out."""
         error: BaseException | None = self
         while error is not None and not isinstance(error, kind):

@@ -62,7 +62,7 @@ def _count(draft: Draft, given: Notified, external: External) -> None:
     notice, payment = given.notice, draft.payment
     is_owed = not _is_of_primary(payment, notice)
     room = _owed(notice, payment, external.kind) if is_owed else _room(payment, external.kind)
-    if draft.is_foreign(notice.currency) or _may_have_ended(given.known):
+    if draft.is_other_currency(notice.currency) or _may_have_ended(given.known):
         draft.disagrees = True
     elif 0 < external.amount_minor <= room:
         _book(draft, notice, external, is_owed=is_owed)
@@ -79,7 +79,7 @@ def _compare(draft: Draft, notice: Notice, external: External) -> None:
     Neither message refers to the other. So a reversal is never booked, lest money be counted as gone twice. Where no
     dispute accounts for it, a person must find out what it was.
     """
-    is_disputed = not draft.is_foreign(notice.currency) and draft.payment.disputed_minor >= external.amount_minor
+    is_disputed = not draft.is_other_currency(notice.currency) and draft.payment.disputed_minor >= external.amount_minor
     draft.is_postponed = not is_disputed and _is_fresh(draft, external)
     draft.disagrees = not is_disputed and not draft.is_postponed
 

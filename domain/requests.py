@@ -12,7 +12,10 @@ OPENING: Final = (OperationKind.AUTHORIZE, OperationKind.CHARGE)
 
 
 def gateway_request(payment: Payment, operation: Operation, command: Command) -> GatewayRequest:
-    """What the gateway is asked to do for `operation`, the same at every attempt but for state, attempts and token."""
+    """What the gateway is asked to do for `operation`; the same at every attempt.
+
+    Only what is known of it (`state`, `reference`) and who asks (`attempts`, `lease_token`) differ.
+    """
     assert payment.currency is not None, "a payment with a dispatched operation has a currency"
     assert operation.amount_minor is not None, "a dispatched operation has an amount"
     return GatewayRequest(

@@ -32,7 +32,11 @@ class RetryPolicy:
     """How long after it came about a hold is first asked about, if its provider does not say when it ends."""
 
     def delay(self, attempts: int, payment_id: UUID) -> timedelta:
-        """Doubles with each attempt up to `delay_max`, spread by up to a half so that a herd does not stay together."""
+        """How long to wait after so many attempts: doubled with each, up to `delay_max`, but never beyond the cut-off.
+
+        It is up to a quarter shorter or longer, always by the same share for the same payment, so that payments that
+        failed together are not all retried together.
+        """
         doubled = min(self.delay_max, self.first_delay * 2.0 ** min(max(attempts - 1, 0), 20))
         return self.within_cut_off(doubled * (0.75 + (payment_id.int % 1024) / 2048))
 

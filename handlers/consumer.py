@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 import structlog
-from aiokafka import ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka import ConsumerRebalanceListener
+from aiokafka.errors import IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 
@@ -24,25 +24,19 @@ from handlers import metrics
 from handlers.backlog import Backlog
 from handlers.dispatch import Dispatcher
 from handlers.messages.commands import read_command, read_traceparent
-from handlers.messages.refusals import DeadLetterReason
+from handlers.messages.dead_letter_reason import DeadLetterReason
+from handlers.offsets import Offsets, Record
 from handlers.retry import Backoff
 from handlers.write_path import Applied, SavedInPart, WritePath
 
 log = structlog.get_logger(__name__)
 
-Record = Any
-"""An `aiokafka.ConsumerRecord` with bytes for key and value; aiokafka ships no types."""
-
 BATCH_MAX = 500
 IDLE_POLL_MS = 5
 CYCLE_SECONDS = 0.004
 """Least time from one batch to the next: under a steady load, tiny batches are the most expensive."""
-COMMIT_INTERVAL_SECONDS = 0.05
-POSITION_SECONDS = 1.0
 READS_ON_SECONDS: Final = 0.02
 """Longest time spent parsing before yielding to the event loop for heartbeats, answers and health checks."""
-RETRIES_BEFORE_PARKING = 5
-"""About five seconds in all: enough for a brief failure, and short enough that a poison message stops no partition."""
 
 
 class CommandConsumer:
@@ -55,7 +49,7 @@ class CommandConsumer:
         dispatcher: Dispatcher,
         dead_letters: DeadLetters,
         backlog: Backlog,
-        retries_before_parking: int = RETRIES_BEFORE_PARKING,
+        retries_before_parking: int,
     ) -> None:
         self.offsets = Offsets()
         self._write_path = write_path
@@ -271,48 +265,6 @@ def _letter(record: Record, reason: str, detail: str) -> DeadLetter:
     )
 
 
-class Offsets:
-    """Commits, in the background, offsets of batches that are in Postgres. A late or lost commit only repeats work."""
-
-    def __init__(self) -> None:
-        self._consumer: Any = None
-        self._next: dict[TopicPartition, int] = {}
-
-    async def accepted(self, consumer: Any, records: Sequence[Record]) -> None:
-        """Note that everything up to these records, the last that were read, is in Postgres.
-
-        Transaction markers, which are not records, count as read: if Kafka deletes only them, nothing is lost.
-        """
-        self._consumer = consumer
-        for partition, read_to in {
-            TopicPartition(each.topic, each.partition): each.offset + 1 for each in records
-        }.items():
-            # Where a partition has moved, its new owner reads these again.
-            with contextlib.suppress(IllegalStateError):
-                self._next[partition] = max(read_to, await _position(consumer, partition))
-
-    async def run(self) -> None:
-        """Commit every `COMMIT_INTERVAL_SECONDS` until cancelled."""
-        while True:
-            await asyncio.sleep(COMMIT_INTERVAL_SECONDS)
-            await self.commit()
-
-    async def commit(self) -> None:
-        """Commit what was accepted since the last time. If that is refused, other workers read the batch again."""
-        accepted, self._next = self._next, {}
-        # A partition that has moved would have the whole commit refused.
-        due = {each: offset for each, offset in accepted.items() if each in self._consumer.assignment()}
-        if not due:
-            return
-        try:
-            await self._consumer.commit(due)
-        except (CommitFailedError, IllegalStateError) as error:
-            log.info("offsets not committed, partitions moved", error=str(error))
-        except KafkaError as error:
-            self._next = due | self._next
-            log.warning("offsets not committed yet", error=str(error))
-
-
 class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ships no types
     """Commits before partitions are revoked, so that the next owner starts where this worker stopped."""
 
@@ -325,12 +277,3 @@ class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka s
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
         self._backlog.forget_pause()
-
-
-async def _position(consumer: Any, partition: TopicPartition) -> int:
-    """The next offset to read; 0 if it is not known yet because the partition has only just been assigned again."""
-    try:
-        async with asyncio.timeout(POSITION_SECONDS):
-            return int(await consumer.position(partition))
-    except TimeoutError:
-        return 0

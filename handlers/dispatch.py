@@ -18,7 +18,7 @@ from domain.errors import GatewayContractBroken, GatewayUnreachable, OutcomeUnkn
 from domain.operations import GatewayRequest, NotExecuted, OperationState, Outcome, Unknown, Unreachable
 from domain.ports import Clock, Gateway, PaymentStore
 from handlers import metrics
-from handlers.lane import Given, Lane
+from handlers.lane import Lane, Queued
 from handlers.leases import Leases
 from handlers.pace import Pace
 
@@ -49,10 +49,9 @@ class Dispatcher:
         store: PaymentStore,
         clock: Clock,
         leases: Leases,
-        paces: Mapping[str, Pace] | None = None,
+        paces: Mapping[str, Pace],
     ) -> None:
         self.on_answer: Callable[[Answer], None]
-        paces = paces or {name: Pace(time.monotonic, gateway) for name, gateway in gateways.items()}
         self._lanes = {name: Lane(each, limits[name], paces[name], self._run) for name, each in gateways.items()}
         self._store = store
         self._clock = clock
@@ -92,7 +91,11 @@ class Dispatcher:
 
     def _refuse(self, request: GatewayRequest) -> None:
         """Answer for a gateway that is no longer configured: nothing is sent, the others go on."""
-        log.error("gateway is not configured", gateway=request.gateway, key=request.provider_key)
+        log.error(
+            "gateway is not configured here: see docs/gateways.md, Removing",
+            gateway=request.gateway,
+            key=request.provider_key,
+        )
         self._answer(request, Unreachable(f"gateway {request.gateway} is not configured here"))
 
     async def drain(self, timeout_seconds: float, *, may_more_come: Callable[[], bool] = lambda: False) -> None:
@@ -121,13 +124,13 @@ class Dispatcher:
         for request in [each for lane in lanes for each in lane.give_back()]:
             self._answer(request, why)
 
-    async def _run(self, lane: Lane, given: Given) -> None:
-        outcome = await self._outcome_in(lane, given.request)
+    async def _run(self, lane: Lane, queued: Queued) -> None:
+        outcome = await self._outcome_in(lane, queued.request)
         word = type(outcome).__name__
-        metrics.calls(given.request.gateway, given.request.kind, word).inc()
-        if given.is_stuck:
-            metrics.checked(given.request.gateway, "operation", word).inc()
-        self._answer(given.request, outcome, was_stuck=given.is_stuck)
+        metrics.calls(queued.request.gateway, queued.request.kind, word).inc()
+        if queued.is_stuck:
+            metrics.checked(queued.request.gateway, "operation", word).inc()
+        self._answer(queued.request, outcome, was_stuck=queued.is_stuck)
 
     async def _outcome_in(self, lane: Lane, request: GatewayRequest) -> Outcome:
         if not self._leases.is_held(request):
@@ -202,9 +205,9 @@ class Dispatcher:
 
 
 def _read(error: GatewayUnreachable | OutcomeUnknown, request: GatewayRequest) -> Outcome:
-    if error.stands_for(TimeoutError):
+    if error.is_caused_by(TimeoutError):
         metrics.TIMEOUTS.labels(request.gateway).inc()
-    if error.stands_for(GatewayContractBroken):  # Also if it answered a question before anything was sent.
+    if error.is_caused_by(GatewayContractBroken):  # Also if it answered a question before anything was sent.
         log.error("gateway answer not understood", gateway=request.gateway, key=request.provider_key, error=str(error))
     return Unreachable(error.message) if isinstance(error, GatewayUnreachable) else Unknown(error.message)
 

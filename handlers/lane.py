@@ -23,7 +23,7 @@ SILENCE_SECONDS: Final = 60.0
 """Least time between two warnings that a provider gave no answer."""
 
 
-class Given(NamedTuple):
+class Queued(NamedTuple):
     """A request, and whether its operation is stuck: nobody waits for it, so it keeps to the pace."""
 
     request: GatewayRequest
@@ -37,7 +37,7 @@ class Lane:
     """
 
     def __init__(
-        self, gateway: Gateway, limit: int, pace: Pace, run: Callable[["Lane", Given], Awaitable[None]]
+        self, gateway: Gateway, limit: int, pace: Pace, run: Callable[["Lane", Queued], Awaitable[None]]
     ) -> None:
         self.tasks: set[asyncio.Task[None]] = set()
         self.gateway = gateway
@@ -72,8 +72,7 @@ class Lane:
         """How many more stuck operations this lane can take soon; the rest is left for other workers."""
         if self._pace.rests:
             return 0
-        soon = self._pace.per_second * ROOM_SECONDS if self._pace.per_second else self._limit
-        return max(0, math.ceil(soon) - len(self._stuck))
+        return max(0, math.ceil(self._pace.per_second * ROOM_SECONDS) - len(self._stuck))
 
     def note_call(self, outcome: Outcome) -> None:
         """Note the outcome of a call that moves money."""
@@ -119,33 +118,34 @@ class Lane:
     async def _work(self) -> None:
         """Call for one request after another until none is left; one task serves many."""
         try:
-            while (given := self._next()) is not None:
-                await self._run(self, given)
+            while (queued := self._next()) is not None:
+                await self._run(self, queued)
         finally:
             # Here, not in a callback: a request added before that would find the lane full, and no task to take it.
             self.tasks.remove(cast("asyncio.Task[None]", asyncio.current_task()))
 
-    def _next(self) -> Given | None:
+    def _next(self) -> Queued | None:
         self._by_turns.rotate()
-        return next((given for take in self._by_turns if (given := take()) is not None), None)
+        return next((queued for take in self._by_turns if (queued := take()) is not None), None)
 
-    def _take_new(self) -> Given | None:
-        return Given(self._new.popleft(), is_stuck=False) if self._new else None
+    def _take_new(self) -> Queued | None:
+        return Queued(self._new.popleft(), is_stuck=False) if self._new else None
 
-    def _take_stuck(self) -> Given | None:
+    def _take_stuck(self) -> Queued | None:
         if not self._stuck:
             return None
-        given, wait_seconds = None, self._pace.wait_seconds()
+        queued, wait_seconds = None, self._pace.wait_seconds()
         if wait_seconds <= 0:
             self._pace.take()
-            given = Given(self._stuck.popleft(), is_stuck=True)
+            queued = Queued(self._stuck.popleft(), is_stuck=True)
         if self._stuck and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._pace.wait_seconds(), self._wake)
-        return given
+        return queued
 
     def _wake(self) -> None:
         self._timer = None
         self._start()
 
     def _log_change(self, is_open: bool) -> None:
-        log.warning("gateway is left alone" if is_open else "gateway answers again", gateway=self.gateway.name)
+        what = "gateway is left alone: only status queries are sent to it" if is_open else "gateway answers again"
+        log.warning(what, gateway=self.gateway.name)

@@ -20,13 +20,13 @@ together, so that the provider never receives more than `per_second` in a second
 
 
 class Pace:
-    """Hands out turns to call one gateway, in this process. Unlimited unless `per_second` is given."""
+    """Hands out turns to call one gateway, in this process: at most `per_second`."""
 
-    def __init__(self, clock: Callable[[], float], gateway: Gateway, per_second: float | None = None) -> None:
+    def __init__(self, clock: Callable[[], float], gateway: Gateway, per_second: float) -> None:
         self.per_second = per_second
         self._clock = clock
         self._resting = gateway if isinstance(gateway, Resting) else None
-        self._gap = 1 / (per_second * (1 - KEPT_BACK)) if per_second else 0.0
+        self._gap = 1 / (per_second * (1 - KEPT_BACK))
         self._late_max = max(CATCH_UP_SECONDS - self._gap, 0.0)
         self._next_at = 0.0
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import httpx
 
-from app.client import WireEvent
+from app.client import EventBody
 from app.demo.orders import ABANDONED, DISPUTED, REDIRECT_REFUSED, REFUSED_BY_PAYER, Planned
 
 HESITATION_SECONDS: Final = (0.2, 1.0)
@@ -36,7 +36,7 @@ class Outsiders:
         """Whether their tasks have ended and the end of every dispute has been reported."""
         return not self._tasks and self.disputes_closed >= self._expected_ends
 
-    def hear(self, event: WireEvent) -> None:
+    def hear(self, event: EventBody) -> None:
         """React to an event, if it concerns one of them."""
         if event["event_id"] in self._seen or event["payment_id"] not in self._stories:
             return
@@ -66,12 +66,12 @@ class Outsiders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
-    def _start(self, act: Callable[[WireEvent], Awaitable[None]], event: WireEvent) -> None:
+    def _start(self, act: Callable[[EventBody], Awaitable[None]], event: EventBody) -> None:
         task = asyncio.ensure_future(act(event))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _authenticate(self, event: WireEvent) -> None:
+    async def _authenticate(self, event: EventBody) -> None:
         """The payer decides on the page of the bank or wallet."""
         await asyncio.sleep(random.uniform(*HESITATION_SECONDS))  # noqa: S311 - no secret
         does_consent = self._stories[event["payment_id"]] not in (REFUSED_BY_PAYER, REDIRECT_REFUSED)
@@ -83,7 +83,7 @@ class Outsiders:
             chosen = url.copy_add_param("success", str(does_consent).lower())
             (await self._client.post(chosen)).raise_for_status()
 
-    async def _dispute(self, event: WireEvent) -> None:
+    async def _dispute(self, event: EventBody) -> None:
         """The payer's bank takes the money back; then the dispute is won or lost."""
         intent = event["payment"]["gateway_payment_id"]
         dispute = await self._post(f"payment_intents/{intent}/dispute")

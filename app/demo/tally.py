@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from uuid import UUID
 
-from app.client import Heard, WireEvent, is_final
+from app.client import EventBody, Heard, is_final
 from app.demo.orders import DELAYED, Planned, Sending
 
 
@@ -16,7 +16,7 @@ class Answer:
 
     planned: Planned
     sent_at: list[float] = field(default_factory=list)
-    results: list[WireEvent] = field(default_factory=list)
+    results: list[EventBody] = field(default_factory=list)
     """Final events that are not replays. There must be exactly one, except where the command left no operation."""
     replays: int = 0
     answered_at: float | None = None
@@ -62,7 +62,7 @@ class DemoTally:
         self.sequences: dict[str, list[int]] = defaultdict(list)
         self.told: Counter[tuple[str, str]] = Counter()
         """Minor units that the results report, by currency and `captured` or `refunded`."""
-        self.states: dict[str, tuple[int, WireEvent]] = {}
+        self.states: dict[str, tuple[int, EventBody]] = {}
         """By payment: the highest `payment_seq`, and the payment's state in that event."""
         self.crash: tuple[float, float] | None = None
         """When the worker was killed, and when the backlog was processed (`inf` until then)."""
@@ -98,7 +98,7 @@ class DemoTally:
         if answer is not None and is_final(event):
             self._note_final(answer, event, heard.at)
 
-    def _note_money(self, event: WireEvent) -> None:
+    def _note_money(self, event: EventBody) -> None:
         if (word := _word(event)) in MOVING:
             self.told[event["currency"], word] += event["amount_minor"]
         seq, _ = self.states.get(event["payment_id"], (0, event))
@@ -125,7 +125,7 @@ class DemoTally:
         self.crash = (self.crash[0], at)
         return True
 
-    def _note_final(self, answer: Answer, event: WireEvent, at: float) -> None:
+    def _note_final(self, answer: Answer, event: EventBody, at: float) -> None:
         self.answered += answer.answers < answer.planned.deliveries
         if event["replayed"]:
             answer.replays += 1
@@ -203,13 +203,13 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
 
-def _word(event: WireEvent) -> str:
+def _word(event: EventBody) -> str:
     """`captured` of `payment.captured.v1`."""
     word: str = event["type"].split(".")[1]
     return word
 
 
-def _is_accepted(event: WireEvent) -> bool:
+def _is_accepted(event: EventBody) -> bool:
     """Whether the command left an operation. An idempotency conflict leaves none: every delivery is rejected again."""
     return event["operation_number"] is not None
 

@@ -22,9 +22,9 @@ from domain.commands import RejectionReason
 from domain.money import MINOR_UNITS
 from handlers.messages.command_models import COMMAND_MODELS, ChargePayment
 from handlers.messages.commands import COMMAND_BYTES_MAX
+from handlers.messages.dead_letter_reason import DeadLetterReason
 from handlers.messages.events import EVENT_MODELS, write_event
 from handlers.messages.examples import COMMAND_EXAMPLES, EVENT_EXAMPLES, EVENT_ID, PAYMENT_ID
-from handlers.messages.refusals import DeadLetterReason
 
 COMMANDS_TOPIC: Final = "payments.commands"
 EVENTS_TOPIC: Final = "payments.events"

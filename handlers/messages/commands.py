@@ -1,8 +1,8 @@
 """Reading commands: from the bytes of a Kafka message to a domain command.
 
 Promises: any bytes result in a command, in an unacceptable command (a typed refusal, published to its sender), or in
-`MessageUnreadable` (nobody can be answered: dead-letter topic). A good command is read in one pass in Rust; `refusals`
-looks at a doubtful one again in Python.
+`MessageUnreadable` (nobody can be answered: dead-letter topic). A good command is read in one pass in Rust;
+`second_look` reads a doubtful one again in Python.
 """
 
 import re
@@ -16,8 +16,8 @@ from domain.commands import AnyCommand, Command, OperationKind, UnacceptableComm
 from domain.errors import MessageUnreadable
 from handlers.messages.card_numbers import holds_card_number, is_card_number_of_any_brand, may_hold_card_number
 from handlers.messages.command_models import COMMAND_MODELS, NewPayment, PartOfPayment, VoidPayment, WireCommand
-from handlers.messages.refusals import (
-    DeadLetterReason,
+from handlers.messages.dead_letter_reason import DeadLetterReason
+from handlers.messages.second_look import (
     DoubtfulCommand,
     Problems,
     has_repetitions,

@@ -2,8 +2,8 @@
 
 Promises: every event of a type has the same fields in the same order, `type` first, and null where a field has no
 value. Three fields are optional: only a replay has `original_event_id`; `owed_minor` is in every late success, and
-elsewhere only if it is not 0; only an event that a person decided has `evidence`. The models declare the events and
-read them for clients. `write_event` builds the text without the models, several times faster; a test compares the two.
+elsewhere only if it is not 0; only an event that a person decided has `evidence`. The models declare the events,
+for the AsyncAPI document. `write_event` builds the text without them, several times faster; a test compares the two.
 """
 
 import re
@@ -14,16 +14,14 @@ from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from domain.commands import RejectionReason
-from domain.errors import MessageUnreadable
 from domain.events import Event, EventKind, PaymentSnapshot, PaymentStatus, PendingCause
 from domain.notices import DisputeStage
 from domain.operations import DeclineReason
 from handlers.messages.commands import command_type
-from handlers.messages.refusals import DeadLetterReason
 
 _Minor = Annotated[int, Field(ge=0, description="Minor units of `currency`.")]
 _OWED: Final = (
@@ -395,25 +393,6 @@ def write_replay(result: str, event_id: UUID) -> WrittenReplay:
         + f',"original_event_id":"{original_id}"}}'
     )
     return WrittenReplay(head["type"], text, int(head["payment_seq"]), head["occurred_at"])
-
-
-def read_event(value: bytes) -> WireEvent | None:
-    """The event in a message, for clients; None if its type is unknown here, for example from a later version.
-
-    Raises:
-        MessageUnreadable: the value is not a JSON object, or does not fit the model of its type.
-    """
-    try:
-        body = from_json(value)
-    except ValueError as error:
-        raise MessageUnreadable(DeadLetterReason.NOT_JSON, str(error)) from error
-    if not isinstance(body, dict):
-        raise MessageUnreadable(DeadLetterReason.NOT_AN_OBJECT, "the value is JSON, but not an object")
-    model = EVENT_MODELS.get(str(body.get("type")))
-    try:
-        return model.model_validate_json(value) if model else None
-    except ValidationError as error:
-        raise MessageUnreadable(DeadLetterReason.UNKNOWN_TYPE, f"does not fit {body['type']}") from error
 
 
 def _command_id(fingerprint: bytes) -> str:

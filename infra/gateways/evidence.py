@@ -1,12 +1,28 @@
-"""Turn a provider's refusal into an outcome. If the refusal alone proves nothing, a status query decides."""
+"""What an answer proves: nothing if it cannot be read; if a refusal alone proves nothing, a status query decides."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
-from domain.errors import GatewayError, OutcomeUnknown
+from domain.errors import GatewayContractBroken, GatewayError, OutcomeUnknown
 from domain.operations import GatewayRequest, Outcome, Unknown
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Status = Callable[[GatewayRequest], Awaitable[Outcome]]
+
+
+def understood(gateway: str, read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
+    """What `read` returns for an answer of this gateway's provider.
+
+    Raises:
+        GatewayContractBroken: a field is missing or has an unexpected type.
+    """
+    try:
+        return read(*answer, **options)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GatewayContractBroken(gateway, f"the answer has an unexpected shape ({type(error).__name__})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from domain.operations import (
     Succeeded,
     Unknown,
 )
+from infra.gateways.evidence import understood
 from infra.gateways.transport import ProviderHttp
 
 NAME: Final = "momo"
@@ -90,7 +91,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 CREATE: Final = _names("amount extraData ipnUrl orderId orderInfo partnerCode redirectUrl requestId requestType")
-CREATE_ANSWER: Final = _names("amount orderId partnerCode payUrl requestId responseTime resultCode")
 IPN: Final = _names(
     "amount extraData message orderId orderInfo orderType partnerCode payType requestId responseTime resultCode transId"
 )
@@ -216,15 +216,9 @@ class MoMoGateway:
             GatewayUnreachable: nothing was sent, or MoMo reports that it did not accept the request.
             OutcomeUnknown: the refund may have been executed.
         """
-        paid = await self._ask_first(request)
-        found = _read_refunded(paid, request)
+        found, body = await self._prepare_refund(request)
         if not isinstance(found, Unknown):
             return found  # an earlier attempt whose answer was lost
-        body = self._body(request) | {
-            "amount": request.amount.minor,
-            "transId": int(paid["transId"]),
-            "description": "",
-        }
         answer = await self._post("refund", body, REFUND)
         code = _code(answer)
         reference = str(answer.get("transId") or request.provider_key)
@@ -245,17 +239,11 @@ class MoMoGateway:
         Raises:
             GatewayUnreachable: the query was not sent, or MoMo did not accept it.
             OutcomeUnknown: MoMo's answer did not arrive or cannot be read.
-            GatewayContractBroken: the answer contradicts the request, or an amount or code in it is not a number.
+            GatewayContractBroken: the answer contradicts the request, or is of an unexpected shape.
         """
-        match request.kind:
-            case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-                return self._read_opening(request, await self._query(_order_of(request)))
-            case OperationKind.CAPTURE:
-                return _read_confirmed(await self._query(_payment_of(request)), request, PAID)
-            case OperationKind.VOID:
-                return _read_confirmed(await self._query(_payment_of(request)), request, RELEASED)
-            case OperationKind.REFUND:
-                return _read_refunded(await self._query(_payment_of(request)), request)
+        is_opening = request.kind in (OperationKind.AUTHORIZE, OperationKind.CHARGE)
+        answer = await self._query(_order_of(request) if is_opening else _payment_of(request))
+        return understood(NAME, _read_status, answer, request)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -317,15 +305,21 @@ class MoMoGateway:
             return NotExecuted(f"MoMo refused it (result {code})", str(code), is_hold_gone)
         raise OutcomeUnknown(NAME, f"result {code}, and no evidence")
 
-    async def _ask_first(self, request: GatewayRequest) -> Fields:
-        """The payment as MoMo shows it, with the transId that a refund must name. A query changes nothing."""
+    async def _prepare_refund(self, request: GatewayRequest) -> tuple[Outcome, dict[str, Any]]:
+        """What became of an earlier attempt, and the request, which must name the payment's transId.
+
+        Raises:
+            GatewayUnreachable: MoMo does not show the payment, or in a form that cannot be read.
+        """
         try:
             paid = await self._query(_payment_of(request))
+            if not paid.get("transId"):
+                raise GatewayUnreachable(NAME, "no refund was sent: MoMo does not show the payment")
+            number = _whole(paid["transId"], "a transId")
+            body = self._body(request) | {"amount": request.amount.minor, "transId": number, "description": ""}
+            return understood(NAME, _read_refunded, paid, request), body
         except OutcomeUnknown as error:
             raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
-        if not paid.get("transId"):
-            raise GatewayUnreachable(NAME, "no refund was sent: MoMo does not show the payment")
-        return paid
 
     # --- queries ------------------------------------------------------------------------------------------------------
 
@@ -337,19 +331,6 @@ class MoMoGateway:
             "lang": self._config.lang,
         }
         return await self._post("query", body, QUERY)
-
-    def _read_opening(self, request: GatewayRequest, answer: Fields) -> Outcome:
-        code, order = _code(answer), _order_of(request)
-        if code == WAITING:
-            # MoMo returns the link only once. If that answer was lost, the payer has no link and cannot pay.
-            is_link_known = request.state is OperationState.REQUIRES_ACTION
-            return RequiresAction(order, "redirect") if is_link_known else Pending(order)
-        if code == UNKNOWN_ORDER or code in NOT_TAKEN or code in REFUSED:
-            return Unknown(f"MoMo shows no such order (result {code})")
-        if code == PAID and request.kind is OperationKind.AUTHORIZE:
-            raise GatewayContractBroken(NAME, "captured although only a hold was requested")
-        amount = _amount(answer) if code in (PAID, AUTHORIZED) else 0
-        return read_payment(code, order, amount)
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
@@ -430,6 +411,33 @@ def _order_of(request: GatewayRequest) -> str:
 def _payment_of(request: GatewayRequest) -> str:
     assert request.gateway_payment_id is not None, "a capture, void or refund acts on a payment known to MoMo"
     return request.gateway_payment_id
+
+
+def _read_status(answer: Fields, request: GatewayRequest) -> Outcome:
+    """The outcome of the operation, from a query of its payment."""
+    match request.kind:
+        case OperationKind.AUTHORIZE | OperationKind.CHARGE:
+            return _read_opening(answer, request)
+        case OperationKind.CAPTURE:
+            return _read_confirmed(answer, request, PAID)
+        case OperationKind.VOID:
+            return _read_confirmed(answer, request, RELEASED)
+        case OperationKind.REFUND:
+            return _read_refunded(answer, request)
+
+
+def _read_opening(answer: Fields, request: GatewayRequest) -> Outcome:
+    code, order = _code(answer), _order_of(request)
+    if code == WAITING:
+        # MoMo returns the link only once. If that answer was lost, the payer has no link and cannot pay.
+        is_link_known = request.state is OperationState.REQUIRES_ACTION
+        return RequiresAction(order, "redirect") if is_link_known else Pending(order)
+    if code == UNKNOWN_ORDER or code in NOT_TAKEN or code in REFUSED:
+        return Unknown(f"MoMo shows no such order (result {code})")
+    if code == PAID and request.kind is OperationKind.AUTHORIZE:
+        raise GatewayContractBroken(NAME, "captured although only a hold was requested")
+    amount = _amount(answer) if code in (PAID, AUTHORIZED) else 0
+    return read_payment(code, order, amount)
 
 
 def _read_confirmed(answer: Fields, request: GatewayRequest, wanted: int) -> Outcome:

@@ -19,7 +19,7 @@ unconfirmed here and fails safe.
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Final, ParamSpec, TypeVar, assert_never
+from typing import Final, assert_never
 
 from domain.capabilities import AmountLimits, Capabilities, Listing
 from domain.commands import OperationKind
@@ -36,7 +36,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Clock, Movement
-from infra.gateways.evidence import conclude
+from infra.gateways.evidence import conclude, understood
 from infra.gateways.paypal_errors import translate_refusal
 from infra.gateways.paypal_http import NAME, WHOLE, Json, PayPalHttp, PayPalRefused, quoted
 from infra.gateways.paypal_http import PayPalConfig as PayPalConfig  # noqa: PLC0414 - how mypy re-exports
@@ -71,9 +71,6 @@ EXPIRY_SHOWS_AFTER: Final = timedelta(hours=3)
 
 EXPIRY_SHOWS_WITHIN: Final = timedelta(days=3)
 """The longest approval window that PayPal grants. An order that is gone later is gone for another reason."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class PayPalGateway:
@@ -121,10 +118,10 @@ class PayPalGateway:
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
         order = await self._order_before(request)
-        found = _understood(read_captures, order, request)
+        found = understood(NAME, read_captures, order, request)
         if not isinstance(found, Unknown):
             return found
-        authorization = _understood(open_hold, order)
+        authorization = understood(NAME, open_hold, order)
         if authorization is None:
             return without_effect(request, f"order {order['id']} has no hold to capture from", "NO_AUTHORIZATION")
         body = {"amount": amount, "final_capture": request.is_final, "invoice_id": invoice_of(request)}
@@ -139,12 +136,11 @@ class PayPalGateway:
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
         """
         order = await self._order_before(request)
-        found = _understood(read_void_of, order, request)
+        found = understood(NAME, read_void_of, order, request)
         authorization = hold_of(order)
         if authorization is None or isinstance(found, Succeeded):
             return found
         path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/void"
-
         return await self._post(request, path, None, "void", partial(read_release, authorization["id"]))
 
     async def refund(self, request: GatewayRequest) -> Outcome:
@@ -161,10 +157,10 @@ class PayPalGateway:
         except AmountNotRepresentable as error:
             return NotExecuted(str(error))
         order = await self._order_before(request)
-        found = _understood(read_refunds, order, request)
+        found = understood(NAME, read_refunds, order, request)
         if not isinstance(found, Unknown):
             return found
-        capture = _understood(refundable, order, request)
+        capture = understood(NAME, refundable, order, request)
         if not isinstance(capture, dict):
             return capture
         body = {"amount": amount, "custom_id": mark_of(request), "invoice_id": invoice_of(request)}
@@ -201,11 +197,11 @@ class PayPalGateway:
             return self._gone(request)
         match request.kind:
             case OperationKind.AUTHORIZE | OperationKind.CHARGE:
-                return _understood(read_opening, order, request)
+                return understood(NAME, read_opening, order, request)
             case OperationKind.CAPTURE:
-                return _understood(read_captures, order, request)
+                return understood(NAME, read_captures, order, request)
             case OperationKind.VOID:
-                return _understood(read_void_of, order, request)
+                return understood(NAME, read_void_of, order, request)
             case OperationKind.REFUND:
                 return await self._refund_status(order, request)
             case _:
@@ -226,7 +222,7 @@ class PayPalGateway:
         while begin < end:
             stop = min(begin + SEARCH_RANGE, end)
             async for transaction in self._transactions(begin, stop):
-                movement = _understood(_movement, transaction)
+                movement = understood(NAME, _movement, transaction)
                 # A transaction may be on two pages, if new ones arrive while we read.
                 if movement is not None and movement.reference not in seen and begin <= movement.moved_at < stop:
                     seen.add(movement.reference)
@@ -283,7 +279,7 @@ class PayPalGateway:
 
     async def _proceed(self, order: Json, request: GatewayRequest) -> Outcome:
         """Execute an approved order; otherwise read its outcome."""
-        found = _understood(read_opening, order, request)
+        found = understood(NAME, read_opening, order, request)
         if not isinstance(found, Pending) or order["status"] != "APPROVED" or any(payments_of(order).values()):
             return found
         try:
@@ -303,18 +299,18 @@ class PayPalGateway:
         path = f"/v2/checkout/orders/{quoted(order_id)}/{step}"
         try:
             order = await self._api.post(path, {}, request_id=f"{request.provider_key}:{step}")
-            return _understood(read_opening, order, request)
+            return understood(NAME, read_opening, order, request)
         except PayPalRefused as refused:
             # It proves nothing about an earlier call to execute the same order, whose answer may have been lost.
             return await self._conclude(refused, request._replace(state=OperationState.PENDING))
 
     async def _refund_status(self, order: Json, request: GatewayRequest) -> Outcome:
         """From the order; or, if the order does not list the refund, by its id from an earlier answer."""
-        found = _understood(read_refunds, order, request)
+        found = understood(NAME, read_refunds, order, request)
         if request.reference is None or not isinstance(found, Unknown):
             return found
         refund = await self._api.get(f"/v2/payments/refunds/{quoted(request.reference)}")
-        return _understood(read_refund, refund, request) if refund is not None else found
+        return understood(NAME, read_refund, refund, request) if refund is not None else found
 
     def _gone(self, request: GatewayRequest) -> Outcome:
         """The outcome when PayPal answers that the order does not exist: expired, unless it may have been executed.
@@ -342,9 +338,9 @@ class PayPalGateway:
                 return
             if answer is None:
                 raise OutcomeUnknown(NAME, "the list grew too long while it was being read")
-            for transaction in _understood(_listed, answer):
+            for transaction in understood(NAME, _listed, answer):
                 yield transaction
-            page, pages = page + 1, _understood(_pages, answer)
+            page, pages = page + 1, understood(NAME, _pages, answer)
 
     async def _halves(self, since: datetime, until: datetime) -> AsyncIterator[Json]:
         middle = (since + (until - since) / 2).replace(microsecond=0)
@@ -387,23 +383,11 @@ class PayPalGateway:
             answer = await self._api.post(path, body, request_id=f"{request.provider_key}:{step}")
         except PayPalRefused as refused:
             return await self._conclude(refused, request)
-        return _understood(read, answer, request)
+        return understood(NAME, read, answer, request)
 
     async def _conclude(self, refused: PayPalRefused, request: GatewayRequest) -> Outcome:
         translation = translate_refusal(refused, request)
         return await conclude(translation, request, status=self.status, refused=refused, facts=str(refused))
-
-
-def _understood(read: Callable[P, T], *answer: P.args, **options: P.kwargs) -> T:
-    """What `read` returns for an answer.
-
-    Raises:
-        GatewayContractBroken: a field is missing or has an unexpected type.
-    """
-    try:
-        return read(*answer, **options)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise GatewayContractBroken(NAME, f"the answer has an unexpected shape ({type(error).__name__})") from error
 
 
 # --- lists ----------------------------------------------------------------------------------------------------------

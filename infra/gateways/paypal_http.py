@@ -29,7 +29,6 @@ from infra.loopback import LOOPBACK
 
 NAME: Final = "paypal"
 SANDBOX: Final = "https://api-m.sandbox.paypal.com"
-LIVE: Final = "https://api-m.paypal.com"
 
 WHOLE: Final = frozenset({"HUF", "JPY", "TWD"})
 """Currencies that PayPal takes without decimals. Source: https://developer.paypal.com/reference/currency-codes/."""
@@ -53,7 +52,7 @@ Json = dict[str, Any]
 
 
 class PayPalConfig(BaseModel):
-    """How to reach PayPal. `api_base` decides between live and sandbox, or is a simulator's address.
+    """How to reach PayPal. `api_base` is the sandbox, https://api-m.paypal.com for live payments, or a simulator.
 
     `webhook_id` is from PayPal's developer pages; without it no webhook can be verified. `cert_hosts` are the hosts
     that may serve PayPal's signing certificates; None means those of the environment that `api_base` names.

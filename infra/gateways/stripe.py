@@ -41,7 +41,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Clock, Connections, Statement
-from infra.gateways.evidence import conclude
+from infra.gateways.evidence import conclude, understood
 from infra.gateways.stripe_errors import facts_of, translate_error
 from infra.gateways.stripe_objects import (
     ACTION_WINDOW,
@@ -346,7 +346,7 @@ class StripeGateway:
                 request.reference, {"cancellation_reason": "abandoned"}, {"idempotency_key": key}
             )
         )
-        return await self.status(request) if intent is None else _understood(self._read_opening, intent, request)
+        return await self.status(request) if intent is None else understood(NAME, self._read_opening, intent, request)
 
     async def _post(
         self,
@@ -360,7 +360,7 @@ class StripeGateway:
         except stripe.StripeError as error:
             translation, facts = translate_error(error, request), facts_of(error)
             return await conclude(translation, request, status=self.status, refused=error, facts=facts)
-        return _understood(read, answer, request)
+        return understood(NAME, read, answer, request)
 
     # --- queries ----------------------------------------------------------------------------------------------------
 
@@ -441,20 +441,8 @@ def _maximum_in_stripes_units(currency: str) -> int:
     return maximum - maximum % 100 if currency in HUNDREDTHS_WITHOUT_FRACTIONS else maximum
 
 
-def _understood(read: Callable[[T, GatewayRequest], Outcome], answer: T, request: GatewayRequest) -> Outcome:
-    """The outcome of an answer.
-
-    Raises:
-        GatewayContractBroken: a field is missing or has an unexpected type.
-    """
-    try:
-        return read(answer, request)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise GatewayContractBroken(NAME, f"the answer has an unexpected shape ({type(error).__name__})") from error
-
-
 def _shown(read: Callable[[T, GatewayRequest], Outcome], found: T | None, request: GatewayRequest) -> Outcome:
-    return Unknown("Stripe shows no such object") if found is None else _understood(read, found, request)
+    return Unknown("Stripe shows no such object") if found is None else understood(NAME, read, found, request)
 
 
 def _payment_of(request: GatewayRequest) -> str:

@@ -96,7 +96,7 @@ class SmallPools(httpx.AsyncBaseTransport):
         try:
             return await self._pools[least].handle_async_request(request)
         except httpx.TimeoutException as error:
-            # `GatewayError.stands_for` recognises a timeout by its cause, which httpcore has removed.
+            # `GatewayError.is_caused_by` recognises a timeout by its cause, which httpcore has removed.
             raise error from TimeoutError(str(error))
         finally:
             self._under_way[least] -= 1

@@ -39,6 +39,7 @@ from domain.operations import (
     Unknown,
 )
 from domain.ports import Clock
+from infra.gateways.evidence import understood
 from infra.gateways.transport import ProviderHttp
 
 log = structlog.get_logger(__name__)
@@ -298,8 +299,7 @@ class VNPayGateway:
             OutcomeUnknown: VNPay may have accepted the refund; it must not be sent again.
             GatewayContractBroken: the answer is not signed, or about another payment.
         """
-        paid = await self._ask_first(request)
-        body = self._refund_body(request, paid)
+        paid, body = await self._prepare_refund(request)
         answer, _ = await self._post(body, joined(body, REFUND))
         code = str(answer.get("vnp_ResponseCode", ""))
         _log_our_mistake(code)
@@ -321,26 +321,17 @@ class VNPayGateway:
         Raises:
             GatewayUnreachable: the query was not sent.
             OutcomeUnknown: there was no readable answer, or VNPay refused the query.
-            GatewayContractBroken: the answer is not signed, or about another payment.
+            GatewayContractBroken: the answer is not signed, about another payment, or of an unexpected shape.
         """
         if request.kind is OperationKind.REFUND:
-            return self._read_refunded(request, *await self._query(_charge_of(request)))
+            answer, answered_at = await self._query(_charge_of(request))
+            return understood(NAME, self._read_refunded, request, answer, answered_at)
         reference = request.reference or _reference(request)
         answer, answered_at = await self._query(reference)
         now = min(answered_at, self._clock())  # a clock that is ahead, VNPay's or ours, must not expire a payable URL
         if answer is None:
             return self._unpaid(request, reference, now)
-        type_ = str(answer["vnp_TransactionType"])
-        if type_ in REFUND_TYPES:
-            return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
-        if type_ != "01":
-            return Pending(reference)
-        outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, minor_of(answer["vnp_Amount"]))
-        if isinstance(outcome, Declined) and now >= self._ends(reference):
-            # An IPN reports an expired URL as code 11. A query has no code: a failure after the end counts as that.
-            return Expired(reference, outcome.code)
-        is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
-        return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
+        return understood(NAME, self._read_charge, request, reference, answer, now)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -411,15 +402,36 @@ class VNPayGateway:
         if any(str(answer.get(name)) != sent[name] for name in ("vnp_TmnCode", "vnp_TxnRef")):
             raise GatewayContractBroken(NAME, "an answer about another payment")
 
-    async def _ask_first(self, request: GatewayRequest) -> Mapping[str, Any]:
-        """The charge as VNPay shows it, with the number that a refund must name. A query changes nothing."""
+    async def _prepare_refund(self, request: GatewayRequest) -> tuple[Mapping[str, Any], dict[str, str]]:
+        """The charge as VNPay shows it, and the request, which must name that one's number. A query changes nothing.
+
+        Raises:
+            GatewayUnreachable: VNPay does not show the charge, or in a form that cannot be read.
+        """
         try:
             paid, _ = await self._query(_charge_of(request))
+            body = None if paid is None else understood(NAME, self._refund_body, request, paid)
         except OutcomeUnknown as error:
             raise GatewayUnreachable(NAME, f"no refund was sent: {error.message}") from error
-        if paid is None:
+        if paid is None or body is None:
             raise GatewayUnreachable(NAME, "no refund was sent: VNPay does not show the payment")
-        return paid
+        return paid, body
+
+    def _read_charge(
+        self, request: GatewayRequest, reference: str, answer: Mapping[str, Any], now: datetime
+    ) -> Outcome:
+        """The outcome of a charge that VNPay shows; `now` is no later than VNPay's clock or ours."""
+        type_ = str(answer["vnp_TransactionType"])
+        if type_ in REFUND_TYPES:
+            return Succeeded(reference, request.amount.minor)  # only what was paid can be refunded
+        if type_ != "01":
+            return Pending(reference)
+        outcome = read_payment(None, str(answer["vnp_TransactionStatus"]), reference, minor_of(answer["vnp_Amount"]))
+        if isinstance(outcome, Declined) and now >= self._ends(reference):
+            # An IPN reports an expired URL as code 11. A query has no code: a failure after the end counts as that.
+            return Expired(reference, outcome.code)
+        is_begun = isinstance(outcome, Pending) and str(answer["vnp_TransactionStatus"]) == "01"
+        return self._unpaid(request, reference, now, BEGUN_GRACE) if is_begun else outcome
 
     def _read_refunded(self, request: GatewayRequest, answer: Mapping[str, Any] | None, now: datetime) -> Outcome:
         """The outcome of one refund, from the query of its charge; `now` is by VNPay's clock.

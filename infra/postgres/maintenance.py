@@ -237,7 +237,7 @@ async def _reasons_to_keep(connection: "asyncpg.Connection[Any]", end: int, last
 
 def _reason(slot: asyncpg.Record, end: int) -> str | None:
     if not slot["active"]:
-        return f"slot {slot['slot_name']} is inactive"
+        return f"slot {slot['slot_name']} is inactive (start what reads it, or drop the slot if that is gone for good)"
     return None if slot["is_past"] else f"slot {slot['slot_name']} has not confirmed {end >> 32:X}/{end & 0xFFFFFFFF:X}"
 
 

@@ -1,4 +1,4 @@
-"""The simulators, each in a process of its own on a free loopback port, and the gateways that talk to them."""
+"""Stripe's simulator, in a process of its own on a free loopback port, and the gateways that talk to it."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tests.support.sandbox import running_sandbox
 
 @dataclass
 class Simulator:
-    """A running simulator: its address, its books, and how to make it misbehave."""
+    """A running simulator of Stripe: its address, its books, and how to make it misbehave."""
 
     url: str
     http: httpx.Client
@@ -46,7 +46,7 @@ def stripe_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def stripe_simulator(stripe_url: str) -> Iterator[Simulator]:
+def simulator(stripe_url: str) -> Iterator[Simulator]:
     with httpx.Client(base_url=stripe_url) as http:
         http.post("/_sandbox/reset").raise_for_status()
         yield Simulator(stripe_url, http)
@@ -58,26 +58,13 @@ def stripe_gateway(url: str, **settings: Any) -> StripeGateway:
     return StripeGateway(StripeConfig(api_key=SecretStr("sk_test_contract"), api_base=url, **given), clock)
 
 
-GATEWAYS: dict[str, tuple[str, Callable[..., Gateway]]] = {"stripe": ("stripe_simulator", stripe_gateway)}
-"""By gateway: the fixture of its simulator, and the function that builds the gateway."""
-
-
-@pytest.fixture(params=sorted(GATEWAYS))
-def simulator(request: pytest.FixtureRequest) -> Simulator:
-    fixture, _ = GATEWAYS[request.param]
-    found = request.getfixturevalue(fixture)
-    assert isinstance(found, Simulator)
-    return found
-
-
 @pytest.fixture
-async def connect(request: pytest.FixtureRequest, simulator: Simulator) -> AsyncIterator[Callable[..., Gateway]]:
-    """A function that builds gateways like the one under test with other settings; all are closed afterwards."""
-    _, build = GATEWAYS[request.node.callspec.params["simulator"]]
+async def connect(simulator: Simulator) -> AsyncIterator[Callable[..., Gateway]]:
+    """A function that builds Stripe gateways with other settings; all are closed afterwards."""
     built: list[Gateway] = []
 
     def connect_to(url: str = simulator.url, **settings: Any) -> Gateway:
-        built.append(build(url, **settings))
+        built.append(stripe_gateway(url, **settings))
         return built[-1]
 
     yield connect_to

@@ -63,6 +63,9 @@ class Provider(ABC):
     remembers_errors = False
     """Whether a key that was answered with a 500 gets that answer from then on, though nothing was executed."""
 
+    limits_before_execution = True
+    """Whether a 429 proves that the request was not executed."""
+
     window: ClassVar[timedelta] = timedelta(0)
     """The age from which an operation may have expired for its payer."""
     tells_of_abandoned = False
@@ -221,6 +224,7 @@ class VNPay(Provider):
     payment_method = "bank"
     window = timedelta(minutes=31)
     own = "/_sandbox/vnpay"
+    limits_before_execution = False  # VNPay does not document its HTTP statuses
     declined_at: ClassVar = {**Provider.declined_at, **ON_A_PAGE}
 
     def gateway(self, *, timeout_seconds: float = 5) -> Gateway:
@@ -251,6 +255,7 @@ class MoMo(VNPay):
     tells = frozenset({AUTHORIZE, CHARGE})
     payment_method = "wallet"
     own = "/_sandbox/momo"
+    limits_before_execution = True
     window = timedelta(0)
     tells_of_abandoned = True
 

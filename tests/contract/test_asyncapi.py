@@ -27,12 +27,13 @@ from handlers.messages.asyncapi import (
 )
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import read_command
-from handlers.messages.events import EVENT_MODELS, event_type, read_event
+from handlers.messages.dead_letter_reason import DeadLetterReason
+from handlers.messages.events import EVENT_MODELS, event_type
 from handlers.messages.examples import COMMAND_EXAMPLES
-from handlers.messages.refusals import DeadLetterReason
 from infra.gateways.paypal_http import WHOLE
 from infra.gateways.stripe_objects import ROUNDED_TO_TEN
 from infra.kafka import dead_letters
+from tests.support.events import read_event
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "asyncapi"
@@ -100,7 +101,7 @@ def test_the_header_of_an_event_names_its_own_type(document: dict[str, Any]) -> 
 def test_every_example_of_an_event_is_readable(document: dict[str, Any]) -> None:
     for type_, model in EVENT_MODELS.items():
         for example in document["components"]["messages"][type_]["examples"]:
-            assert isinstance(read_event(json.dumps(example["payload"]).encode()), model)
+            assert isinstance(read_event(json.dumps(example["payload"])), model)
 
 
 def named(key: str, value: object) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 books agree with it, and nothing happens twice. Calls go through the dispatcher, as in production, over real HTTP."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -33,9 +34,12 @@ from domain.operations import (
 from domain.ports import Gateway
 from handlers.dispatch import Dispatcher
 from handlers.leases import Leases
+from handlers.pace import Pace
+from infra.local.server import free_port
 from infra.sandbox.faults import Action
-from tests.contract.gateway_requests import a_request
+from tests.contract.gateway_requests import a_request, in_doubt, run
 from tests.contract.providers import PROVIDERS, Effect, Provider
+from tests.support.dispatching import FAST
 from tests.support.sandbox import running_sandbox
 
 AUTHORIZE, CHARGE, CAPTURE, VOID, REFUND = OperationKind
@@ -43,6 +47,12 @@ OPENING = (AUTHORIZE, CHARGE)
 BEFORE = ("cut_before", "429", "503", "409", "500_before")
 AFTER = ("cut_after", "truncated", "garbage", "500_after")
 TOO_LATE = ("slow", "hang")
+LATER = tuple(kind for kind in OperationKind if kind not in OPENING)
+"""The operations on a payment that its provider has already: their trace is found without a reference of their own."""
+
+as_documented = pytest.mark.usefixtures("as_documented")
+"""What is said to PayPal and by it is also checked against PayPal's own documents."""
+
 IMPATIENCE_SECONDS = 0.7
 """The timeout of a gateway that gives up before a late answer comes."""
 
@@ -78,6 +88,7 @@ class Till:
             store=store,
             clock=lambda: datetime.now(UTC),
             leases=leases,
+            paces={self.gateway.name: Pace(time.monotonic, self.gateway, FAST)},
         )
         self._dispatcher.on_answer = self._hear
 
@@ -165,6 +176,9 @@ class Till:
         if kind not in self.gateway.capabilities.operations:
             pytest.skip("not offered: refused up front")
 
+    def offers_and_sends(self, kind: OperationKind) -> bool:
+        return kind in self.gateway.capabilities.operations and self.provider.fails(kind) is not None
+
     def request_of(self, kind: OperationKind) -> str:
         """The name, in fault rules, of this operation's request; skips the test if there is none."""
         call = self.provider.fails(kind)
@@ -222,17 +236,78 @@ def told(name: str, till: Till, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"payments_gateway_{name}", {"gateway": till.gateway.name, **labels}) or 0.0
 
 
+@as_documented
 @pytest.mark.parametrize("kind", OperationKind)
 async def test_each_operation_has_its_effect_once_however_often_it_is_sent(till: Till, kind: OperationKind) -> None:
     till.offers(kind)
     request = await till.prepared(kind)
-    assert isinstance(await till.finish(request), Succeeded)
+    first = await till.finish(request)
+    assert isinstance(first, Succeeded)
+    assert first.amount_minor in (None, till.provider.amount.minor)
     assert till.effect(request) == till.expected(kind)
-    again = await till.finish(request._replace(state=OperationState.INDETERMINATE, attempts=2))
-    assert isinstance(again, Succeeded)
+    assert await till.finish(in_doubt(request)) == first
     assert till.effect(request) == till.expected(kind)
 
 
+@as_documented
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_parallel_attempts_with_one_key_have_one_effect(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    call, request = till.request_of(kind), await till.prepared(kind)
+    if not till.knows_keys:
+        pytest.skip("it is never sent a second time")
+    till.provider.fault("slow", call, request.payment_id, seconds=0.2)
+    outcomes = await asyncio.gather(*(run(till.gateway, in_doubt(request)) for _ in range(5)))
+    assert {type(each) for each in outcomes} <= {Succeeded, Unknown, RequiresAction}
+    assert any(isinstance(each, Succeeded | RequiresAction) for each in outcomes)
+    assert isinstance(await till.finish(in_doubt(request)), Succeeded)
+    assert till.effect(request) == till.expected(kind)
+
+
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_a_provider_that_is_away_is_unreachable(till: Till, sandbox: httpx.Client, kind: OperationKind) -> None:
+    till.offers(kind)
+    till.request_of(kind)
+    request, away = await till.prepared(kind), type(till.provider)(f"http://127.0.0.1:{free_port()}", sandbox).gateway()
+    assert isinstance(await run(away, request), Unreachable)
+    await away.close()
+
+
+async def test_cancelling_a_call_is_passed_on(till: Till) -> None:
+    kind = next(each for each in OperationKind if till.offers_and_sends(each))
+    request = await till.prepared(kind)
+    # Executed all the same, but soon: any later, its webhook would come in the middle of another test.
+    till.provider.fault("slow", till.request_of(kind), request.payment_id, seconds=0.3)
+    calling = asyncio.create_task(run(till.gateway, request))
+    await asyncio.sleep(0.05)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+@as_documented
+@pytest.mark.parametrize("kind", OperationKind)
+async def test_a_status_without_a_trace_is_unknown_and_causes_nothing(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    till.request_of(kind)
+    request = await till.prepared(kind)
+    before = till.effect(request)
+    assert isinstance(await till.gateway.status(in_doubt(request)), Unknown)
+    assert till.effect(request) == before
+
+
+@as_documented
+@pytest.mark.parametrize("kind", LATER)
+async def test_a_status_finds_what_was_executed_without_a_reference(till: Till, kind: OperationKind) -> None:
+    till.offers(kind)
+    call, request = till.request_of(kind), await till.prepared(kind)
+    till.provider.fault("cut_after", call, request.payment_id)
+    await till.send(request)
+    assert isinstance(await till.gateway.status(in_doubt(request)), Succeeded)
+    assert till.effect(request) == till.expected(kind)
+
+
+@as_documented
 @pytest.mark.parametrize("fault", AFTER)
 @pytest.mark.parametrize("kind", OperationKind)
 async def test_an_answer_lost_after_execution_ends_with_one_effect(till: Till, kind: OperationKind, fault: str) -> None:
@@ -245,6 +320,7 @@ async def test_an_answer_lost_after_execution_ends_with_one_effect(till: Till, k
     assert till.effect(request) == till.expected(kind)
 
 
+@as_documented
 @pytest.mark.parametrize("fault", BEFORE)
 @pytest.mark.parametrize("kind", OperationKind)
 async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_only_where_that_is_safe(
@@ -255,9 +331,9 @@ async def test_a_request_lost_before_execution_moves_nothing_and_is_made_good_on
     before = till.effect(request)
     till.provider.fault(fault, call, request.payment_id)
     first = await till.send(request)
-    assert isinstance(first, Unknown | Unreachable)
+    is_proof = fault == "429" and till.provider.limits_before_execution
+    assert isinstance(first, Unreachable if is_proof else Unknown)
     assert till.effect(request) == before
-    is_proof = isinstance(first, Unreachable)
     state = OperationState.DISPATCHED if is_proof else OperationState.INDETERMINATE
     end = await till.finish(request._replace(state=state, attempts=2))
     is_stuck = fault == Action.ERROR_BEFORE and till.provider.remembers_errors

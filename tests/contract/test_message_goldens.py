@@ -11,8 +11,9 @@ import pytest
 from domain.commands import Command
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import command_from_content, read_command
-from handlers.messages.events import EVENT_MODELS, read_event, write_event
+from handlers.messages.events import EVENT_MODELS, write_event
 from handlers.messages.examples import EVENT_EXAMPLES, EVENT_ID
+from tests.support.events import read_event
 
 GOLDENS = Path(__file__).parent / "goldens"
 GATEWAY, ACTION_TYPE = "sandbox", "three_d_secure"
@@ -52,5 +53,4 @@ def test_a_released_event_is_still_written_byte_for_byte(type_: str) -> None:
 
 @pytest.mark.parametrize("type_", EVENT_MODELS)
 def test_a_released_event_is_still_read(type_: str) -> None:
-    event = read_event(golden(type_).encode())
-    assert isinstance(event, EVENT_MODELS[type_])
+    assert isinstance(read_event(golden(type_)), EVENT_MODELS[type_])

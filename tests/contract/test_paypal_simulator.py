@@ -1,4 +1,7 @@
-"""The PayPal gateway against the PayPal simulator, over HTTP: the payer's consent, lost answers, tokens, webhooks."""
+"""The PayPal gateway against the PayPal simulator, over HTTP: the payer's consent, refunds, tokens, webhooks.
+
+What holds at every provider, under every fault, is in test_every_gateway.py.
+"""
 
 import asyncio
 import json
@@ -33,26 +36,17 @@ from domain.operations import (
 from domain.ports import Gateway
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.paypal_webhooks import PayPalWebhooks, read_event
-from infra.local.server import free_port
 from infra.sandbox.paypal import PayPalSimulator
 from infra.sandbox.stripe import ROUTES as STRIPE_ROUTES
 from tests.contract.gateway_requests import a_request, follow_up, in_doubt, opened, run
-from tests.contract.paypal import DECLINES, OPERATIONS, PAYS, PayPalSandbox, paypal_gateway, running_paypal
+from tests.contract.paypal import DECLINES, PAYS, PayPalSandbox, paypal_gateway, running_paypal
 from tests.contract.paypal_schemas import OF_TOMORROW, Exchange, as_answer, violations
 
 pytestmark = pytest.mark.usefixtures("as_documented")
 
-KINDS = list(OperationKind)
 OPENINGS = [OperationKind.AUTHORIZE, OperationKind.CHARGE]
-EFFECTS = {
-    OperationKind.AUTHORIZE: (1250, 0, 0),
-    OperationKind.CHARGE: (0, 1250, 0),
-    OperationKind.CAPTURE: (0, 1250, 0),
-    OperationKind.VOID: (0, 0, 0),
-    OperationKind.REFUND: (0, 1250, 1250),
-}
+EFFECTS = {OperationKind.AUTHORIZE: (1250, 0, 0), OperationKind.CHARGE: (0, 1250, 0)}
 AFTER = ["cut_after", "truncated", "garbage", "500_after"]
-BEFORE = {"cut_before": Unknown, "429": Unreachable, "503": Unknown, "409": Unknown}
 
 
 @pytest.fixture(scope="module")
@@ -85,145 +79,12 @@ def gateway(connect: Callable[..., Gateway]) -> Gateway:
     return connect()
 
 
-async def prepared(gateway: Gateway, kind: OperationKind) -> GatewayRequest:
-    """A request of this kind that can succeed at once."""
-    if kind in OPENINGS:
-        return a_request(kind, payment_method=PAYS)
-    first = OperationKind.CHARGE if kind is OperationKind.REFUND else OperationKind.AUTHORIZE
-    return follow_up(*await opened(gateway, first, payment_method=PAYS), kind)
-
-
 async def asked(gateway: Gateway, kind: OperationKind) -> tuple[GatewayRequest, RequiresAction]:
     """An opening that waits for the payer: the request with which the dispatcher resumes it, and the answer."""
     request = a_request(kind, payment_method=None)
     outcome = await run(gateway, request)
     assert isinstance(outcome, RequiresAction), outcome
     return request._replace(state=OperationState.REQUIRES_ACTION, reference=outcome.reference), outcome
-
-
-# --- one effect per key ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_each_operation_succeeds_and_its_replay_has_no_second_effect(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-
-    first, second = await run(gateway, request), await run(gateway, in_doubt(request))
-
-    assert isinstance(first, Succeeded)
-    assert first == second
-    assert first.amount_minor in (None, 1250)
-    assert paypal.effect(request.payment_id) == EFFECTS[kind]
-    assert paypal.executed_charges(request.payment_id) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fault", AFTER)
-async def test_an_answer_lost_after_execution_is_unknown_and_the_same_key_finds_the_effect(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind, fault: str
-) -> None:
-    request = await prepared(gateway, kind)
-    paypal.fault(fault, operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
-
-    lost, found = await run(gateway, request), await run(gateway, in_doubt(request))
-
-    assert isinstance(lost, Unknown)
-    assert isinstance(found, Succeeded)
-    assert paypal.effect(request.payment_id) == EFFECTS[kind]
-    assert paypal.executed_charges(request.payment_id) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fault", sorted(BEFORE))
-async def test_a_request_lost_before_execution_moves_nothing_until_it_is_repeated(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind, fault: str
-) -> None:
-    request = await prepared(gateway, kind)
-    before = paypal.effect(request.payment_id)
-    paypal.fault(fault, operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
-
-    lost = await run(gateway, request)
-    between = paypal.effect(request.payment_id)
-    repeated = await run(gateway, in_doubt(request))
-
-    assert isinstance(lost, BEFORE[fault])
-    assert between == before
-    assert isinstance(repeated, Succeeded)
-    assert paypal.effect(request.payment_id) == EFFECTS[kind]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_an_answer_that_never_comes_is_unknown_when_the_time_is_up(
-    connect: Callable[..., Gateway], gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-    paypal.fault("hang", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
-
-    assert isinstance(await run(connect(timeout_seconds=0.3), request), Unknown)
-    assert isinstance(await run(gateway, in_doubt(request)), Succeeded)
-    assert paypal.effect(request.payment_id) == EFFECTS[kind]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_remembered_server_error_stays_unknown(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-    before = paypal.effect(request.payment_id)
-    paypal.fault("500_before", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
-
-    outcomes = [await run(gateway, request), await run(gateway, in_doubt(request))]
-
-    assert [type(each) for each in outcomes] == [Unknown, Unknown]
-    assert paypal.effect(request.payment_id) == before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_provider_that_is_away_is_unreachable(
-    connect: Callable[..., Gateway], gateway: Gateway, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-
-    assert isinstance(await run(connect(f"http://127.0.0.1:{free_port()}"), request), Unreachable)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_parallel_attempts_with_one_key_have_one_effect(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-    paypal.fault("slow", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1, seconds=0.2)
-
-    outcomes = await asyncio.gather(*(run(gateway, in_doubt(request)) for _ in range(5)))
-
-    assert any(isinstance(outcome, Succeeded) for outcome in outcomes)
-    assert all(isinstance(outcome, Succeeded | Unknown) for outcome in outcomes)
-    assert paypal.effect(request.payment_id) == EFFECTS[kind]
-    assert paypal.executed_charges(request.payment_id) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_status_causes_nothing_and_without_a_trace_is_unknown(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-    before = paypal.effect(request.payment_id)
-
-    assert isinstance(await gateway.status(in_doubt(request)), Unknown)
-    assert paypal.effect(request.payment_id) == before
-
-
-@pytest.mark.parametrize("kind", [OperationKind.CAPTURE, OperationKind.VOID, OperationKind.REFUND])
-async def test_status_finds_what_was_executed_without_a_reference(
-    gateway: Gateway, paypal: PayPalSandbox, kind: OperationKind
-) -> None:
-    request = await prepared(gateway, kind)
-    paypal.fault("cut_after", operation=OPERATIONS[kind], payment_id=str(request.payment_id), times=1)
-    await run(gateway, request)
-
-    assert isinstance(await gateway.status(in_doubt(request)), Succeeded)
 
 
 @pytest.mark.parametrize("wallet", ["pm_sandbox_lost_answer", "pm_sandbox_lost_request", "pm_sandbox_500"])
@@ -234,19 +95,6 @@ async def test_a_demo_needs_no_rules_for_a_wallet_that_fails_once(
 
     assert [type(await run(gateway, each)) for each in (request, in_doubt(request))] == [Unknown, Succeeded]
     assert paypal.executed_charges(request.payment_id) == 1
-
-
-async def test_cancelling_the_caller_is_passed_on(gateway: Gateway, paypal: PayPalSandbox) -> None:
-    request = a_request(payment_method=PAYS)
-    # Executed all the same, but soon: any later, its webhook would come in the middle of another test.
-    paypal.fault("slow", operation="create", seconds=0.3)
-    task = asyncio.create_task(gateway.charge(request))
-    await asyncio.sleep(0.05)
-
-    task.cancel()
-
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 # --- the payer ------------------------------------------------------------------------------------------------------
@@ -465,7 +313,7 @@ async def test_a_pending_payment_ends_as_paypal_says(
 
 
 async def test_a_refused_parameter_is_proof_on_the_first_attempt_only(gateway: Gateway, paypal: PayPalSandbox) -> None:
-    request = await prepared(gateway, OperationKind.CAPTURE)
+    request = follow_up(*await opened(gateway, payment_method=PAYS), OperationKind.CAPTURE)
     too_much = request._replace(amount=Money(1251, "USD"))
 
     assert isinstance(await run(gateway, too_much), NotExecuted)

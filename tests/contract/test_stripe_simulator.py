@@ -19,8 +19,8 @@ CHARGE = {
 
 
 @pytest.fixture
-def http(stripe_simulator: Simulator) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stripe_simulator.url, headers={"Authorization": "Bearer sk_test_x"}) as client:
+def http(simulator: Simulator) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=simulator.url, headers={"Authorization": "Bearer sk_test_x"}) as client:
         yield client
 
 
@@ -32,14 +32,14 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return dict(answer.json()["error"])
 
 
-def test_a_key_returns_the_first_answer_again(http: httpx.Client, stripe_simulator: Simulator) -> None:
+def test_a_key_returns_the_first_answer_again(http: httpx.Client, simulator: Simulator) -> None:
     first, second = (post(http, "payment_intents", CHARGE, "k") for _ in range(2))
 
     assert first.content == second.content
     assert "Idempotent-Replayed" not in first.headers
     assert second.headers["Idempotent-Replayed"] == "true"
     assert second.headers["Original-Request"] == first.headers["Request-Id"]
-    assert stripe_simulator.executed_charges("p1") == 1
+    assert simulator.executed_charges("p1") == 1
 
 
 def test_a_key_with_other_parameters_is_an_idempotency_error(http: httpx.Client) -> None:
@@ -50,10 +50,8 @@ def test_a_key_with_other_parameters_is_an_idempotency_error(http: httpx.Client)
     assert (answer.status_code, error_of(answer)["type"]) == (400, "idempotency_error")
 
 
-def test_a_server_error_is_remembered_and_a_refused_parameter_is_not(
-    http: httpx.Client, stripe_simulator: Simulator
-) -> None:
-    stripe_simulator.fault("500_before", times=1)
+def test_a_server_error_is_remembered_and_a_refused_parameter_is_not(http: httpx.Client, simulator: Simulator) -> None:
+    simulator.fault("500_before", times=1)
     failed = [post(http, "payment_intents", CHARGE, "k1") for _ in range(2)]
     unknown = [post(http, "payment_intents", CHARGE | {"amout": "1"}, "k2") for _ in range(2)]
 
@@ -80,12 +78,12 @@ def test_a_server_error_is_remembered_and_a_refused_parameter_is_not(
     ],
 )
 def test_a_wrong_parameter_is_refused_and_leaves_nothing(
-    http: httpx.Client, stripe_simulator: Simulator, change: dict[str, str], code: str | None
+    http: httpx.Client, simulator: Simulator, change: dict[str, str], code: str | None
 ) -> None:
     answer = post(http, "payment_intents", CHARGE | change)
 
     assert (answer.status_code, error_of(answer).get("code")) == (400, code)
-    assert stripe_simulator.books()["payment_intents"] == []
+    assert simulator.books()["payment_intents"] == []
 
 
 def test_without_a_key_of_stripe_nothing_is_answered(http: httpx.Client) -> None:
@@ -119,29 +117,29 @@ def test_lists_are_newest_first_and_paged(http: httpx.Client) -> None:
         assert (created in [each["created"] for each in listed]) == is_listed
 
 
-def test_the_books_add_up(http: httpx.Client, stripe_simulator: Simulator) -> None:
+def test_the_books_add_up(http: httpx.Client, simulator: Simulator) -> None:
     charged = post(http, "payment_intents", CHARGE).json()["id"]
     held = post(http, "payment_intents", CHARGE | {"capture_method": "manual"}).json()["id"]
     post(http, "refunds", {"payment_intent": charged, "amount": "250"})
     post(http, f"payment_intents/{held}/capture", {"amount_to_capture": "1000"})
 
-    books = stripe_simulator.books()
+    books = simulator.books()
 
     usd = books["currencies"]["usd"]
     assert (usd["captured"], usd["refunded"], usd["authorized_open"], usd["payment_intents"]) == (2250, 250, 0, 2)
     assert books["executed_charges"] == {"p1": 2}
 
 
-def test_latency_is_added_to_every_request(http: httpx.Client, stripe_simulator: Simulator) -> None:
-    stripe_simulator.http.post("/_sandbox/latency", json={"latency_ms": 60})
+def test_latency_is_added_to_every_request(http: httpx.Client, simulator: Simulator) -> None:
+    simulator.http.post("/_sandbox/latency", json={"latency_ms": 60})
     elapsed = post(http, "payment_intents", CHARGE).elapsed.total_seconds()
-    stripe_simulator.http.post("/_sandbox/latency", json={"latency_ms": 0})
+    simulator.http.post("/_sandbox/latency", json={"latency_ms": 0})
 
     assert elapsed >= 0.06
 
 
-def test_a_rule_that_is_none_is_refused(stripe_simulator: Simulator) -> None:
-    answer = stripe_simulator.http.post("/_sandbox/faults", json={"action": "explode"})
+def test_a_rule_that_is_none_is_refused(simulator: Simulator) -> None:
+    answer = simulator.http.post("/_sandbox/faults", json={"action": "explode"})
 
     assert answer.status_code == 400
     assert "cut_after" in answer.json()["actions"]

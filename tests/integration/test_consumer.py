@@ -341,7 +341,7 @@ async def test_a_full_backlog_pauses_its_partitions_and_resumes_when_half_is_don
 async def test_a_clean_stop_saves_what_is_under_way_and_commits_its_offsets(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("handlers.consumer.COMMIT_INTERVAL_SECONDS", 3600)  # only the stop may commit
+    monkeypatch.setattr("handlers.offsets.COMMIT_INTERVAL_SECONDS", 3600)  # only the stop may commit
     slow = settings.model_copy(update={"instant_gateway_latency_ms": 500.0})
     payments = [uuid4() for _ in range(50)]
     await send(settings.kafka_bootstrap, settings.commands_topic, *charges(payments))

@@ -268,5 +268,5 @@ def test_a_day_that_has_not_begun_is_refused(as_json: bool, capsys: pytest.Captu
 
 
 def test_a_gateway_that_is_not_used_here_has_no_books_to_compare() -> None:
-    with pytest.raises(ValueError, match="not one of"):
+    with pytest.raises(ValueError, match="gateway paypal is not used here; PAYMENTS_GATEWAYS has: stripe"):
         report_day(Settings(), datetime.now(UTC).date(), "paypal", as_json=True)

@@ -41,6 +41,7 @@ async def test_good_commands_beside_a_message_that_cannot_be_parked_are_answered
             dispatcher=worker.dispatcher,
             dead_letters=letters,
             backlog=Backlog(capacity=1_000, waiting=lambda: 0),
+            retries_before_parking=0,
         )
         for _ in range(5):
             with pytest.raises(UnknownTopicOrPartitionError):

@@ -196,7 +196,7 @@ async def test_a_webhook_that_somebody_holds_ends_a_round_and_not_the_process(
         stop.set()
         await maintaining
     told = {"event": "maintenance failed", "step": "outbox and inbox", "error": "ConcurrentUpdate"}
-    assert told | {"log_level": "warning"} in logs
+    assert told | {"log_level": "warning", "message": "canceling statement due to lock timeout"} in logs
 
 
 async def test_unfinished_maintenance_is_not_reported_as_an_unreachable_server(
@@ -463,9 +463,8 @@ async def test_nothing_is_dropped_while_a_slot_is_inactive(aged: Aged, subscribe
     await aged.connection.execute("SELECT pg_create_logical_replication_slot('idle', 'pgoutput')")
     report = await aged.maintain()
     assert (report.dropped, await aged.count()) == ((), 11)
-    assert (
-        "slot idle is inactive" in report.kept_because
-    )  # The slot `probe` may be named too if it has not confirmed yet.
+    # The slot `probe` may be named too if it has not confirmed yet.
+    assert any(each.startswith("slot idle is inactive") for each in report.kept_because)
     await aged.connection.execute("SELECT pg_drop_replication_slot('idle')")
     assert (await aged.maintain()).dropped
 

@@ -47,6 +47,7 @@ from handlers.reconcile import AT_ONCE, PAGE, RESTS, SILENT, SILENT_AFTER, Asker
 from infra.postgres import statements
 from infra.postgres.pool import PINNED_PLANS, create_pool
 from infra.postgres.store import PostgresStore
+from tests.support.dispatching import FAST
 from tests.support.provider import BookkeepingGateway
 from tests.support.sandbox import running_sandbox
 from tests.support.service import InProcessWorker, delivery, events_of, new_payment_id, running_worker, value
@@ -58,7 +59,9 @@ class Instant(BookkeepingGateway):
 
 
 def asker_of(*gateways: BookkeepingGateway) -> Asker:
-    return Asker({each.name: each for each in gateways}, {each.name: Pace(time.monotonic, each) for each in gateways})
+    return Asker(
+        {each.name: each for each in gateways}, {each.name: Pace(time.monotonic, each, FAST) for each in gateways}
+    )
 
 
 async def in_doubt(postgres_url: str, *payments: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from app.settings import Settings
 from app.worker import Worker
 from domain.decision import Delivery
-from handlers.consumer import Offsets
+from handlers.offsets import Offsets
 from handlers.write_path import WritePath
 from infra.gateways.stripe import StripeGateway
 

@@ -26,6 +26,7 @@ from handlers.sweep import Sweep
 from handlers.write_path import Applied, WritePath
 from infra.postgres.pool import create_pool
 from infra.postgres.store import PostgresStore
+from tests.support.dispatching import FAST
 from tests.support.provider import BookkeepingGateway
 
 QUICK_RETRY = RetryPolicy(
@@ -104,7 +105,7 @@ async def running_worker(
         store=store, rules=chosen, clock=lambda: datetime.now(UTC), new_id=uuid7, recent=hint or WrongHint()
     )
     gateways, limits = {gateway.name: gateway}, {gateway.name: 50}
-    paces = {gateway.name: Pace(time.monotonic, gateway)}
+    paces = {gateway.name: Pace(time.monotonic, gateway, FAST)}
     dispatcher, settler, leases = create_calling(store, write_path, chosen, gateways, limits, paces=paces)
     sweep = Sweep(
         store=store,

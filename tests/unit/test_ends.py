@@ -1,41 +1,45 @@
 """However a batch or a process ends, saved requests are sent and started calls are waited for."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock, create_autospec
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
-from aiokafka import TopicPartition
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import IllegalStateError
 from structlog.testing import capture_logs
 
 from app.loops import Loops
 from app.wiring import Calling
 from domain.commands import OperationKind
-from domain.decision import Answer, Input, Notified
+from domain.decision import Answer, Input
 from domain.errors import StoreUnavailable
 from domain.notices import Notice
 from domain.operations import GatewayRequest, Outcome, Succeeded, Unreachable
-from domain.ports import Inbox, RecentKeys
+from domain.ports import Inbox, RecentKeys, StoredNotice
 from domain.rules import Rules
-from handlers import apply_notices, consumer
+from handlers import consumer
 from handlers.apply_notices import NoticeApplier
 from handlers.consumer import CommandConsumer
 from handlers.dispatch import PROCESS_ENDS, Dispatcher
 from handlers.leases import Leases
+from handlers.messages.notices import write_notice
+from handlers.pace import Pace
 from handlers.settle import Settler
 from handlers.write_path import Applied, SavedInPart, WritePath
-from tests.support.dispatching import NOW, NoStore, ScriptedGateway, request
+from tests.support.dispatching import FAST, NOW, NoStore, ScriptedGateway, request
+from tests.support.service import body
 
-POISON = Answer(uuid4(), 1, 1, Succeeded("poison"))
+POISON = uuid4()
+"""The payment of the input that Postgres refuses."""
 
 
-def answer() -> Answer:
-    return Answer(uuid4(), 1, 1, Succeeded("ref"))
+def answer(payment_id: UUID | None = None) -> Answer:
+    return Answer(payment_id or uuid4(), 1, 1, Succeeded("ref"))
 
 
 class HalfSaving(WritePath):
@@ -57,7 +61,7 @@ class HalfSaving(WritePath):
         if self.is_away:
             self.is_away = False
             raise StoreUnavailable("Postgres is away")
-        if POISON in inputs:
+        if any(each.payment_id == POISON for each in inputs):
             raise ValueError("a row that no constraint takes")
         self.saved += inputs
         self.is_away = len(self.saved) == 2
@@ -65,7 +69,7 @@ class HalfSaving(WritePath):
         return requests
 
 
-BATCH = [answer(), answer(), answer(), POISON]
+BATCH = [answer(), answer(), answer(), answer(POISON)]
 
 
 async def test_a_partly_saved_batch_raises_with_the_requests_already_saved() -> None:
@@ -75,13 +79,15 @@ async def test_a_partly_saved_batch_raises_with_the_requests_already_saved() -> 
     assert (part.value.requests, len(path.saved)) == (path.begun, 2)
 
 
-async def test_a_consumer_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_consumer_sends_it() -> None:
     path, sent = HalfSaving(), list[GatewayRequest]()
     dispatcher = create_autospec(Dispatcher, instance=True)
     dispatcher.submit.side_effect = sent.extend
-    reads = CommandConsumer(write_path=path, dispatcher=dispatcher, dead_letters=Mock(), backlog=Mock())
-    monkeypatch.setattr(consumer, "_read", lambda records: ([(each, each) for each in records], []))
-    message: Any = Mock(raw_message=BATCH, nack=AsyncMock())
+    reads = CommandConsumer(
+        write_path=path, dispatcher=dispatcher, dead_letters=Mock(), backlog=Mock(), retries_before_parking=0
+    )
+    values = [body("charge", each, f"key of {each}") for each in (uuid4(), uuid4(), uuid4(), POISON)]
+    message: Any = Mock(raw_message=[SimpleNamespace(value=each, headers=()) for each in values], nack=AsyncMock())
     await reads._on_batch(message)
     assert sent == path.begun
     message.nack.assert_awaited_once()
@@ -94,17 +100,16 @@ async def test_a_settler_sends_it_and_goes_on_trying() -> None:
         settler.add(each)
     await settler.settle_some()
     assert sent == path.begun
-    assert {each for each in path.saved if isinstance(each, Answer)} == set(BATCH) - {POISON}
+    assert {each for each in path.saved if isinstance(each, Answer)} == set(BATCH[:-1])
 
 
-async def test_a_notice_applier_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_notice_applier_sends_it() -> None:
     begun, sent = [request()], list[GatewayRequest]()
     path = create_autospec(WritePath, instance=True)
     path.apply.side_effect = SavedInPart(begun, StoreUnavailable("Postgres is away"))
     inbox = create_autospec(Inbox, instance=True)
-    inbox.claim.return_value = ["stored"]
-    notified = Notified(1, uuid4(), Notice("stripe", "evt_1", "any"))
-    monkeypatch.setattr(apply_notices, "_notified", lambda stored: notified)
+    content = write_notice(Notice("stripe", "evt_1", "any"))
+    inbox.claim.return_value = [StoredNotice(1, uuid4(), "stripe", "evt_1", "any", None, content)]
     with pytest.raises(StoreUnavailable):
         await NoticeApplier(inbox=inbox, write_path=path, submit=sent.extend).apply_once()
     assert sent == begun
@@ -126,6 +131,7 @@ class FollowedUp:
             store=NoStore(),  # type: ignore[arg-type]
             clock=lambda: datetime.now(UTC),
             leases=leases,
+            paces={"books": Pace(time.monotonic, self.gateway, FAST)},
         )
         self.path = create_autospec(WritePath, instance=True)
         self.path.apply.side_effect = self._apply
@@ -224,48 +230,10 @@ async def test_a_settler_that_is_cancelled_keeps_what_it_was_saving_before_what_
 async def test_a_batch_of_which_a_partition_has_moved_is_postponed_without_an_error() -> None:
     write_path = create_autospec(WritePath, instance=True)
     write_path.apply.side_effect = StoreUnavailable("away")
-    reading = consumer.CommandConsumer(write_path=write_path, dispatcher=Mock(), dead_letters=Mock(), backlog=Mock())
+    reading = consumer.CommandConsumer(
+        write_path=write_path, dispatcher=Mock(), dead_letters=Mock(), backlog=Mock(), retries_before_parking=0
+    )
     reading._retry = Mock(next_seconds=lambda: 0.0)
     nack = AsyncMock(side_effect=IllegalStateError("No current assignment for partition"))
     await reading.on_batch(Mock(raw_message=(), nack=nack))
     nack.assert_awaited_once()
-
-
-async def test_newer_offsets_outlast_a_commit_that_failed() -> None:
-    offsets = consumer.Offsets()
-
-    def record(offset: int) -> SimpleNamespace:
-        return SimpleNamespace(topic="t", partition=3, offset=offset)
-
-    async def commit(_: object) -> None:
-        await offsets.accepted(kafka, [record(7)])
-        raise KafkaError("away")
-
-    mine = {TopicPartition("t", 3)}
-    kafka = Mock(commit=commit, position=AsyncMock(return_value=0), assignment=lambda: mine)
-    await offsets.accepted(kafka, [record(4)])
-    await offsets.commit()
-    assert offsets._next == {TopicPartition("t", 3): 8}
-
-
-async def test_a_partition_that_has_moved_keeps_no_other_from_being_committed() -> None:
-    offsets = consumer.Offsets()
-    kafka = AsyncMock(assignment=lambda: {TopicPartition("t", 1)})
-    kafka.position.return_value = 0
-    await offsets.accepted(kafka, [SimpleNamespace(topic="t", partition=each, offset=4) for each in (1, 2)])
-    await offsets.commit()
-    kafka.commit.assert_awaited_once_with({TopicPartition("t", 1): 5})
-
-
-@pytest.mark.parametrize(("position", "read_to"), [(9, 9), (2, 5), (None, 5)], ids=["the end of a transaction", "", ""])
-async def test_the_next_offset_is_at_least_behind_the_last_accepted_record(position: int | None, read_to: int) -> None:
-    """A partition that was just assigned again has its old position, or none yet, and nothing may wait for one."""
-
-    async def wait_for_ever(_: object) -> int:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    offsets = consumer.Offsets()
-    kafka = Mock(position=AsyncMock(return_value=position) if position else wait_for_ever)
-    await offsets.accepted(kafka, [SimpleNamespace(topic="t", partition=3, offset=4)])
-    assert offsets._next == {TopicPartition("t", 3): read_to}

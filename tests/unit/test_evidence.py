@@ -1,14 +1,15 @@
-"""A refusal that proves nothing by itself: the provider's record of the operation decides, if it can be read."""
+"""What answers prove: nothing if unreadable; where a refusal alone proves nothing, the provider's record decides."""
 
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from domain.commands import OperationKind
-from domain.errors import GatewayError, GatewayUnreachable, OutcomeUnknown
+from domain.errors import GatewayContractBroken, GatewayError, GatewayUnreachable, OutcomeUnknown
 from domain.money import Money
 from domain.operations import GatewayRequest, NotExecuted, Outcome, Succeeded, Unknown
-from infra.gateways.evidence import Look, Translation, conclude
+from infra.gateways.evidence import Look, Translation, conclude, understood
 
 PAYMENT_ID = UUID("5d2f6a0e-6f0e-4a57-9b1c-1f2d3c4b5a69")
 CHARGE = GatewayRequest(
@@ -54,4 +55,10 @@ async def test_not_being_able_to_look_is_no_proof_and_is_told_as_what_it_was() -
     failure.__cause__ = TimeoutError()
     with pytest.raises(OutcomeUnknown, match="so they say; no evidence: no answer") as unknown:
         await concluded(Look(PROOF), failure)
-    assert unknown.value.stands_for(TimeoutError)
+    assert unknown.value.is_caused_by(TimeoutError)
+
+
+@pytest.mark.parametrize("answer", [{}, {"refunds": []}, {"refunds": {}}, {"refunds": ["no number"]}, None], ids=repr)
+def test_an_answer_of_an_unexpected_shape_is_a_broken_contract(answer: Any) -> None:
+    with pytest.raises(GatewayContractBroken, match="paypal: the answer has an unexpected shape"):
+        understood("paypal", lambda given: int(given["refunds"][0]), answer)

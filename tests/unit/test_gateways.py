@@ -1,14 +1,20 @@
 """The documented matrix of gateways is the code's, and no gateway is created without the settings it needs."""
 
+import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
 
 import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from app.gateways import known_capabilities, rows
 from app.settings import Settings
-from app.wiring import GATEWAYS, create_gateways, create_webhook_readers
-from domain.capabilities import Listing
+from app.webhooks import WebhookService
+from app.wiring import GATEWAYS, create_gateways, create_rules, create_webhook_readers
+from domain.capabilities import AmountLimits, Listing
 from domain.ports import Movements, Statements
 from handlers.messages.command_models import ChargePayment
 from infra.gateways.stripe_objects import LAST_CAPTURE, METADATA_KEYS_MAX
@@ -84,6 +90,44 @@ async def test_a_gateway_is_not_used_without_its_credentials_and_where_it_sends_
     for created in (create_gateways(settings), create_webhook_readers(settings)):
         assert set(created) == {gateway}
         await created[gateway].close()
+
+
+@pytest.mark.parametrize(
+    ("own", "limits"),
+    [
+        ({"maximum_minor": 100_000}, AmountLimits(5_000, 100_000)),
+        ({"minimum_minor": 20_000}, AmountLimits(20_000, 999_999_999)),
+        ({"minimum_minor": 1, "maximum_minor": 10**10}, AmountLimits(1, 10**10)),
+    ],
+)
+async def test_a_bound_that_an_installation_does_not_set_is_the_providers_own(
+    own: dict[str, int], limits: AmountLimits
+) -> None:
+    needed, bounds = NEEDED["vnpay"], {"vnpay": {"VND": own}}
+    settings = Settings(gateways=["vnpay"], default_gateway="vnpay", amount_limits=bounds, **needed)  # type: ignore[arg-type]
+    gateways = create_gateways(settings)
+    assert create_rules(settings, gateways).limits == {("vnpay", "VND"): limits}
+    await gateways["vnpay"].close()
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({}, {"paypal": "PAYMENTS_PAYPAL_WEBHOOK_ID", "stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS"}),
+        ({"paypal_webhook_id": "1JE4291016473214C"}, {"stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS"}),
+        ({"stripe_webhook_secrets": [SecretStr("")]}, {"stripe": "PAYMENTS_STRIPE_WEBHOOK_SECRETS", "paypal": ANY}),
+        ({"stripe_webhook_secrets": [SecretStr("whsec_1")], "paypal_webhook_id": "1JE4291016473214C"}, {}),
+    ],
+)
+async def test_an_operator_is_told_which_setting_webhooks_are_refused_without(
+    own: dict[str, Any], told: dict[str, str]
+) -> None:
+    names = ["momo", "paypal", "stripe", "vnpay"]
+    given: dict[str, Any] = {key: value for name in names for key, value in NEEDED[name].items()} | own
+    with capture_logs() as logs:
+        service = WebhookService(Settings(gateways=names, default_gateway="stripe", **given))
+    assert {each["gateway"]: each["set"] for each in logs if each["log_level"] == "warning"} == told
+    await asyncio.gather(*(each.close() for each in service._readers.values()))
 
 
 def test_the_gateway_that_moves_no_money_is_not_used_beside_others() -> None:

@@ -17,7 +17,7 @@ from domain.money import AMOUNT_MAX_MINOR
 from handlers.messages.card_numbers import holds_card_number
 from handlers.messages.command_models import COMMAND_MODELS
 from handlers.messages.commands import COMMAND_BYTES_MAX, command_from_content, read_command, read_traceparent
-from handlers.messages.refusals import DeadLetterReason
+from handlers.messages.dead_letter_reason import DeadLetterReason
 
 PAYMENT_ID = "0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00"
 CHARGE: dict[str, Any] = {

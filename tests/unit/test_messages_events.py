@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 import pytest
 
 from domain.commands import command_id
-from domain.errors import MessageUnreadable
 from domain.events import Event, EventKind
 from handlers.messages.events import (
     EVENT_MODELS,
@@ -17,12 +16,12 @@ from handlers.messages.events import (
     PaymentCaptured,
     PaymentLateSuccess,
     event_type,
-    read_event,
     write_event,
     write_replay,
     write_time,
 )
 from handlers.messages.examples import EVENT_EXAMPLES, EVENT_ID
+from tests.support.events import read_event
 
 EXAMPLES = list(EVENT_EXAMPLES.values())
 CAPTURED = EVENT_EXAMPLES["payment.captured.v1"]
@@ -53,8 +52,7 @@ def test_what_is_written_has_exactly_the_declared_fields(event: Event) -> None:
 
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: event.kind)
 def test_what_is_written_reads_back_the_same(event: Event) -> None:
-    read = read_event(write_event(event, EVENT_ID).encode())
-    assert read is not None
+    read = read_event(write_event(event, EVENT_ID))
     unsaid: dict[str, Any] = {**dict.fromkeys(optional(event) | {"occurred_at"}, True), "payment": {"owed_minor"}}
     again = read.model_dump(mode="json", exclude=unsaid)
     body = written(event)
@@ -76,22 +74,21 @@ def test_a_replay_differs_in_nothing_but_its_marks(event: Event) -> None:
 @pytest.mark.parametrize("type_", ["payment.authorized.v1", "payment.late_success.v1"])
 def test_a_hold_says_when_its_provider_will_release_it(type_: str) -> None:
     end = datetime(2026, 12, 5, tzinfo=UTC)
-    read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(expires_at=end), EVENT_ID).encode())
+    read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(expires_at=end), EVENT_ID))
     assert isinstance(read, PaymentAuthorized | PaymentLateSuccess)
     assert read.expires_at == end
 
 
 @pytest.mark.parametrize("type_", ["payment.authorized.v1", "payment.captured.v1"])
 def test_a_success_that_came_twice_says_what_is_owed(type_: str) -> None:
-    read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(owed_minor=1_250), EVENT_ID).encode())
+    read = read_event(write_event(EVENT_EXAMPLES[type_]._replace(owed_minor=1_250), EVENT_ID))
     assert isinstance(read, PaymentAuthorized | PaymentCaptured)
     assert read.owed_minor == 1_250
 
 
 def test_a_payment_that_owes_something_says_so_and_no_other_does() -> None:
     owing = CAPTURED._replace(snapshot=CAPTURED.snapshot._replace(owed_minor=1_250))
-    read = read_event(write_event(owing, EVENT_ID).encode())
-    assert read is not None
+    read = read_event(write_event(owing, EVENT_ID))
     assert read.payment.owed_minor == 1_250
     assert "owed_minor" not in written(CAPTURED)["payment"]
 
@@ -101,7 +98,7 @@ def test_an_event_of_a_ruling_and_its_replay_carry_the_evidence() -> None:
     for name in ("authorized", "captured", "voided", "refunded", "command_rejected"):
         text = write_event(EVENT_EXAMPLES[f"payment.{name}.v1"]._replace(evidence=told), EVENT_ID)
         for each in (text, write_replay(text, uuid4()).text):
-            read = read_event(each.encode())
+            read = read_event(each)
             assert getattr(read, "evidence") == told  # noqa: B009 - not every event has it
 
 
@@ -133,17 +130,5 @@ def test_times_are_utc_with_six_decimals(moment: datetime, text: str) -> None:
 def test_a_reader_ignores_unknown_fields() -> None:
     body = written(CAPTURED) | {"later": 1}
     body["payment"]["later"] = 2
-    read = read_event(json.dumps(body).encode())
-    assert read is not None
+    read = read_event(json.dumps(body))
     assert read.payment_id == UUID(body["payment_id"])
-
-
-@pytest.mark.parametrize("value", [b"{}", b'{"type":"payment.settled.v9"}', b'{"type":7}'])
-def test_an_unknown_type_reads_as_nothing(value: bytes) -> None:
-    assert read_event(value) is None
-
-
-@pytest.mark.parametrize("value", [b"", b"\xff", b"[]", b'{"type":"payment.captured.v1"}'])
-def test_what_is_no_event_is_unreadable(value: bytes) -> None:
-    with pytest.raises(MessageUnreadable):
-        read_event(value)

@@ -37,6 +37,7 @@ from tests.contract.gateway_requests import a_request
 K1 = ("klm05TvNBzhg7h7j", SecretStr("at67qH6mk8w5Y1nAyMoYKMWACiEi2bsa"))
 K2 = ("F8BBA842ECF85", SecretStr("K951B6PE1waDMi640xX08PD3vg6EkVlz"))
 """MoMo publishes both for tests, in the repository momo-wallet/payment."""
+CREATE_ANSWER = ("amount", "orderId", "partnerCode", "payUrl", "requestId", "responseTime", "resultCode")
 PARTNER = "MOMOBKUN20180529"
 PAYMENT_ID = UUID("0190b3a1-7a3c-7e11-9c53-1f0a3a8b9c00")
 
@@ -185,7 +186,7 @@ VECTORS: dict[str, tuple[Any, Any, tuple[str, ...], str]] = {
             "responseTime": 1663340619666,
             "resultCode": 0,
         },
-        momo.CREATE_ANSWER,
+        CREATE_ANSWER,
         "f85b1b4ea5dd9b251c8104bdaafa79fc7eb545c775e2cdda3911305c4b6861bc",
     ),
 }
@@ -580,6 +581,23 @@ async def test_a_refund_that_was_made_at_an_attempt_whose_answer_was_lost_is_see
 
     asked = a(OperationKind.REFUND, state=OperationState.INDETERMINATE)
     assert await gateway(handle).refund(asked) == Succeeded("7", 10_000)
+
+
+@pytest.mark.parametrize("told", [{"refundTrans": "none"}, {"refundTrans": [5]}, {"transId": "4 2"}], ids=str)
+async def test_no_refund_is_sent_of_a_payment_that_cannot_be_read(told: dict[str, Any]) -> None:
+    sent: list[str] = []
+
+    def handle(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        sent.append(path)
+        return {"resultCode": 0} | told
+
+    with pytest.raises(GatewayUnreachable, match="no refund was sent") as refused:
+        await gateway(handle).refund(a(OperationKind.REFUND))
+    assert sent == ["query"]
+    assert refused.value.is_caused_by(GatewayContractBroken)
+    if "refundTrans" in told:
+        with pytest.raises(GatewayContractBroken):
+            await gateway(handle).status(a(OperationKind.REFUND))
 
 
 async def test_a_refund_names_the_payments_own_number() -> None:

@@ -30,7 +30,7 @@ from domain.ports import Movement
 from infra.gateways.evidence import Look
 from infra.gateways.paypal import PayPalConfig, PayPalGateway
 from infra.gateways.paypal_errors import DECLINE_REASONS, translate_refusal
-from infra.gateways.paypal_http import CURRENCIES, IN_COUNTRY_CURRENCIES, LIVE, Json, PayPalHttp, PayPalRefused
+from infra.gateways.paypal_http import CURRENCIES, IN_COUNTRY_CURRENCIES, Json, PayPalHttp, PayPalRefused
 from infra.gateways.paypal_objects import (
     APPROVAL_WINDOW,
     AmountNotRepresentable,
@@ -46,6 +46,7 @@ from infra.gateways.paypal_objects import (
     to_paypal_value,
 )
 
+LIVE = "https://api-m.paypal.com"
 PAYMENT_ID = UUID("0192f0c1-2d5e-7cc0-8a11-5f1de2f6a001")
 CHARGE = GatewayRequest(
     kind=OperationKind.CHARGE,

@@ -32,12 +32,11 @@ from domain.notices import (
     WebhookRequest,
 )
 from domain.operations import Declined, DeclineReason, Expired, Outcome, Pending, Succeeded
-from infra.gateways import paypal_webhooks
+from infra.gateways import paypal_signatures
 from infra.gateways.paypal import PayPalConfig
 from infra.gateways.paypal_http import SANDBOX, Json
+from infra.gateways.paypal_signatures import CERTIFICATE_BYTES_MAX, WAITING_MAX, PayPalSignatures
 from infra.gateways.paypal_webhooks import (
-    CERTIFICATE_BYTES_MAX,
-    WAITING_MAX,
     PayPalWebhooks,
     _nameless_refund,
     _refund_of,
@@ -287,7 +286,7 @@ async def test_a_certificate_from_anywhere_else_is_forged_and_not_fetched(url: s
     ],
 )
 def test_certificates_come_from_the_hosts_of_the_same_environment(settings: dict[str, Any], hosts: list[str]) -> None:
-    trusted = PayPalWebhooks(config(**settings))._trusted
+    trusted = PayPalSignatures(config(**settings))._trusted
 
     for host in hosts:
         assert trusted.fullmatch(f"https://{host}/v1/notifications/certs/CERT-360caa42-fca2a594-1d93a270")
@@ -316,7 +315,7 @@ async def test_a_missing_certificate_is_not_requested_again_for_a_minute(
     webhooks: PayPalWebhooks, server: CertificateServer, answer: tuple[int, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
-    monkeypatch.setattr(paypal_webhooks, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(paypal_signatures, "time", SimpleNamespace(monotonic=lambda: now))
     server.answer = answer
     assert await verdict(webhooks, a_request(server)) is Verdict.FORGED
 
@@ -331,7 +330,7 @@ async def test_a_missing_certificate_is_not_requested_again_for_a_minute(
 async def test_of_addresses_without_a_certificate_only_the_latest_are_remembered(
     webhooks: PayPalWebhooks, server: CertificateServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paypal_webhooks, "REFUSED_MAX", 2)
+    monkeypatch.setattr(paypal_signatures, "REFUSED_MAX", 2)
     server.answer = (404, b"")
     first, second, third = (
         a_request(headers={"paypal-cert-url": f"{server.url}/v1/notifications/certs/{each}"}) for each in range(3)
@@ -366,8 +365,8 @@ async def test_few_messages_wait_for_a_certificate_and_what_needs_none_is_read_m
         await goes_on.wait()
         return httpx.Response(404)
 
-    await webhooks._http.aclose()
-    webhooks._http = httpx.AsyncClient(transport=httpx.MockTransport(hang))
+    await webhooks._signatures._http.aclose()
+    webhooks._signatures._http = httpx.AsyncClient(transport=httpx.MockTransport(hang))
     *some, another = (
         a_request(headers={"paypal-cert-url": f"{server.url}/v1/notifications/certs/{each}"})
         for each in range(WAITING_MAX + 1)

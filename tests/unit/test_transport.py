@@ -138,7 +138,7 @@ async def test_a_connection_is_in_use_until_its_call_ends_and_no_answer_in_time_
             await asyncio.sleep(0)
     for ended in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(ended, OutcomeUnknown)
-        assert ended.stands_for(TimeoutError)
+        assert ended.is_caused_by(TimeoutError)
     assert acme.connections() == Connections(in_use=0, idle=0, limit=8)
     await acme.close()
 
@@ -149,7 +149,7 @@ async def test_a_timed_out_wait_for_a_connection_means_that_nothing_was_sent(dea
     await asyncio.sleep(0)
     with pytest.raises(GatewayUnreachable) as none_left:
         await acme.request("GET", deaf_url)
-    assert none_left.value.stands_for(TimeoutError)
+    assert none_left.value.is_caused_by(TimeoutError)
     with pytest.raises(OutcomeUnknown):
         await first
     await acme.close()
@@ -159,5 +159,5 @@ async def test_a_refused_connection_is_no_time_out() -> None:
     acme = http(1)
     with pytest.raises(GatewayUnreachable) as refused:
         await acme.request("GET", f"http://127.0.0.1:{free_port()}")
-    assert not refused.value.stands_for(TimeoutError)
+    assert not refused.value.is_caused_by(TimeoutError)
     await acme.close()

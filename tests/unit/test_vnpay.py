@@ -443,6 +443,33 @@ async def test_an_answer_that_vnpay_did_not_sign_or_that_is_about_another_paymen
             await gateway(answer).status(charge())
 
 
+def lacking(name: str, sent: list[str]) -> Callable[[dict[str, Any]], httpx.Response]:
+    """A signed answer without this field; notes what was sent."""
+
+    def answer(body: dict[str, Any]) -> httpx.Response:
+        sent.append(body["vnp_Command"])
+        fields = {key: value for key, value in answered()(body).json().items() if key not in (name, "vnp_SecureHash")}
+        return httpx.Response(
+            200, json=fields | {"vnp_SecureHash": vnpay.sign(SECRET, vnpay.joined(fields, vnpay.QUERY_ANSWER))}
+        )
+
+    return answer
+
+
+@pytest.mark.parametrize("name", ["vnp_TransactionType", "vnp_TransactionStatus", "vnp_Amount"])
+async def test_a_charge_that_is_shown_without_a_field_is_a_broken_contract(name: str) -> None:
+    with pytest.raises(GatewayContractBroken):
+        await gateway(lacking(name, [])).status(charge())
+
+
+async def test_no_refund_is_sent_of_a_charge_that_cannot_be_read() -> None:
+    sent: list[str] = []
+    with pytest.raises(GatewayUnreachable, match="no refund was sent") as refused:
+        await gateway(lacking("vnp_TransactionType", sent)).refund(refund())
+    assert sent == ["querydr"]
+    assert refused.value.is_caused_by(GatewayContractBroken)
+
+
 @pytest.mark.parametrize(
     ("failure", "error"),
     [

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from typing import Any, Final
 from uuid import UUID
@@ -22,28 +21,13 @@ from domain.errors import MessageUnreadable
 from domain.money import AMOUNT_MAX_MINOR, MINOR_UNITS
 from handlers.messages.card_numbers import REMOVED, holds_card_number, is_card_number_of_any_brand
 from handlers.messages.command_models import COMMAND_MODELS, UUID_PATTERN, PartOfPayment, VoidPayment, WireCommand
+from handlers.messages.dead_letter_reason import DeadLetterReason
 
 CHARACTERS_MAX: Final = 512
 ENTRIES_MAX: Final = 64
 """How much of a text, and of an object, is kept of a refused command: more than any field allows, so a value that was
 cut does not fit either. To search everything in a message for card numbers could delay every payment for seconds."""
 CUT: Final = "[nested too deeply]"
-
-
-class DeadLetterReason(StrEnum):
-    """Why a message is parked instead of refused. A closed list; the value is the header `dlq_reason`."""
-
-    EMPTY = "empty"
-    TOO_LARGE = "too_large"
-    NOT_UTF8 = "not_utf8"
-    NOT_JSON = "not_json"
-    NOT_AN_OBJECT = "not_an_object"
-    UNKNOWN_TYPE = "unknown_type"
-    NO_PAYMENT_ID = "no_payment_id"
-    RECORD_UNDECODABLE = "record_undecodable"
-    """The Kafka client could not decode the record: only its topic, partition and offset are known."""
-    CANNOT_BE_PROCESSED = "cannot_be_processed"
-    """The command can be read, but processing it failed, even by itself."""
 
 
 @dataclass(frozen=True, slots=True)
