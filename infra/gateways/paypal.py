@@ -46,6 +46,7 @@ from infra.gateways.paypal_objects import (
     amount_json,
     hold_of,
     invoice_of,
+    left_of_hold,
     mark_of,
     minor_of,
     open_hold,
@@ -131,6 +132,9 @@ class PayPalGateway:
     async def void(self, request: GatewayRequest) -> Outcome:
         """Release the rest of the hold, or cancel an order that the payer has not paid yet.
 
+        Nothing is sent if less is left than is to be released: somebody captured in PayPal's pages, which our books do
+        not have yet.
+
         To cancel an order nothing is sent: only our own call executes an order, and none is made after this.
 
         Source: https://developer.paypal.com/docs/api/payments/v2/#authorizations_void
@@ -139,6 +143,8 @@ class PayPalGateway:
         found = understood(NAME, read_void_of, order, request)
         authorization = hold_of(order)
         if authorization is None or isinstance(found, Succeeded):
+            return found
+        if understood(NAME, left_of_hold, authorization, order, request) < request.amount.minor:
             return found
         path = f"/v2/payments/authorizations/{quoted(authorization['id'])}/void"
         return await self._post(request, path, None, "void", partial(read_release, authorization["id"]))

@@ -234,17 +234,26 @@ def read_void(authorization: Json, order: Json, request: GatewayRequest) -> Outc
     """The outcome of releasing an authorization.
 
     It does not matter who released it, so the state is the evidence: VOIDED (also at the end of its 29 days), or closed
-    by captures that leave exactly the amount to be released.
+    by captures that leave exactly the amount to be released. If less is left, somebody captured in PayPal's pages: as
+    much as requested is not, and will never be, released.
     """
-    captured = sum(from_paypal_amount(each["amount"], request.amount.currency) for each in _taken(order))
-    held = from_paypal_amount(authorization["amount"], request.amount.currency)
+    left = left_of_hold(authorization, order, request)
+    if left < request.amount.minor:
+        message = "part of what was to be released is captured in PayPal's pages: void again once that is reported"
+        return without_effect(request, message, "CAPTURED_ELSEWHERE")
     match authorization["status"]:
         case "VOIDED":
             return Succeeded(authorization["id"])
-        case "CAPTURED" if captured and held - captured == request.amount.minor:
+        case "CAPTURED" if _taken(order) and left == request.amount.minor:
             return Succeeded(authorization["id"])
         case _:
             return Unknown(f"authorization {authorization['id']} shows no release of the hold")
+
+
+def left_of_hold(authorization: Json, order: Json, request: GatewayRequest) -> int:
+    """What was held and is not captured, by whomever, in minor units; also once that is released."""
+    captured = sum(from_paypal_amount(each["amount"], request.amount.currency) for each in _taken(order))
+    return from_paypal_amount(authorization["amount"], request.amount.currency) - captured
 
 
 def _read_waiting(order: Json, request: GatewayRequest) -> Outcome:

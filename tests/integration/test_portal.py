@@ -270,6 +270,28 @@ async def test_a_hold_that_was_released_cannot_be_captured_any_more(postgres_url
     assert await value(postgres_url, "SELECT (status, released_minor)::text FROM payments") == "(canceled,10000)"
 
 
+async def test_a_void_does_not_release_what_was_just_captured_in_paypals_pages(
+    postgres_url: str, sandbox: tuple[str, httpx.Client], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The webhook about the capture comes only after the void."""
+    portal = PayPalsPages(*sandbox)
+    async with told_by(portal, postgres_url) as worker:
+        payment_id, reference = await opened(worker, portal, postgres_url, "authorize")
+        await asyncio.to_thread(portal.post, "/_sandbox/paypal/manners", json={"delay_seconds": 2})
+        await asyncio.to_thread(portal.capture, reference, 2_000)
+        await worker.accept(delivery("void", payment_id, "too early"))
+        await worker.idle()
+        assert await kinds(postgres_url, payment_id) == ["authorized", "command_rejected"]
+        await asyncio.to_thread(portal.post, "/_sandbox/paypal/manners", json={"delay_seconds": 0})
+        await heard(postgres_url, payment_id, "captured_externally")
+        await worker.accept(delivery("void", payment_id, "the rest"))
+        await worker.idle()
+        await heard(postgres_url, payment_id, "voided")
+        assert await differences(portal, postgres_url, payment_id, capsys) == []
+    amounts = "SELECT (status, captured_minor, released_minor)::text FROM payments"
+    assert await value(postgres_url, amounts) == "(captured,2000,8000)"
+
+
 async def test_a_refund_in_the_dashboard_that_came_back_is_taken_back(
     postgres_url: str, sandbox: tuple[str, httpx.Client]
 ) -> None:
