@@ -53,3 +53,5 @@ def configure_logs(process: str, *, as_json: bool) -> None:
         noisy.setLevel(logging.WARNING)
         noisy.handlers.clear()  # FastStream's writes past ours, in colours.
         noisy.propagate = True
+    # Its pool warns with a stack trace at every attempt to reconnect; ours say that Postgres is away, and what waits.
+    logging.getLogger("asyncpg").setLevel(logging.ERROR)

@@ -12,6 +12,7 @@ from infra.observability.logs import configure_logs
 configure_logs("worker", as_json=True)
 for name in ("faststream", "aiokafka.cluster", "uvicorn.error"):
     logging.getLogger(name).warning("no partition assignments")
+logging.getLogger("asyncpg.pool").warning("Failed to restore the pool connection floor; retrying")  # told by us
 """
 
 
