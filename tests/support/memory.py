@@ -14,6 +14,7 @@ from domain.operations import GatewayRequest, Operation, OperationState
 from domain.payment import Payment
 from domain.requests import gateway_request
 from domain.rules import RetryPolicy, Rules
+from handlers.batch import kin_of
 from handlers.messages.commands import command_from_content
 from tests.support.service import rules
 
@@ -123,13 +124,9 @@ class MemoryShell:
         return stored
 
     def _known(self, given: Notified) -> list[Operation]:
-        """For an external movement, as the write path loads them: the payment's operations of the same kind."""
-        external, own = given.notice.external, given.payment_id
-        return [
-            each
-            for (of, _), each in self.all_operations.items()
-            if external is not None and (of, each.kind) == (own, external.kind)
-        ]
+        """The operations that the write path loads beside the one that a notice names."""
+        kin = kin_of(given, self.all_operations)
+        return [each for (of, _), each in self.all_operations.items() if (of, each.kind) == kin]
 
     def _tell(self, event: Event | Replay) -> tuple[int | None, str | None]:
         self.events.append(event)
