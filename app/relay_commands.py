@@ -65,7 +65,7 @@ def repair(
     """Close a gap: publish what has no proof of publication.
 
     For a relay that stopped because its slot is gone, was moved, or is on another server, or because the publication
-    was changed. The slot is recreated; a polling relay goes back to where proof ends. Events may be repeated, none is
+    was changed. If Kafka has lost events, only --everything brings them back. The slot is recreated; a polling relay goes back to where proof ends. Events may be repeated, none is
     left out. A running relay does it; if none runs, the next one does at its start.
     """
     with readable_errors():
@@ -81,7 +81,8 @@ def adopt(data_dir: DataDir = None, timeout: Annotated[float, typer.Option(help=
 
     For the way back from Debezium on the same slot: Debezium has published everything up to the slot's position. For
     another PAYMENTS_EVENTS_TOPIC or Kafka cluster, if that is intended and the only reason, and the earlier events are
-    not needed there. And after pg_upgrade, if everything was published before.
+    not needed there; or if nobody needs the events that Kafka has lost. And after pg_upgrade, if everything was
+    published before.
     """
     with readable_errors():
         raise typer.Exit(_desk(data_dir).adopt(timeout_seconds=timeout))
