@@ -65,8 +65,9 @@ def repair(
     """Close a gap: publish what has no proof of publication.
 
     For a relay that stopped because its slot is gone, was moved, or is on another server, or because the publication
-    was changed. If Kafka has lost events, only --everything brings them back. The slot is recreated; a polling relay goes back to where proof ends. Events may be repeated, none is
-    left out. A running relay does it; if none runs, the next one does at its start.
+    was changed. If Kafka has lost events, only --everything brings them back. The slot is recreated; a polling relay
+    goes back to where proof ends. Events may be repeated, none is left out. A running relay does it; if none runs, the
+    next one does at its start.
     """
     with readable_errors():
         desk = _desk(data_dir)
