@@ -278,6 +278,19 @@ class TestPublisher:
         with pytest.raises(EventsLost, match="partition 0 of events goes on at offset 3, although 3 was acknowledged"):
             await self.publisher.flush()
 
+    async def test_an_error_in_another_partition_does_not_hide_that_events_are_lost(self) -> None:
+        """The next session would go on above the lost offsets, and notice nothing."""
+        config = RelayConfig(postgres_url="", kafka=KafkaAccess(""), topic="events")
+        self.publisher = Publisher(config, self.producer, OneCluster(), 2, lambda: None)
+        self.publisher.exceed([4, 4])
+        keys = {partition_of(key, 2): key for key in (b"pay_1", b"pay_2", b"pay_3", b"pay_4")}
+        self.publisher.publish([EVENT._replace(aggregateid=keys[number]) for number in (0, 1)], Group())
+        await flush(self.publisher)
+        await self.answer(0, offset=0)
+        await self.answer(1, KafkaConnectionError())
+        with pytest.raises(EventsLost):
+            await self.publisher.flush()
+
     async def test_a_batch_that_the_broker_had_already_says_nothing_about_offsets(self) -> None:
         self.publisher.exceed([7, 8])
         await self.publish(b"1")

@@ -59,13 +59,7 @@ class Diverted(NamedTuple):
 class _PartitionQueue:
     """One partition: the batches that wait, the last of them still open, and the batch in flight."""
 
-    __slots__ = (
-        "batch_bytes_max",
-        "in_flight",
-        "number",
-        "pending",
-        "sent_at",
-    )
+    __slots__ = ("batch_bytes_max", "in_flight", "number", "pending", "sent_at")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -157,8 +151,8 @@ class Publisher:
 
     def exceed(self, offsets: Sequence[int]) -> None:
         """Expect only offsets above these, one for each partition that there was."""
-        for partition, offset in enumerate(offsets[: len(self.acknowledged_offsets)]):
-            self.acknowledged_offsets[partition] = offset
+        known = offsets[: len(self.acknowledged_offsets)]
+        self.acknowledged_offsets[: len(known)] = known
 
     def publish(self, events: Sequence[OutboxEvent], group: Group) -> None:
         """Accept events for the next `flush`; their group counts them until they are acknowledged."""
@@ -330,7 +324,7 @@ class Publisher:
             queue.sent_at = None
             self._refused(queue, batch, error)
         else:
-            self._error = error
+            self._error = self._error or error  # The first one: after it, Kafka may not show again what it has lost.
 
     def _acknowledge(self, batch: RecordBatch) -> None:
         """Count the events of this batch as published."""
