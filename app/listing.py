@@ -12,7 +12,7 @@ from rich.table import Table
 from app.client import minor_units
 from app.console import new_console, tell_of_more, time_text
 from app.settings import GATEWAYS_KNOWN, Settings
-from app.show import money_text, operation_facts, payment_facts, with_repository
+from app.show import amount_text, facts_with_operations, money_text, payment_facts, with_repository
 from app.tables import print_wide, table_of
 from app.times import TimeUnusable, age, moment
 from domain.events import PaymentStatus
@@ -63,7 +63,8 @@ def list_payments(settings: Settings, wanted: Wanted, *, as_json: bool) -> int:
 def _list_stuck(settings: Settings, wanted: Wanted, since: timedelta, *, as_json: bool) -> int:
     found = asyncio.run(with_repository(settings, lambda each: each.find_stuck_payments(since, limit=wanted.limit)))
     if as_json:
-        print(json.dumps({"payments": list(map(_stuck_facts, found.items))}, indent=2))
+        facts = [facts_with_operations(each, each.payment.operations) for each in found.items]
+        print(json.dumps({"payments": facts}, indent=2))
     elif found.items:
         print_wide(new_console(), _stuck_table(found.items))
     else:
@@ -152,10 +153,6 @@ def _print_page(console: Console, page: Page) -> None:
 # --- those that wait --------------------------------------------------------------------------------------------------
 
 
-def _stuck_facts(record: PaymentRecord) -> dict[str, object]:
-    return payment_facts(record) | {"operations": list(map(operation_facts, record.payment.operations))}
-
-
 def _stuck_table(found: Sequence[PaymentRecord]) -> Table:
     """One row for each open operation, except those that wait behind it."""
     names = ("payment", "operation", "amount", "state", "first sent", "gateway", "provider's id")
@@ -164,10 +161,7 @@ def _stuck_table(found: Sequence[PaymentRecord]) -> Table:
         for each in payment.operations:
             if each.state is OperationState.RECEIVED:
                 continue
-            amount = "" if each.amount_minor is None else money_text(each.amount_minor, payment)
             sent = time_text(each.dispatched_at) if each.dispatched_at else "not yet"
-            name = f"{each.kind} {each.number}"
-            rows.append(
-                (str(payment.payment_id), name, amount, each.state, sent, each.gateway or "", each.reference or "")
-            )
+            what = str(payment.payment_id), f"{each.kind} {each.number}", amount_text(each, payment)
+            rows.append((*what, each.state, sent, each.gateway or "", each.reference or ""))
     return table_of(names, rows, whole=set(names))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -41,7 +41,7 @@ def show_payment(settings: Settings, payment_id: UUID, *, as_json: bool) -> int:
         )
         return 1
     if as_json:
-        facts = payment_facts(record) | {"operations": list(map(operation_facts, operations))}
+        facts = facts_with_operations(record, operations)
         print(json.dumps(facts | {"events": [json.loads(event.payload) for event in events]}, indent=2))
     else:
         _print_payment(new_console(), record, operations, events)
@@ -75,8 +75,12 @@ def payment_facts(record: PaymentRecord) -> dict[str, Any]:
     }
 
 
-def operation_facts(operation: Operation) -> dict[str, Any]:
-    """One operation; `dispatched_at` is when it was first sent to its gateway."""
+def facts_with_operations(record: PaymentRecord, operations: Iterable[Operation]) -> dict[str, Any]:
+    """One payment with these operations; `dispatched_at` is when one was first sent to its gateway."""
+    return payment_facts(record) | {"operations": list(map(_operation_facts, operations))}
+
+
+def _operation_facts(operation: Operation) -> dict[str, Any]:
     names = ("number", "kind", "state", "amount_minor", "gateway", "idempotency_key", "reference", "attempts")
     sent = operation.dispatched_at
     return {name: getattr(operation, name) for name in names} | {"dispatched_at": sent and write_time(sent)}
@@ -135,7 +139,7 @@ def _operations_table(payment: Payment, operations: tuple[Operation, ...]) -> Ta
     names = ("#", "operation", "amount", "state", "provider's id", "idempotency key")
     rows = []
     for each in operations:
-        amount = "" if each.amount_minor is None else money_text(each.amount_minor, payment)
+        amount = amount_text(each, payment)
         key = "(in the provider's dashboard)" if each.is_external else each.idempotency_key
         state = "received: waits its turn" if each.state is OperationState.RECEIVED else each.state
         rows.append((str(each.number), each.kind, amount, state, each.reference or "", key or ""))
@@ -158,6 +162,11 @@ def _note(body: dict[str, Any]) -> str:
     if "message" in body:
         return f"{body['reason']}: {body['message']}"
     return body.get("decline_reason") or body.get("cause") or ""
+
+
+def amount_text(operation: Operation, payment: Payment) -> str:
+    """The amount that was asked for; empty if the command named none."""
+    return "" if operation.amount_minor is None else money_text(operation.amount_minor, payment)
 
 
 def money_text(minor: int, payment: Payment) -> str:
